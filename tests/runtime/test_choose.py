@@ -35,6 +35,7 @@ FORMS: tuple[dict[str, Any], ...] = (
     {"regex": "[^a-z]{1,20}|é?[A-Z]+"},
     {"grammar": 'root ::= "(" root ")" | "x" | "y" root'},
     {"choice": ["a", "ab", "<|user|>", "yes and no"]},
+    {"choice": ['Let me see.\n{"name": "weather"}']},
 )
 
 
@@ -89,12 +90,14 @@ def test_exactly_the_tokens_of_the_mask_are_taken(grammars: Grammars, form: dict
     rng, walk = random.Random(1), Walk(grammars, form, SamplingParams())
     for _ in range(6):
         allowed = walk.allowed()
-        taken = [walk.matcher.take(token) for token in range(VOCAB)]
-        assert taken == allowed.tolist() or allowed.nonzero().flatten().tolist() == [OTHER_END]
+        if (forced := walk.matcher.forced()) is not None:
+            assert forced.tolist() == allowed.nonzero().flatten().tolist()
+        else:
+            assert [walk.matcher.take(token) for token in range(VOCAB)] == allowed.tolist()
         (found,) = Matcher.allowed([walk.matcher])
         assert found.tolist() == allowed.nonzero().flatten().tolist()
         token = int(rng.choice(found))
-        assert walk.matcher.take_any(token)
+        assert walk.matcher.take(token, nothing_else=True)
         if walk.advance(token):
             break
 

@@ -70,7 +70,7 @@ FORMS: dict[str, tuple[dict[str, Any], Any]] = {
 
 
 def body(route: str, form: dict[str, Any], **others: Any) -> dict[str, Any]:
-    return {**PROMPTS[route], "max_tokens": 120, "seed": 7, **form, **others}
+    return {**PROMPTS[route], "max_tokens": 200, "seed": 7, **form, **others}
 
 
 def texts(answer: Mapping[str, Any]) -> list[str]:

@@ -19,16 +19,28 @@ from splitfuse.runtime.sampling.grammar import TRIES, Matcher, TokenIds
 
 
 def choose(choices: Mapping[int, Choice], matchers: Mapping[int, Matcher]) -> dict[int, int]:
-    """Return the chosen tokens of the rows that have any."""
+    """Return the tokens of rows, chosen as `choices` say: those that the matcher of a row allows, if it has one. A row
+    has none if nothing is allowed that has a score.
+    """
     tokens: dict[int, int] = {}
+    allowed: dict[int, TokenIds] = {}
+    waiting = []
     for i, choice in choices.items():
-        token = next(filter(matchers[i].take, choice.tries(matchers[i])), None)
-        if token is not None:
+        matcher = matchers.get(i)
+        if matcher is None:
+            tokens[i] = choice.first
+        elif (forced := matcher.forced()) is not None:
+            allowed[i] = forced
+        elif matcher.take(choice.first):
+            tokens[i] = choice.first
+        elif (token := next(filter(matcher.take, choice.further(matcher)), None)) is not None:
             tokens[i] = token
-    waiting = [i for i in choices if i not in tokens]
-    for i, allowed in zip(waiting, Matcher.allowed([matchers[i] for i in waiting]), strict=True):
-        token = choices[i].among(allowed)
-        if token is not None and matchers[i].take_any(token):
+        else:
+            waiting.append(i)
+    allowed |= zip(waiting, Matcher.allowed([matchers[i] for i in waiting]), strict=True)
+    for i, those in allowed.items():
+        token = choices[i].among(those) if len(those) else None
+        if token is not None and matchers[i].take(token, nothing_else=True):
             tokens[i] = token
     return tokens
 
@@ -36,39 +48,46 @@ def choose(choices: Mapping[int, Choice], matchers: Mapping[int, Matcher]) -> di
 class Choice(Protocol):
     """Chooses a token for one row."""
 
-    def tries(self, matcher: Matcher) -> Iterable[int]:
-        """Return tokens, of which the first one that the matcher allows is chosen."""
+    first: int
+    """Token that is chosen if it is allowed."""
+
+    def further(self, matcher: Matcher) -> Iterable[int]:
+        """Return tokens, of which the first one that the matcher allows is chosen otherwise."""
 
     def among(self, allowed: TokenIds) -> int | None:
-        """Return the token that is chosen if none of these is allowed, out of all that are; None if there is none."""
+        """Return the token that is chosen if none of these is allowed, out of all that are, if one has a score."""
 
 
 class Greedy:
-    """Chooses the allowed token with the largest score, the first of equal ones. `best` are the best of all tokens."""
+    """Chooses the allowed token with the largest of scores[index], the first of equal ones. `best` and `peaks` are the
+    best of all tokens, and their scores.
+    """
 
-    def __init__(self, scores: Tensor, best: list[int]) -> None:
-        self._scores, self._best = scores, best
+    def __init__(self, scores: Tensor, index: int, best: list[int], peaks: list[float]) -> None:
+        self.first = best[0]
+        self._scores, self._index, self._best, self._peaks = scores, index, best, peaks
 
-    def tries(self, matcher: Matcher) -> Iterable[int]:
-        return self._best if matcher.is_loose else self._best[:1]
+    def further(self, matcher: Matcher) -> Iterable[int]:
+        if not matcher.is_loose:  # then the allowed ones are sooner looked through
+            return ()
+        return (token for token, peak in zip(self._best[1:], self._peaks[1:], strict=True) if peak > -math.inf)
 
     def among(self, allowed: TokenIds) -> int | None:
-        if not len(allowed):
-            return None
-        scores = self._scores[torch.from_numpy(allowed).to(self._scores.device)].double().cpu().numpy()
+        index = torch.from_numpy(allowed).to(self._scores.device)
+        scores = self._scores[self._index, index].double().cpu().numpy()
         best = scores.argmax()
         return int(allowed[best]) if scores[best] > -math.inf else None
 
 
 class Drawn:
-    """Chooses an allowed token at random, as `Draws` says; `token` is the first one drawn."""
+    """Chooses an allowed token at random, as `Draws` says; `first` is the first one drawn."""
 
-    def __init__(self, draws: Draws, index: int, token: int) -> None:
-        self._draws, self._index, self._token = draws, index, token
+    def __init__(self, draws: Draws, index: int, first: int) -> None:
+        self.first = first
+        self._draws, self._index = draws, index
 
-    def tries(self, matcher: Matcher) -> Iterable[int]:  # noqa: ARG002 - as many for each: these choose the token
-        yield self._token
-        yield from self._draws.further(self._index, TRIES - 1)
+    def further(self, matcher: Matcher) -> Iterable[int]:  # noqa: ARG002 - as many for each: they decide the token
+        return self._draws.further(self._index, TRIES - 1)
 
     def among(self, allowed: TokenIds) -> int | None:
         return self._draws.among(self._index, allowed, TRIES)

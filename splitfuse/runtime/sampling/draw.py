@@ -49,12 +49,14 @@ class Draws:
         those that the filters keep of them. None if all have the score -inf.
         """
         choices = [(allowed, self._filtering)]
-        if self._filtering:
+        if self._filtering and len(allowed) > 1:
             kept = self._token_ids[index, : int(self._num_kept[index])].cpu().numpy()
             choices.insert(0, (np.intersect1d(kept, allowed), False))
         for tokens, filtering in choices:
             scores = self._scores[index, torch.from_numpy(tokens).to(self._scores.device)]
-            if len(tokens) and float(scores.amax()) > -math.inf:
+            if len(tokens) and scores.amax() > -math.inf:
+                if len(tokens) == 1:
+                    return int(tokens[0])
                 row = self._rows[index]
                 draws = Draws(scores.unsqueeze(0), [row], filtering=filtering)
                 ((place,),) = draws._draw(slice(None), [[_number(row, attempt)]])

@@ -120,16 +120,21 @@ class Matcher:
         self._thought = thought
         self._is_ahead = False  # by a token that was taken and is not settled
 
-    def take(self, token: int) -> bool:
-        """Advance by a token if it may come next. Until `settle`, other tokens are for the same place."""
-        return token not in self._others_ends and self.take_any(token)
+    def forced(self) -> TokenIds | None:
+        """Return what may come next if the grammar leaves no choice of a text: of its tokens, the tokenizer's own. Only
+        that one is in a mask, though `take` would take others; so it is asked for first.
+        """
+        self._go_back()
+        tokens = self._matcher.compute_ff_tokens()
+        return self._with_opening(np.array(tokens[:1])) if tokens else None
 
-    def take_any(self, token: int) -> bool:
-        """Advance by a token if it may come next, or ends answers where nothing else may."""
+    def take(self, token: int, *, nothing_else: bool = False) -> bool:
+        """Advance by a token if it may come next. Until `settle`, other tokens are for the same place."""
         self._go_back()
         if self._thought is not None and token == self._thought.opening:
             return True
-        self._is_ahead = self._matcher.try_consume_tokens([token]) == 1
+        if nothing_else or token not in self._others_ends:
+            self._is_ahead = self._matcher.try_consume_tokens([token]) == 1
         return self._is_ahead
 
     def settle(self) -> bool:
@@ -161,10 +166,11 @@ class Matcher:
         others = tokens
         for end in self._others_ends:
             others = others[others != end]
-        tokens = others if len(others) else tokens
-        if self._thought is not None and (opening := self._thought.opening) is not None:
-            tokens = np.union1d(tokens, [opening])
-        return tokens
+        return self._with_opening(others if len(others) else tokens)
+
+    def _with_opening(self, tokens: TokenIds) -> TokenIds:
+        opening = None if self._thought is None else self._thought.opening
+        return tokens if opening is None else np.union1d(tokens, [opening])
 
     @staticmethod
     def allowed(matchers: Sequence[Matcher]) -> list[TokenIds]:

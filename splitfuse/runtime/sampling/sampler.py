@@ -57,40 +57,27 @@ def sample(
     for adjusting in (False, True):
         free = (i for i in range(len(rows)) if i not in errors and i not in tokens)
         members = [i for i in free if is_adjusted(rows[i]) is adjusting]
-        if not members:
-            continue
         scores, places = logits, {i: i for i in members}
-        if adjusting:
-            scores, places = (
-                adjusted(_take(logits, members), [rows[i] for i in members]),
-                {i: n for n, i in enumerate(members)},
-            )
+        if adjusting and members:
+            places = {i: place for place, i in enumerate(members)}
+            scores = adjusted(_take(logits, members), [rows[i] for i in members])
             best, peaks = exact_topk(scores, count)
             faults = _faults([peak for peak, *_ in peaks])
             errors |= {i: _nothing(rows[i], i in followed, faults[n]) for i, n in places.items() if n in faults}
             members = [i for i in members if i not in errors]
-        choices: dict[int, Choice] = {}
-        for i in members:
-            if rows[i].params.temperature == 0.0:
-                n = places[i]
-                if i in followed:
-                    choices[i] = Greedy(
-                        scores[n], [t for t, peak in zip(best[n], peaks[n], strict=True) if peak > -math.inf]
-                    )
-                else:
-                    tokens[i] = best[n][0]
-        drawing = [i for i in members if rows[i].params.temperature]
+        choices: dict[int, Choice] = {
+            i: Greedy(scores, places[i], best[places[i]], peaks[places[i]])
+            for i in members
+            if rows[i].params.temperature == 0.0
+        }
         for filtering in (False, True):
-            owners = [i for i in drawing if is_filtered(rows[i].params) is filtering]
-            if owners:
-                draws = Draws(
-                    _take(scores, [places[i] for i in owners]), [rows[i] for i in owners], filtering=filtering
-                )
-                for n, (i, token) in enumerate(zip(owners, draws.first(), strict=True)):
-                    if i in followed:
-                        choices[i] = Drawn(draws, n, token)
-                    else:
-                        tokens[i] = token
+            part = [i for i in members if i not in choices and is_filtered(rows[i].params) is filtering]
+            if part:
+                taken = _take(scores, [places[i] for i in part])
+                draws = Draws(taken, [rows[i] for i in part], filtering=filtering)
+                choices |= {
+                    i: Drawn(draws, n, token) for n, (i, token) in enumerate(zip(part, draws.first(), strict=True))
+                }
         tokens |= choose(choices, followed)
         for i in choices:
             if i not in tokens:
