@@ -81,7 +81,7 @@ class Walk:
         """Returns whether the answer is complete."""
         self.state.output_token_ids.append(token)
         assert self.oracle.consume_token(token)
-        assert self.matcher.settle() is self.oracle.is_stopped()
+        assert self.matcher.settle([token]) is self.oracle.is_stopped()
         return self.oracle.is_stopped()
 
 
@@ -236,7 +236,7 @@ def test_an_end_token_is_taken_only_if_it_ends_the_request(grammars: Grammars) -
     walk = Walk(grammars, {"regex": "(a|b)*"}, SamplingParams())
     logits[0, END] = 8.0
     (result,) = sample(logits, [walk.state], matchers=[walk.matcher])
-    assert result.token_ids == (END,) and walk.matcher.settle()
+    assert result.token_ids == (END,) and walk.matcher.settle([END])
 
 
 def test_a_thought_may_open_where_the_form_would_not_allow_it(grammars: Grammars) -> None:

@@ -137,8 +137,10 @@ class Matcher:
             self._is_ahead = self._matcher.try_consume_tokens([token]) == 1
         return self._is_ahead
 
-    def settle(self) -> bool:
-        """Keep the token that was taken. Returns whether nothing can follow."""
+    def settle(self, tokens: Sequence[int]) -> bool:
+        """Keep the token that was taken; or advance by several, before any was. Returns whether nothing can follow."""
+        if not self._is_ahead:
+            self._matcher.consume_tokens(list(tokens))
         self._is_ahead = False
         return self._matcher.is_stopped() and not self._matcher.is_error()
 
