@@ -19,6 +19,7 @@ from typing import Any
 from splitfuse.config import EngineConfig, parse_adapter
 from splitfuse.core.limits import EngineLimits, ceil_div, check_token_ids
 from splitfuse.core.plan import ZERO_STATE, Chunk, ChunkResult, SamplingState, StateSlots, StepPlan, StepResult
+from splitfuse.core.sampling_params import MAX_SEED
 from splitfuse.engine.guard import check_process
 from splitfuse.engine.trace import ChunkDetail, ChunkTrace, FinishTrace, PreemptTrace, RequestTrace, StepTrace
 from splitfuse.errors import InvalidRequestError, RecordingError
@@ -32,7 +33,6 @@ NOT_REPLAYED = ("ttft", "itl", "enable_slo", "tail_share", "kv_cache_memory_gib"
 """Settings that change nothing in a replay, which has the plans already, and the threads of this machine."""
 OF_THE_MACHINE = ("kernels", "device")
 """Parts of an identity that a replay may have otherwise: then it shows whether they change bits."""
-MAX_SEED = 2**64 - 1
 
 
 @dataclass
