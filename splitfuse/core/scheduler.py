@@ -38,6 +38,7 @@ from splitfuse.core.events import (
     StepScheduled,
 )
 from splitfuse.core.kv.block_allocator import BlockAllocator
+from splitfuse.core.kv.request_kv import check_held
 from splitfuse.core.limits import check_blocks
 from splitfuse.core.plan import Chunk, ChunkResult, Logprobs, StepPlan, StepResult
 from splitfuse.core.policy import Fcfs, PlanningError, SchedulingPolicy
@@ -183,10 +184,7 @@ class Scheduler:
 
     def check(self) -> None:
         """Assert what must hold between any two calls. For tests: it takes O(num_blocks) time."""
-        self._allocator.check(request.kv.blocks for request in self._requests.values())
-        if self._allocator.states is not None:
-            states = [request.kv.state for request in self._requests.values()]
-            self._allocator.states.check(slot for state in states if state is not None for slot in state.held)
+        check_held(self._allocator, [request.kv for request in self._requests.values()])
         queue = self.queue
         for requests, status in ((queue.waiting, RequestStatus.WAITING), (queue.running, RequestStatus.RUNNING)):
             assert requests == sorted(requests, key=by_sequence_number)

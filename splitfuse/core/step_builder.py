@@ -295,5 +295,5 @@ class StepBuilder:
             if first_wanted < request.num_prompt_tokens - 1:
                 num_logits = max(num_logits, end - first_wanted)  # negative if all of the chunk was given out before
         blocks = request.kv.blocks[: self._allocator.blocks_for(end)]
-        state = None if request.kv.state is None else request.kv.state.slots
+        state = request.kv.state_slots
         return Chunk(request.request_id, start, request.tokens(start, end), tuple(blocks), num_logits, samples, state)

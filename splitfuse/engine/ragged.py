@@ -13,7 +13,7 @@ from torch import Tensor
 
 from splitfuse.config import EngineConfig
 from splitfuse.core.kv.block_allocator import BlockAllocator
-from splitfuse.core.kv.request_kv import RequestKv
+from splitfuse.core.kv.request_kv import RequestKv, check_held
 from splitfuse.core.kv.state_allocator import StateAllocator
 from splitfuse.core.limits import check_token_ids
 from splitfuse.core.plan import Chunk
@@ -103,10 +103,7 @@ class RaggedEngine:
 
     def check(self) -> None:
         """Assert that no block and no state slot is lost. For tests."""
-        self._allocator.check(sequence.blocks for sequence in self._sequences.values())
-        if self._allocator.states is not None:
-            states = [sequence.state for sequence in self._sequences.values()]
-            self._allocator.states.check(slot for state in states if state is not None for slot in state.held)
+        check_held(self._allocator, self._sequences.values())
 
     def _append(self, uid: int, token_ids: tuple[int, ...]) -> Chunk:
         sequence = self._sequences.get(uid)
@@ -116,8 +113,8 @@ class RaggedEngine:
         start, end = sequence.num_computed, sequence.num_computed + len(token_ids)
         sequence.grow(self._allocator, start, end)
         sequence.num_computed = end
-        state = None if sequence.state is None else sequence.state.slots
-        return Chunk(str(uid), start, token_ids, tuple(sequence.blocks), num_logits=1, samples=False, state=state)
+        blocks, state = tuple(sequence.blocks), sequence.state_slots
+        return Chunk(str(uid), start, token_ids, blocks, num_logits=1, samples=False, state=state)
 
     def _truncate(self, uid: int, num_tokens: int) -> None:
         sequence = self._sequences[uid]

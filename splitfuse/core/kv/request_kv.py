@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 
 from splitfuse.core.kv.block_allocator import BlockAllocator
 from splitfuse.core.kv.request_state import RequestState
+from splitfuse.core.plan import StateSlots
 
 logger = logging.getLogger(__name__)
 
@@ -34,6 +35,11 @@ class RequestKv:
     """Its recurrent state while it runs, in a network that has them."""
     repeatable: bool = False
     """True if its chunks are to be such that each can be computed again: see RequestState."""
+
+    @property
+    def state_slots(self) -> StateSlots | None:
+        """Return the state slots of its next chunk; None in a network without recurrent states."""
+        return None if self.state is None else self.state.slots
 
     def start(self, allocator: BlockAllocator, num_tokens: int) -> None:
         """Begin to run with `num_tokens` known tokens."""
@@ -93,3 +99,10 @@ class RequestKv:
         """Record that the blocks are about to be taken."""
         self.num_preemptions += 1
         self.num_lost = max(self.num_lost, self.num_computed)
+
+
+def check_held(allocator: BlockAllocator, requests: Collection[RequestKv]) -> None:
+    """Assert that these requests hold all blocks and state slots that are held at an allocator. For tests."""
+    allocator.check(kv.blocks for kv in requests)
+    if allocator.states is not None:
+        allocator.states.check(slot for kv in requests if kv.state is not None for slot in kv.state.held)
