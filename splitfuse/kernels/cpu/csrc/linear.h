@@ -340,16 +340,20 @@ SF_INLINE void multiply_panel(const Operand& x, const Weight& w, const Shape& s,
             scales = reinterpret_cast<const u16*>(data);
             data += SCALE_BYTES;
         }
+        // As two numbers: a struct is loaded whole where its halves were just stored, and such a load waits until all that was
+        // stored before is in the cache, the columns of the last block of rows too.
+        const u8* from = prefetch.from;
+        const i64 stride = prefetch.stride;
         for (i64 at = 0; at < s.x_steps;) {  // runs of equal spans in a slab
             i64 in_slab = std::min<i64>(SLAB_STEPS - at % SLAB_STEPS, s.x_steps - at);
             i64 x_steps = std::min(s.span_steps, in_slab), num_spans = in_slab / x_steps, span = at / s.span_steps;
             i64 steps = num_spans * x_steps / (w.format == INT4 ? 2 : 1);
             const u32* place = words + at / SLAB_STEPS * rows * SLAB_STRIDE + at % SLAB_STEPS;
-            Spans spans{place, data, scales, w.qvalues, num_spans, x_steps, x.sums + begin * s.num_spans + span, s.num_spans, prefetch, at > 0};
+            Spans spans{place, data, scales, w.qvalues, num_spans, x_steps, x.sums + begin * s.num_spans + span, s.num_spans, {from, stride}, at > 0};
             if (w.format == INT8) multiply<8>(rows, spans, tile);
             else multiply<4>(rows, spans, tile);
             data += steps * STEP_BYTES + (whole_rows ? 0 : num_spans * SCALE_BYTES);
-            prefetch.from += steps * prefetch.stride;
+            from += steps * stride;
             at += num_spans * x_steps;
         }
     }
