@@ -1,11 +1,12 @@
 """Cost of structured output: steps of the 0.5B shape with a large vocabulary, with and without a form, in turns.
 
-    python -m benchmarks.structured --tokenizer FILE [--requests N] [--temperature T] [FLAGS]
+    python -m benchmarks.structured --tokenizer FILE [--requests N] [--temperature T ...] [--form NAME ...] [FLAGS]
 
 FILE is a tokenizer.json, whose vocabulary the model gets, padded to 151,936 tokens. The weights are random, so that the
-likeliest token hardly ever has the form: the most that masks cost. Masks, their application and the matchers' advance
-are all in the time of a step. Printed are also the seconds until the first form's vocabulary is there, and the
-milliseconds for each further form. Engine FLAGS as --name=value.
+likeliest token hardly ever has the form: the most that forms cost. What is asked of matchers, masks, their application
+and the matchers' advance are all in the time of a step. Printed are also the seconds until the first form's vocabulary
+is there, the milliseconds for each further form, and the time to the first token of a request with a schema that is
+new. Engine FLAGS as --name=value.
 """
 
 from __future__ import annotations
@@ -52,7 +53,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokenizer", type=Path, required=True)
     parser.add_argument("--requests", type=int, default=32)
-    parser.add_argument("--temperature", type=float, default=0.0)
+    parser.add_argument("--temperature", type=float, nargs="+", default=[0.0, 1.0])
+    parser.add_argument("--form", choices=list(FORMS), nargs="+", default=list(FORMS))
     parser.add_argument("--steps", type=int, default=48)
     parser.add_argument("--turns", type=int, default=5)
     arguments, flags = parser.parse_known_args()
@@ -67,21 +69,40 @@ def main() -> None:
 
 
 def compare(engine: Engine, arguments: argparse.Namespace) -> None:
-    forms = {name: compile_structured_outputs(StructuredOutputs.of(form)) for name, form in FORMS.items()}
+    forms = {name: compile_structured_outputs(StructuredOutputs.of(FORMS[name])) for name in arguments.form}
     for name, form in forms.items():
         began = time.perf_counter()
         engine.model.grammars.prepare(form).result()
         print(f"{name}: ready after {(time.perf_counter() - began) * 1e3:.1f} ms")
-    free = SamplingParams(max_tokens=arguments.steps, temperature=arguments.temperature, seed=1, ignore_eos=True)
+    free = SamplingParams(max_tokens=arguments.steps, seed=1, ignore_eos=True)
     seconds(engine, free, arguments.requests)  # warm
-    print("\n| form | step | without | difference |\n|---|---|---|---|")
-    for name, form in forms.items():
-        with_form, without = [], []
-        for _ in range(arguments.turns):
-            without.append(seconds(engine, free, arguments.requests))
-            with_form.append(seconds(engine, replace(free, structured_outputs=form), arguments.requests))
-        ratio = median(a / b for a, b in zip(with_form, without, strict=True)) - 1
-        print(f"| {name} | {min(with_form) * 1e3:.2f} ms | {min(without) * 1e3:.2f} ms | {ratio:+.1%} |", flush=True)
+    alone = median(first_token(engine, None) for _ in range(2 * arguments.turns))
+    new = median(first_token(engine, f"name {turn}") for turn in range(2 * arguments.turns))
+    print(f"first token: {alone * 1e3:.1f} ms without a form, {new * 1e3:.1f} ms with a new schema")
+    print("\n| form | temperature | step | without | difference |\n|---|---|---|---|---|")
+    for temperature in arguments.temperature:
+        for name, form in forms.items():
+            with_form, without = [], []
+            plain = replace(free, temperature=temperature)
+            for _ in range(arguments.turns):
+                without.append(seconds(engine, plain, arguments.requests))
+                with_form.append(seconds(engine, replace(plain, structured_outputs=form), arguments.requests))
+            ratio = median(a / b for a, b in zip(with_form, without, strict=True)) - 1
+            times = f"{min(with_form) * 1e3:.2f} ms | {min(without) * 1e3:.2f} ms"
+            print(f"| {name} | {temperature:g} | {times} | {ratio:+.1%} |", flush=True)
+
+
+def first_token(engine: Engine, name: str | None) -> float:
+    """Return the time to the first token of a request alone, with a form that has a property of this name."""
+    began = time.perf_counter()
+    params = SamplingParams(max_tokens=1, ignore_eos=True)
+    if name is not None:
+        schema = {**RECORD, "properties": {**RECORD["properties"], name: {"type": "string", "maxLength": 9}}}
+        params = replace(params, structured_outputs=compile_structured_outputs(StructuredOutputs.of({"json": schema})))
+    engine.add_request("first", range(100, 100 + PROMPT), params)
+    while engine.has_unfinished:
+        engine.step()
+    return time.perf_counter() - began
 
 
 def seconds(engine: Engine, params: SamplingParams, num_requests: int) -> float:
