@@ -22,6 +22,7 @@ from splitfuse.cli.replay import replay
 from splitfuse.cli.serve import serve
 from splitfuse.cli.simulate import simulate
 from splitfuse.cli.stop import stop
+from splitfuse.cli.top import top
 from splitfuse.cli.trace import trace
 from splitfuse.cli.tune import tune
 from splitfuse.version import __version__
@@ -38,6 +39,7 @@ app.command()(serve)
 app.command()(ps)
 app.command()(stop)
 app.command()(explain)
+app.command()(top)
 app.command()(trace)
 app.command()(replay)
 app.command()(models)

@@ -13,7 +13,7 @@ from dataclasses import replace
 from llguidance import LLMatcher
 
 from splitfuse.config import EngineConfig, parse_adapter
-from splitfuse.core.events import RequestFinished
+from splitfuse.core.events import PhasesEntered, RequestFinished
 from splitfuse.core.limits import EngineLimits
 from splitfuse.core.plan import ChunkResult, StepPlan, StepResult
 from splitfuse.core.policy import PlanningError, SchedulingPolicy
@@ -93,6 +93,11 @@ class Engine:
         generates = isinstance(model, LoadedModel)
         vocab_size, num_blocks, size = model.spec.vocab_size, plan.num_blocks, plan.block_size
         self.limits = EngineLimits(plan.max_model_len, vocab_size, num_blocks, size, generates)
+
+    @property
+    def phases(self) -> PhasesEntered:
+        """Return the phase that each unfinished request is in."""
+        return self._latencies.phases
 
     @classmethod
     def load(

@@ -71,6 +71,8 @@ class EngineTracer:
         for request in sorted((*queue.running, *queue.waiting), key=lambda each: each.sequence_number):
             arrival = request.slo.arrival_time
             self._trace_request(request, arrival, arrival)
+        if level >= TraceLevel.STEPS:
+            self._trace_phases(self._engine.phases)
         listeners: dict[type[Any], Callable[[Any], None]] = {
             RequestAdded: lambda event: self._trace_request(event.request, event.sent_time, event.time),
             RequestPreempted: self._trace_preemption,

@@ -119,9 +119,10 @@ def test_unfinished_requests_are_told_when_tracing_begins(folder: Path) -> None:
     engine.step()
     assert not tracer.has_records
     tracer.level = TraceLevel.PLANS
-    (request,) = tracer.take()
+    request, phase = tracer.take()
     assert isinstance(request, RequestTrace) and request.detail is not None
     assert len(request.detail.output_token_ids) == 2
+    assert isinstance(phase, PhaseTrace) and phase.phases == ((request.number, LatencyPhase.DECODE),)
     tracer.level = TraceLevel.OFF
     while engine.has_unfinished:
         engine.step()

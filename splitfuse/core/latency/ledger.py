@@ -109,6 +109,11 @@ class LatencyLedger:
         """Return the breakdown of a finished request, and forget it."""
         return self._breakdowns.pop(request_id, None)
 
+    @property
+    def phases(self) -> PhasesEntered:
+        """Return the phase of each unfinished request, at the time of the last event."""
+        return PhasesEntered([(name, latency.phase) for name, latency in self._latencies.items()], self._now)
+
     # Events ----------------------------------------------------------------------------------------------------------
 
     def _open(self, event: RequestAdded) -> None:
