@@ -28,6 +28,7 @@ from splitfuse.engine.messages import (
     Traced,
     UnloadAdapter,
 )
+from splitfuse.engine.trace import in_parts
 from splitfuse.engine.tracer import EngineTracer
 from splitfuse.errors import InvalidRequestError, SloUnattainableError, SplitfuseError
 from splitfuse.kernels.lora import PackedAdapter
@@ -83,12 +84,14 @@ class EngineLoop:
         """
         while not self._stopped:
             outputs = self._take_commands()
-            if self._engine.has_unfinished and not self._stopped:
-                self._step_began = time.monotonic()
-                outputs += self._engine.step(isolate=True)
-                self._step_seconds, self._step_began = time.monotonic() - self._step_began, 0.0
-            if records := self._tracer.take():
-                self._report(Traced(records))
+            try:
+                if self._engine.has_unfinished and not self._stopped:
+                    self._step_began = time.monotonic()
+                    outputs += self._engine.step(isolate=True)
+                    self._step_seconds, self._step_began = time.monotonic() - self._step_began, 0.0
+            finally:  # the step that an engine dies of is the one to see
+                for part in in_parts(self._tracer.take()):
+                    self._report(Traced(part))
             if outputs:
                 self._report(StepReport(tuple(outputs), self._stats_now()))
 

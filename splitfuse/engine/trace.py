@@ -8,6 +8,7 @@ clock.
 from __future__ import annotations
 
 import enum
+from collections.abc import Iterator, Sequence
 from typing import TypeAlias
 
 import msgspec
@@ -18,6 +19,9 @@ from splitfuse.core.pooling_params import PoolingParams
 from splitfuse.core.request import FinishReason, SchedulingOptions
 from splitfuse.core.sampling_params import SamplingParams
 from splitfuse.core.slo.targets import SloTargets, SloViolation
+
+PART_TOKENS = 2**20
+"""Number of tokens of prompts after which the records of one step go on in another message."""
 
 
 class TraceLevel(enum.IntEnum):
@@ -144,3 +148,20 @@ class BlockMap(msgspec.Struct, frozen=True, array_like=True, tag="blocks"):
 
 
 TraceRecord: TypeAlias = RequestTrace | PhaseTrace | StepTrace | PreemptTrace | FinishTrace | BlockMap
+
+
+def in_parts(records: Sequence[TraceRecord]) -> Iterator[tuple[TraceRecord, ...]]:
+    """Yield the records in runs with about PART_TOKENS tokens of prompts at most: a message to the front has a bound,
+    and each choice has its whole prompt.
+    """
+    part: list[TraceRecord] = []
+    num_tokens = 0
+    for record in records:
+        part.append(record)
+        if isinstance(record, RequestTrace) and record.detail is not None:
+            num_tokens += record.num_prompt_tokens + len(record.detail.output_token_ids)
+            if num_tokens >= PART_TOKENS:
+                yield tuple(part)
+                part, num_tokens = [], 0
+    if part:
+        yield tuple(part)

@@ -63,16 +63,18 @@ class EngineTracer:
             return
         for unsubscribe in self._unsubscribe:
             unsubscribe()
-        self._unsubscribe, self._level = [], level
-        self._records, self._numbers, self._tables, self._next_map = [], {}, {}, 0.0
+        rises, self._unsubscribe, self._level = level > self._level, [], level
         if level is TraceLevel.OFF:
+            self._records, self._numbers, self._tables, self._next_map = [], {}, {}, 0.0
             return
-        queue = self._engine.scheduler.queue
-        for request in sorted((*queue.running, *queue.waiting), key=lambda each: each.sequence_number):
-            arrival = request.slo.arrival_time
-            self._trace_request(request, arrival, arrival)
-        if level >= TraceLevel.STEPS:
-            self._trace_phases(self._engine.phases)
+        if rises:
+            self._tables = {}
+            queue = self._engine.scheduler.queue
+            for request in sorted((*queue.running, *queue.waiting), key=lambda each: each.sequence_number):
+                arrival = request.slo.arrival_time
+                self._trace_request(request, arrival, arrival)
+            if level >= TraceLevel.STEPS:
+                self._trace_phases(self._engine.phases)
         listeners: dict[type[Any], Callable[[Any], None]] = {
             RequestAdded: lambda event: self._trace_request(event.request, event.sent_time, event.time),
             RequestPreempted: self._trace_preemption,

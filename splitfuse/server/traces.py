@@ -13,7 +13,7 @@ from typing import NamedTuple, TypeAlias
 
 from splitfuse.core.latency.phases import LatencyBreakdown
 from splitfuse.engine.client import EngineState, LocalClient
-from splitfuse.engine.trace import TraceLevel, TraceRecord
+from splitfuse.engine.trace import FinishTrace, PhaseTrace, RequestTrace, TraceLevel, TraceRecord
 from splitfuse.recording.recorder import Recorder
 from splitfuse.server.access_log import RequestRecord
 from splitfuse.server.context import RequestContext
@@ -70,6 +70,8 @@ class TraceHub:
     def __init__(self, engines: Sequence[LocalClient]) -> None:
         self.engines = engines
         self._subscribers: dict[Callable[[TraceEvent], object], TraceLevel] = {}
+        self._level = TraceLevel.OFF
+        self._open: list[dict[int, tuple[TraceRecord, ...]]] = [{} for _ in engines]  # unfinished requests, by number
         for index, engine in enumerate(engines):
             engine.on_trace = partial(self._take, index)
             engine.on_state = partial(self._change, index)
@@ -80,10 +82,16 @@ class TraceHub:
         return bool(self._subscribers)
 
     def subscribe(self, subscriber: Callable[[TraceEvent], object], level: TraceLevel) -> Callable[[], None]:
-        """Call `subscriber` with each event from now on. Returns a function that ends the subscription.
+        """Call `subscriber` with each event from now on, and first with the requests that are unfinished. Returns a
+        function that ends the subscription.
 
-        Unfinished requests are told again, to all subscribers, when the level rises.
+        When the level rises, engines tell of them again, to all subscribers.
         """
+        if level <= self._level:
+            for engine, requests in enumerate(self._open):
+                if requests:
+                    records = tuple(record for each in requests.values() for record in each)
+                    self._call(subscriber, EngineRecords(engine, records))
         self._subscribers[subscriber] = level
         self._set_level()
 
@@ -96,23 +104,40 @@ class TraceHub:
     def publish(self, event: TraceEvent) -> None:
         """Call all subscribers."""
         for subscriber in list(self._subscribers):
-            try:
-                subscriber(event)
-            except Exception:
-                _logger.exception("a subscriber failed on a trace: %r", subscriber)
+            self._call(subscriber, event)
+
+    def _call(self, subscriber: Callable[[TraceEvent], object], event: TraceEvent) -> None:
+        try:
+            subscriber(event)
+        except Exception:
+            _logger.exception("a subscriber failed on a trace: %r", subscriber)
 
     def _take(self, engine: int, records: tuple[TraceRecord, ...]) -> None:
+        requests = self._open[engine]
+        for record in records:
+            match record:
+                case RequestTrace():
+                    requests[record.number] = (record,)
+                case PhaseTrace():
+                    for number, phase in record.phases:
+                        if number in requests:
+                            requests[number] = requests[number][0], PhaseTrace(record.time, ((number, phase),))
+                case FinishTrace():
+                    requests.pop(record.number, None)
         self.publish(EngineRecords(engine, records))
 
     def _change(self, index: int) -> None:
         engine = self.engines[index]
+        self._open[index].clear()
         reason = engine.death if engine.state is EngineState.DEAD else ""
         self.publish(EngineChange(index, engine.state, reason, time.monotonic()))
 
     def _set_level(self) -> None:
-        level = max(self._subscribers.values(), default=TraceLevel.OFF)
-        for engine in self.engines:
-            engine.set_tracing(level)
+        self._level = max(self._subscribers.values(), default=TraceLevel.OFF)
+        for engine, requests in zip(self.engines, self._open, strict=True):
+            engine.set_tracing(self._level)
+            if self._level is TraceLevel.OFF:
+                requests.clear()
 
 
 def record(hub: TraceHub, recorder: Recorder) -> None:

@@ -15,10 +15,12 @@ from splitfuse.core.latency.phases import LatencyPhase
 from splitfuse.core.plan import StepPlan
 from splitfuse.core.request import FinishReason
 from splitfuse.core.sampling_params import SamplingParams
+from splitfuse.engine import trace
 from splitfuse.engine import tracer as tracing
 from splitfuse.engine.client import EngineState
 from splitfuse.engine.engine import Engine
-from splitfuse.engine.messages import Add, Traced, decode_report, encode
+from splitfuse.engine.loop import EngineLoop
+from splitfuse.engine.messages import Add, Report, SetTracing, Traced, decode_report, encode
 from splitfuse.engine.thread import AsyncEngine
 from splitfuse.engine.trace import (
     BlockMap,
@@ -150,3 +152,44 @@ def test_client_passes_records_and_states(folder: Path) -> None:
     kinds = [type(record) for record in records if isinstance(record, RequestTrace | StepTrace)]
     assert kinds == [RequestTrace, StepTrace, StepTrace, StepTrace]
     assert msgspec.json.encode(records)  # also for a browser
+
+
+def test_change_of_level_keeps_records(folder: Path) -> None:
+    engine = load(folder, num_blocks=64)
+    tracer = EngineTracer(engine)
+    tracer.level = TraceLevel.PLANS
+    engine.add_request("a", range(3, 13), SamplingParams(max_tokens=4))
+    engine.step()
+    engine.abort("a")
+    tracer.level = TraceLevel.STEPS  # lower: what is open is known
+    kinds = [type(record) for record in tracer.take() if not isinstance(record, PhaseTrace | BlockMap)]
+    assert kinds == [RequestTrace, StepTrace, FinishTrace]
+
+
+def test_step_that_an_engine_dies_of_is_reported(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = load(folder, num_blocks=64)
+    reports: list[Report] = []
+    loop = EngineLoop(engine, reports.append)
+    loop.commands.put(SetTracing(TraceLevel.STEPS))
+    loop.commands.put(Add("a", (3, 4, 5), SamplingParams(max_tokens=4)))
+
+    def fail(_: StepPlan) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(engine.executor, "submit", fail)
+    with pytest.raises(KeyboardInterrupt):
+        loop.run()
+    records = [record for report in reports if isinstance(report, Traced) for record in report.records]
+    assert {RequestTrace, StepTrace, FinishTrace} <= {type(record) for record in records}
+
+
+def test_records_with_long_prompts_are_reported_in_parts(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(trace, "PART_TOKENS", 10)
+    engine = load(folder, num_blocks=64)
+    tracer = EngineTracer(engine)
+    tracer.level = TraceLevel.PLANS
+    for name in "abc":
+        engine.add_request(name, range(3, 9), SamplingParams(max_tokens=4))
+    records = tracer.take()
+    assert [len(part) for part in trace.in_parts(records)] == [2, 1]
+    assert tuple(record for part in trace.in_parts(records) for record in part) == records

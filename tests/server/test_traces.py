@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 from running_server import RunningServer
 
-from splitfuse.engine.trace import FinishTrace, RequestTrace, StepTrace, TraceLevel
+from splitfuse.engine.trace import FinishTrace, PhaseTrace, RequestTrace, StepTrace, TraceLevel
 from splitfuse.server.traces import EngineRecords, RequestEnd, TraceEvent
 
 
@@ -43,3 +43,31 @@ def test_subscriber_gets_records_and_ends_of_requests(server: RunningServer) -> 
     with server.http() as http:
         assert http.post("/v1/completions", json={"prompt": "One day", "max_tokens": 1}).status_code == 200
     assert len(events) == count and not server.traces.is_watched
+
+
+def test_late_subscriber_is_told_of_unfinished_requests_alone(server: RunningServer) -> None:
+    first: list[TraceEvent] = []
+    late: list[TraceEvent] = []
+    body = {"prompt": "One day", "max_tokens": 800, "ignore_eos": True, "stream": True}
+
+    async def subscribe(events: list[TraceEvent]) -> Callable[[], None]:
+        return server.traces.subscribe(events.append, TraceLevel.STEPS)
+
+    def requests(events: list[TraceEvent]) -> list[RequestTrace]:
+        records = (record for event in events if isinstance(event, EngineRecords) for record in event.records)
+        return [record for record in records if isinstance(record, RequestTrace)]
+
+    ends = [server.call(subscribe(first))]
+    with server.http() as http, http.stream("POST", "/v1/completions", json=body) as answer:
+        next(answer.iter_lines())
+        ends.append(server.call(subscribe(late)))
+        assert isinstance(late[0], EngineRecords)
+        assert [type(record) for record in late[0].records] == [RequestTrace, PhaseTrace]
+        assert requests(late) == requests(first)
+    server.assert_idle()
+
+    async def end() -> None:
+        for each in ends:
+            each()
+
+    server.call(end())
