@@ -35,6 +35,8 @@ MIN_TARGET, MAX_TARGET = 1e-6, 86400.0
 """Bounds of an SLO target, in seconds. No step is as short as the least: a target below it means the same, and the
 scheduler multiplies targets and divides by them, which must not leave the range of floating point.
 """
+MIN_RECORD_MIB = 4.0
+"""Least size of a recording in MiB: its four files have some seconds of a busy server each."""
 MAX_SIZE = 1e9
 """Largest size in GiB or MiB: as bytes, it is still a number."""
 MIN_TIMEOUT, MAX_TIMEOUT = 0.001, 1_000_000.0
@@ -271,6 +273,8 @@ class ServerConfig:
         _size("max_body_mib", self.max_body_mib)
         _size("max_stored_mib", self.max_stored_mib)
         _size("record_max_mib", self.record_max_mib)
+        if self.record_max_mib < MIN_RECORD_MIB:
+            raise ConfigError(f"record_max_mib must be at least {MIN_RECORD_MIB:g}, not {self.record_max_mib}")
         if self.record is not None and not self.record.strip():
             raise ConfigError(f"record {self.record!r} must be the path of a file, such as server.rec")
         for name in ("step_timeout", "drain_timeout", "client_timeout", "keep_alive_timeout"):

@@ -44,7 +44,7 @@ class Header(msgspec.Struct, frozen=True):
     """Settings of the engines, flat, without adapters."""
     machine: dict[str, Any]
     has_texts: bool = False
-    """True if stop strings and the sources of structured outputs are in the file."""
+    """True if stop strings are in the file. Compiled grammars always are: they decide tokens."""
 
     @property
     def config(self) -> EngineConfig:

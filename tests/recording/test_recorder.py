@@ -1,7 +1,12 @@
 """What a recording's file has in it, and what becomes of one that is torn, foreign, hostile, or has no room."""
 
+import errno
+import fcntl
+import os
 import resource
 import stat
+import threading
+import time
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,9 +21,10 @@ import tiny_models
 from patience import PATIENCE
 from recorded_engine import SMALL, RecordedEngine, config_of, recorded
 
+from splitfuse.config import ServerConfig
 from splitfuse.core.request import SchedulingOptions
 from splitfuse.core.sampling_params import SamplingParams
-from splitfuse.engine.trace import FinishTrace, RequestTrace, StepTrace
+from splitfuse.engine.trace import FinishTrace, PreemptTrace, RequestTrace, StepTrace
 from splitfuse.errors import ConfigError, RecordingError
 from splitfuse.recording import recorder as recorder_module
 from splitfuse.recording.format import (
@@ -143,13 +149,13 @@ def test_hostile_frames_are_errors_of_the_file(path: Path, tmp_path: Path) -> No
 def test_rotated_files_begin_with_what_is_unfinished(folder: Path, tmp_path: Path) -> None:
     path = tmp_path / "engine.rec"
     prompt = tuple(range(3, 33))
-    with recorded(path, config_of(folder, **SMALL), max_mib=4 * 3000 / 2**20) as engine:
+    with recorded(path, config_of(folder, **SMALL), max_mib=4 * 1500 / 2**20) as engine:
         for name in "ab":
             engine.engine.add_request(name, prompt, SamplingParams(max_tokens=60, ignore_eos=True))
         engine.run()
     files = [path.with_name(f"engine.rec.{number}") for number in (3, 2, 1)] + [path]
     assert sorted(tmp_path.iterdir()) == sorted(files)
-    assert all(file.stat().st_size < 3600 for file in files)
+    assert all(file.stat().st_size < 4500 for file in files)
     steps: list[StepTrace] = []
     for file in files:
         frames = list(Recording.open(file).frames())
@@ -167,15 +173,109 @@ def test_rotated_files_begin_with_what_is_unfinished(folder: Path, tmp_path: Pat
     assert numbers == list(range(numbers[0], numbers[-1] + 1))
 
 
-def test_file_that_is_there_is_kept_as_an_older_one(path: Path, folder: Path, tmp_path: Path) -> None:
-    new = tmp_path / "engine.rec"
+def test_recording_that_is_there_is_kept_as_an_older_one(path: Path, folder: Path, tmp_path: Path) -> None:
+    new, config = tmp_path / "engine.rec", config_of(folder, **SMALL)
     new.write_bytes(path.read_bytes())
-    Recorder(new, config_of(folder, **SMALL), max_mib=1).close()
+    failed = Recorder(new, config, max_mib=1)
+    failed.end_engine(0, "it did not start")
+    failed.close()
+    assert [*tmp_path.iterdir()] == [new] and new.read_bytes() == path.read_bytes()
+    with recorded(new, config) as engine:
+        add(engine, 1)
+        engine.run()
     assert (tmp_path / "engine.rec.1").read_bytes() == path.read_bytes()
-    with pytest.raises(ConfigError, match=r"absent/engine\.rec cannot be written: No such file"):
-        Recorder(tmp_path / "absent" / "engine.rec", config_of(folder, **SMALL), max_mib=1)
-    with pytest.raises(ConfigError, match="cannot be written: File exists"):
-        Recorder(Path("/dev/full"), config_of(folder, **SMALL), max_mib=1)
+    assert sorted(tmp_path.iterdir()) == [new, tmp_path / "engine.rec.1"]
+
+
+def wait_until_written(engine: RecordedEngine) -> None:
+    """Wait until the file is begun, and nothing waits to be written."""
+    while not engine.recorder.num_bytes or engine.recorder._queue.qsize():
+        time.sleep(0.01)
+
+
+def test_paths_that_cannot_be_recorded_to_are_refused(path: Path, folder: Path, tmp_path: Path) -> None:
+    def refused(path: Path | str) -> str:
+        with pytest.raises(ConfigError) as error:
+            Recorder(Path(path), config_of(folder, **SMALL), max_mib=1)
+        return str(error.value)
+
+    for text in (".", "/", "..", str(tmp_path)):
+        assert refused(text).endswith("is a folder; it must be the path of a file, such as server.rec")
+    assert refused(tmp_path / "absent" / "engine.rec").endswith(
+        "engine.rec cannot be written: No such file or directory"
+    )
+    assert refused(path / "engine.rec").endswith("engine.rec cannot be written: Not a directory")
+    assert refused(tmp_path / ("x" * 254)).endswith("cannot be written: File name too long")
+    assert refused("/dev/full").endswith("would replace /dev/full, which is no recording: choose another path")
+    log = tmp_path / "log"
+    for number in range(4):
+        other = tmp_path / (f"log.{number}" if number else "log")
+        other.write_text("lines of another program")
+        assert refused(log).endswith(f"would replace {other}, which is no recording: choose another path")
+        other.unlink()
+    written = tmp_path / "written.rec"
+    written.write_bytes(path.read_bytes())
+    with written.open("rb") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        assert refused(written).endswith("is being written by another server: choose another path")
+    Recorder(written, config_of(folder, **SMALL), max_mib=1).close()
+    with recorded(written, config_of(folder, **SMALL)) as engine:
+        wait_until_written(engine)
+        assert "is being written by another server" in refused(written)
+
+
+def test_file_that_cannot_be_rotated_is_closed_once(folder: Path, tmp_path: Path) -> None:
+    path = tmp_path / "engine.rec"
+    with recorded(path, config_of(folder, **SMALL), max_mib=4 * 3000 / 2**20) as engine:
+        wait_until_written(engine)
+        (tmp_path / "engine.rec.1").mkdir()
+        closed: list[int] = []
+        with pytest.MonkeyPatch.context() as patched:
+            patched.setattr(recorder_module.os, "close", lambda fd, close=os.close: (closed.append(fd), close(fd)))
+            add(engine, 50)
+            engine.run()
+            engine.recorder._thread.join(PATIENCE)
+        assert "engine.rec.1, which is no recording" in engine.recorder.ended
+    assert len(closed) == len(set(closed)) == 1
+    *_, close = Recording.open(path).frames()
+    assert isinstance(close, Close) and close.reason == "the next file goes on"
+
+
+def test_many_unfinished_requests_do_not_rotate_at_each_event(folder: Path, tmp_path: Path) -> None:
+    path = tmp_path / "engine.rec"
+    config = config_of(folder, block_size=4, num_blocks=512, max_num_batched_tokens=64)
+    with recorded(path, config, max_mib=4 * 4000 / 2**20) as engine:
+        for number in range(16):
+            params = SamplingParams(max_tokens=2, ignore_eos=True)
+            engine.engine.add_request(str(number), range(3, 60), params)
+        engine.run()
+    assert len(list(tmp_path.iterdir())) == 2
+    with pytest.raises(ConfigError, match=r"record_max_mib must be at least 4, not 0\.0001"):
+        ServerConfig(record_max_mib=0.0001)
+
+
+def test_events_that_wait_when_writing_fails_are_counted(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    at_work, may_fail = threading.Event(), threading.Event()
+
+    def fail(*_: object) -> None:
+        at_work.set()
+        may_fail.wait(PATIENCE)
+        raise OSError(errno.EIO, "Input/output error")
+
+    with recorded(tmp_path / "engine.rec", config_of(folder, **SMALL)) as engine:
+        wait_until_written(engine)
+        monkeypatch.setattr(Recorder, "_write", fail)
+        engine.recorder.take(0, [PreemptTrace(number=0, time=1.0)])
+        assert at_work.wait(PATIENCE)
+        for _ in range(7):
+            engine.recorder.take(0, [])
+        may_fail.set()
+        engine.recorder._thread.join(PATIENCE)
+        engine.recorder.take(0, [])
+        assert engine.recorder.num_dropped == 9 and engine.recorder._queue.empty()
+        assert engine.recorder.ended == "the file cannot be written: Input/output error"
 
 
 @contextmanager
@@ -208,8 +308,8 @@ def test_full_disk_ends_the_recording_alone(folder: Path, tmp_path: Path, caplog
 def test_too_slow_a_disk_ends_the_recording_and_is_told(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(recorder_module, "MAX_QUEUED", 0)
     with recorded(tmp_path / "engine.rec", config_of(folder, **SMALL)) as engine:
+        monkeypatch.setattr(recorder_module, "MAX_QUEUED", 0)
         add(engine, 5)
         assert len(engine.run()["a"]) == 5
     *_, close = Recording.open(tmp_path / "engine.rec").frames()
