@@ -44,6 +44,8 @@ class Owner:
 
 
 ANONYMOUS = Owner()
+PROXY_HEADERS = (b"via", b"forwarded", b"x-forwarded", b"x-real-ip", b"x-client-ip", b"x-envoy-", b"cf-connecting-ip")
+"""Beginnings of the names of headers that proxies add."""
 
 
 class ApiKeys:
@@ -96,12 +98,13 @@ def check_admin(owner: Owner, what: str) -> None:
         raise RefusedError(403, message, code="no_administrator")
 
 
-def check_observer(owner: Owner, scope: Mapping[str, Any], what: str) -> None:
+def check_observer(owner: Owner, scope: Mapping[str, Any], what: str, *, may_follow_link: bool = False) -> None:
     """Raise RefusedError (403) unless a request may see those of all keys, as `what` shows them: it has an
     administrator's key or, where no key is required, comes from this machine. `scope` is its ASGI scope.
 
-    One that names another host, that a page of another origin sends, or that a proxy has passed on, does not come from
-    here: a page whose name was made to lead to this machine could read what it answers, or one that CORS allows.
+    One that names another host, that a page of another origin sends, or that a proxy says it has passed on, does not
+    come from here: a page whose name was made to lead to this machine could read what it answers, or one that CORS
+    allows, and any page could hold a stream open. With `may_follow_link`, a link on another page may lead here.
     """
     if owner is not ANONYMOUS:
         check_admin(owner, f"{what} are shown")
@@ -109,10 +112,12 @@ def check_observer(owner: Owner, scope: Mapping[str, Any], what: str) -> None:
     client = scope.get("client")
     headers = dict(scope["headers"])
     host = headers.get(b"host", b"").decode("latin-1")
-    is_passed_on = not headers.keys().isdisjoint((b"forwarded", b"x-forwarded-for", b"x-real-ip"))
     origin = headers.get(b"origin")
-    is_passed_on |= origin is not None and origin.decode("latin-1").partition("://")[2] != host
-    if client is None or is_passed_on or not (is_loopback(client[0]) and is_loopback(_without_port(host))):
+    is_foreign = any(name.startswith(PROXY_HEADERS) for name in headers)
+    is_foreign |= origin is not None and origin.decode("latin-1").partition("://")[2] != host
+    is_link = may_follow_link and headers.get(b"sec-fetch-dest") == b"document"
+    is_foreign |= headers.get(b"sec-fetch-site", b"none") not in (b"same-origin", b"none") and not is_link
+    if client is None or is_foreign or not (is_loopback(client[0]) and is_loopback(_without_port(host))):
         message = (
             f"{what} are shown to clients on this machine only, at http://127.0.0.1:PORT, as this server requires no "
             "key: call it from there (through ssh -L from elsewhere), or start it with --api-key-file and a key with "

@@ -28,6 +28,13 @@ _FAREWELL_SECONDS = 5.0
 """Time to send an error to a client that may not be reading."""
 SILENCE_SECONDS = 15.0
 """Time after which a silent stream gets a comment; proxies cut one off after 60 s."""
+STREAM_HEADERS = {
+    "cache-control": "no-cache",
+    "x-accel-buffering": "no",
+    "x-content-type-options": "nosniff",
+    "cross-origin-resource-policy": "same-origin",
+}
+"""Headers of streams: nothing between keeps them, and no page of another origin gets one as a script or an image."""
 
 _Result = TypeVar("_Result")
 
@@ -267,8 +274,7 @@ class RequestContext:
             self._written_at = time.monotonic()
             if self.status is None:
                 self.is_stream = True
-                headers = {"cache-control": "no-cache", "x-accel-buffering": "no"}
-                await self._begin(200, self.dialect.stream_type, headers)
+                await self._begin(200, self.dialect.stream_type, STREAM_HEADERS)
             await self.send({"type": "http.response.body", "body": data, "more_body": more})
 
     async def _begin(self, status: int, content_type: str, headers: Mapping[str, str]) -> None:

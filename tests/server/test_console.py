@@ -113,7 +113,11 @@ def test_a_page_opened_late_has_history(console: RunningServer) -> None:
         {"host": ""},
         {"origin": "http://elsewhere.example"},
         {"x-forwarded-for": "10.0.0.1"},
+        {"x-forwarded-proto": "https"},
         {"forwarded": "for=10.0.0.1"},
+        {"via": "1.1 proxy"},
+        {"sec-fetch-site": "cross-site", "sec-fetch-mode": "no-cors", "sec-fetch-dest": "image"},
+        {"sec-fetch-site": "same-site", "sec-fetch-mode": "cors", "sec-fetch-dest": "empty"},
     ],
 )
 def test_without_keys_only_this_machine(console: RunningServer, headers: dict[str, str]) -> None:
@@ -123,6 +127,21 @@ def test_without_keys_only_this_machine(console: RunningServer, headers: dict[st
             assert (refused.status_code, refused.json()["error"]["code"]) == (403, "no_administrator")
         own = http.get("/console", headers={"host": "localhost:8000", "origin": "http://localhost:8000"})
         assert own.status_code == 200
+
+
+def test_a_link_leads_to_the_page_but_not_to_its_stream(console: RunningServer) -> None:
+    link = {"sec-fetch-site": "cross-site", "sec-fetch-mode": "navigate", "sec-fetch-dest": "document"}
+    with console.http() as http:
+        assert http.get("/console", headers=link).status_code == 200
+        assert http.get("/console/events", headers=link).status_code == 403
+
+
+def test_streams_are_for_no_other_origin(console: RunningServer) -> None:
+    with console.http() as http:
+        for path in ("/console/events", "/v1/splitfuse/trace"):
+            with http.stream("GET", path, headers={"sec-fetch-site": "same-origin"}) as answer:
+                assert answer.headers["x-content-type-options"] == "nosniff"
+                assert answer.headers["cross-origin-resource-policy"] == "same-origin"
 
 
 def test_with_keys_an_administrator(tmp_path: Path) -> None:
