@@ -33,12 +33,15 @@ class ItemList(msgspec.Struct, frozen=True):
 
 
 def query_of(context: RequestContext, known: Collection[str]) -> Mapping[str, str]:
-    """Return the parameters behind `?`. Raises RefusedError for others than those known."""
-    query = dict(parse_qsl(context.scope["query_string"].decode("latin-1"), keep_blank_values=True))
-    for name in query:
+    """Return the parameters behind `?`. Raises RefusedError for others than those known, and for one given twice."""
+    query: dict[str, str] = {}
+    for name, value in parse_qsl(context.scope["query_string"].decode("latin-1"), keep_blank_values=True):
         if name not in known:
             message = f"unknown parameter {name!r:.200}{did_you_mean(name, known)}"
             raise RefusedError(400, message, code="unknown_parameter", parameter=name[:200])
+        if name in query:
+            raise InvalidRequestError(f"{name} is given twice behind ?: give it once", parameter=name)
+        query[name] = value
     return query
 
 

@@ -247,8 +247,8 @@ def _seconds(text: str | None) -> float:
     if text is None:
         return MAX_SECONDS
     try:
-        seconds = float(text)
-    except ValueError:
+        seconds = msgspec.convert(text, float, strict=False)  # as JSON has numbers: not 1_0
+    except msgspec.ValidationError:
         seconds = math.nan
     if not 0 < seconds <= MAX_SECONDS:
         message = f"seconds must be a number above 0, up to {MAX_SECONDS:.0f}, such as 30, not {text!r:.80}"

@@ -136,6 +136,12 @@ def test_a_link_leads_to_the_page_but_not_to_its_stream(console: RunningServer) 
         assert http.get("/console/events", headers=link).status_code == 403
 
 
+def test_parameters_of_the_stream_are_refused(console: RunningServer) -> None:
+    with console.http() as http:
+        refused = http.get("/console/events?foo=1")
+    assert (refused.status_code, refused.json()["error"]["code"]) == (400, "unknown_parameter")
+
+
 def test_streams_are_for_no_other_origin(console: RunningServer) -> None:
     with console.http() as http:
         for path in ("/console/events", "/v1/splitfuse/trace"):
@@ -298,6 +304,22 @@ def test_only_so_many_bytes_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     def work() -> None:
         kept, _, _ = fed_store(num_frames=200, seconds=0.1)
         assert kept.end == 200 and sum(len(kept.frame(n)) for n in range(kept.begin, kept.end)) <= 5000
+
+    run(work)
+
+
+def test_a_frame_above_all_that_is_kept_is_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(store, "MAX_BYTES", 10)
+
+    def work() -> None:
+        kept, hub, clock = fed_store(num_frames=0, seconds=0.1)
+        viewer = kept.open()
+        viewer.take()
+        feed(kept, hub, clock, 2, 0.1)
+        assert kept.begin == kept.end == 2
+        (start,) = events_of(viewer.take())
+        assert start["num_dropped"] == kept.num_dropped == 2
+        assert [each[0][0] for each in start["requests"]] == [0]
 
     run(work)
 

@@ -137,11 +137,17 @@ def test_trace_ends_after_its_seconds(server: RunningServer) -> None:
     server.wait_until(lambda: not server.traces.is_watched)
 
 
-@pytest.mark.parametrize("seconds", ["0", "-1", "nan", "inf", "soon", "86401", ""])
+@pytest.mark.parametrize("seconds", ["0", "-1", "nan", "inf", "soon", "86401", "", "1_0", "%2B1", "%201"])
 def test_seconds_out_of_range_are_refused(server: RunningServer, seconds: str) -> None:
     with server.http() as http:
         answer = http.get(f"/v1/splitfuse/trace?seconds={seconds}")
     assert answer.status_code == 400 and "such as 30" in answer.json()["error"]["message"]
+
+
+def test_seconds_given_twice_are_refused(server: RunningServer) -> None:
+    with server.http() as http:
+        answer = http.get("/v1/splitfuse/trace?seconds=0.01&seconds=0.02")
+    assert answer.status_code == 400 and "seconds is given twice" in answer.json()["error"]["message"]
 
 
 def test_only_an_administrators_key_gets_a_trace(tmp_path: Path) -> None:

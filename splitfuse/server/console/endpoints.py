@@ -14,6 +14,7 @@ from splitfuse.server.context import RequestContext
 from splitfuse.server.dialect import Route
 from splitfuse.server.errors import RefusedError
 from splitfuse.server.openai.dialect import OPENAI
+from splitfuse.server.paging import query_of
 from splitfuse.server.state import AppState
 
 FILES = {
@@ -52,6 +53,7 @@ async def events(state: AppState, context: RequestContext) -> None:
     """Answer GET /console/events: a stream of server-sent events, a Start and then Frames."""
     store = _store_of(state)
     check_observer(context.owner, context.scope, "the requests of the console")
+    query_of(context, ())
     if context.scope["method"] == "HEAD":
         await context.answer(b"", content_type=context.dialect.stream_type)
         return
@@ -92,13 +94,14 @@ def _store_of(state: AppState) -> ConsoleStore:
     return state.console
 
 
-_route = functools.partial(Route, dialect=OPENAI, errors=(403, 404), is_logged=False)
+_route = functools.partial(Route, dialect=OPENAI, is_logged=False, errors=(403, 404))
 
 ROUTES = (
     _route("GET", "/console", page, "Live view of the engines", None, media_type="text/html", needs_key=False),
     _route(
         *("GET", "/console/events", events, "Events of that page: what the engines do, as it happens", None),
         media_type="text/event-stream",
+        errors=(400, 403, 404, 429),
     ),
     _route(
         *("GET", "/console/{file}", file, "Files of that page", None),

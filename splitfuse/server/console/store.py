@@ -218,7 +218,7 @@ class ConsoleStore:
         self._at_end.apply(frame)
         self._ring.append((now, event))
         self._num_bytes += len(event)
-        while self._ring[0][0] < now - KEPT_SECONDS or self._num_bytes > MAX_BYTES:
+        while self._ring and (self._ring[0][0] < now - KEPT_SECONDS or self._num_bytes > MAX_BYTES):
             _, oldest = self._ring.popleft()
             self.begin += 1
             self._num_bytes -= len(oldest)
