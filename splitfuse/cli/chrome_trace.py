@@ -26,7 +26,7 @@ from splitfuse.engine.trace import (
     TraceRecord,
 )
 from splitfuse.server.explain import describe_violation
-from splitfuse.server.trace_stream import (
+from splitfuse.server.trace_feed import (
     TraceBegin,
     TracedChange,
     TracedRecords,

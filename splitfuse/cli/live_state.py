@@ -11,7 +11,7 @@ from splitfuse.core.latency.phases import LatencyPhase
 from splitfuse.core.slo.targets import MovingAverage
 from splitfuse.engine.client import EngineState
 from splitfuse.engine.trace import FinishTrace, PhaseTrace, PreemptTrace, RequestTrace, StepTrace, TraceRecord
-from splitfuse.server.trace_stream import (
+from splitfuse.server.trace_feed import (
     TraceBegin,
     TracedChange,
     TracedRecords,

@@ -8,7 +8,7 @@ import select
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import contextmanager
 from copy import deepcopy
 from typing import TYPE_CHECKING, Annotated
 
@@ -21,6 +21,7 @@ from splitfuse.errors import ConfigError, ServerError, SplitfuseError
 if TYPE_CHECKING:
     from splitfuse.cli.live_state import LiveState
     from splitfuse.clients.sync import Client
+    from splitfuse.server.trace_feed import TraceLine
 
 DRAW_SECONDS = 0.25
 """Time from one drawing to the next."""
@@ -55,13 +56,12 @@ def top(
 
 def _print_once(server: Client, sort: str, *, as_json: bool) -> None:
     from splitfuse.cli.live_state import LiveState
-    from splitfuse.server.trace_stream import decode_line
+    from splitfuse.cli.trace_lines import trace_lines
 
     state = LiveState()
-    with closing(server.trace(ONCE_SECONDS)) as received:
-        for lines in received:
-            for line in lines.splitlines():
-                state.take(decode_line(line))
+    for lines in trace_lines(server, ONCE_SECONDS):
+        for line in lines:
+            state.take(line)
     if as_json:
         print(json.dumps(state.as_dict(sort), indent=2))
         return
@@ -89,8 +89,9 @@ class _Screen:
         from rich.live import Live
 
         from splitfuse.cli.live_view import LiveView
+        from splitfuse.cli.trace_lines import trace_lines
 
-        stream = self._server.trace()
+        stream = trace_lines(self._server)
         first = next(stream)  # refused before the screen is taken
         self._take(first)
         reading = threading.Thread(target=self._read, args=(stream,), daemon=True)
@@ -115,7 +116,7 @@ class _Screen:
                         paused = None if paused is not None else deepcopy(self._state)
         raise self._error or ServerError(f"the server at {self._server.url} has ended")
 
-    def _read(self, stream: Iterator[bytes]) -> None:
+    def _read(self, stream: Iterator[list[TraceLine]]) -> None:
         try:
             for lines in stream:
                 self._take(lines)
@@ -123,12 +124,9 @@ class _Screen:
             self._error = error
         self._has_ended.set()
 
-    def _take(self, lines: bytes) -> None:
-        from splitfuse.server.trace_stream import decode_line
-
-        decoded = [decode_line(line) for line in lines.splitlines()]
+    def _take(self, lines: list[TraceLine]) -> None:
         with self._lock:
-            for line in decoded:
+            for line in lines:
                 self._state.take(line)
 
 

@@ -31,10 +31,11 @@ def trace(
     Ctrl-C ends it before. Needs an administrator's key if the server has keys; without, a server on this machine.
     """
     from splitfuse.cli.chrome_trace import ChromeTrace, TraceFile
-    from splitfuse.server.trace_stream import TraceEnd, decode_line
+    from splitfuse.cli.trace_lines import trace_lines
+    from splitfuse.server.trace_feed import TraceEnd
 
     events, is_whole = ChromeTrace(), False
-    with connect(name, url, api_key) as server, closing(server.trace(seconds)) as received:
+    with connect(name, url, api_key) as server, closing(trace_lines(server, seconds)) as received:
         first = next(received)  # refused before a file is touched
         try:
             opened = TraceFile(output)
@@ -45,11 +46,10 @@ def trace(
             try:
                 lines = first
                 while lines:
-                    for text in lines.splitlines():
-                        line = decode_line(text)
+                    for line in lines:
                         is_whole = isinstance(line, TraceEnd)
                         file.write(events.take(line))
-                    lines = next(received, b"")
+                    lines = next(received, [])
             except KeyboardInterrupt:
                 is_whole = True
             finally:

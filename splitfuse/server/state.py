@@ -19,6 +19,7 @@ from splitfuse.server.errors import RefusedError
 from splitfuse.server.explain import Explanations
 from splitfuse.server.metrics import Metrics
 from splitfuse.server.store import AnswerStore
+from splitfuse.server.trace_feed import TraceFeed
 from splitfuse.server.traces import TraceHub
 from splitfuse.server.validation import Body, SchemaBounds, decode
 from splitfuse.text.service import TextService
@@ -74,6 +75,11 @@ class AppState:
     def pieces(self) -> TokenPieces:
         """Return the texts of single tokens."""
         return TokenPieces(self.service.tokenizer)
+
+    @cached_property
+    def trace_feed(self) -> TraceFeed:
+        """Return the feed of all clients that read traces."""
+        return TraceFeed(self.traces)
 
     @property
     def stage(self) -> tuple[str, float]:

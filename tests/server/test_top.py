@@ -27,7 +27,7 @@ from splitfuse.core.request import FinishReason
 from splitfuse.core.slo.targets import SloTargets
 from splitfuse.engine.client import EngineState
 from splitfuse.engine.trace import ChunkTrace, FinishTrace, PhaseTrace, PreemptTrace, RequestTrace, StepTrace
-from splitfuse.server.trace_stream import TraceBegin, TracedChange, TracedRecords, TracedRequest, TraceEnd
+from splitfuse.server.trace_feed import TraceBegin, TracedChange, TracedRecords, TracedRequest, TraceEnd
 
 commands = importlib.import_module("splitfuse.cli.top")  # the package has the command by this name
 

@@ -14,12 +14,17 @@ from patience import PATIENCE
 from running_server import RunningServer, running_server
 
 from splitfuse.cli.chrome_trace import ChromeTrace, TraceFile
+from splitfuse.cli.trace_lines import trace_lines
 from splitfuse.clients.sync import client
 from splitfuse.config import ServerConfig
 from splitfuse.core.latency.phases import LatencyPhase
 from splitfuse.engine.client import EngineState
 from splitfuse.engine.trace import ChunkTrace, PhaseTrace, RequestTrace, StepTrace, TraceLevel
-from splitfuse.server.trace_stream import (
+from splitfuse.errors import ServerError
+from splitfuse.server import trace_feed, trace_stream
+from splitfuse.server.context import RequestContext
+from splitfuse.server.state import AppState
+from splitfuse.server.trace_feed import (
     TraceBegin,
     TracedChange,
     TracedRecords,
@@ -29,8 +34,10 @@ from splitfuse.server.trace_stream import (
     TraceQueue,
     TraceStatus,
     decode_line,
+    encode_line,
+    line_of,
 )
-from splitfuse.server.traces import EngineChange
+from splitfuse.server.traces import EngineChange, TraceEvent, TraceHub
 
 BODY = {"prompt": "One day a fox", "max_tokens": 6, "ignore_eos": True}
 
@@ -174,13 +181,51 @@ def test_client_that_leaves_ends_the_tracing(server: RunningServer) -> None:
 
 
 def test_queue_drops_what_has_no_room_and_counts_it() -> None:
-    queue = TraceQueue(max_bytes=200)
+    queue, line = TraceQueue(max_bytes=200), encode_line(line_of(EngineChange(0, EngineState.READY, "", 1.0)))
     for _ in range(5):
-        queue.put(EngineChange(0, EngineState.READY, "", 1.0))
+        queue.put(line)
     kept = len(queue.take().splitlines())
     assert 0 < kept < 5 and queue.dropped == 5 - kept
-    queue.put(EngineChange(0, EngineState.READY, "", 1.0))
+    queue.put(line)
     assert queue.take() and queue.dropped == 5 - kept
+
+
+def test_an_event_is_encoded_once_for_all_queues(monkeypatch: pytest.MonkeyPatch) -> None:
+    encoded: list[TraceEvent] = []
+    monkeypatch.setattr(trace_feed, "line_of", lambda event: encoded.append(event) or line_of(event))
+    hub = TraceHub([])
+    feed = trace_feed.TraceFeed(hub)
+    with feed.open() as one, feed.open() as other:
+        hub.publish(EngineChange(0, EngineState.READY, "", 1.0))
+        hub.publish(EngineChange(0, EngineState.DEAD, "killed", 2.0))
+        lines = one.take()
+        assert lines == other.take() and len(lines.splitlines()) == len(encoded) == 2
+    assert not hub.is_watched
+
+
+def test_more_traces_than_the_server_feeds_are_refused(server: RunningServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(trace_feed, "MAX_TRACES", 1)
+    with server.http() as http:
+        with http.stream("GET", "/v1/splitfuse/trace"):
+            refused = http.get("/v1/splitfuse/trace?seconds=0.01")
+        assert (refused.status_code, refused.headers["retry-after"]) == (429, "10")
+        server.wait_until(lambda: not server.traces.is_watched)
+        assert http.get("/v1/splitfuse/trace?seconds=0.01").status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("sent", "reason"), [(b"", "empty"), (b'{"event":"new"}\n', "server's version"), (b"<p>\n", "cannot be read")]
+)
+def test_a_stream_that_is_no_trace_ends_in_a_sentence(
+    server: RunningServer, monkeypatch: pytest.MonkeyPatch, sent: bytes, reason: str
+) -> None:
+    async def send(_: AppState, context: RequestContext, *__: object) -> None:
+        await context.send_events([sent])
+        await context.end_events()
+
+    monkeypatch.setattr(trace_stream, "_send", send)
+    with client(server.url) as connected, pytest.raises(ServerError, match=reason):
+        list(trace_lines(connected, 1.0))
 
 
 def test_file_is_valid_after_each_writing(tmp_path: Path, server: RunningServer) -> None:
