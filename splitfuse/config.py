@@ -297,6 +297,13 @@ class ServerConfig:
         return _parse(cls, settings)
 
 
+def change_settings(settings: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """Return engine settings with changes to them: num_blocks replaces kv_cache_memory_gib, and the other way round."""
+    sizes = {"num_blocks", "kv_cache_memory_gib"}
+    replaced = sizes if sizes & changes.keys() else set[str]()
+    return {**{name: value for name, value in settings.items() if name not in replaced}, **changes}
+
+
 def parse_adapter(text: str) -> tuple[str, str]:
     """Return the name and the path of a LoRA adapter given as `name=path`. Raises ConfigError."""
     name, _, path = text.partition("=")

@@ -197,6 +197,11 @@ def brief(value: object) -> str:
         return "a number of thousands of digits"
 
 
+def printable(text: str) -> str:
+    """Return a text from outside as one line, with escapes for the characters that a terminal would obey."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
+
+
 _REPR = reprlib.Repr()
 _REPR.maxstring = _REPR.maxother = _REPR.maxlong = 80
 

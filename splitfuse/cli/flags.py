@@ -20,7 +20,7 @@ from splitfuse.config import EngineConfig, ServerConfig
 from splitfuse.core.sampling_params import Parameter
 from splitfuse.deploy.daemon import KEY_VARIABLES, first_key
 from splitfuse.engine.line_writer import LineWriter
-from splitfuse.errors import ConfigError, SplitfuseError, unreadable
+from splitfuse.errors import ConfigError, SplitfuseError, printable, unreadable
 from splitfuse.text.chat_options import CHAT_KEYWORDS
 from splitfuse.text.kwargs import SAMPLING_KEYWORDS
 
@@ -156,7 +156,8 @@ def cli_errors() -> Iterator[None]:
     try:
         yield
     except SplitfuseError as error:
-        _print_last(f"splitfuse: {error}")
+        lines = map(printable, str(error).split("\n"))  # a message can have names from a file in it
+        _print_last("splitfuse: " + "\n".join(lines))
         raise typer.Exit(1) from error
     except KeyboardInterrupt as error:
         _print_last("splitfuse: interrupted")

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from splitfuse.cli.flags import changed, with_flags
-from splitfuse.config import EngineConfig
-from splitfuse.errors import ConfigError, RecordingError
+from splitfuse.config import EngineConfig, change_settings
+from splitfuse.errors import ConfigError, RecordingError, printable
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -46,6 +46,10 @@ def replay(
 
     if replicas is not None and not live:
         raise ConfigError("--replicas needs --live: otherwise each engine of the recording is replayed")
+    if replicas is not None and replicas < 1:
+        raise ConfigError(f"--replicas {replicas} must be at least 1")
+    if force and live:
+        raise ConfigError("--force is not for --live, which sends the requests to any model: leave it out")
     recording = Recording.open(file)
     contents = Contents.of(recording)
     if not json:
@@ -68,7 +72,7 @@ def _replay_steps(
     loaded = load(recording, config_of(recording, changes))
     others = compare_identity(recording, loaded.model, force=force)
     for other in others:
-        print(f"splitfuse: {other}", file=sys.stderr)
+        print(f"splitfuse: {printable(other)}", file=sys.stderr)
     with tqdm(total=contents.num_steps, unit="step", disable=quiet or not sys.stderr.isatty()) as bar:
         report = run(recording, loaded, on_step=bar.update)
     if json:
@@ -98,9 +102,9 @@ def _replay_live(
     requests = [each for each in read_requests(recording.frames()) if not each.was_running]
     if not requests:
         raise RecordingError(f"{recording.path} has no request that came while it was written")
-    config = EngineConfig.from_settings({**recording.header.settings, **changes})
+    config = EngineConfig.from_settings(change_settings(recording.header.settings, changes))
     with tqdm(total=len(requests), unit="request", disable=quiet or not sys.stderr.isatty()) as bar:
-        engines = replicas or len(contents.engines)
+        engines = len(contents.engines) if replicas is None else replicas
         again = asyncio.run(send_again(recording, requests, config, replicas=engines, on_end=bar.update))
     before, now = Figures.of(requests), Figures.of([each for each in again if each is not None])
     equal, both = num_equal(requests, again)
@@ -143,7 +147,7 @@ def describe(recording: Recording, contents: Contents) -> str:
     """Return a line about what is in a recording."""
     start = next(iter(contents.engines.values()))
     when = datetime.fromtimestamp(recording.header.time, UTC).isoformat(timespec="seconds")
-    return (
+    return printable(
         f"{recording.path}: {start.model}, {when}, {contents.last_time - contents.first_time:.1f} s, "
         f"{contents.num_requests} requests, {contents.num_steps} steps of {len(contents.engines)} engine(s), "
         f"{start.identity.get('kernels', 'unknown kernels')} on {recording.header.machine.get('cpu', 'unknown CPU')}"
@@ -156,7 +160,11 @@ def describe_report(report: ReplayReport) -> str:
         f"{report.num_steps} steps, {report.num_tokens} tokens, {report.num_logprobs} log-probabilities and "
         f"{report.num_values} other numbers"
     )
-    lines = [f"equal to the last bit: {what}"] if report.difference is None else [f"different: {report.difference}"]
+    lines = (
+        [f"equal to the last bit: {what}"]
+        if report.difference is None
+        else [printable(f"different: {report.difference}")]
+    )
     if report.difference is not None:
         lines.append(f"equal before it: {report.num_steps} steps")
     if report.num_computed_first:

@@ -12,7 +12,7 @@ from splitfuse.bench.workload import Loads
 from splitfuse.cli.flags import changed, given, take, with_flags
 from splitfuse.cli.loads import SPEEDS, SloFlag, WorkloadFlags, check_writable, parse_speeds, take_loads
 from splitfuse.cli.tables import console, make_table, print_results
-from splitfuse.config import EngineConfig
+from splitfuse.config import EngineConfig, change_settings
 from splitfuse.errors import ConfigError, did_you_mean
 
 if TYPE_CHECKING:
@@ -71,11 +71,11 @@ def simulate(
     recording = None if workload.trace is None or not is_recording(workload.trace) else Recording.open(workload.trace)
     if recording is not None:
         replayed, num_engines = _recorded_settings(recording)
-        settings, replicas = {**replayed, **changed(settings)}, replicas or num_engines
+        settings, replicas = change_settings(replayed, changed(settings)), num_engines if replicas is None else replicas
     if measured is not None:
-        settings = {**_measured_settings(measured), **changed(settings)}
+        settings = change_settings(_measured_settings(measured), changed(settings))
         policy = policy or str(measured.about.get("policy", "splitfuse"))
-        replicas = replicas or measured.replicas
+        replicas = measured.replicas if replicas is None else replicas
     config = EngineConfig.from_settings(settings)
     simulation = SimulationConfig.of(
         known_calibration(config, cost_model, machine),

@@ -29,6 +29,9 @@ MAGIC = b"splitfuse recording\n"
 FORMAT = 1
 """Version of the format. A file of another one is refused."""
 
+LAST_TIME = 253_402_300_799
+"""Unix time of the end of the year 9999."""
+
 _PREFIX = Struct("<II")  # size and CRC-32 of what follows
 
 
@@ -45,6 +48,10 @@ class Header(msgspec.Struct, frozen=True):
     machine: dict[str, Any]
     has_texts: bool = False
     """True if stop strings are in the file. Compiled grammars always are: they decide tokens."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.time <= LAST_TIME:
+            raise ValueError(f"time {self.time} is no Unix time")
 
     @property
     def config(self) -> EngineConfig:

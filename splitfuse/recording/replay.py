@@ -16,13 +16,15 @@ from dataclasses import dataclass, field, replace
 from itertools import pairwise, zip_longest
 from typing import Any
 
-from splitfuse.config import EngineConfig, parse_adapter
+import msgspec
+
+from splitfuse.config import EngineConfig, change_settings, parse_adapter
 from splitfuse.core.limits import EngineLimits, ceil_div, check_token_ids
 from splitfuse.core.plan import ZERO_STATE, Chunk, ChunkResult, SamplingState, StateSlots, StepPlan, StepResult
 from splitfuse.core.sampling_params import MAX_SEED
 from splitfuse.engine.guard import check_process
 from splitfuse.engine.trace import ChunkDetail, ChunkTrace, FinishTrace, PreemptTrace, RequestTrace, StepTrace
-from splitfuse.errors import InvalidRequestError, RecordingError
+from splitfuse.errors import ConfigError, InvalidRequestError, RecordingError
 from splitfuse.models.encoder.spec import is_encoder
 from splitfuse.recording.format import EngineEnd, EngineStart, Recording, Records, Tables
 from splitfuse.runtime.encoding import EncoderExecutor, LoadedEncoder, load_encoder, without_prefix_cache
@@ -94,12 +96,17 @@ def config_of(recording: Recording, changes: Mapping[str, Any]) -> EngineConfig:
     if start is None:
         raise RecordingError(f"{recording.path} has nothing to replay: no engine was ready in it")
     settings = {name: value for name, value in recording.header.settings.items() if name not in NOT_REPLAYED}
-    config = EngineConfig.from_settings({**settings, **changes})
+    config = EngineConfig.from_settings(change_settings(settings, changes))
     limits = start.limits
+    if config.cache.block_size != limits.block_size and "block_size" in changes:
+        raise ConfigError(
+            f"block_size {config.cache.block_size} cannot be replayed: the steps of {recording.path} are for blocks of "
+            f"{limits.block_size} tokens; leave it out"
+        )
     resolved = {"max_model_len": limits.max_model_len, "block_size": limits.block_size}
     if not is_encoder(open_source(config)):
         resolved["num_blocks"] = limits.num_blocks
-    return EngineConfig.from_settings({**settings, **resolved, **changes})
+    return EngineConfig.from_settings(change_settings({**settings, **resolved}, changes))
 
 
 @dataclass
@@ -127,9 +134,14 @@ def load(recording: Recording, config: EngineConfig) -> ReplayModel:
     else:
         model = load_model(config, source)
         if contents.num_blocks > (most := model.plan.num_blocks):
-            raise RecordingError(f"{recording.path} uses the KV block {contents.num_blocks - 1}, but has only {most}")
-        if contents.num_states > (most := model.plan.num_states) and not most:
-            raise RecordingError(f"{recording.path} uses recurrent states, which this model does not have")
+            raise RecordingError(
+                f"{recording.path} uses the KV block {contents.num_blocks - 1}, but the cache has only {most}"
+            )
+        if contents.num_states > (most := model.plan.num_states):
+            what = f"has memory for only {most}" if most else "has none"
+            raise RecordingError(
+                f"{recording.path} uses the recurrent state {contents.num_states - 1}, but here {what}"
+            )
         num_states = contents.num_states + 1 if model.plan.num_states else 0  # one for what is computed first
         model = replace(model, plan=replace(model.plan, num_blocks=max(contents.num_blocks, 1), num_states=num_states))
     executor, plan = model.make_executor(), model.plan
@@ -495,7 +507,10 @@ def _differences(chunk: Chunk, traced: ChunkTrace, got: ChunkResult) -> Iterator
         ("value", 0, detail.values, got.values),
         ("is_complete", end, (detail.is_complete,), (got.is_complete,)),
     ):
-        if expected != given:
+        if _bits(expected) != _bits(given):
             pairs = zip_longest(expected, given)
-            index, (wanted, value) = next((i, pair) for i, pair in enumerate(pairs) if pair[0] != pair[1])
+            index, (wanted, value) = next((i, pair) for i, pair in enumerate(pairs) if _bits(pair[0]) != _bits(pair[1]))
             yield what, position + index, wanted, value
+
+
+_bits = msgspec.msgpack.Encoder().encode  # == takes 0.0 for -0.0, and no NaN for itself

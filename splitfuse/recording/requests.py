@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
@@ -49,7 +50,9 @@ class RecordedRequest:
 
 
 def read_requests(frames: Iterable[Frame]) -> list[RecordedRequest]:
-    """Return all requests in the order in which they were told. Raises RecordingError for frames without plans."""
+    """Return all requests in the order in which they were told. Raises RecordingError for frames without plans, or
+    with times that are none.
+    """
     found: list[RecordedRequest] = []
     unfinished: dict[tuple[int, int], RecordedRequest] = {}
     for frame in frames:
@@ -62,6 +65,7 @@ def read_requests(frames: Iterable[Frame]) -> list[RecordedRequest]:
                     case RequestTrace():
                         if record.detail is None:
                             raise RecordingError(f"the request {record.request_id!r:.80} has no prompt and parameters")
+                        _check_times(record.sent_time)
                         found.append(RecordedRequest(frame.engine, record, record.detail))
                         unfinished[frame.engine, record.number] = found[-1]
                     case StepTrace():
@@ -71,11 +75,19 @@ def read_requests(frames: Iterable[Frame]) -> list[RecordedRequest]:
                             request.num_preemptions += 1
                     case FinishTrace():
                         if (request := unfinished.pop((frame.engine, record.number), None)) is not None:
+                            _check_times(record.time, record.wanted_until or 0.0)
                             request.end = record
     return found
 
 
+def _check_times(*times: float) -> None:
+    for time in times:
+        if not math.isfinite(time):
+            raise RecordingError(f"a record has the time {time}; it must be a number of seconds")
+
+
 def _take_step(step: StepTrace, engine: int, unfinished: dict[tuple[int, int], RecordedRequest]) -> None:
+    _check_times(step.end_time)
     for chunk in step.chunks:
         if (request := unfinished.get((engine, chunk.number))) is not None:
             if not request.is_begun:

@@ -1,7 +1,10 @@
 """`serve --record` and what reads its file: a real server's load, replayed by the command line."""
 
 import json
+import math
+import struct
 import sys
+import zlib
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -18,7 +21,7 @@ from splitfuse.bench.live import Figures
 from splitfuse.cli.replay import live_table
 from splitfuse.core.request import FinishReason
 from splitfuse.engine.trace import FinishTrace, RequestTrace, StepTrace
-from splitfuse.recording.format import Recording, Records, encode_frame
+from splitfuse.recording.format import MAGIC, EngineStart, Recording, Records, encode_frame
 
 Run = Callable[..., tuple[int, str, str]]
 
@@ -126,6 +129,39 @@ def test_live_replay_gives_the_same_tokens_with_other_settings(run: Run, path: P
     assert recorded["requests"] == now["requests"] == 13 and report["equal_tokens"] == report["compared"] >= 12
     assert recorded["ended"]["length"] == now["ended"]["length"] and now["tokens"] > 150
     assert recorded["ttft"].keys() == now["ttft"].keys() == {"50", "95"}
+
+
+def test_flags_that_live_replay_does_not_have_are_refused(run: Run, path: Path) -> None:
+    for flags, message in (
+        (("--live", "--replicas", -1), "--replicas -1 must be at least 1"),
+        (("--live", "--replicas", 0), "--replicas 0 must be at least 1"),
+        (("--live", "--force"), "--force is not for --live"),
+    ):
+        status, out, err = run("replay", path, *flags)
+        assert (status, out) == (1, "") and message in err
+    simulated = ("simulate", "--trace", path, "--machine", "a100-70b", "--quiet")
+    assert "--replicas 0 must be at least 1" in run(*simulated, "--replicas", 0)[2]
+    assert run(*simulated, "--kv-cache-memory-gib", 1)[0] == 0
+
+
+def test_names_in_a_file_do_not_control_the_terminal(run: Run, path: Path, tmp_path: Path) -> None:
+    hostile = tmp_path / "hostile.rec"
+    recording = Recording.open(path)
+    frames = list(recording.frames())
+    start = next(frame for frame in frames if isinstance(frame, EngineStart))
+    start = msgspec.structs.replace(start, model="\x1b[2Jfree\r\n", identity={"\x1b]0;a": "\x9b"})
+    machine = {"cpu": "\x1b[31m"}
+    for time in (0.0, 1e300, math.nan, -1.0):
+        header = msgspec.structs.replace(recording.header, machine=machine)
+        content = msgspec.msgpack.encode({**msgspec.to_builtins(header), "time": time})
+        prefix = struct.pack("<II", len(content), zlib.crc32(content))
+        hostile.write_bytes(MAGIC + prefix + content + encode_frame(start))
+        status, out, err = run("replay", hostile)
+        assert status == 1 and all(c.isprintable() or c == "\n" for c in out + err)
+        if time == 0.0:
+            assert r"\x1b[2Jfree\r\n, 1970-01-01" in out and "another \\x1b]0;a: recorded" in err
+        else:
+            assert out == "" and f"has no valid header: time {time} is no Unix time" in err
 
 
 def test_a_recording_is_a_load_of_simulations(run: Run, path: Path) -> None:

@@ -188,8 +188,8 @@ def test_recording_that_is_there_is_kept_as_an_older_one(path: Path, folder: Pat
 
 
 def wait_until_written(engine: RecordedEngine) -> None:
-    """Wait until the file is begun, and nothing waits to be written."""
-    while not engine.recorder.num_bytes or engine.recorder._queue.qsize():
+    """Wait until the file has its first frame."""
+    while not engine.recorder.num_bytes or not list(Recording.open(engine.recorder._path).frames()):
         time.sleep(0.01)
 
 

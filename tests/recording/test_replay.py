@@ -1,6 +1,8 @@
 """A recording replayed: equal bits for any load and from any file of a rotation, and the first step that differs."""
 
+import math
 import shutil
+import struct
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,19 +19,21 @@ from recorded_engine import SMALL, RecordedEngine, config_of, recorded
 from safetensors.torch import load_file, save_file
 from tiny_adapters import ATTENTION, module_shapes, save_adapter
 
+from splitfuse.core.plan import ZERO_STATE, Chunk, ChunkResult, StateSlots, TokenLogprob
 from splitfuse.core.pooling_params import NOTHING_GENERATED, PoolingParams
 from splitfuse.core.reasoning import Reasoning
 from splitfuse.core.request import FinishReason
 from splitfuse.core.sampling_params import SamplingParams
 from splitfuse.core.structured_outputs import StructuredOutputs
 from splitfuse.engine.messages import Add, Finish
-from splitfuse.engine.trace import FinishTrace, PreemptTrace, StepTrace
-from splitfuse.errors import RecordingError
+from splitfuse.engine.trace import ChunkDetail, ChunkTrace, FinishTrace, PreemptTrace, RequestTrace, StepTrace
+from splitfuse.errors import ConfigError, RecordingError
 from splitfuse.kernels.cpu.bindings import VARIANTS
 from splitfuse.kernels.reference import ReferenceBackend
 from splitfuse.recording import replay as replay_module
 from splitfuse.recording.format import Frame, Recording, Records, encode_frame
 from splitfuse.recording.replay import ReplayReport, compare_identity, load, replay
+from splitfuse.recording.requests import read_requests
 from splitfuse.text.grammar import compile_structured_outputs
 
 EQUAL_BITS = pytest.mark.skipif(all(map(why_not, VARIANTS)), reason="the C++ kernels cannot be used here")
@@ -254,6 +258,60 @@ def test_an_engine_that_was_restarted_is_replayed_to_its_end(folder: Path, tmp_p
 
 def add(engine: RecordedEngine, name: str) -> None:
     engine.engine.add_request(name, (3, 4, 5), SamplingParams(max_tokens=4, ignore_eos=True, logprobs=1))
+
+
+@pytest.mark.parametrize(("recorded", "given"), [(0.0, -0.0), (math.nan, 0.0), (math.nan, float("nan")), (-0.0, -0.0)])
+def test_zeros_and_nans_are_compared_by_their_bits(recorded: float, given: float) -> None:
+    chunk = Chunk("a", 0, (3, 4), (0,), 1, samples=False)
+    for got in (ChunkResult(values=(1.0, given)), ChunkResult(logprobs=(TokenLogprob(3, 1.0, ((3, given),)),))):
+        logprobs = tuple(replace(each, top=((3, recorded),)) for each in got.logprobs)
+        values = (1.0, recorded) if got.values else ()
+        detail = ChunkDetail(1, False, 0, (0,), None, logprobs, (), values, False)
+        found = list(replay_module._differences(chunk, ChunkTrace(0, 0, 2, (), None, detail), got))
+        assert len(found) == (struct.pack("d", recorded) != struct.pack("d", given))
+        assert not values or not found or found[0][:2] == ("value", 1)
+
+
+def test_the_size_of_the_cache_can_be_given_otherwise(path: Path) -> None:
+    recording = Recording.open(path)
+    cache = replay_module.config_of(recording, {"kv_cache_memory_gib": 0.5}).cache
+    assert (cache.num_blocks, cache.kv_cache_memory_gib, cache.block_size) == (None, 0.5, 4)
+    with pytest.raises(RecordingError, match=r"uses the KV block \d+, but the cache has only 1"):
+        replayed(path, num_blocks=1, max_model_len=4)
+    with pytest.raises(ConfigError, match=r"block_size 8 cannot be replayed: .* blocks of 4 tokens; leave it out"):
+        replay_module.config_of(recording, {"block_size": 8})
+    assert replay_module.config_of(recording, {"block_size": 4}).cache.block_size == 4
+
+
+def test_states_that_need_more_memory_are_refused(tmp_path: Path) -> None:
+    tiny_models.save("qwen3.5", tmp_path)
+    path, hostile = tmp_path / "states.rec", tmp_path / "hostile.rec"
+    with recorded(path, config_of(tmp_path, dtype="bfloat16", block_size=32)) as engine:
+        add(engine, "a")
+        engine.run()
+    step = frames_of(path, StepTrace)[0]
+    detail = msgspec.structs.replace(step.chunks[0].detail, state=StateSlots(ZERO_STATE, 2**40))
+    chunk = msgspec.structs.replace(step.chunks[0], detail=detail)
+    more = Records(0, (msgspec.structs.replace(step, chunks=(chunk,)),))
+    hostile.write_bytes(path.read_bytes() + encode_frame(more))
+    with pytest.raises(RecordingError, match=rf"uses the recurrent state {2**40}, but here has memory for only \d+"):
+        replayed(hostile)
+
+
+def test_times_that_are_no_numbers_are_errors_of_the_file(path: Path) -> None:
+    frames = list(Recording.open(path).frames())
+    for index, kind, name in ((1, RequestTrace, "sent_time"), (1, StepTrace, "end_time"), (-2, FinishTrace, "time")):
+        changed = [*frames]
+        frame = changed[index]
+        assert isinstance(frame, Records)
+        assert any(isinstance(each, kind) for each in frame.records)
+        records = [
+            msgspec.structs.replace(each, **{name: math.inf}) if isinstance(each, kind) else each  # type: ignore[arg-type]
+            for each in frame.records
+        ]
+        changed[index] = Records(0, tuple(records))
+        with pytest.raises(RecordingError, match="a record has the time inf; it must be"):
+            read_requests(changed)
 
 
 def test_adapters_that_are_not_given_are_named(folder: Path, tmp_path: Path) -> None:
