@@ -10,12 +10,14 @@ Files are data from outside: whatever is wrong with one is a RecordingError, or 
 from __future__ import annotations
 
 import os
+import weakref
 import zlib
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from struct import Struct
-from typing import Any, BinaryIO, Self, TypeAlias
+from typing import Any, Self, TypeAlias
 
 import msgspec
 
@@ -116,22 +118,62 @@ def encode_frame(frame: Header | Frame) -> bytes:
     return _PREFIX.pack(len(content), zlib.crc32(content)) + content
 
 
+class _Content:
+    """Reads a file as it was when it was opened: a server may go on writing it, and rename it."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        with self._errors():
+            self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            weakref.finalize(self, os.close, self._fd)
+            self.size = os.fstat(self._fd).st_size
+
+    def read(self, size: int, start: int) -> bytes:
+        with self._errors():
+            return os.pread(self._fd, size, start)
+
+    def next_frame(self, start: int) -> bytes | str:
+        """Return the content of the frame at `start`, nothing at the end of the file, or a text why there is none."""
+        left = self.size - start
+        if left <= 0:
+            return b""
+        prefix = self.read(_PREFIX.size, start)
+        if len(prefix) < _PREFIX.size:
+            return f"{left} bytes from {start} on are too few for a frame"
+        size, checksum = _PREFIX.unpack(prefix)
+        if size > left - _PREFIX.size:
+            return f"the frame at byte {start} has {left - _PREFIX.size} of {size} bytes"
+        content = self.read(size, start + _PREFIX.size)
+        if zlib.crc32(content) != checksum or not content:
+            return f"the frame at byte {start} differs from its checksum"
+        return content
+
+    @contextmanager
+    def _errors(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise RecordingError(f"{self.path} cannot be read: {unreadable(error)}") from error
+
+
 @dataclass
 class Recording:
-    """Reads the file of a recording, as often as wanted."""
+    """Reads the file of a recording, as often as wanted, as it was when it was opened."""
 
     path: Path
     header: Header
+    _content: _Content
+    _start: int
     fault: str = ""
     """What is wrong with the end of the file, once `frames` has come to it."""
 
     @classmethod
     def open(cls, path: Path) -> Self:
         """Read the beginning of a file. Raises RecordingError if it is no recording, or one of another format."""
-        with _opened(path) as file:
-            if file.read(len(MAGIC)) != MAGIC:
-                raise RecordingError(f"{path} is no recording: splitfuse serve --record FILE makes one")
-            content = _next_frame(file)
+        file = _Content(path)
+        if file.read(len(MAGIC), 0) != MAGIC:
+            raise RecordingError(f"{path} is no recording: splitfuse serve --record FILE makes one")
+        content = file.next_frame(len(MAGIC))
         if not content or isinstance(content, str):
             raise RecordingError(f"{path} ends within its first frame: {content or 'it has none'}")
         try:
@@ -140,7 +182,8 @@ class Recording:
                 raise RecordingError(
                     f"{path} has the format {version}, which this version of splitfuse does not read: it reads {FORMAT}"
                 )
-            return cls(path, msgspec.msgpack.decode(content, type=Header))
+            header = msgspec.msgpack.decode(content, type=Header)
+            return cls(path, header, file, len(MAGIC) + _PREFIX.size + len(content))
         except (msgspec.MsgspecError, ValueError) as error:
             raise RecordingError(f"{path} has no valid header: {error}") from error
 
@@ -149,18 +192,16 @@ class Recording:
 
         Raises RecordingError for a frame that is none.
         """
-        with _opened(self.path) as file:
-            file.seek(len(MAGIC))
-            _next_frame(file)
-            while (content := _next_frame(file)) != b"":
-                if isinstance(content, str):
-                    self.fault = f"the file is torn, and read up to there: {content}"
-                    return
-                try:
-                    yield _decode(content)
-                except (msgspec.MsgspecError, SplitfuseError, ValueError, RecursionError) as error:
-                    where = f"{self.path}: the frame before byte {file.tell()}"
-                    raise RecordingError(f"{where} is invalid: {error}") from error
+        start = self._start
+        while (content := self._content.next_frame(start)) != b"":
+            if isinstance(content, str):
+                self.fault = f"the file is torn, and read up to there: {content}"
+                return
+            start += _PREFIX.size + len(content)
+            try:
+                yield _decode(content)
+            except (msgspec.MsgspecError, SplitfuseError, ValueError, RecursionError) as error:
+                raise RecordingError(f"{self.path}: the frame before byte {start} is invalid: {error}") from error
 
 
 def is_recording(path: Path) -> bool:
@@ -174,28 +215,3 @@ def is_recording(path: Path) -> bool:
 
 class _Version(msgspec.Struct):
     format: int
-
-
-def _opened(path: Path) -> BinaryIO:
-    try:
-        return path.open("rb")
-    except OSError as error:
-        raise RecordingError(f"{path} cannot be read: {unreadable(error)}") from error
-
-
-def _next_frame(file: BinaryIO) -> bytes | str:
-    """Return the content of the next frame, nothing at the end of the file, or as a text why there is none."""
-    start = file.tell()
-    left = os.fstat(file.fileno()).st_size - start
-    if left <= 0:
-        return b""
-    prefix = file.read(_PREFIX.size)
-    if len(prefix) < _PREFIX.size:
-        return f"{left} bytes from {start} on are too few for a frame"
-    size, checksum = _PREFIX.unpack(prefix)
-    if size > left - _PREFIX.size:
-        return f"the frame at byte {start} has {left - _PREFIX.size} of {size} bytes"
-    content = file.read(size)
-    if zlib.crc32(content) != checksum or not content:
-        return f"the frame at byte {start} differs from its checksum"
-    return content

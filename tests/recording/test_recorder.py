@@ -107,6 +107,21 @@ def test_torn_file_is_read_up_to_where_it_is_torn(path: Path, tmp_path: Path) ->
     assert list(recording.frames()) == [] and "checksum" in recording.fault
 
 
+def test_file_is_read_as_it_was_when_it_was_opened(path: Path, tmp_path: Path) -> None:
+    content, whole = path.read_bytes(), list(Recording.open(path).frames())
+    file = tmp_path / "engine.rec"
+    file.write_bytes(content[:-9])
+    recording = Recording.open(file)
+    frames = recording.frames()
+    assert next(frames) == whole[0]
+    with file.open("ab") as more:
+        more.write(content[-9:])
+    file.rename(tmp_path / "engine.rec.1")
+    file.write_bytes(b"the next file")
+    assert list(recording.frames()) == whole[:-1] and "torn" in recording.fault
+    assert [*frames] == whole[1:-1]
+
+
 def test_other_files_and_formats_are_refused(tmp_path: Path) -> None:
     other = tmp_path / "other"
     for content, match in (
@@ -121,6 +136,8 @@ def test_other_files_and_formats_are_refused(tmp_path: Path) -> None:
             Recording.open(other)
     with pytest.raises(RecordingError, match=r"absent\.rec cannot be read: No such file"):
         Recording.open(tmp_path / "absent.rec")
+    with pytest.raises(RecordingError, match="cannot be read: Is a directory"):
+        Recording.open(tmp_path)
 
 
 def framed(content: Any) -> bytes:
