@@ -141,7 +141,9 @@ class ChromeTrace:
         requests = engine.requests
         match record:
             case RequestTrace():
-                self._add(engine, record)
+                before = requests.get(record.number)  # it may be told again
+                if before is None or before.trace.request_id != record.request_id:
+                    self._add(engine, record)
             case PhaseTrace():
                 for number, phase in record.phases:
                     if number in requests:

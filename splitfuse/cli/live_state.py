@@ -124,8 +124,10 @@ class LiveState:
     def _record(self, index: int, record: TraceRecord) -> None:
         match record:
             case RequestTrace():
-                phase = LatencyPhase.JOINING if record.time >= self._began else None
-                self.requests[index, record.number] = LiveRequest(index, record, phase)
+                before = self.requests.get((index, record.number))  # it may be told again
+                if before is None or before.trace.request_id != record.request_id:
+                    phase = LatencyPhase.JOINING if record.time >= self._began else None
+                    self.requests[index, record.number] = LiveRequest(index, record, phase)
             case PhaseTrace():
                 for number, phase in record.phases:
                     if (request := self.requests.get((index, number))) is not None:

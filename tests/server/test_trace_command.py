@@ -14,6 +14,7 @@ from patience import PATIENCE
 from running_server import RunningServer, running_server
 
 from splitfuse.cli.chrome_trace import ChromeTrace, TraceFile
+from splitfuse.cli.live_state import LiveState
 from splitfuse.cli.trace_lines import trace_lines
 from splitfuse.clients.sync import client
 from splitfuse.config import ServerConfig
@@ -263,6 +264,20 @@ def test_dead_engine_ends_the_phases_of_its_requests() -> None:
     assert death["args"] == {"reason": "killed"}
     tracks = [event["tid"] for event in events if event["name"] == "thread_name" and "request" in event["args"]["name"]]
     assert len(set(tracks)) == 2, "numbers begin again, tracks do not"
+
+
+def test_a_request_told_again_is_the_same() -> None:
+    entered = PhaseTrace(12.0, ((1, LatencyPhase.PREFILL),))
+    step = StepTrace(1, 64, 13.0, 14.0, 0.0, 1, 0, 9, 0, (ChunkTrace(1, 0, 4, (42,)),))
+    trace, live = ChromeTrace(), LiveState()
+    lines = [begin(10.0), TracedRecords(0, (added(1, 11.0), entered, step)), TracedRecords(0, (added(1, 11.0),))]
+    events = [event for line in lines for event in trace.take(line)] + trace.end()
+    check_format(events)
+    assert trace.num_requests == sum(event["name"] == "accepted" for event in events) == 1
+    assert [event["dur"] for event in events if event["name"] == "prefill" and event["cat"] == "request"] == [2e6]
+    for line in lines:
+        live.take(line)
+    assert [(each.num_tokens, each.phase) for each in live.requests.values()] == [(1, LatencyPhase.PREFILL)]
 
 
 def test_request_from_before_the_trace_has_its_phase_from_a_step_on() -> None:
