@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO, Self
 
-from splitfuse.core.latency.phases import LatencyPhase
+from splitfuse.core.latency.phases import AFTER_ENGINE, BEFORE_ENGINE, LatencyPhase
 from splitfuse.engine.client import EngineState
 from splitfuse.engine.trace import (
     ChunkTrace,
@@ -45,9 +45,6 @@ FIRST_TRACK = 1000
 take for the first one; no other number may be there twice.
 """
 IN_THE_ENGINE = "in the engine"
-BEFORE = (LatencyPhase.READING, LatencyPhase.TOKENIZING)
-AFTER = (LatencyPhase.FROM_ENGINE, LatencyPhase.DETOKENIZING, LatencyPhase.CLIENT)
-"""Phases of the front, before and after the engine's."""
 
 
 @dataclass
@@ -198,8 +195,8 @@ class ChromeTrace:
         middle = (step.start_time + step.end_time) / 2
         for chunk in step.chunks:
             request = engine.requests.get(chunk.number)
-            is_prompt = _is_prompt(chunk, request)
-            if is_prompt:
+            is_decode = chunk.is_decode(0 if request is None else request.trace.num_prompt_tokens)
+            if not is_decode:
                 prompts[str(chunk.number)] = f"{chunk.num_tokens} tokens from {chunk.start}"
                 num_prompt_tokens += chunk.num_tokens
             else:
@@ -207,9 +204,9 @@ class ChromeTrace:
             if request is None:
                 continue
             if request.phase is None:  # it began before the trace, and is in this phase at least since here
-                request.phase = LatencyPhase.PREFILL if is_prompt else LatencyPhase.DECODE
+                request.phase = LatencyPhase.DECODE if is_decode else LatencyPhase.PREFILL
                 request.since = max(step.start_time, self._zero)
-            if is_prompt:
+            if not is_decode:
                 self._arrow("chunk", (engine.process, request.track, middle), (engine.process, engine.steps, middle))
             self._tokens(engine, request, chunk, step.end_time)
         num_tokens = sum(chunk.num_tokens for chunk in step.chunks)
@@ -298,16 +295,16 @@ class ChromeTrace:
             self._slice(FRONT, track, name, "front", arrival, ended, arguments)
             return
         at = line.arrival
-        for phase in BEFORE:
+        for phase in BEFORE_ENGINE:
             seconds = line.phases.get(phase, 0.0)
             self._slice(FRONT, track, phase.meaning, "front", at, at + seconds, arguments)
-            for engine, other, time in arrows if phase is BEFORE[-1] and seconds else ():
+            for engine, other, time in arrows if phase is BEFORE_ENGINE[-1] and seconds else ():
                 self._arrow("request", (FRONT, track, at + seconds / 2), (engine.process, other, time))
             at += seconds
-        begun = line.ended - sum(line.phases.get(phase, 0.0) for phase in AFTER)
+        begun = line.ended - sum(line.phases.get(phase, 0.0) for phase in AFTER_ENGINE)
         self._slice(FRONT, track, IN_THE_ENGINE, "front", at, begun, arguments)
         at = begun
-        for phase in AFTER:
+        for phase in AFTER_ENGINE:
             seconds = line.phases.get(phase, 0.0)
             self._slice(FRONT, track, phase.meaning, "front", at, at + seconds, arguments)
             at += seconds
@@ -351,10 +348,6 @@ class ChromeTrace:
         place = {"ph": "M", "pid": process, "tid": track or 0}
         self._events.append({**place, "name": f"{what}_name", "args": {"name": name}})
         self._events.append({**place, "name": f"{what}_sort_index", "args": {"sort_index": order}})
-
-
-def _is_prompt(chunk: ChunkTrace, request: _Request | None) -> bool:
-    return chunk.num_tokens > 1 if request is None else chunk.start < request.trace.num_prompt_tokens
 
 
 def _some(values: dict[str, Any]) -> dict[str, Any]:

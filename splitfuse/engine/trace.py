@@ -102,6 +102,13 @@ class ChunkTrace(msgspec.Struct, frozen=True, array_like=True):
     error: str | None = None
     detail: ChunkDetail | None = None
 
+    def is_decode(self, num_prompt_tokens: int) -> bool:
+        """Return whether it computed the newest token of a request with so long a prompt, and chose the next.
+
+        Others are a part of the prompt, or compute again what a preemption lost.
+        """
+        return self.start >= num_prompt_tokens and self.num_tokens == 1 and len(self.token_ids) == 1
+
 
 class StepTrace(msgspec.Struct, frozen=True, array_like=True, tag="step"):
     """Records a step whose results are back."""

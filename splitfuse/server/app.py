@@ -36,7 +36,7 @@ from splitfuse.server.console.store import ConsoleStore
 from splitfuse.server.context import RequestContext
 from splitfuse.server.dialect import Route, check_method, encode_json
 from splitfuse.server.errors import ClientGoneError, RefusedError, answer_to
-from splitfuse.server.explain import Explanation, breakdown_of, describe_breakdown, timing_of
+from splitfuse.server.explain import Explanation, breakdown_of, timing_of, why_missed
 from splitfuse.server.listen import App, Receive, Scope, Send
 from splitfuse.server.metrics import CONTENT_TYPE, Metrics
 from splitfuse.server.openai import endpoints as openai
@@ -260,7 +260,7 @@ class _Endpoint:
             state.explanations.end(context.unique_id, (record, breakdown))
             state.traces.publish(RequestEnd(context.unique_id, record, breakdown, ended, context))
             if record.slo_met is False:
-                write(dataclasses.replace(record, slo_violation=describe_breakdown(breakdown)))
+                write(dataclasses.replace(record, slo_violation=why_missed(record, breakdown)))
 
         if (last := context.last) is None:
             state.explanations.end(context.unique_id, None)

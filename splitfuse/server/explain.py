@@ -196,8 +196,10 @@ class Explanations:
         return unique_id if key is None or (known is not None and known.key == key) else None
 
 
-def describe_breakdown(breakdown: LatencyBreakdown) -> str:
-    """Return a sentence about a request that missed its SLO: what it missed, and its longest phases."""
+def why_missed(record: RequestRecord, breakdown: LatencyBreakdown | None) -> str:
+    """Return a sentence about a request that missed its SLO: what it missed, its longest phases. Empty for others."""
+    if record.slo_met is not False or breakdown is None:
+        return ""
     total = sum(breakdown.phases.values())
     largest = sorted(breakdown.phases.items(), key=lambda item: -item[1])[:NUM_DESCRIBED_PHASES]
     longest = ", ".join(f"{seconds:.3g} s {phase.meaning} ({seconds / total:.0%})" for phase, seconds in largest)

@@ -15,14 +15,13 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Mapping
 from typing import Any
 
-from splitfuse.core.latency.phases import LatencyBreakdown, LatencyPhase
+from splitfuse.core.latency.phases import AFTER_ENGINE, BEFORE_ENGINE
 from splitfuse.engine.client import EngineState
 from splitfuse.engine.trace import FinishTrace, PreemptTrace, RequestTrace, TraceLevel
 from splitfuse.errors import ConfigError
-from splitfuse.server.explain import describe_breakdown
+from splitfuse.server.explain import why_missed
 from splitfuse.server.traces import EngineChange, EngineRecords, RequestEnd, TraceEvent, TraceHub
 from splitfuse.version import __version__
 
@@ -40,8 +39,6 @@ MAX_PREEMPTED = 4096
 """Number of running requests whose preemptions are remembered."""
 SHUTDOWN_SECONDS = 5.0
 """Time to send what waits when the server ends."""
-
-_AFTER = (LatencyPhase.FROM_ENGINE, LatencyPhase.DETOKENIZING, LatencyPhase.CLIENT)
 
 
 class RequestSpans:
@@ -188,9 +185,12 @@ def _stages(event: RequestEnd, arrival: float) -> list[tuple[str, float, float]]
     record, breakdown = event.record, event.breakdown
     if breakdown is None:
         return []
-    before = breakdown.phases.get(LatencyPhase.READING, 0.0) + breakdown.phases.get(LatencyPhase.TOKENIZING, 0.0)
-    end = event.ended - sum(breakdown.phases.get(phase, 0.0) for phase in _AFTER)
-    marks = [("queue", before), ("prefill", record.queue_seconds), ("decode", record.time_to_first_token_seconds)]
+    end = event.ended - breakdown.seconds_in(AFTER_ENGINE)
+    marks = [
+        ("queue", breakdown.seconds_in(BEFORE_ENGINE)),
+        ("prefill", record.queue_seconds),
+        ("decode", record.time_to_first_token_seconds),
+    ]
     begun = [(name, arrival + seconds) for name, seconds in marks if seconds is not None]
     ends = [*(start for _, start in begun[1:]), end]
     return [(name, start, max(start, stop)) for (name, start), stop in zip(begun, ends, strict=True)]
@@ -237,18 +237,11 @@ def _attributes(event: RequestEnd, operation: str, model: str) -> dict[str, Any]
             "gen_ai.request.presence_penalty": params.presence_penalty or None,
             "gen_ai.request.frequency_penalty": params.frequency_penalty or None,
         }
-    facts |= _latency(event.breakdown, record.slo_met)
+    if (breakdown := event.breakdown) is not None:
+        facts |= {f"splitfuse.phase.{phase.value}": seconds for phase, seconds in breakdown.phases.items()}
+        facts["splitfuse.preemptions"] = breakdown.num_preemptions
+        facts["splitfuse.slo.violation"] = why_missed(record, breakdown) or None
     return {name: value for name, value in facts.items() if value is not None}
-
-
-def _latency(breakdown: LatencyBreakdown | None, slo_met: bool | None) -> Mapping[str, Any]:
-    if breakdown is None:
-        return {}
-    return {
-        **{f"splitfuse.phase.{phase.value}": seconds for phase, seconds in breakdown.phases.items()},
-        "splitfuse.preemptions": breakdown.num_preemptions,
-        "splitfuse.slo.violation": describe_breakdown(breakdown) if slo_met is False else None,
-    }
 
 
 def _nanoseconds(seconds: float) -> int:

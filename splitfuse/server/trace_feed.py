@@ -13,13 +13,13 @@ from typing import TypeAlias
 
 import msgspec
 
-from splitfuse.core.latency.phases import LatencyPhase
+from splitfuse.core.latency.phases import BEFORE_ENGINE, LatencyPhase
 from splitfuse.core.slo.targets import SloViolation
 from splitfuse.engine.client import EngineState
 from splitfuse.engine.messages import EngineStats
 from splitfuse.engine.trace import TraceLevel, TraceRecord
 from splitfuse.server.errors import RefusedError
-from splitfuse.server.explain import describe_breakdown
+from splitfuse.server.explain import why_missed
 from splitfuse.server.traces import EngineChange, EngineRecords, RequestEnd, TraceEvent, TraceHub
 
 MAX_PENDING_BYTES = 2**21
@@ -183,7 +183,6 @@ def line_of(event: TraceEvent) -> TraceLine:
             record, breakdown = event.record, event.breakdown
             phases = {} if breakdown is None else breakdown.phases
             arrival = event.ended - record.total_seconds
-            before = phases.get(LatencyPhase.READING, 0.0) + phases.get(LatencyPhase.TOKENIZING, 0.0)
             return TracedRequest(
                 id=event.unique_id,
                 request_id=record.request_id,
@@ -192,7 +191,7 @@ def line_of(event: TraceEvent) -> TraceLine:
                 key=record.key,
                 arrival=arrival,
                 ended=event.ended,
-                engine_opened=None if breakdown is None else arrival + before,
+                engine_opened=None if breakdown is None else arrival + breakdown.seconds_in(BEFORE_ENGINE),
                 phases=phases,
                 prompt_tokens=record.prompt_tokens,
                 cached_tokens=record.cached_tokens,
@@ -203,5 +202,5 @@ def line_of(event: TraceEvent) -> TraceLine:
                 preemptions=0 if breakdown is None else breakdown.num_preemptions,
                 slo_met=record.slo_met,
                 slo_violation=None if breakdown is None else breakdown.slo_violation,
-                why="" if breakdown is None or record.slo_met is not False else describe_breakdown(breakdown),
+                why=why_missed(record, breakdown),
             )

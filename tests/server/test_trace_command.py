@@ -291,6 +291,13 @@ def test_request_from_before_the_trace_has_its_phase_from_a_step_on() -> None:
     assert not [event for event in events if event["name"] in ("accepted", "first token")]
 
 
+def test_tokens_computed_again_are_no_decode() -> None:
+    chunks = (ChunkTrace(1, start=4, num_tokens=3, token_ids=(42,)), ChunkTrace(1, 7, 1, (43,)))
+    steps = tuple(StepTrace(n, 64, 12.0 + n, 13.0 + n, 0.0, 1, 0, 9, 0, (c,)) for n, c in enumerate(chunks))
+    events = events_of([begin(10.0), TracedRecords(0, (added(1, 11.0), *steps))])
+    assert [event["name"] for event in events if event.get("cat") == "step"] == ["prefill", "decode"]
+
+
 def test_tracing_level_is_that_of_steps(server: RunningServer) -> None:
     with client(server.url) as connected:
         received = connected.trace()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from splitfuse.core.slo.targets import SloViolation
@@ -74,6 +75,12 @@ COMPUTING = frozenset({LatencyPhase.PREFILL, LatencyPhase.DECODE, LatencyPhase.R
 """Phases in which a step computes tokens of the request; the rest of that step counts as CO_SCHEDULED."""
 
 
+BEFORE_ENGINE = (LatencyPhase.READING, LatencyPhase.TOKENIZING)
+"""Phases of the front end before a request is sent to its engine."""
+AFTER_ENGINE = (LatencyPhase.FROM_ENGINE, LatencyPhase.DETOKENIZING, LatencyPhase.CLIENT)
+"""Phases of the front end after the engine's."""
+
+
 @dataclass(frozen=True)
 class LatencyBreakdown:
     """Says where the time of one finished request went: the seconds of `phases` add up to `closed` - `opened`."""
@@ -86,3 +93,7 @@ class LatencyBreakdown:
     num_preemptions: int = 0
     slo_violation: SloViolation | None = None
     """Targets that were missed; None: every SLO target was met."""
+
+    def seconds_in(self, phases: Iterable[LatencyPhase]) -> float:
+        """Return the time that was spent in some phases."""
+        return sum(self.phases.get(phase, 0.0) for phase in phases)

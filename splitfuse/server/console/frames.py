@@ -29,7 +29,7 @@ from splitfuse.engine.trace import (
 )
 from splitfuse.errors import EngineUnavailableError
 from splitfuse.server.access_log import RequestRecord
-from splitfuse.server.explain import describe_breakdown
+from splitfuse.server.explain import why_missed
 from splitfuse.server.traces import EngineChange, EngineRecords, RequestEnd, TraceEvent
 
 PHASES = tuple(LatencyPhase)
@@ -262,7 +262,7 @@ class FrameBuilder:
             request = known.get(chunk.number)
             number = UNKNOWN if request is None else request.request
             num_prompt = 0 if request is None else request.num_prompt_tokens
-            if chunk.num_tokens == 1 and len(chunk.token_ids) == 1 and chunk.start >= num_prompt:
+            if chunk.is_decode(num_prompt):
                 decodes.append(number)
             else:
                 chunks += (number, chunk.start, chunk.num_tokens, len(chunk.token_ids))
@@ -280,11 +280,10 @@ class FrameBuilder:
         record, breakdown = event.record, event.breakdown
         phases: tuple[tuple[int, float], ...] = ()
         co_scheduled: tuple[tuple[str, int], ...] = ()
-        violation, preemptions = "", 0
+        preemptions = 0
         if breakdown is not None:
             phases = tuple((_index_of_phase[p], round(seconds, 6)) for p, seconds in breakdown.phases.items())
             co_scheduled, preemptions = breakdown.co_scheduled, breakdown.num_preemptions
-            violation = describe_breakdown(breakdown) if record.slo_met is False else ""
         median, longest = _gaps(record)
         return ShownAnswer(
             unique_id=event.unique_id,
@@ -304,7 +303,7 @@ class FrameBuilder:
             itl_longest=longest,
             slo_met=record.slo_met,
             phases=phases,
-            violation=violation,
+            violation=why_missed(record, breakdown),
             co_scheduled=co_scheduled,
             num_preemptions=preemptions,
         )
