@@ -37,6 +37,7 @@ async def measure() -> None:
             recorder.take(event.engine, event.records)
 
     await client.start()
+    recorder.start_engine(0, client.engines[0].info)  # which begins the file
     pairs: list[tuple[Turn, Turn]] = []
     for turn in range(-1, arguments.turns):
         found: dict[bool, Turn] = {}

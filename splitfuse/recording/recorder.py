@@ -172,6 +172,8 @@ class Recorder:
     def _fail(self, reason: str, num_unwritten: int) -> None:
         """End the recording, and count what was to be written."""
         with self._lock:
+            if self.ended:
+                _logger.warning("the recording %s has no end: %s", self._path, reason)
             self._end(reason, is_fault=True)
             while not self._queue.empty():
                 num_unwritten += self._queue.get() is not None

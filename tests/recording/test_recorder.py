@@ -322,6 +322,19 @@ def test_full_disk_ends_the_recording_alone(folder: Path, tmp_path: Path, caplog
     assert records(list(recording.frames()), StepTrace) and "torn" in recording.fault
 
 
+def test_file_that_cannot_be_ended_is_told(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(*_: object) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    with recorded(tmp_path / "engine.rec", config_of(folder, **SMALL)) as engine:
+        wait_until_written(engine)
+        monkeypatch.setattr(Recorder, "_write", fail)
+    assert "has no end: the file cannot be written: Input/output error" in caplog.text
+    assert (engine.recorder.ended, engine.recorder.num_dropped) == ("the test ended", 0)
+
+
 def test_too_slow_a_disk_ends_the_recording_and_is_told(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
