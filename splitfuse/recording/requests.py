@@ -39,7 +39,8 @@ class RecordedRequest:
         """Return how many tokens its caller kept of those that it was given while it was recorded."""
         if self.end is None:
             return len(self.token_ids)
-        return max(self.end.num_output_tokens - len(self.detail.output_token_ids), 0)
+        kept = self.end.num_output_tokens - len(self.detail.output_token_ids)
+        return min(max(kept, 0), len(self.token_ids))  # a file can say anything
 
     @property
     def given_up_time(self) -> float | None:

@@ -48,6 +48,10 @@ class Bytes(TokenIds):
         return tuple(random.randbytes(count))
 
 
+MAX_BLOCKS = 2**24
+"""Number of KV blocks that a simulation can have: it keeps lists of them, for each replica."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class SimulationConfig:
     """Describes a calibrated model and machine, and how it is run."""
@@ -64,6 +68,10 @@ class SimulationConfig:
 
     def __post_init__(self) -> None:
         make_baseline(self.policy, self.scheduler)
+        if self.calibration.num_blocks > MAX_BLOCKS:
+            raise ConfigError(
+                f"num_blocks must be at most {MAX_BLOCKS} in a simulation, not {self.calibration.num_blocks}"
+            )
         if self.replicas < 1:
             raise ConfigError(f"--replicas {self.replicas} must be at least 1")
         for name in ("step_overhead", "client_overhead"):

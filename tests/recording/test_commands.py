@@ -141,6 +141,7 @@ def test_flags_that_live_replay_does_not_have_are_refused(run: Run, path: Path) 
         assert (status, out) == (1, "") and message in err
     simulated = ("simulate", "--trace", path, "--machine", "a100-70b", "--quiet")
     assert "--replicas 0 must be at least 1" in run(*simulated, "--replicas", 0)[2]
+    assert "num_blocks must be at most 16777216 in a simulation" in run(*simulated, "--num-blocks", 2**40)[2]
     assert run(*simulated, "--kv-cache-memory-gib", 1)[0] == 0
 
 

@@ -298,7 +298,7 @@ def test_states_that_need_more_memory_are_refused(tmp_path: Path) -> None:
         replayed(hostile)
 
 
-def test_times_that_are_no_numbers_are_errors_of_the_file(path: Path) -> None:
+def test_times_and_lengths_of_a_hostile_file_do_no_harm(path: Path) -> None:
     frames = list(Recording.open(path).frames())
     for index, kind, name in ((1, RequestTrace, "sent_time"), (1, StepTrace, "end_time"), (-2, FinishTrace, "time")):
         changed = [*frames]
@@ -312,6 +312,10 @@ def test_times_that_are_no_numbers_are_errors_of_the_file(path: Path) -> None:
         changed[index] = Records(0, tuple(records))
         with pytest.raises(RecordingError, match="a record has the time inf; it must be"):
             read_requests(changed)
+    request = read_requests(frames)[0]
+    assert request.end is not None and request.num_output_tokens == len(request.token_ids) > 0
+    request.end = msgspec.structs.replace(request.end, num_output_tokens=2**62)
+    assert request.num_output_tokens == len(request.token_ids)
 
 
 def test_adapters_that_are_not_given_are_named(folder: Path, tmp_path: Path) -> None:
