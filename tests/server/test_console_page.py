@@ -4,6 +4,7 @@ import re
 import shutil
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -234,23 +235,23 @@ def test_a_message_is_answered_and_its_cost_shown(page: Any) -> None:
 
 def test_page_asks_for_an_administrators_key(browser: Any, tmp_path: Path) -> None:
     keys = tmp_path / "keys"
-    keys.write_text("boss admin=yes\nclerk\n")
+    keys.write_text("boß admin=yes\nclerk\n", "utf-8")
     keys.chmod(0o600)
     with running_server(ServerConfig(console=True, api_key_file=str(keys))) as server:
         page = browser.new_page()
         page.goto(f"{server.url}/console")
         page.wait_for_selector("#key-form:not([hidden])")
-        for key, message in (("nobody", "not valid"), ("clerk", "administrator")):
+        for key, message in (("nobody", "not valid"), ("“boß”", "not valid"), ("clerk", "administrator")):
             page.fill("#key", key)
             page.keyboard.press("Enter")
             wait_for_text(page, "#notice", message)
             page.wait_for_selector("#key-form:not([hidden])")
-        page.fill("#key", "boss")
+        page.fill("#key", "boß\x01")
         page.keyboard.press("Enter")
         page.wait_for_selector("#engines li[data-state=ready]")
         page.click("#send")
         wait_for_text(page, "#answer", "Anna keeps a goose.")
-        assert "boss" not in page.url
+        assert page.url == f"{server.url}/console"
         page.reload()
         page.wait_for_selector("#engines li[data-state=ready]")  # the tab keeps the key
         page.close()
@@ -281,3 +282,21 @@ def test_memory_does_not_grow(page: Any, console: RunningServer) -> None:
     print(f"{half:.2f} MiB after 6 minutes, {full:.2f} after 20")
     assert full < 1.15 * half + 0.5
     assert session.send("Memory.getDOMCounters")["nodes"] < 1.5 * nodes + 200
+
+
+def test_a_choice_that_is_forgotten_takes_no_other_with_it(page: Any, console: RunningServer) -> None:
+    story = Story(console)
+    story.now += 3600  # after those of the other tests
+    records, end = story.request(slo_met=False)
+    number, story.number = story.number, story.number + 1
+    other = RequestTrace(number, f"{end.unique_id}-1.0", story.now, story.now, 96, 16, 1, 0, SloTargets(ttft=0.25))
+    story.publish(EngineRecords(0, (*records, other)))
+    wait_for_text(page, "[data-list=missed]", "Missed SLO 1")
+    story.now += 400
+    story.tell()  # more than five minutes later
+    wait_for_text(page, "[data-list=missed]", "Missed SLO 0")
+    finish = FinishTrace(number, story.now, FinishReason.LENGTH, 7, False, None)
+    assert end.breakdown is not None
+    late = replace(end.breakdown, slo_violation=SloViolation(ttft=123.0, ttft_target=0.25))
+    story.publish(EngineRecords(0, (finish,)), end._replace(breakdown=late, ended=story.now))
+    wait_for_text(page, "#requests", "first token after 123 s")

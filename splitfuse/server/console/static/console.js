@@ -21,7 +21,7 @@ const WORKING = new Set(["prefill", "decode", "recomputed"]);
 // What is known -------------------------------------------------------------------------------------------------------
 
 const known = { about: null, phases: [], groups: [], keep: 300000, engines: [], now: 0, offset: Infinity, next: -1,
-  steps: [], requests: new Map(), answers: new Map(), marks: [], gaps: [], blocks: [], buckets: new Map(), lanes: [],
+  steps: [], requests: new Map(), marks: [], gaps: [], blocks: [], buckets: new Map(), lanes: [],
   byId: new Map() };
 
 function letters(n) {
@@ -31,8 +31,8 @@ function letters(n) {
 }
 
 function clear() {
-  Object.assign(known, { steps: [], requests: new Map(), answers: new Map(), marks: [], gaps: [], blocks: [],
-    buckets: new Map(), lanes: [], byId: new Map(), next: -1 });
+  Object.assign(known, { steps: [], requests: new Map(), marks: [], gaps: [], blocks: [], buckets: new Map(),
+    lanes: [], byId: new Map(), next: -1 });
 }
 
 function begin(start) {
@@ -213,9 +213,10 @@ function prune() {
     if (r.end === null || (r.end > oldest && spare <= 0)) continue;
     spare -= 1;
     known.requests.delete(r.n);
-    known.byId.delete(r.id.slice(0, 32));
+    const unique = r.id.slice(0, 32), choices = known.byId.get(unique).filter((each) => each !== r);
+    if (choices.length) known.byId.set(unique, choices); else known.byId.delete(unique);
   }
-  for (const name of ["marks"]) known[name] = known[name].filter((each) => each.time > oldest);
+  known.marks = known.marks.filter((each) => each.time > oldest);
   known.gaps = known.gaps.filter((gap) => gap[1] > oldest);
   for (const key of known.buckets.keys()) if (key < Math.floor(oldest / BUCKET)) known.buckets.delete(key);
 }
@@ -224,7 +225,10 @@ function prune() {
 
 const link = { open: false, wait: 500 };
 
-const headers = () => { const key = sessionStorage.getItem("splitfuse-key"); return key ? { authorization: `Bearer ${key}` } : {}; };
+const headers = () => { // with the key as UTF-8, since a header has bytes
+  const key = sessionStorage.getItem("splitfuse-key");
+  return key ? { authorization: `Bearer ${String.fromCharCode(...new TextEncoder().encode(key))}` } : {};
+};
 
 async function* events(body) { // the data of server-sent events
   const reader = body.pipeThrough(new TextDecoderStream()).getReader();
@@ -277,7 +281,7 @@ async function askForKey(response) {
   form.hidden = false;
   $("key").focus();
   await new Promise((resolve) => { form.onsubmit = (event) => { event.preventDefault(); resolve(); }; });
-  sessionStorage.setItem("splitfuse-key", $("key").value.trim());
+  sessionStorage.setItem("splitfuse-key", $("key").value.replace(/[\0-\x1f\x7f]/g, "").trim()); // a header has none of those
   $("key").value = "";
   form.hidden = true;
   for (const each of [$("figures"), document.querySelector("main")]) each.hidden = false;
@@ -422,7 +426,7 @@ function requestView(r, { title = true } = {}) {
 
 // The view ------------------------------------------------------------------------------------------------------------
 
-const view = { paused: false, end: 0, span: 0, autoSpan: true, followed: null, list: "missed", hover: null };
+const view = { paused: false, end: 0, span: 0, autoSpan: true, followed: null, list: "missed" };
 const span = () => view.span || 10000;
 const viewEnd = () => view.paused ? view.end : clock();
 
