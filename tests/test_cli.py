@@ -127,7 +127,7 @@ def test_answers_have_the_form_of_a_flag_or_a_line(run: Run, tmp_path: Path) -> 
     schema, lines = tmp_path / "schema.json", tmp_path / "requests.jsonl"
     schema.write_text('{"type": "array", "items": {"enum": ["a", "b"]}, "minItems": 2, "maxItems": 3}')
     lines.write_text(json.dumps({"prompt": PROMPT, "structured_outputs": {"choice": ["left", "right"]}}))
-    flags = ["--temperature", 1, "--seed", 5, "--max-new-tokens", 60]
+    flags = ["--temperature", 1, "--seed", 5, "--max-new-tokens", 200]
     (text,) = texts(run("generate", PROMPT, "--json-schema", schema, *flags))
     assert 2 <= len(json.loads(text)) <= 3
     assert re.fullmatch("[ab]{4}", *texts(run("generate", PROMPT, "--regex", "[ab]{4}", *flags)))

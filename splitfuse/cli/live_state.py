@@ -65,7 +65,8 @@ class LiveEngine:
     num_running: int = 0
     num_waiting: int = 0
     num_free: int = 0
-    num_cached: int = 0
+    num_cached: int | None = None
+    """KV blocks with content that may be used again; None before the first step that is seen."""
     step: StepTrace | None = None
     budget_use: deque[float] = field(default_factory=lambda: deque(maxlen=NUM_STEPS))
     """Tokens of the last steps, as fractions of their budgets."""
@@ -244,7 +245,7 @@ class LiveState:
 
     def num_held(self, engine: LiveEngine) -> int:
         """Return the number of KV blocks that requests of an engine hold."""
-        return max(self.num_blocks - engine.num_free - engine.num_cached, 0)
+        return max(self.num_blocks - engine.num_free - (engine.num_cached or 0), 0)
 
     def ordered(self, sort: str) -> list[LiveRequest]:
         """Return the requests in one of the orders of SORTS."""

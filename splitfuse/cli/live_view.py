@@ -87,11 +87,11 @@ class LiveView:
 
     def _blocks(self, engine: LiveEngine, width: int) -> Text:
         """Draw the KV blocks that are held and cached, of all."""
-        held, cached, total = self._state.num_held(engine), engine.num_cached, max(self._state.num_blocks, 1)
+        held, cached, total = self._state.num_held(engine), engine.num_cached or 0, max(self._state.num_blocks, 1)
         num_held = -(-width * held // total)
         num_cached = min(-(-width * cached // total), width - num_held)
         bar = "█" * num_held + "▒" * num_cached + "·" * (width - num_held - num_cached)
-        return Text(f"{bar} {held} held {cached} cached")
+        return Text(f"{bar} {held} held {'?' if engine.num_cached is None else cached} cached")
 
     def _figures(self) -> Text:
         figures = self._state.figures()
@@ -100,7 +100,9 @@ class LiveView:
             f"{figures['generated_tokens_per_second']:.0f} tokens/s",
             f"{figures['prompt_tokens_per_second']:.0f} prompt tokens/s",
             f"{figures['requests_per_second']:.2f} requests/s",
-            "no SLOs" if attainment is None else f"SLO met {attainment:.0%}, goodput {goodput:.2f}/s",
+            "no request with an SLO yet"
+            if attainment is None
+            else f"SLO met {attainment:.0%}, goodput {goodput:.2f}/s",
             f"TTFT {_times(figures['ttft'])}",
             f"ITL {_times(figures['itl'])}",
         ]
@@ -133,7 +135,7 @@ def _budget(engine: LiveEngine, width: int) -> str:
     """Draw how much of their budgets the last steps used."""
     uses = list(engine.budget_use)[-width:]
     if not uses:
-        return "no steps yet"
+        return "no step since"
     chart = "".join(LEVELS[min(int(use * len(LEVELS)), len(LEVELS) - 1)] for use in uses)
     return f"{chart.rjust(width)} {sum(uses) / len(uses):.0%}"
 

@@ -128,7 +128,7 @@ def live_table(before: Figures, now: Figures) -> Table:
         ),
         _row("tokens", before.tokens, now.tokens),
         _row("seconds", before.seconds, now.seconds),
-        _row("goodput, requests/s that met their SLO", before.goodput, now.goodput),
+        *([_row("goodput, requests/s that met their SLO", before.goodput, now.goodput)] if now.with_slo else []),
         *(_row(f"TTFT P{percent}, ms", 1e3 * before.ttft[percent], 1e3 * now.ttft[percent]) for percent in before.ttft),
         *(_row(f"ITL P{percent}, ms", 1e3 * before.itl[percent], 1e3 * now.itl[percent]) for percent in before.itl),
         _row("preemptions", before.preemptions, now.preemptions),
