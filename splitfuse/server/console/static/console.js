@@ -868,14 +868,24 @@ function drawCharts() {
   }
 }
 
+function mapOf(engine) { return known.blocks[engine.engine] ?? { stride: 1, states: `f${engine.numBlocks}` }; }
+
+function runsOf(map) { return [...map.states.matchAll(/([fchs])(\d*)/g)].map(([, state, repeat]) => [state, repeat ? Number(repeat) : 1]); }
+
+function countBlocks() {
+  const counts = { f: 0, c: 0, h: 0, s: 0 };
+  for (const map of known.engines.filter((e) => e.numBlocks).map(mapOf)) for (const [state, n] of runsOf(map)) counts[state] += n * map.stride;
+  return counts;
+}
+
 function drawBlocks() {
   const box = $("blocks"), engines = known.engines.filter((e) => e.numBlocks);
   if (box.childElementCount !== engines.length + 1) {
     box.replaceChildren(...engines.map((e) => el("canvas", { className: "map", role: "img", style: { height: `${Math.max(28, 100 / engines.length)}px` } })), el("ul", { className: "legend" }));
   }
-  const sums = { f: 0, c: 0, h: 0, s: 0 };
+  const sums = countBlocks();
   engines.forEach((engine, i) => {
-    const shown = known.blocks[engine.engine] ?? { stride: 1, states: `f${engine.numBlocks}` };
+    const shown = mapOf(engine);
     const { context, w, h, canvas } = prepare(box.children[i]);
     const count = Math.ceil(engine.numBlocks / shown.stride);
     let side = Math.max(Math.sqrt((w * h) / count), 1.5), columns = Math.max(Math.floor(w / side), 1);
@@ -883,9 +893,7 @@ function drawBlocks() {
     side = Math.min(side, 16); columns = Math.floor(w / side);
     const gap = side > 5 ? 1 : side > 3 ? 0.5 : 0, fill = { f: colours.free, c: colours.cached, h: colours.held, s: colours.shared };
     let place = 0;
-    for (const [, state, repeat] of shown.states.matchAll(/([fchs])(\d*)/g)) {
-      const n = repeat ? Number(repeat) : 1;
-      sums[state] += n * shown.stride;
+    for (const [state, n] of runsOf(shown)) {
       context.fillStyle = fill[state];
       for (let k = 0; k < n; k += 1, place += 1) {
         const px = (place % columns) * side, py = Math.floor(place / columns) * side;
@@ -928,23 +936,22 @@ function recentBuckets() {
 function showFigures() {
   const recent = recentBuckets(), sum = (name) => recent.reduce((total, b) => total + b[name], 0), length = Math.min(RECENT, Math.max(known.now, 1000)) / 1000;
   const p = (name, fraction) => Histogram.percentile(recent.map((b) => b[name]), fraction);
-  const lastOf = known.engines.map((e) => known.steps.findLast?.((s) => s.e === e.engine && clock() - s.t - s.d < 1500)).filter(Boolean);
   const open = [...known.requests.values()].filter((r) => r.end === null);
   const waiting = open.filter((r) => ["queued", "kv", "preempted"].includes(phaseAt(r, Infinity) < 0 ? "queued" : known.groups[phaseAt(r, Infinity)])).length;
   const target = (name) => recent.map((b) => b[name]).filter((t) => t !== null).at(-1) ?? null;
   const withSlo = sum("withSlo"), met = sum("met"), steps = sum("steps");
   const blocks = known.engines.reduce((total, e) => total + (e.numBlocks || 0), 0);
-  const held = lastOf.reduce((total, s) => total + known.engines[s.e].numBlocks - s.free - s.cached, 0), cached = lastOf.reduce((total, s) => total + s.cached, 0);
+  const counts = countBlocks(), held = counts.h + counts.s;
   const ttft = target("ttftTarget"), itl = target("itlTarget");
   const tiles = [
     ["running", String(open.length - waiting), `${waiting} waiting`],
     ["token budget used", steps ? percent(sum("computed") / sum("budget")) : "–", steps ? `${plural(Math.round(steps / length), "step")}/s` : "no step"],
     ["output, tokens/s", rate(sum("generated") / length), `${rate(sum("computed") / length)} computed`],
     withSlo ? ["goodput, requests/s", rate(met / length), `${percent(met / withSlo)} of ${rate(withSlo / length)}/s`, met < withSlo]
-      : ["requests/s", rate(sum("answered") / length), sum("refused") ? `${sum("refused")} refused` : "none has an SLO"],
+      : ["requests/s", rate(sum("answered") / length), sum("refused") ? `${sum("refused")} refused` : sum("answered") ? "none has an SLO" : "none answered"],
     ["TTFT, P95", seconds(p("ttft", 0.95)), `P50 ${seconds(p("ttft", 0.5))}` + (ttft ? `, SLO ${brief(ttft)}` : ""), ttft && p("ttft", 0.95) > ttft],
     ["ITL, P99", seconds(p("itl", 0.99)), `P50 ${seconds(p("itl", 0.5))}` + (itl ? `, SLO ${brief(itl)}` : ""), itl && p("itl", 0.99) > itl],
-    ["KV blocks held", blocks ? percent(held / blocks) : "–", blocks ? `${cached} cached, of ${blocks}` : ""],
+    ["KV blocks held", blocks ? percent(held / blocks) : "–", blocks ? `${counts.c} cached, of ${blocks}` : ""],
   ];
   const box = $("figures");
   if (box.childElementCount !== tiles.length) box.replaceChildren(...tiles.map(() => el("div", {}, el("dt"), el("dd"), el("dd", { className: "note" }))));
