@@ -8,9 +8,12 @@ step time, by the engine's own clock, and the total time of all requests, in whi
 
 from __future__ import annotations
 
+import argparse
 import asyncio
 import tempfile
 import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 
 from benchmarks.server.front_cost import Turn, make_prompts, parsed, ratios, settings_of
@@ -36,25 +39,38 @@ async def measure() -> None:
         if isinstance(event, EngineRecords):
             recorder.take(event.engine, event.records)
 
+    @contextmanager
+    def recorded() -> Iterator[None]:
+        unsubscribe = hub.subscribe(take, TraceLevel.PLANS)
+        yield
+        unsubscribe()
+
     await client.start()
     recorder.start_engine(0, client.engines[0].info)  # which begins the file
+    await compare(client, arguments, "recorded", recorded)
+    await client.close()
+    recorder.close()
+    requests = arguments.streams * (arguments.turns + 1)
+    print(f"{recorder.num_bytes} bytes of {requests} requests: {recorder.num_bytes / requests:.0f} each")
+
+
+async def compare(
+    client: EngineClient, arguments: argparse.Namespace, word: str, watched: Callable[[], AbstractContextManager[None]]
+) -> list[tuple[Turn, Turn]]:
+    """Print each pair of turns, a plain one and one within `watched()`, called `word`, and the ratios of all."""
     pairs: list[tuple[Turn, Turn]] = []
     for turn in range(-1, arguments.turns):
         found: dict[bool, Turn] = {}
-        for records in (True, False) if turn % 2 else (False, True):
-            unsubscribe = hub.subscribe(take, TraceLevel.PLANS) if records else lambda: None
+        for watches in (True, False) if turn % 2 else (False, True):
             prompts = make_prompts(turn, arguments.streams, arguments.prompt)
-            found[records] = await run(client, f"{turn} {records}", prompts, arguments.generate)
-            unsubscribe()
+            with watched() if watches else nullcontext():
+                found[watches] = await run(client, f"{turn} {watches}", prompts, arguments.generate)
         if turn >= 0:  # the first warms up
             pairs.append((found[False], found[True]))
-            print(f"turn {turn}: {described(found[False])}; recorded {described(found[True])}", flush=True)
-    await client.close()
-    recorder.close()
-    print(f"mean step recorded / plain: {ratios([b.mean_step / a.mean_step for a, b in pairs])}")
-    print(f"total time recorded / plain: {ratios([b.seconds / a.seconds for a, b in pairs])}")
-    requests = arguments.streams * (arguments.turns + 1)
-    print(f"{recorder.num_bytes} bytes of {requests} requests: {recorder.num_bytes / requests:.0f} each")
+            print(f"turn {turn}: {described(found[False])}; {word} {described(found[True])}", flush=True)
+    print(f"mean step {word} / plain: {ratios([b.mean_step / a.mean_step for a, b in pairs])}")
+    print(f"total time {word} / plain: {ratios([b.seconds / a.seconds for a, b in pairs])}")
+    return pairs
 
 
 async def run(client: EngineClient, name: str, prompts: list[list[int]], generate: int) -> Turn:

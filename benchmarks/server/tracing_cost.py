@@ -9,13 +9,15 @@ client of /v1/splitfuse/trace. See recording_cost for what is compared.
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Iterator
+from contextlib import contextmanager
 
-from benchmarks.server.front_cost import Turn, make_prompts, parsed, ratios, settings_of
-from benchmarks.server.recording_cost import described, run
+from benchmarks.server.front_cost import parsed, settings_of
+from benchmarks.server.recording_cost import compare
 from splitfuse.config import EngineConfig
 from splitfuse.engine.replicas import make_replicas
-from splitfuse.engine.trace import TraceLevel
-from splitfuse.server.trace_stream import SEND_SECONDS, TraceQueue
+from splitfuse.server.trace_feed import TraceFeed, TraceQueue
+from splitfuse.server.trace_stream import SEND_SECONDS
 from splitfuse.server.traces import TraceHub
 
 
@@ -23,31 +25,26 @@ async def measure() -> None:
     """Print each pair of turns, and the ratios of all."""
     arguments, flags = parsed(__doc__, prompt=64, generate=64)
     client = make_replicas(EngineConfig.from_settings({"num_blocks": 400, **settings_of(flags)}))
-    hub, queue, num_bytes = TraceHub(client.engines), TraceQueue(), 0
+    feed, num_bytes = TraceFeed(TraceHub(client.engines)), 0
 
-    async def send() -> None:
+    async def send(queue: TraceQueue) -> None:
         nonlocal num_bytes
         while True:
-            num_bytes += len(queue.take())
             await asyncio.sleep(SEND_SECONDS)
+            num_bytes += len(queue.take())
+
+    @contextmanager
+    def traced() -> Iterator[None]:
+        nonlocal num_bytes
+        with feed.open() as queue:
+            sender = asyncio.create_task(send(queue))
+            yield
+            sender.cancel()
+            num_bytes += len(queue.take())
 
     await client.start()
-    sender = asyncio.create_task(send())
-    pairs: list[tuple[Turn, Turn]] = []
-    for turn in range(-1, arguments.turns):
-        found: dict[bool, Turn] = {}
-        for traces in (True, False) if turn % 2 else (False, True):
-            unsubscribe = hub.subscribe(queue.put, TraceLevel.STEPS) if traces else lambda: None
-            prompts = make_prompts(turn, arguments.streams, arguments.prompt)
-            found[traces] = await run(client, f"{turn} {traces}", prompts, arguments.generate)
-            unsubscribe()
-        if turn >= 0:  # the first warms up
-            pairs.append((found[False], found[True]))
-            print(f"turn {turn}: {described(found[False])}; traced {described(found[True])}", flush=True)
-    sender.cancel()
+    pairs = await compare(client, arguments, "traced", traced)
     await client.close()
-    print(f"mean step traced / plain: {ratios([b.mean_step / a.mean_step for a, b in pairs])}")
-    print(f"total time traced / plain: {ratios([b.seconds / a.seconds for a, b in pairs])}")
     print(f"{num_bytes / sum(b.steps for _, b in pairs):.0f} bytes a step")
 
 

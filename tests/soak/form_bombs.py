@@ -1,4 +1,4 @@
-"""Hostile forms against running streams: how soon each is refused, and whom it holds up.
+"""Hostile forms against running streams: how soon each is refused, and which requests it delays.
 
     python -m tests.soak.form_bombs [--streams N] [--bombs N] [SERVE FLAGS ...]
 
