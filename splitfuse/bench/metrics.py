@@ -12,7 +12,9 @@ from collections.abc import Iterable, Sequence
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
-from splitfuse.core.slo.targets import SPAN, MovingAverage, SloTargets
+from splitfuse.core.slo.gaps import SPAN, MovingAverage
+from splitfuse.core.slo.request_slo import RequestSlo
+from splitfuse.core.slo.targets import SloTargets
 
 if TYPE_CHECKING:
     from splitfuse.bench.results import MeasuredRequest, Point
@@ -59,11 +61,12 @@ def meets_speed(record: MeasuredRequest, speed: float, prompt_speed: float = PRO
 
 def meets_slo(record: MeasuredRequest, targets: SloTargets) -> bool:
     """Return whether the request met all of these targets; a failed request did not."""
-    return (
-        _succeeded(record)
-        and ttft(record) <= targets.ttft_target(record.num_prompt_tokens)
-        and (targets.itl is None or all(average <= targets.itl for average in moving_averages(gaps(record))))
-    )
+    if not _succeeded(record):
+        return False
+    slo = RequestSlo(targets, arrival_time=record.sent, num_prompt_tokens=record.num_prompt_tokens)
+    for time in record.token_times:
+        slo.observe_token(time)
+    return slo.met is not False
 
 
 def seconds(point: Point) -> float:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from splitfuse.core.latency.phases import LatencyPhase
-from splitfuse.core.slo.targets import MovingAverage
+from splitfuse.core.slo.gaps import MovingAverage
 from splitfuse.engine.client import EngineState
 from splitfuse.engine.trace import FinishTrace, PhaseTrace, PreemptTrace, RequestTrace, StepTrace, TraceRecord
 from splitfuse.server.trace_feed import (

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from splitfuse.bench import metrics
 from splitfuse.bench.results import MeasuredRequest, Point
-from splitfuse.core.slo.targets import SPAN
+from splitfuse.core.slo.gaps import SPAN
 
 SECONDS = st.floats(0.0, 100.0)
 GAPS = st.lists(SECONDS, max_size=60)

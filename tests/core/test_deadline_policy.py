@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import replace
-from itertools import pairwise, permutations
+from itertools import permutations
 from random import Random
 from typing import Any
 
@@ -239,15 +239,13 @@ def test_a_long_prompt_makes_no_decode_late() -> None:
     run = Run.make(num_blocks=1000, block_size=16, budget=256, policy=DeadlinePolicy(forecast, token_budget=256))
     for number in range(8):
         run.add(request(f"s{number}", 5, SloTargets(1.0, 0.25)))
-    times: dict[str, list[float]] = {}
+    outputs = []
     while run.scheduler.has_unfinished:
         if len(run.plans) == 2:
             run.add(request("long", 4000, SloTargets(60.0, 0.25)))
-        for output in run.step():
-            times.setdefault(output.request_id, []).extend([run.now] * len(output.token_ids))
-    assert all(len(each) == 50 for each in times.values())
-    gaps = [later - earlier for each in times.values() for earlier, later in pairwise(each)]
-    assert max(gaps) <= 0.25
+        outputs += run.step()
+    assert sum(len(output.token_ids) for output in outputs) == 9 * 50
+    assert all(output.slo_met for output in outputs)
 
 
 def test_every_request_is_served_under_lasting_overload() -> None:

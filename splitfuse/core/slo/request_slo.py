@@ -3,23 +3,24 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 
-from splitfuse.core.slo.targets import NO_SLO, MovingAverage, SloTargets, SloViolation
+from splitfuse.core.slo.gaps import gap_targets
+from splitfuse.core.slo.targets import NO_SLO, SloTargets, SloViolation
 
 MISSED_ITL_FACTOR = 2.0
-"""Factor by which the ITL target of a request is relaxed once it has missed its SLO."""
+"""Factor by which the gap to aim at is relaxed once a request has missed its SLO."""
 
 
 class RequestSlo:
     """Tracks the SLO of one request. All times are on the scheduler's clock.
 
-    >>> slo = RequestSlo(SloTargets(ttft=1.0, itl=0.1), arrival_time=10.0, num_prompt_tokens=512)
+    >>> slo = RequestSlo(SloTargets(ttft=1.0, tpot=0.1), arrival_time=10.0, num_prompt_tokens=512)
     >>> slo.deadline  # the first token's
     11.0
-    >>> slo.observe_token(10.8)
-    >>> slo.deadline  # the second token's
-    10.9
+    >>> slo.observe_token(10.5)
+    >>> slo.observe_token(10.54)
+    >>> slo.deadline  # the third token's: the second came 0.06 s early
+    10.7
     """
 
     def __init__(self, targets: SloTargets = NO_SLO, *, arrival_time: float = 0.0, num_prompt_tokens: int) -> None:
@@ -28,16 +29,16 @@ class RequestSlo:
         self.ttft_target = targets.ttft_target(num_prompt_tokens)
         """Seconds from arrival to the first token; infinity without a TTFT target."""
         self.deadline = arrival_time + self.ttft_target
-        """Time at which its next token is due; infinity without a target for it."""
+        """Time by which its next token keeps the SLO; infinity if any time does."""
         self.missed = False
-        """True once any target has been missed."""
-        self.violation: SloViolation | None = None
-        """Targets that were missed, and by how much."""
+        """True once a target has been missed for good."""
         self.steps_skipped = 0
         """Steps since the last one that computed tokens of the request."""
+        self.itl_target = min((each for each in (targets.itl, targets.tpot) if each is not None), default=None)
+        """Seconds from token to token to aim at; None without a target for them."""
+        self._gaps = gap_targets(targets)
         self._newest_token_time: float | None = None
-        self._average_gap = MovingAverage()
-        self._longest_gap = 0.0
+        self._ttft_violation: SloViolation | None = None
 
     @property
     def exists(self) -> bool:
@@ -46,31 +47,36 @@ class RequestSlo:
 
     @property
     def met(self) -> bool | None:
-        """Return whether every target has been met so far; None without a target."""
-        return not self.missed if self.exists else None
+        """Return whether every target is met with the tokens so far; None without a target."""
+        if not self.exists:
+            return None
+        return not self.missed and not any(gap.is_missed for gap in self._gaps)
 
     @property
-    def itl_target(self) -> float | None:
-        """Return the seconds between tokens to aim at, relaxed once the SLO is missed; None without an ITL target."""
-        if self.targets.itl is None:
+    def violation(self) -> SloViolation | None:
+        """Return the targets that are missed with the tokens so far, and by how much; None if none is."""
+        if not self.missed and self.met is not False:
             return None
-        return self.targets.itl * (MISSED_ITL_FACTOR if self.missed else 1.0)
+        found = self._ttft_violation or SloViolation()
+        for gap in self._gaps:
+            if gap.is_missed:
+                found = gap.violation(found)
+        return found
 
     def observe_token(self, now: float) -> None:
         """Record that a token has been generated: compare it with its target, and set the deadline of the next one."""
         if self._newest_token_time is None:
             if now > self.deadline:
-                self.violation = SloViolation(now - self.arrival_time, self.ttft_target)
-        elif self.targets.itl is not None:
-            self._observe_gap(now - self._newest_token_time, self.targets.itl)
-        self.missed = self.violation is not None
+                self._ttft_violation = SloViolation(now - self.arrival_time, self.ttft_target)
+                self.missed = True
+        else:
+            for gap in self._gaps:
+                gap.add(now - self._newest_token_time)
+                self.missed |= gap.is_lost
         self._newest_token_time = now
-        self.deadline = math.inf if self.itl_target is None else now + self.itl_target
-
-    def _observe_gap(self, gap: float, itl: float) -> None:
-        self._longest_gap = max(gap, self._longest_gap)
-        average = self._average_gap.add(gap)
-        if average > itl:
-            before = self.violation or SloViolation()
-            largest = max(average, before.average_gap or 0.0)
-            self.violation = replace(before, average_gap=largest, longest_gap=self._longest_gap, itl_target=itl)
+        if self.itl_target is None:
+            self.deadline = math.inf
+        elif self.missed:
+            self.deadline = now + MISSED_ITL_FACTOR * self.itl_target
+        else:
+            self.deadline = now + min(gap.longest_next() for gap in self._gaps)

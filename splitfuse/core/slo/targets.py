@@ -1,6 +1,4 @@
-"""States the SLO of a request, and how it is judged: by DeepSpeed-FastGen's measure (arXiv 2401.08671, section 4.2),
-which forgives a long gap after shorter ones.
-"""
+"""States the SLO of a request. How the gaps between its tokens are judged is in core/slo/gaps.py."""
 
 from __future__ import annotations
 
@@ -10,37 +8,53 @@ from dataclasses import dataclass, fields
 from splitfuse.config import MAX_TARGET, MIN_TARGET, PER_TOKEN, parse_seconds
 from splitfuse.errors import InvalidRequestError, brief
 
-SPAN = 16
-"""Span of the moving average of gaps, in tokens, as in the paper."""
-
 
 @dataclass(frozen=True)
 class SloTargets:
     """States the latency targets of a request, in seconds; None is no target. They are met if the first token comes in
-    time, and if at each token after it the MovingAverage of the gaps is at most `itl`.
+    time, and if the gaps between tokens keep `itl` and `tpot`, each by its own measure.
 
-        SloTargets(ttft=1.0, itl=0.1)
+        SloTargets(ttft=1.0, itl=0.1)                      # at each token, the moving average of the gaps
+        SloTargets(ttft=1.0, itl=0.1, itl_percentile=99)   # 99 of 100 gaps of the answer
+        SloTargets(ttft=1.0, tpot=0.05)                    # the mean of the gaps of the answer
 
-    Raises InvalidRequestError for a target which is not a number from MIN_TARGET to MAX_TARGET.
+    Raises InvalidRequestError for a target which is not a number from MIN_TARGET to MAX_TARGET, and for a percentile
+    without `itl` or not between 0 and 100.
     """
 
     ttft: float | None = None
     """Time from arrival to the first token."""
     itl: float | None = None
-    """Time from each token to the next. Steps are planned for every gap."""
+    """Time from each token to the next."""
     ttft_per_token: float | None = None
     """Time to the first token for each token of the prompt; added to `ttft` if both are given."""
+    tpot: float | None = None
+    """Time per output token after the first: the mean over the whole answer."""
+    itl_percentile: float | None = None
+    """Percentage of the gaps of an answer that must be at most `itl`; None judges their moving average instead."""
 
     def __post_init__(self) -> None:
         for field in fields(self):
             value = getattr(self, field.name)
-            is_number = isinstance(value, int | float) and not isinstance(value, bool)
-            if value is not None and not (is_number and MIN_TARGET <= value <= MAX_TARGET):
+            if value is None or field.name == "itl_percentile":
+                continue
+            if not (_is_number(value) and MIN_TARGET <= value <= MAX_TARGET):
                 raise InvalidRequestError(
                     f"{field.name} must be a number of seconds from {MIN_TARGET:g} to {MAX_TARGET:.0f}, such as 0.25, "
                     f"not {brief(value)}",
                     parameter=field.name,
                 )
+        percentile = self.itl_percentile
+        if percentile is not None and not (_is_number(percentile) and 0 < percentile < 100):
+            raise InvalidRequestError(
+                f"itl_percentile must be a number between 0 and 100, such as 99, not {brief(percentile)}",
+                parameter="itl_percentile",
+            )
+        if percentile is not None and self.itl is None:
+            raise InvalidRequestError(
+                "itl_percentile says how the gaps are compared with itl, which is not given: give both",
+                parameter="itl_percentile",
+            )
 
     @classmethod
     def parse(cls, ttft: str | None, itl: str | None) -> SloTargets:
@@ -72,25 +86,17 @@ class SloViolation:
     """Time to first token; None if that target was met."""
     ttft_target: float | None = None
     average_gap: float | None = None
-    """Largest moving average of the gaps between tokens; None if the ITL target was met."""
+    """Largest moving average of the gaps between tokens; None if no ITL target was missed by it."""
     longest_gap: float = 0.0
-    """Longest single gap when the average last exceeded the target."""
+    """Longest single gap until then."""
     itl_target: float | None = None
+    percent_in_time: float | None = None
+    """Percentage of the gaps which were at most `itl_target`; None if no percentile of them was missed."""
+    itl_percentile: float | None = None
+    mean_gap: float | None = None
+    """Mean of the gaps; None if the TPOT target was met."""
+    tpot_target: float | None = None
 
 
-class MovingAverage:
-    """Computes the exponential average of values that are added one by one, as pandas' `ewm(span=span).mean()`. The
-    weight of a value falls by `1 - 2 / (span + 1)` with each one after it, and weights are normalized (`adjust=True`).
-    """
-
-    __slots__ = ("_keep", "_total", "_weight")
-
-    def __init__(self, span: int = SPAN) -> None:
-        self._keep = 1.0 - 2.0 / (span + 1.0)
-        self._total = self._weight = 0.0
-
-    def add(self, value: float) -> float:
-        """Add a value. Returns the average with it."""
-        self._total = self._total * self._keep + value
-        self._weight = self._weight * self._keep + 1.0
-        return self._total / self._weight
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
