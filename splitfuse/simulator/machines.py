@@ -3,6 +3,10 @@
 a100-70b is Llama-2 70B in fp16 on four A100-80GB SXM, tensor parallel: the large model of DeepSpeed-FastGen's
 evaluation. It follows from public facts and three free efficiencies (UTILISATION, BANDWIDTH, ATTENTION), which were not
 fitted to the paper's results. docs/decisions/0013-cost-model.md has the derivation.
+
+The others are fits to times that their authors published, or that benchmarks/results has: DistServe's OPT-13B and
+OPT-66B, Splitwise's Llama-2 70B on eight A100 or H100, and CPUs of two cores with the shapes of Qwen2.5-0.5B and of
+Mistral-7B.
 """
 
 from __future__ import annotations
@@ -80,4 +84,144 @@ def _vllm_2023(ours: Calibration) -> Calibration:
     return replace(ours, name=f"{ours.name}, vLLM 0.2", cost=cost)
 
 
-MACHINES = {"a100-70b": _a100_70b(), "a100-70b-vllm-0.2": _vllm_2023(_a100_70b())}
+def _published(
+    name: str, cost: CostModel, *, source: str, model: str, machine: str, kv_tokens: int, max_model_len: int
+) -> Calibration:
+    """Return a calibration with room for `kv_tokens` tokens in the KV cache."""
+    block_size = 32
+    return Calibration(
+        name=name,
+        cost=cost,
+        num_blocks=kv_tokens // block_size,
+        block_size=block_size,
+        max_model_len=max_model_len,
+        identity={"model": model, "machine": machine},
+        about={"from": f"{source}: splitfuse/simulator/machines.py"},
+    )
+
+
+# DistServe (arXiv 2401.09670) fits a step of prompts as a + b tokens + c (sum of squared lengths), and one of decodes
+# as a + b context + c batch. Repository LLMServe/DistServe (Apache-2.0), in ms:
+#     OPT-13B, 1 x A100   18.10, .1019, 7.1e-6; 19.93, .00063, .0385
+#     OPT-66B, 4 x A100   29.4, .151, 8.3e-6; 30.8, .00045, .0633
+# A fused step, which its engine does not have, is taken as the floor of a prompt's step, a decode's time for each of
+# the first 64 tokens, and a prompt's for each one beyond. A pair of query and key is half a square. KV cache: 90 % of
+# 80 GB each without the weights.
+DISTSERVE = "DistServe's fitted times (arXiv 2401.09670)"
+
+
+def _opt_13b() -> Calibration:
+    cost = CostModel(
+        floor=18.5e-3,
+        per_token=0.0385e-3,
+        knee=64,
+        per_token_beyond=0.0634e-3,
+        per_pair=2 * 7.1e-9,
+        per_kv_token=0.63e-6,
+    )
+    name, machine = "OPT-13B on an A100-80GB", "1 x A100-80GB"
+    kv_tokens = int((0.9 * 80e9 - 26e9) / (40 * 2 * 5120 * 2))
+    return _published(
+        *(name, cost), source=DISTSERVE, model="OPT-13B", machine=machine, kv_tokens=kv_tokens, max_model_len=2048
+    )
+
+
+def _opt_66b() -> Calibration:
+    cost = CostModel(
+        floor=29.6e-3,
+        per_token=0.0633e-3,
+        knee=64,
+        per_token_beyond=0.0877e-3,
+        per_pair=2 * 8.3e-9,
+        per_kv_token=0.45e-6,
+    )
+    name, machine = "OPT-66B on 4 x A100-80GB", "4 x A100-80GB"
+    kv_tokens = int((0.9 * 320e9 - 132e9) / (64 * 2 * 9216 * 2))
+    return _published(
+        *(name, cost), source=DISTSERVE, model="OPT-66B", machine=machine, kv_tokens=kv_tokens, max_model_len=2048
+    )
+
+
+# Splitwise (arXiv 2311.18677), data/perf_model.csv of Mutinifni/splitwise-sim (MIT): Llama-2 70B, tensor parallel over
+# eight GPUs, prompts of 128 to 8192 tokens in batches of up to 4 and decodes in batches of up to 64. cost_model.fit
+# over the rows of each machine: median error 1.2 % (A100) and 2.1 % (H100).
+SPLITWISE = "Splitwise's measured times (arXiv 2311.18677)"
+
+
+def _splitwise(gpu: str, cost: CostModel) -> Calibration:
+    return _published(
+        *(f"Llama-2 70B on 8 x {gpu}-80GB", cost),
+        source=SPLITWISE,
+        model="meta-llama/Llama-2-70b-hf",
+        machine=f"DGX-{gpu}",
+        kv_tokens=int((0.9 * 640e9 - 2 * WEIGHTS) / KV_BYTES),
+        max_model_len=16_384,
+    )
+
+
+SPLITWISE_A100 = CostModel(
+    floor=44.27e-3,
+    per_token=91.4e-6,
+    knee=512,
+    per_token_beyond=29.9e-6,
+    per_row=135.7e-6,
+    per_pair=14.87e-9,
+    per_kv_token=0.261e-6,
+)
+SPLITWISE_H100 = CostModel(
+    floor=29.85e-3,
+    per_token=46.8e-6,
+    knee=2048,
+    per_token_beyond=53.4e-6,
+    per_row=163.5e-6,
+    per_pair=3.48e-9,
+    per_kv_token=0.157e-6,
+)
+
+
+def _two_cores(name: str, cost: CostModel, *, kernels: str, kv_tokens: int = 131_072) -> Calibration:
+    return _published(
+        f"{name} on two cores, {kernels}",
+        cost,
+        source="measured by us (benchmarks/results)",
+        model=name,
+        machine=f"two cores with {kernels}",
+        kv_tokens=kv_tokens,
+        max_model_len=16_384,
+    )
+
+
+# Two lines: the weights read from memory once a step, or the arithmetic of each token; and 1 ms of all else.
+# AVX-512, int8 and bf16: benchmarks/slo.py. AVX2 (Zen 3), int8: one decode in 14 ms, and 1.8 requests/s of 128 + 24
+# tokens when saturated (benchmarks/results/simulator.md). 7B shape there, int8: a prompt of 512 in 32.8 s, a decode in
+# 264 ms (benchmarks/results/cpu-kernels.md).
+QWEN, MISTRAL = "Qwen2.5-0.5B's shape", "Mistral-7B's shape"
+CPUS = {
+    "0.5b-int8": _two_cores(
+        *(f"{QWEN} in int8", CostModel(floor=9e-3, per_token=0.0, knee=8 / 0.42, per_token_beyond=0.42e-3)),
+        kernels="AVX-512",
+    ),
+    "0.5b-bf16": _two_cores(
+        *(f"{QWEN} in bf16", CostModel(floor=16.5e-3, per_token=0.0, knee=15.5 / 0.84, per_token_beyond=0.84e-3)),
+        kernels="AVX-512",
+    ),
+    "0.5b-int8-avx2": _two_cores(
+        *(f"{QWEN} in int8", CostModel(floor=14e-3, per_token=0.0, knee=13 / 3.4, per_token_beyond=3.4e-3)),
+        kernels="AVX2",
+    ),
+    "7b-int8-avx2": _two_cores(
+        *(f"{MISTRAL} in int8", CostModel(floor=0.264, per_token=0.0, knee=264 / 64, per_token_beyond=64e-3)),
+        kernels="AVX2",
+        kv_tokens=32_768,
+    ),
+}
+
+MACHINES = {
+    "a100-70b": _a100_70b(),
+    "a100-70b-vllm-0.2": _vllm_2023(_a100_70b()),
+    "opt-13b": _opt_13b(),
+    "opt-66b": _opt_66b(),
+    "splitwise-a100": _splitwise("A100", SPLITWISE_A100),
+    "splitwise-h100": _splitwise("H100", SPLITWISE_H100),
+    **CPUS,
+}
