@@ -10,6 +10,7 @@ docs/server.md are derived from the fields. A field left at None is resolved whe
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 import types
 import typing
@@ -31,6 +32,8 @@ MAX_THREADS = 1024
 KV_CACHE_DTYPES = ("auto", "int8")
 UNITS = {"ms": 1e-3, "s": 1.0, "min": 60.0}
 PER_TOKEN = "/token"
+TARGETS = ("ttft", "itl", "tpot")
+"""Names of the settings which are targets of an SLO."""
 MIN_TARGET, MAX_TARGET = 1e-6, 86400.0
 """Bounds of an SLO target, in seconds. No step is as short as the least: a target below it means the same, and the
 scheduler multiplies targets and divides by them, which must not leave the range of floating point.
@@ -115,8 +118,15 @@ class SchedulerConfig:
     max_num_batched_tokens: int = setting(256, "Token budget of a step.")
     max_num_seqs: int = setting(64, "Maximum number of running requests.")
     ttft: str | None = setting(None, "SLO for the time to first token (TTFT): 1s, or 2ms/token for each prompt token.")
-    itl: str | None = setting(None, "SLO for the inter-token latency (ITL), such as 250ms.")
-    enable_slo: bool = setting(False, "Schedule for the SLOs of keys and requests even without ttft and itl.")
+    itl: str | None = setting(
+        None,
+        "SLO for the inter-token latency (ITL): 250ms for its moving average, or 250ms/p99 for 99 % of the gaps of an "
+        "answer.",
+    )
+    tpot: str | None = setting(
+        None, "SLO for the time per output token (TPOT), the mean ITL of an answer, such as 100ms."
+    )
+    enable_slo: bool = setting(False, "Schedule for the SLOs of keys and requests even without ttft, itl and tpot.")
     tail_share: float = setting(
         TAIL_SHARE,
         "Fraction of each step reserved for the oldest request once it has missed its SLO or others overtake it (at "
@@ -129,14 +139,21 @@ class SchedulerConfig:
         if self.ttft is not None:
             parse_seconds("ttft", self.ttft.removesuffix(PER_TOKEN))
         if self.itl is not None:
-            parse_seconds("itl", self.itl)
+            parse_itl(self.itl)
+        if self.tpot is not None:
+            parse_seconds("tpot", self.tpot)
         if not 0 < self.tail_share <= MAX_TAIL_SHARE:
             raise ConfigError(f"tail_share must be above 0 and at most {MAX_TAIL_SHARE}, not {self.tail_share}")
 
     @property
+    def targets(self) -> dict[str, str]:
+        """Return the targets of all requests without their own, by name: those of TARGETS that are given."""
+        return {name: value for name in TARGETS if (value := getattr(self, name)) is not None}
+
+    @property
     def has_targets(self) -> bool:
         """Return whether all requests have an SLO by default."""
-        return self.ttft is not None or self.itl is not None
+        return bool(self.targets)
 
     @property
     def slo_enabled(self) -> bool:
@@ -218,7 +235,7 @@ class ServerConfig:
     api_key_file: str | None = setting(
         None,
         "File with an API key per line, optionally followed by settings such as name=alice weight=2 priority=low "
-        "ttft=1s itl=100ms.",
+        "ttft=1s itl=100ms tpot=50ms.",
     )
     allow_origin: tuple[str, ...] = setting((), "Web origin allowed by CORS; * allows any. May be repeated.")
     tls_certificate: str | None = setting(None, "PEM certificate file; with tls_key, enables HTTPS.")
@@ -326,6 +343,29 @@ def parse_seconds(name: str, text: str) -> float:
             f"{name} must be a time from {1e3 * MIN_TARGET:g}ms to {MAX_TARGET:.0f}s, such as 250ms, not {text!r}"
         )
     return seconds
+
+
+def parse_itl(text: str) -> tuple[float, float | None]:
+    """Return the seconds of an ITL target and its percentile, which is None for the moving average. Raises ConfigError.
+
+    >>> parse_itl("250ms"), parse_itl("250ms/p99")
+    ((0.25, None), (0.25, 99.0))
+    """
+    time, slash, percentile = text.partition("/")
+    seconds = parse_seconds("itl", time)
+    if not slash:
+        return seconds, None
+    number = percentile.strip().removeprefix("p")
+    try:
+        percent = float(number) if number != percentile.strip() else math.nan
+    except ValueError:
+        percent = math.nan
+    if not 0 < percent < 100:
+        raise ConfigError(
+            f"itl {text!r} must end with a percentile above p0 and below p100, such as {time.strip()}/p99, or with "
+            f"nothing, as {time.strip()}"
+        )
+    return seconds, percent
 
 
 PARTS: dict[str, type[Any]] = {"model": ModelConfig, "scheduler": SchedulerConfig, "cache": CacheConfig}

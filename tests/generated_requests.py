@@ -50,11 +50,13 @@ def be_brief(body: Any, path: str) -> None:
 
 
 def mind_roles(body: Any) -> None:
-    """What the document cannot say: a choice of tools needs tools, results of tools need calls, and what of messages
-    depends on their roles.
+    """What the document cannot say: a choice of tools needs tools, results of tools need calls, a percentile needs a
+    target, and what of messages depends on their roles.
     """
     if not isinstance(body, dict):
         return
+    if isinstance(targets := body.get("splitfuse_slo"), dict) and targets.get("itl") is None:
+        targets.pop("itl_percentile", None)
     for name in OF_MODEL:
         body.pop(name, None)
     for message in body["messages"] if isinstance(body.get("messages"), list) else ():

@@ -1,6 +1,7 @@
 """Settings: names, types and ranges are checked once, at the edge, and never change afterwards."""
 
 import dataclasses
+import re
 from typing import Any
 
 import pytest
@@ -121,7 +122,7 @@ def test_times_have_units(text: str, seconds: float) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["", "s", "3", "1h", "0s", "-1s", "nan", "inf", "1s2", "250ms/token", "5e-324s", "1e-9ms", "1e300s", "1e5s"]
+    "text", ["", "s", "3", "1h", "0s", "-1s", "nan", "inf", "1s2", "3/p99", "5e-324s", "1e-9ms", "1e300s", "1e5s"]
 )
 def test_an_invalid_duration_is_refused(text: str) -> None:
     with pytest.raises(ConfigError, match="itl must be a time"):
@@ -131,9 +132,40 @@ def test_an_invalid_duration_is_refused(text: str) -> None:
 def test_ttft_may_depend_on_the_length_of_the_prompt() -> None:
     assert SloTargets.parse("2ms/token", "0.1s") == SloTargets(None, 0.1, ttft_per_token=0.002)
     assert SloTargets.parse("2s", None) == SloTargets(2.0, None)
-    assert SloTargets.parse(None, None) == SloTargets()
+    assert SloTargets.parse() == SloTargets()
     with pytest.raises(ConfigError, match="ttft must be a time"):
         SchedulerConfig(ttft="fast/token")
+
+
+@pytest.mark.parametrize(
+    ("given", "targets"),
+    [
+        ({"itl": "250ms"}, SloTargets(itl=0.25)),
+        ({"itl": "250ms/p99"}, SloTargets(itl=0.25, itl_percentile=99.0)),
+        ({"itl": "1s / p99.9"}, SloTargets(itl=1.0, itl_percentile=99.9)),
+        ({"tpot": "100ms"}, SloTargets(tpot=0.1)),
+        ({"ttft": "1s", "itl": "250ms/p95", "tpot": "0.1s"}, SloTargets(1.0, 0.25, tpot=0.1, itl_percentile=95.0)),
+        ({"ttft": "2ms/token", "tpot": "50ms"}, SloTargets(ttft_per_token=0.002, tpot=0.05)),
+    ],
+)
+def test_targets_of_each_measure(given: dict[str, str], targets: SloTargets) -> None:
+    config = EngineConfig.from_settings(given)
+    assert config.scheduler.targets == given and config.scheduler.slo_enabled
+    assert SloTargets.parse(**config.scheduler.targets) == targets
+    assert EngineConfig.from_settings(config.settings) == config
+
+
+@pytest.mark.parametrize("measure", ["p0", "p100", "99", "p", "", "pnan", "p-1", "token", "p99/p50", "p1e999"])
+def test_an_itl_of_an_invalid_percentile_is_refused(measure: str) -> None:
+    message = f"itl '250ms/{measure}' must end with a percentile above p0 and below p100, such as 250ms/p99"
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        SchedulerConfig(itl=f"250ms/{measure}")
+
+
+@pytest.mark.parametrize("text", ["0s", "100", "100ms/p99", "2ms/token", "2days"])
+def test_an_invalid_tpot_is_refused(text: str) -> None:
+    with pytest.raises(ConfigError, match=r"tpot must be a time .*such as .*250ms, not "):
+        SchedulerConfig(tpot=text)
 
 
 @pytest.mark.parametrize("name", ["step_timeout", "drain_timeout", "client_timeout"])

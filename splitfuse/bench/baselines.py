@@ -133,7 +133,7 @@ def make_baseline(policy: str, config: SchedulerConfig) -> SchedulingPolicy | No
     if policy == "splitfuse":
         return None
     if config.slo_enabled:
-        raise ConfigError(f"the policy {policy} meets no SLOs: leave ttft, itl and enable_slo out")
+        raise ConfigError(f"the policy {policy} meets no SLOs: leave ttft, itl, tpot and enable_slo out")
     if config.tail_share != TAIL_SHARE:
         raise ConfigError(f"the policy {policy} reserves nothing for the oldest request: leave tail_share out")
     return BASELINES[policy]()

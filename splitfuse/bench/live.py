@@ -125,7 +125,7 @@ async def send_again(
 
 
 def _default_targets(config: EngineConfig) -> SloTargets:
-    return SloTargets.parse(config.scheduler.ttft, config.scheduler.itl)
+    return SloTargets.parse(**config.scheduler.targets)
 
 
 def _message(each: RecordedRequest, name: str, config: EngineConfig, recorded_targets: SloTargets) -> Add:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from splitfuse.core.slo.gaps import SPAN, MovingAverage
 from splitfuse.core.slo.request_slo import RequestSlo
-from splitfuse.core.slo.targets import SloTargets
+from splitfuse.core.slo.targets import SloTargets, SloViolation
 
 if TYPE_CHECKING:
     from splitfuse.bench.results import MeasuredRequest, Point
@@ -63,10 +63,15 @@ def meets_slo(record: MeasuredRequest, targets: SloTargets) -> bool:
     """Return whether the request met all of these targets; a failed request did not."""
     if not _succeeded(record):
         return False
+    return slo_violation(record, targets) is None
+
+
+def slo_violation(record: MeasuredRequest, targets: SloTargets) -> SloViolation | None:
+    """Return which targets a request missed, and by how much; None if it missed none with the tokens that came."""
     slo = RequestSlo(targets, arrival_time=record.sent, num_prompt_tokens=record.num_prompt_tokens)
     for time in record.token_times:
         slo.observe_token(time)
-    return slo.met is not False
+    return slo.violation
 
 
 def seconds(point: Point) -> float:

@@ -53,7 +53,7 @@ def tune(
     quiet: Annotated[bool, typer.Option(help="No progress bar.")] = False,
     **flags: Any,
 ) -> None:
-    """Find the largest load that meets --ttft and --itl on this machine, and the settings for it.
+    """Find the largest load that meets --ttft, --itl and --tpot on this machine, and the settings for it.
 
     Steps are timed once (as `calibrate` does), loads are simulated. docs/slo.md has an example.
     """
@@ -191,7 +191,7 @@ def _measure(tuning: Tuning, settings: dict[str, Any], make_workload: MakeWorklo
 
     chosen = {name: getattr(tuning.chosen, name) for name in CHOSEN}
     config = EngineConfig.from_settings({**settings, **chosen})
-    targets = SloTargets.parse(config.scheduler.ttft, config.scheduler.itl)
+    targets = SloTargets.parse(**config.scheduler.targets)
     rate = tuning.rate
     for _ in range(MEASUREMENTS):
         loads, about = Loads(rate=(rate,), repeat=1), environment_info()

@@ -176,6 +176,7 @@ def preemption_key(request: Request) -> tuple[int, int]:
 def slo_required() -> InvalidRequestError:
     """Return the error for a request with `on_time_only` and without an SLO."""
     return InvalidRequestError(
-        "on_time_only requires an SLO: a ttft or itl of the request (splitfuse_slo) or of the server (--ttft, --itl)",
+        "on_time_only requires an SLO: a ttft, itl or tpot of the request (splitfuse_slo) or of the server (--ttft, "
+        "--itl, --tpot)",
         parameter="targets",
     )

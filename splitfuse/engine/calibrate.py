@@ -121,7 +121,7 @@ def calibrate(
         raise CostModelError(
             f"SLO scheduling has to time at least {MIN_SAMPLES} different steps, but only {len(fine.fitted)} fit an "
             f"engine with {plan.max_model_len} tokens a request, {blocks} blocks and max_num_seqs {max_num_seqs}: "
-            "raise --max-model-len or --kv-cache-memory-gib, or leave out --ttft, --itl and --enable-slo"
+            "raise --max-model-len or --kv-cache-memory-gib, or leave out --ttft, --itl, --tpot and --enable-slo"
         )
     runs = _Runs(executor)
     fitted, checking = choose_grid(runs, fine, coarse, seconds=seconds)
@@ -299,7 +299,7 @@ def scheduling_seconds(config: EngineConfig, model: LoadedModel, executor: Execu
     scheduler, _, _ = build_scheduler(config, model.plan)
     count = min(16, model.plan.max_num_seqs)
     length = min(32, model.plan.max_model_len // 2)
-    targets = SloTargets.parse(config.scheduler.ttft, config.scheduler.itl)
+    targets = SloTargets.parse(**config.scheduler.targets)
     random = Random(2)
     for number in range(count):
         tokens = tuple(random.randrange(model.spec.vocab_size) for _ in range(length))

@@ -78,7 +78,7 @@ class Engine:
         self.executor = model.make_executor()
         plan = model.plan
         self.slo_enabled = cost is not None
-        self._targets = SloTargets.parse(config.scheduler.ttft, config.scheduler.itl)
+        self._targets = SloTargets.parse(**config.scheduler.targets)
         self.scheduler, self.allocator, self._latencies = build_scheduler(config, plan, policy=policy, cost=cost)
         self.events = self.scheduler.events
         self._num_broken_steps = 0

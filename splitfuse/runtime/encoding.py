@@ -168,7 +168,7 @@ def _check(config: EngineConfig, spec: EncoderSpec) -> None:
         ("num_blocks", cache.num_blocks is not None),
         ("kv_cache_memory_gib", cache.kv_cache_memory_gib is not None),
         ("kv_cache_dtype", cache.kv_cache_dtype != "auto"),
-        ("enable_slo, ttft and itl", config.scheduler.slo_enabled),
+        ("enable_slo, ttft, itl and tpot", config.scheduler.slo_enabled),
         ("gguf_file", config.model.gguf_file is not None),
     ):
         if is_set:

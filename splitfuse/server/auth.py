@@ -17,14 +17,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from splitfuse.config import SchedulerConfig, ServerConfig
+from splitfuse.config import TARGETS, SchedulerConfig, ServerConfig
 from splitfuse.core.request import MAX_WEIGHT, MIN_WEIGHT, Priority
 from splitfuse.core.slo.targets import SLO_DISABLED, SloTargets
 from splitfuse.deploy.registry import is_loopback
 from splitfuse.errors import ConfigError, did_you_mean, unreadable
 from splitfuse.server.errors import RefusedError
 
-OPTIONS = ("name", "weight", "priority", "ttft", "itl", "admin")
+OPTIONS = ("name", "weight", "priority", *TARGETS, "admin")
 
 
 @dataclass(frozen=True)
@@ -181,12 +181,12 @@ def _owner(options: list[str], *, name: str) -> Owner:
         if word in given:
             raise ConfigError(f"{word} is given twice")
         given[word] = value
-    has_targets = "ttft" in given or "itl" in given
+    targets = {name: given[name] for name in TARGETS if name in given}
     return Owner(
         name=given.get("name", name),
         weight=_weight(given.get("weight", "1")),
         priority=_priority(given.get("priority", "normal")),
-        targets=SloTargets.parse(given.get("ttft"), given.get("itl")) if has_targets else None,
+        targets=SloTargets.parse(**targets) if targets else None,
         is_admin=_yes("admin", given.get("admin", "no")),
     )
 

@@ -212,6 +212,7 @@ def describe_violation(violation: SloViolation) -> str:
     """Return what was missed, and by how much.
 
     `first token after 1.2 s (target 1 s); tokens every 0.3 s (moving average; target 0.25 s), longest gap 0.7 s`
+    `97.5 % of the gaps within 0.25 s (target 99 %), longest gap 0.7 s; tokens every 0.12 s (mean; target 0.1 s)`
     """
     parts = []
     if violation.ttft is not None and violation.ttft_target is not None:
@@ -221,6 +222,13 @@ def describe_violation(violation: SloViolation) -> str:
             f"tokens every {violation.average_gap:.3g} s (moving average; target {violation.itl_target:.3g} s), "
             f"longest gap {violation.longest_gap:.3g} s"
         )
+    if violation.percent_in_time is not None and violation.itl_percentile is not None:
+        parts.append(
+            f"{violation.percent_in_time:.4g} % of the gaps within {violation.itl_target:.3g} s (target "
+            f"{violation.itl_percentile:.4g} %), longest gap {violation.longest_gap:.3g} s"
+        )
+    if violation.mean_gap is not None and violation.tpot_target is not None:
+        parts.append(f"tokens every {violation.mean_gap:.3g} s (mean; target {violation.tpot_target:.3g} s)")
     return "; ".join(parts)
 
 

@@ -399,6 +399,5 @@ def describe(stage: Loading, *, steps: int = 100) -> str:
 
 def _log_slo(scheduler: SchedulerConfig) -> None:
     if scheduler.has_targets:
-        names = ("ttft", "itl", "tail_share")
-        targets = [f"{name} {value}" for name in names if (value := getattr(scheduler, name)) is not None]
-        _logger.info("SLO: %s", ", ".join(targets))
+        settings = {**scheduler.targets, "tail_share": scheduler.tail_share}
+        _logger.info("SLO: %s", ", ".join(f"{name} {value}" for name, value in settings.items()))

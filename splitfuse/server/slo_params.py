@@ -34,6 +34,20 @@ class TargetSeconds(Body, kw_only=True, frozen=True):
     ttft: Annotated[_TARGET, Meta(description="To the first token, from its arrival")] | None = None
     ttft_per_token: Annotated[_TARGET, Meta(description="Added to it for each prompt token")] | None = None
     itl: Annotated[_TARGET, Meta(description="From each token to the next")] | None = None
+    itl_percentile: (
+        Annotated[float, Meta(gt=0, lt=100, description="Percentage of the gaps that must be at most itl; needs itl")]
+        | None
+    ) = None
+    tpot: Annotated[_TARGET, Meta(description="From token to token, the mean over the answer")] | None = None
+
+    @property
+    def targets(self) -> SloTargets:
+        """Return them for the scheduler. Raises InvalidRequestError for a percentile without itl."""
+        try:
+            return SloTargets(**{name: getattr(self, name) for name in self.__struct_fields__})
+        except InvalidRequestError as error:
+            message, parameter = f"splitfuse_slo.{error}", f"splitfuse_slo.{error.parameter}"
+            raise InvalidRequestError(message, parameter=parameter) from error
 
 
 class SloParams(Body, kw_only=True, frozen=True):
@@ -51,7 +65,7 @@ class SloParams(Body, kw_only=True, frozen=True):
         the key's.
         """
         asked = self.splitfuse_slo
-        targets = None if asked is None else SloTargets(asked.ttft, asked.itl, asked.ttft_per_token)
+        targets = None if asked is None else asked.targets
         for name, wants in (
             ("splitfuse_slo", targets not in (None, NO_SLO)),
             ("splitfuse_on_time_only", self.splitfuse_on_time_only),

@@ -273,12 +273,17 @@ def _check_length(value: Any, place: str, unit: str, minimum: int | None, maximu
 
 
 def _check_bounds(expected: inspect.IntType | inspect.FloatType, value: float, place: str, verb: str = "be") -> None:
-    minimum, above, maximum = expected.ge, expected.gt, expected.le
+    minimum, above, maximum, below = expected.ge, expected.gt, expected.le, expected.lt
     too_small = (minimum is not None and value < minimum) or (above is not None and value <= above)
+    too_large = (maximum is not None and value > maximum) or (below is not None and value >= below)
     is_finite = isinstance(value, int) or math.isfinite(value)  # an integer of 400 digits is no float
-    if too_small or (maximum is not None and value > maximum) or not is_finite:
-        low = f" above {above:g} up" if above is not None else "" if minimum is None else f" from {minimum:g}"
-        high = " up" if maximum is None else f" to {int(maximum) if float(maximum).is_integer() else maximum}"
+    if too_small or too_large or not is_finite:
+        low = f" above {above:g}" if above is not None else "" if minimum is None else f" from {minimum:g}"
+        if below is not None:
+            high = f" and below {below:g}"
+        else:
+            high = " up" if above is not None or maximum is None else ""
+            high += "" if maximum is None else f" to {int(maximum) if float(maximum).is_integer() else maximum}"
         raise _wrong(place, f"must {verb} {_kind(expected)}{low}{high}, not {brief(value)}")
 
 

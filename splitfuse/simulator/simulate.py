@@ -188,7 +188,7 @@ class Replica:
         cost = calibration.cost if config.slo_enabled else None
         policy = make_baseline(simulation.policy, config) or make_policy(config, cost)
         self.scheduler = Scheduler(config, allocator, policy)
-        self._targets = SloTargets.parse(config.ttft, config.itl)
+        self._targets = SloTargets.parse(**config.targets)
         self._cost: CostModel = calibration.cost
         self._random = Random(seed)
         self._step_overhead = simulation.step_overhead

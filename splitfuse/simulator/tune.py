@@ -18,7 +18,7 @@ from splitfuse.bench.load import WARM_UP, closed_loop, open_loop
 from splitfuse.bench.measure import MakeWorkload
 from splitfuse.bench.results import Point
 from splitfuse.bench.workload import Workload, poisson
-from splitfuse.config import PER_TOKEN, SchedulerConfig, parse_seconds
+from splitfuse.config import TARGETS, SchedulerConfig, parse_seconds
 from splitfuse.core.limits import ceil_div
 from splitfuse.core.slo.cost_model import StepFeatures
 from splitfuse.core.slo.targets import SloTargets
@@ -56,7 +56,10 @@ FAR = 2.0**20
 """Maximum ratio of feasible targets to the requested ones in the search."""
 
 
-NO_TARGETS = "tune requires an SLO: give --ttft, such as 1s or 2ms/token, or --itl, such as 250ms"
+NO_TARGETS = (
+    "tune requires an SLO: give --ttft, such as 1s or 2ms/token, --itl, such as 250ms or 250ms/p99, or --tpot, such as "
+    "100ms"
+)
 
 
 @dataclass(frozen=True)
@@ -111,6 +114,7 @@ class Tuning:
 
     ttft: str | None
     itl: str | None
+    tpot: str | None
     attainment: float
     """Required SLO attainment."""
     budgets: tuple[Sustained, ...]
@@ -180,7 +184,7 @@ def tune(
         raise trials.infeasible(replace(largest, max_num_batched_tokens=usual), least)
     best = _smallest_of_the_best(by_seqs)
     by_budget = sustained((replace(best.setting, max_num_batched_tokens=budget) for budget in budgets), best.rate)
-    no_slo = replace(largest, ttft=None, itl=None)
+    no_slo = _without_targets(largest)
     fcfs = sustained((replace(no_slo, max_num_batched_tokens=budget) for budget in budgets), best.rate)
     best = _smallest_of_the_best(by_budget)
     chosen = best.setting
@@ -189,6 +193,7 @@ def tune(
     return Tuning(
         ttft=config.ttft,
         itl=config.itl,
+        tpot=config.tpot,
         attainment=attainment,
         budgets=by_budget,
         budgets_fcfs=fcfs,
@@ -219,7 +224,7 @@ class _Trials:
     @property
     def targets(self) -> SloTargets:
         """Return the targets, which are those of the simulation whatever the setting."""
-        return SloTargets.parse(self.simulation.scheduler.ttft, self.simulation.scheduler.itl)
+        return SloTargets.parse(**self.simulation.scheduler.targets)
 
     def largest_rate(self, setting: SchedulerConfig, *, start: float, least: float, refined: bool = False) -> float:
         """Return the largest Poisson rate that a setting sustains; 0 if it is below `least`."""
@@ -297,14 +302,19 @@ class _Trials:
 
     def infeasible(self, setting: SchedulerConfig, least: float) -> ConfigError:
         """Return the error for targets that not even the rate `least` meets: what misses them, and feasible targets."""
-        alone = metrics.counted(self.closed(replace(setting, ttft=None, itl=None), 1, LONE_REQUESTS))
-        late = [each for each in alone if metrics.ttft(each) > self.targets.ttft_target(each.num_prompt_tokens)]
-        missed = [f"a TTFT of up to {max(map(metrics.ttft, late)):.3g} s"] if late else []
-        itl = max((average for each in alone for average in metrics.moving_averages(metrics.gaps(each))), default=0.0)
-        if self.targets.itl is not None and itl > self.targets.itl:
-            missed.append(f"an inter-token latency of up to {1e3 * itl:.3g} ms")
+        alone = metrics.counted(self.closed(_without_targets(setting), 1, LONE_REQUESTS))
+        violations = [found for each in alone if (found := metrics.slo_violation(each, self.targets)) is not None]
+        missed = []
+        if late := [each.ttft for each in violations if each.ttft is not None]:
+            missed.append(f"a TTFT of up to {max(late):.3g} s")
+        if averages := [each.average_gap for each in violations if each.average_gap is not None]:
+            missed.append(f"an inter-token latency of up to {1e3 * max(averages):.3g} ms")
+        if percents := [each.percent_in_time for each in violations if each.percent_in_time is not None]:
+            missed.append(f"as few as {min(percents):.3g} % of its inter-token latencies within the target")
+        if means := [each.mean_gap for each in violations if each.mean_gap is not None]:
+            missed.append(f"a time per output token of up to {1e3 * max(means):.3g} ms")
         why = f"even a lone request has {' and '.join(missed)}" if missed else "too many requests overlap by chance"
-        given = [name for name in ("itl", "ttft") if getattr(setting, name)]
+        given = [name for name in ("itl", "tpot", "ttft") if name in setting.targets]
         feasible = [flags for name in given if (flags := self._shortest(setting, [name], least))]
         feasible = feasible or [flags for flags in [self._shortest(setting, given, least)] if flags]
         return ConfigError(
@@ -357,13 +367,19 @@ def _largest(is_sustained: Callable[[float], bool], start: float, least: float) 
 
 def _with_target(setting: SchedulerConfig, name: str, target: str, times: float) -> SchedulerConfig:
     """Return the setting with a target multiplied by `times`, rounded up to three digits, at most LONGEST."""
-    milliseconds = 1e3 * min(times * parse_seconds(name, target.removesuffix(PER_TOKEN)), LONGEST)
+    time, slash, measure = target.partition("/")
+    milliseconds = 1e3 * min(times * parse_seconds(name, time), LONGEST)
     digit = 10.0 ** (math.floor(math.log10(milliseconds)) - 2)
     rounded = digit * math.ceil(milliseconds / digit - 1e-9)
-    changes: dict[str, Any] = {name: f"{rounded:.12g}ms{PER_TOKEN if target.endswith(PER_TOKEN) else ''}"}
+    changes: dict[str, Any] = {name: f"{rounded:.12g}ms{slash}{measure}"}
+    return replace(setting, **changes)
+
+
+def _without_targets(setting: SchedulerConfig) -> SchedulerConfig:
+    changes: dict[str, Any] = dict.fromkeys(TARGETS)
     return replace(setting, **changes)
 
 
 def _flags(config: SchedulerConfig) -> str:
     """Return the targets as flags of a server."""
-    return " ".join(f"--{name} {value}" for name in ("ttft", "itl") if (value := getattr(config, name)))
+    return " ".join(f"--{name} {value}" for name, value in config.targets.items())

@@ -150,6 +150,21 @@ def test_infeasible_targets_name_only_what_misses_them() -> None:
 
 
 @pytest.mark.usefixtures("quick")
+def test_infeasible_gaps_are_rejected_by_their_measure() -> None:
+    """A lone request has gaps of 36 ms."""
+    slow = Calibration(name="", cost=COST.slower(4.0), num_blocks=4000, block_size=32, max_model_len=4096)
+    for targets, said in (
+        ({"tpot": "30ms"}, "even a lone request has a time per output token of up to 36 ms; feasible"),
+        ({"itl": "30ms/p50"}, "even a lone request has as few as 0 % of its inter-token latencies within the target"),
+    ):
+        with pytest.raises(ConfigError, match="cannot be met here") as refused:
+            tuned(simulation(slow, **targets), short, budgets=(128,), requests=10)
+        assert said in str(refused.value)
+        feasible = re.search(r"feasible targets: --(itl|tpot) ([\d.]+)ms(/p50)?$", str(refused.value))
+        assert feasible is not None and 36 <= float(feasible[2]) < 60
+
+
+@pytest.mark.usefixtures("quick")
 @pytest.mark.slow
 def test_conversations_are_tuned() -> None:
     def make(target: Target) -> Workload:
@@ -182,6 +197,12 @@ def test_slo_is_met_if_all_targets_are() -> None:
         (SloTargets(0.5, 0.16), True),  # on average 0.153 s
         (SloTargets(None, 0.25), True),
         (SloTargets(0.5, None), True),
+        (SloTargets(tpot=0.16), True),  # gaps of 0.1 and 0.2 s
+        (SloTargets(tpot=0.14), False),
+        (SloTargets(itl=0.15, itl_percentile=50), True),
+        (SloTargets(itl=0.15, itl_percentile=51), False),
+        (SloTargets(itl=0.15, itl_percentile=50, tpot=0.14), False),
+        (SloTargets(itl=0.05, itl_percentile=50, tpot=0.16), False),
     ):
         assert metrics.meets_slo(record, targets) is met
     assert not metrics.meets_slo(MeasuredRequest(0, 1.0, 10, (), "failed"), SloTargets(9.0))

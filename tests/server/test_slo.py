@@ -17,6 +17,7 @@ from splitfuse.server.auth import ApiKeys
 
 BODY = {"prompt": "Anna has", "max_tokens": 4, "ignore_eos": True, "splitfuse_timing": True}
 PATIENT = {"ttft": 1000, "itl": 1000}
+EACH_MEASURE = {"itl": 1000, "itl_percentile": 99.5, "tpot": 1000}
 STEPS = ("step_seconds", "predicted_step_seconds", "step_prediction_ratio")
 SETTINGS = {"ttft": "0.01ms", "itl": "1min", "num_blocks": 200}
 
@@ -51,10 +52,13 @@ def test_the_slo_of_the_server_and_of_a_request(http: httpx.Client, server: Runn
     assert slo_met(http, splitfuse_slo={"ttft": 1000}, n=3) is True
     assert slo_met(http, splitfuse_slo={"itl": 1e-5}, max_tokens=40) is False
     assert slo_met(http, splitfuse_slo={"ttft": None}) is None
+    assert slo_met(http, splitfuse_slo={"tpot": 1000}) is slo_met(http, splitfuse_slo=EACH_MEASURE) is True
+    assert slo_met(http, splitfuse_slo={"tpot": 1e-5}, max_tokens=40) is False
+    assert slo_met(http, splitfuse_slo={"itl": 1e-5, "itl_percentile": 1, "tpot": 1000}, max_tokens=40) is False
     server.wait_for_record(slo_met=True)
     metrics = http.get("/metrics").text
-    assert 'splitfuse:slo_total{met="true",model_name="storyteller"} 2.0' in metrics
-    assert 'splitfuse:slo_total{met="false",model_name="storyteller"} 2.0' in metrics
+    assert 'splitfuse:slo_total{met="true",model_name="storyteller"} 4.0' in metrics
+    assert 'splitfuse:slo_total{met="false",model_name="storyteller"} 4.0' in metrics
     counted = [re.search(rf"^splitfuse:{name}_count.* (\S+)$", metrics, re.MULTILINE) for name in STEPS]
     assert len({each[1] for each in counted if each}) == 1 and None not in counted, "each step was predicted"
 
@@ -71,7 +75,8 @@ def test_on_time_only_refuses_what_would_miss_its_slo(http: httpx.Client) -> Non
     assert neither.status_code == 400
     assert neither.json()["error"]["param"] == "splitfuse_on_time_only"
     assert neither.json()["error"]["message"] == (
-        "on_time_only requires an SLO: a ttft or itl of the request (splitfuse_slo) or of the server (--ttft, --itl)"
+        "on_time_only requires an SLO: a ttft, itl or tpot of the request (splitfuse_slo) or of the server (--ttft, "
+        "--itl, --tpot)"
     )
     long = {**BODY, "prompt": [5] * 1500, "max_tokens": 2, "n": 8, "splitfuse_slo": {"ttft": 1000}, "stream": True}
     with http.stream("POST", "/v1/completions", json=long) as crowd:  # 12,000 tokens: 1.2 s and more
@@ -124,6 +129,8 @@ def test_the_slo_and_priority_of_a_key(keyed: httpx.Client) -> None:
         ("k priority=top", "priority must be high, normal or low, not 'top'"),
         ("k name=a name=b", "name is given twice"),
         ("k itl=3", "itl must be a time with its unit"),
+        ("k itl=3ms/99", "itl '3ms/99' must end with a percentile above p0 and below p100, such as 3ms/p99"),
+        ("k tpot=0s", "tpot must be a time from 0.001ms to 86400s, such as 250ms, not '0s'"),
         ("k ttft", "'ttft' after a key has no value: write ttft=VALUE"),
     ],
 )
@@ -144,10 +151,26 @@ def test_an_slo_of_a_key_needs_slo_scheduling(tmp_path: Path) -> None:
     keys.check(SchedulerConfig(enable_slo=True))
 
 
-@pytest.mark.parametrize("targets", [{"ttft": 0}, {"itl": -1}, {"ttft": "1s"}, {"other": 1}, 3])
-def test_malformed_targets_are_refused(http: httpx.Client, targets: object) -> None:
+@pytest.mark.parametrize(
+    ("targets", "place"),
+    [
+        ({"ttft": 0}, ".ttft"),
+        ({"itl": -1}, ".itl"),
+        ({"ttft": "1s"}, ".ttft"),
+        ({"tpot": 0}, ".tpot"),
+        ({"itl": 1, "itl_percentile": 0}, ".itl_percentile"),
+        ({"itl": 1, "itl_percentile": 100}, ".itl_percentile"),
+        ({"itl": 1, "itl_percentile": "p99"}, ".itl_percentile"),
+        ({"tpot": 1, "itl_percentile": 99}, ".itl_percentile"),
+        ({"other": 1}, ".other"),
+        (3, ""),
+    ],
+)
+def test_malformed_targets_are_refused(http: httpx.Client, targets: object, place: str) -> None:
     answer = http.post("/v1/completions", json={**BODY, "splitfuse_slo": targets})
-    assert answer.status_code == 400 and "splitfuse_slo" in answer.json()["error"]["param"]
+    assert answer.status_code == 400, answer.text
+    error = answer.json()["error"]
+    assert error["param"] == f"splitfuse_slo{place}" and error["param"] in error["message"]
 
 
 EXTREMES = [  # as JSON writes them
@@ -164,7 +187,8 @@ NUMBERS = [
 PLACES = {  # what surrounds the number, and the number
     **{name: f'"{name}": %s' for name in NUMBERS},
     **{f"{name}, drawn": f'"temperature": 0.7, "{name}": %s' for name in ("top_p", "min_p", "top_k", "seed")},
-    **{name: f'"splitfuse_slo": {{"{name}": %s}}' for name in ("ttft", "itl", "ttft_per_token")},
+    **{name: f'"splitfuse_slo": {{"{name}": %s}}' for name in ("ttft", "itl", "ttft_per_token", "tpot")},
+    "percentile": '"splitfuse_slo": {"itl": 1, "itl_percentile": %s}',
     "on time": '"splitfuse_on_time_only": true, "splitfuse_slo": {"ttft": 1000, "itl": %s}',
     "bias": '"logit_bias": {"7": %s}',
     "biased id": '"logit_bias": {"%s": 1}',
@@ -196,7 +220,7 @@ def test_an_slo_is_refused_where_slo_scheduling_is_disabled() -> None:
         error = answer.json()["error"]
         assert error["param"] == "splitfuse_slo"
         assert error["message"] == (
-            "SLO scheduling is disabled: start the engine with ttft, itl or enable_slo (--ttft, --itl, --enable-slo), "
-            "or leave splitfuse_slo out"
+            "SLO scheduling is disabled: start the engine with ttft, itl, tpot or enable_slo (--ttft, --itl, --tpot, "
+            "--enable-slo), or leave splitfuse_slo out"
         )
         assert slo_met(http, splitfuse_slo={}) is None

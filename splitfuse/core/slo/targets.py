@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, fields
 
-from splitfuse.config import MAX_TARGET, MIN_TARGET, PER_TOKEN, parse_seconds
+from splitfuse.config import MAX_TARGET, MIN_TARGET, PER_TOKEN, parse_itl, parse_seconds
 from splitfuse.errors import InvalidRequestError, brief
 
 
@@ -57,15 +57,20 @@ class SloTargets:
             )
 
     @classmethod
-    def parse(cls, ttft: str | None, itl: str | None) -> SloTargets:
-        """Parse targets as settings write them: `1s` or `2ms/token`, and `250ms`. Raises ConfigError."""
-        itl_seconds = None if itl is None else parse_seconds("itl", itl)
-        if ttft is None:
-            return cls(itl=itl_seconds)
-        seconds = parse_seconds("ttft", ttft.removesuffix(PER_TOKEN))
-        if ttft.endswith(PER_TOKEN):
-            return cls(itl=itl_seconds, ttft_per_token=seconds)
-        return cls(seconds, itl_seconds)
+    def parse(cls, ttft: str | None = None, itl: str | None = None, tpot: str | None = None) -> SloTargets:
+        """Parse targets as settings write them: `1s` or `2ms/token`, `250ms` or `250ms/p99`, and `100ms`. Raises
+        ConfigError.
+        """
+        first = None if ttft is None else parse_seconds("ttft", ttft.removesuffix(PER_TOKEN))
+        is_per_token = ttft is not None and ttft.endswith(PER_TOKEN)
+        gap, percentile = (None, None) if itl is None else parse_itl(itl)
+        return cls(
+            ttft=None if is_per_token else first,
+            itl=gap,
+            ttft_per_token=first if is_per_token else None,
+            tpot=None if tpot is None else parse_seconds("tpot", tpot),
+            itl_percentile=percentile,
+        )
 
     def ttft_target(self, num_prompt: int) -> float:
         """Return the seconds from arrival to the first token of a prompt of that length; infinity without a target."""
@@ -75,7 +80,10 @@ class SloTargets:
 
 
 NO_SLO = SloTargets()
-SLO_DISABLED = "SLO scheduling is disabled: start the engine with ttft, itl or enable_slo (--ttft, --itl, --enable-slo)"
+SLO_DISABLED = (
+    "SLO scheduling is disabled: start the engine with ttft, itl, tpot or enable_slo (--ttft, --itl, --tpot, "
+    "--enable-slo)"
+)
 
 
 @dataclass(frozen=True)
