@@ -167,13 +167,14 @@ class ChromeTrace:
             (engine, request.track, (record.sent_time + record.time) / 2)
         )
         targets = {} if record.targets is None else _some(vars(record.targets))
+        targets = {name if name == "itl_percentile" else f"{name}_seconds": value for name, value in targets.items()}
         arguments = {
             "request_id": record.request_id,
             "prompt_tokens": record.num_prompt_tokens,
             "max_tokens": record.max_tokens,
             "choice": record.choice,
             "priority": record.priority,
-            **{f"slo_{name}_seconds": value for name, value in targets.items()},
+            **{f"slo_{name}": value for name, value in targets.items()},
         }
         self._instant(engine.process, request.track, "accepted", record.time, arguments)
 

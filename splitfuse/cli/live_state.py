@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from splitfuse.core.latency.phases import LatencyPhase
-from splitfuse.core.slo.gaps import MovingAverage
+from splitfuse.core.slo.request_slo import RequestSlo
 from splitfuse.engine.client import EngineState
 from splitfuse.engine.trace import FinishTrace, PhaseTrace, PreemptTrace, RequestTrace, StepTrace, TraceRecord
 from splitfuse.server.trace_feed import (
@@ -44,8 +44,8 @@ class LiveRequest:
     ttft: float | None = None
     last_token: float | None = None
     preemptions: int = 0
-    misses: bool = False
-    average: MovingAverage = field(default_factory=MovingAverage)
+    judged: RequestSlo | None = None
+    """How it meets its SLO; None without one, and before its first token."""
 
     def slo(self, now: float) -> str:
         """Return `ok`, `missed`, or `-` without an SLO: by what has come so far."""
@@ -54,7 +54,7 @@ class LiveRequest:
             return "-"
         limit = targets.ttft_target(self.trace.num_prompt_tokens)
         late = now - self.trace.sent_time > limit if self.ttft is None and not self.num_tokens else False
-        return "missed" if self.misses or late else "ok"
+        return "missed" if late or (self.judged is not None and self.judged.met is False) else "ok"
 
 
 @dataclass
@@ -166,13 +166,18 @@ class LiveState:
         targets = request.trace.targets
         if is_first and not request.num_tokens:
             request.ttft = time - request.trace.sent_time
-            limit = None if targets is None else targets.ttft_target(request.trace.num_prompt_tokens)
-            request.misses |= limit is not None and request.ttft > limit
         elif request.last_token is not None:
-            gap = time - request.last_token
-            self._gaps.append((time, gap))
-            average = request.average.add(gap)
-            request.misses |= targets is not None and targets.itl is not None and average > targets.itl
+            self._gaps.append((time, time - request.last_token))
+        if targets is not None:
+            if request.judged is None:
+                if request.ttft is None:  # its first token came before the trace
+                    targets = replace(targets, ttft=None, ttft_per_token=None)
+                request.judged = RequestSlo(
+                    targets,
+                    arrival_time=request.trace.sent_time,
+                    num_prompt_tokens=request.trace.num_prompt_tokens,
+                )
+            request.judged.observe_token(time)
         request.num_tokens += count
         request.last_token = time
 

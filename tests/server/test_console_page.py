@@ -76,7 +76,7 @@ class Story:
         """A request that waits half a second, is prefilled in two steps and decoded in six, with its end."""
         number, self.number = self.number, self.number + 1
         unique, began = f"{number:032x}", self.now
-        targets = None if slo_met is None else SloTargets(ttft=0.25)
+        targets = None if slo_met is None else SloTargets(ttft=0.25, itl=0.1, itl_percentile=99.5, tpot=0.06)
         records: list[TraceRecord] = [
             RequestTrace(number, f"{unique}-0.0", began, began, 96, 16, 0, 0, targets),
             PhaseTrace(began + 0.01, ((number, LatencyPhase.NO_BUDGET),)),
@@ -128,6 +128,7 @@ def test_page_says_which_request_missed_its_slo_and_why(page: Any, console: Runn
     page.wait_for_selector("#detail:not([hidden])")
     detail = page.text_content("#detail")
     assert "queued: steps were full" in detail and "600 ms (SLO 250 ms)" in detail and "Where its 900 ms went" in detail
+    assert "50 ms median, 50 ms longest (SLO 100 ms for 99.5 %, 60 ms in the mean)" in detail
     assert re.search(r"The token budget until its first token.*2 steps in 600 ms.*75 % its own prompt", detail)
     page.keyboard.press("Escape")
     page.wait_for_selector("#detail[hidden]", state="attached")

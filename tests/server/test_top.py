@@ -80,6 +80,32 @@ def test_figures_are_counted_from_the_records() -> None:
     assert shown["engines"][0]["kv_blocks_held"] == 25
 
 
+@pytest.mark.parametrize(
+    ("targets", "shown"),
+    [  # gaps of 1, 1 and 4 s
+        (SloTargets(tpot=2.0), ["ok", "ok", "ok", "ok"]),
+        (SloTargets(tpot=1.5), ["ok", "ok", "ok", "missed"]),
+        (SloTargets(tpot=0.9), ["ok", "missed", "missed", "missed"]),
+        (SloTargets(itl=2.0, itl_percentile=60), ["ok", "ok", "ok", "ok"]),
+        (SloTargets(itl=2.0, itl_percentile=70), ["ok", "ok", "ok", "missed"]),
+        (SloTargets(itl=2.0), ["ok", "ok", "ok", "missed"]),
+        (SloTargets(ttft=0.5, tpot=9.0), ["missed", "missed", "missed", "missed"]),
+    ],
+)
+@pytest.mark.parametrize("joined", [False, True], ids=["from its start", "after its first token"])
+def test_a_running_request_is_judged_by_its_targets(targets: SloTargets, shown: list[str], joined: bool) -> None:
+    state = LiveState()
+    state.take(TraceBegin("1", "storyteller", 100.0, 0.0, 100, True, (EngineState.READY,)))
+    state.take(TracedRecords(0, (RequestTrace(1, "first-0.0", 100.0, 100.1, 4, 8, 0, 0, targets),)))
+    found = []
+    for number, time in enumerate((101.0, 102.0, 103.0, 107.0)):
+        start, count = (4 + number, 1) if joined or number else (0, 4)
+        chunk = ChunkTrace(1, start, count, (7,))
+        state.take(TracedRecords(0, (StepTrace(number, 64, time - 0.5, time, 0.5, 1, 0, 60, 15, (chunk,)),)))
+        found.append(state.as_dict("age")["requests"][0]["slo"])
+    assert found == (["ok"] * 4 if joined and targets.ttft is not None else shown)
+
+
 def test_dead_engine_has_no_requests() -> None:
     state = followed()
     state.take(TracedChange(0, EngineState.DEAD, "killed", 105.0))

@@ -10,6 +10,7 @@ from typing import Any
 
 import httpx
 import pytest
+from msgspec import structs
 from patience import PATIENCE
 from running_server import RunningServer, running_server
 
@@ -19,6 +20,7 @@ from splitfuse.cli.trace_lines import trace_lines
 from splitfuse.clients.sync import client
 from splitfuse.config import ServerConfig
 from splitfuse.core.latency.phases import LatencyPhase
+from splitfuse.core.slo.targets import SloTargets
 from splitfuse.engine.client import EngineState
 from splitfuse.engine.trace import ChunkTrace, PhaseTrace, RequestTrace, StepTrace, TraceLevel
 from splitfuse.errors import ServerError
@@ -246,6 +248,14 @@ def begin(time: float) -> TraceBegin:
 
 def added(number: int, time: float) -> RequestTrace:
     return RequestTrace(number, f"id{number}-0.0", time - 0.5, time, 4, 8, 0, 0, None)
+
+
+def test_accepted_request_has_its_targets() -> None:
+    targets = SloTargets(itl=0.25, itl_percentile=99.0, tpot=0.1)
+    events = events_of([begin(10.0), TracedRecords(0, (structs.replace(added(1, 11.0), targets=targets),))])
+    (accepted,) = (event["args"] for event in events if event["name"] == "accepted")
+    shown = {name: value for name, value in accepted.items() if name.startswith("slo_")}
+    assert shown == {"slo_itl_seconds": 0.25, "slo_itl_percentile": 99.0, "slo_tpot_seconds": 0.1}
 
 
 def test_dead_engine_ends_the_phases_of_its_requests() -> None:

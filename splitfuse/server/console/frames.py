@@ -10,6 +10,7 @@ began again. Times are milliseconds since the origin. No text and no token id of
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 from typing import Any
@@ -17,6 +18,7 @@ from typing import Any
 import msgspec
 
 from splitfuse.core.latency.phases import LatencyPhase
+from splitfuse.core.slo.targets import NO_SLO
 from splitfuse.engine.client import EngineState, LocalClient
 from splitfuse.engine.trace import (
     BlockMap,
@@ -72,6 +74,9 @@ class ShownRequest(msgspec.Struct, array_like=True, frozen=True):
     ttft: float | None
     """TTFT target in seconds, for this length of the prompt."""
     itl: float | None
+    itl_percentile: float | None
+    """Percentage of the gaps that must be at most `itl`; None: their moving average must."""
+    tpot: float | None
 
 
 class ShownStep(msgspec.Struct, array_like=True, frozen=True):
@@ -244,15 +249,12 @@ class FrameBuilder:
 
     def _request(self, engine: int, record: RequestTrace) -> ShownRequest:
         number, self._next_request = self._next_request, self._next_request + 1
-        ttft = itl = None
-        if (targets := record.targets) is not None:
-            itl = targets.itl
-            if targets.ttft is not None or targets.ttft_per_token is not None:
-                ttft = targets.ttft_target(record.num_prompt_tokens)
+        targets = record.targets or NO_SLO
+        ttft = targets.ttft_target(record.num_prompt_tokens)
         return ShownRequest(
             *(number, engine, record.request_id, self.milliseconds(record.sent_time)),
             *(record.num_prompt_tokens, record.max_tokens, record.choice, record.priority),
-            *(ttft, itl),
+            *(None if ttft == math.inf else ttft, targets.itl, targets.itl_percentile, targets.tpot),
         )
 
     def _step(self, engine: int, record: StepTrace, known: dict[int, ShownRequest]) -> ShownStep:

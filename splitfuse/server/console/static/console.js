@@ -61,10 +61,10 @@ function begin(start) {
 const engineOf = ([engine, , state, reason, stage, fraction, budget, numBlocks, blockSize]) =>
   ({ engine, state, reason, stage, fraction, budget, numBlocks, blockSize });
 
-function addRequest([n, engine, id, sent, prompt, max, choice, priority, ttft, itl]) {
+function addRequest([n, engine, id, sent, prompt, max, choice, priority, ttft, itl, percentile, tpot]) {
   let r = known.requests.get(n);
   if (r) return r;
-  r = { n, engine, id, sent, prompt, max, choice, priority, ttft, itl, label: letters(n), colour: COLOURS[n % COLOURS.length],
+  r = { n, engine, id, sent, prompt, max, choice, priority, ttft, itl, percentile, tpot, label: letters(n), colour: COLOURS[n % COLOURS.length],
     phases: [[sent, -1]], first: null, last: null, end: null, reason: "", met: null, out: 0, done: 0, answer: null,
     preempted: 0, lane: 0 };
   r.lane = known.lanes.findIndex((end) => end < sent);
@@ -395,6 +395,11 @@ function phasesSoFar(r) { // of an open request, from the phases that it entered
 
 function facts(pairs) { return el("dl", { className: "facts" }, ...pairs.filter(([, value]) => value).flatMap(([name, value]) => [el("dt", {}, name), el("dd", {}, value)])); }
 
+function gapTargets(r) {
+  const parts = [r.itl && seconds(1000 * r.itl) + (r.percentile ? ` for ${r.percentile} %` : ""), r.tpot && `${seconds(1000 * r.tpot)} in the mean`].filter(Boolean);
+  return parts.length ? `SLO ${parts.join(", ")}` : "";
+}
+
 function requestView(r, { title = true } = {}) {
   const a = r.answer, met = r.met ?? a?.met ?? null, wait = r.first ?? (r.end ?? clock());
   const parts = [];
@@ -405,7 +410,7 @@ function requestView(r, { title = true } = {}) {
   parts.push(facts([
     ["first token", r.first === null ? (r.end === null ? `not yet, after ${seconds(wait - r.sent)}` : "none") : seconds(r.first - r.sent)
       + (r.ttft ? ` (SLO ${seconds(1000 * r.ttft)})` : "")],
-    ["between tokens", a?.itl != null ? `${seconds(1000 * a.itl)} median, ${seconds(1000 * a.longest)} longest` + (r.itl ? ` (SLO ${seconds(1000 * r.itl)})` : "") : r.itl ? `SLO ${seconds(1000 * r.itl)}` : ""],
+    ["between tokens", a?.itl != null ? `${seconds(1000 * a.itl)} median, ${seconds(1000 * a.longest)} longest` + (gapTargets(r) && ` (${gapTargets(r)})`) : gapTargets(r)],
     ["prompt", plural(r.prompt, "token") + (a?.cached ? `, ${a.cached} of them from the prefix cache` : "")],
     ["output", `${r.out} of at most ${plural(r.max, "token")}` + (r.end !== null ? `, ${stateOf(r)}` : "")],
     ["preempted", r.preempted ? plural(r.preempted, "time") : ""],
