@@ -2,13 +2,14 @@
 
 Pure functions. The SLO is that of DeepSpeed-FastGen (arXiv 2401.08671, section 4.2): the first token arrives within
 `prompt tokens / 512` seconds (a slower machine sets a lower prompt speed), and at every token the exponential moving
-average of the inter-token latency is below `1 / speed` seconds, for the SLO of a speed in tokens/s.
+average of the inter-token latency is below `1 / speed` seconds, for the SLO of a speed in tokens/s. Besides, requests
+are judged by any targets, as a server judges them.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
@@ -107,8 +108,17 @@ def goodput(point: Point, speed: float, prompt_speed: float = PROMPT_TOKENS_PER_
 
     In an open loop more requests may arrive than are served: goodput is then SLO attainment times throughput.
     """
+    return _per_second(point, lambda record: meets_speed(record, speed, prompt_speed))
+
+
+def slo_goodput(point: Point, targets: SloTargets) -> float:
+    """Return the requests/s, of those sent in the window, which met these targets; counted as by `goodput`."""
+    return _per_second(point, lambda record: meets_slo(record, targets))
+
+
+def _per_second(point: Point, is_met: Callable[[MeasuredRequest], bool]) -> float:
     records = counted(point)
-    met = float(sum(meets_speed(record, speed, prompt_speed) for record in records))
+    met = float(sum(map(is_met, records)))
     if point.clients is None and records:
         start, end = point.window
         met *= sum(start <= record.done < end for record in point.records) / len(records)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 
 from splitfuse.bench import metrics
 from splitfuse.bench.results import Point, Results, by_load
+from splitfuse.core.slo.targets import NO_SLO, SloTargets
 
+NO_TARGETS: Mapping[str, str] = MappingProxyType({})
 TTFT_PERCENTS = (50, 95)
 ITL_PERCENTS = (50, 90, 95, 99)
 
@@ -46,6 +49,8 @@ class Row:
     littles_law: float | None
     goodput: dict[float, Spread]
     """Requests/s which met the SLO, by the SLO's tokens/s."""
+    slo_goodput: Spread | None
+    """Requests/s which met the given targets; None if none were given."""
     latency: float
     """Mean time from sending to the last token."""
     ttft: dict[int, float]
@@ -63,9 +68,14 @@ class Row:
         return "as recorded" if self.rate is None else f"{self.rate:g}/s"
 
 
-def rows(results: Results, speeds: Sequence[float] = metrics.SPEEDS) -> list[Row]:
-    """Return the rows of all loads, sorted by clients or rate."""
-    return [_row(points, speeds, results.prompt_speed) for points in by_load(results.points)]
+def rows(
+    results: Results, speeds: Sequence[float] = metrics.SPEEDS, targets: Mapping[str, str] = NO_TARGETS
+) -> list[Row]:
+    """Return the rows of all loads, sorted by clients or rate; with goodput at these targets, which are written as in
+    `SchedulerConfig.targets`. Raises ConfigError for invalid ones.
+    """
+    slo = SloTargets.parse(**targets)
+    return [_row(points, speeds, slo, results.prompt_speed) for points in by_load(results.points)]
 
 
 def cells(row: Row, speeds: Sequence[float]) -> dict[str, str]:
@@ -75,6 +85,7 @@ def cells(row: Row, speeds: Sequence[float]) -> dict[str, str]:
         "tokens/s": f"{row.token_throughput.mean:.1f}",
         "Little": "" if row.littles_law is None else f"{row.littles_law:.3g}",
         **{f"goodput\nat {speed:g}": str(row.goodput[speed]) for speed in speeds},
+        **({} if row.slo_goodput is None else {"goodput\nat SLO": str(row.slo_goodput)}),
         "latency": f"{row.latency:.3g} s",
         **{f"TTFT\nP{percent}": f"{seconds:.3g} s" for percent, seconds in row.ttft.items()},
         **{f"ITL\nP{percent} ms": f"{1e3 * seconds:.3g}" for percent, seconds in row.itl.items()},
@@ -83,7 +94,7 @@ def cells(row: Row, speeds: Sequence[float]) -> dict[str, str]:
     }
 
 
-def _row(points: list[Point], speeds: Sequence[float], prompt_speed: float) -> Row:
+def _row(points: list[Point], speeds: Sequence[float], slo: SloTargets, prompt_speed: float) -> Row:
     records = [record for point in points for record in metrics.answered(point)]
     num_counted = sum(len(metrics.counted(point)) for point in points)
     ttfts = [metrics.ttft(record) for record in records]
@@ -96,6 +107,7 @@ def _row(points: list[Point], speeds: Sequence[float], prompt_speed: float) -> R
         token_throughput=Spread.of([metrics.token_throughput(point) for point in points]),
         littles_law=metrics.mean(laws) if laws else None,
         goodput={each: Spread.of([metrics.goodput(point, each, prompt_speed) for point in points]) for each in speeds},
+        slo_goodput=None if slo == NO_SLO else Spread.of([metrics.slo_goodput(point, slo) for point in points]),
         latency=metrics.mean([record.done - record.sent for record in records]),
         ttft={percent: metrics.percentile(ttfts, percent) for percent in TTFT_PERCENTS},
         itl={percent: metrics.percentile(gaps, percent) for percent in ITL_PERCENTS},

@@ -12,9 +12,9 @@ import typer
 
 from splitfuse.bench.workload import Loads
 from splitfuse.cli.flags import ApiKeyFlag, changed, flag_of, given, take, with_flags
-from splitfuse.cli.loads import SPEEDS, SloFlag, WorkloadFlags, check_writable, parse_speeds, take_loads
+from splitfuse.cli.loads import SPEEDS, SloFlag, WorkloadFlags, check_writable, parse_speeds, parse_targets, take_loads
 from splitfuse.cli.tables import print_results
-from splitfuse.config import EngineConfig
+from splitfuse.config import TARGETS, EngineConfig
 from splitfuse.deploy.daemon import first_key
 from splitfuse.errors import ConfigError
 
@@ -54,6 +54,7 @@ def bench_run(
     """Measure throughput, goodput and latency under a load: with steady clients, by the clock, without the warm-up.
 
     Prompts are random and distinct, lengths normally distributed, answers greedy. docs/bench.md explains each figure.
+    With --ttft, --itl or --tpot, goodput is shown for that SLO, too; of a --url they judge the answers only.
     """
     from splitfuse.bench.measure import measure
     from splitfuse.bench.results import save
@@ -61,6 +62,7 @@ def bench_run(
 
     workload = take(WorkloadFlags, flags)
     loads, speeds = take_loads(flags, workload.trace, repeat=repeat), parse_speeds(slo)
+    targets = parse_targets(flags)
     notes = _notes(about or [])
     make_workload = workload.maker()
     target: Target
@@ -99,13 +101,13 @@ def bench_run(
             progress=not quiet and sys.stderr.isatty(),
         )
     )
-    print_results(results, speeds)
+    print_results(results, speeds, targets)
     if out is not None:
         print(f"splitfuse: results written to {out}", file=sys.stderr)
 
 
 def _refuse_engine_flags(flags: dict[str, Any], replicas: int, policy: str) -> None:
-    settings = {name: flags[name] for name in EngineConfig.setting_fields() if name != "model"}
+    settings = {name: flags[name] for name in EngineConfig.setting_fields() if name not in ("model", *TARGETS)}
     for name in changed(settings):
         raise ConfigError(f"{flag_of(name)} and --url are mutually exclusive: it configures an engine here")
     if replicas != 1:

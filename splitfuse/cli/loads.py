@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -10,7 +11,7 @@ import typer
 
 from splitfuse.bench.workload import Loads, TokenIds, Trace
 from splitfuse.cli.flags import given, numbers, take
-from splitfuse.config import setting
+from splitfuse.config import TARGETS, SchedulerConfig, setting
 from splitfuse.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -63,6 +64,11 @@ def parse_speeds(text: str) -> tuple[float, ...]:
     if not all(0 < each < float("inf") for each in speeds):
         raise ConfigError(f"--slo {text!r} must be positive speeds in tokens/s, such as 2,4,6")
     return speeds
+
+
+def parse_targets(flags: Mapping[str, Any]) -> dict[str, str]:
+    """Return the targets among flags, for judging requests by them. Raises ConfigError for invalid ones."""
+    return SchedulerConfig(**given({name: flags[name] for name in TARGETS})).targets
 
 
 def check_writable(out: Path | None) -> None:

@@ -77,6 +77,7 @@ def simulate(
         policy = policy or str(measured.about.get("policy", "splitfuse"))
         replicas = measured.replicas if replicas is None else replicas
     config = EngineConfig.from_settings(settings)
+    targets = config.scheduler.targets
     simulation = SimulationConfig.of(
         known_calibration(config, cost_model, machine),
         config,
@@ -91,10 +92,10 @@ def simulate(
         system = label or _label(simulation)
         results = run(simulation, workload.maker(), loads, system=system, about=about, progress=shown)
         if recording is not None:
-            print_results(recorded_results(recording, prompt_speed=loads.prompt_speed), speeds)
+            print_results(recorded_results(recording, prompt_speed=loads.prompt_speed), speeds, targets)
     else:
         results = predict(simulation, measured, about=about)
-    print_results(results, speeds)
+    print_results(results, speeds, targets)
     if measured is not None:
         _print_comparisons(compare(measured, results))
     if out is not None:

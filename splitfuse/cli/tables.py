@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -37,11 +37,13 @@ def console() -> Console:
     return Console(width=None if sys.stdout.isatty() else 160)
 
 
-def print_results(results: Results, speeds: Sequence[float]) -> None:
-    """Print the results of `bench run` or `simulate`; as two tables, throughput and latency, on a narrow terminal."""
+def print_results(results: Results, speeds: Sequence[float], targets: Mapping[str, str]) -> None:
+    """Print the results of `bench run` or `simulate`; as several tables, latency apart from throughput and, if that is
+    not enough, goodput from both, on a narrow terminal.
+    """
     from splitfuse.bench.summary import cells, rows
 
-    found = rows(results, speeds)
+    found = rows(results, speeds, targets)
     load = "arrivals" if found and found[0].clients is None else "clients"
     lines = [{load: row.load, **cells(row, speeds)} for row in found]
     heads = [head for head in (lines[0] if lines else (load,)) if head not in PAGE_ONLY]
@@ -49,10 +51,16 @@ def print_results(results: Results, speeds: Sequence[float]) -> None:
     def table(title: str | None, heads: Sequence[str]) -> Table:
         return make_table(title, heads, [[line[head] for head in heads] for line in lines])
 
-    target, whole = console(), table(results.system, heads)
-    if target.measure(whole, options=target.options.update(max_width=1000)).maximum <= target.width:
-        target.print(whole)
-    else:
-        latency = heads.index("TTFT\nP50")
-        target.print(table(results.system, heads[:latency]))
-        target.print(table(None, [load, *heads[latency:]]))
+    target, parts = console(), [heads]
+
+    def fits(heads: Sequence[str]) -> bool:
+        wide = target.options.update(max_width=1000)
+        return target.measure(table(None, heads), options=wide).maximum <= target.width
+
+    for beginning in ("TTFT", "goodput"):
+        if all(map(fits, parts)):
+            break
+        cut = next(place for place, head in enumerate(parts[0]) if head.startswith(beginning))
+        parts = [parts[0][:cut], [load, *parts[0][cut:]], *parts[1:]]
+    for part in parts:
+        target.print(table(results.system if part is parts[0] else None, part))

@@ -39,9 +39,12 @@ def test_engine_in_this_process_and_report(run: Run, tmp_path: Path) -> None:
     assert len(set(prompts)) > 5
     pytest.importorskip("matplotlib", reason="pictures need matplotlib: pip install splitfuse[bench]")
     page = tmp_path / "page.html"
-    ended = run("report", out, "--out", page, "--title", "Twice")
+    ended = run("report", out, "--out", page, "--title", "Twice", "--tpot", "1h")
+    assert ended.exit_code == 1 and "tpot must be a time with its unit" in ended.stderr
+    ended = run("report", out, "--out", page, "--title", "Twice", "--ttft", "1s", "--tpot", "50ms")
     assert ended.exit_code == 0, ended.output
-    assert "<h1>Twice</h1>" in page.read_text(encoding="utf-8")
+    text = page.read_text(encoding="utf-8")
+    assert "<h1>Twice</h1>" in text and "The given SLO is ttft 1s, tpot 50ms." in text and "at SLO</th>" in text
 
 
 def test_server_with_each_workload(run: Run, tmp_path: Path) -> None:
@@ -53,12 +56,13 @@ def test_server_with_each_workload(run: Run, tmp_path: Path) -> None:
         for flags, kind in (
             (("--clients", 2, "--turns", 2, *SMALL), "chat"),
             (("--clients", 2, "--prefix", 100, *SMALL), "prefix"),
-            (("--rate", 50, *SMALL), "independent"),
+            (("--rate", 50, *SMALL, "--tpot", "1min", "--itl", "1min/p99"), "independent"),
             (("--trace", trace), "trace"),
             (("--clients", 2, "--trace", trace, *FEW), "trace"),
         ):
             ended = run("run", "--url", server.url, "--repeat", 1, "--label", "it", *flags, "--out", out)
             assert ended.exit_code == 0, ended.output
+            assert ("at SLO" in ended.stdout) == ("--tpot" in flags)
             results = load(out)
             assert (results.system, results.workload["kind"], len(results.points)) == ("it", kind, 1)
             (point,) = results.points
@@ -82,6 +86,9 @@ def test_server_with_each_workload(run: Run, tmp_path: Path) -> None:
         (("--turns", 2, "--prefix", 3), "--turns and --prefix are mutually exclusive workloads"),
         (("--prompt", 0), "at least 1"),
         (("--slo", "0"), "must be positive speeds"),
+        (("--itl", "250ms/p100"), "itl '250ms/p100' must end with a percentile above p0 and below p100"),
+        (("--url", "http://127.0.0.1:1", "--tpot", "0s"), "tpot must be a time from 0.001ms to 86400s"),
+        (("--policy", "orca", "--tpot", "1s"), "meets no SLOs: leave ttft, itl, tpot and enable_slo out"),
         (("--about", "price"), "NAME=VALUE"),
         (("--vocab-size", 10), "--vocab-size requires --url"),
         (("--trace", "none.jsonl"), "none.jsonl cannot be read"),

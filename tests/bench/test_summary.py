@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from splitfuse.bench.results import MeasuredRequest, Point, load, save
-from splitfuse.bench.summary import Spread, rows
+from splitfuse.bench.summary import Spread, cells, rows
 from splitfuse.cli import tables
 from splitfuse.errors import ConfigError
 
@@ -32,14 +32,51 @@ def test_one_repetition_has_no_spread() -> None:
     assert str(row.throughput) == "4"
 
 
-@pytest.mark.parametrize(("width", "num_tables"), [(80, 2), (160, 1)])
-def test_wide_table_is_printed_as_two(width: int, num_tables: int, monkeypatch: pytest.MonkeyPatch) -> None:
+HAND_MADE = (  # of prompts of 10 tokens; their gaps are 0.1, 0.1, 0.4 and 0.2, 0.2, 0.2, and the third failed
+    MeasuredRequest(0, 1.0, 10, (1.5, 1.6, 1.7, 2.1)),
+    MeasuredRequest(1, 1.0, 10, (1.75, 1.95, 2.15, 2.35)),
+    MeasuredRequest(2, 1.0, 10, (1.5,), "it broke"),
+)
+
+
+@pytest.mark.parametrize(
+    ("targets", "num_met"),
+    [
+        ({"ttft": "600ms"}, 1),
+        ({"ttft": "80ms/token"}, 2),
+        ({"tpot": "210ms"}, 2),  # means of 0.2 and 0.2 s
+        ({"tpot": "190ms"}, 0),
+        ({"itl": "150ms/p60"}, 1),  # two of three gaps of the first
+        ({"itl": "150ms/p70"}, 0),
+        ({"itl": "210ms"}, 1),  # moving averages of at most 0.22 and 0.2 s
+        ({"itl": "230ms"}, 2),
+        ({"ttft": "600ms", "itl": "210ms", "tpot": "1s"}, 0),
+        ({"ttft": "600ms", "itl": "150ms/p60", "tpot": "210ms"}, 1),
+    ],
+)
+def test_goodput_at_given_targets_equals_that_by_hand(targets: dict[str, str], num_met: int) -> None:
+    results = replace(RESULTS, points=(Point(3, None, (0.0, 4.0), HAND_MADE),))
+    (row,) = rows(results, (), targets)
+    assert row.slo_goodput is not None and row.slo_goodput.mean == num_met / 4.0
+    assert cells(row, ())["goodput\nat SLO"] == f"{num_met / 4.0:.3g}"
+    assert rows(results)[0].slo_goodput is None and "goodput\nat SLO" not in cells(rows(results, ())[0], ())
+
+
+@pytest.mark.parametrize(
+    ("width", "targets", "num_tables"),
+    [(80, {}, 2), (80, {"tpot": "1s"}, 3), (160, {"tpot": "1s"}, 1)],
+    ids=["narrow", "narrow, with targets", "wide"],
+)
+def test_wide_table_is_printed_in_parts(
+    width: int, targets: dict[str, str], num_tables: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     console = Console(width=width, file=io.StringIO(), force_terminal=False)
     monkeypatch.setattr(tables, "console", lambda: console)
-    tables.print_results(RESULTS, (2.0, 4.0, 6.0))
+    tables.print_results(RESULTS, (2.0, 4.0, 6.0), targets)
     assert isinstance(console.file, io.StringIO)
     printed = console.file.getvalue()
     assert printed.count("clients") == num_tables
+    assert ("at SLO" in printed) == bool(targets)
     assert all(head in printed for head in ("goodput", "at 6", "P99", "failed", "3 ±1"))
     assert "…" not in printed
 

@@ -96,13 +96,22 @@ def throughput_latency(series: Sequence[Series]) -> Figure:
 
 
 def goodput(series: Sequence[Series], speeds: Sequence[float]) -> Figure:
-    """Draw goodput against clients: a panel for each SLO."""
-    panels = {f"SLO of {speed:g} tokens/s": partial(_goodput, speed=speed) for speed in speeds}
+    """Draw goodput against clients: a panel for each SLO, that of given targets last."""
+    panels: dict[str, Callable[[Row], Spread]] = {
+        f"SLO of {speed:g} tokens/s": partial(_goodput, speed=speed) for speed in speeds
+    }
+    if all(row.slo_goodput is not None for each in series for row in each.rows):
+        panels["given SLO"] = _slo_goodput
     return _against_load(series, panels, "goodput (requests/s)")
 
 
 def _goodput(row: Row, speed: float) -> Spread:
     return row.goodput[speed]
+
+
+def _slo_goodput(row: Row) -> Spread:
+    assert row.slo_goodput is not None
+    return row.slo_goodput
 
 
 def token_latency(series: Sequence[Series]) -> Figure:

@@ -13,7 +13,7 @@ from jinja2 import Environment, FileSystemLoader
 from splitfuse.bench import metrics
 from splitfuse.bench.report.style import as_svg, require_matplotlib
 from splitfuse.bench.results import Results, load_order
-from splitfuse.bench.summary import Row, cells, rows
+from splitfuse.bench.summary import NO_TARGETS, Row, cells, rows
 from splitfuse.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -25,9 +25,14 @@ KINDS = {"chat": "Conversations", "prefix": "Shared prefixes", "trace": "A trace
 
 
 def write_report(
-    results: Sequence[Results], out: Path, *, speeds: Sequence[float] = metrics.SPEEDS, title: str = "Benchmark results"
+    results: Sequence[Results],
+    out: Path,
+    *,
+    speeds: Sequence[float] = metrics.SPEEDS,
+    targets: Mapping[str, str] = NO_TARGETS,
+    title: str = "Benchmark results",
 ) -> None:
-    """Write the page of page.html, with goodput at these `speeds` of the SLO.
+    """Write the page of page.html, with goodput at these `speeds` of the paper's SLO and at these targets.
 
     Raises ConfigError if matplotlib is missing, if there is nothing to show, or if the file cannot be written.
     """
@@ -39,7 +44,7 @@ def write_report(
         raise ConfigError("there is nothing to report: no file has a point, or --slo is empty")
     colour_of = figures.colours([each.system for each in results])
     all_speeds = sorted({*speeds, SCALING_SPEED})
-    series = [figures.Series(each, tuple(rows(each, all_speeds)), colour_of[each.system]) for each in results]
+    series = [figures.Series(each, tuple(rows(each, all_speeds, targets)), colour_of[each.system]) for each in results]
     scaled = [
         (heading, what, figures.scaling(series, size, what, SCALING_SPEED))
         for heading, what, size in (
@@ -59,6 +64,7 @@ def write_report(
         series=series,
         workloads=_by_workload(series),
         speeds=speeds,
+        targets=", ".join(f"{name} {value}" for name, value in targets.items()),
         scaled=scaled,
         written=f"{datetime.now(UTC):%Y-%m-%d %H:%M}",
     )
