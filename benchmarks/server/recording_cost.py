@@ -1,9 +1,12 @@
-"""Cost of a recording: the same 32 requests to one engine process, recorded and not, in turns.
+"""Cost of a recording: the steps of 32 running requests, recorded and not, in many short turns of one engine process.
 
-    python -m benchmarks.server.recording_cost [--model FOLDER] [--streams N] [--prompt N] [--generate N] [FLAGS]
+    python -m benchmarks.server.recording_cost [--console] [--model FOLDER] [--streams N] [--prompt N] [--generate N]
+        [--turns N] [FLAGS]
 
-Engine FLAGS are given as --name=value. The front is this process, which records as a server does. Compared are the mean
-step time, by the engine's own clock, and the total time of all requests, in which the time between steps counts.
+Engine FLAGS are given as --name=value. Requests follow one another, so that their number does not change, and go on
+while tracing is switched on and off. The front is this process, which records as a server does; with --console it makes
+the frames of a console and encodes them for one reader, too. Compared are the mean step time by the engine's own clock,
+the time from step to step, in which what is between steps counts, and processor time.
 """
 
 from __future__ import annotations
@@ -14,89 +17,159 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
+from statistics import quantiles
 
-from benchmarks.server.front_cost import Turn, make_prompts, parsed, ratios, settings_of
+from benchmarks.server.front_cost import make_prompts, parsed, settings_of
 from splitfuse.config import EngineConfig
 from splitfuse.core.sampling_params import SamplingParams
-from splitfuse.engine.client import EngineClient
 from splitfuse.engine.messages import Add, EngineStats
-from splitfuse.engine.replicas import make_replicas
+from splitfuse.engine.remote.supervisor import SubprocessEngine
 from splitfuse.engine.trace import TraceLevel
 from splitfuse.recording.recorder import Recorder
+from splitfuse.server.console.store import ConsoleStore, Viewer
 from splitfuse.server.traces import EngineRecords, TraceEvent, TraceHub
+
+STEPS = 16
+"""Number of steps that a turn takes, after those in which it begins."""
+STEPS_AT_BEGIN = 3
+"""Number of steps until tracing has been switched, and the engine has told of the requests that run."""
+
+
+@dataclass(frozen=True)
+class Turn:
+    """Sums up the steps of a turn."""
+
+    steps: int
+    seconds: float
+    step_seconds: float
+    engine_seconds: float
+    """Processor time of the engine."""
+    front_seconds: float
 
 
 async def measure() -> None:
     """Print each pair of turns, and the ratios of all."""
-    arguments, flags = parsed(__doc__, prompt=64, generate=64)
+    arguments, flags = parsed(__doc__, prompt=16, generate=64)
+    has_console = "--console" in flags
+    flags = [flag for flag in flags if flag != "--console"]
     config = EngineConfig.from_settings({"num_blocks": 400, **settings_of(flags)})
     path = Path(tempfile.mkdtemp(prefix="bench-")) / "engine.rec"
-    client, recorder = make_replicas(config), Recorder(path, config, max_mib=1024)
-    hub = TraceHub(client.engines)
+    client, recorder = SubprocessEngine(config), Recorder(path, config, max_mib=1024)
+    hub, num_sent = TraceHub(client.engines), 0
 
     def take(event: TraceEvent) -> None:
         if isinstance(event, EngineRecords):
             recorder.take(event.engine, event.records)
 
+    async def send(store: ConsoleStore, viewer: Viewer) -> None:
+        nonlocal num_sent
+        while True:
+            while viewer.is_late:
+                num_sent += len(viewer.take())
+            await asyncio.sleep(store.pause)
+            await store.wait(viewer, 1.0)
+
     @contextmanager
     def recorded() -> Iterator[None]:
         unsubscribe = hub.subscribe(take, TraceLevel.PLANS)
+        if has_console:
+            store = ConsoleStore(hub, lambda: {"model": "", "has_chat": False, "generates": True})
+            sender = asyncio.create_task(send(store, store.open()))
         yield
         unsubscribe()
+        if has_console:
+            store.unsubscribe()
+            sender.cancel()
 
     await client.start()
-    recorder.start_engine(0, client.engines[0].info)  # which begins the file
-    await compare(client, arguments, "recorded", recorded)
+    recorder.start_engine(0, client.info)  # which begins the file
+    word = "recorded, with a console" if has_console else "recorded"
+    await compare(client, arguments, word, recorded)
     await client.close()
     recorder.close()
-    requests = arguments.streams * (arguments.turns + 1)
-    print(f"{recorder.num_bytes} bytes of {requests} requests: {recorder.num_bytes / requests:.0f} each")
+    print(f"{recorder.num_bytes} bytes recorded, {num_sent} bytes of frames sent")
 
 
 async def compare(
-    client: EngineClient, arguments: argparse.Namespace, word: str, watched: Callable[[], AbstractContextManager[None]]
-) -> list[tuple[Turn, Turn]]:
-    """Print each pair of turns, a plain one and one within `watched()`, called `word`, and the ratios of all."""
-    pairs: list[tuple[Turn, Turn]] = []
-    for turn in range(-1, arguments.turns):
-        found: dict[bool, Turn] = {}
-        for watches in (True, False) if turn % 2 else (False, True):
-            prompts = make_prompts(turn, arguments.streams, arguments.prompt)
-            with watched() if watches else nullcontext():
-                found[watches] = await run(client, f"{turn} {watches}", prompts, arguments.generate)
-        if turn >= 0:  # the first warms up
-            pairs.append((found[False], found[True]))
-            print(f"turn {turn}: {described(found[False])}; {word} {described(found[True])}", flush=True)
-    print(f"mean step {word} / plain: {ratios([b.mean_step / a.mean_step for a, b in pairs])}")
-    print(f"total time {word} / plain: {ratios([b.seconds / a.seconds for a, b in pairs])}")
-    return pairs
-
-
-async def run(client: EngineClient, name: str, prompts: list[list[int]], generate: int) -> Turn:
-    """Generate for all prompts together."""
-    steps: list[float] = []
-
-    def note(stats: EngineStats) -> None:
-        steps.append(stats.step_seconds)
-
-    client.engines[0].on_step = note
-    began = time.monotonic()
+    client: SubprocessEngine,
+    arguments: argparse.Namespace,
+    word: str,
+    watched: Callable[[], AbstractContextManager[None]],
+) -> int:
+    """Print the ratios of pairs of turns, a plain one and one within `watched()`, called `word`. Returns the number of
+    watched steps.
+    """
+    meter, pairs = Meter(client), list[tuple[Turn, Turn]]()
     async with asyncio.TaskGroup() as group:
-        for number, prompt in enumerate(prompts):
-            group.create_task(read(client, f"{name} {number}", prompt, generate))
-    return Turn(time.monotonic() - began, len(steps), sum(steps))
+        load = [group.create_task(ask_on(client, arguments, number)) for number in range(arguments.streams)]
+        await meter.run(2 * arguments.generate)  # until requests end one by one, and all is warm
+        for turn in range(arguments.turns):
+            found: dict[bool, Turn] = {}
+            for watches in (True, False) if turn % 2 else (False, True):
+                with watched() if watches else nullcontext():
+                    await meter.run(STEPS_AT_BEGIN)
+                    found[watches] = await meter.run(STEPS)
+            pairs.append((found[False], found[True]))
+        for task in load:
+            task.cancel()
+    plain, other = ([pair[index] for pair in pairs] for index in (0, 1))
+    steps = sum(turn.steps for turn in plain)
+    print(f"{len(pairs)} pairs of turns of {STEPS} steps; {word} / plain, median and quartiles:")
+    print(f"step {spread([b.step_seconds / a.step_seconds for a, b in pairs])}")
+    print(f"from step to step {spread([b.seconds / a.seconds for a, b in pairs])}")
+    for name in ("step_seconds", "seconds", "engine_seconds", "front_seconds"):
+        a, b = (1e3 * sum(getattr(turn, name) for turn in turns) / steps for turns in (plain, other))
+        print(f"{name.replace('_', ' ')}: {a:.3f} ms a step, {b:.3f} {word}: {b / a:.4f}")
+    return sum(turn.steps for turn in other)
 
 
-async def read(client: EngineClient, name: str, prompt: list[int], generate: int) -> None:
-    params = SamplingParams(max_tokens=generate, ignore_eos=True)
-    async with client.open(Add(name, tuple(prompt), params)) as stream:
-        async for _ in stream:
-            pass
+class Meter:
+    """Counts the steps of an engine, and the time that they take."""
+
+    def __init__(self, client: SubprocessEngine) -> None:
+        self._client = client
+        self._steps = self._wanted = 0
+        self._step_seconds = 0.0
+        self._reached = asyncio.Event()
+        client.on_step = self._take
+
+    def _take(self, stats: EngineStats) -> None:
+        self._steps += 1
+        self._step_seconds += stats.step_seconds
+        if self._steps == self._wanted:
+            self._reached.set()
+
+    async def run(self, steps: int) -> Turn:
+        """Return what the next steps take."""
+        self._wanted, before = self._steps + steps, self._now()
+        self._reached.clear()
+        await self._reached.wait()
+        return Turn(steps, *(b - a for a, b in zip(before, self._now(), strict=True)))
+
+    def _now(self) -> tuple[float, float, float, float]:
+        threads = Path(f"/proc/{self._client.pid}/task").glob("*/schedstat")
+        engine = sum(int(each.read_text().split()[0]) for each in threads) / 1e9
+        return time.monotonic(), self._step_seconds, engine, time.process_time()
 
 
-def described(turn: Turn) -> str:
-    return f"{turn.seconds:.2f} s, {turn.steps} steps of {1000 * turn.mean_step:.2f} ms"
+async def ask_on(client: SubprocessEngine, arguments: argparse.Namespace, number: int) -> None:
+    """Ask for one answer after the other; the first ones have different lengths, so that they end one by one."""
+    for each in count():
+        (prompt,) = make_prompts(number + arguments.streams * each, 1, arguments.prompt)
+        length = arguments.generate if each else max(1, arguments.generate * number // arguments.streams)
+        params = SamplingParams(max_tokens=length, ignore_eos=True)
+        async with client.open(Add(f"{number}-{each}", tuple(prompt), params)) as stream:
+            async for _ in stream:
+                pass
+
+
+def spread(values: list[float]) -> str:
+    """Return the median and the quartiles."""
+    low, middle, high = quantiles(values, n=4)
+    return f"{middle:.4f}, {low:.4f} to {high:.4f}"
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Cost of a trace: the same 32 requests to one engine process, traced and not, in turns.
+"""Cost of a trace: the steps of 32 running requests, traced and not, in many short turns of one engine process.
 
     python -m benchmarks.server.tracing_cost [--model FOLDER] [--streams N] [--prompt N] [--generate N] [FLAGS]
 
@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from benchmarks.server.front_cost import parsed, settings_of
 from benchmarks.server.recording_cost import compare
 from splitfuse.config import EngineConfig
-from splitfuse.engine.replicas import make_replicas
+from splitfuse.engine.remote.supervisor import SubprocessEngine
 from splitfuse.server.trace_feed import TraceFeed, TraceQueue
 from splitfuse.server.trace_stream import SEND_SECONDS
 from splitfuse.server.traces import TraceHub
@@ -23,8 +23,8 @@ from splitfuse.server.traces import TraceHub
 
 async def measure() -> None:
     """Print each pair of turns, and the ratios of all."""
-    arguments, flags = parsed(__doc__, prompt=64, generate=64)
-    client = make_replicas(EngineConfig.from_settings({"num_blocks": 400, **settings_of(flags)}))
+    arguments, flags = parsed(__doc__, prompt=16, generate=64)
+    client = SubprocessEngine(EngineConfig.from_settings({"num_blocks": 400, **settings_of(flags)}))
     feed, num_bytes = TraceFeed(TraceHub(client.engines)), 0
 
     async def send(queue: TraceQueue) -> None:
@@ -43,9 +43,9 @@ async def measure() -> None:
             num_bytes += len(queue.take())
 
     await client.start()
-    pairs = await compare(client, arguments, "traced", traced)
+    num_steps = await compare(client, arguments, "traced", traced)
     await client.close()
-    print(f"{num_bytes / sum(b.steps for _, b in pairs):.0f} bytes a step")
+    print(f"{num_bytes / num_steps:.0f} bytes a step")
 
 
 if __name__ == "__main__":

@@ -127,7 +127,8 @@ class ConsoleStore:
         self._timer: asyncio.TimerHandle | None = None
         self._viewers: set[Viewer] = set()
         self._news = asyncio.Event()
-        traces.subscribe(self._take, TraceLevel.STEPS)
+        self.unsubscribe = traces.subscribe(self._take, TraceLevel.STEPS)
+        """Function that ends it: no more frames are made."""
 
     @property
     def num_viewers(self) -> int:
