@@ -18,9 +18,9 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from itertools import count
+from itertools import count, pairwise
 from pathlib import Path
-from statistics import quantiles
+from statistics import median, quantiles
 
 from benchmarks.server.front_cost import make_prompts, parsed, settings_of
 from splitfuse.config import EngineConfig
@@ -42,9 +42,10 @@ STEPS_AT_BEGIN = 3
 class Turn:
     """Sums up the steps of a turn."""
 
-    steps: int
-    seconds: float
-    step_seconds: float
+    gaps: tuple[float, ...]
+    """Time from step to step."""
+    steps: tuple[float, ...]
+    """Time of each step by the engine's clock."""
     engine_seconds: float
     """Processor time of the engine."""
     front_seconds: float
@@ -69,7 +70,7 @@ async def measure() -> None:
         while True:
             while viewer.is_late:
                 num_sent += len(viewer.take())
-            await asyncio.sleep(store.pause)
+            store.look()
             await store.wait(viewer, 1.0)
 
     @contextmanager
@@ -116,14 +117,17 @@ async def compare(
         for task in load:
             task.cancel()
     plain, other = ([pair[index] for pair in pairs] for index in (0, 1))
-    steps = sum(turn.steps for turn in plain)
-    print(f"{len(pairs)} pairs of turns of {STEPS} steps; {word} / plain, median and quartiles:")
-    print(f"step {spread([b.step_seconds / a.step_seconds for a, b in pairs])}")
-    print(f"from step to step {spread([b.seconds / a.seconds for a, b in pairs])}")
-    for name in ("step_seconds", "seconds", "engine_seconds", "front_seconds"):
-        a, b = (1e3 * sum(getattr(turn, name) for turn in turns) / steps for turns in (plain, other))
-        print(f"{name.replace('_', ' ')}: {a:.3f} ms a step, {b:.3f} {word}: {b / a:.4f}")
-    return sum(turn.steps for turn in other)
+    print(f"{len(pairs)} pairs of turns of {STEPS} steps, plain and {word}:")
+    for name in ("steps", "gaps"):
+        a, b = (1e3 * median(each for turn in turns for each in getattr(turn, name)) for turns in (plain, other))
+        ratios = [sum(getattr(b, name)) / sum(getattr(a, name)) for a, b in pairs]
+        print(
+            f"{name}: median {a:.3f} and {b:.3f} ms, {b / a:.4f}; ratio of pairs, median and quartiles {spread(ratios)}"
+        )
+    for name in ("engine_seconds", "front_seconds"):
+        a, b = (1e3 * sum(getattr(turn, name) for turn in turns) / (STEPS * len(pairs)) for turns in (plain, other))
+        print(f"{name}: {a:.3f} and {b:.3f} ms a step, {b / a:.4f}")
+    return STEPS * len(pairs)
 
 
 class Meter:
@@ -131,28 +135,28 @@ class Meter:
 
     def __init__(self, client: SubprocessEngine) -> None:
         self._client = client
-        self._steps = self._wanted = 0
-        self._step_seconds = 0.0
+        self._wanted = 0
+        self._steps: list[tuple[float, float]] = []
         self._reached = asyncio.Event()
         client.on_step = self._take
 
     def _take(self, stats: EngineStats) -> None:
-        self._steps += 1
-        self._step_seconds += stats.step_seconds
-        if self._steps == self._wanted:
+        self._steps.append((time.monotonic(), stats.step_seconds))
+        if len(self._steps) > self._wanted:
             self._reached.set()
 
     async def run(self, steps: int) -> Turn:
         """Return what the next steps take."""
-        self._wanted, before = self._steps + steps, self._now()
+        self._wanted, self._steps, before = steps, self._steps[-1:] or [(time.monotonic(), 0.0)], self._processor()
         self._reached.clear()
         await self._reached.wait()
-        return Turn(steps, *(b - a for a, b in zip(before, self._now(), strict=True)))
+        times, seconds = zip(*self._steps, strict=True)
+        spent = (b - a for a, b in zip(before, self._processor(), strict=True))
+        return Turn(tuple(b - a for a, b in pairwise(times)), seconds[1:], *spent)
 
-    def _now(self) -> tuple[float, float, float, float]:
+    def _processor(self) -> tuple[float, float]:
         threads = Path(f"/proc/{self._client.pid}/task").glob("*/schedstat")
-        engine = sum(int(each.read_text().split()[0]) for each in threads) / 1e9
-        return time.monotonic(), self._step_seconds, engine, time.process_time()
+        return sum(int(each.read_text().split()[0]) for each in threads) / 1e9, time.process_time()
 
 
 async def ask_on(client: SubprocessEngine, arguments: argparse.Namespace, number: int) -> None:

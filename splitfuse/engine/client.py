@@ -391,6 +391,8 @@ class LocalClient(EngineClient):
         """Process a report of the engine, in the event loop."""
         match report:
             case StepReport():
+                if report.traced:
+                    self._tell(report.traced)
                 before, self._stats = self._stats, report.stats
                 try:
                     if report.stats.num_steps != before.num_steps:  # else it tells of requests that ended between steps
@@ -404,10 +406,7 @@ class LocalClient(EngineClient):
                         if output.finish_reason is not None:
                             del streams[output.request_id]
             case Traced():
-                try:
-                    self.on_trace(report.records)
-                except Exception:
-                    _logger.exception("a listener failed on a trace")
+                self._tell(report.records)
             case Loading():
                 self.stage = report
                 if report.memory_plan:
@@ -428,6 +427,12 @@ class LocalClient(EngineClient):
                 self._take_adapter(report)
             case Failed():
                 self._die(report.error)
+
+    def _tell(self, records: tuple[TraceRecord, ...]) -> None:
+        try:
+            self.on_trace(records)
+        except Exception:
+            _logger.exception("a listener failed on a trace")
 
     def _take_adapter(self, report: AdapterLoaded) -> None:
         if report.name not in self._loading:  # the engine has died since

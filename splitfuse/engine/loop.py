@@ -82,18 +82,23 @@ class EngineLoop:
         """Run until Stop comes. An exception that belongs to a request ends that request. One that is raised belongs to
         the engine, and the loop must not go on.
         """
-        while not self._stopped:
-            outputs = self._take_commands()
-            try:
+        try:
+            while not self._stopped:
+                outputs = self._take_commands()
                 if self._engine.has_unfinished and not self._stopped:
                     self._step_began = time.monotonic()
                     outputs += self._engine.step(isolate=True)
                     self._step_seconds, self._step_began = time.monotonic() - self._step_began, 0.0
-            finally:  # the step that an engine dies of is the one to see
-                for part in in_parts(self._tracer.take()):
+                *parts, last = in_parts(self._tracer.take()) if self._tracer.is_due else [()]
+                for part in parts:
                     self._report(Traced(part))
-            if outputs:
-                self._report(StepReport(tuple(outputs), self._stats_now()))
+                if outputs:
+                    self._report(StepReport(tuple(outputs), self._stats_now(), last))
+                elif last:
+                    self._report(Traced(last))
+        finally:  # the step that an engine dies of is the one to see
+            for part in in_parts(self._tracer.take()):
+                self._report(Traced(part))
 
     def alive(self) -> Alive:
         """Return a heartbeat. May be called from another thread."""

@@ -133,6 +133,8 @@ class StepReport(msgspec.Struct, frozen=True, tag=True):
 
     outputs: tuple[RequestOutput, ...]
     stats: EngineStats
+    traced: tuple[TraceRecord, ...] = ()
+    """As in Traced: one message wakes the front once."""
 
 
 class Traced(msgspec.Struct, frozen=True, tag=True):

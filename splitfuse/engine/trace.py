@@ -81,7 +81,9 @@ class ChunkDetail(msgspec.Struct, frozen=True, array_like=True):
     num_logits: int
     samples: bool
     first_block: int
-    """Index in the block table from which `blocks` go on; those before are as in the request's chunk before."""
+    """Index in the block table from which `blocks` go on; those before are as in the request's chunk before. Without
+    blocks, the whole table is.
+    """
     blocks: tuple[int, ...]
     state: StateSlots | None
     logprobs: tuple[TokenLogprob, ...]
@@ -89,6 +91,10 @@ class ChunkDetail(msgspec.Struct, frozen=True, array_like=True):
     values: tuple[float, ...]
     is_complete: bool
     state_lost: bool = False
+
+
+PLAIN = ChunkDetail(1, True, 0, (), None, (), (), (), False)
+"""Detail of most chunks: a decode that gave a token and nothing else, with the blocks that its request had."""
 
 
 class ChunkTrace(msgspec.Struct, frozen=True, array_like=True):
@@ -101,6 +107,7 @@ class ChunkTrace(msgspec.Struct, frozen=True, array_like=True):
     """Tokens that it chose."""
     error: str | None = None
     detail: ChunkDetail | None = None
+    """From TraceLevel.PLANS on; None there: it is PLAIN."""
 
     def is_decode(self, num_prompt_tokens: int) -> bool:
         """Return whether it computed the newest token of a request with so long a prompt, and chose the next.

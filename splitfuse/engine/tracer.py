@@ -32,10 +32,12 @@ from splitfuse.engine.trace import (
     TraceRecord,
 )
 
+TAKE_SECONDS = 0.1
+"""Time for which records are kept, to be taken together: those of each step, sent alone, would cost it more."""
 BLOCK_MAP_SECONDS = 1.0
-"""Least time between two maps of the KV blocks, which take some tenths of a millisecond."""
-IDLE_MAP_SECONDS = 0.1
-"""Least time before the map of an engine that has gone idle, which is what is known until it works again."""
+"""Least time between two maps of the KV blocks, which take some tenths of a millisecond. An engine that goes idle
+makes one in any case: it is what is known until it works again.
+"""
 MAX_MAPPED_BLOCKS = 4096
 """Number of blocks up to which a map has them all; of more, it has every second, third or n-th."""
 
@@ -51,6 +53,8 @@ class EngineTracer:
         self._numbers: dict[str, int] = {}  # of unfinished requests, by id
         self._tables: dict[str, tuple[int, int]] = {}  # length and last block of the tables that were traced
         self._next_map = 0.0
+        self._taken = 0.0
+        self._has_finished = False  # a request whose end is among the records
 
     @property
     def level(self) -> TraceLevel:
@@ -89,12 +93,20 @@ class EngineTracer:
         """Return whether there are records that `take` would return."""
         return bool(self._records)
 
+    @property
+    def is_due(self) -> bool:
+        """Return whether records should be taken now: the end of a request is among them, which must be known before
+        its answer ends; nothing else will come; or TAKE_SECONDS are over.
+        """
+        return self.has_records and (
+            self._has_finished or not self._engine.has_unfinished or time.monotonic() >= self._taken + TAKE_SECONDS
+        )
+
     def take(self) -> tuple[TraceRecord, ...]:
         """Return the records since the last call; of an engine that has just gone idle, with a map of its blocks."""
+        self._taken, self._has_finished = time.monotonic(), False
         if self._records and not self._engine.has_unfinished:
-            now = time.monotonic()
-            if now >= self._next_map - BLOCK_MAP_SECONDS + IDLE_MAP_SECONDS:
-                self._trace_blocks(now)
+            self._trace_blocks(self._taken)
         records, self._records = tuple(self._records), []
         return records
 
@@ -122,13 +134,22 @@ class EngineTracer:
             self._records.append(PhaseTrace(event.time, phases))
 
     def _trace_step(self, event: StepRecord) -> None:
-        plan, allocator = event.plan, self._engine.allocator
-        chunks = tuple(self._trace_chunk(chunk, event.result[chunk.request_id]) for chunk in plan.chunks)
+        plan, result, allocator = event.plan, event.result, self._engine.allocator
+        number, detail = self._numbers.get, self._detail if self._level is TraceLevel.PLANS else None
+        chunks = []
+        for chunk in plan.chunks:
+            name = chunk.request_id
+            got = result[name]
+            more = None if detail is None else detail(chunk, got)
+            chunks.append(
+                ChunkTrace(number(name, -1), chunk.start, len(chunk.token_ids), got.token_ids, got.error, more)
+            )
         num_cached = allocator.num_cached
         self._records.append(
             StepTrace(
                 *(plan.step, plan.token_budget, event.start_time, event.end_time, event.predicted_seconds),
-                *(event.num_running, event.num_waiting, allocator.num_available - num_cached, num_cached, chunks),
+                *(event.num_running, event.num_waiting, allocator.num_available - num_cached, num_cached),
+                tuple(chunks),
             )
         )
         if event.end_time >= self._next_map:
@@ -140,20 +161,23 @@ class EngineTracer:
         stride = -(-allocator.num_blocks // MAX_MAPPED_BLOCKS)
         self._records.append(BlockMap(now, stride, allocator.states_of_blocks(stride)))
 
-    def _trace_chunk(self, chunk: Chunk, result: ChunkResult) -> ChunkTrace:
-        detail = None
-        if self._level is TraceLevel.PLANS:
-            table = chunk.block_table
-            count, last = self._tables.get(chunk.request_id, (0, -1))
-            if count > len(table) or (count and table[count - 1] != last):
-                count = 0
-            self._tables[chunk.request_id] = len(table), table[-1]
-            detail = ChunkDetail(
-                *(chunk.num_logits, chunk.samples, count, table[count:], chunk.state),
-                *(result.logprobs, result.prompt_logprobs, result.values, result.is_complete, result.state_lost),
-            )
-        number = self._numbers.get(chunk.request_id, -1)
-        return ChunkTrace(number, chunk.start, len(chunk.token_ids), result.token_ids, result.error, detail)
+    def _detail(self, chunk: Chunk, result: ChunkResult) -> ChunkDetail | None:
+        table = chunk.block_table
+        size, (count, last) = len(table), self._tables.get(chunk.request_id, (0, -1))
+        if count > size or (count and table[count - 1] != last):
+            count = 0
+        if count < size:
+            self._tables[chunk.request_id] = size, table[-1]
+        elif (
+            (chunk.samples and chunk.num_logits == 1)
+            and not (chunk.state or result.logprobs or result.prompt_logprobs or result.values)
+            and not (result.is_complete or result.state_lost)
+        ):
+            return None  # PLAIN
+        return ChunkDetail(
+            *(chunk.num_logits, chunk.samples, count, table[count:], chunk.state),
+            *(result.logprobs, result.prompt_logprobs, result.values, result.is_complete, result.state_lost),
+        )
 
     def _trace_preemption(self, event: RequestPreempted) -> None:
         request = event.request
@@ -165,6 +189,7 @@ class EngineTracer:
         assert request.finish_reason is not None
         self._tables.pop(request.request_id, None)
         self._numbers.pop(request.request_id, None)
+        self._has_finished = True
         self._records.append(
             FinishTrace(
                 *(request.sequence_number, event.time, request.finish_reason, len(request.output_token_ids)),

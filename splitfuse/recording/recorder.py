@@ -53,6 +53,10 @@ MAX_QUEUED = 4096
 """Number of events that wait to be written: those of some seconds of the shortest steps."""
 NUM_FILES = 4
 """Number of files that a recording has at most: FILE, and FILE.1 to FILE.3, the oldest."""
+WRITE_SECONDS = 0.2
+"""Time from one writing to the next: a thread that wakes for each step takes several times as much of the processor,
+since the step has replaced what it needs in the caches.
+"""
 LAST_SECONDS = 10.0
 """Time at the end of a process to write what is left."""
 SETTINGS_LEFT_OUT = ("lora",)
@@ -103,6 +107,7 @@ class Recorder:
         self._queue: queue.SimpleQueue[Frame | tuple[int, Sequence[TraceRecord]] | None] = queue.SimpleQueue()
         self._lock = threading.Lock()
         """Held to put an event and to end: what is put after the end is counted, and not kept."""
+        self._has_ended = threading.Event()
         self._fd = -1  # no file yet
         _check_files(path)
         self._thread = threading.Thread(target=self._run, name="recorder", daemon=True)
@@ -143,6 +148,7 @@ class Recorder:
             if is_fault:
                 _logger.warning("the recording %s ends, and the server goes on: %s", self._path, reason)
             self._queue.put(None)
+            self._has_ended.set()
 
     # The thread that writes -------------------------------------------------------------------------------------------
 
@@ -157,6 +163,8 @@ class Recorder:
                     self._write(Close(time.monotonic(), "the next file goes on", 0))
                     self._close_file()
                     self._begin_file()
+                if self._queue.empty():
+                    self._has_ended.wait(WRITE_SECONDS)
             if self._fd >= 0:
                 self._write(Close(time.monotonic(), self.ended, self.num_dropped))
         except OSError as error:
@@ -207,8 +215,10 @@ class Recorder:
             case StepTrace():
                 for chunk in record.chunks:
                     request = unfinished.get(chunk.number)
-                    if request is not None and chunk.detail is not None:
-                        request.token_ids += chunk.token_ids
+                    if request is None:
+                        continue
+                    request.token_ids += chunk.token_ids
+                    if chunk.detail is not None and chunk.detail.blocks:
                         request.table[chunk.detail.first_block :] = chunk.detail.blocks
             case PreemptTrace():
                 if (request := unfinished.get(record.number)) is not None:

@@ -23,7 +23,7 @@ from splitfuse.core.limits import EngineLimits, ceil_div, check_token_ids
 from splitfuse.core.plan import ZERO_STATE, Chunk, ChunkResult, SamplingState, StateSlots, StepPlan, StepResult
 from splitfuse.core.sampling_params import MAX_SEED
 from splitfuse.engine.guard import check_process
-from splitfuse.engine.trace import ChunkDetail, ChunkTrace, FinishTrace, PreemptTrace, RequestTrace, StepTrace
+from splitfuse.engine.trace import PLAIN, ChunkDetail, ChunkTrace, FinishTrace, PreemptTrace, RequestTrace, StepTrace
 from splitfuse.errors import ConfigError, InvalidRequestError, RecordingError
 from splitfuse.models.encoder.spec import is_encoder
 from splitfuse.recording.format import EngineEnd, EngineStart, Recording, Records, Tables
@@ -355,7 +355,8 @@ class _EngineReplay:
         table, state = request.table, detail.state
         if not 0 <= detail.first_block <= len(table):
             raise InvalidRequestError(f"the block table of the request {request.request_id!r:.80} has a gap")
-        table[detail.first_block :] = self._checked(detail.blocks)
+        if detail.blocks:
+            table[detail.first_block :] = self._checked(detail.blocks)
         is_valid = (
             0 <= start < end <= len(request.token_ids)
             and end <= limits.max_model_len
@@ -465,9 +466,7 @@ class _EngineReplay:
 
 
 def _detail(traced: ChunkTrace) -> ChunkDetail:
-    if traced.detail is None:
-        raise InvalidRequestError("a step has no plan")
-    return traced.detail
+    return traced.detail or PLAIN
 
 
 def _is_valid(state: StateSlots, start: int, end: int, num_states: int) -> bool:

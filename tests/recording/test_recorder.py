@@ -182,8 +182,10 @@ def test_rotated_files_begin_with_what_is_unfinished(folder: Path, tmp_path: Pat
             assert isinstance(request, RequestTrace) and request.detail is not None
             num_tokens = len(prompt) + len(request.detail.output_token_ids)
             (chunk,) = [c for c in records(frames, StepTrace)[0].chunks if c.number == request.number]
-            assert chunk.start == num_tokens - 1 and chunk.detail is not None
-            assert chunk.detail.first_block == len(tables.tables[request.number]) == -(-(num_tokens - 1) // 4)
+            assert chunk.start == num_tokens - 1
+            num_blocks = len(tables.tables[request.number])
+            assert num_blocks == -(-(num_tokens - 1) // 4)
+            assert chunk.detail is None or chunk.detail.first_block == num_blocks
         steps += records(frames, StepTrace)
         assert isinstance(frames[-1], Close)
     numbers = [step.step for step in steps]

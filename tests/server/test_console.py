@@ -263,7 +263,8 @@ def feed(kept: ConsoleStore, hub: TraceHub, clock: Clock, num_frames: int, secon
     for step in range(num_frames):
         clock.now += seconds
         hub.publish(EngineRecords(0, (step_of(step, clock.now),)))
-        kept._flush()
+        if not kept._builder.is_empty:  # else the event has ended a frame
+            kept._flush()
 
 
 def request(number: int) -> RequestTrace:

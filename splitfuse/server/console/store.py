@@ -36,7 +36,7 @@ from splitfuse.server.traces import TraceEvent, TraceHub
 from splitfuse.version import __version__
 
 FRAME_SECONDS = 0.1
-"""Time that a frame spans."""
+"""Time that a frame spans; up to twice as much if nothing comes to end it."""
 KEPT_SECONDS = 300.0
 """Time for which frames are kept."""
 MAX_BYTES = 8 * 2**20
@@ -125,6 +125,7 @@ class ConsoleStore:
         self._at_begin, self._at_end = OpenRequests(), OpenRequests()
         self._stages: dict[int, tuple[str, float]] = {}
         self._timer: asyncio.TimerHandle | None = None
+        self._due = 0.0
         self._viewers: set[Viewer] = set()
         self._news = asyncio.Event()
         self.unsubscribe = traces.subscribe(self._take, TraceLevel.STEPS)
@@ -208,11 +209,18 @@ class ConsoleStore:
         self._flush_soon()
 
     def _flush_soon(self) -> None:
+        """Make a frame when it is due: at the next event, which saves the event loop a turn, or else a little later."""
+        now = self._clock()
         if self._timer is None:
-            self._timer = asyncio.get_running_loop().call_later(FRAME_SECONDS, self._flush)
+            self._timer = asyncio.get_running_loop().call_later(2 * FRAME_SECONDS, self._flush)
+            self._due = now + FRAME_SECONDS
+        elif now >= self._due:
+            self._flush()
 
     def _flush(self) -> None:
         """Make a frame of what has come, keep it, and forget those that are too old or too many."""
+        if self._timer is not None:
+            self._timer.cancel()
         now, self._timer = self._clock(), None
         frame = self._builder.take(self.end, now)
         event = sse_event(frame)

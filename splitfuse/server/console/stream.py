@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 
-from splitfuse.server.console.store import ConsoleStore
+from splitfuse.server.console.store import FRAME_SECONDS, ConsoleStore
 from splitfuse.server.context import SILENCE_SECONDS, RequestContext
 from splitfuse.server.errors import ClientGoneError
 from splitfuse.server.state import AppState
@@ -27,7 +27,8 @@ async def stream_frames(state: AppState, store: ConsoleStore, context: RequestCo
                 silent = 0.0
             if store.has_ended and state.admission.draining:
                 return
-            await asyncio.sleep(store.pause)
+            if store.pause > FRAME_SECONDS:
+                await asyncio.sleep(store.pause)
             store.look()
             if not await store.wait(viewer, LOOK_SECONDS):
                 silent += LOOK_SECONDS + store.pause
