@@ -14,9 +14,9 @@ from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Iterable, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from multiprocessing import Pool
 from pathlib import Path
 
 from benchmarks.dominance.compare import OTHERS, Comparison, Line, Settings, complete, key_of, policy_version
@@ -67,32 +67,44 @@ def run_all(
     by_scenario: dict[Scenario, list[Slo]] = {}
     for scenario, slo in points:
         by_scenario.setdefault(scenario, []).append(slo)
+    jobs = [Job(scenario, slos, known.get(str(scenario), []), settings) for scenario, slos in by_scenario.items()]
     comparisons = []
     print(HEADING, flush=True)
-    with ProcessPoolExecutor(processes) as pool, out.open("a", encoding="utf-8") as file:
-        futures = {
-            pool.submit(completed, scenario, slos, known.get(str(scenario), []), settings): (scenario, slos)
-            for scenario, slos in by_scenario.items()
-        }
-        for future in as_completed(futures):
-            scenario, slos = futures[future]
-            new = future.result()
+    finished = Pool(processes).imap_unordered(completed, jobs) if processes > 1 else map(completed, jobs)
+    with out.open("a", encoding="utf-8") as file:
+        for job, new in finished:
             file.writelines(line.dumped() + "\n" for line in new)
             file.flush()
-            for slo in slos:
-                comparison = Comparison(scenario, slo)
-                keys = {key_of(scenario, [slo], settings.ours, settings)}
-                keys |= {key_of(scenario, scenario.slos, system, settings) for system in OTHERS}
-                for line in (*known.get(str(scenario), []), *new):
-                    if line.key in keys:
-                        comparison.add(line)
+            for comparison in job.comparisons(new):
                 comparisons.append(comparison)
                 print(row(comparison), flush=True)
     return comparisons
 
 
-def completed(scenario: Scenario, slos: Sequence[Slo], known: Iterable[Line], settings: Settings) -> list[Line]:
-    return list(complete(scenario, slos, known, settings))
+@dataclass(frozen=True)
+class Job:
+    """Holds the points of a scenario, and its runs that are known."""
+
+    scenario: Scenario
+    slos: Sequence[Slo]
+    known: Sequence[Line]
+    settings: Settings
+
+    def comparisons(self, new: Sequence[Line]) -> Iterator[Comparison]:
+        """Yield the comparison of each point, of the known runs that count and `new` ones."""
+        keys = {key_of(self.scenario, self.scenario.slos, system, self.settings) for system in OTHERS}
+        for slo in self.slos:
+            comparison = Comparison(self.scenario, slo)
+            ours = key_of(self.scenario, [slo], self.settings.ours, self.settings)
+            for line in (*self.known, *new):
+                if line.key in keys or line.key == ours:
+                    comparison.add(line)
+            yield comparison
+
+
+def completed(job: Job) -> tuple[Job, list[Line]]:
+    """Return the runs that a job still needed."""
+    return job, list(complete(job.scenario, job.slos, job.known, job.settings))
 
 
 HEADING = (

@@ -27,8 +27,8 @@ WARM_UP = 0.1
 """Fraction of the requests which are sent before the window in which they count."""
 HALF_WIDTH = 0.02
 """Half of the 95 % interval of a ratio at which no more seeds are run."""
-CLOSE = 0.9
-"""Goodput relative to the best other at which a policy is run with further seeds, too."""
+CLOSE = 0.8
+"""Goodput relative to the best other, under any SLO of a scenario, from which a policy is run with further seeds."""
 STUDENT = (0.0, 12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201)
 """Quantiles 0.975 of Student's distribution by degrees of freedom."""
 
@@ -37,7 +37,7 @@ STUDENT = (0.0, 12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 
 class Settings:
     """Says how often each point is run, and what of it is known already."""
 
-    requests: int = 400
+    requests: int = 350
     """Requests of a run."""
     seeds: int = 3
     """Runs of each point at least."""
@@ -170,6 +170,11 @@ class Comparison:
         """Return the other policy with the highest goodput."""
         return max((str(system) for system in OTHERS), key=self.goodput)
 
+    def is_close(self, other: str) -> bool:
+        """Return whether another policy may yet prove to be the best other."""
+        best = self.best_other
+        return other == best or self.goodput(other) >= CLOSE * self.goodput(best) > 0.0
+
     def ratio(self, other: str | None = None) -> tuple[float, float]:
         """Return our goodput relative to another's, by default the best other's, over the seeds that both have; and
         half of its 95 % interval. 1 if both are 0.
@@ -209,20 +214,14 @@ def complete(scenario: Scenario, slos: Sequence[Slo], known: Iterable[Line], set
         for comparison in comparisons.values():
             comparison.add(lines[key, seed])
 
+    others: Sequence[System] = OTHERS
     for seed in range(1, settings.most_seeds + 1):
-        uncertain = list(slos)
-        others: Sequence[System] = OTHERS
-        if seed > settings.seeds:
-            uncertain = [slo for slo in slos if not comparisons[slo].is_certain]
-            best = {slo: comparisons[slo].goodput(comparisons[slo].best_other) for slo in uncertain}
-            others = [
-                system
-                for system in OTHERS
-                if any(comparisons[slo].goodput(str(system)) >= CLOSE * best[slo] for slo in uncertain)
-            ]
-        if not uncertain:
+        unclear = [slo for slo in slos if seed <= settings.seeds or not comparisons[slo].is_certain]
+        if not unclear:
             return
+        if seed > 1:
+            others = [each for each in OTHERS if any(comparisons[slo].is_close(str(each)) for slo in unclear)]
         for system in others:
             yield from needed(scenario.slos, system, seed)
-        for slo in uncertain:
+        for slo in unclear:
             yield from needed([slo], settings.ours, seed)

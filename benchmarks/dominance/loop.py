@@ -85,11 +85,13 @@ def drive(
     arrivals: Sequence[float] | None = None,
     clients: int = 0,
     targets: Sequence[SloTargets] = (),
+    max_unfinished: int = 0,
 ) -> list[tuple[MeasuredRequest, int]]:
     """Return the requests with the times of their tokens and their kinds, in the order in which they were sent.
 
     With `arrivals` each session begins at its time; without, `clients` take one session after the other. `targets` are
-    given to the requests by their kind; without, they have no SLO.
+    given to the requests by their kind; without, they have no SLO. Requests that arrive while `max_unfinished` others
+    are unfinished are refused; 0 refuses none.
     """
     if arrivals is None:
         due = [(number * SPACING, number, 0) for number in range(min(clients, len(sessions)))]
@@ -105,6 +107,10 @@ def drive(
         while due and due[0][0] <= now:
             sent, number, turn = heapq.heappop(due)
             planned = sessions[number][turn]
+            if 0 < max_unfinished <= len(running):
+                refused = MeasuredRequest(number, sent, len(planned.prompt), (), error="refused")
+                records.append((refused, planned.kind))
+                continue
             name = f"{number}.{turn}"
             scheduling = SchedulingOptions(
                 targets=options[planned.kind].targets if options else None, arrival_time=sent
@@ -116,7 +122,10 @@ def drive(
             records.append((MeasuredRequest(number, sent, len(planned.prompt), ()), planned.kind))
         plan = scheduler.schedule(now)
         if plan is None:
-            now = max(now, due[0][0])  # IndexError if unfinished requests cannot run: a fault of the policy
+            if not due:
+                assert not running, "unfinished requests cannot run"
+                break  # the last requests were refused
+            now = max(now, due[0][0])
             continue
         now += cost.seconds(features_of(plan))
         result = {chunk.request_id: CHOSEN if chunk.samples else NOT_CHOSEN for chunk in plan.chunks}
