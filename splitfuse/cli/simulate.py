@@ -30,7 +30,7 @@ def simulate(
     ] = None,
     machine: Annotated[
         str | None,
-        typer.Option(help="Machine of published figures instead, such as a100-70b or opt-13b (docs/simulator.md lists them)."),
+        typer.Option(help="Published machine instead, such as a100-70b (docs/simulator.md lists them)."),
     ] = None,
     against: Annotated[
         Path | None, typer.Option(help="Results of `bench run`: simulate the same loads and report the errors.")
