@@ -149,7 +149,7 @@ def test_the_published_machine_saturates_where_the_paper_says() -> None:
 def test_an_engine_with_slos_is_calibrated_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(calibrate, "SECONDS_AT_START", 0.5)
     stages: list[str] = []
-    settings = config(ttft="2ms/token", itl="250ms", num_blocks=200)
+    settings = config(ttft="2ms/token", itl="250ms/p99", tpot="100ms", num_blocks=200)
     first = Engine.load(settings, on_stage=stages.append)
     kept = load_cost_model(settings).cost
     second = Engine.load(settings, on_stage=stages.append)
@@ -160,7 +160,8 @@ def test_an_engine_with_slos_is_calibrated_once(monkeypatch: pytest.MonkeyPatch)
     assert load_cost_model(settings).cost.error is not None
     second.add_request("a", [5] * 100, SamplingParams(max_tokens=4, ignore_eos=True))
     request = second.scheduler.get("a")
-    assert request is not None and request.slo.targets == SloTargets(None, 0.25, ttft_per_token=0.002)
+    targets = SloTargets(itl=0.25, itl_percentile=99.0, tpot=0.1, ttft_per_token=0.002)
+    assert request is not None and request.slo.targets == targets
     assert request.slo.deadline == pytest.approx(request.slo.arrival_time + 0.2)
     outputs = []
     while second.has_unfinished:

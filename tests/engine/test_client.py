@@ -492,7 +492,7 @@ LOGPROBS = Logprobs.of([TokenLogprob(7, -0.1, ((7, -0.1), (8, -3.7)))])
 def test_messages_survive_the_wire() -> None:
     params = SamplingParams(max_tokens=3, stop=("a", "\ud7ff"), logit_bias={5: -1.5}, seed=2**64 - 1)
     for command in (
-        Add("x", (1, 2), params, 1, SchedulingOptions("salt", SloTargets(1.0, 0.25), 3.5)),
+        Add("x", (1, 2), params, 1, SchedulingOptions("salt", SloTargets(1.0, 0.25, 0.1, 0.2, 99.0), 3.5)),
         Finish("x", FinishReason.STOP, 4),
         Stop(),
     ):

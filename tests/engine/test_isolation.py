@@ -333,7 +333,9 @@ def test_random_faults_leave_the_scheduler_sound(
     for number in range(60):
         prompt = tuple(rng.randrange(16) for _ in range(rng.randint(1, 20)))
         params = SamplingParams(max_tokens=rng.randint(1, 10), ignore_eos=True)
-        targets = SloTargets(rng.choice((None, 1e-6, 10.0)), rng.choice((None, 1e-6, 1.0)))
+        targets = SloTargets(
+            *(rng.choice((None, 1e-6, 10.0)), rng.choice((None, 1e-6, 1.0))), tpot=rng.choice((None, 1e-6, 1.0))
+        )
         made = Request(f"r{number}", prompt, params, max_tokens=params.max_tokens or 0, seed=0)
         requests[made.request_id] = made
         engine.add_request(made.request_id, prompt, params, scheduling=SchedulingOptions(targets=targets))

@@ -171,6 +171,7 @@ def test_a_recording_is_a_load_of_simulations(run: Run, path: Path) -> None:
     assert (status, err) == (0, "")
     assert "budget 32, 2 replicas" in out and f"{path.name}, recorded" in out
     assert out.count("as recorded") == 2
+    assert "at SLO" not in out and run("simulate", "--trace", path, *flags, "--tpot", "1min")[1].count("at SLO") == 2
     status, out, err = run("replay", path, "--replicas", 2)
     assert (status, out) == (1, "") and "--replicas needs --live" in err
 

@@ -22,13 +22,14 @@ from splitfuse.config import EngineConfig, ServerConfig
 from splitfuse.core.latency.phases import LatencyBreakdown, LatencyPhase
 from splitfuse.core.sampling_params import SamplingParams
 from splitfuse.core.slo.cost_model import CostModel
+from splitfuse.core.slo.targets import SloViolation
 from splitfuse.engine.client import Stream
 from splitfuse.engine.messages import Add
 from splitfuse.errors import InvalidRequestError
 from splitfuse.models.sources.hub import open_model
 from splitfuse.runtime.calibration import Calibration, cache_path, identify, save
 from splitfuse.server.context import RequestContext
-from splitfuse.server.explain import breakdown_of
+from splitfuse.server.explain import breakdown_of, describe_violation
 from splitfuse.server.openai.dialect import OPENAI
 from splitfuse.text.generation import Generation
 from splitfuse.text.prompts import PreparedRequest
@@ -324,6 +325,26 @@ def test_every_phase_has_a_description() -> None:
     )
 
 
+@pytest.mark.parametrize(
+    ("violation", "words"),
+    [
+        (SloViolation(ttft=1.5, ttft_target=1.0), "first token after 1.5 s (target 1 s)"),
+        (
+            SloViolation(longest_gap=0.7, itl_target=0.25, percent_in_time=97.5, itl_percentile=99.9),
+            "97.5 % of the gaps within 0.25 s (target 99.9 %), longest gap 0.7 s",
+        ),
+        (SloViolation(mean_gap=0.12, tpot_target=0.1), "tokens every 0.12 s (mean; target 0.1 s)"),
+        (
+            SloViolation(2.0, 1.0, 0.3, 0.9, 0.25, mean_gap=0.12, tpot_target=0.1),
+            "first token after 2 s (target 1 s); tokens every 0.3 s (moving average; target 0.25 s), longest gap "
+            "0.9 s; tokens every 0.12 s (mean; target 0.1 s)",
+        ),
+    ],
+)
+def test_a_violation_is_described_by_its_measures(violation: SloViolation, words: str) -> None:
+    assert describe_violation(violation) == words
+
+
 @pytest.fixture(scope="module")
 def slo_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
     folder: Path = tmp_path_factory.mktemp("cache")
@@ -347,3 +368,21 @@ def test_the_log_describes_an_slo_violation(slo_server: RunningServer, more: dic
         found = explain(http, late)
         assert found["slo_met"] is False and found["slo_violation"]["ttft"] > found["slo_violation"]["ttft_target"]
         assert found["slo_violation"]["average_gap"] is None and explain(http, kept)["slo_violation"] is None
+
+
+def test_a_missed_tpot_and_percentile_are_explained(slo_server: RunningServer) -> None:
+    targets = {"itl": 1e-6, "itl_percentile": 60, "tpot": 2e-6}  # no token comes as fast
+    with slo_server.http() as http:
+        answer = http.post(COMPLETIONS, json={**BODY, "splitfuse_slo": targets, "splitfuse_timing": True})
+        assert answer.json()["splitfuse_timing"]["slo_met"] is False
+        found = explain(http, answer.headers["x-request-id"])
+        missed = found["slo_violation"]
+        assert (missed["percent_in_time"], missed["itl_percentile"], missed["itl_target"]) == (0.0, 60.0, 1e-6)
+        assert missed["mean_gap"] > missed["tpot_target"] == 2e-6 and missed["ttft"] is missed["average_gap"] is None
+        words = (
+            r"0 % of the gaps within 1e-06 s \(target 60 %\), longest gap \S+ s; "
+            r"tokens every \S+ s \(mean; target 2e-06 s\)"
+        )
+        assert re.search(words, format_breakdown(found))
+        why = slo_server.wait_for_record(request_id=answer.headers["x-request-id"])["slo_violation"]
+        assert re.match(words, why)

@@ -91,10 +91,12 @@ def test_on_time_only_refuses_what_would_miss_its_slo(http: httpx.Client) -> Non
 
 @pytest.fixture(scope="module")
 def keyed(tmp_path_factory: pytest.TempPathFactory, server: RunningServer) -> Iterator[httpx.Client]:
-    """Two keys: one with an SLO that cannot be met, and one with low priority."""
+    """Keys: with a TTFT that cannot be met, with low priority, and with a TPOT that cannot be met."""
     del server  # its cost model is used
     file = tmp_path_factory.mktemp("keys") / "keys"
-    file.write_text("# who is who\nk1 name=alice weight=2 priority=high ttft=1ms\n\nk2 priority=low\n")
+    file.write_text(
+        "# who is who\nk1 name=alice weight=2 priority=high ttft=1ms\n\nk2 priority=low\nk3 itl=1min/p99 tpot=0.001ms\n"
+    )
     file.chmod(0o600)
     settings = {"enable_slo": True, "num_blocks": 200}
     with running_server(ServerConfig(api_key_file=str(file)), **settings) as running, running.http() as http:
@@ -109,7 +111,7 @@ def test_the_slo_and_priority_of_a_key(keyed: httpx.Client) -> None:
         answer: bool | None = ask(key, **more).json()["splitfuse_timing"]["slo_met"]
         return answer
 
-    assert met("k1") is False and met("k2") is None
+    assert met("k1") is met("k3") is False and met("k2") is None and met("k3", max_tokens=1) is True
     assert met("k1", splitfuse_slo=PATIENT) is True and met("k2", splitfuse_slo=PATIENT) is True
     assert ask("k1", splitfuse_priority="high").status_code == ask("k1", splitfuse_priority="low").status_code == 200
     refused = ask("k2", splitfuse_priority="normal")
