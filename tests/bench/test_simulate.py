@@ -18,6 +18,7 @@ from splitfuse.bench.workload import Chat, Independent, Lengths, LoadRequest, Lo
 from splitfuse.cli import app
 from splitfuse.config import SchedulerConfig
 from splitfuse.core.slo.cost_model import CostModel, StepFeatures
+from splitfuse.core.slo.targets import SloTargets
 from splitfuse.errors import ConfigError
 from splitfuse.runtime.calibration import Calibration
 from splitfuse.simulator import virtual_time
@@ -241,13 +242,16 @@ def command(*arguments: str) -> Any:
 def test_command_predicts_prints_and_writes(tmp_path: Any) -> None:
     file = tmp_path / "simulated.json"
     loads = ["--machine", "a100-70b", "--max-num-batched-tokens", "512", "--clients", "1,2", "--requests", "8"]
-    ended = command(*loads, "--out", str(file))
+    targets = {"ttft": "2ms/token", "itl": "100ms/p95", "tpot": "70ms"}
+    slo = [f"--{name}={value}" for name, value in targets.items()]
+    ended = command(*loads, *slo, "--out", str(file))
     assert ended.exit_code == 0, ended.output
-    assert "requests/s" in ended.output
+    assert "requests/s" in ended.output and "at SLO" in ended.output
     results = load(file)
     assert results.simulated and [point.clients for point in results.points] == [1, 2]
-    assert results.about["simulation"]["max_num_batched_tokens"] == 512
-    again = command("--machine", "a100-70b", "--max-num-batched-tokens", "512", "--against", str(file))
+    settings = results.about["simulation"]
+    assert settings["max_num_batched_tokens"] == 512 and targets.items() <= settings.items()
+    again = command("--machine", "a100-70b", "--max-num-batched-tokens", "512", *slo, "--against", str(file))
     assert again.exit_code == 0, again.output
     assert "mean error over 2 loads: throughput 0.0%, P95 ITL 0.0%" in again.output
 
@@ -270,6 +274,18 @@ def test_command_errors_have_a_message(
     ended = command(*arguments)
     assert ended.exit_code == 1
     assert said in ended.output
+
+
+@pytest.mark.parametrize("gaps", [{"tpot": "60ms"}, {"itl": "60ms/p90"}, {"itl": "250ms/p99", "tpot": "60ms"}])
+def test_mean_and_percentile_targets_are_met_in_simulation(gaps: dict[str, str]) -> None:
+    """A step of the whole budget takes 93 ms."""
+    targets = {"ttft": "4s", **gaps}
+
+    def goodput(config: SchedulerConfig) -> float:
+        results = run(SimulationConfig(calibration=CALIBRATION, scheduler=config), clients=(16,), requests=80)
+        return metrics.slo_goodput(results.points[0], SloTargets.parse(**targets))
+
+    assert goodput(SchedulerConfig(**targets)) > 5.0 > 0.5 > goodput(SchedulerConfig())  # type: ignore[arg-type]
 
 
 def test_tail_share_trades_goodput_for_tail_latency() -> None:

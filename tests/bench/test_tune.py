@@ -217,7 +217,7 @@ def test_command_prints_choice_and_reasons(tmp_path: Path) -> None:
     cost, out = tmp_path / "cost.json", tmp_path / "tuned.json"
     save(CALIBRATION, cost)
     ended = command(
-        *("--ttft", "2ms/token", "--itl", "250ms", "--generate", "8"),
+        *("--ttft", "2ms/token", "--itl", "250ms/p99", "--tpot", "200ms", "--generate", "8"),
         *("--max-num-batched-tokens", "64,256", "--max-num-seqs", "32", "--requests", "20"),
         *("--cost-model", str(cost), "--quantization", "int8", "--no-enable-prefix-caching", "--out", str(out)),
     )
@@ -228,7 +228,7 @@ def test_command_prints_choice_and_reasons(tmp_path: Path) -> None:
     budget, count = (written["chosen"][name] for name in ("max_num_batched_tokens", "max_num_seqs"))
     assert re.search(rf"{budget} .* {count} .* \S+ \* ", ended.stdout), "the chosen candidate"
     assert (
-        "splitfuse serve --quantization int8 --ttft 2ms/token --itl 250ms --no-enable-prefix-caching "
+        "splitfuse serve --quantization int8 --ttft 2ms/token --itl 250ms/p99 --tpot 200ms --no-enable-prefix-caching "
         f"--max-num-batched-tokens {budget} --max-num-seqs {count}\n"
     ) in ended.stdout
     assert (f"sustains {written['rate']:.3g} requests/s (Poisson), or {written['clients']} clients") in ended.stdout
@@ -255,7 +255,10 @@ def test_command_measures_the_found_load(tmp_path: Path, monkeypatch: pytest.Mon
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        ((), "tune requires an SLO: give --ttft"),
+        (
+            (),
+            "tune requires an SLO: give --ttft, such as 1s or 2ms/token, --itl, such as 250ms or 250ms/p99, or --tpot",
+        ),
         (("--itl", "250ms", "--headroom", "-1"), "--headroom -1.0 must be a fraction"),
         (("--itl", "250ms", "--machine", "a100-70b", "--measure"), "--measure runs on this machine"),
         (("--itl", "250ms", "--max-num-batched-tokens", "x"), "--max-num-batched-tokens 'x' must be comma-separated"),

@@ -68,6 +68,7 @@ TALK: list[dict[str, Any]] = [
 ]
 HI = [{"role": "user", "content": "Hi"}]
 SAMPLING: dict[str, Any] = {"temperature": 0.7, "top_p": 0.9, "top_k": 20, "seed": 3, "stop": ["."], "min_tokens": 1}
+SLO = {"ttft": 1.0, "ttft_per_token": 0.01, "itl": 0.1, "itl_percentile": 99, "tpot": 0.05}
 CLAUDE_TOOLS: list[dict[str, Any]] = [
     {"name": "weather", "description": "Tells the weather", "input_schema": WEATHER, "strict": True},
     {"name": "now", "input_schema": {"type": "object"}, "defer_loading": True},
@@ -256,6 +257,7 @@ def good_bodies(adapter: str) -> dict[str, list[dict[str, Any]]]:
             {"prompt": ["Once", "upon"], "max_tokens": 4, "n": 2, "logprobs": 2, "echo": True, **SAMPLING},
             {"prompt": [1, 2, 3], "max_tokens": 4, "stream": True, "guided_json": WEATHER, "return_token_ids": True},
             {"prompt": "Once", "max_tokens": 4, "structured_outputs": {"json": WEATHER}, "prompt_logprobs": 1},
+            {"prompt": "Once", "max_tokens": 4, "splitfuse_slo": SLO, "splitfuse_timing": True},
         ],
     }
 
