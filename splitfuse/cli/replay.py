@@ -30,6 +30,9 @@ def replay(
         bool, typer.Option("--live", help="Send its requests again, as they came, with the settings of the flags.")
     ] = False,
     replicas: Annotated[int | None, typer.Option(help="With --live: number of engines (default: as recorded).")] = None,
+    keep_going: Annotated[
+        bool, typer.Option("--keep-going", help="Go on after a step that differs, and count what does.")
+    ] = False,
     force: Annotated[bool, typer.Option(help="Replay with another model, version or format, too.")] = False,
     json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     quiet: Annotated[bool, typer.Option(help="No progress bar.")] = False,
@@ -38,8 +41,8 @@ def replay(
     """Run the steps of a recording again, and compare tokens and log-probabilities bit for bit.
 
     Settings are those of the recording; flags change them. LoRA adapters are found by their digests: give them with
-    --lora. The exit status is 0 if all is equal, and 1 if a step differs, which is named. With --live steps are
-    composed anew, and a table says what has changed.
+    --lora. The exit status is 0 if all is equal, and 1 if a step differs, which is named; --keep-going runs those after
+    it, too. With --live steps are composed anew, and a table says what has changed.
     """
     from splitfuse.recording.format import Recording
     from splitfuse.recording.replay import Contents
@@ -50,6 +53,8 @@ def replay(
         raise ConfigError(f"--replicas {replicas} must be at least 1")
     if force and live:
         raise ConfigError("--force is not for --live, which sends the requests to any model: leave it out")
+    if keep_going and live:
+        raise ConfigError("--keep-going is not for --live, which compares no steps: leave it out")
     recording = Recording.open(file)
     contents = Contents.of(recording)
     if not json:
@@ -57,11 +62,19 @@ def replay(
     if live:
         _replay_live(recording, contents, changed(flags), replicas=replicas, json=json, quiet=quiet)
     else:
-        _replay_steps(recording, contents, changed(flags), force=force, json=json, quiet=quiet)
+        how = {"keep_going": keep_going, "force": force}
+        _replay_steps(recording, contents, changed(flags), **how, json=json, quiet=quiet)
 
 
 def _replay_steps(
-    recording: Recording, contents: Contents, changes: dict[str, Any], *, force: bool, json: bool, quiet: bool
+    recording: Recording,
+    contents: Contents,
+    changes: dict[str, Any],
+    *,
+    keep_going: bool,
+    force: bool,
+    json: bool,
+    quiet: bool,
 ) -> None:
     import msgspec
     from tqdm import tqdm
@@ -74,7 +87,7 @@ def _replay_steps(
     for other in others:
         print(f"splitfuse: {printable(other)}", file=sys.stderr)
     with tqdm(total=contents.num_steps, unit="step", disable=quiet or not sys.stderr.isatty()) as bar:
-        report = run(recording, loaded, on_step=bar.update)
+        report = run(recording, loaded, keep_going=keep_going, on_step=bar.update)
     if json:
         print(msgspec.json.encode({**asdict(report), "other": others}).decode())
     else:
@@ -156,17 +169,21 @@ def describe(recording: Recording, contents: Contents) -> str:
 
 def describe_report(report: ReplayReport) -> str:
     """Return what people need to know of a replay, in one line or two."""
-    what = (
-        f"{report.num_steps} steps, {report.num_tokens} tokens, {report.num_logprobs} log-probabilities and "
-        f"{report.num_values} other numbers"
-    )
-    lines = (
-        [f"equal to the last bit: {what}"]
-        if report.difference is None
-        else [printable(f"different: {report.difference}")]
-    )
-    if report.difference is not None:
-        lines.append(f"equal before it: {report.num_steps} steps")
+    if (first := report.difference) is None:
+        lines = [
+            f"equal to the last bit: {report.num_steps} steps, {report.num_tokens} tokens, {report.num_logprobs} "
+            f"log-probabilities and {report.num_values} other numbers"
+        ]
+    elif report.num_different_steps == 1:
+        lines = [printable(f"different: {first}"), f"equal before it: {report.num_steps} steps"]
+    else:
+        num_steps = report.num_steps + report.num_different_steps
+        lines = [
+            printable(f"the first that is different: {first}"),
+            f"different: {report.num_different_steps} of {num_steps} steps, {report.num_different_tokens} of "
+            f"{report.num_tokens} tokens, {report.num_different_logprobs} of {report.num_logprobs} log-probabilities "
+            f"(by {report.logprob_error:.2g} at most)",
+        ]
     if report.num_computed_first:
         lines.append(f"computed first, since the file does not have it: {report.num_computed_first} tokens")
     if report.fault:

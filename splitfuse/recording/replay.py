@@ -10,6 +10,7 @@ file began are computed first, from the tokens: equal bits whatever the chunks m
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -201,32 +202,56 @@ class Mismatch:
 
 @dataclass
 class ReplayReport:
-    """Counts what was replayed and found equal, up to the first difference."""
+    """Counts what was replayed: up to the first step that differs, or all of it."""
 
     num_engines: int = 0
     num_steps: int = 0
+    """Steps that are equal to the last bit."""
+    num_different_steps: int = 0
     num_requests: int = 0
     num_tokens: int = 0
+    num_different_tokens: int = 0
     num_logprobs: int = 0
+    num_different_logprobs: int = 0
+    logprob_error: float = 0.0
+    """Largest difference between two log-probabilities of the same token."""
     num_values: int = 0
     num_computed_first: int = 0
     """Tokens whose keys, values and states the file did not have."""
     seconds: float = 0.0
     difference: Mismatch | None = None
+    """First difference."""
     fault: str = ""
     """What is wrong with the end of the file."""
 
+    def count_differences(self, traced: ChunkTrace, got: ChunkResult) -> None:
+        """Count what a chunk gave otherwise than it was recorded."""
+        detail = _detail(traced)
+        self.num_different_tokens += _num_different(traced.token_ids, got.token_ids)
+        for recorded, now in ((detail.logprobs, got.logprobs), (detail.prompt_logprobs, got.prompt_logprobs)):
+            self.num_different_logprobs += _num_different(recorded, now)
+            errors = [
+                abs(a.logprob - b.logprob) for a, b in zip(recorded, now, strict=False) if a.token_id == b.token_id
+            ]
+            self.logprob_error = max(self.logprob_error, *(each for each in errors if math.isfinite(each)), 0.0)
 
-def replay(recording: Recording, loaded: ReplayModel, *, on_step: Callable[[], object] = lambda: None) -> ReplayReport:
-    """Run the steps of a recording again, up to the first that gives something else. Raises RecordingError for a file
-    whose steps cannot be those of an engine.
+
+def replay(
+    recording: Recording,
+    loaded: ReplayModel,
+    *,
+    keep_going: bool = False,
+    on_step: Callable[[], object] = lambda: None,
+) -> ReplayReport:
+    """Run the steps of a recording again, up to the first that gives something else, or with `keep_going` all of them,
+    each with the recorded tokens before it. Raises RecordingError for a file whose steps cannot be those of an engine.
     """
     report, began = ReplayReport(), time.monotonic()
     for engine in sorted(Contents.of(recording).engines):
         report.num_engines += 1
-        part = _EngineReplay(loaded, engine, report)
+        part = _EngineReplay(loaded, engine, report, keep_going=keep_going)
         for frame in recording.frames():
-            if getattr(frame, "engine", None) == engine and report.difference is None:
+            if getattr(frame, "engine", None) == engine and not part.has_ended:
                 try:
                     part.take(frame, on_step)
                 except InvalidRequestError as error:
@@ -249,8 +274,9 @@ class _Request:
 class _EngineReplay:
     """Replays one engine."""
 
-    def __init__(self, loaded: ReplayModel, engine: int, report: ReplayReport) -> None:
+    def __init__(self, loaded: ReplayModel, engine: int, report: ReplayReport, *, keep_going: bool) -> None:
         self.step = 0
+        self._keep_going = keep_going
         self._loaded, self._engine, self._report = loaded, engine, report
         self._executor, self._limits = loaded.executor, loaded.limits
         self._requests: dict[int, _Request] = {}
@@ -283,7 +309,7 @@ class _EngineReplay:
                         case StepTrace():
                             self._step(record)
                             on_step()
-                            if self._report.difference is not None:
+                            if self.has_ended:
                                 return
                         case PreemptTrace():
                             request = self._request(record.number)
@@ -292,6 +318,11 @@ class _EngineReplay:
                         case FinishTrace():
                             self._forget(record.number)
 
+    @property
+    def has_ended(self) -> bool:
+        """Return whether nothing more is replayed, since a step differs."""
+        return self._report.difference is not None and not self._keep_going
+
     def _request(self, number: int) -> _Request:
         if (request := self._requests.get(number)) is None:
             raise InvalidRequestError(f"there is no unfinished request of the number {number}")
@@ -299,9 +330,14 @@ class _EngineReplay:
 
     def _forget(self, number: int) -> None:
         request = self._requests.pop(number, None)
-        if request is not None and request.state.request_id in self._sent:
-            self._sent.remove(request.state.request_id)
-            self._retired.append(request.state.request_id)
+        if request is not None:
+            self._retire(request.state.request_id)
+
+    def _retire(self, request_id: str) -> None:
+        """Let the executor forget a request; if it goes on, it is sent again with the recorded tokens."""
+        if request_id in self._sent:
+            self._sent.remove(request_id)
+            self._retired.append(request_id)
 
     def _add(self, record: RequestTrace) -> None:
         detail, vocab_size = record.detail, self._limits.vocab_size
@@ -452,12 +488,16 @@ class _EngineReplay:
             got = result[chunk.request_id]
             if first := next(_differences(chunk, traced, got), None):
                 found.append((request, first))
+                report.count_differences(traced, got)
+                if got.token_ids != traced.token_ids:
+                    self._retire(chunk.request_id)
             report.num_tokens += len(traced.token_ids)
             report.num_logprobs += len(_detail(traced).logprobs) + len(_detail(traced).prompt_logprobs)
             report.num_values += len(_detail(traced).values)
         if found:
+            report.num_different_steps += 1
             request, (what, position, expected, value) = found[0]
-            report.difference = Mismatch(
+            report.difference = report.difference or Mismatch(
                 *(self._engine, record.step, request.request_id, position, what, expected, value, len(found)),
                 kernels=self._loaded.model.identity["kernels"],
             )
@@ -467,6 +507,10 @@ class _EngineReplay:
 
 def _detail(traced: ChunkTrace) -> ChunkDetail:
     return traced.detail or PLAIN
+
+
+def _num_different(recorded: Sequence[Any], now: Sequence[Any]) -> int:
+    return sum(_bits(a) != _bits(b) for a, b in zip_longest(recorded, now))
 
 
 def _is_valid(state: StateSlots, start: int, end: int, num_states: int) -> bool:

@@ -96,15 +96,17 @@ def test_a_replay_that_differs_ends_with_status_one(run: Run, path: Path, tmp_pa
         if isinstance(record, StepTrace) and record.chunks[0].token_ids
     )
     chunk = msgspec.structs.replace(step.chunks[0], token_ids=(7,))
-    step = msgspec.structs.replace(step, chunks=(chunk, *step.chunks[1:]))
-    frame = frames[index]
+    frame, new = frames[index], msgspec.structs.replace(step, chunks=(chunk, *step.chunks[1:]))
     assert isinstance(frame, Records)
-    frames[index] = Records(0, tuple(step if isinstance(each, StepTrace) else each for each in frame.records))
+    frames[index] = Records(0, tuple(new if each is step else each for each in frame.records))
     changed.write_bytes(head + b"".join(map(encode_frame, frames)))
     status, out, err = run("replay", changed, "--json")
     difference = json.loads(out)["difference"]
     assert (status, err) == (1, "") and (difference["step"], difference["expected"]) == (step.step, 7)
     assert difference["what"] == "token" and difference["position"] == chunk.start + chunk.num_tokens
+    status, out, err = run("replay", changed, "--keep-going", "--quiet")
+    assert status == 1 and f"the first that is different: step {step.step} of engine 0" in out
+    assert [line[:11] for line in out.splitlines()[2:]] == ["different: ", "replayed in"]
     status, out, err = run("replay", path, "--dtype", "float32", "--num-blocks", 100, "--kernels", "reference")
     assert status == 1 and "was recorded with another dtype: recorded 'auto', here 'float32'; --force replays" in err
     status, out, err = run("replay", path.with_name("absent"))
@@ -136,6 +138,7 @@ def test_flags_that_live_replay_does_not_have_are_refused(run: Run, path: Path) 
         (("--live", "--replicas", -1), "--replicas -1 must be at least 1"),
         (("--live", "--replicas", 0), "--replicas 0 must be at least 1"),
         (("--live", "--force"), "--force is not for --live"),
+        (("--live", "--keep-going"), "--keep-going is not for --live"),
     ):
         status, out, err = run("replay", path, *flags)
         assert (status, out) == (1, "") and message in err

@@ -3,7 +3,7 @@
 import math
 import shutil
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from random import Random
@@ -34,6 +34,7 @@ from splitfuse.recording import replay as replay_module
 from splitfuse.recording.format import Frame, Recording, Records, encode_frame
 from splitfuse.recording.replay import ReplayReport, compare_identity, load, replay
 from splitfuse.recording.requests import read_requests
+from splitfuse.runtime.executor import Executor
 from splitfuse.text.grammar import compile_structured_outputs
 
 EQUAL_BITS = pytest.mark.skipif(all(map(why_not, VARIANTS)), reason="the C++ kernels cannot be used here")
@@ -114,10 +115,10 @@ def frames_of(path: Path, kind: type[Any]) -> list[Any]:
     return [each for frame in frames if isinstance(frame, Records) for each in frame.records if isinstance(each, kind)]
 
 
-def replayed(path: Path, **changes: Any) -> ReplayReport:
+def replayed(path: Path, *, keep_going: bool = False, **changes: Any) -> ReplayReport:
     recording = Recording.open(path)
     loaded = load(recording, replay_module.config_of(recording, changes))
-    return replay(recording, loaded)
+    return replay(recording, loaded, keep_going=keep_going)
 
 
 @EQUAL_BITS
@@ -216,6 +217,53 @@ def test_a_changed_constant_of_a_kernel_is_found_and_named(path: Path, monkeypat
     assert difference is not None and difference.request_id == "a" and "reference kernels" in difference.kernels
     assert (difference.step, difference.position) == first_choice(path, 0)
     assert difference.what == "log-probability" and difference.expected.token_id == difference.got.token_id
+
+
+def test_a_replay_that_keeps_going_has_the_recorded_tokens(
+    path: Path, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    changed = tmp_path / "changed"
+    shutil.copytree(folder, changed)
+    weights = load_file(changed / "model.safetensors")
+    weights["lm_head.weight"] = weights["lm_head.weight"].roll(1, 0)  # which chooses another token each time
+    save_file(weights, changed / "model.safetensors", metadata={"format": "pt"})
+    compute, checked = Executor._compute, []
+
+    def check(self: Executor, chunks: Sequence[Chunk]) -> dict[str, ChunkResult]:
+        for chunk in chunks:
+            state = self._states[chunk.request_id]
+            tokens = [*state.prompt_token_ids, *state.output_token_ids]
+            checked.append(tuple(tokens[chunk.start : chunk.end]) == chunk.token_ids)
+        return compute(self, chunks)
+
+    monkeypatch.setattr(Executor, "_compute", check)
+    first, report = replayed(path, model=str(changed)), replayed(path, keep_going=True, model=str(changed))
+    assert report.difference == first.difference is not None
+    choices = sum(any(chunk.token_ids for chunk in step.chunks) for step in frames_of(path, StepTrace))
+    assert (first.num_different_steps, report.num_different_steps) == (1, choices)
+    assert report.num_steps + choices == len(frames_of(path, StepTrace))
+    assert report.num_different_tokens == report.num_different_logprobs == report.num_tokens == 24
+    assert all(checked)
+
+
+@pytest.mark.skipif(
+    any(map(why_not, VARIANTS)), reason="this CPU does not have all instruction sets, or there are no C++ kernels"
+)
+@pytest.mark.parametrize("quantization", [None, "int8"])
+def test_both_instruction_sets_replay_a_recording(quantization: str | None, tmp_path: Path) -> None:
+    settings = {"max_num_batched_tokens": 48, "quantization": quantization, "num_blocks": 14, "block_size": 32}
+    path = tmp_path / "load.rec"
+    with recorded(path, config_of(None, kernels="avx512", **settings)) as engine:
+        drive(engine, CASES["bundled"], Random(7), num_requests=30)
+    num_steps = len(frames_of(path, StepTrace))
+    for kernels in ("avx512", "avx2"):
+        report = replayed(path, keep_going=True, kernels=kernels)
+        assert report.num_steps + report.num_different_steps == num_steps and report.fault == ""
+        if kernels == "avx512":
+            assert report.difference is None
+        else:  # sums of another order: nearly the same numbers, nearly always the same token
+            assert report.difference is not None and "AVX2" in report.difference.kernels
+            assert report.num_different_tokens <= 0.1 * report.num_tokens and report.logprob_error < 0.5
 
 
 @EQUAL_BITS
