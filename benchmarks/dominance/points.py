@@ -180,6 +180,7 @@ SCENARIOS: dict[str, dict[str, Sequence[str]]] = {
         "azure-conv": ("60%", "90%"),
         "two-classes-long": ("110%",),
         "long-answers": ("75%",),
+        "prefix": ("60%", "100%"),
     },
 }
 """Loads by machine and workload: a closed loop of clients, or Poisson arrivals at a fraction of the capacity."""
