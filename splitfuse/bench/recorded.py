@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from splitfuse.bench.results import MeasuredRequest, Point, Results
 from splitfuse.core.request import FinishReason
-from splitfuse.recording.format import Recording
+from splitfuse.core.slo.cost_model import CostModel, StepFeatures
+from splitfuse.engine.trace import PLAIN, StepTrace
+from splitfuse.recording.format import Recording, Records
 from splitfuse.recording.requests import RecordedRequest, read_requests
 
 
@@ -22,6 +24,20 @@ def recorded_results(recording: Recording, *, prompt_speed: float) -> Results:
     about = {"engine": recording.header.settings, "machine": recording.header.machine}
     system = f"{recording.path.name}, recorded"
     return Results(system, {"kind": "recording"}, (point,), prompt_speed=prompt_speed, about=about)
+
+
+def step_ratios(recording: Recording, cost: CostModel) -> list[float]:
+    """Return the time of each recorded step as a multiple of what a cost model predicts for it."""
+    ratios = []
+    for frame in recording.frames():
+        for step in frame.records if isinstance(frame, Records) else ():
+            if isinstance(step, StepTrace) and step.chunks:
+                features = StepFeatures()
+                for chunk in step.chunks:
+                    rows = (chunk.detail or PLAIN).num_logits
+                    features = features.plus(start=chunk.start, count=chunk.num_tokens, rows=rows)
+                ratios.append((step.end_time - step.start_time) / max(cost.seconds(features), 1e-9))
+    return ratios
 
 
 def _measured(number: int, request: RecordedRequest, first: float) -> MeasuredRequest:

@@ -237,12 +237,13 @@ class Trace(Workload):
     room: int = UNLIMITED
 
     @classmethod
-    def read(cls, path: Path, vocabulary: Vocabulary, *, seed: int = 0, room: int = UNLIMITED) -> Trace:
+    def read(cls, path: Path | Recording, vocabulary: Vocabulary, *, seed: int = 0, room: int = UNLIMITED) -> Trace:
         """Read a trace, or the requests of a recording. Raises ConfigError, naming the line, for an invalid one, and
         RecordingError.
         """
-        if is_recording(path):
-            return cls(_recorded_lines(path, room), vocabulary, path.name, seed, room)
+        if isinstance(path, Recording) or is_recording(path):
+            recording = path if isinstance(path, Recording) else Recording.open(path)
+            return cls(_recorded_lines(recording, room), vocabulary, recording.path.name, seed, room)
         try:
             texts = path.read_text(encoding="utf-8").splitlines()
         except (OSError, UnicodeDecodeError) as error:
@@ -286,11 +287,10 @@ class Trace(Workload):
         return LoadRequest(stream, number, 0, prompt, line.generate)
 
 
-def _recorded_lines(path: Path, room: int) -> tuple[TraceLine, ...]:
+def _recorded_lines(recording: Recording, room: int) -> tuple[TraceLine, ...]:
     """Return the requests of a recording at the times at which they were sent, to generate as much as they did. Those
     which ran when the file began go on from its beginning.
     """
-    recording = Recording.open(path)
     lines = [
         TraceLine(
             generate=max(each.num_output_tokens, 1),
@@ -300,10 +300,10 @@ def _recorded_lines(path: Path, room: int) -> tuple[TraceLine, ...]:
         for each in read_requests(recording.frames())
     ]
     if not lines:
-        raise ConfigError(f"{path} is a recording without requests: record a server while it has some")
+        raise ConfigError(f"{recording.path} is a recording without requests: record a server while it has some")
     for number, line in enumerate(lines):
         if fault := _fault(line, room):
-            raise ConfigError(f"{path}, request {number}: {fault}")
+            raise ConfigError(f"{recording.path}, request {number}: {fault}")
     return tuple(sorted(lines, key=lambda line: line.at or 0.0))
 
 

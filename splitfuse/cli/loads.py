@@ -16,6 +16,7 @@ from splitfuse.errors import ConfigError
 
 if TYPE_CHECKING:
     from splitfuse.bench.measure import MakeWorkload
+    from splitfuse.recording.format import Recording
 
 CLIENTS = "1,2,4,8,16,32"
 SPEEDS = "2,4,6"
@@ -37,14 +38,17 @@ class WorkloadFlags:
     )
     seed: int = setting(0, "Seed of prompts, lengths and arrivals.")
 
-    def maker(self) -> MakeWorkload:
-        """Return a maker of the workload for a target. Raises ConfigError for flags that exclude each other."""
+    def maker(self, recording: Recording | None = None) -> MakeWorkload:
+        """Return a maker of the workload for a target. `recording` is `trace` if it is open already: it may be growing.
+
+        Raises ConfigError for flags that exclude each other.
+        """
         from splitfuse.bench.measure import workload_maker
 
-        return workload_maker(given(vars(self)))
+        return workload_maker(given(vars(self)) | ({} if recording is None else {"trace": recording}))
 
 
-def take_loads(flags: dict[str, Any], trace: Path | None, *, repeat: int) -> Loads:
+def take_loads(flags: dict[str, Any], trace: Path | Recording | None, *, repeat: int) -> Loads:
     """Take the loads out of all flags of a command; by default CLIENTS, or the times of the trace if it has any.
 
     Raises ConfigError for invalid ones.

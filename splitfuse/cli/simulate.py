@@ -52,7 +52,7 @@ def simulate(
 
     Table and results have the format of `bench run`. docs/simulator.md describes what is simulated and what is not.
     """
-    from splitfuse.bench.recorded import recorded_results
+    from splitfuse.bench.recorded import recorded_results, step_ratios
     from splitfuse.bench.results import load as load_results
     from splitfuse.bench.results import save
     from splitfuse.recording.format import Recording, is_recording
@@ -64,11 +64,11 @@ def simulate(
     workload, speeds = take(WorkloadFlags, flags), parse_speeds(slo)
     if against is not None and (flags["clients"], flags["rate"], workload.trace) != (None, None, None):
         raise ConfigError("--against takes its loads from the results: leave out --clients, --rate and --trace")
-    loads = take_loads(flags, workload.trace, repeat=repeat)
+    recording = None if workload.trace is None or not is_recording(workload.trace) else Recording.open(workload.trace)
+    loads = take_loads(flags, workload.trace if recording is None else recording, repeat=repeat)
     check_writable(out)
     measured = None if against is None else load_results(against)
     settings = given(flags)
-    recording = None if workload.trace is None or not is_recording(workload.trace) else Recording.open(workload.trace)
     if recording is not None:
         replayed, num_engines = _recorded_settings(recording)
         settings, replicas = change_settings(replayed, changed(settings)), num_engines if replicas is None else replicas
@@ -90,9 +90,10 @@ def simulate(
     if measured is None:
         shown = not quiet and sys.stderr.isatty()
         system = label or _label(simulation)
-        results = run(simulation, workload.maker(), loads, system=system, about=about, progress=shown)
+        results = run(simulation, workload.maker(recording), loads, system=system, about=about, progress=shown)
         if recording is not None:
             print_results(recorded_results(recording, prompt_speed=loads.prompt_speed), speeds, targets)
+            _print_step_ratio(step_ratios(recording, simulation.calibration.cost))
     else:
         results = predict(simulation, measured, about=about)
     print_results(results, speeds, targets)
@@ -149,6 +150,15 @@ def _recorded_settings(recording: Recording) -> tuple[dict[str, Any], int]:
     settings = {**recording.header.settings, **resolved}
     settings.pop("kv_cache_memory_gib", None)  # resolved, too
     return settings, len(engines)
+
+
+def _print_step_ratio(ratios: list[float]) -> None:
+    """Say how well the cost model fits the steps of a recording, which a simulation of its requests depends on."""
+    from splitfuse.bench.metrics import percentile
+
+    if ratios:
+        what = "the recorded steps took {:.2f} times as long as the cost model predicts (median; P95 {:.2f})"
+        print(f"splitfuse: {what.format(percentile(ratios, 50), percentile(ratios, 95))}", file=sys.stderr)
 
 
 def _label(simulation: SimulationConfig) -> str:

@@ -2,6 +2,8 @@
 
 import json
 import math
+import re
+import shutil
 import struct
 import sys
 import zlib
@@ -18,8 +20,11 @@ from server_process import server_process
 
 from splitfuse import cli
 from splitfuse.bench.live import Figures
+from splitfuse.bench.recorded import step_ratios
+from splitfuse.bench.workload import TokenIds, Trace
 from splitfuse.cli.replay import live_table
 from splitfuse.core.request import FinishReason
+from splitfuse.core.slo.cost_model import CostModel
 from splitfuse.engine.trace import FinishTrace, RequestTrace, StepTrace
 from splitfuse.recording.format import MAGIC, EngineStart, Recording, Records, encode_frame
 
@@ -171,12 +176,35 @@ def test_names_in_a_file_do_not_control_the_terminal(run: Run, path: Path, tmp_p
 def test_a_recording_is_a_load_of_simulations(run: Run, path: Path) -> None:
     flags = ("--machine", "a100-70b", "--quiet", "--max-num-batched-tokens", 32, "--replicas", 2)
     status, out, err = run("simulate", "--trace", path, *flags)
-    assert (status, err) == (0, "")
+    assert status == 0
+    assert re.fullmatch(r"splitfuse: the recorded steps took \d+\.\d\d times as long as .*\)\n", err)
     assert "budget 32, 2 replicas" in out and f"{path.name}, recorded" in out
     assert out.count("as recorded") == 2
     assert "at SLO" not in out and run("simulate", "--trace", path, *flags, "--tpot", "1min")[1].count("at SLO") == 2
     status, out, err = run("replay", path, "--replicas", 2)
     assert (status, out) == (1, "") and "--replicas needs --live" in err
+
+
+def test_a_recording_is_read_as_it_was_when_it_was_opened(path: Path, tmp_path: Path) -> None:
+    growing = tmp_path / "growing.rec"
+    shutil.copy(path, growing)
+    recording = Recording.open(growing)
+    growing.unlink()  # as a server's rotation may
+    assert len(Trace.read(recording, TokenIds(2)).lines) == 13
+    steps = [
+        record
+        for frame in recording.frames()
+        if isinstance(frame, Records)
+        for record in frame.records
+        if isinstance(record, StepTrace)
+    ]
+    ratios = step_ratios(recording, CostModel(floor=0.001, per_token=1e-6, per_row=1e-6))
+    num_rows = sum(chunk.detail.num_logits if chunk.detail else 1 for chunk in steps[0].chunks)
+    num_tokens = sum(chunk.num_tokens for chunk in steps[0].chunks)
+    assert ratios[0] == pytest.approx(
+        (steps[0].end_time - steps[0].start_time) / (0.001 + 1e-6 * (num_tokens + num_rows))
+    )
+    assert len(ratios) == len(steps)
 
 
 def test_figures_are_those_of_the_requests() -> None:
