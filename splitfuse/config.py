@@ -45,6 +45,8 @@ MAX_SIZE = 1e9
 MIN_TIMEOUT, MAX_TIMEOUT = 0.001, 1_000_000.0
 """Bounds of a timeout in the settings, in seconds: beyond them, timers of the system spin or overflow."""
 TAIL_SHARE, MAX_TAIL_SHARE = 1 / 16, 1 / 4
+MAX_TOKEN_BUDGET = 2048
+"""Largest token budget that is chosen by itself: up to here, every machine that was measured is saturated."""
 
 
 _Part = TypeVar("_Part")
@@ -115,7 +117,11 @@ class ModelConfig:
 class SchedulerConfig:
     """Says how steps are composed: token budget, concurrency and SLOs."""
 
-    max_num_batched_tokens: int = setting(256, "Token budget of a step.")
+    max_num_batched_tokens: int | None = setting(
+        None,
+        "Token budget of a step (default: chosen by itself, and changed as steps are measured; with SLOs, as large as "
+        "memory permits).",
+    )
     max_num_seqs: int = setting(64, "Maximum number of running requests.")
     ttft: str | None = setting(None, "SLO for the time to first token (TTFT): 1s, or 2ms/token for each prompt token.")
     itl: str | None = setting(
@@ -149,6 +155,11 @@ class SchedulerConfig:
     def targets(self) -> dict[str, str]:
         """Return the targets of all requests without their own, by name: those of TARGETS that are given."""
         return {name: value for name in TARGETS if (value := getattr(self, name)) is not None}
+
+    @property
+    def token_budget(self) -> int:
+        """Return the most tokens that a step may have: max_num_batched_tokens, or a bound while that is open."""
+        return self.max_num_batched_tokens or MAX_TOKEN_BUDGET
 
     @property
     def has_targets(self) -> bool:

@@ -163,7 +163,7 @@ def _print_step_ratio(ratios: list[float]) -> None:
 
 def _label(simulation: SimulationConfig) -> str:
     parts = [f"{simulation.policy} on {simulation.calibration.name}, simulated"]
-    parts.append(f"budget {simulation.scheduler.max_num_batched_tokens}")
+    parts.append(f"budget {simulation.budget.tokens}")
     if simulation.replicas > 1:
         parts.append(f"{simulation.replicas} replicas")
     return ", ".join(parts)

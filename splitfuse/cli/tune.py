@@ -142,7 +142,7 @@ def _print_candidates(tuning: Tuning, points: list[CurvePoint], load: WorkloadFl
 
     def row(each: Sustained, fcfs: str = "") -> tuple[str, ...]:
         setting = each.setting
-        step = steps[setting.max_num_batched_tokens]
+        step = steps[setting.token_budget]
         marked = f"{each.rate:.3g}{' *' if setting == tuning.chosen else ''}"
         speed = f"{step.tokens_per_second:.0f}"
         return str(step.tokens), f"{1e3 * step.seconds:.3g}", speed, str(setting.max_num_seqs), marked, fcfs

@@ -45,6 +45,7 @@ from splitfuse.core.policy import Fcfs, PlanningError, SchedulingPolicy
 from splitfuse.core.request import FinishReason, Request, RequestOutput, RequestStatus
 from splitfuse.core.slo.cost_model import features_of
 from splitfuse.core.slo.fair_share import FairShare
+from splitfuse.core.step_budget import StepBudget
 from splitfuse.core.step_builder import RequestQueue, StepBuilder, by_sequence_number
 from splitfuse.errors import InvalidRequestError
 
@@ -55,15 +56,19 @@ class Scheduler:
     """Owns every unfinished request and the blocks they hold. One thread: `add`, `schedule`, `update`, `finish`.
 
     `now` is seconds on any one clock, the same for all calls and for arrival times; it may be left out without SLOs and
-    listeners. The policy is `Fcfs` if none is given.
+    listeners. The policy is `Fcfs` if none is given, the token budget that of the settings.
     """
 
     def __init__(
-        self, config: SchedulerConfig, allocator: BlockAllocator, policy: SchedulingPolicy | None = None
+        self,
+        config: SchedulerConfig,
+        allocator: BlockAllocator,
+        policy: SchedulingPolicy | None = None,
+        budget: StepBudget | None = None,
     ) -> None:
         events = self.events = EngineEvents()
         self.policy = policy or Fcfs(tail_share=config.tail_share)
-        self._token_budget = config.max_num_batched_tokens
+        self.budget = budget or StepBudget.of(config)
         self._allocator = allocator
         self.queue = RequestQueue(
             allocator,
@@ -114,7 +119,7 @@ class Scheduler:
         step = StepBuilder(
             self.queue,
             self._allocator,
-            token_budget=self._token_budget,
+            token_budget=self._token_budget(),
             choose_victim=self.policy.preemption_victim,
             predictor=self.policy.predictor,
             now=now,
@@ -199,6 +204,13 @@ class Scheduler:
             assert request.num_plans_in_flight or request.kv.num_computed == request.num_scheduled
             assert 0 <= request.num_output_placeholders <= request.num_plans_in_flight
             assert len(request.output_token_ids) <= request.max_tokens
+
+    def _token_budget(self) -> int:
+        """Return how many tokens the next step may have. With SLOs, a policy limits its time instead."""
+        requests = (*self.queue.running, *self.queue.waiting)
+        if self.policy.predictor is not None and any(request.slo.exists for request in requests):
+            return self.budget.most
+        return self.budget.tokens
 
     def _advance_alone(self, request: Request, chunk: Chunk, result: ChunkResult, now: float) -> RequestOutput:
         """Move a request on. An exception ends this request, and no other."""

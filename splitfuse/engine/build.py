@@ -6,6 +6,7 @@ import secrets
 from dataclasses import replace
 
 from splitfuse.config import EngineConfig
+from splitfuse.core.events import StepRecord
 from splitfuse.core.kv.block_allocator import BlockAllocator
 from splitfuse.core.kv.names import BlockNamer
 from splitfuse.core.kv.state_allocator import StateAllocator
@@ -14,14 +15,21 @@ from splitfuse.core.policy import SchedulingPolicy
 from splitfuse.core.scheduler import Scheduler
 from splitfuse.core.slo.cost_model import CostModel
 from splitfuse.core.slo.deadline_policy import make_policy
+from splitfuse.core.step_budget import StepBudget
 from splitfuse.runtime.memory_plan import MemoryPlan
 
 
 def build_scheduler(
-    config: EngineConfig, plan: MemoryPlan, *, policy: SchedulingPolicy | None = None, cost: CostModel | None = None
+    config: EngineConfig,
+    plan: MemoryPlan,
+    *,
+    policy: SchedulingPolicy | None = None,
+    cost: CostModel | None = None,
+    estimate: CostModel | None = None,
 ) -> tuple[Scheduler, BlockAllocator, LatencyLedger]:
     """Return the scheduler for a model with that memory plan, its allocator, and the listener that accounts for
-    latencies. With a cost model, and no other policy, it schedules by SLO.
+    latencies. With a cost model, and no other policy, it schedules by SLO. A token budget that is open is first chosen
+    by the cost model or, without one, by an `estimate` of it.
     """
     caching = config.cache.enable_prefix_caching
     namer = BlockNamer(plan.block_size, key=secrets.token_bytes(32)) if caching else None
@@ -31,6 +39,9 @@ def build_scheduler(
         states = StateAllocator(plan.num_states, interval=interval, num_reserved=plan.max_num_seqs)
     allocator = BlockAllocator(plan.num_blocks, plan.block_size, namer=namer, states=states)
     settings = replace(config.scheduler, max_num_seqs=plan.max_num_seqs)
-    scheduler = Scheduler(settings, allocator, policy or make_policy(settings, cost))
+    budget = StepBudget.of(settings, cost or estimate, most=plan.max_num_batched_tokens)
+    settings = replace(settings, max_num_batched_tokens=budget.most)
+    scheduler = Scheduler(settings, allocator, policy or make_policy(settings, cost), budget)
+    scheduler.events.subscribe(StepRecord, budget.observe)
     latencies = LatencyLedger(scheduler.events, cost=cost)
     return scheduler, allocator, latencies

@@ -24,7 +24,7 @@ from splitfuse.core.limits import ceil_div
 from splitfuse.core.plan import Chunk, SamplingState, StateSlots, StepPlan
 from splitfuse.core.request import Request, SchedulingOptions
 from splitfuse.core.sampling_params import SamplingParams
-from splitfuse.core.slo.cost_model import MIN_SAMPLES, Sample, StepFeatures, fit
+from splitfuse.core.slo.cost_model import MIN_SAMPLES, CostModel, Sample, StepFeatures, fit
 from splitfuse.core.slo.targets import SloTargets
 from splitfuse.engine.build import build_scheduler
 from splitfuse.errors import ConfigError, CostModelError
@@ -32,6 +32,7 @@ from splitfuse.runtime.calibration import Calibration, cache_path, identify, loa
 from splitfuse.runtime.environment import environment_info
 from splitfuse.runtime.executor import Executor
 from splitfuse.runtime.loading import LoadedModel, load_model
+from splitfuse.runtime.step_estimate import estimate_cost
 
 SECONDS_AT_START = 8.0
 """Seconds of timing for an engine that needs a cost model and has none."""
@@ -96,6 +97,15 @@ def load_or_calibrate(config: EngineConfig, model: LoadedModel, *, progress: boo
     with suppress(CostModelError):  # without a writable home, each start takes these seconds
         save(calibration, cache_path(identity))
     return calibration
+
+
+def load_or_estimate(config: EngineConfig, model: LoadedModel) -> CostModel | None:
+    """Return the cost model that is stored for such an engine on this machine; if there is none, a rough one that takes
+    some milliseconds, or None where even that says nothing.
+    """
+    with suppress(CostModelError):
+        return load(cache_path(identify(config, model.source))).cost
+    return estimate_cost(model)
 
 
 def calibrate(

@@ -394,6 +394,8 @@ class LocalClient(EngineClient):
                 if report.traced:
                     self._tell(report.traced)
                 before, self._stats = self._stats, report.stats
+                if 0 < before.token_budget != report.stats.token_budget > 0:
+                    _logger.info("token budget of a step: %d, not %d", report.stats.token_budget, before.token_budget)
                 try:
                     if report.stats.num_steps != before.num_steps:  # else it tells of requests that ended between steps
                         self.on_step(report.stats)
@@ -413,6 +415,7 @@ class LocalClient(EngineClient):
                     self.on_planned(report.memory_plan)
             case EngineInfo():
                 self._info, self.stage = report, Loading("ready", 1.0)
+                self._stats = EngineStats(token_budget=report.token_budget)
                 self._enter(EngineState.READY)
                 if self._trace_level is not TraceLevel.OFF:  # before any request
                     self._send(SetTracing(self._trace_level))

@@ -23,7 +23,7 @@ from splitfuse.core.sampling_params import SamplingParams
 from splitfuse.core.slo.cost_model import CostModel
 from splitfuse.core.slo.targets import NO_SLO, SLO_DISABLED, SloTargets
 from splitfuse.engine.build import build_scheduler
-from splitfuse.engine.calibrate import load_or_calibrate
+from splitfuse.engine.calibrate import load_or_calibrate, load_or_estimate
 from splitfuse.engine.guard import Guard, check_process, guarded
 from splitfuse.engine.memory import give_back_memory
 from splitfuse.engine.messages import Add, Finish
@@ -32,7 +32,7 @@ from splitfuse.kernels.lora import PackedAdapter
 from splitfuse.kernels.sharing import WeightSharing
 from splitfuse.models.encoder.spec import is_encoder
 from splitfuse.models.sources.source import ModelSource
-from splitfuse.runtime.encoding import LoadedEncoder, load_encoder, without_prefix_cache
+from splitfuse.runtime.encoding import LoadedEncoder, encoder_settings, load_encoder
 from splitfuse.runtime.loading import LoadedModel, load_model, open_source
 from splitfuse.runtime.memory_plan import MemoryPlan
 
@@ -61,7 +61,8 @@ class Engine:
                 print(output.token_ids)
 
     With a cost model it schedules by SLO. `events` tells listeners of every step and request. `policy` is given only
-    where policies are compared (bench/baselines.py).
+    where policies are compared (bench/baselines.py). `estimate` is a rough cost model for the first token budget, if
+    there is no better one and the settings leave it open.
     """
 
     def __init__(
@@ -71,6 +72,7 @@ class Engine:
         *,
         policy: SchedulingPolicy | None = None,
         cost: CostModel | None = None,
+        estimate: CostModel | None = None,
     ) -> None:
         self._guard = Guard()
         self.config = config
@@ -79,7 +81,9 @@ class Engine:
         plan = model.plan
         self.slo_enabled = cost is not None
         self._targets = SloTargets.parse(**config.scheduler.targets)
-        self.scheduler, self.allocator, self._latencies = build_scheduler(config, plan, policy=policy, cost=cost)
+        self.scheduler, self.allocator, self._latencies = build_scheduler(
+            config, plan, policy=policy, cost=cost, estimate=estimate
+        )
         self.events = self.scheduler.events
         self._num_broken_steps = 0
         self._held: dict[str, tuple[Add, Future[LLMatcher]]] = {}
@@ -120,13 +124,14 @@ class Engine:
         check_process()
         source = source or open_source(config)
         if is_encoder(source):
-            return cls(without_prefix_cache(config), load_encoder(config, source, announce=announce))
+            return cls(encoder_settings(config), load_encoder(config, source, announce=announce))
         model = load_model(
             config, source, progress=progress, announce=announce, on_progress=on_progress, weight_sharing=weight_sharing
         )
         give_back_memory()  # what weights took while they were unpacked
         if not config.scheduler.slo_enabled:
-            return cls(config, model, policy=policy)
+            is_open = config.scheduler.max_num_batched_tokens is None
+            return cls(config, model, policy=policy, estimate=load_or_estimate(config, model) if is_open else None)
         on_stage("calibrating")
         cost = load_or_calibrate(config, model, progress=progress).cost
         return cls(config, model, policy=policy, cost=cost)

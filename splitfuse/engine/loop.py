@@ -68,7 +68,8 @@ class EngineLoop:
         return EngineInfo(
             model=engine.model.source.name,
             limits=engine.limits,
-            max_num_batched_tokens=engine.config.scheduler.max_num_batched_tokens,
+            max_num_batched_tokens=engine.scheduler.budget.most,
+            token_budget=engine.scheduler.budget.tokens,
             memory_plan=str(engine.model.plan),
             embedding_size=engine.model.spec.hidden_size,
             is_embedder=engine.model.pooling is not None,
@@ -169,6 +170,7 @@ class EngineLoop:
             num_computed_tokens=before.num_computed_tokens + plan.num_tokens,
             step_tokens=plan.num_tokens,
             predicted_step_seconds=step.predicted_seconds,
+            step_token_budget=plan.token_budget,
         )
 
     def _stats_now(self) -> EngineStats:
@@ -180,4 +182,5 @@ class EngineLoop:
             num_available_blocks=self._engine.allocator.num_available,
             num_preemptions=queue.num_preemptions,
             step_seconds=self._step_seconds,
+            token_budget=self._engine.scheduler.budget.tokens,
         )

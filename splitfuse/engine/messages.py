@@ -95,6 +95,7 @@ class EngineInfo(msgspec.Struct, frozen=True, tag=True):
     model: str
     limits: EngineLimits
     max_num_batched_tokens: int
+    """Most tokens that a step can have."""
     memory_plan: str
     """Memory plan as it is printed; its first line names the kernels."""
     embedding_size: int = 0
@@ -108,6 +109,8 @@ class EngineInfo(msgspec.Struct, frozen=True, tag=True):
     """Name of what decides the tokens of a request besides the request: see runtime/fingerprint.py."""
     identity: dict[str, str] = {}
     """Texts that the fingerprint stands for."""
+    token_budget: int = 0
+    """Token budget of the first steps."""
 
 
 @dataclass(frozen=True)
@@ -126,6 +129,8 @@ class EngineStats:
     step_tokens: int = 0  # of the last step
     step_seconds: float = 0.0
     predicted_step_seconds: float = 0.0  # 0: there was no prediction
+    step_token_budget: int = 0  # of the last step
+    token_budget: int = 0  # of steps that nothing else limits
 
 
 class StepReport(msgspec.Struct, frozen=True, tag=True):

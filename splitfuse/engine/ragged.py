@@ -139,7 +139,7 @@ class RaggedEngine:
             )
         if len(set(uids)) != len(uids):
             return InvalidRequestError(f"the ids {list(uids)} repeat one: a sequence can be extended once in a step")
-        need, budget = 0, self.config.scheduler.max_num_batched_tokens
+        need, budget = 0, self.model.plan.max_num_batched_tokens
         for uid, length in zip(uids, lengths, strict=True):
             sequence = self._sequences.get(uid, RequestKv())
             if length < 1:

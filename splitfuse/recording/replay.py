@@ -28,7 +28,7 @@ from splitfuse.engine.trace import PLAIN, ChunkDetail, ChunkTrace, FinishTrace, 
 from splitfuse.errors import ConfigError, InvalidRequestError, RecordingError
 from splitfuse.models.encoder.spec import is_encoder
 from splitfuse.recording.format import EngineEnd, EngineStart, Recording, Records, Tables
-from splitfuse.runtime.encoding import EncoderExecutor, LoadedEncoder, load_encoder, without_prefix_cache
+from splitfuse.runtime.encoding import EncoderExecutor, LoadedEncoder, encoder_settings, load_encoder
 from splitfuse.runtime.executor import Executor
 from splitfuse.runtime.loading import LoadedModel, load_model, open_source
 
@@ -131,7 +131,7 @@ def load(recording: Recording, config: EngineConfig) -> ReplayModel:
     contents, source = Contents.of(recording), open_source(config)
     model: LoadedModel | LoadedEncoder
     if is_encoder(source):
-        model = load_encoder(without_prefix_cache(config), source)
+        model = load_encoder(encoder_settings(config), source)
     else:
         model = load_model(config, source)
         if contents.num_blocks > (most := model.plan.num_blocks):
@@ -156,7 +156,7 @@ def load(recording: Recording, config: EngineConfig) -> ReplayModel:
         *(plan.max_model_len, model.spec.vocab_size, plan.num_blocks, plan.block_size),
         generates=isinstance(model, LoadedModel),
     )
-    return ReplayModel(model, executor, limits, plan.num_states, config.scheduler.max_num_batched_tokens)
+    return ReplayModel(model, executor, limits, plan.num_states, plan.max_num_batched_tokens)
 
 
 def compare_identity(recording: Recording, model: LoadedModel | LoadedEncoder, *, force: bool = False) -> list[str]:

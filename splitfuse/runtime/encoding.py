@@ -15,6 +15,7 @@ import torch
 from splitfuse.config import EngineConfig
 from splitfuse.core.limits import ceil_div
 from splitfuse.core.plan import ChunkResult, SamplingState, StepPlan, StepResult
+from splitfuse.core.step_budget import FIRST_BUDGET
 from splitfuse.errors import AdapterError, ConfigError, MemoryPlanError
 from splitfuse.kernels.lora import PackedAdapter
 from splitfuse.models.encoder.network import Encoder, weight_bytes
@@ -130,7 +131,8 @@ def load_encoder(
     backend = choose_backend(config, dtype)
     weights = DummyWeights(dtype, device) if config.model.load_format == "dummy" else source.weights()
     max_len = config.model.max_model_len or min(spec.wanted_length or spec.max_position, spec.max_position)
-    most_tokens = config.scheduler.max_num_batched_tokens + max_len
+    budget = config.scheduler.max_num_batched_tokens or FIRST_BUDGET
+    most_tokens = budget + max_len
     size, most = config.cache.block_size, config.scheduler.max_num_seqs
     widest = TOKEN_NUMBERS * spec.hidden_size + 2 * spec.intermediate_size
     plan = MemoryPlan(
@@ -144,6 +146,7 @@ def load_encoder(
         kernels=backend.describe(),
         model_len_lowered=False,
         max_num_seqs=most,
+        max_num_batched_tokens=budget,
         remarks=(f"an encoder: it gives embeddings ({spec.pooling} of the hidden states), and generates nothing",),
     )
     if plan.need > plan.available:
@@ -156,9 +159,11 @@ def load_encoder(
     return LoadedEncoder(source, spec, plan, encoder, identity, grammars, Pooling(spec.pooling), most_tokens)
 
 
-def without_prefix_cache(config: EngineConfig) -> EngineConfig:
-    """Return the settings of an engine that keeps nothing of a prompt."""
-    return replace(config, cache=replace(config.cache, enable_prefix_caching=False))
+def encoder_settings(config: EngineConfig) -> EngineConfig:
+    """Return the settings of an engine of an encoder: it keeps nothing of a prompt, and its token budget is fixed."""
+    budget = config.scheduler.max_num_batched_tokens or FIRST_BUDGET
+    scheduler = replace(config.scheduler, max_num_batched_tokens=budget)
+    return replace(config, scheduler=scheduler, cache=replace(config.cache, enable_prefix_caching=False))
 
 
 def _check(config: EngineConfig, spec: EncoderSpec) -> None:

@@ -12,6 +12,7 @@ import torch
 
 from splitfuse.config import EngineConfig
 from splitfuse.core.limits import ceil_div
+from splitfuse.core.step_budget import BUDGETS, FIRST_BUDGET
 from splitfuse.errors import ConfigError, MemoryPlanError
 from splitfuse.kernels.interface import Backend, ExpertsSpec, LayerSpec, RecurrentSpec
 from splitfuse.models.kv_cache import block_bytes, state_bytes
@@ -29,6 +30,8 @@ LARGEST_KV_SHARE = 0.5
 """Fraction of the memory left by weights and activations that a KV cache takes by default; the rest is for others."""
 LARGEST_STATE_SHARE = 0.25
 """Fraction of the memory left by weights and activations that recurrent states take."""
+LARGEST_ACTIVATION_SHARE = 1 / 16
+"""Fraction of the memory left by the weights that the activations of a step take, if the token budget is open."""
 STATE_SLOTS = 2
 """Number of slots for recurrent states that a running request needs in a step: it may read a snapshot, and write."""
 SLOTS_WITH_SNAPSHOTS = 4
@@ -49,6 +52,7 @@ class MemoryPlan:
     kernels: str  # in a line
     model_len_lowered: bool  # the model allows longer requests, the cache cannot hold them
     max_num_seqs: int
+    max_num_batched_tokens: int  # the most that a step may have; chosen budgets are at most this
     state: int = 0  # one recurrent state over all layers; 0: the network has none
     num_states: int = 0
     snapshot_interval: int = 0  # tokens of a prompt between snapshots of its state
@@ -115,17 +119,21 @@ def plan_memory(
         raise ConfigError(
             f"max_model_len is {wanted_len}, but the model has {spec.max_position} positions: use at most that"
         )
+    weight_size = weight_bytes(spec, dtype, backend, weights)
+    available = available_memory(config.model.device) if available is None else available
+    budget = config.scheduler.max_num_batched_tokens or _largest_budget(spec, dtype, free=available - weight_size)
     plan = MemoryPlan(
-        weights=weight_bytes(spec, dtype, backend, weights),
-        activations=_activation_bytes(spec, config, dtype),
+        weights=weight_size,
+        activations=budget * _token_bytes(spec, dtype) + HEAD_ROWS * spec.vocab_size * LOGIT_BYTES,
         block=block_bytes(spec, block_size=size, dtype=dtype, backend=backend),
         block_size=size,
         num_blocks=0,
         max_model_len=wanted_len,
-        available=available_memory(config.model.device) if available is None else available,
+        available=available,
         kernels=backend.describe(),
         model_len_lowered=False,
         max_num_seqs=config.scheduler.max_num_seqs,
+        max_num_batched_tokens=budget,
         state=state_bytes(spec, backend),
     )
     plan = _with_states(plan, config, free=plan.available - plan.need)
@@ -159,10 +167,12 @@ def _rope_remarks(spec: ModelSpec, max_model_len: int) -> tuple[str, ...]:
     )
 
 
-def _activation_bytes(spec: ModelSpec, config: EngineConfig, dtype: torch.dtype) -> int:
-    return (
-        config.scheduler.max_num_batched_tokens * _token_bytes(spec, dtype) + HEAD_ROWS * spec.vocab_size * LOGIT_BYTES
-    )
+def _largest_budget(spec: ModelSpec, dtype: torch.dtype, *, free: int) -> int:
+    """Return the largest token budget whose activations take no more than their share of the memory that the weights
+    leave, and FIRST_BUDGET in any case.
+    """
+    most = int(free * LARGEST_ACTIVATION_SHARE) // _token_bytes(spec, dtype)
+    return max([FIRST_BUDGET, *(budget for budget in BUDGETS if budget <= most)])
 
 
 def _token_bytes(spec: ModelSpec, dtype: torch.dtype) -> int:
@@ -200,7 +210,7 @@ def _with_states(plan: MemoryPlan, config: EngineConfig, *, free: int) -> Memory
     per_request = SLOTS_WITH_SNAPSHOTS if config.cache.enable_prefix_caching else STATE_SLOTS
     affordable = max(int(free * LARGEST_STATE_SHARE) // plan.state, STATE_SLOTS)
     most = min(plan.max_num_seqs, affordable // STATE_SLOTS)
-    blocks_of_budget = ceil_div(config.scheduler.max_num_batched_tokens, plan.block_size)
+    blocks_of_budget = ceil_div(config.scheduler.max_num_batched_tokens or FIRST_BUDGET, plan.block_size)
     return replace(
         plan,
         snapshot_interval=max(1, round(plan.state / plan.block / blocks_of_budget))
@@ -228,7 +238,7 @@ def _smaller_model(
     """Return settings with each of which weights, activations and one KV block would fit."""
     dtype = resolve_dtype(config.model.dtype, spec)
     missing = plan.need + plan.block - plan.available
-    budget = config.scheduler.max_num_batched_tokens - ceil_div(missing, _token_bytes(spec, dtype))
+    budget = plan.max_num_batched_tokens - ceil_div(missing, _token_bytes(spec, dtype))
     options = [f"max_num_batched_tokens={budget}"] if budget >= 1 else []
     if plan.weights - weight_bytes(spec, torch.bfloat16, backend, weights) >= missing:
         options.append("dtype=bfloat16")

@@ -22,7 +22,7 @@ from splitfuse.config import EngineConfig, SchedulerConfig, ServerConfig, parse_
 from splitfuse.deploy import registry
 from splitfuse.deploy.registry import Deployment
 from splitfuse.engine import garbage
-from splitfuse.engine.client import EngineClient, LocalClient
+from splitfuse.engine.client import EngineClient
 from splitfuse.engine.line_writer import LineWriter
 from splitfuse.engine.memory import return_large_blocks
 from splitfuse.engine.messages import EngineStats, Loading
@@ -106,6 +106,7 @@ async def run_server(engine: EngineConfig, config: ServerConfig, *, show_stage: 
                     admission, service = started
                     with closing(service):
                         _log_slo(engine.scheduler)
+                        _log_budget(engine.scheduler, client)
                         _logger.info("splitfuse serves %s on %s (name %s)", model, deployment.url, deployment.name)
                         garbage.freeze()
                         if is_listed:
@@ -269,7 +270,7 @@ def _make_app(
             _logger.info("%s", plan)
 
     for each in client.engines:
-        each.on_step = functools.partial(_note_step, each, admission, metrics)
+        each.on_step = functools.partial(_note_step, admission, metrics)
         each.on_planned = log_plan
     log = RequestLog(write_log, log_prompts=config.log_prompts)
     service = TextService(client, tokenizer)
@@ -284,9 +285,9 @@ def _make_app(
     return app, admission, service
 
 
-def _note_step(engine: LocalClient, admission: Admission, metrics: Metrics, stats: EngineStats) -> None:
+def _note_step(admission: Admission, metrics: Metrics, stats: EngineStats) -> None:
     """Let admission and metrics know of an engine's step."""
-    metrics.step_ended(stats, engine.info.max_num_batched_tokens)
+    metrics.step_ended(stats)
     admission.progressed(stats.step_tokens, stats.step_seconds)
 
 
@@ -401,3 +402,13 @@ def _log_slo(scheduler: SchedulerConfig) -> None:
     if scheduler.has_targets:
         settings = {**scheduler.targets, "tail_share": scheduler.tail_share}
         _logger.info("SLO: %s", ", ".join(f"{name} {value}" for name, value in settings.items()))
+
+
+def _log_budget(scheduler: SchedulerConfig, client: EngineClient) -> None:
+    if scheduler.max_num_batched_tokens is None:
+        info = client.info
+        if scheduler.has_targets:
+            _logger.info("steps are limited by time, and to %d tokens", info.max_num_batched_tokens)
+        elif info.token_budget < info.max_num_batched_tokens:
+            first, most = info.token_budget, info.max_num_batched_tokens
+            _logger.info("token budget of a step: %d at first (at most %d); it follows the steps", first, most)

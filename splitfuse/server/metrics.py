@@ -79,6 +79,7 @@ FAMILIES = (
     Family("splitfuse:kv_blocks", "gauge", "blocks", "KV blocks of all engines."),
     Family("splitfuse:kv_blocks_used", "gauge", "used_blocks", "KV blocks held by requests."),
     Family("splitfuse:kv_cache_usage_ratio", "gauge", "kv_usage", "Fraction of KV blocks held by requests, 0 to 1."),
+    Family("splitfuse:token_budget", "gauge", "token_budget", "Token budget of a step; the largest of all engines."),
     Family("splitfuse:steps", "counter", "num_steps", "Forward steps."),
     Family("splitfuse:computed_tokens", "counter", "num_computed_tokens", "Tokens that steps computed."),
     Family("splitfuse:prompt_tokens", "counter", "num_prompt_tokens", "Prompt tokens of scheduled requests."),
@@ -105,7 +106,7 @@ FAMILIES = (
         "Frames that consoles did not read in time, and did not get.",
     ),
     Family("splitfuse:otel_dropped_spans", "counter", "dropped_spans", "Spans that no OpenTelemetry collector took."),
-    Family("splitfuse:step_budget_ratio", "histogram", "step_budget", "Tokens of a step / max_num_batched_tokens."),
+    Family("splitfuse:step_budget_ratio", "histogram", "step_budget", "Tokens of a step / its token budget."),
     Family("splitfuse:step_tokens", "histogram", "step_tokens", "Tokens of a step."),
     Family("splitfuse:step_seconds", "histogram", "step_seconds", "Duration of a step."),
     Family("splitfuse:predicted_step_seconds", "histogram", "predicted_step", "Predicted duration of a step."),
@@ -180,11 +181,12 @@ class Metrics(Collector):
         self.consoles: Callable[[], tuple[int, int]] = lambda: (0, 0)
         """Function that returns the number of open consoles, and of frames that were dropped for them."""
 
-    def step_ended(self, stats: EngineStats, max_num_batched_tokens: int) -> None:
+    def step_ended(self, stats: EngineStats) -> None:
         """Count a step of an engine, whose counters `client.stats` has already."""
         self._totals.update(self._client.stats)
         self._observe("step_tokens", stats.step_tokens)
-        self._observe("step_budget", stats.step_tokens / max_num_batched_tokens)
+        if stats.step_token_budget:
+            self._observe("step_budget", stats.step_tokens / stats.step_token_budget)
         self._observe("step_seconds", stats.step_seconds)
         if stats.predicted_step_seconds and stats.step_seconds:
             self._observe("predicted_step", stats.predicted_step_seconds)
@@ -291,6 +293,7 @@ class Metrics(Collector):
             "blocks": blocks,
             "used_blocks": used,
             "kv_usage": used / blocks if blocks else 0.0,
+            "token_budget": max((engine.token_budget for engine in stats), default=0),
         }
 
 

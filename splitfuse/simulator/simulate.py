@@ -31,6 +31,7 @@ from splitfuse.core.scheduler import Scheduler
 from splitfuse.core.slo.cost_model import CostModel, StepFeatures, features_of
 from splitfuse.core.slo.deadline_policy import make_policy
 from splitfuse.core.slo.targets import SloTargets
+from splitfuse.core.step_budget import StepBudget
 from splitfuse.errors import ConfigError, SplitfuseError
 from splitfuse.runtime.calibration import Calibration
 from splitfuse.simulator import virtual_time
@@ -95,10 +96,16 @@ class SimulationConfig:
         return cls(calibration=calibration, scheduler=config.scheduler, enable_prefix_caching=cached, **how)
 
     @property
+    def budget(self) -> StepBudget:
+        """Return the token budget that an engine would have, chosen by the cost model if the settings leave it open."""
+        return StepBudget.of(self.scheduler, self.calibration.cost)
+
+    @property
     def settings(self) -> dict[str, Any]:
         """Return the settings by name, for the record."""
         own = {"cost_model": self.calibration.name, **vars(self), **vars(self.scheduler)}
         own |= {"num_blocks": self.calibration.num_blocks, "block_size": self.calibration.block_size}
+        own |= {"max_num_batched_tokens": self.budget.tokens}
         return {name: value for name, value in own.items() if name not in ("calibration", "scheduler")}
 
 
@@ -187,7 +194,7 @@ class Replica:
         config = simulation.scheduler
         cost = calibration.cost if config.slo_enabled else None
         policy = make_baseline(simulation.policy, config) or make_policy(config, cost)
-        self.scheduler = Scheduler(config, allocator, policy)
+        self.scheduler = Scheduler(config, allocator, policy, simulation.budget)
         self._targets = SloTargets.parse(**config.targets)
         self._cost: CostModel = calibration.cost
         self._random = Random(seed)

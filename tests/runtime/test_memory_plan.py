@@ -88,9 +88,20 @@ def test_sizes_are_those_computed_by_hand() -> None:
 def test_experts_and_their_activations_are_planned() -> None:
     experts = make_experts(10, 3, 40)
     spec = make_spec(**SIZES, architecture="Qwen3MoeForCausalLM", experts=experts, dense_layers={1})
-    found = plan_memory(spec, EngineConfig.from_settings({}), backend=ReferenceBackend(), available=2**30)
+    config = EngineConfig.from_settings({"max_num_batched_tokens": 256})
+    found = plan_memory(spec, config, backend=ReferenceBackend(), available=2**30)
     assert found.weights == WEIGHTS + 4 * 2 * (10 * 64 + 10 * 3 * 64 * 40 - 3 * 64 * 96)
     assert found.activations == 256 * 4 * (4 * 64 + 3 * 2 * (64 + 40) + 10 + 3 * 4 * 16) + HEAD
+
+
+def test_open_budget_takes_a_share_of_free_memory() -> None:
+    """The largest that is chosen among whose activations are a sixteenth of what the weights leave; 256 at least."""
+    for most in (0, 255, 256, 1000, 1024, 1500, 2048, 9000):
+        found = plan(max(WEIGHTS + 16 * most * TOKEN, FIXED + 100 * BLOCK))
+        expected = max(budget for budget in (256, 384, 512, 768, 1024, 1536, 2048) if budget <= max(most, 256))
+        assert found.max_num_batched_tokens == expected
+        assert found.activations == expected * TOKEN + HEAD
+    assert plan(FIXED + 100 * BLOCK, max_num_batched_tokens=300).max_num_batched_tokens == 300
 
 
 def test_open_cache_takes_at_most_half_of_free_memory() -> None:
@@ -144,12 +155,13 @@ def test_states_of_a_hybrid_are_planned_with_their_snapshots() -> None:
 
 
 def test_fewer_requests_run_if_their_states_do_not_fit() -> None:
-    fixed = hybrid_plan(GIB).weights + hybrid_plan(GIB).activations
-    found = hybrid_plan(fixed + 4 * 21 * STATE)
+    plan = hybrid_plan(GIB, max_num_batched_tokens=256)
+    fixed = plan.weights + plan.activations
+    found = hybrid_plan(fixed + 4 * 21 * STATE, max_num_batched_tokens=256)
     assert (found.num_states, found.max_num_seqs, found.num_seqs_lowered) == (21, 10, True)
     assert str(found).splitlines()[-1] == "running requests: 10 at most, as there is no memory for more states"
     assert found.need <= found.available
-    least = hybrid_plan(fixed + 2 * STATE + found.block)
+    least = hybrid_plan(fixed + 2 * STATE + found.block, max_num_batched_tokens=256)
     assert (least.num_states, least.max_num_seqs, least.num_blocks) == (2, 1, 1)
     with pytest.raises(MemoryPlanError, match="the model does not fit into memory"):
         hybrid_plan(fixed + 2 * STATE)

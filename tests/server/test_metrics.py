@@ -127,7 +127,7 @@ class Stated(EngineClient):
 def step_of(client: Stated, metrics: Metrics, place: int, stats: EngineStats) -> None:
     """Report as a client does: first its stats, then the listener."""
     client.counted[place] = stats
-    metrics.step_ended(stats, BUDGET)
+    metrics.step_ended(stats)
 
 
 # A real engine -------------------------------------------------------------------------------------------------------
@@ -149,7 +149,7 @@ def drive(engine: Engine, body: Callable[[AsyncEngine, Metrics, list[EngineStats
 
         def on_step(stats: EngineStats) -> None:
             steps.append(stats)
-            metrics.step_ended(stats, client.info.max_num_batched_tokens)
+            metrics.step_ended(stats)
 
         client.on_step = on_step
         await client.start()
@@ -465,7 +465,7 @@ def test_families_have_unique_names_and_a_source() -> None:
     metrics.num_dropped_spans = lambda: 3
     metrics.recorder = SimpleNamespace(ended=False, num_bytes=7, num_dropped=1)  # type: ignore[assignment]
     metrics.request_refused("overloaded")
-    step_of(client, metrics, 0, EngineStats(1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1.0, 0.9))
+    step_of(client, metrics, 0, EngineStats(1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1.0, 0.9, 2, 2))
     values = Figures(metrics).values
     ending = {"gauge": "", "counter": "_total", "histogram": "_count"}
     for family in FAMILIES:

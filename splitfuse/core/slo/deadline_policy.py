@@ -124,4 +124,4 @@ def make_policy(config: SchedulerConfig, cost: CostModel | None = None) -> Sched
     if cost is None:
         return Fcfs(tail_share=config.tail_share)
     predictor = LatencyPredictor(cost)
-    return DeadlinePolicy(predictor, token_budget=config.max_num_batched_tokens, tail_share=config.tail_share)
+    return DeadlinePolicy(predictor, token_budget=config.token_budget, tail_share=config.tail_share)
