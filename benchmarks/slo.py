@@ -49,7 +49,9 @@ def main() -> None:
     simulations = [
         SimulationConfig(
             calibration=machine,
-            scheduler=SchedulerConfig(max_num_seqs=MAX_NUM_SEQS, tail_share=arguments.tail_share),
+            scheduler=SchedulerConfig(
+                max_num_batched_tokens=256, max_num_seqs=MAX_NUM_SEQS, tail_share=arguments.tail_share
+            ),
         )
         for machine in machines
         if machine.name in (arguments.machine or MACHINES)

@@ -23,6 +23,7 @@ from splitfuse.core.kv.names import BlockNamer
 from splitfuse.core.kv.state_allocator import StateAllocator
 from splitfuse.core.latency.ledger import LatencyLedger
 from splitfuse.core.latency.phases import LatencyBreakdown
+from splitfuse.core.limits import ceil_div
 from splitfuse.core.plan import (
     PLACEHOLDER,
     ZERO_STATE,
@@ -308,7 +309,7 @@ class Run:
         if oldest_wants and not self.in_flight:
             assert oldest.request_id in chosen, "the oldest request got nothing"
         if plan.num_tokens < self.budget and not self.in_flight and type(policy) is Fcfs:
-            self._explain_unfilled({chunk.request_id for chunk in plan.chunks if chunk.samples})
+            self._explain_unfilled(plan)
         return plan
 
     def _check_whole(self, plan: StepPlan) -> None:
@@ -317,17 +318,24 @@ class Run:
         prompts = [len(chunk.token_ids) for chunk in plan.chunks if len(chunk.token_ids) > 1]
         assert plan.num_tokens <= self.budget or len(prompts) == 1, "prompts together exceed the budget"
 
-    def _explain_unfilled(self, sampling: set[str]) -> None:
-        """A budget may stay unfilled only when no request can use more of it, or no block is left but one for each that
-        runs.
+    def _explain_unfilled(self, plan: StepPlan) -> None:
+        """A budget may stay unfilled only when no request can use more of it, or would need as many steps with more of
+        it, or no block is left but one for each that runs.
         """
         if self.allocator.num_available <= len(self.running):
             return
+        counts = {chunk.request_id: len(chunk.token_ids) for chunk in plan.chunks}
         for request in self.running:
-            assert request.request_id in sampling or not request.num_unscheduled, (
-                "runnable work, a block and budget, and yet not filled"
-            )
+            if (rest := request.num_unscheduled) and request.request_id not in sampled(plan):
+                count = counts.get(request.request_id, 0)
+                assert count, "runnable work, a block and budget, and yet not filled"
+                most = count + self.budget - plan.num_tokens
+                assert ceil_div(count + rest, count) == ceil_div(count + rest, most), "it takes a step more"
         assert not self.waiting or len(self.running) == self.max_num_seqs
+
+
+def sampled(plan: StepPlan) -> set[str]:
+    return {chunk.request_id for chunk in plan.chunks if chunk.samples}
 
 
 @dataclass(frozen=True)

@@ -1,9 +1,9 @@
 """Schedules by Dynamic SplitFuse: decides which tokens of which requests make up the next forward step.
 
 A request is two counters, tokens known and tokens scheduled; every step lets the second catch up with the first under
-one token budget. Long prompts are split over steps, short ones fused with the running decodes, and without SLOs the
-budget is filled exactly while runnable work and blocks remain (Holmes et al., DeepSpeed-FastGen, arXiv 2401.08671,
-section 3).
+one token budget. Long prompts are split over steps, in equal chunks, short ones fused with the running decodes, and
+without SLOs the budget is filled while runnable work and blocks remain (Holmes et al., DeepSpeed-FastGen, arXiv
+2401.08671, section 3).
 
     order of claims      core/policy.py: by priority; within one, decodes, which need only their newest token, then
                          prefills in progress, then waiting requests; each by fair share, then oldest first. The last

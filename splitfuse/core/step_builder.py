@@ -224,7 +224,7 @@ class StepBuilder:
         """Return how many tokens of a request fit the budgets, `at_least` of them whatever time they take."""
         most = min(request.num_unscheduled, max(self.tokens_left, 0))
         if self._predictor is None or self.max_seconds == math.inf:
-            return most
+            return max(self._even_chunk(request, most), min(most, at_least))
         seconds, start = self.max_seconds * (1.0 - self._reserved_share), request.num_scheduled
         fitting = self._predictor.tokens_within(seconds, self.features, start=start, most=most, rows=1)
         return min(most, max(self._even_chunk(request, fitting), at_least))
@@ -243,7 +243,8 @@ class StepBuilder:
 
     def _even_chunk(self, request: Request, most: int) -> int:
         """Split the rest of a prompt into equal chunks, avoiding a short last chunk, unless the extra step would miss
-        the deadline. Returns the first chunk, of at most `most` tokens.
+        the deadline. Returns the first chunk, of at most `most` tokens: as many steps as these take, and what it leaves
+        of the budget is for the claims that follow.
         """
         if not 0 < most < request.num_unscheduled:
             return most

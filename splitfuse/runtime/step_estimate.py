@@ -32,16 +32,17 @@ HOST_SECONDS = 5e-4
 
 
 def estimate_cost(model: LoadedModel) -> CostModel | None:
-    """Return a rough cost model of a model on this machine; None if some of its layers cannot be timed alone, or if it
-    is not on the CPU, whose steps alone are long enough to be timed so.
+    """Return a rough cost model of a model on this machine; None if some of its layers cannot be timed alone, or if its
+    steps are too short for it to matter: those of a small model, or on a GPU.
     """
     decoder, spec = model.decoder, model.spec
-    if decoder.device.type != "cpu" or spec.token_input_size:
-        return None
     head, num_layers = _head_bytes(model), len(spec.layers)
-    layer_bytes = max(model.plan.weights - (1 if spec.tied_embeddings else 2) * head, 1)
+    layer_bytes = model.plan.weights - (1 if spec.tied_embeddings else 2) * head
+    if decoder.device.type != "cpu" or layer_bytes < WEIGHT_BYTES or spec.token_input_size:
+        return None
+    fewest = 1 + max(spec.layers.index(layer) for layer in set(spec.layers))  # one of each kind
     shorter = min(num_layers, ceil_div(WEIGHT_BYTES * num_layers, layer_bytes))
-    seconds = {size: _seconds(model, shorter if size <= SOME else 1, size) for size in SIZES}
+    seconds = {size: _seconds(model, max(fewest, shorter if size <= SOME else 1), size) for size in SIZES}
     cost = from_times({size: each * num_layers for size, each in seconds.items()})
     if cost is None:
         return None

@@ -74,8 +74,8 @@ def test_lone_request_takes_the_time_of_its_steps() -> None:
         target = SimulatedTarget(simulation(step_overhead=0.001, client_overhead=0.5))
         return (await target.ask(LoadRequest("", 0, 0, tuple(range(300)), 3))).token_times
 
-    first = COST.seconds(StepFeatures().plus(start=0, count=256, rows=0))
-    second = COST.seconds(StepFeatures().plus(start=256, count=44, rows=1))
+    first = COST.seconds(StepFeatures().plus(start=0, count=160, rows=0))
+    second = COST.seconds(StepFeatures().plus(start=160, count=140, rows=1))
     third = COST.seconds(StepFeatures().plus(start=300, count=1, rows=1))
     fourth = COST.seconds(StepFeatures().plus(start=301, count=1, rows=1))
     begin = 0.5 + first + second + 0.002
@@ -278,14 +278,15 @@ def test_command_errors_have_a_message(
 
 @pytest.mark.parametrize("gaps", [{"tpot": "60ms"}, {"itl": "60ms/p90"}, {"itl": "250ms/p99", "tpot": "60ms"}])
 def test_mean_and_percentile_targets_are_met_in_simulation(gaps: dict[str, str]) -> None:
-    """A step of the whole budget takes 93 ms."""
+    """A step of 256 tokens, a budget that suits this machine less than the chosen one, takes 93 ms."""
     targets = {"ttft": "4s", **gaps}
 
     def goodput(config: SchedulerConfig) -> float:
         results = run(SimulationConfig(calibration=CALIBRATION, scheduler=config), clients=(16,), requests=80)
         return metrics.slo_goodput(results.points[0], SloTargets.parse(**targets))
 
-    assert goodput(SchedulerConfig(**targets)) > 5.0 > 0.5 > goodput(SchedulerConfig())  # type: ignore[arg-type]
+    assert goodput(SchedulerConfig(**targets)) > 5.0  # type: ignore[arg-type]
+    assert goodput(SchedulerConfig(max_num_batched_tokens=256)) < 0.5
 
 
 def test_tail_share_trades_goodput_for_tail_latency() -> None:

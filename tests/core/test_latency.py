@@ -176,7 +176,7 @@ def test_decodes_beyond_the_budget_are_left_out() -> None:
     assert phases_of(run, "c")[LatencyPhase.NO_BUDGET] >= 1
     run = timed([request("a", 2, 6), request("b", 2, 3)], budget=4)
     run.one_step()
-    run.scheduler._token_budget = 1
+    run.scheduler.budget.tokens = 1
     run.one_step()
     to_the_end(run)
     assert phases_of(run, "b")[LatencyPhase.LEFT_OUT] >= 1

@@ -6,6 +6,7 @@ import sys
 import pytest
 from scheduler_harness import Run, reference
 
+from splitfuse.core.limits import ceil_div
 from splitfuse.core.request import FinishReason, Request, RequestStatus, SchedulingOptions
 from splitfuse.core.sampling_params import SamplingParams
 from splitfuse.errors import InvalidRequestError, RequestTooLargeError
@@ -31,6 +32,33 @@ def test_prompts_are_split_and_fused_to_fill_the_budget_exactly() -> None:
     run.step()
     assert sizes(run) == {"a": 1, "bb": 1, "ccc": 6}
     assert not run.plans[0].chunks[0].samples and run.plans[1].chunks[0].samples
+
+
+def test_a_prompt_alone_is_cut_evenly() -> None:
+    run = Run.make(num_blocks=200, block_size=16, budget=256)
+    run.add(make("p", 600, 1))
+    run.drain()
+    assert [plan.num_tokens for plan in run.plans] == [208, 208, 184], "multiples of 16, and no step more than of 256"
+
+
+def test_what_an_even_cut_leaves_goes_to_the_next_request() -> None:
+    run = Run.make(num_blocks=200, block_size=16, budget=256)
+    run.add(make("p", 600, 1))
+    run.add(make("q", 600, 1))
+    run.drain()
+    assert [plan.num_tokens for plan in run.plans] == [256, 256, 256, 224, 208]
+    assert [len(plan.chunks[0].token_ids) for plan in run.plans[:3]] == [208, 208, 184]
+
+
+@pytest.mark.parametrize("budget", [1, 7, 15, 16, 17, 100, 256])
+def test_an_even_cut_takes_no_step_more(budget: int) -> None:
+    for length in (1, 2, 15, 16, 17, 31, 100, 255, 257, 300, 511, 600):
+        run = Run.make(num_blocks=200, block_size=16, budget=budget)
+        run.add(make("p", length, 1))
+        run.drain()
+        steps = [plan.num_tokens for plan in run.plans]
+        assert len(steps) == ceil_div(length, budget) and sum(steps) == length
+        assert steps == sorted(steps, reverse=True)
 
 
 def test_a_long_prompt_never_stalls_a_decode() -> None:

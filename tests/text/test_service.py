@@ -104,7 +104,7 @@ def test_a_chat_equals_that_of_pipeline(pipe: splitfuse.Pipeline) -> None:
 
 def test_a_prompt_in_several_steps_counts_them() -> None:
     async def work(service: TextService) -> None:
-        limit = service.client.info.max_num_batched_tokens
+        limit = service.client.info.token_budget
         length = 2 * limit + 5
         answers = await read(generate(service, PreparedRequest((7,) * length, SamplingParams(max_tokens=3))))
         (_, generation) = answers[0]
