@@ -14,10 +14,11 @@ from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from multiprocessing import Pool
 from pathlib import Path
+from statistics import median
 
 from benchmarks.dominance.compare import OTHERS, Comparison, Line, Settings, complete, key_of, policy_version
 from benchmarks.dominance.loop import OURS, System
@@ -27,8 +28,6 @@ ENOUGH = 0.98
 """Ratio to the best other policy that a point must reach."""
 LARGEST_RATIO = 10.0
 """Ratio that larger ones count as in a geometric mean, and those to a goodput of 0."""
-WORST = 20
-"""Number of points listed in the summary."""
 
 
 def main() -> None:
@@ -129,17 +128,45 @@ def row(comparison: Comparison) -> str:
 
 def summary(comparisons: Sequence[Comparison]) -> str:
     """Return how many points are reached, the geometric means of the ratios, and the worst points."""
-    ratios = [comparison.ratio()[0] for comparison in comparisons]
-    reached = sum(ratio >= ENOUGH for ratio in ratios)
-    lines = [f"\n{reached} of {len(comparisons)} points at least {ENOUGH} of the best other policy"]
-    lines.append("geometric mean of the ratio to")
+    ratios = [each.ratio()[0] for each in comparisons]
+    alone = sum(each.goodput(each.best_other) == 0.0 for each in comparisons)
+    lines = [
+        f"\n{reached(comparisons)} points have at least {ENOUGH} of the best other policy, which has none at {alone}",
+        f"ratio to the best other: median {median(ratios):.3f}",
+        f"geometric mean of the ratios, each at most {LARGEST_RATIO:g}, to",
+    ]
     others = {str(system): [each.ratio(str(system))[0] for each in comparisons] for system in OTHERS}
     for name, values in {"the best other": ratios, **others}.items():
         logs = [math.log(min(max(ratio, 1 / LARGEST_RATIO), LARGEST_RATIO)) for ratio in values]
         lines.append(f"  {name:18} {math.exp(sum(logs) / len(logs)):.3f}")
+    for what, key in GROUPS.items():
+        groups: dict[str, list[Comparison]] = {}
+        for each in comparisons:
+            groups.setdefault(key(each), []).append(each)
+        lines.append(f"by {what}: " + "; ".join(f"{name} {reached(some)}" for name, some in groups.items()))
     short = sorted((each for each in comparisons if each.ratio()[0] < ENOUGH), key=lambda each: each.ratio()[0])
-    lines.append(f"worst points ({len(short)} fall short)" if short else "no point falls short")
-    return "\n".join([*lines, *(row(each) for each in short[:WORST])])
+    lines.append(f"points that fall short ({len(short)})" if short else "no point falls short")
+    return "\n".join([*lines, *map(row, short)])
+
+
+def reached(comparisons: Sequence[Comparison]) -> str:
+    """Return how many of the points are reached, as `7 of 9`."""
+    return f"{sum(each.ratio()[0] >= ENOUGH for each in comparisons)} of {len(comparisons)}"
+
+
+def _kind_of_load(scenario: Scenario) -> str:
+    if scenario.clients:
+        return "closed loop"
+    return "below the capacity" if scenario.rate < scenario.capacity else "at or above it"
+
+
+GROUPS: dict[str, Callable[[Comparison], str]] = {
+    "machine": lambda each: each.scenario.machine,
+    "load": lambda each: _kind_of_load(each.scenario),
+    "TTFT target": lambda each: each.slo.ttft,
+    "measure of gaps": lambda each: each.slo.gap.split()[0],
+}
+"""Groups of points whose shares are printed: a name of each point's group."""
 
 
 if __name__ == "__main__":

@@ -78,11 +78,11 @@ def main() -> None:
     arguments = parser.parse_args()
     slos = [SloTargets(ttft=ttft, tpot=tpot) for ttft, tpot in ROWS]
     rates = Rates(slos, requests=arguments.requests, kv_tokens=arguments.kv_tokens)
-    print(f"{'':20}" + "".join(f"{f'{ttft:g} s, {tpot:g} s':>14}" for ttft, tpot in ROWS), flush=True)
+    print(f"{'':20}" + "".join(f"{f'{ttft:g} s, {tpot:g} s':>16}" for ttft, tpot in ROWS), flush=True)
     for system in (*OTHERS, OUR_SYSTEM):
         print(f"{system!s:20}", end="")
         for slo in slos:
-            print(f"{rates.highest(system, slo):14.2f}", end="", flush=True)
+            print(f"{rates.highest(system, slo):16.2f}", end="", flush=True)
         print()
 
 

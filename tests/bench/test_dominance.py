@@ -120,4 +120,4 @@ def test_finished_runs_are_not_run_again(tmp_path: Path, monkeypatch: pytest.Mon
     command.run_all(points, Settings(requests=20, seeds=1, most_seeds=1, tag="b"), out, processes=1)
     assert ran == [str(OUR_SYSTEM)] * len(points)
     text = command.summary(again)
-    assert f"of {len(points)} points at least 0.98" in text and "prefill-first 2048" in text
+    assert f"of {len(points)} points have at least 0.98" in text and "prefill-first 2048" in text
