@@ -23,6 +23,7 @@ from statistics import median
 from benchmarks.dominance.compare import OTHERS, Comparison, Line, Settings, complete, key_of, policy_version
 from benchmarks.dominance.loop import OURS, System
 from benchmarks.dominance.points import Scenario, Slo, grid
+from splitfuse.config import MAX_TOKEN_BUDGET
 
 ENOUGH = 0.98
 """Ratio to the best other policy that a point must reach."""
@@ -36,7 +37,7 @@ def main() -> None:
     parser.add_argument("--points", default="", help="only points whose names contain all of these words")
     parser.add_argument("--quick", action="store_true", help="one seed of each point")
     parser.add_argument("--every", type=int, default=1, help="only every so many-th point")
-    parser.add_argument("--budget", type=int, default=2048, help="token budget of our policy")
+    parser.add_argument("--budget", type=int, default=MAX_TOKEN_BUDGET, help="token budget of our policy")
     parser.add_argument("--tag", help="name of our policy's version (default: a digest of its source)")
     parser.add_argument("--processes", type=int, default=2)
     arguments = parser.parse_args()

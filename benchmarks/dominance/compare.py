@@ -14,6 +14,7 @@ from benchmarks.dominance.loop import OURS, System, drive
 from benchmarks.dominance.points import MAX_NUM_SEQS, Scenario, Slo
 from splitfuse.bench import metrics
 from splitfuse.bench.results import MeasuredRequest
+from splitfuse.config import MAX_TOKEN_BUDGET
 from splitfuse.core.slo.targets import SloTargets
 
 OTHERS = (
@@ -22,7 +23,7 @@ OTHERS = (
     System("static", 2048),
     *(System("splitfuse", budget) for budget in (256, 512, 1024, 2048)),
 )
-OUR_SYSTEM = System(OURS, 2048)
+OUR_SYSTEM = System(OURS, MAX_TOKEN_BUDGET)
 WARM_UP = 0.1
 """Fraction of the requests which are sent before the window in which they count."""
 HALF_WIDTH = 0.02
