@@ -1,7 +1,6 @@
 """The console's page in a browser: pause, follow, keys, themes, chat, and that its memory does not grow."""
 
 import re
-import shutil
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -20,20 +19,6 @@ from splitfuse.server.access_log import RequestRecord
 from splitfuse.server.traces import EngineRecords, RequestEnd, TraceEvent
 
 pytestmark = pytest.mark.extras
-NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    api = pytest.importorskip("playwright.sync_api", reason="needs playwright: make test-extras installs it")
-    with api.sync_playwright() as playwright:
-        own = Path(playwright.chromium.executable_path)
-        path = str(own) if own.exists() else next(filter(None, map(shutil.which, NAMES)), None)
-        if path is None:
-            pytest.skip("there is no Chromium: playwright install chromium, or the system's package")
-        launched = playwright.chromium.launch(executable_path=path, args=["--no-sandbox"])
-        yield launched
-        launched.close()
 
 
 @pytest.fixture(scope="module")

