@@ -609,23 +609,38 @@ function drawSteps() {
   drawTimeGrid(area, scale);
   for (let e = 0; e < engines; e += 1) {
     const top = e * each + (engines > 1 ? 4 : 14), bottom = (e + 1) * each - 1;
-    const budget = known.engines[e]?.budget || 256, unit = (bottom - top) / budget, y = (tokens) => bottom - tokens * unit;
+    const [budget, most] = stepScale(e, from, end), unit = (bottom - top) / most, y = (tokens) => bottom - tokens * unit;
     if (engines > 1) axisLabel(context, `engine ${e}`, top + 6, colours.ink);
     axisLabel(context, "0", bottom - 5);
-    if (engines === 1) axisLabel(context, String(Math.round(budget / 2)), y(budget / 2));
-    axisLabel(context, String(budget), engines > 1 ? top + 20 : top);
+    if (engines === 1) axisLabel(context, String(Math.round(most / 2)), y(most / 2));
+    axisLabel(context, String(most), engines > 1 ? top + 20 : top);
     context.save();
     context.beginPath(); context.rect(GUTTER, 0, w - GUTTER, h); context.clip();
     drawColumns(context, e, { from, end, x, y, unit, w });
     context.restore();
     context.strokeStyle = colours.ink;
     context.setLineDash([4, 3]); context.lineWidth = 0.8;
-    context.beginPath(); context.moveTo(GUTTER, Math.round(top) + 0.5); context.lineTo(w - 4, Math.round(top) + 0.5); context.stroke();
+    context.beginPath(); context.moveTo(GUTTER, Math.round(top) + 0.5); context.lineTo(w - 4, Math.round(top) + 0.5);
+    if (most === budget) context.stroke();
     context.setLineDash([]);
     if (e === 0) { context.textAlign = "left"; label(context, `token budget ${budget}`, GUTTER + 2, Math.max(top - 7, 6), colours.quiet); }
     context.fillStyle = colours.line; context.fillRect(GUTTER, bottom, w - GUTTER - 4, 1);
   }
   drawMarks(area, scale, true);
+}
+
+// The largest token budget of an engine's steps between two times, and the tokens that the axis ends at: fewer if the
+// steps are far from it, as those which are limited by time are.
+function stepScale(e, from, end) {
+  let budget = 0, tokens = 0;
+  for (let i = firstStep(from); i < known.steps.length && known.steps[i].t <= end; i += 1) {
+    const s = known.steps[i];
+    if (s.e === e) { budget = Math.max(budget, s.budget); tokens = Math.max(tokens, s.tokens); }
+  }
+  budget ||= known.engines[e]?.budget || 256;
+  let most = budget;
+  while (tokens > 0 && most > 512 && tokens < 0.4 * most) most = Math.ceil(most / 2);
+  return [budget, most];
 }
 
 function drawColumns(context, e, { from, end, x, y, unit, w }) {

@@ -1,0 +1,77 @@
+"""A rough cost model is found at the start, of models of all kinds."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import tiny_models
+
+from splitfuse.config import EngineConfig
+from splitfuse.core.slo.cost_model import CostModel
+from splitfuse.engine.calibrate import load_or_estimate
+from splitfuse.engine.engine import Engine
+from splitfuse.models.sources.hub import BUNDLED_MODEL
+from splitfuse.runtime import step_estimate
+from splitfuse.runtime.calibration import Calibration, cache_path, identify, save
+from splitfuse.runtime.loading import load_model
+from splitfuse.runtime.step_estimate import SIZES, estimate_cost, from_times
+
+
+@pytest.mark.parametrize(
+    "cost",
+    [
+        CostModel(floor=0.03, per_token=0.0, knee=40.0, per_token_beyond=0.001),
+        CostModel(floor=0.03, per_token=0.0002, knee=20.0, per_token_beyond=0.001),
+        CostModel(floor=0.01, per_token=0.001),
+    ],
+    ids=str,
+)
+def test_four_times_of_a_known_machine_give_it_back(cost: CostModel) -> None:
+    def seconds(tokens: int) -> float:
+        return cost.floor + cost.per_token * tokens + cost.per_token_beyond * max(tokens - cost.knee, 0.0)
+
+    found = from_times({size: seconds(size) for size in SIZES})
+    assert found is not None
+    for tokens in (1, 16, 30, 50, 64, 192, 1000):
+        got = found.floor + found.per_token * tokens + found.per_token_beyond * max(tokens - found.knee, 0.0)
+        assert got == pytest.approx(seconds(tokens))
+
+
+def test_disturbed_times_give_a_valid_model_or_none() -> None:
+    """Nothing is negative, whatever the times are: CostModel checks it."""
+    for times in ((1, 1, 1, 1), (4, 3, 2, 1), (1, 9, 2, 3), (9, 1, 2, 3), (1, 2, 3, 9), (1, 1, 1, 9)):
+        found = from_times(dict(zip(SIZES, map(float, times), strict=True)))
+        assert (found is None) == (times[3] <= times[2])
+
+
+@pytest.mark.parametrize("model", ["qwen3.5", "nemotron-h", "gemma4-unified-shared-keys", "deepseek-v3", "qwen3-moe"])
+def test_some_layers_of_each_kind_can_be_timed(model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(step_estimate, "WEIGHT_BYTES", 1)
+    tiny_models.make(model).save_pretrained(tmp_path)
+    loaded = load_model(EngineConfig.from_settings({"model": str(tmp_path), "num_blocks": 64, "dtype": "bfloat16"}))
+    found = estimate_cost(loaded)
+    assert found is None or (found.floor > 0.0 and found.per_token + found.per_token_beyond > 0.0)
+
+
+def test_a_small_model_is_not_timed() -> None:
+    """Its steps are short whatever the budget, and its start must be."""
+    assert estimate_cost(load_model(EngineConfig.from_settings({"num_blocks": 64}))) is None
+
+
+def test_a_stored_calibration_goes_before_an_estimate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    config = EngineConfig.from_settings({"num_blocks": 64, "max_num_seqs": 8})
+    model = load_model(config)
+    assert load_or_estimate(config, model) is None
+    assert Engine.load(config).scheduler.budget.tokens == 256
+    cost = CostModel(floor=1.0, per_token=1e-6)
+    identity = identify(config, model.source)
+    calibration = Calibration(name="x", cost=cost, num_blocks=64, block_size=32, max_model_len=512, identity=identity)
+    save(calibration, cache_path(identity))
+    assert load_or_estimate(config, model) == cost
+    engine = Engine.load(config)
+    assert engine.scheduler.budget.tokens == engine.model.plan.max_num_batched_tokens == 2048
+    assert not engine.slo_enabled
+    given = EngineConfig.from_settings({"model": str(BUNDLED_MODEL), "num_blocks": 64, "max_num_batched_tokens": 100})
+    assert Engine.load(given).scheduler.budget.tokens == 100
