@@ -119,12 +119,14 @@ class Scheduler:
         step = StepBuilder(
             self.queue,
             self._allocator,
-            token_budget=self._token_budget(),
+            token_budget=self.budget.tokens,
             choose_victim=self.policy.preemption_victim,
             predictor=self.policy.predictor,
             now=now,
         )
         try:
+            if self.policy.predictor is not None and self._has_slo():  # the policy limits the step by time
+                step.raise_budget(self.budget.most)
             self.policy.compose(step)
             if not step.granted:
                 return None
@@ -205,12 +207,9 @@ class Scheduler:
             assert 0 <= request.num_output_placeholders <= request.num_plans_in_flight
             assert len(request.output_token_ids) <= request.max_tokens
 
-    def _token_budget(self) -> int:
-        """Return how many tokens the next step may have. With SLOs, a policy limits its time instead."""
-        requests = (*self.queue.running, *self.queue.waiting)
-        if self.policy.predictor is not None and any(request.slo.exists for request in requests):
-            return self.budget.most
-        return self.budget.tokens
+    def _has_slo(self) -> bool:
+        """Return whether any unfinished request has an SLO."""
+        return any(request.slo.exists for part in (self.queue.running, self.queue.waiting) for request in part)
 
     def _advance_alone(self, request: Request, chunk: Chunk, result: ChunkResult, now: float) -> RequestOutput:
         """Move a request on. An exception ends this request, and no other."""

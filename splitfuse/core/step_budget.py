@@ -28,7 +28,7 @@ HYSTERESIS = 0.02
 """Fraction of the best throughput by which a budget must be beyond THROUGHPUT, by two fits in a row, before another
 takes its place.
 """
-SPARE_TOKENS = 64
+SPARE_TOKENS = 32
 """Tokens for prompts that are left of the smallest budget when all of `max_num_seqs` requests decode."""
 USUAL_STEP = StepFeatures(tokens=576, rows=65, pairs=164_000, kv_tokens=35_000, requests=65)
 """Step of a usual load, for the features that each of its tokens has on average: prompts of 512 tokens and answers of

@@ -131,6 +131,11 @@ class StepBuilder:
         self._reserved_tokens = 0
         self._reserved_share = 0.0
 
+    def raise_budget(self, token_budget: int) -> None:
+        """Let the step have more tokens. Nothing may be granted before."""
+        assert not self.granted and token_budget >= self._token_budget
+        self._token_budget = self.tokens_left = token_budget
+
     # Requests ---------------------------------------------------------------------------------------------------------
 
     def start_oldest(self) -> Request | None:

@@ -9,8 +9,14 @@ import pytest
 
 from splitfuse.config import MAX_TOKEN_BUDGET, SchedulerConfig
 from splitfuse.core.events import StepRecord
+from splitfuse.core.kv.block_allocator import BlockAllocator
 from splitfuse.core.plan import Chunk, ChunkResult, StepPlan
+from splitfuse.core.request import Request, SchedulingOptions
+from splitfuse.core.sampling_params import SamplingParams
+from splitfuse.core.scheduler import Scheduler
 from splitfuse.core.slo.cost_model import CostModel, StepFeatures, features_of
+from splitfuse.core.slo.deadline_policy import make_policy
+from splitfuse.core.slo.targets import NO_SLO, SloTargets
 from splitfuse.core.step_budget import (
     BUDGETS,
     FIRST_BUDGET,
@@ -43,7 +49,7 @@ def throughput(cost: CostModel, budget: int, step: StepFeatures = USUAL_STEP) ->
 )
 def test_the_budget_of_known_machines(cost: CostModel, expected: int) -> None:
     assert choose_budget(cost) == expected
-    assert StepBudget.of(SchedulerConfig(max_num_seqs=1), cost).tokens == max(expected, 96)
+    assert StepBudget.of(SchedulerConfig(max_num_seqs=1), cost).tokens == expected
 
 
 def random_cost(random: Random) -> CostModel:
@@ -100,6 +106,24 @@ def test_a_given_budget_never_changes() -> None:
     budget = StepBudget.of(SchedulerConfig(max_num_batched_tokens=100), FLOOR)
     run(budget, steps_of(Random(0), budget), FLOOR.seconds, 2000)
     assert (budget.tokens, budget.most) == (100, 100)
+
+
+def test_only_requests_with_an_slo_raise_it_to_the_most() -> None:
+    config = SchedulerConfig(enable_slo=True)
+    policy = make_policy(config, COMPUTE_BOUND)
+    scheduler = Scheduler(config, BlockAllocator(100, 16), policy, StepBudget(64, BUDGETS))
+
+    def step(name: str, targets: SloTargets) -> StepPlan:
+        options = SchedulingOptions(targets=targets, arrival_time=0.0)
+        scheduler.add(Request(name, (1,) * 300, SamplingParams(), max_tokens=9, seed=0, scheduling=options))
+        plan = scheduler.schedule(0.0)
+        assert plan is not None
+        return plan
+
+    plan = step("a", NO_SLO)
+    assert (plan.token_budget, plan.num_tokens) == (64, 64)
+    plan = step("b", SloTargets(ttft=30.0))
+    assert (plan.token_budget, plan.num_tokens > 64) == (MAX_TOKEN_BUDGET, True)
 
 
 # Following real steps -------------------------------------------------------------------------------------------------
