@@ -19,6 +19,7 @@ from splitfuse.core.plan import Chunk, ChunkResult, SamplingState, StepPlan
 from splitfuse.core.request import FinishReason, Request, RequestOutput, SchedulingOptions
 from splitfuse.core.sampling_params import SamplingParams
 from splitfuse.core.slo.cost_model import CostModel
+from splitfuse.core.slo.deadline_policy import DeadlinePolicy
 from splitfuse.core.slo.fair_share import FairShare
 from splitfuse.core.slo.request_slo import RequestSlo
 from splitfuse.core.slo.targets import SloTargets
@@ -100,14 +101,14 @@ def fail_in_the_network(patch: pytest.MonkeyPatch) -> None:
 
 
 def fail_in_order(patch: pytest.MonkeyPatch) -> None:
-    deadline = RequestSlo.exists.fget  # type: ignore[attr-defined]
+    order = DeadlinePolicy.order
 
-    def failing(self: RequestSlo) -> bool:
-        if self.targets.ttft == BAD:
+    def failing(self: DeadlinePolicy, running: Sequence[Request], waiting: Sequence[Request], *, now: float) -> Any:
+        if any(request.slo.targets.ttft == BAD for request in (*running, *waiting)):
             raise ZeroDivisionError("float division by zero")
-        return bool(deadline(self))
+        return order(self, running, waiting, now=now)
 
-    patch.setattr(RequestSlo, "exists", property(failing))
+    patch.setattr(DeadlinePolicy, "order", failing)
 
 
 def fail_in_the_plan(patch: pytest.MonkeyPatch) -> None:
