@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Literal
 
 from rich.console import Console, ConsoleOptions, Group, RenderResult
 from rich.segment import Segment
@@ -14,8 +15,8 @@ from splitfuse.engine.client import EngineState
 
 LEVELS = "▁▂▃▄▅▆▇█"
 """Characters of a small bar chart, from 0 to 1."""
-NARROW = 90
-"""Number of columns below which less is shown."""
+NARROW, WIDE = 90, 120
+"""Numbers of columns below which less is shown, and bars are shorter."""
 KEYS = "q quit   p pause   s sort"
 WORDS = {"age": "oldest", "tokens": "most tokens", "phase": "phase", "slo": "missed SLO"}
 """Words for the orders of requests."""
@@ -33,7 +34,7 @@ class LiveView:
         """Yield the lines; on a screen no more than it has, the last of them with the keys."""
         narrow = options.max_width < NARROW
         ordered = self._state.ordered(self._sort)
-        above = Group(self._head(), self._engines(narrow), self._figures())
+        above = Group(self._head(), self._engines(options.max_width), self._figures())
         lines = console.render_lines(above, options.update(height=None), pad=False)
         room = None if not self._keys else max(options.size.height - len(lines) - 3, 0)
         shown = ordered if room is None else ordered[:room]
@@ -67,12 +68,13 @@ class LiveView:
                 text.append(f"  [{words}]", style="bold yellow")
         return text
 
-    def _engines(self, narrow: bool) -> Table:
+    def _engines(self, width: int) -> Table:
         table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
-        bar = 12 if narrow else 24
+        narrow, bar = width < NARROW, 12 if width < WIDE else 24
         heads = ["ENGINE", "STATE", "RUN", "WAIT", "BUDGET USED", f"KV (of {self._state.num_blocks})"]
         for head in [*heads, *([] if narrow else ["STEP"])]:
-            table.add_column(head, justify="right" if head in ("RUN", "WAIT") else "left", no_wrap=True)
+            justify: Literal["left", "right"] = "right" if head in ("RUN", "WAIT") else "left"
+            table.add_column(head, justify=justify, no_wrap=head != "STEP")  # which is cut first
         for index, engine in enumerate(self._state.engines):
             cells: list[str | Text] = [
                 str(index),
@@ -82,7 +84,7 @@ class LiveView:
                 _budget(engine, bar),
                 self._blocks(engine, bar),
             ]
-            table.add_row(*cells, *([] if narrow else [_step(engine)]))
+            table.add_row(*cells, *([] if narrow else [Text(_step(engine), no_wrap=True, overflow="ellipsis")]))
         return table
 
     def _blocks(self, engine: LiveEngine, width: int) -> Text:
@@ -113,7 +115,8 @@ class LiveView:
         heads = ["REQUEST", "PHASE", "AGE", "TOKENS", "SLO"]
         for head in heads if narrow else [*heads, "PROMPT", "TTFT", "PREEMPTED", "ID"]:
             left = head in ("REQUEST", "PHASE", "SLO", "ID")
-            table.add_column(head, justify="left" if left else "right", no_wrap=True, overflow="ellipsis")
+            justify: Literal["left", "right"] = "left" if left else "right"
+            table.add_column(head, justify=justify, no_wrap=head != "ID", overflow="ellipsis")  # the id is cut first
         now = self._state.now
         for request in requests:
             trace, slo = request.trace, request.slo(now)

@@ -38,7 +38,8 @@ class Timing(msgspec.Struct, frozen=True):
 
     queued: from its arrival until its first step began; first_token: from its arrival to the first token of any choice;
     gaps: between each token and the next of its choice, all choices one after the other; steps: number of steps that
-    computed a part of it; slo_met: whether all choices met their SLO, null without one; phases: where the time went.
+    computed a part of it, those of all choices added up; slo_met: whether all choices met their SLO, null without one;
+    phases: where the time went.
     """
 
     queued: float | None
