@@ -28,8 +28,10 @@ MAX_TRACES = 32
 """Number of clients that may read traces at once."""
 
 
-class _Line(msgspec.Struct, frozen=True, tag_field="event", tag=True):
-    """Is one line of the stream. All times are seconds on the monotonic clock of the server's machine."""
+class _Line(msgspec.Struct, frozen=True, tag_field="event", tag=True, omit_defaults=True):
+    """Is one line of the stream, without what is absent. All times are seconds on the monotonic clock of the server's
+    machine.
+    """
 
 
 class TraceBegin(_Line, frozen=True, tag="begin"):
@@ -60,7 +62,7 @@ class TracedChange(_Line, frozen=True, tag="engine"):
     time: float
 
 
-class TracedRequest(_Line, frozen=True, tag="request"):
+class TracedRequest(_Line, frozen=True, kw_only=True, tag="request"):
     """Tells that an HTTP request has ended: the facts of `splitfuse explain`.
 
     Ids of its requests at the engine, one a choice, begin with `id`. `why` says in words why its SLO was missed.
@@ -70,10 +72,10 @@ class TracedRequest(_Line, frozen=True, tag="request"):
     request_id: str
     route: str
     status: int
-    key: str | None
+    key: str | None = None
     arrival: float
     ended: float
-    engine_opened: float | None
+    engine_opened: float | None = None
     """Time at which it was sent to an engine; None if it was not."""
     phases: dict[LatencyPhase, float]
     prompt_tokens: int
@@ -81,12 +83,12 @@ class TracedRequest(_Line, frozen=True, tag="request"):
     generated_tokens: int
     finish_reasons: Mapping[str, int]
     """Numbers of choices, by finish reason."""
-    error: str | None
-    ttft: float | None
+    error: str | None = None
+    ttft: float | None = None
     preemptions: int
-    slo_met: bool | None
-    slo_violation: SloViolation | None
-    why: str
+    slo_met: bool | None = None
+    slo_violation: SloViolation | None = None
+    why: str = ""
 
 
 class TraceStatus(_Line, frozen=True, tag="status"):
