@@ -241,7 +241,7 @@ class ChromeTrace:
         if chunk.token_ids and not request.has_tokens:
             request.has_tokens = True
             if chunk.start + chunk.num_tokens <= request.trace.num_prompt_tokens:
-                ttft = {"ttft_ms": round(1e3 * (time - request.trace.sent_time), 3)}
+                ttft = {"ttft_ms": round(1e3 * (time - request.trace.arrival), 3)}
                 self._instant(engine.process, request.track, "first token", time, ttft)
 
     def _finish(self, engine: _Engine, request: _Request, record: FinishTrace) -> None:

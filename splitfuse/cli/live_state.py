@@ -53,7 +53,7 @@ class LiveRequest:
         if targets is None:
             return "-"
         limit = targets.ttft_target(self.trace.num_prompt_tokens)
-        late = now - self.trace.sent_time > limit if self.ttft is None and not self.num_tokens else False
+        late = now - self.trace.arrival > limit if self.ttft is None and not self.num_tokens else False
         return "missed" if late or (self.judged is not None and self.judged.met is False) else "ok"
 
 
@@ -165,7 +165,7 @@ class LiveState:
     def _token(self, request: LiveRequest, count: int, time: float, *, is_first: bool) -> None:
         targets = request.trace.targets
         if is_first and not request.num_tokens:
-            request.ttft = time - request.trace.sent_time
+            request.ttft = time - request.trace.arrival
         elif request.last_token is not None:
             self._gaps.append((time, time - request.last_token))
         if targets is not None:
@@ -174,7 +174,7 @@ class LiveState:
                     targets = replace(targets, ttft=None, ttft_per_token=None)
                 request.judged = RequestSlo(
                     targets,
-                    arrival_time=request.trace.sent_time,
+                    arrival_time=request.trace.arrival,
                     num_prompt_tokens=request.trace.num_prompt_tokens,
                 )
             request.judged.observe_token(time)

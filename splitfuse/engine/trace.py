@@ -66,6 +66,13 @@ class RequestTrace(msgspec.Struct, frozen=True, array_like=True, tag="request"):
     """Its SLO; None: it has none."""
     detail: RequestDetail | None = None
     """From TraceLevel.PLANS on."""
+    arrival_time: float | None = None
+    """Time from which its TTFT counts: when the front began to read it."""
+
+    @property
+    def arrival(self) -> float:
+        """Return the time from which its TTFT counts."""
+        return self.sent_time if self.arrival_time is None else min(self.arrival_time, self.sent_time)
 
 
 class PhaseTrace(msgspec.Struct, frozen=True, array_like=True, tag="phase"):

@@ -122,8 +122,7 @@ class EngineTracer:
             RequestTrace(
                 *(request.sequence_number, request.request_id, sent_time, time),
                 *(request.num_prompt_tokens, request.max_tokens, request.choice, request.priority),
-                request.slo.targets if request.slo.exists else None,
-                detail,
+                *(request.slo.targets if request.slo.exists else None, detail, request.slo.arrival_time),
             )
         )
 

@@ -16,10 +16,11 @@ from splitfuse.core.plan import StepPlan
 from splitfuse.core.request import FinishReason
 from splitfuse.core.sampling_params import SamplingParams
 from splitfuse.engine import trace
+from splitfuse.engine import tracer as tracer_module
 from splitfuse.engine.client import EngineState
 from splitfuse.engine.engine import Engine
 from splitfuse.engine.loop import EngineLoop
-from splitfuse.engine.messages import Add, Report, SetTracing, Traced, decode_report, encode
+from splitfuse.engine.messages import Add, Report, SetTracing, StepReport, Stop, Traced, decode_report, encode
 from splitfuse.engine.thread import AsyncEngine
 from splitfuse.engine.trace import (
     PLAIN,
@@ -168,6 +169,26 @@ def test_change_of_level_keeps_records(folder: Path) -> None:
     tracer.level = TraceLevel.STEPS  # lower: what is open is known
     kinds = [type(record) for record in tracer.take() if not isinstance(record, PhaseTrace | BlockMap)]
     assert kinds == [RequestTrace, StepTrace, FinishTrace]
+
+
+def test_records_are_sent_together_and_before_answers_end(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tracer_module, "TAKE_SECONDS", 3600.0)
+    reports: list[Report] = []
+
+    def take(report: Report) -> None:
+        reports.append(report)
+        if isinstance(report, StepReport) and any(output.finish_reason for output in report.outputs):
+            loop.commands.put(Stop())
+
+    loop = EngineLoop(load(folder, num_blocks=64), take)
+    loop.commands.put(SetTracing(TraceLevel.STEPS))
+    loop.commands.put(Add("a", (3, 4, 5), SamplingParams(max_tokens=9)))
+    loop.run()
+    steps = [report for report in reports if isinstance(report, StepReport)]
+    assert len(steps) == 9 and not any(report.traced for report in steps[1:-1])
+    kinds = [type(record) for report in steps for record in report.traced]
+    assert kinds.count(StepTrace) == 9 and kinds.count(FinishTrace) == 1
+    assert FinishTrace in map(type, steps[-1].traced), "known with the end of the answer"
 
 
 def test_step_that_an_engine_dies_of_is_reported(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from msgspec import structs
 from running_server import RunningServer, running_server
 
 from splitfuse.config import ServerConfig
@@ -121,6 +122,37 @@ def test_page_says_which_request_missed_its_slo_and_why(page: Any, console: Runn
     wait_for_text(page, "#requests", "SLO met")
     page.click("#requests li:first-child button")
     page.wait_for_selector("#detail:not([hidden])")
+
+
+def test_requests_are_found_by_letters_and_by_ids(page: Any, console: RunningServer) -> None:
+    story = Story(console)
+    story.tell(slo_met=False)
+    story.tell(slo_met=True)
+    page.keyboard.press("/")
+    page.keyboard.type(f"cmpl-{story.number - 1:032x}")
+    page.wait_for_function("() => document.querySelectorAll('#requests button').length === 1")
+    assert "SLO met" in page.text_content("#requests")
+    letters = page.text_content("#requests .name")
+    page.fill("#find", letters.lower())
+    page.wait_for_function("() => document.querySelectorAll('#requests button').length === 1")
+    page.fill("#find", "no such id")
+    wait_for_text(page, "#requests", "No request of the last minutes has these letters")
+    page.fill("#find", "")
+    wait_for_text(page, "#requests", "SLO missed")
+
+
+def test_mixed_targets_are_shown_as_a_range(page: Any, console: RunningServer) -> None:
+    Story(console).tell(slo_met=True)
+    wait_for_text(page, "#figures", "SLO 250 ms")
+    story = Story(console)
+    records, end = story.request(slo_met=True)
+    records[0] = structs.replace(records[0], targets=SloTargets(ttft=0.1), arrival_time=story.now - 1.5)
+    story.publish(EngineRecords(0, tuple(records)), end)
+    wait_for_text(page, "#figures", "SLO 100 ms to 250 ms")
+    page.fill("#find", f"{story.number - 1:032x}")
+    page.click("#requests button")
+    wait_for_text(page, "#detail", "(SLO 100 ms)")
+    assert "first token1.10 s" in page.text_content("#detail")  # from when the front began to read it
 
 
 def test_pause_holds_the_picture_and_end_goes_on(page: Any, console: RunningServer) -> None:

@@ -34,9 +34,10 @@ commands = importlib.import_module("splitfuse.cli.top")  # the package has the c
 
 def ended(time: float, *, slo_met: bool | None, ttft: float) -> TracedRequest:
     return TracedRequest(
-        *("id", "mine", "/v1/completions", 200, None, time - 1, time, time - 1, {}, 4, 0, 2, {"length": 1}, None, ttft),
-        *(0, slo_met, None, ""),
-    )
+        id="id", request_id="mine", route="/v1/completions", status=200, arrival=time - 1, ended=time,
+        engine_opened=time - 1, phases={}, prompt_tokens=4, cached_tokens=0, generated_tokens=2,
+        finish_reasons={"length": 1}, ttft=ttft, preemptions=0, slo_met=slo_met,
+    )  # fmt: skip
 
 
 def followed() -> LiveState:
@@ -122,7 +123,7 @@ def test_orders_of_requests() -> None:
     assert [each.trace.number for each in state.ordered("slo")] == [1, 2]
 
 
-@pytest.mark.parametrize("width", [20, 40, 79, 80, 120, 200])
+@pytest.mark.parametrize("width", [20, 40, 79, 80, 92, 120, 200])
 def test_view_fits_any_width_and_height(width: int) -> None:
     screen = Console(file=io.StringIO(), width=width, height=16, force_terminal=True, no_color=True)
     screen.print(LiveView(followed(), "http://127.0.0.1:8000", keys=True))
@@ -131,6 +132,17 @@ def test_view_fits_any_width_and_height(width: int) -> None:
     if width >= 80:
         text = "\n".join(lines)
         assert "missed" in text and "ready" in text and "25 held" in text
+
+
+def test_long_ids_are_cut_before_other_columns() -> None:
+    state = LiveState()
+    state.take(TraceBegin("1", "storyteller", 100.0, 0.0, 100, True, (EngineState.READY,)))
+    state.take(TracedRecords(0, (RequestTrace(1, f"{7:032x}-0.0", 100.0, 100.1, 4, 8, 0, 0, SloTargets(ttft=9.0)),)))
+    screen = Console(file=io.StringIO(), width=92)
+    screen.print(LiveView(state, "http://127.0.0.1:8000"))
+    head, row = screen.file.getvalue().splitlines()[-2:]  # type: ignore[attr-defined]
+    assert head.split()[2:8] == ["AGE", "TOKENS", "SLO", "PROMPT", "TTFT", "PREEMPTED"]
+    assert re.search(r" 0/8 +ok +4 +0+…$", row.rstrip())
 
 
 def command(server: RunningServer, *arguments: str) -> list[str]:

@@ -120,12 +120,14 @@ def test_stream_tells_of_steps_and_of_the_request(server: RunningServer) -> None
     assert isinstance(lines[0], TraceBegin) and lines[0].num_blocks > 0 and lines[0].engines == (EngineState.READY,)
     (request,) = (line for line in lines if isinstance(line, TracedRequest))
     assert (request.route, request.status, request.generated_tokens) == ("/v1/completions", 200, 6)
+    assert request.slo_met is None and b"null" not in encode_line(request)
     assert sum(request.phases.values()) == pytest.approx(request.ended - request.arrival)
     records = [record for line in lines if isinstance(line, TracedRecords) for record in line.records]
     assert sum(isinstance(record, StepTrace) for record in records) >= 6
     (begun,) = (record for record in records if isinstance(record, RequestTrace))
     assert begun.request_id.startswith(request.id)
     assert begun.sent_time == pytest.approx(request.engine_opened, abs=0.1)
+    assert begun.arrival == pytest.approx(request.arrival, abs=0.001) and begun.arrival < begun.sent_time
 
 
 def test_events_of_a_trace_are_those_of_the_chrome_format(server: RunningServer) -> None:

@@ -77,6 +77,8 @@ class ShownRequest(msgspec.Struct, array_like=True, frozen=True):
     itl_percentile: float | None
     """Percentage of the gaps that must be at most `itl`; None: their moving average must."""
     tpot: float | None
+    arrival: float
+    """Time from which its TTFT counts."""
 
 
 class ShownStep(msgspec.Struct, array_like=True, frozen=True):
@@ -255,6 +257,7 @@ class FrameBuilder:
             *(number, engine, record.request_id, self.milliseconds(record.sent_time)),
             *(record.num_prompt_tokens, record.max_tokens, record.choice, record.priority),
             *(None if ttft == math.inf else ttft, targets.itl, targets.itl_percentile, targets.tpot),
+            arrival=self.milliseconds(record.arrival),
         )
 
     def _step(self, engine: int, record: StepTrace, known: dict[int, ShownRequest]) -> ShownStep:

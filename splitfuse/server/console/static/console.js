@@ -61,10 +61,10 @@ function begin(start) {
 const engineOf = ([engine, , state, reason, stage, fraction, budget, numBlocks, blockSize]) =>
   ({ engine, state, reason, stage, fraction, budget, numBlocks, blockSize });
 
-function addRequest([n, engine, id, sent, prompt, max, choice, priority, ttft, itl, percentile, tpot]) {
+function addRequest([n, engine, id, sent, prompt, max, choice, priority, ttft, itl, percentile, tpot, arrival]) {
   let r = known.requests.get(n);
   if (r) return r;
-  r = { n, engine, id, sent, prompt, max, choice, priority, ttft, itl, percentile, tpot, label: letters(n), colour: COLOURS[n % COLOURS.length],
+  r = { n, engine, id, sent, prompt, max, choice, priority, ttft, itl, percentile, tpot, arrival, label: letters(n), colour: COLOURS[n % COLOURS.length],
     phases: [[sent, -1]], first: null, last: null, end: null, reason: "", met: null, out: 0, done: 0, answer: null,
     preempted: 0, lane: 0 };
   r.lane = known.lanes.findIndex((end) => end < sent);
@@ -82,12 +82,26 @@ function finish(r, time, reason, out, met) {
   known.lanes[r.lane] = time + 0.06 * span();
 }
 
+// Targets of different requests are shown as a range, from the shortest to the longest.
+function widen(bucket, name, ms) {
+  const [low, high] = bucket[name] ?? [ms, ms];
+  bucket[name] = [Math.min(low, ms), Math.max(high, ms)];
+}
+
+function targetsOf(buckets, name) {
+  const all = {};
+  for (const bucket of buckets) for (const ms of bucket[name] ?? []) widen(all, name, ms);
+  return all[name] ?? null;
+}
+
+const targetWords = ([low, high]) => brief(low) === brief(high) ? brief(high) : `${brief(low)} to ${brief(high)}`;
+
 function bucketAt(time) {
   const key = Math.floor(time / BUCKET);
   let bucket = known.buckets.get(key);
   if (!bucket) {
     bucket = { met: 0, answered: 0, withSlo: 0, refused: 0, generated: 0, computed: 0, ttft: new Histogram(), itl: new Histogram(),
-      ttftTarget: null, itlTarget: null, steps: 0, budget: 0 };
+      ttftTargets: null, itlTargets: null, steps: 0, budget: 0 };
     known.buckets.set(key, bucket);
   }
   return bucket;
@@ -122,7 +136,7 @@ function addStep(e, n, budget, t, d, p, running, waiting, free, cached, dec, chu
     if (!r) continue;
     r.out += 1;
     if (r.last !== null) bucket.itl.add(end - r.last);
-    if (r.itl) bucket.itlTarget = 1000 * r.itl;
+    if (r.itl) widen(bucket, "itlTargets", 1000 * r.itl);
     r.last = end;
   }
   for (let i = 0; i < chunks.length; i += 4) {
@@ -134,8 +148,8 @@ function addStep(e, n, budget, t, d, p, running, waiting, free, cached, dec, chu
     r.out += chosen;
     if (r.first === null && r.done === r.prompt) {
       r.first = end;
-      bucket.ttft.add(end - r.sent);
-      if (r.ttft) bucket.ttftTarget = 1000 * r.ttft;
+      bucket.ttft.add(end - r.arrival);
+      if (r.ttft) widen(bucket, "ttftTargets", 1000 * r.ttft);
     } else if (r.last !== null) bucket.itl.add(end - r.last);
     r.last = end;
     bucket.generated += chosen;
@@ -408,7 +422,7 @@ function requestView(r, { title = true } = {}) {
   }
   if (a?.why) parts.push(el("p", { className: "why" }, ...a.why.split(/([0-9a-f]{32})/).map((text) => known.byId.has(text) ? followButton(known.byId.get(text)[0]) : text)));
   parts.push(facts([
-    ["first token", r.first === null ? (r.end === null ? `not yet, after ${seconds(wait - r.sent)}` : "none") : seconds(r.first - r.sent)
+    ["first token", r.first === null ? (r.end === null ? `not yet, after ${seconds(wait - r.arrival)}` : "none") : seconds(r.first - r.arrival)
       + (r.ttft ? ` (SLO ${seconds(1000 * r.ttft)})` : "")],
     ["between tokens", a?.itl != null ? `${seconds(1000 * a.itl)} median, ${seconds(1000 * a.longest)} longest` + (gapTargets(r) && ` (${gapTargets(r)})`) : gapTargets(r)],
     ["prompt", plural(r.prompt, "token") + (a?.cached ? `, ${a.cached} of them from the prefix cache` : "")],
@@ -431,7 +445,7 @@ function requestView(r, { title = true } = {}) {
 
 // The view ------------------------------------------------------------------------------------------------------------
 
-const view = { paused: false, end: 0, span: 0, autoSpan: true, followed: null, list: "missed" };
+const view = { paused: false, end: 0, span: 0, autoSpan: true, followed: null, list: "missed", find: "" };
 const span = () => view.span || 10000;
 const viewEnd = () => view.paused ? view.end : clock();
 
@@ -786,7 +800,7 @@ function drawRows() {
       drawPhase(context, phase < 0 ? "queued" : known.groups[phase], r.colour, x(since), top, Math.max(x(stop) - x(since), 0.7), high);
     });
     if (r.ttft) { // when its first token was due
-      const due = x(r.sent + 1000 * r.ttft), late = (r.first ?? now) > r.sent + 1000 * r.ttft;
+      const due = x(r.arrival + 1000 * r.ttft), late = (r.first ?? now) > r.arrival + 1000 * r.ttft;
       if (r.first === null || late || view.followed === r.n) { context.fillStyle = late ? colours.red : colours.quiet; context.fillRect(Math.round(due), top - 1, 1.5, high + 2); }
     }
     if (r.first !== null && r.first >= from && size >= 8) {
@@ -831,12 +845,12 @@ function drawAxis() {
   context.textAlign = "left";
 }
 
-function lines(id, series, { unit, target = null, empty }) {
+function lines(id, series, { unit, targets = null, empty }) {
   const { context, w, h, canvas } = prepare(id), left = 44, right = 54, bottom = h - 16, top = 8;
   const newest = Math.floor(known.now / BUCKET) - 1, count = Math.floor(known.keep / BUCKET), x = (key) => left + ((key - newest + count) / count) * (w - left - right);
   const values = series.flatMap(({ points }) => points.map(([, v]) => v)).filter((v) => v !== null);
   if (!values.length) { context.textAlign = "center"; context.fillStyle = colours.quiet; context.fillText(empty, w / 2, h / 2); context.textAlign = "left"; return; }
-  const high = nice(Math.max(...values, target !== null ? 1.15 * target : 0, 1e-3)), y = (v) => bottom - (v / high) * (bottom - top);
+  const high = nice(Math.max(...values, targets ? 1.15 * targets[1] : 0, 1e-3)), y = (v) => bottom - (v / high) * (bottom - top);
   context.textAlign = "right";
   for (const part of [0, 0.5, 1]) {
     context.fillStyle = colours.grid; context.fillRect(left, Math.round(y(part * high)), w - left - right, 1);
@@ -846,10 +860,11 @@ function lines(id, series, { unit, target = null, empty }) {
   context.fillText("now", w - right, h - 6);
   context.textAlign = "left";
   context.fillText(`${Math.round(known.keep / 60000)} min ago`, left, h - 6);
-  if (target !== null) {
-    context.strokeStyle = colours.ink; context.setLineDash([4, 3]); context.lineWidth = 0.8;
-    context.beginPath(); context.moveTo(left, y(target)); context.lineTo(w - right, y(target)); context.stroke(); context.setLineDash([]);
-    label(context, `SLO ${brief(target)}`, left + 3, Math.max(y(target) - 7, 6), colours.quiet);
+  if (targets) {
+    context.strokeStyle = colours.ink; context.setLineDash([4, 3]); context.lineWidth = 0.8; context.beginPath();
+    for (const ms of targets) { context.moveTo(left, y(ms)); context.lineTo(w - right, y(ms)); }
+    context.stroke(); context.setLineDash([]);
+    label(context, `SLO ${targetWords(targets)}`, left + 3, Math.max(y(targets[1]) - 7, 6), colours.quiet);
   }
   const names = [];
   for (const { name, colour, points, dash } of series) {
@@ -881,10 +896,10 @@ function drawCharts() {
   if (any.some((b) => b.refused)) series.push({ name: "refused", colour: colours.red, dash: [2, 2], points: get((b) => b.refused * per, 0) });
   lines("rate", series, { unit: (x) => String(Number(x.toPrecision(3))), empty: "no request yet" });
   for (const [id, tail] of [["ttft", 0.95], ["itl", 0.99]]) {
-    const target = any.map((b) => b[`${id}Target`]).filter((t) => t !== null).at(-1) ?? null;
+    const targets = targetsOf(any, `${id}Targets`);
     const percentile = (p) => get((b) => Histogram.percentile([b[id]], p), null);
     lines(id, [{ name: "P50", colour: colours.blue, points: percentile(0.5) }, { name: `P${100 * tail}`, colour: colours.orange, points: percentile(tail) }],
-      { unit: (ms) => ms ? brief(ms) : "0", target, empty: "no token yet" });
+      { unit: (ms) => ms ? brief(ms) : "0", targets, empty: "no token yet" });
   }
 }
 
@@ -958,19 +973,18 @@ function showFigures() {
   const p = (name, fraction) => Histogram.percentile(recent.map((b) => b[name]), fraction);
   const open = [...known.requests.values()].filter((r) => r.end === null);
   const waiting = open.filter((r) => ["queued", "kv", "preempted"].includes(phaseAt(r, Infinity) < 0 ? "queued" : known.groups[phaseAt(r, Infinity)])).length;
-  const target = (name) => recent.map((b) => b[name]).filter((t) => t !== null).at(-1) ?? null;
   const withSlo = sum("withSlo"), met = sum("met"), steps = sum("steps");
   const blocks = known.engines.reduce((total, e) => total + (e.numBlocks || 0), 0);
   const counts = countBlocks(), held = counts.h + counts.s;
-  const ttft = target("ttftTarget"), itl = target("itlTarget");
+  const ttft = targetsOf(recent, "ttftTargets"), itl = targetsOf(recent, "itlTargets");
   const tiles = [
     ["running", String(open.length - waiting), `${waiting} waiting`],
     ["token budget used", steps ? percent(sum("computed") / sum("budget")) : "–", steps ? `${plural(Math.round(steps / length), "step")}/s` : "no step"],
     ["output, tokens/s", rate(sum("generated") / length), `${rate(sum("computed") / length)} computed`],
     withSlo ? ["goodput, requests/s", rate(met / length), `${percent(met / withSlo)} of ${rate(withSlo / length)}/s`, met < withSlo]
       : ["requests/s", rate(sum("answered") / length), sum("refused") ? `${sum("refused")} refused` : sum("answered") ? "none has an SLO" : "none answered"],
-    ["TTFT, P95", seconds(p("ttft", 0.95)), `P50 ${seconds(p("ttft", 0.5))}` + (ttft ? `, SLO ${brief(ttft)}` : ""), ttft && p("ttft", 0.95) > ttft],
-    ["ITL, P99", seconds(p("itl", 0.99)), `P50 ${seconds(p("itl", 0.5))}` + (itl ? `, SLO ${brief(itl)}` : ""), itl && p("itl", 0.99) > itl],
+    ["TTFT, P95", seconds(p("ttft", 0.95)), `P50 ${seconds(p("ttft", 0.5))}` + (ttft ? `, SLO ${targetWords(ttft)}` : ""), ttft && p("ttft", 0.95) > ttft[1]],
+    ["ITL, P99", seconds(p("itl", 0.99)), `P50 ${seconds(p("itl", 0.5))}` + (itl ? `, SLO ${targetWords(itl)}` : ""), itl && p("itl", 0.99) > itl[1]],
     ["KV blocks held", blocks ? percent(held / blocks) : "–", blocks ? `${counts.c} cached, of ${blocks}` : ""],
   ];
   const box = $("figures");
@@ -997,9 +1011,14 @@ function showDetail() {
 
 const listed = new Map();
 
+function isFound(r) { // by its letters, or by the beginning of an id that the server or the client gave it
+  const id = view.find.replace(/^[a-z]+[-_]/, "");
+  return nameOf(r).toLowerCase() === view.find || r.id.startsWith(id) || (r.answer?.id ?? "").toLowerCase().startsWith(view.find);
+}
+
 function showList() {
   const all = [...known.requests.values()].reverse();
-  const chosen = all.filter((r) => view.list === "missed" ? r.met === false : view.list === "open" ? r.end === null : r.end !== null);
+  const chosen = all.filter((r) => view.find ? isFound(r) : view.list === "missed" ? r.met === false : view.list === "open" ? r.end === null : r.end !== null);
   const shown = chosen.sort((a, b) => (b.end ?? b.sent) - (a.end ?? a.sent)).slice(0, 50), box = $("requests");
   const counts = { missed: all.filter((r) => r.met === false).length, open: all.filter((r) => r.end === null).length, ended: all.filter((r) => r.end !== null).length };
   for (const button of document.querySelectorAll("[data-list]")) set(button, `${{ missed: "Missed SLO", open: "Open", ended: "Ended" }[button.dataset.list]} ${counts[button.dataset.list]}`);
@@ -1019,7 +1038,7 @@ function showList() {
     return node;
   });
   if (!items.length) items.push(el("li", {}, el("p", { className: "quiet", style: { padding: "0 .75rem" } },
-    { missed: "No request has missed its SLO in the last minutes.", open: "No request is open.", ended: "No request has ended in the last minutes." }[view.list])));
+    view.find ? "No request of the last minutes has these letters, or an id that begins so." : { missed: "No request has missed its SLO in the last minutes.", open: "No request is open.", ended: "No request has ended in the last minutes." }[view.list])));
   if (items.length !== box.childElementCount || items.some((node, i) => box.children[i] !== node)) {
     const focused = document.activeElement;
     box.replaceChildren(...items);
@@ -1153,6 +1172,8 @@ for (const button of document.querySelectorAll("[data-list]")) button.onclick = 
   changed();
 };
 
+$("find").oninput = (event) => { view.find = event.target.value.trim().toLowerCase(); panels.next = 0; changed(); };
+
 const KEYS = [
   ["Space", "pause, or go on", () => pause(!view.paused)],
   ["←", "scroll back", () => scroll(-span() / 4)], ["→", "scroll forward", () => scroll(span() / 4)],
@@ -1160,6 +1181,7 @@ const KEYS = [
   ["+", "show a shorter time", () => zoom(-1)], ["-", "show a longer time", () => zoom(1)],
   ["↑", "follow the request before", () => step(-1)], ["↓", "follow the next request", () => step(1)],
   ["m", "follow the next request that missed its SLO", () => nextMissed(1)],
+  ["/", "find a request by its letters or id", () => $("find").focus()],
   ["Esc", "follow none", () => follow(null)],
   ["c", "write a message to the model", () => $("prompt").focus()],
   ["d", "dark or light", () => setTheme(theme() === "dark" ? "light" : "dark")],
