@@ -19,7 +19,6 @@ from statistics import mean, median
 from splitfuse.config import EngineConfig
 from splitfuse.core.events import StepRecord
 from splitfuse.core.sampling_params import SamplingParams
-from splitfuse.engine.calibrate import load_or_estimate
 from splitfuse.engine.engine import Engine
 from splitfuse.runtime.loading import LoadedModel, load_model
 from splitfuse.runtime.step_estimate import estimate_cost
@@ -57,10 +56,10 @@ def main() -> None:
         budget: Engine(
             EngineConfig.from_settings({**settings, "max_num_batched_tokens": budget}),
             model,
-            estimate=load_or_estimate(config, model),
         )
         for budget in choices
     }
+    engines[None].estimate_budget()
     for turn in range(arguments.turns):
         for budget in choices if turn % 2 == 0 else choices[::-1]:
             run(engines[budget], model, arguments, Random(turn), figures[budget])

@@ -77,6 +77,7 @@ def pipeline(
     other = chosen.tokenizer
     tokenizer = Tokenizer.from_source(source if other is None else open_model(other, chosen.revision, weights=False))
     engine = Engine.load(config, source, progress=progress, announce=_print_plan if progress else lambda _: None)
+    engine.estimate_budget()
     if observer is not None:
         engine.events.subscribe(StepRecord, observer)
     if progress and (resident := anonymous_bytes()) is not None:

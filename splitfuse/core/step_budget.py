@@ -94,18 +94,29 @@ class StepBudget:
         if config.max_num_batched_tokens is not None:
             return cls(config.max_num_batched_tokens)
         budgets = budgets_between(config.max_num_seqs + SPARE_TOKENS, most)
-        if cost is None:
-            return cls(min(budgets, key=lambda budget: abs(budget - FIRST_BUDGET)), budgets)
-        return cls(choose_budget(cost, budgets), budgets)
+        budget = cls(min(budgets, key=lambda budget: abs(budget - FIRST_BUDGET)), budgets)
+        if cost is not None:
+            budget.choose(cost)
+        return budget
 
     @property
     def most(self) -> int:
         """Return the largest budget that it can come to."""
         return max((self.tokens, *self._budgets))
 
+    @property
+    def is_open(self) -> bool:
+        """Return whether it is chosen here, and not given."""
+        return bool(self._budgets)
+
+    def choose(self, cost: CostModel) -> None:
+        """Choose anew by a cost model, if it is open."""
+        if self.is_open:
+            self.tokens = self._last_found = choose_budget(cost, self._budgets)
+
     def observe(self, step: StepRecord) -> None:
         """Remember a step that was measured, and now and then choose anew."""
-        if not self._budgets or any(chunk.error is not None or chunk.state_lost for chunk in step.result.values()):
+        if not self.is_open or any(chunk.error is not None or chunk.state_lost for chunk in step.result.values()):
             return
         self._num_steps += 1
         if self._num_steps <= COLD_STEPS or step.measured_seconds <= 0.0:

@@ -20,16 +20,10 @@ from splitfuse.runtime.memory_plan import MemoryPlan
 
 
 def build_scheduler(
-    config: EngineConfig,
-    plan: MemoryPlan,
-    *,
-    policy: SchedulingPolicy | None = None,
-    cost: CostModel | None = None,
-    estimate: CostModel | None = None,
+    config: EngineConfig, plan: MemoryPlan, *, policy: SchedulingPolicy | None = None, cost: CostModel | None = None
 ) -> tuple[Scheduler, BlockAllocator, LatencyLedger]:
     """Return the scheduler for a model with that memory plan, its allocator, and the listener that accounts for
-    latencies. With a cost model, and no other policy, it schedules by SLO. A token budget that is open is first chosen
-    by the cost model or, without one, by an `estimate` of it.
+    latencies. With a cost model, and no other policy, it schedules by SLO.
     """
     caching = config.cache.enable_prefix_caching
     namer = BlockNamer(plan.block_size, key=secrets.token_bytes(32)) if caching else None
@@ -39,7 +33,7 @@ def build_scheduler(
         states = StateAllocator(plan.num_states, interval=interval, num_reserved=plan.max_num_seqs)
     allocator = BlockAllocator(plan.num_blocks, plan.block_size, namer=namer, states=states)
     settings = replace(config.scheduler, max_num_seqs=plan.max_num_seqs)
-    budget = StepBudget.of(settings, cost or estimate, most=plan.max_num_batched_tokens)
+    budget = StepBudget.of(settings, cost, most=plan.max_num_batched_tokens)
     settings = replace(settings, max_num_batched_tokens=budget.most)
     scheduler = Scheduler(settings, allocator, policy or make_policy(settings, cost), budget)
     scheduler.events.subscribe(StepRecord, budget.observe)

@@ -61,8 +61,7 @@ class Engine:
                 print(output.token_ids)
 
     With a cost model it schedules by SLO. `events` tells listeners of every step and request. `policy` is given only
-    where policies are compared (bench/baselines.py). `estimate` is a rough cost model for the first token budget, if
-    there is no better one and the settings leave it open.
+    where policies are compared (bench/baselines.py).
     """
 
     def __init__(
@@ -72,7 +71,6 @@ class Engine:
         *,
         policy: SchedulingPolicy | None = None,
         cost: CostModel | None = None,
-        estimate: CostModel | None = None,
     ) -> None:
         self._guard = Guard()
         self.config = config
@@ -81,9 +79,7 @@ class Engine:
         plan = model.plan
         self.slo_enabled = cost is not None
         self._targets = SloTargets.parse(**config.scheduler.targets)
-        self.scheduler, self.allocator, self._latencies = build_scheduler(
-            config, plan, policy=policy, cost=cost, estimate=estimate
-        )
+        self.scheduler, self.allocator, self._latencies = build_scheduler(config, plan, policy=policy, cost=cost)
         self.events = self.scheduler.events
         self._num_broken_steps = 0
         self._held: dict[str, tuple[Add, Future[LLMatcher]]] = {}
@@ -130,11 +126,19 @@ class Engine:
         )
         give_back_memory()  # what weights took while they were unpacked
         if not config.scheduler.slo_enabled:
-            is_open = config.scheduler.max_num_batched_tokens is None
-            return cls(config, model, policy=policy, estimate=load_or_estimate(config, model) if is_open else None)
+            return cls(config, model, policy=policy)
         on_stage("calibrating")
         cost = load_or_calibrate(config, model, progress=progress).cost
         return cls(config, model, policy=policy, cost=cost)
+
+    def estimate_budget(self) -> None:
+        """Choose a token budget that the settings leave open, without SLOs, by a stored calibration or some hundredths
+        of a second of timing. Steps that run correct it.
+        """
+        budget, model = self.scheduler.budget, self.model
+        if budget.is_open and not self.slo_enabled and isinstance(model, LoadedModel):
+            if (cost := load_or_estimate(self.config, model)) is not None:
+                budget.choose(cost)
 
     @property
     def max_model_len(self) -> int:

@@ -84,6 +84,7 @@ class EngineLoop:
         the engine, and the loop must not go on.
         """
         try:
+            self._engine.estimate_budget()  # only now that it is ready: the start takes no longer for it
             while not self._stopped:
                 outputs = self._take_commands()
                 if self._engine.has_unfinished and not self._stopped:

@@ -1,4 +1,4 @@
-"""Estimates a cost model in a few milliseconds, for an engine that starts without a calibration.
+"""Estimates a cost model in some hundredths of a second, for an engine that starts without a calibration.
 
 Some layers of the model compute steps of a few sizes; all layers take as many times as long, and the output head as
 much longer as its weights are. That is enough to choose a first token budget (core/step_budget.py), which real steps
@@ -25,10 +25,10 @@ FEW, SOME, MANY, MOST = SIZES = (1, 16, 64, 192)
 """Tokens of the steps that are timed: two that wait for memory, and two that do not on most machines."""
 WEIGHT_BYTES = 2**26
 """Bytes of weights which the shorter steps read, so that they come from memory and not from a cache."""
-RUNS = 2
+RUNS = 3
 """Number of runs of each size, of which the shortest counts."""
-HOST_SECONDS = 5e-4
-"""Seconds of each step outside the network: scheduling, and handling of results."""
+HOST_SECONDS = 4e-3
+"""Seconds of each step outside the layers: scheduling, sampling, and handling of results, for some dozen requests."""
 
 
 def estimate_cost(model: LoadedModel) -> CostModel | None:

@@ -406,9 +406,5 @@ def _log_slo(scheduler: SchedulerConfig) -> None:
 
 def _log_budget(scheduler: SchedulerConfig, client: EngineClient) -> None:
     if scheduler.max_num_batched_tokens is None:
-        info = client.info
-        if scheduler.has_targets:
-            _logger.info("steps are limited by time, and to %d tokens", info.max_num_batched_tokens)
-        elif info.token_budget < info.max_num_batched_tokens:
-            first, most = info.token_budget, info.max_num_batched_tokens
-            _logger.info("token budget of a step: %d at first (at most %d); it follows the steps", first, most)
+        how = "limited by time" if scheduler.has_targets else "chosen"
+        _logger.info("token budget of a step: %s, at most %d", how, client.info.max_num_batched_tokens)

@@ -64,14 +64,18 @@ def test_a_stored_calibration_goes_before_an_estimate(tmp_path: Path, monkeypatc
     config = EngineConfig.from_settings({"num_blocks": 64, "max_num_seqs": 8})
     model = load_model(config)
     assert load_or_estimate(config, model) is None
-    assert Engine.load(config).scheduler.budget.tokens == 256
+    engine = Engine(config, model)
+    engine.estimate_budget()
+    assert engine.scheduler.budget.tokens == 256
     cost = CostModel(floor=1.0, per_token=1e-6)
     identity = identify(config, model.source)
     calibration = Calibration(name="x", cost=cost, num_blocks=64, block_size=32, max_model_len=512, identity=identity)
     save(calibration, cache_path(identity))
     assert load_or_estimate(config, model) == cost
-    engine = Engine.load(config)
+    engine.estimate_budget()
     assert engine.scheduler.budget.tokens == engine.model.plan.max_num_batched_tokens == 2048
     assert not engine.slo_enabled
     given = EngineConfig.from_settings({"model": str(BUNDLED_MODEL), "num_blocks": 64, "max_num_batched_tokens": 100})
-    assert Engine.load(given).scheduler.budget.tokens == 100
+    engine = Engine.load(given)
+    engine.estimate_budget()
+    assert engine.scheduler.budget.tokens == 100
