@@ -136,9 +136,10 @@ class Engine:
         of a second of timing. Steps that run correct it.
         """
         budget, model = self.scheduler.budget, self.model
-        if budget.is_open and not self.slo_enabled and isinstance(model, LoadedModel):
-            if (cost := load_or_estimate(self.config, model)) is not None:
-                budget.choose(cost)
+        if not budget.is_open or self.slo_enabled or not isinstance(model, LoadedModel):
+            return
+        if (cost := load_or_estimate(self.config, model)) is not None:
+            budget.choose(cost)
 
     @property
     def max_model_len(self) -> int:

@@ -37,7 +37,7 @@ def with_service(work: Callable[[TextService], Awaitable[Any]]) -> Any:
     """Do `work` with a service, which must be empty afterwards."""
 
     async def run() -> Any:
-        engine = Engine.load(EngineConfig.from_settings({}))
+        engine = Engine.load(EngineConfig.from_settings({"max_num_batched_tokens": 256}))
         client = AsyncEngine(engine)
         await client.start()
         try:
@@ -104,7 +104,7 @@ def test_a_chat_equals_that_of_pipeline(pipe: splitfuse.Pipeline) -> None:
 
 def test_a_prompt_in_several_steps_counts_them() -> None:
     async def work(service: TextService) -> None:
-        limit = service.client.info.token_budget
+        limit = service.client.info.max_num_batched_tokens
         length = 2 * limit + 5
         answers = await read(generate(service, PreparedRequest((7,) * length, SamplingParams(max_tokens=3))))
         (_, generation) = answers[0]
