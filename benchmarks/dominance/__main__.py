@@ -97,7 +97,7 @@ class Job:
             comparison = Comparison(self.scenario, slo)
             ours = key_of(self.scenario, [slo], self.settings.ours, self.settings)
             for line in (*self.known, *new):
-                if line.key in keys or line.key == ours:
+                if line.seed <= self.settings.most_seeds and (line.key in keys or line.key == ours):
                     comparison.add(line)
             yield comparison
 
