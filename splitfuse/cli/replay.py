@@ -13,7 +13,7 @@ import typer
 
 from splitfuse.cli.flags import changed, with_flags
 from splitfuse.config import EngineConfig, change_settings
-from splitfuse.errors import ConfigError, RecordingError, printable
+from splitfuse.errors import ConfigError, InvalidRequestError, RecordingError, printable
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -59,11 +59,39 @@ def replay(
     contents = Contents.of(recording)
     if not json:
         print(describe(recording, contents))
+    _check_forms(recording, changed(flags))
     if live:
         _replay_live(recording, contents, changed(flags), replicas=replicas, json=json, quiet=quiet)
     else:
         how = {"keep_going": keep_going, "force": force}
         _replay_steps(recording, contents, changed(flags), **how, json=json, quiet=quiet)
+
+
+def _check_forms(recording: Recording, changes: dict[str, Any]) -> None:
+    """Raise RecordingError for a form of an answer which takes longer to compile than a server lets it: a file can have
+    any, and the engine has no limit.
+    """
+    from splitfuse.core.structured_outputs import StructuredOutputs
+    from splitfuse.recording.requests import read_requests
+    from splitfuse.runtime.loading import open_source
+    from splitfuse.text.sandbox import Sandbox, StoppedError
+    from splitfuse.text.tokenizer import Tokenizer
+
+    found = (each.detail.params.structured_outputs for each in read_requests(recording.frames()))
+    forms: dict[str, StructuredOutputs] = {form.compiled: form for form in found if form is not None}
+    if not forms:
+        return
+    config = EngineConfig.from_settings(change_settings(recording.header.settings, changes))
+    sandbox = Sandbox(Tokenizer.from_source(open_source(config)))
+    try:
+        for form in forms.values():
+            try:
+                sandbox.compile(form)
+            except InvalidRequestError as error:  # of others, the replay says what is wrong
+                if isinstance(error.__cause__, StoppedError):
+                    raise RecordingError(f"{recording.path} has a request whose {error}") from error
+    finally:
+        sandbox.close()
 
 
 def _replay_steps(

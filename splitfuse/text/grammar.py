@@ -59,11 +59,15 @@ _UNENFORCED = re.compile(r"%json\s*\{|^[ \t]*%llguidance\b|^[ \t]*[\w.]+[ \t]*\[
 
 
 def compile_structured_outputs(form: StructuredOutputs) -> StructuredOutputs:
-    """Return the form with its grammar. Raises InvalidRequestError that says what cannot be enforced, and where.
+    """Return the form with its grammar; one that has it already, of a recording, is only tried. Raises
+    InvalidRequestError that says what cannot be enforced, and where.
 
     >>> compile_structured_outputs(StructuredOutputs.of({"regex": "[0-9]+"})).compiled
     '{"grammars": [{"name": "regex", "lark_grammar": "start: /[0-9]+/"}]}'
     """
+    if form.compiled:
+        _try(json.loads(form.compiled)["grammars"], form.kind)
+        return form
     if form.kind == "tools":
         grammars = _grammars_of_calls(form)
     else:

@@ -9,12 +9,14 @@ import sys
 import zlib
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import httpx
 import msgspec
 import pytest
+from hostile_forms import HOSTILE
 from patience import PATIENCE
 from server_process import server_process
 
@@ -151,6 +153,30 @@ def test_flags_that_live_replay_does_not_have_are_refused(run: Run, path: Path) 
     assert "--replicas 0 must be at least 1" in run(*simulated, "--replicas", 0)[2]
     assert "num_blocks must be at most 16777216 in a simulation" in run(*simulated, "--num-blocks", 2**40)[2]
     assert run(*simulated, "--kv-cache-memory-gib", 1)[0] == 0
+
+
+def test_a_grammar_that_takes_long_to_compile_is_refused(run: Run, path: Path, tmp_path: Path) -> None:
+    hostile, frames = tmp_path / "hostile.rec", list(Recording.open(path).frames())
+    head = path.read_bytes()[: -sum(len(encode_frame(frame)) for frame in frames)]
+    index, request = next(
+        (index, record)
+        for index, frame in enumerate(frames)
+        if isinstance(frame, Records)
+        for record in frame.records
+        if isinstance(record, RequestTrace) and record.detail and record.detail.params.structured_outputs
+    )
+    assert request.detail is not None and request.detail.params.structured_outputs is not None
+    schema = HOSTILE["products of patterns"]["structured_outputs"]["json"]
+    compiled = json.dumps({"grammars": [{"json_schema": schema}]})
+    form = replace(request.detail.params.structured_outputs, compiled=compiled)
+    params = replace(request.detail.params, structured_outputs=form)
+    detail = msgspec.structs.replace(request.detail, params=params)
+    frames[index] = Records(0, (msgspec.structs.replace(request, detail=detail),))
+    hostile.write_bytes(head + b"".join(map(encode_frame, frames[: index + 1])))
+    for flags in ((), ("--live",)):
+        status, _, err = run("replay", hostile, *flags)
+        assert status == 1
+        assert "hostile.rec has a request whose structured_outputs.regex could not be compiled: it ran for more" in err
 
 
 def test_names_in_a_file_do_not_control_the_terminal(run: Run, path: Path, tmp_path: Path) -> None:
