@@ -338,7 +338,7 @@ def test_a_detached_server_that_fails_shows_its_last_lines(tmp_path: Path, monke
 
 def test_an_invalid_setting_is_refused_before_the_start() -> None:
     for settings, message in (
-        ({"prot": 1}, "unknown setting 'prot'; did you mean 'port'"),
+        ({"poort": 1}, "unknown setting 'poort'; did you mean 'port'"),
         ({"api_keys": "k"}, "unknown setting 'api_keys'; did you mean 'api_key'"),
         ({"port": -1}, "port must be"),
         ({"api_key": "a b"}, "api_key must have no white space"),
