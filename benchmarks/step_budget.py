@@ -42,6 +42,7 @@ def main() -> None:
     parser.add_argument("--prompt", type=float, default=256)
     parser.add_argument("--generate", type=float, default=32)
     parser.add_argument("--turns", type=int, default=2)
+    parser.add_argument("--first", type=int, help="budget that auto begins with (default: the estimate)")
     parser.add_argument("--seconds", type=float, default=12.0, help="of each run, and a quarter before to warm up")
     arguments = parser.parse_args()
     settings = {"model": arguments.model, "quantization": arguments.quantization, "enable_prefix_caching": False}
@@ -60,6 +61,8 @@ def main() -> None:
         for budget in choices
     }
     engines[None].estimate_budget()
+    if arguments.first is not None:
+        engines[None].scheduler.budget.tokens = arguments.first
     for turn in range(arguments.turns):
         for budget in choices if turn % 2 == 0 else choices[::-1]:
             run(engines[budget], model, arguments, Random(turn), figures[budget])
