@@ -17,9 +17,9 @@ from benchmarks.dominance.compare import OUR_SYSTEM
 from benchmarks.dominance.loop import OURS, PlannedRequest, System, drive
 from benchmarks.dominance.points import FASTGEN, MAX_NUM_SEQS, WORKLOADS, Scenario, Slo
 from splitfuse.bench import metrics
-from splitfuse.config import TAIL_SHARE
+from splitfuse.config import MAX_TAIL_SHARE, TAIL_SHARE
 
-TAIL_SHARES = (1 / 128, 1 / 64, 1 / 32, TAIL_SHARE, 1 / 8, 1 / 4)
+TAIL_SHARES = sorted({1 / 64, 1 / 32, 1 / 16, 1 / 8, 1 / 4, TAIL_SHARE, MAX_TAIL_SHARE})
 OTHERS = (System("splitfuse", 512), System("prefill-first", 2048))
 
 
