@@ -42,6 +42,8 @@ class ClaimOrder:
     max_seconds: float = math.inf
     tail_share: float = 0.0
     """Fraction of the step reserved for the oldest request until its claim; one token is reserved at least."""
+    late: Sequence[Request] = ()
+    late_seconds: float = math.inf
 
 
 class SchedulingPolicy(ABC):
@@ -63,8 +65,10 @@ class SchedulingPolicy(ABC):
             step.grant(request)
         step.max_seconds = order.max_seconds
         waiting, starts = set(step.queue.waiting), True
-        for request in order.others:
-            if request not in waiting:
+        for request in (*order.others, None, *order.late):
+            if request is None:
+                step.max_seconds = order.late_seconds
+            elif request not in waiting:
                 step.grant(request)
             elif starts:
                 starts = step.start(request)

@@ -27,15 +27,21 @@ from splitfuse.core.slo.cost_model import CostModel
 from splitfuse.core.slo.deadline_planner import DeadlinePlanner
 from splitfuse.core.slo.decode_load import DecodeLoad
 from splitfuse.core.slo.latency_predictor import LatencyPredictor
+from splitfuse.core.slo.outlook import Outlook
 from splitfuse.core.step_builder import RequestQueue
 
 MAX_SKIPPED_STEPS = 32
 """Number of consecutive steps without a token after which a decode is urgent, whatever else is."""
 
 
+import os
+PARAMS = {**dict(eta=0.9, eta0=0.75, short=1 / 8, rows=1.25, ride=True), **eval(os.environ.get('PARAMS', '{}'))}
+
+
 class Rank(IntEnum):
     """Orders the claims of a priority that are not urgent."""
 
+    RIDE = 0
     FEASIBLE = 1
     """Prefills which can meet their TTFT target."""
     DECODE = 2
@@ -62,26 +68,55 @@ class DeadlinePolicy(Fcfs):
 
     def order(self, running: Sequence[Request], waiting: Sequence[Request], *, now: float) -> ClaimOrder:
         """See SchedulingPolicy."""
+        import os
+        K = PARAMS
         if not any(request.slo.exists for request in (*running, *waiting)):
             return super().order(running, waiting, now=now)
         decodes, prefills = split_running(running)
         prefills += waiting
-        limit = self.planner.step_limit(decodes, prefills)
-        seconds = limit.seconds
-        soon = now + 2 * seconds
-        urgent = [r for r in decodes if r.slo.deadline <= soon or r.slo.steps_skipped >= MAX_SKIPPED_STEPS]
-        feasible = self.planner.feasible(prefills, DecodeLoad(decodes), seconds=seconds, now=now)
+        outlook = Outlook(self.predictor, decodes, now=now)
+        feasible = outlook.feasible(prefills)
+        safety = outlook.safety
+        slack = safety * outlook.slack
+        every = outlook.base + outlook.rows
+        ttfts = [r.slo.ttft_target for r in (*decodes, *prefills) if r.slo.ttft_target < math.inf]
+        base = outlook.base / (1 - K["eta"])
+        if ttfts:
+            base = min(base, max(K["short"] * min(ttfts), outlook.base / (1 - K["eta0"])))
+        base = max(base, K["rows"] * max(every, outlook.floor))
+        needed, total, rides = base, 0.0, True
+        for request in feasible:
+            total += outlook.seconds(request)
+            steps = math.floor(((request.slo.deadline - now) * safety - total) / every)
+            if steps < 1:
+                rides = False
+                break
+            needed = max(needed, total / steps + every)
+        rides = rides and needed <= slack
+        seconds = min(slack, needed if rides else math.inf)
+        late_seconds = min(seconds, base)
+        turn = every if rides else max([every, *(safety * (r.slo.itl_target or 0.0) for r in outlook.live)][:1] + [safety * min((r.slo.itl_target or 0.0 for r in outlook.live), default=0.0)])
+        soon = now + seconds + turn
+        if rides and K["ride"]:
+            urgent = [r for r in decodes if r.slo.deadline <= soon and not r.slo.missed]
+        else:
+            urgent = [r for r in decodes if r.slo.deadline <= soon and not r.slo.missed]
+        urgent += [r for r in decodes if r.slo.missed and r.slo.deadline <= now or r.slo.steps_skipped >= MAX_SKIPPED_STEPS]
+        urgent = list(dict.fromkeys(urgent))
         spare = set(decodes).difference(urgent)
+        feasible_set = set(feasible)
 
         def rank(request: Request) -> tuple[Priority, Rank, float, int]:
             slo = request.slo
             its_rank, key = Rank.PREFILL, request.fair_share_key
-            if request in feasible:
+            if request in feasible_set:
                 its_rank, key = Rank.FEASIBLE, slo.deadline
             elif request in spare:
                 its_rank = Rank.LATE_DECODE if slo.missed else Rank.DECODE
                 if not slo.missed and slo.deadline < math.inf:
                     its_rank, key = Rank.AHEAD, slo.deadline
+                if rides and K["ride"]:
+                    its_rank = Rank.RIDE
             elif slo.missed or slo.deadline < math.inf:
                 its_rank = Rank.LATE_PREFILL
             return request.priority, its_rank, key, request.sequence_number
@@ -89,12 +124,10 @@ class DeadlinePolicy(Fcfs):
         others = sorted((*spare, *prefills), key=rank)
         is_last = bool(running) and running[0] not in urgent and rank(running[0])[1] >= Rank.LATE_DECODE
         tail_share = self.tail_share if is_last or is_overtaken(running, (*urgent, *others)) else 0.0
-        next_deadline = min(
-            (r.slo.deadline for r in urgent if limit.heeds(r) and r.slo.deadline > now), default=math.inf
-        )
-        urgent.sort(key=lambda r: (r.priority, r.slo.deadline, r.sequence_number))
-        max_seconds = min(seconds, self.predictor.safety_factor * (next_deadline - now))
-        return ClaimOrder(urgent, others, max_seconds, tail_share)
+        urgent.sort(key=lambda r: (r.slo.missed, r.priority, r.slo.deadline, r.sequence_number))
+        late = [r for r in others if rank(r)[1] >= Rank.AHEAD]
+        others = [r for r in others if rank(r)[1] < Rank.AHEAD]
+        return ClaimOrder(urgent, others, seconds, tail_share, late, late_seconds)
 
     def preemption_victim(self, running: Sequence[Request], *, claimant: Request) -> Request | None:
         """Return the late request of the lowest priority with the fewest computed tokens; otherwise the newest.

@@ -31,7 +31,7 @@ MAX_FACTOR = math.log(32.0)
 """Bound on the logarithms of the factors: beyond it the cost model is of another machine."""
 IN_TIME = 0.99
 """Fraction of the steps which are to end within the time they were planned for."""
-MAX_SAFETY_FACTOR, MIN_SAFETY_FACTOR = 0.9, 0.7
+MAX_SAFETY_FACTOR, MIN_SAFETY_FACTOR = 0.97, 0.7
 """Bounds of `LatencyPredictor.safety_factor`. With more noise than the lower one allows for, missing
 a deadline now and then is better than making all steps still shorter.
 """
