@@ -12,6 +12,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from operator import attrgetter
+from typing import NamedTuple
 
 from splitfuse.config import TAIL_SHARE
 from splitfuse.core.request import Request
@@ -31,19 +32,20 @@ class PlanningError(Exception):
         self.blamed = blamed
 
 
+class Tier(NamedTuple):
+    """Holds claims on a step, the first first. They get what keeps the step within `max_seconds`."""
+
+    claims: Sequence[Request]
+    max_seconds: float = math.inf
+
+
 @dataclass(frozen=True)
 class ClaimOrder:
-    """Lists the claims on one step. `urgent` ones are bound by the token budget alone; `others` come after them, and
-    get what keeps the step within `max_seconds`.
-    """
+    """Lists the claims on one step, tier by tier."""
 
-    urgent: Sequence[Request]
-    others: Sequence[Request]
-    max_seconds: float = math.inf
+    tiers: Sequence[Tier]
     tail_share: float = 0.0
     """Fraction of the step reserved for the oldest request until its claim; one token is reserved at least."""
-    late: Sequence[Request] = ()
-    late_seconds: float = math.inf
 
 
 class SchedulingPolicy(ABC):
@@ -61,17 +63,14 @@ class SchedulingPolicy(ABC):
         order = self.order([r for r in step.queue.running if r.num_unscheduled], step.queue.waiting, now=step.now)
         if oldest is not None and oldest.num_unscheduled:
             step.reserve(order.tail_share, at_most=oldest.num_unscheduled)
-        for request in order.urgent:
-            step.grant(request)
-        step.max_seconds = order.max_seconds
         waiting, starts = set(step.queue.waiting), True
-        for request in (*order.others, None, *order.late):
-            if request is None:
-                step.max_seconds = order.late_seconds
-            elif request not in waiting:
-                step.grant(request)
-            elif starts:
-                starts = step.start(request)
+        for tier in order.tiers:
+            step.max_seconds = tier.max_seconds
+            for request in tier.claims:
+                if request not in waiting:
+                    step.grant(request)
+                elif starts:
+                    starts = step.start(request)
         for request in [each for each in step.queue.waiting if each not in waiting]:  # preempted in this step
             if not step.start(request):
                 break
@@ -113,6 +112,9 @@ class SchedulingPolicy(ABC):
                     return [each]
         return requests
 
+    def accept(self, request: Request, queue: RequestQueue, *, now: float) -> None:
+        """Take note of a new request, which is not in the queue yet."""
+
     def check_admission(self, request: Request, queue: RequestQueue, *, now: float) -> None:
         """Raise SloUnattainableError if a new request with `on_time_only` cannot meet its SLO, InvalidRequestError if
         it has none that this policy heeds.
@@ -136,7 +138,7 @@ class Fcfs(SchedulingPolicy):
         decodes, prefills = split_running(running)
         claims = [each for part in (decodes, prefills, waiting) for each in sorted(part, key=_by_queue_key)]
         claims.sort(key=_by_priority)
-        return ClaimOrder([], claims, tail_share=self.tail_share if is_overtaken(running, claims) else 0.0)
+        return ClaimOrder([Tier(claims)], tail_share=self.tail_share if is_overtaken(running, claims) else 0.0)
 
     def preemption_victim(self, running: Sequence[Request], *, claimant: Request) -> Request | None:
         """Return the newest request of the lowest priority, if it comes after `claimant`; the oldest request of all may

@@ -108,6 +108,7 @@ class Scheduler:
         self._num_accepted += 1
         request.fair_share_key = self._fair_share.key(request, running=queue.running, waiting=queue.waiting)
         self._requests[request.request_id] = request
+        self.policy.accept(request, queue, now=now)
         queue.waiting.append(request)
         self.events.emit(RequestAdded(request, now if sent_time is None else min(sent_time, now), now))
 

@@ -74,6 +74,7 @@ class RequestQueue:
             tokens = request.tokens(0, request.num_tokens)
             request.kv.reuse_prefix(self._allocator, tokens, salt=request.scheduling.cache_salt)
         request.num_scheduled = request.kv.num_computed
+        request.num_expected_cached = 0
 
     def requeue(self, request: Request) -> None:
         """Send a running request back to waiting: it keeps its tokens and gives its blocks back."""
@@ -90,6 +91,12 @@ class RequestQueue:
         request.kv.note_preemption()
         self.num_preemptions += 1
         self.requeue(request)
+
+    def expect_cached(self, request: Request) -> None:
+        """Look up how much of a new request's prompt the prefix cache has."""
+        if request.params.prompt_logprobs is None:
+            tokens = request.prompt_token_ids
+            request.num_expected_cached = self._allocator.count_cached(tokens, request.kv.block_names, salt=request.scheduling.cache_salt)
 
     def remove(self, request: Request) -> None:
         """Forget a request which has finished."""

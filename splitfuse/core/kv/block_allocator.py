@@ -105,6 +105,17 @@ class BlockAllocator:
 
         At least one token is left uncovered: it must be computed, since its logits are wanted.
         """
+        blocks = self._known(token_ids, names, salt=salt)
+        for block in blocks:
+            self._cached.pop(block, None)
+            self._references[block] += 1
+        return blocks
+
+    def count_cached(self, token_ids: Sequence[int], names: list[bytes], *, salt: str = "") -> int:
+        """Return how many tokens `match` would cover. Only names are added, for `match` to use."""
+        return len(self._known(token_ids, names, salt=salt)) * self.block_size
+
+    def _known(self, token_ids: Sequence[int], names: list[bytes], *, salt: str) -> list[int]:
         blocks: list[int] = []
         if self._namer is None:
             return blocks
@@ -116,9 +127,6 @@ class BlockAllocator:
             if block is None or self._contents[block][1] != self._tokens(token_ids, index):
                 break
             blocks.append(block)
-        for block in blocks:
-            self._cached.pop(block, None)
-            self._references[block] += 1
         return blocks
 
     def publish(

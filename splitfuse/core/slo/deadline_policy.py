@@ -15,6 +15,7 @@ from splitfuse.core.policy import (
     ClaimOrder,
     Fcfs,
     SchedulingPolicy,
+    Tier,
     is_overtaken,
     oldest_number,
     preemption_key,
@@ -25,109 +26,125 @@ from splitfuse.core.request import Priority, Request
 from splitfuse.core.slo.admission import check_on_time
 from splitfuse.core.slo.cost_model import CostModel
 from splitfuse.core.slo.deadline_planner import DeadlinePlanner
-from splitfuse.core.slo.decode_load import DecodeLoad
 from splitfuse.core.slo.latency_predictor import LatencyPredictor
-from splitfuse.core.slo.outlook import Outlook
-from splitfuse.core.step_builder import RequestQueue
+from splitfuse.core.slo.feasibility import Feasibility
+from splitfuse.core.slo.turns import Turns
+from splitfuse.core.step_builder import RequestQueue, StepBuilder
 
 MAX_SKIPPED_STEPS = 32
 """Number of consecutive steps without a token after which a decode is urgent, whatever else is."""
 
 
 import os
-PARAMS = {**dict(eta=0.9, eta0=0.75, short=1 / 8, rows=1.25, ride=True), **eval(os.environ.get('PARAMS', '{}'))}
+PARAMS = {**dict(eta=0.85, eta0=0.75, short=1 / 8, rows=1.25, share=1/3), **eval(os.environ.get('PARAMS', '{}'))}
 
 
 class Rank(IntEnum):
-    """Orders the claims of a priority that are not urgent."""
+    """Orders the claims of a priority."""
 
-    RIDE = 0
-    FEASIBLE = 1
+    FEASIBLE = 0
     """Prefills which can meet their TTFT target."""
-    DECODE = 2
-    """Decodes without an ITL target."""
-    PREFILL = 3
+    DECODE = 1
+    """Decodes which have not missed their SLO."""
+    PREFILL = 2
     """Prefills without a TTFT target, and not late."""
-    AHEAD = 4
-    """Decodes ahead of their ITL target."""
-    LATE_DECODE = 5
-    LATE_PREFILL = 6
+    LATE_DECODE = 3
+    LATE_PREFILL = 4
 
 
 class DeadlinePolicy(Fcfs):
-    """Lets as many requests as possible meet their SLO.
-
-    Urgent are decodes whose deadline is before the end of the step after this one, or which were skipped
-    MAX_SKIPPED_STEPS times. Then come the claims of each `Rank`, by deadline or, without one, by fair share and age.
-    """
+    """Lets as many requests as possible meet their SLO."""
 
     def __init__(self, predictor: LatencyPredictor, *, token_budget: int, tail_share: float = TAIL_SHARE) -> None:
         super().__init__(tail_share=tail_share)
         self.predictor: LatencyPredictor = predictor
         self.planner = DeadlinePlanner(predictor, token_budget=token_budget)
+        self.turns = Turns(PARAMS["share"])
+
+    def accept(self, request: Request, queue: RequestQueue, *, now: float) -> None:
+        """See SchedulingPolicy."""
+        queue.expect_cached(request)
+        outlook = Feasibility(self.predictor, (), now=now)
+        before = sum(outlook.seconds(r) for r in (*queue.running, *queue.waiting) if not r.output_token_ids)
+        self.turns.accept(request, own=outlook.seconds(request), before=before)
+
+    def compose(self, step: StepBuilder) -> None:
+        """See SchedulingPolicy."""
+        super().compose(step)
+        outlook = Feasibility(self.predictor, (), now=step.now)
+        decodes = sum(outlook.seconds(request) for request in step.granted if request.output_token_ids)
+        self.turns.advance(max(self.predictor.seconds(step.features) - decodes, 0.0))
 
     def order(self, running: Sequence[Request], waiting: Sequence[Request], *, now: float) -> ClaimOrder:
         """See SchedulingPolicy."""
-        import os
         K = PARAMS
         if not any(request.slo.exists for request in (*running, *waiting)):
             return super().order(running, waiting, now=now)
         decodes, prefills = split_running(running)
         prefills += waiting
-        outlook = Outlook(self.predictor, decodes, now=now)
-        feasible = outlook.feasible(prefills)
-        safety = outlook.safety
-        slack = safety * outlook.slack
-        every = outlook.base + outlook.rows
+        highest = min((r.priority for r in prefills), default=Priority.LOW)
+        outlook = Feasibility(self.predictor, decodes, now=now, priority=highest)
+        overdue = self.turns.have_come(prefills)
+        share = self.turns.share if overdue else 0.0
+        feasible = outlook.feasible([r for r in prefills if r not in overdue] if overdue else prefills, share=1 - share)
+        safety = outlook.safety_factor
+        slack = outlook.slack
+        every = outlook.overhead + outlook.decode_seconds
         ttfts = [r.slo.ttft_target for r in (*decodes, *prefills) if r.slo.ttft_target < math.inf]
-        base = outlook.base / (1 - K["eta"])
+        base = every / (1 - K["eta"])
         if ttfts:
-            base = min(base, max(K["short"] * min(ttfts), outlook.base / (1 - K["eta0"])))
+            base = min(base, max(K["short"] * min(ttfts), every / (1 - K["eta0"])))
         base = max(base, K["rows"] * max(every, outlook.floor))
-        needed, total, rides = base, 0.0, True
+        seconds, spare_time = base, math.inf
+        total = 0.0
         for request in feasible:
-            total += outlook.seconds(request)
-            steps = math.floor(((request.slo.deadline - now) * safety - total) / every)
-            if steps < 1:
-                rides = False
-                break
-            needed = max(needed, total / steps + every)
-        rides = rides and needed <= slack
-        seconds = min(slack, needed if rides else math.inf)
+            total += outlook.seconds(request) / (1 - share)
+            allowed = (request.slo.deadline - now) * safety
+            spare_time = min(spare_time, outlook.room(request.slo.deadline) - total)
+            steps = max(math.floor((allowed - total) / every), 1)
+            seconds = max(seconds, total / steps + every)
+        whole = 0.0
+        if feasible:
+            first = feasible[0]
+            whole = outlook.seconds(first) + outlook.overhead + min(outlook.decode_seconds, max(spare_time, 0.0))
+            seconds = min(max(seconds, whole), max(whole, (first.slo.deadline - now) * safety))
+        seconds = min(seconds, slack)
         late_seconds = min(seconds, base)
-        turn = every if rides else max([every, *(safety * (r.slo.itl_target or 0.0) for r in outlook.live)][:1] + [safety * min((r.slo.itl_target or 0.0 for r in outlook.live), default=0.0)])
-        soon = now + seconds + turn
-        if rides and K["ride"]:
-            urgent = [r for r in decodes if r.slo.deadline <= soon and not r.slo.missed]
-        else:
-            urgent = [r for r in decodes if r.slo.deadline <= soon and not r.slo.missed]
-        urgent += [r for r in decodes if r.slo.missed and r.slo.deadline <= now or r.slo.steps_skipped >= MAX_SKIPPED_STEPS]
-        urgent = list(dict.fromkeys(urgent))
+        soon = now + seconds + every
+        spare_time -= 0.0
+
+        def is_urgent(r):
+            return r.slo.steps_skipped >= MAX_SKIPPED_STEPS or r.slo.deadline <= (now if r.slo.missed else soon)
+
+        urgent = [r for r in decodes if is_urgent(r)]
+        for r in sorted((r for r in decodes if not r.slo.missed and not is_urgent(r)), key=lambda r: r.slo.deadline):
+            spare_time -= outlook.seconds(r)
+            if spare_time < 0.0:
+                break
+            urgent.append(r)
+        urgent.sort(key=lambda r: (r.priority, r.slo.missed, r.slo.deadline, r.sequence_number))
         spare = set(decodes).difference(urgent)
-        feasible_set = set(feasible)
+        in_time = set(feasible)
+        apart = set(overdue)
 
         def rank(request: Request) -> tuple[Priority, Rank, float, int]:
             slo = request.slo
             its_rank, key = Rank.PREFILL, request.fair_share_key
-            if request in feasible_set:
+            if request in in_time:
                 its_rank, key = Rank.FEASIBLE, slo.deadline
             elif request in spare:
-                its_rank = Rank.LATE_DECODE if slo.missed else Rank.DECODE
-                if not slo.missed and slo.deadline < math.inf:
-                    its_rank, key = Rank.AHEAD, slo.deadline
-                if rides and K["ride"]:
-                    its_rank = Rank.RIDE
+                its_rank, key = (Rank.LATE_DECODE, key) if slo.missed else (Rank.DECODE, slo.deadline)
             elif slo.missed or slo.deadline < math.inf:
                 its_rank = Rank.LATE_PREFILL
             return request.priority, its_rank, key, request.sequence_number
 
-        others = sorted((*spare, *prefills), key=rank)
-        is_last = bool(running) and running[0] not in urgent and rank(running[0])[1] >= Rank.LATE_DECODE
-        tail_share = self.tail_share if is_last or is_overtaken(running, (*urgent, *others)) else 0.0
-        urgent.sort(key=lambda r: (r.slo.missed, r.priority, r.slo.deadline, r.sequence_number))
-        late = [r for r in others if rank(r)[1] >= Rank.AHEAD]
-        others = [r for r in others if rank(r)[1] < Rank.AHEAD]
-        return ClaimOrder(urgent, others, seconds, tail_share, late, late_seconds)
+        others = sorted((r for r in (*spare, *prefills) if r not in apart), key=rank)
+        first = [r for r in others if r in in_time]
+        later = [r for r in others if r not in in_time]
+        used = outlook.overhead + sum(outlook.seconds(r) for r in urgent)
+        tail = max(used + share * seconds, seconds * share) if overdue else 0.0
+        tiers = [Tier(urgent), Tier(overdue, min(max(seconds, used / (1 - share)), tail) if feasible else late_seconds), Tier(first, seconds), Tier(later, late_seconds)]
+        return ClaimOrder(tiers, 0.0)
 
     def preemption_victim(self, running: Sequence[Request], *, claimant: Request) -> Request | None:
         """Return the late request of the lowest priority with the fewest computed tokens; otherwise the newest.

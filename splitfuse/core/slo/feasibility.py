@@ -1,0 +1,179 @@
+"""Says which prompts can have their first token in time, given what the running decodes need until then.
+
+One test for all who ask: the order of claims (deadline_policy.py), admission (admission.py), and through it whoever
+sends requests elsewhere. It looks, and changes nothing.
+
+Beyond the knee of the cost model a step takes a constant time and, in addition, its own time for every chunk. So the
+work of requests adds up, in seconds, and before a deadline there is room for
+
+    deadline - now - steps x constant - tokens that decodes must have before the deadline x their own times
+
+A decode must have a token at the end of its slack, and from then on one in each ITL target; as many steps are needed.
+"""
+
+from __future__ import annotations
+
+import heapq
+import math
+from bisect import bisect_left
+from collections import defaultdict
+from collections.abc import Collection, Iterable, Sequence
+from itertools import accumulate
+
+from splitfuse.core.request import Priority, Request
+from splitfuse.core.slo.latency_predictor import LatencyPredictor
+
+ON_TIME_ONLY_SHARE = 7 / 8
+"""Fraction of the room before its deadline within which an `on_time_only` prompt must finish, as long as others can
+yield to it: the rest is for requests which arrive, or start to decode, meanwhile.
+"""
+MIN_SECONDS = 1e-9
+"""Shortest time of a step: a cost model may say that it takes none."""
+
+
+class Feasibility:
+    """Counts the time that is left for prompts before any deadline.
+
+    `decodes` are the running requests that need their next token; deadlines of those whose priority is below `priority`
+    count no more than late ones'.
+    """
+
+    def __init__(
+        self,
+        predictor: LatencyPredictor,
+        decodes: Iterable[Request],
+        *,
+        now: float,
+        priority: Priority = Priority.LOW,
+    ) -> None:
+        cost, (floor, beyond) = predictor.cost, predictor.factors
+        self.now = now
+        self.safety_factor = predictor.safety_factor
+        self.floor = max(floor * cost.floor, MIN_SECONDS)
+        """Seconds of a step of one decode."""
+        self.overhead = max(floor * cost.floor - beyond * cost.per_token_beyond * cost.knee, MIN_SECONDS)
+        """Seconds of a step beyond the knee that no token accounts for."""
+        self._per_token = beyond * (cost.per_token + cost.per_token_beyond)
+        self._per_chunk = beyond * (cost.per_row + cost.per_request)
+        self._per_pair, self._per_kv_token = beyond * cost.per_pair, beyond * cost.per_kv_token
+        self.decode_seconds = 0.0
+        """Seconds that a token of every decode adds to a step."""
+        due: list[tuple[float, float, float]] = []  # deadline, seconds of a token, tokens/s from then on
+        for decode in decodes:
+            seconds = self.seconds(decode)
+            self.decode_seconds += seconds
+            slo = decode.slo
+            is_heeded = not slo.missed and decode.priority <= priority and now + self.floor <= slo.deadline < math.inf
+            if slo.itl_target is not None and is_heeded:
+                due.append((slo.deadline, seconds, 1.0 / slo.itl_target))
+        due.sort()
+        self._deadlines = [deadline for deadline, _, _ in due]
+        self._seconds = [0.0, *accumulate(seconds for _, seconds, _ in due)]
+        self._rates = [0.0, *accumulate(seconds * rate for _, seconds, rate in due)]
+        self._begun = [0.0, *accumulate(seconds * rate * deadline for deadline, seconds, rate in due)]
+        self._first = dict((rate, deadline) for deadline, _, rate in reversed(due))
+
+    @property
+    def slack(self) -> float:
+        """Return the seconds until the first deadline of a decode, less the safety factor; infinity without any."""
+        return self.safety_factor * (self._deadlines[0] - self.now) if self._deadlines else math.inf
+
+    @property
+    def turn(self) -> float:
+        """Return the shortest ITL target of the decodes, less the safety factor; 0 without any."""
+        return self.safety_factor / max(self._first) if self._first else 0.0
+
+    def seconds(self, request: Request) -> float:
+        """Return how much longer a step becomes by all that a request needs."""
+        start = max(request.num_scheduled, request.num_expected_cached)
+        count = request.num_scheduled + request.num_unscheduled - start
+        return (
+            self._per_token * count
+            + self._per_chunk
+            + self._per_pair * count * (start + (count + 1) / 2)
+            + self._per_kv_token * (start + count)
+        )
+
+    def room(self, deadline: float) -> float:
+        """Return the seconds that prompts may take before a deadline, if decodes get what they must have by then."""
+        index = bisect_left(self._deadlines, deadline)
+        decodes = self._seconds[index] + deadline * self._rates[index] - self._begun[index]
+        steps = max(((deadline - first) * rate for rate, first in self._first.items()), default=0.0) + 1.0
+        return self.safety_factor * (deadline - self.now) - decodes - max(steps, 1.0) * self.overhead
+
+    def feasible(self, prefills: Sequence[Request], *, share: float = 1.0) -> list[Request]:
+        """Return the prefills that can meet their deadlines, by priority and deadline, if they get a `share` of the
+        room.
+
+        By the rule of Moore and Hodgson (Management Science, 1968), which leaves as few late as possible: take them in
+        the order of their deadlines, and whenever one would be late drop the longest; among several owners', that of
+        the owner that would have had most.
+        """
+        candidates = [r for r in prefills if self.now < r.slo.deadline < math.inf and not r.slo.missed]
+        found: list[Request] = []
+        above = 0.0  # seconds of prefills of higher priorities, which come first in any case
+        for priority in sorted({r.priority for r in candidates}):
+            above = sum(self.seconds(r) for r in prefills if r.priority < priority)
+            chosen = _Chosen()
+            in_order = sorted((r for r in candidates if r.priority == priority), key=lambda r: r.slo.deadline)
+            for request in in_order:
+                chosen.add(request, self.seconds(request))
+                room = share * self.room(request.slo.deadline) - above
+                if request.on_time_only:
+                    while chosen.num_yielding and chosen.seconds > ON_TIME_ONLY_SHARE * room:
+                        chosen.drop()
+                while chosen.num_requests and chosen.seconds > room:
+                    chosen.drop()
+            kept = chosen.requests
+            found += (request for request in in_order if request in kept)
+        return found
+
+
+class _Chosen:
+    """Holds the prefills of one priority that can meet their deadlines so far. Each owner's are a heap, the
+    longest first.
+    """
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+        self.num_requests = 0
+        self.num_yielding = 0
+        """Number of requests which are not `on_time_only`."""
+        self._heaps: defaultdict[str, list[tuple[bool, float, int, Request]]] = defaultdict(list)
+        self._first_key: defaultdict[str, float] = defaultdict(lambda: math.inf)
+        self._shares: defaultdict[str, float] = defaultdict(float)
+        self._owners: list[tuple[bool, float, int, str]] = []  # a heap, the first to drop first; with outdated entries
+        self._versions: dict[str, int] = {}  # of each owner's valid entry
+
+    @property
+    def requests(self) -> set[Request]:
+        return {request for heap in self._heaps.values() for *_, request in heap}
+
+    def add(self, request: Request, seconds: float) -> None:
+        owner, on_time_only = request.owner, request.on_time_only
+        self.num_requests += 1
+        self.num_yielding += not on_time_only
+        heapq.heappush(self._heaps[owner], (on_time_only, -seconds, -request.sequence_number, request))
+        self._first_key[owner] = min(self._first_key[owner], request.fair_share_key)
+        self._change(owner, seconds, request.num_unscheduled / request.scheduling.weight)
+
+    def drop(self) -> None:
+        """Drop the longest prefill of the owner that would have had most; an `on_time_only` one only if there is no
+        other.
+        """
+        while True:
+            *_, version, owner = heapq.heappop(self._owners)
+            if self._versions[owner] == version:
+                break
+        _, negative, _, request = heapq.heappop(self._heaps[owner])
+        self.num_requests -= 1
+        self.num_yielding -= not request.on_time_only
+        self._change(owner, negative, -request.num_unscheduled / request.scheduling.weight)
+
+    def _change(self, owner: str, seconds: float, service: float) -> None:
+        self.seconds += seconds
+        self._shares[owner] += service
+        self._versions[owner] = self._versions.get(owner, 0) + 1
+        if heap := self._heaps[owner]:
+            would_have = self._first_key[owner] + self._shares[owner]
+            heapq.heappush(self._owners, (heap[0][0], -would_have, self._versions[owner], owner))
