@@ -114,6 +114,7 @@ class SchedulingPolicy(ABC):
 
     def accept(self, request: Request, queue: RequestQueue, *, now: float) -> None:
         """Take note of a new request, which is not in the queue yet."""
+        del request, queue, now
 
     def check_admission(self, request: Request, queue: RequestQueue, *, now: float) -> None:
         """Raise SloUnattainableError if a new request with `on_time_only` cannot meet its SLO, InvalidRequestError if

@@ -96,7 +96,9 @@ class RequestQueue:
         """Look up how much of a new request's prompt the prefix cache has."""
         if request.params.prompt_logprobs is None:
             tokens = request.prompt_token_ids
-            request.num_expected_cached = self._allocator.count_cached(tokens, request.kv.block_names, salt=request.scheduling.cache_salt)
+            request.num_expected_cached = self._allocator.count_cached(
+                tokens, request.kv.block_names, salt=request.scheduling.cache_salt
+            )
 
     def remove(self, request: Request) -> None:
         """Forget a request which has finished."""

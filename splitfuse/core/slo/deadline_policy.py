@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from enum import IntEnum
+from typing import NamedTuple
 
 from splitfuse.config import TAIL_SHARE, SchedulerConfig
 from splitfuse.core.policy import (
@@ -16,7 +17,6 @@ from splitfuse.core.policy import (
     Fcfs,
     SchedulingPolicy,
     Tier,
-    is_overtaken,
     oldest_number,
     preemption_key,
     slo_required,
@@ -26,21 +26,27 @@ from splitfuse.core.request import Priority, Request
 from splitfuse.core.slo.admission import check_on_time
 from splitfuse.core.slo.cost_model import CostModel
 from splitfuse.core.slo.deadline_planner import DeadlinePlanner
-from splitfuse.core.slo.latency_predictor import LatencyPredictor
 from splitfuse.core.slo.feasibility import Feasibility
+from splitfuse.core.slo.latency_predictor import LatencyPredictor
 from splitfuse.core.slo.turns import Turns
 from splitfuse.core.step_builder import RequestQueue, StepBuilder
 
 MAX_SKIPPED_STEPS = 32
 """Number of consecutive steps without a token after which a decode is urgent, whatever else is."""
-
-
-import os
-PARAMS = {**dict(eta=0.85, eta0=0.75, short=1 / 8, rows=1.25, share=1/3), **eval(os.environ.get('PARAMS', '{}'))}
+EFFICIENCY, MIN_EFFICIENCY = 0.95, 0.75
+"""Throughput of a step, relative to the highest, for which steps are as long as they are without deadlines to meet; and
+the least that they are shortened to for TTFT targets."""
+STEP_PER_TTFT = 1 / 4
+"""Longest such step, as a fraction of the shortest TTFT target: a new request waits for the step in flight."""
+DECODES_PER_STEP = 1 / 2
+"""Largest fraction of such a step that a token of every decode takes."""
+AIM = 1 / 2
+"""Fraction of the time to its deadline in which a prompt is to be done, if decodes have the slack for it: the rest is
+for requests that arrive meanwhile."""
 
 
 class Rank(IntEnum):
-    """Orders the claims of a priority."""
+    """Orders the claims of a priority that are not urgent."""
 
     FEASIBLE = 0
     """Prefills which can meet their TTFT target."""
@@ -52,80 +58,62 @@ class Rank(IntEnum):
     LATE_PREFILL = 4
 
 
+class StepLimit(NamedTuple):
+    """Limits the predicted seconds of a step."""
+
+    seconds: float
+    """For prompts that can be in time."""
+    others: float
+    """For all other claims."""
+    spare: float
+    """Seconds that decodes may take without need, and all these prompts be in time."""
+
+
 class DeadlinePolicy(Fcfs):
-    """Lets as many requests as possible meet their SLO."""
+    """Lets as many requests as possible meet their SLO.
+
+    Urgent are decodes whose deadline is before the end of the step after this one, or which were skipped
+    MAX_SKIPPED_STEPS times; and as many others as leave the prompts that can be in time enough. Late prompts whose turn
+    has come (turns.py) have a share of each step. Then come the claims of each `Rank`, by deadline or, without one, by
+    fair share and age.
+    """
 
     def __init__(self, predictor: LatencyPredictor, *, token_budget: int, tail_share: float = TAIL_SHARE) -> None:
         super().__init__(tail_share=tail_share)
         self.predictor: LatencyPredictor = predictor
         self.planner = DeadlinePlanner(predictor, token_budget=token_budget)
-        self.turns = Turns(PARAMS["share"])
+        self._turns = Turns(tail_share)
 
     def accept(self, request: Request, queue: RequestQueue, *, now: float) -> None:
         """See SchedulingPolicy."""
         queue.expect_cached(request)
-        outlook = Feasibility(self.predictor, (), now=now)
-        before = sum(outlook.seconds(r) for r in (*queue.running, *queue.waiting) if not r.output_token_ids)
-        self.turns.accept(request, own=outlook.seconds(request), before=before)
+        work = Feasibility(self.predictor, (), now=now).seconds
+        before = sum(work(other) for other in (*queue.running, *queue.waiting) if not other.output_token_ids)
+        self._turns.accept(request, own=work(request), before=before)
 
     def compose(self, step: StepBuilder) -> None:
         """See SchedulingPolicy."""
         super().compose(step)
-        outlook = Feasibility(self.predictor, (), now=step.now)
-        decodes = sum(outlook.seconds(request) for request in step.granted if request.output_token_ids)
-        self.turns.advance(max(self.predictor.seconds(step.features) - decodes, 0.0))
+        work = Feasibility(self.predictor, (), now=step.now).seconds
+        decodes = sum(work(request) for request in step.granted if request.output_token_ids)
+        self._turns.advance(max(self.predictor.seconds(step.features) - decodes, 0.0))
 
     def order(self, running: Sequence[Request], waiting: Sequence[Request], *, now: float) -> ClaimOrder:
         """See SchedulingPolicy."""
-        K = PARAMS
         if not any(request.slo.exists for request in (*running, *waiting)):
             return super().order(running, waiting, now=now)
         decodes, prefills = split_running(running)
         prefills += waiting
-        highest = min((r.priority for r in prefills), default=Priority.LOW)
+        highest = min((request.priority for request in prefills), default=Priority.LOW)
         outlook = Feasibility(self.predictor, decodes, now=now, priority=highest)
-        overdue = self.turns.have_come(prefills)
-        share = self.turns.share if overdue else 0.0
-        feasible = outlook.feasible([r for r in prefills if r not in overdue] if overdue else prefills, share=1 - share)
-        safety = outlook.safety_factor
-        slack = outlook.slack
-        every = outlook.overhead + outlook.decode_seconds
-        ttfts = [r.slo.ttft_target for r in (*decodes, *prefills) if r.slo.ttft_target < math.inf]
-        base = every / (1 - K["eta"])
-        if ttfts:
-            base = min(base, max(K["short"] * min(ttfts), every / (1 - K["eta0"])))
-        base = max(base, K["rows"] * max(every, outlook.floor))
-        seconds, spare_time = base, math.inf
-        total = 0.0
-        for request in feasible:
-            total += outlook.seconds(request) / (1 - share)
-            allowed = (request.slo.deadline - now) * safety
-            spare_time = min(spare_time, outlook.room(request.slo.deadline) - total)
-            steps = max(math.floor((allowed - total) / every), 1)
-            seconds = max(seconds, total / steps + every)
-        whole = 0.0
-        if feasible:
-            first = feasible[0]
-            whole = outlook.seconds(first) + outlook.overhead + min(outlook.decode_seconds, max(spare_time, 0.0))
-            seconds = min(max(seconds, whole), max(whole, (first.slo.deadline - now) * safety))
-        seconds = min(seconds, slack)
-        late_seconds = min(seconds, base)
-        soon = now + seconds + every
-        spare_time -= 0.0
-
-        def is_urgent(r):
-            return r.slo.steps_skipped >= MAX_SKIPPED_STEPS or r.slo.deadline <= (now if r.slo.missed else soon)
-
-        urgent = [r for r in decodes if is_urgent(r)]
-        for r in sorted((r for r in decodes if not r.slo.missed and not is_urgent(r)), key=lambda r: r.slo.deadline):
-            spare_time -= outlook.seconds(r)
-            if spare_time < 0.0:
-                break
-            urgent.append(r)
-        urgent.sort(key=lambda r: (r.priority, r.slo.missed, r.slo.deadline, r.sequence_number))
-        spare = set(decodes).difference(urgent)
-        in_time = set(feasible)
-        apart = set(overdue)
+        feasible, share = outlook.feasible(prefills), 0.0
+        if overdue := self._turns.have_come(set(prefills).difference(feasible)):
+            share = self._turns.share
+            prefills = [request for request in prefills if request not in overdue]
+            feasible = outlook.feasible(prefills, share=1.0 - share)
+        limit = self._limit(outlook, feasible, [*decodes, *prefills], share=share)
+        urgent = self._urgent(decodes, outlook, limit)
+        spare, in_time = set(decodes).difference(urgent), set(feasible)
 
         def rank(request: Request) -> tuple[Priority, Rank, float, int]:
             slo = request.slo
@@ -138,13 +126,62 @@ class DeadlinePolicy(Fcfs):
                 its_rank = Rank.LATE_PREFILL
             return request.priority, its_rank, key, request.sequence_number
 
-        others = sorted((r for r in (*spare, *prefills) if r not in apart), key=rank)
-        first = [r for r in others if r in in_time]
-        later = [r for r in others if r not in in_time]
-        used = outlook.overhead + sum(outlook.seconds(r) for r in urgent)
-        tail = max(used + share * seconds, seconds * share) if overdue else 0.0
-        tiers = [Tier(urgent), Tier(overdue, min(max(seconds, used / (1 - share)), tail) if feasible else late_seconds), Tier(first, seconds), Tier(later, late_seconds)]
-        return ClaimOrder(tiers, 0.0)
+        others = sorted((*spare, *prefills), key=rank)
+        used = outlook.overhead + sum(outlook.seconds(request) for request in urgent)
+        return ClaimOrder(
+            (
+                Tier(urgent),
+                Tier(overdue, max(used + share * limit.seconds, used / (1.0 - share)) if feasible else limit.others),
+                Tier([request for request in others if request in in_time], limit.seconds),
+                Tier([request for request in others if request not in in_time], limit.others),
+            )
+        )
+
+    def _limit(
+        self, outlook: Feasibility, feasible: Sequence[Request], requests: Sequence[Request], *, share: float
+    ) -> StepLimit:
+        """Return how long a step may be: as short as throughput allows, as long as the deadlines of the `feasible`
+        prompts require, and no longer than the slack of the decodes, or of the first of these prompts.
+        """
+        every = outlook.overhead + outlook.decode_seconds
+        shortest_ttft = min((request.slo.ttft_target for request in requests), default=math.inf)
+        usual = max(STEP_PER_TTFT * shortest_ttft, outlook.efficient_step(MIN_EFFICIENCY))
+        usual = min(usual, outlook.efficient_step(EFFICIENCY))
+        usual = max(usual, every / DECODES_PER_STEP, 1.25 * outlook.floor)
+        seconds, spare, work = usual, math.inf, 0.0
+        for request in feasible:
+            work += outlook.seconds(request) / (1.0 - share)
+            spare = min(spare, outlook.room(request.slo.deadline) - outlook.with_floor(work))
+            steps = max(math.floor((AIM * outlook.time_until(request.slo.deadline) - work) / every), 1)
+            seconds = max(seconds, work / steps + every)
+        if feasible:
+            first = feasible[0]
+            whole = (
+                outlook.overhead
+                + outlook.with_floor(outlook.seconds(first))
+                + min(outlook.decode_seconds, max(spare, 0.0))
+            )
+            seconds = min(seconds, max(whole, outlook.time_until(first.slo.deadline)))
+        seconds = min(seconds, outlook.slack, max(outlook.longest + outlook.decode_seconds, usual))
+        return StepLimit(seconds, min(seconds, usual), spare)
+
+    def _urgent(self, decodes: Sequence[Request], outlook: Feasibility, limit: StepLimit) -> list[Request]:
+        """Return the decodes that get their token before any prompt."""
+        soon = outlook.now + limit.seconds + outlook.overhead + outlook.decode_seconds
+        urgent, ahead = [], []
+        for request in decodes:
+            slo = request.slo
+            if slo.steps_skipped >= MAX_SKIPPED_STEPS or slo.deadline <= (outlook.now if slo.missed else soon):
+                urgent.append(request)
+            elif not slo.missed:
+                ahead.append(request)
+        spare = limit.spare
+        for request in sorted(ahead, key=lambda r: r.slo.deadline):
+            spare -= outlook.seconds(request)
+            if spare < 0.0:
+                break
+            urgent.append(request)
+        return sorted(urgent, key=lambda r: (r.priority, r.slo.missed, r.slo.deadline, r.sequence_number))
 
     def preemption_victim(self, running: Sequence[Request], *, claimant: Request) -> Request | None:
         """Return the late request of the lowest priority with the fewest computed tokens; otherwise the newest.

@@ -17,7 +17,7 @@ import heapq
 import math
 from bisect import bisect_left
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from itertools import accumulate
 
 from splitfuse.core.request import Priority, Request
@@ -51,9 +51,17 @@ class Feasibility:
         self.safety_factor = predictor.safety_factor
         self.floor = max(floor * cost.floor, MIN_SECONDS)
         """Seconds of a step of one decode."""
-        self.overhead = max(floor * cost.floor - beyond * cost.per_token_beyond * cost.knee, MIN_SECONDS)
-        """Seconds of a step beyond the knee that no token accounts for."""
-        self._per_token = beyond * (cost.per_token + cost.per_token_beyond)
+        full, knee = beyond * cost.per_token_beyond, cost.knee
+        spread = min(full, self.floor / knee) if knee else full  # what a token of a full step takes of the floor
+        self.at_knee = self.floor + beyond * cost.per_token * knee
+        """Seconds of a step of as many tokens as the knee."""
+        self.longest = self.at_knee if spread < full else math.inf
+        """Seconds of a step beyond which further tokens take longer than in a step of their own."""
+        self._spread = spread
+        self.overhead = max(self.floor - spread * knee, MIN_SECONDS)
+        """Seconds of a full step that no token accounts for."""
+        self._slope = beyond * cost.per_token
+        self._per_token = max(self._slope + spread, MIN_SECONDS)
         self._per_chunk = beyond * (cost.per_row + cost.per_request)
         self._per_pair, self._per_kv_token = beyond * cost.per_pair, beyond * cost.per_kv_token
         self.decode_seconds = 0.0
@@ -71,17 +79,21 @@ class Feasibility:
         self._seconds = [0.0, *accumulate(seconds for _, seconds, _ in due)]
         self._rates = [0.0, *accumulate(seconds * rate for _, seconds, rate in due)]
         self._begun = [0.0, *accumulate(seconds * rate * deadline for deadline, seconds, rate in due)]
-        self._first = dict((rate, deadline) for deadline, _, rate in reversed(due))
+        self._first = {rate: deadline for deadline, _, rate in reversed(due)}  # of the decodes with that target
+
+    def efficient_step(self, efficiency: float) -> float:
+        """Return the seconds of the shortest step whose tokens/s are that fraction of the most that steps can have."""
+        share = efficiency * self._slope / self._per_token
+        return max(self.overhead / (1.0 - efficiency), min(self.at_knee, self.floor / (1.0 - share)))
 
     @property
     def slack(self) -> float:
         """Return the seconds until the first deadline of a decode, less the safety factor; infinity without any."""
-        return self.safety_factor * (self._deadlines[0] - self.now) if self._deadlines else math.inf
+        return self.time_until(self._deadlines[0]) if self._deadlines else math.inf
 
-    @property
-    def turn(self) -> float:
-        """Return the shortest ITL target of the decodes, less the safety factor; 0 without any."""
-        return self.safety_factor / max(self._first) if self._first else 0.0
+    def time_until(self, deadline: float) -> float:
+        """Return the seconds until a deadline, less the safety factor."""
+        return self.safety_factor * (deadline - self.now)
 
     def seconds(self, request: Request) -> float:
         """Return how much longer a step becomes by all that a request needs."""
@@ -99,7 +111,11 @@ class Feasibility:
         index = bisect_left(self._deadlines, deadline)
         decodes = self._seconds[index] + deadline * self._rates[index] - self._begun[index]
         steps = max(((deadline - first) * rate for rate, first in self._first.items()), default=0.0) + 1.0
-        return self.safety_factor * (deadline - self.now) - decodes - max(steps, 1.0) * self.overhead
+        return self.time_until(deadline) - decodes - max(steps, 1.0) * self.overhead
+
+    def with_floor(self, seconds: float) -> float:
+        """Return the seconds of work, and what its last step takes longer if it has fewer tokens than the knee."""
+        return seconds + max(self.floor - self.overhead - seconds * self._spread / self._per_token, 0.0)
 
     def feasible(self, prefills: Sequence[Request], *, share: float = 1.0) -> list[Request]:
         """Return the prefills that can meet their deadlines, by priority and deadline, if they get a `share` of the
@@ -120,9 +136,9 @@ class Feasibility:
                 chosen.add(request, self.seconds(request))
                 room = share * self.room(request.slo.deadline) - above
                 if request.on_time_only:
-                    while chosen.num_yielding and chosen.seconds > ON_TIME_ONLY_SHARE * room:
+                    while chosen.num_yielding and self.with_floor(chosen.seconds) > ON_TIME_ONLY_SHARE * room:
                         chosen.drop()
-                while chosen.num_requests and chosen.seconds > room:
+                while chosen.num_requests and self.with_floor(chosen.seconds) > room:
                     chosen.drop()
             kept = chosen.requests
             found += (request for request in in_order if request in kept)
