@@ -1,6 +1,7 @@
 """The order of claims under SLOs: on hand-made requests, against laws and against every other order."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 from itertools import permutations
 from random import Random
@@ -14,9 +15,9 @@ from scheduler_harness import Run
 from splitfuse.config import MAX_TARGET, MIN_TARGET, TAIL_SHARE
 from splitfuse.core.request import Priority, Request, RequestStatus, SchedulingOptions
 from splitfuse.core.sampling_params import SamplingParams
-from splitfuse.core.slo.cost_model import MAX_COEFFICIENT, CostModel, StepFeatures
+from splitfuse.core.slo.cost_model import MAX_COEFFICIENT, CostModel
 from splitfuse.core.slo.deadline_policy import MAX_SKIPPED_STEPS, ClaimOrder, DeadlinePolicy, Fcfs
-from splitfuse.core.slo.decode_load import DecodeLoad
+from splitfuse.core.slo.feasibility import Feasibility
 from splitfuse.core.slo.latency_predictor import MAX_SAFETY_FACTOR, LatencyPredictor
 from splitfuse.core.slo.request_slo import MISSED_ITL_FACTOR
 from splitfuse.core.slo.targets import NO_SLO, SloTargets
@@ -50,7 +51,14 @@ def make_policy() -> DeadlinePolicy:
 
 
 def names(order: ClaimOrder) -> tuple[list[str], list[str]]:
-    return [r.request_id for r in order.urgent], [r.request_id for r in order.others]
+    """The urgent requests, and the others in the order of their claims."""
+    urgent, *others = order.tiers
+    return [r.request_id for r in urgent.claims], [r.request_id for tier in others for r in tier.claims]
+
+
+def seconds(order: ClaimOrder) -> float:
+    """How long the step may be for prompts that can be in time."""
+    return order.tiers[2].max_seconds
 
 
 @pytest.mark.parametrize("seed", range(50))
@@ -67,97 +75,70 @@ def test_without_slos_the_order_is_first_come_first_served(seed: int) -> None:
     waiting = [request(f"r{n}", rng.randint(1, 90), arrival_time=n) for n in range(12, 12 + rng.randint(0, 4))]
     plain = Fcfs().order(running, waiting, now=99.0)
     ordered = make_policy().order(running, waiting, now=99.0)
-    assert ordered == plain and ordered.max_seconds == math.inf
+    assert ordered == plain and all(tier.max_seconds == math.inf for tier in ordered.tiers)
     for claimant in (*running, *waiting):
         chosen = [policy.preemption_victim(running, claimant=claimant) for policy in (Fcfs(), make_policy())]
         assert chosen[0] is chosen[1]
 
 
-def test_a_decode_lends_its_time_to_a_prefill_until_its_deadline() -> None:
-    ahead, prompt = decode("s", 0.25, token_at=1.0), request("p", 80, SloTargets(2.0))
-    order = make_policy().order([ahead], [prompt], now=1.0)
-    assert names(order) == ([], ["p", "s"])
-    assert order.max_seconds == pytest.approx(0.11, abs=0.005)  # what the budget takes; half of the interval is longer
-    later = make_policy().order([ahead], [prompt], now=1.06)
-    assert names(later) == (["s"], ["p"])
-    assert later.max_seconds <= 1.25 - 1.06
+def test_a_decode_lends_its_time_to_a_prompt_that_needs_it() -> None:
+    stream = decode("s", 0.25, token_at=1.0)
+    tight, loose = (request("p", 80, SloTargets(ttft), arrival_time=1.0) for ttft in (0.0935, 0.5))
+    assert names(make_policy().order([stream], [tight], now=1.0)) == ([], ["p", "s"])
+    assert names(make_policy().order([stream], [loose], now=1.0)) == (["s"], ["p"])  # there is time for both
+    due = make_policy().order([stream], [tight], now=1.16)  # its deadline is before the end of the next step
+    assert names(due)[0] == ["s"]
 
 
-def test_a_step_ends_well_before_the_next_deadline() -> None:
-    order = make_policy().order([decode("s", 0.25, token_at=1.0)], [request("p", 80, SloTargets(2.0))], now=1.17)
-    assert order.max_seconds == pytest.approx(MAX_SAFETY_FACTOR * (1.25 - 1.17))
+def test_a_step_ends_before_the_slack_of_a_decode_is_used_up() -> None:
+    stream, prompt = decode("s", 0.25, token_at=1.0), request("p", 800, SloTargets(2.5))
+    assert seconds(make_policy().order([stream], [prompt], now=1.1)) <= MAX_SAFETY_FACTOR * 0.15
+    for early in range(1, 40):  # tokens after 10 ms each leave more and more of it
+        stream.slo.observe_token(1.0 + early / 100)
+    order = make_policy().order([stream], [prompt], now=1.4)
+    assert 0.25 < seconds(order) <= MAX_SAFETY_FACTOR * (stream.slo.deadline - 1.4)
+
+
+def test_a_step_is_no_longer_than_the_first_prompt_may_take() -> None:
+    prompts = [request(f"p{n}", 100, SloTargets(0.25 + n), arrival_time=n / 1000) for n in range(9)]
+    assert 0.11 <= seconds(make_policy().order([], prompts, now=0.01)) <= 0.25
 
 
 def test_others_yield_to_on_time_only_requests() -> None:
-    """Nine steps of 100 tokens are left, of which seven eighths must be enough for it."""
+    """A second is left, of which seven eighths must be enough for it."""
 
     def feasible(*, on_time_only: bool) -> list[str]:
         prompts = [request(f"other{n}", 60, SloTargets(0.9), arrival_time=n / 1000) for n in range(5)]
         prompts.append(request("taken", 590, SloTargets(1.0), arrival_time=0.01))
         change(prompts[-1], on_time_only=on_time_only)
-        return sorted(
-            each.request_id for each in make_policy().planner.feasible(prompts, DecodeLoad([]), seconds=0.11, now=0.0)
-        )
+        found = Feasibility(LatencyPredictor(COST), (), now=0.0).feasible(prompts)
+        return sorted(each.request_id for each in found)
 
-    assert len(feasible(on_time_only=False)) == 6  # 890 tokens
-    assert [name[:5] for name in feasible(on_time_only=True)] == ["other"] * 3 + ["taken"]  # 770
-
-
-def test_a_step_takes_at_most_half_of_the_shortest_itl_target() -> None:
-    decodes = [decode("a", 0.5, token_at=1.0), decode("b", 0.1, token_at=1.0)]
-    assert make_policy().order(decodes, [], now=1.0).max_seconds == pytest.approx(MAX_SAFETY_FACTOR * 0.1 / 2)
-
-
-WHOLE = pytest.approx(0.11, abs=0.005)
-"""What the budget takes."""
-
-
-def test_an_itl_target_without_decodes_shortens_no_step() -> None:
-    tight = request("p", 200, SloTargets(9.0, 0.05))
-    assert make_policy().order([], [tight], now=0.0).max_seconds == WHOLE
-    together = make_policy().order([decode("s", 0.1, token_at=0.0)], [tight], now=0.0)
-    assert together.max_seconds < 0.1  # the decode's target, not the prompt's
-
-
-def test_a_short_itl_target_is_used_whole() -> None:
-    prompt = request("p", 200, SloTargets(9.0))
-    order = make_policy().order([decode("s", 0.03, token_at=0.0)], [prompt], now=0.0)
-    assert order.max_seconds == pytest.approx(MAX_SAFETY_FACTOR * 0.03)  # 16 prompt tokens and not 3 in each half
-    assert [r.request_id for r in order.urgent] == ["s"]
+    assert len(feasible(on_time_only=False)) == 6  # 0.9 s
+    assert [name[:5] for name in feasible(on_time_only=True)] == ["other"] * 4 + ["taken"]  # 0.84 s
 
 
 def test_an_impossible_itl_target_shortens_no_step() -> None:
-    prompt, impossible = request("p", 200, SloTargets(9.0)), decode("s", 1e-6, token_at=0.0)
-    assert make_policy().order([impossible], [prompt], now=0.0).max_seconds == WHOLE
+    prompt = request("p", 200, SloTargets(9.0))
+    alone = seconds(make_policy().order([], [prompt], now=0.0))
+    assert seconds(make_policy().order([decode("s", 1e-6, token_at=0.0)], [prompt], now=0.0)) >= alone
     late = decode("l", 1e-6, token_at=0.0)
     late.slo.observe_token(0.5)
-    late.slo.steps_skipped = MAX_SKIPPED_STEPS
-    assert (
-        late.slo.missed and make_policy().order([late], [prompt], now=0.5).max_seconds == WHOLE
-    )  # nor once it is late
-    other = decode("t", 0.15, token_at=0.0)
-    both = make_policy().order([impossible, other], [prompt], now=0.0)
-    assert both.max_seconds <= MAX_SAFETY_FACTOR * 0.15  # the target that can be met is
-    taken = decode("u", 0.0125, token_at=0.0)
-    change(taken, on_time_only=True)
-    assert make_policy().order([taken], [prompt], now=0.0).max_seconds == pytest.approx(MAX_SAFETY_FACTOR * 0.0125)
+    assert late.slo.missed and seconds(make_policy().order([late], [prompt], now=0.5)) >= alone  # nor a late one
+    other = decode("t", 0.05, token_at=0.0)
+    both = make_policy().order([decode("s", 1e-6, token_at=0.0), other], [prompt], now=0.0)
+    assert seconds(both) <= MAX_SAFETY_FACTOR * 0.05  # the target that can be met does
 
 
 def test_a_decode_of_lower_priority_shortens_no_step() -> None:
     low, prompt = decode("s", 0.03, token_at=0.0), request("p", 200, SloTargets(3.0))
     change(low, priority=Priority.LOW)
-    assert make_policy().order([low], [prompt], now=0.0).max_seconds == WHOLE
+    assert seconds(make_policy().order([low], [prompt], now=0.0)) > 0.03
     change(prompt, priority=Priority.LOW)
-    assert make_policy().order([low], [prompt], now=0.0).max_seconds == pytest.approx(MAX_SAFETY_FACTOR * 0.03)
+    assert seconds(make_policy().order([low], [prompt], now=0.0)) <= MAX_SAFETY_FACTOR * 0.03
 
 
-def test_an_itl_target_alone_does_not_advance_a_prefill() -> None:
-    waiting = [request("pace", 20, SloTargets(None, 0.25)), request("any", 20, arrival_time=1.0)]
-    ahead = decode("ahead", 0.5, token_at=6.0)
-    assert names(make_policy().order([ahead], waiting, now=6.0)) == ([], ["pace", "any", "ahead"])
-
-
-def test_feasible_prefills_come_first_and_late_ones_last() -> None:
+def test_feasible_prompts_come_first_and_late_ones_last() -> None:
     late = decode("late", 0.25, token_at=1.0)
     late.slo.observe_token(5.9)
     running = [
@@ -168,13 +149,14 @@ def test_feasible_prefills_come_first_and_late_ones_last() -> None:
     waiting = [
         request("hopeless", 20, SloTargets(0.5), arrival_time=3.0),
         request("any", 20, arrival_time=4.0),
-        request("hopeful", 20, SloTargets(3.0), arrival_time=5.0),
+        request("hopeful", 220, SloTargets(1.2375), arrival_time=5.0),  # it needs 0.23 s
     ]
-    order = make_policy().order(running, waiting, now=6.0)
-    assert names(order) == ([], ["hopeful", "free", "any", "ahead", "late", "hopeless"])
-    assert order.tail_share == TAIL_SHARE  # the oldest is late
-    more = DeadlinePolicy(LatencyPredictor(COST), token_budget=BUDGET, tail_share=0.25)
-    assert more.order(running, waiting, now=6.0).tail_share == 0.25
+    for each in waiting:
+        each.turn = math.inf
+    assert names(make_policy().order(running, waiting, now=6.0)) == (
+        [],
+        ["hopeful", "ahead", "free", "any", "late", "hopeless"],
+    )
 
 
 def test_a_decode_skipped_too_often_is_urgent() -> None:
@@ -191,7 +173,7 @@ def test_a_late_decode_gets_twice_the_itl_target() -> None:
     assert late.slo.missed and late.slo.deadline == 5.0 + MISSED_ITL_FACTOR * 0.25
     feasible = request("p", 80, SloTargets(9.0), arrival_time=5.0)
     assert names(make_policy().order([late], [feasible], now=5.2)) == ([], ["p", "late"])
-    assert names(make_policy().order([late], [feasible], now=5.4)) == (["late"], ["p"])
+    assert names(make_policy().order([late], [feasible], now=5.51)) == (["late"], ["p"])
 
 
 @pytest.mark.parametrize("seed", range(100))
@@ -201,21 +183,18 @@ def test_no_other_order_meets_more_ttft_targets(seed: int) -> None:
         request(f"p{number}", rng.randint(2, 150), SloTargets(rng.uniform(0.05, 0.9)), arrival_time=number / 1000)
         for number in range(rng.randint(1, 6))
     ]
-    order = make_policy().order([], prompts, now=0.01)
-    assert order.tail_share == 0.0
-    seconds = order.max_seconds
-    per_step = max(n for n in range(BUDGET + 1) if COST.seconds(StepFeatures(n, 1, 0, 0, 1)) <= seconds)
+    outlook = Feasibility(LatencyPredictor(COST), (), now=0.01)
 
-    def on_time(chosen: tuple[Request, ...]) -> int:
+    def on_time(chosen: Sequence[Request]) -> int:
         """How many are, if only those are begun that can be, in this order."""
-        work = count = 0
+        work, count = 0.0, 0
         for each in chosen:
-            if 0.01 + math.ceil((work + each.num_unscheduled) / per_step) * seconds <= each.slo.deadline:
-                work, count = work + each.num_unscheduled, count + 1
+            if work + outlook.seconds(each) <= outlook.room(each.slo.deadline):
+                work, count = work + outlook.seconds(each), count + 1
         return count
 
-    best = max(on_time(chosen) for chosen in permutations(prompts))
-    assert on_time(tuple(order.others)) == best
+    found = outlook.feasible(prompts)
+    assert len(found) == on_time(found) == max(on_time(chosen) for chosen in permutations(prompts))
 
 
 def test_the_late_request_with_the_least_to_lose_is_preempted() -> None:

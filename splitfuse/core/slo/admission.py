@@ -14,7 +14,7 @@ from collections.abc import Sequence
 
 from splitfuse.core.request import Request
 from splitfuse.core.slo.cost_model import StepFeatures
-from splitfuse.core.slo.deadline_planner import DeadlinePlanner
+from splitfuse.core.slo.deadline_planner import ON_TIME_ONLY_SHARE, DeadlinePlanner
 from splitfuse.core.slo.decode_load import DecodeLoad
 from splitfuse.core.slo.request_slo import MISSED_ITL_FACTOR
 from splitfuse.core.step_builder import RequestQueue
@@ -22,7 +22,7 @@ from splitfuse.errors import SloUnattainableError, whole_seconds
 
 
 def check_on_time(
-    request: Request, planner: DeadlinePlanner, queue: RequestQueue, *, tail_share: float, now: float
+    request: Request, planner: DeadlinePlanner, queue: RequestQueue, *, now: float
 ) -> None:
     """Raise SloUnattainableError if a new request, which is not in the queue, could not meet its SLO if it were
     admitted now. Its `retry_after` is when it could by what is known now: infinity if it never can.
@@ -32,7 +32,7 @@ def check_on_time(
     prefills = [*(r for r in running if not r.output_token_ids), *waiting]
     seconds = planner.step_limit(decodes, prefills, arriving=[*prefills, request]).seconds
     seconds = min(seconds, _whole_step(planner, [*decodes, *prefills, request]))
-    share = 1.0 - 2 * tail_share  # one for the oldest request, which may come to be owed it, one for late steps
+    share = ON_TIME_ONLY_SHARE
     before = planner.feasible(prefills, DecodeLoad(decodes), seconds=seconds, now=now, share=share)
     load = DecodeLoad([*decodes, *before])  # these will decode when its turn comes
     per_step = share * planner.prefill_tokens(load, seconds)

@@ -107,7 +107,10 @@ class DeadlinePolicy(Fcfs):
         highest = min((request.priority for request in prefills), default=Priority.LOW)
         outlook = Feasibility(self.predictor, decodes, now=now, priority=highest)
         feasible, share = outlook.feasible(prefills), 0.0
-        if overdue := self._turns.have_come(set(prefills).difference(feasible)):
+        overdue: list[Request] = []
+        if not any(request.on_time_only for request in feasible):
+            overdue = self._turns.have_come(set(prefills).difference(feasible))
+        if overdue:
             share = self._turns.share
             prefills = [request for request in prefills if request not in overdue]
             feasible = outlook.feasible(prefills, share=1.0 - share)
@@ -203,7 +206,7 @@ class DeadlinePolicy(Fcfs):
         """See SchedulingPolicy."""
         if not request.slo.exists:
             raise slo_required()
-        check_on_time(request, self.planner, queue, tail_share=self.tail_share, now=now)
+        check_on_time(request, self.planner, queue, now=now)
 
 
 def make_policy(config: SchedulerConfig, cost: CostModel | None = None) -> SchedulingPolicy:

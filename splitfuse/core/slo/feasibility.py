@@ -21,12 +21,9 @@ from collections.abc import Iterable, Sequence
 from itertools import accumulate
 
 from splitfuse.core.request import Priority, Request
+from splitfuse.core.slo.deadline_planner import ON_TIME_ONLY_SHARE
 from splitfuse.core.slo.latency_predictor import LatencyPredictor
 
-ON_TIME_ONLY_SHARE = 7 / 8
-"""Fraction of the room before its deadline within which an `on_time_only` prompt must finish, as long as others can
-yield to it: the rest is for requests which arrive, or start to decode, meanwhile.
-"""
 MIN_SECONDS = 1e-9
 """Shortest time of a step: a cost model may say that it takes none."""
 
