@@ -135,8 +135,8 @@ class SchedulerConfig:
     enable_slo: bool = setting(False, "Schedule for the SLOs of keys and requests even without ttft, itl and tpot.")
     tail_share: float = setting(
         TAIL_SHARE,
-        "Fraction of each step reserved for the oldest request once it has missed its SLO or others overtake it (at "
-        "most 0.25). Higher cuts tail latency and lowers goodput.",
+        "Fraction of each step that late prompts can have: they wait about 1 / tail_share times as long as by age (at "
+        "most 0.5). Higher cuts tail latency and lowers goodput.",
     )
 
     def __post_init__(self) -> None:

@@ -14,11 +14,13 @@ from dataclasses import dataclass
 from operator import attrgetter
 from typing import NamedTuple
 
-from splitfuse.config import TAIL_SHARE
 from splitfuse.core.request import Request
 from splitfuse.core.slo.latency_predictor import LatencyPredictor
 from splitfuse.core.step_builder import RequestQueue, StepBuilder
 from splitfuse.errors import InvalidRequestError
+
+OVERTAKEN_SHARE = 1 / 16
+"""Fraction of a step reserved for the oldest request while others come before it, by priority or fair share."""
 
 _by_priority = attrgetter("priority")
 _by_queue_key = attrgetter("queue_key")
@@ -129,17 +131,13 @@ class Fcfs(SchedulingPolicy):
     waiting requests.
     """
 
-    def __init__(self, *, tail_share: float = TAIL_SHARE) -> None:
-        """`tail_share` is the fraction of a step reserved for the oldest request once others come before it."""
-        self.tail_share = tail_share
-
     def order(self, running: Sequence[Request], waiting: Sequence[Request], *, now: float) -> ClaimOrder:
         """See SchedulingPolicy."""
         del now
         decodes, prefills = split_running(running)
         claims = [each for part in (decodes, prefills, waiting) for each in sorted(part, key=_by_queue_key)]
         claims.sort(key=_by_priority)
-        return ClaimOrder([Tier(claims)], tail_share=self.tail_share if is_overtaken(running, claims) else 0.0)
+        return ClaimOrder([Tier(claims)], tail_share=OVERTAKEN_SHARE if is_overtaken(running, claims) else 0.0)
 
     def preemption_victim(self, running: Sequence[Request], *, claimant: Request) -> Request | None:
         """Return the newest request of the lowest priority, if it comes after `claimant`; the oldest request of all may

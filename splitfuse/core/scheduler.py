@@ -67,7 +67,7 @@ class Scheduler:
         budget: StepBudget | None = None,
     ) -> None:
         events = self.events = EngineEvents()
-        self.policy = policy or Fcfs(tail_share=config.tail_share)
+        self.policy = policy or Fcfs()
         self.budget = budget or StepBudget.of(config)
         self._allocator = allocator
         self.queue = RequestQueue(

@@ -112,7 +112,7 @@ def test_slo_settings_are_refused_for_baselines(policy: str) -> None:
     with pytest.raises(ConfigError, match=f"the policy {policy} meets no SLOs"):
         make_baseline(policy, config)
     with pytest.raises(ConfigError, match=f"the policy {policy} reserves nothing for the oldest request"):
-        make_baseline(policy, SchedulerConfig(tail_share=0.25))
+        make_baseline(policy, SchedulerConfig(tail_share=0.5))
 
 
 def test_plans_of_all_policies_say_the_same_budget() -> None:

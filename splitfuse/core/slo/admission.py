@@ -21,9 +21,7 @@ from splitfuse.core.step_builder import RequestQueue
 from splitfuse.errors import SloUnattainableError, whole_seconds
 
 
-def check_on_time(
-    request: Request, planner: DeadlinePlanner, queue: RequestQueue, *, now: float
-) -> None:
+def check_on_time(request: Request, planner: DeadlinePlanner, queue: RequestQueue, *, now: float) -> None:
     """Raise SloUnattainableError if a new request, which is not in the queue, could not meet its SLO if it were
     admitted now. Its `retry_after` is when it could by what is known now: infinity if it never can.
     """

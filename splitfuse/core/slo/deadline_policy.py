@@ -79,7 +79,6 @@ class DeadlinePolicy(Fcfs):
     """
 
     def __init__(self, predictor: LatencyPredictor, *, token_budget: int, tail_share: float = TAIL_SHARE) -> None:
-        super().__init__(tail_share=tail_share)
         self.predictor: LatencyPredictor = predictor
         self.planner = DeadlinePlanner(predictor, token_budget=token_budget)
         self._turns = Turns(tail_share)
@@ -212,6 +211,6 @@ class DeadlinePolicy(Fcfs):
 def make_policy(config: SchedulerConfig, cost: CostModel | None = None) -> SchedulingPolicy:
     """Return a DeadlinePolicy if there is a cost model to predict steps with, otherwise Fcfs."""
     if cost is None:
-        return Fcfs(tail_share=config.tail_share)
+        return Fcfs()
     predictor = LatencyPredictor(cost)
     return DeadlinePolicy(predictor, token_budget=config.token_budget, tail_share=config.tail_share)
