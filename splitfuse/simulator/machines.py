@@ -114,7 +114,7 @@ def _opt_13b() -> Calibration:
     cost = CostModel(
         floor=18.5e-3,
         per_token=0.0385e-3,
-        knee=64,
+        knee=64.0,
         per_token_beyond=0.0634e-3,
         per_pair=2 * 7.1e-9,
         per_kv_token=0.63e-6,
@@ -130,7 +130,7 @@ def _opt_66b() -> Calibration:
     cost = CostModel(
         floor=29.6e-3,
         per_token=0.0633e-3,
-        knee=64,
+        knee=64.0,
         per_token_beyond=0.0877e-3,
         per_pair=2 * 8.3e-9,
         per_kv_token=0.45e-6,
@@ -162,7 +162,7 @@ def _splitwise(gpu: str, cost: CostModel) -> Calibration:
 SPLITWISE_A100 = CostModel(
     floor=44.27e-3,
     per_token=91.4e-6,
-    knee=512,
+    knee=512.0,
     per_token_beyond=29.9e-6,
     per_row=135.7e-6,
     per_pair=14.87e-9,
@@ -171,7 +171,7 @@ SPLITWISE_A100 = CostModel(
 SPLITWISE_H100 = CostModel(
     floor=29.85e-3,
     per_token=46.8e-6,
-    knee=2048,
+    knee=2048.0,
     per_token_beyond=53.4e-6,
     per_row=163.5e-6,
     per_pair=3.48e-9,
