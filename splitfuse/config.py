@@ -44,7 +44,7 @@ MAX_SIZE = 1e9
 """Largest size in GiB or MiB: as bytes, it is still a number."""
 MIN_TIMEOUT, MAX_TIMEOUT = 0.001, 1_000_000.0
 """Bounds of a timeout in the settings, in seconds: beyond them, timers of the system spin or overflow."""
-TAIL_SHARE, MAX_TAIL_SHARE = 1 / 4, 1 / 2
+TAIL_SHARE, MAX_TAIL_SHARE = 0.15, 0.5
 MAX_TOKEN_BUDGET = 2048
 """Largest token budget that is chosen by itself: up to here, every machine that was measured is saturated."""
 
