@@ -105,10 +105,10 @@ class Scheduler:
         request.sequence_number = self._num_accepted
         if request.on_time_only:
             self.policy.check_admission(request, queue, now=now)
+        self.policy.accept(request, queue, now=now)  # which may raise: nothing is changed before
         self._num_accepted += 1
         request.fair_share_key = self._fair_share.key(request, running=queue.running, waiting=queue.waiting)
         self._requests[request.request_id] = request
-        self.policy.accept(request, queue, now=now)
         queue.waiting.append(request)
         self.events.emit(RequestAdded(request, now if sent_time is None else min(sent_time, now), now))
 
