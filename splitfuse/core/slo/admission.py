@@ -14,8 +14,9 @@ from collections.abc import Sequence
 
 from splitfuse.core.request import Request
 from splitfuse.core.slo.cost_model import StepFeatures
-from splitfuse.core.slo.deadline_planner import ON_TIME_ONLY_SHARE, DeadlinePlanner
+from splitfuse.core.slo.deadline_planner import DeadlinePlanner
 from splitfuse.core.slo.decode_load import DecodeLoad
+from splitfuse.core.slo.fewest_late import ON_TIME_ONLY_SHARE
 from splitfuse.core.slo.request_slo import MISSED_ITL_FACTOR
 from splitfuse.core.step_builder import RequestQueue
 from splitfuse.errors import SloUnattainableError, whole_seconds

@@ -6,9 +6,7 @@ changes nothing.
 
 from __future__ import annotations
 
-import heapq
 import math
-from collections import defaultdict
 from collections.abc import Sequence
 from statistics import median
 from typing import NamedTuple
@@ -16,16 +14,13 @@ from typing import NamedTuple
 from splitfuse.core.request import Priority, Request
 from splitfuse.core.slo.cost_model import StepFeatures
 from splitfuse.core.slo.decode_load import DecodeLoad
+from splitfuse.core.slo.fewest_late import ON_TIME_ONLY_SHARE, FewestLate
 from splitfuse.core.slo.latency_predictor import LatencyPredictor
 
 STEP_PER_TTFT = 1 / 16
 """Longest step, as a fraction of the median TTFT target: a new request waits for the step in flight."""
 KEPT_THROUGHPUT = 0.9
 """Minimum prefill throughput to keep when steps are shortened to STEP_PER_TTFT, relative to full-budget steps."""
-ON_TIME_ONLY_SHARE = 7 / 8
-"""Fraction of the prefill capacity left before its deadline within which an `on_time_only` prompt must finish, as long
-as others can yield to it: the rest is for requests which arrive, or start to decode, meanwhile.
-"""
 WHOLE_ITL_GAIN = 1.25
 """Minimum gain in prefill throughput for which a step takes a whole ITL target instead of half of it."""
 MIN_THROUGHPUT = 1 / 4
@@ -120,63 +115,16 @@ class DeadlinePlanner:
         tokens = {r: r.num_unscheduled for r in prefills}
         above = 0  # tokens of prefills of higher priorities, which come first in any case
         for priority in sorted({r.priority for r in prefills}):
-            chosen = _Chosen()
+            chosen = FewestLate()
             of_priority = (r for r in candidates if r.priority == priority)
             for request in sorted(of_priority, key=lambda r: r.slo.deadline):
                 chosen.add(request, tokens[request])
                 capacity = (request.slo.deadline - now) // seconds * per_step
                 if request.on_time_only:
-                    while chosen.num_yielding and above + chosen.tokens > ON_TIME_ONLY_SHARE * capacity:
+                    while chosen.num_yielding and above + chosen.work > ON_TIME_ONLY_SHARE * capacity:
                         chosen.drop()
-                if above + chosen.tokens > capacity:
+                if above + chosen.work > capacity:
                     chosen.drop()
             found |= chosen.requests
             above += sum(count for r, count in tokens.items() if r.priority == priority)
         return found
-
-
-class _Chosen:
-    """Holds the prefills of one priority that can meet their deadlines so far. Each owner's are a heap, the
-    longest first.
-    """
-
-    def __init__(self) -> None:
-        self.tokens = 0
-        self.num_yielding = 0
-        """Number of requests which are not `on_time_only`."""
-        self._heaps: defaultdict[str, list[tuple[bool, int, int, Request]]] = defaultdict(list)
-        self._first_key: defaultdict[str, float] = defaultdict(lambda: math.inf)
-        self._shares: defaultdict[str, float] = defaultdict(float)
-        self._owners: list[tuple[bool, float, int, str]] = []  # a heap, the first to drop first; with outdated entries
-        self._versions: dict[str, int] = {}  # of each owner's valid entry
-
-    @property
-    def requests(self) -> set[Request]:
-        return {request for heap in self._heaps.values() for *_, request in heap}
-
-    def add(self, request: Request, count: int) -> None:
-        owner, on_time_only = request.owner, request.on_time_only
-        self.num_yielding += not on_time_only
-        heapq.heappush(self._heaps[owner], (on_time_only, -count, -request.sequence_number, request))
-        self._first_key[owner] = min(self._first_key[owner], request.fair_share_key)
-        self._change(owner, count, request.scheduling.weight)
-
-    def drop(self) -> None:
-        """Drop the longest prefill of the owner that would have had most; an `on_time_only` one only if there is no
-        other.
-        """
-        while True:
-            *_, version, owner = heapq.heappop(self._owners)
-            if self._versions[owner] == version:
-                break
-        _, negative, _, request = heapq.heappop(self._heaps[owner])
-        self.num_yielding -= not request.on_time_only
-        self._change(owner, negative, request.scheduling.weight)
-
-    def _change(self, owner: str, count: int, weight: float) -> None:
-        self.tokens += count
-        self._shares[owner] += count / weight
-        self._versions[owner] = self._versions.get(owner, 0) + 1
-        if heap := self._heaps[owner]:
-            would_have = self._first_key[owner] + self._shares[owner]
-            heapq.heappush(self._owners, (heap[0][0], -would_have, self._versions[owner], owner))

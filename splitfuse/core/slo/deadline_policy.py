@@ -40,6 +40,8 @@ STEP_PER_TTFT = 1 / 4
 """Longest such step, as a fraction of the shortest TTFT target: a new request waits for the step in flight."""
 DECODES_PER_STEP = 1 / 2
 """Largest fraction of such a step that a token of every decode takes."""
+MIN_STEP = 1.25
+"""Shortest such step, relative to one of a single decode: the rest is for prompts."""
 AIM = 1 / 2
 """Fraction of the time to its deadline in which a prompt is to be done, if decodes have the slack for it: the rest is
 for requests that arrive meanwhile."""
@@ -111,7 +113,8 @@ class DeadlinePolicy(Fcfs):
             overdue = self._turns.have_come(set(prefills).difference(feasible))
         if overdue:
             share = self._turns.share
-            prefills = [request for request in prefills if request not in overdue]
+            apart = set(overdue)
+            prefills = [request for request in prefills if request not in apart]
             feasible = outlook.feasible(prefills, share=1.0 - share)
         limit = self._limit(outlook, feasible, [*decodes, *prefills], share=share)
         urgent = self._urgent(decodes, outlook, limit)
@@ -149,7 +152,7 @@ class DeadlinePolicy(Fcfs):
         shortest_ttft = min((request.slo.ttft_target for request in requests), default=math.inf)
         usual = max(STEP_PER_TTFT * shortest_ttft, outlook.efficient_step(MIN_EFFICIENCY))
         usual = min(usual, outlook.efficient_step(EFFICIENCY))
-        usual = max(usual, every / DECODES_PER_STEP, 1.25 * outlook.floor)
+        usual = max(usual, every / DECODES_PER_STEP, MIN_STEP * outlook.floor)
         seconds, spare, work = usual, math.inf, 0.0
         for request in feasible:
             work += outlook.seconds(request) / (1.0 - share)

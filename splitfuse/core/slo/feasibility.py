@@ -1,7 +1,7 @@
 """Says which prompts can have their first token in time, given what the running decodes need until then.
 
-One test for all who ask: the order of claims (deadline_policy.py), admission (admission.py), and through it whoever
-sends requests elsewhere. It looks, and changes nothing.
+The order of claims (deadline_policy.py) follows it. It looks, and changes nothing. Admission still asks the older test
+of deadline_planner.py, in steps of one length.
 
 Beyond the knee of the cost model a step takes a constant time and, in addition, its own time for every chunk. So the
 work of requests adds up, in seconds, and before a deadline there is room for
@@ -13,15 +13,13 @@ A decode must have a token at the end of its slack, and from then on one in each
 
 from __future__ import annotations
 
-import heapq
 import math
 from bisect import bisect_left
-from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from itertools import accumulate
 
 from splitfuse.core.request import Priority, Request
-from splitfuse.core.slo.deadline_planner import ON_TIME_ONLY_SHARE
+from splitfuse.core.slo.fewest_late import ON_TIME_ONLY_SHARE, FewestLate
 from splitfuse.core.slo.latency_predictor import LatencyPredictor
 
 MIN_SECONDS = 1e-9
@@ -123,70 +121,22 @@ class Feasibility:
         the owner that would have had most.
         """
         candidates = [r for r in prefills if self.now < r.slo.deadline < math.inf and not r.slo.missed]
+        if not candidates:
+            return []
         found: list[Request] = []
-        above = 0.0  # seconds of prefills of higher priorities, which come first in any case
+        work = {r: self.seconds(r) for r in prefills}
         for priority in sorted({r.priority for r in candidates}):
-            above = sum(self.seconds(r) for r in prefills if r.priority < priority)
-            chosen = _Chosen()
+            above = sum(work[r] for r in prefills if r.priority < priority)  # they come first in any case
+            chosen = FewestLate()
             in_order = sorted((r for r in candidates if r.priority == priority), key=lambda r: r.slo.deadline)
             for request in in_order:
-                chosen.add(request, self.seconds(request))
+                chosen.add(request, work[request])
                 room = share * self.room(request.slo.deadline) - above
                 if request.on_time_only:
-                    while chosen.num_yielding and self.with_floor(chosen.seconds) > ON_TIME_ONLY_SHARE * room:
+                    while chosen.num_yielding and self.with_floor(chosen.work) > ON_TIME_ONLY_SHARE * room:
                         chosen.drop()
-                while chosen.num_requests and self.with_floor(chosen.seconds) > room:
+                while chosen.num_requests and self.with_floor(chosen.work) > room:
                     chosen.drop()
             kept = chosen.requests
             found += (request for request in in_order if request in kept)
         return found
-
-
-class _Chosen:
-    """Holds the prefills of one priority that can meet their deadlines so far. Each owner's are a heap, the
-    longest first.
-    """
-
-    def __init__(self) -> None:
-        self.seconds = 0.0
-        self.num_requests = 0
-        self.num_yielding = 0
-        """Number of requests which are not `on_time_only`."""
-        self._heaps: defaultdict[str, list[tuple[bool, float, int, Request]]] = defaultdict(list)
-        self._first_key: defaultdict[str, float] = defaultdict(lambda: math.inf)
-        self._shares: defaultdict[str, float] = defaultdict(float)
-        self._owners: list[tuple[bool, float, int, str]] = []  # a heap, the first to drop first; with outdated entries
-        self._versions: dict[str, int] = {}  # of each owner's valid entry
-
-    @property
-    def requests(self) -> set[Request]:
-        return {request for heap in self._heaps.values() for *_, request in heap}
-
-    def add(self, request: Request, seconds: float) -> None:
-        owner, on_time_only = request.owner, request.on_time_only
-        self.num_requests += 1
-        self.num_yielding += not on_time_only
-        heapq.heappush(self._heaps[owner], (on_time_only, -seconds, -request.sequence_number, request))
-        self._first_key[owner] = min(self._first_key[owner], request.fair_share_key)
-        self._change(owner, seconds, request.num_unscheduled / request.scheduling.weight)
-
-    def drop(self) -> None:
-        """Drop the longest prefill of the owner that would have had most; an `on_time_only` one only if there is no
-        other.
-        """
-        while True:
-            *_, version, owner = heapq.heappop(self._owners)
-            if self._versions[owner] == version:
-                break
-        _, negative, _, request = heapq.heappop(self._heaps[owner])
-        self.num_requests -= 1
-        self.num_yielding -= not request.on_time_only
-        self._change(owner, negative, -request.num_unscheduled / request.scheduling.weight)
-
-    def _change(self, owner: str, seconds: float, service: float) -> None:
-        self.seconds += seconds
-        self._shares[owner] += service
-        self._versions[owner] = self._versions.get(owner, 0) + 1
-        if heap := self._heaps[owner]:
-            would_have = self._first_key[owner] + self._shares[owner]
-            heapq.heappush(self._owners, (heap[0][0], -would_have, self._versions[owner], owner))
