@@ -48,22 +48,27 @@ def test_subscriber_gets_records_and_ends_of_requests(server: RunningServer) -> 
 def test_late_subscriber_is_told_of_unfinished_requests_alone(server: RunningServer) -> None:
     first: list[TraceEvent] = []
     late: list[TraceEvent] = []
-    body = {"prompt": "One day", "max_tokens": 800, "ignore_eos": True, "stream": True}
-
-    async def subscribe(events: list[TraceEvent]) -> Callable[[], None]:
-        return server.traces.subscribe(events.append, TraceLevel.STEPS)
+    ends: list[Callable[[], None]] = []
+    body = {"prompt": "One day", "max_tokens": 800, "ignore_eos": True}
 
     def requests(events: list[TraceEvent]) -> list[RequestTrace]:
         records = (record for event in events if isinstance(event, EngineRecords) for record in event.records)
         return [record for record in records if isinstance(record, RequestTrace)]
 
-    ends = [server.call(subscribe(first))]
-    with server.http() as http, http.stream("POST", "/v1/completions", json=body) as answer:
-        next(answer.iter_lines())
-        ends.append(server.call(subscribe(late)))
-        assert isinstance(late[0], EngineRecords)
-        assert [type(record) for record in late[0].records] == [RequestTrace, PhaseTrace]
-        assert requests(late) == requests(first)
+    def subscribe_late(event: TraceEvent) -> None:
+        first.append(event)
+        if len(ends) == 1 and requests([event]):  # at once: the request is still unfinished
+            ends.append(server.traces.subscribe(late.append, TraceLevel.STEPS))
+
+    async def subscribe() -> None:
+        ends.append(server.traces.subscribe(subscribe_late, TraceLevel.STEPS))
+
+    server.call(subscribe())
+    with server.http() as http:
+        assert http.post("/v1/completions", json=body).status_code == 200
+    assert isinstance(late[0], EngineRecords)
+    assert [type(record) for record in late[0].records] == [RequestTrace, PhaseTrace]
+    assert requests(late) == requests(first)
     server.assert_idle()
 
     async def end() -> None:
