@@ -83,6 +83,8 @@ def tune(
         calibration = known_calibration(config, cost_model, machine)
     measured = curve(calibration, budgets)
     _print_curve(calibration, measured)
+    seqs = numbers("max_num_seqs", max_num_seqs, int) or MAX_NUM_SEQS
+    _print_attainable(calibration, config, max_num_seqs=max(1, *seqs), max_num_batched_tokens=max(1, *budgets))
     slower = replace(calibration, cost=calibration.cost.slower(1.0 + headroom))
     with tqdm(desc="simulated loads", unit="load", disable=not shown) as bar:
         tuning = find(
@@ -91,7 +93,7 @@ def tune(
             attainment=slo_attainment,
             requests=requests,
             budgets=budgets,
-            max_num_seqs=numbers("max_num_seqs", max_num_seqs, int) or MAX_NUM_SEQS,
+            max_num_seqs=seqs,
             on_trial=lambda: bar.update() and None,
         )
     _print_candidates(tuning, measured, load)
@@ -134,6 +136,25 @@ def _print_curve(calibration: Calibration, points: list[CurvePoint]) -> None:
     console().print(make_table(f"a step of {calibration.name}", heads, rows, left=[""]))
     if (error := calibration.cost.error) is not None:
         print(f"error of the fit over held-out steps: median {error.median:.1%}, P95 {error.p95:.1%}")
+
+
+def _print_attainable(
+    calibration: Calibration, config: EngineConfig, *, max_num_seqs: int, max_num_batched_tokens: int
+) -> None:
+    """Print what the machine can keep of the SLO with the largest settings, before loads are simulated."""
+    from splitfuse.core.slo.attainable import attainable
+    from splitfuse.core.slo.targets import SloTargets
+
+    found = attainable(
+        calibration.cost,
+        SloTargets.parse(**config.scheduler.targets),
+        max_num_seqs=max_num_seqs,
+        max_model_len=config.model.max_model_len or calibration.max_model_len,
+        kv_tokens=(config.cache.num_blocks or calibration.num_blocks) * calibration.block_size,
+        max_num_batched_tokens=max_num_batched_tokens,
+    )
+    assert found is not None, "there are targets"
+    print(found, flush=True)
 
 
 def _print_candidates(tuning: Tuning, points: list[CurvePoint], load: WorkloadFlags) -> None:

@@ -415,7 +415,7 @@ class LocalClient(EngineClient):
                     self.on_planned(report.memory_plan)
             case EngineInfo():
                 self._info, self.stage = report, Loading("ready", 1.0)
-                self._stats = EngineStats(token_budget=report.token_budget)
+                self._stats = EngineStats(token_budget=report.token_budget, attainable=report.attainable)
                 self._enter(EngineState.READY)
                 if self._trace_level is not TraceLevel.OFF:  # before any request
                     self._send(SetTracing(self._trace_level))

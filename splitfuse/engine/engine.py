@@ -20,6 +20,7 @@ from splitfuse.core.policy import PlanningError, SchedulingPolicy
 from splitfuse.core.pooling_params import PoolingParams
 from splitfuse.core.request import DEFAULT_SCHEDULING, FinishReason, Request, RequestOutput, SchedulingOptions
 from splitfuse.core.sampling_params import SamplingParams
+from splitfuse.core.slo.attainable import Attainable, attainable
 from splitfuse.core.slo.cost_model import CostModel
 from splitfuse.core.slo.targets import NO_SLO, SLO_DISABLED, SloTargets
 from splitfuse.engine.build import build_scheduler
@@ -81,6 +82,7 @@ class Engine:
         self._targets = SloTargets.parse(**config.scheduler.targets)
         self.scheduler, self.allocator, self._latencies = build_scheduler(config, plan, policy=policy, cost=cost)
         self.events = self.scheduler.events
+        self._attainable: tuple[CostModel, Attainable | None] | None = None  # and of which cost model
         self._num_broken_steps = 0
         self._held: dict[str, tuple[Add, Future[LLMatcher]]] = {}
         # Of the accepted requests: while they are referred to, no step has to wait until one is made again.
@@ -140,6 +142,25 @@ class Engine:
             return
         if (cost := load_or_estimate(self.config, model)) is not None:
             budget.choose(cost)
+
+    @property
+    def attainable(self) -> Attainable | None:
+        """Return what this machine can keep of the SLO of the settings; None without one."""
+        predictor, plan = self.scheduler.policy.predictor, self.model.plan
+        if predictor is None or not self.config.scheduler.has_targets:
+            return None
+        if self._attainable is None or self._attainable[0] is not predictor.cost:
+            found = attainable(
+                predictor.cost,
+                self._targets,
+                max_num_seqs=plan.max_num_seqs,
+                max_model_len=plan.max_model_len,
+                kv_tokens=plan.num_blocks * plan.block_size,
+                max_num_batched_tokens=self.scheduler.budget.most,
+                estimated=predictor.cost.error is None,
+            )
+            self._attainable = predictor.cost, found
+        return self._attainable[1]
 
     @property
     def max_model_len(self) -> int:

@@ -77,6 +77,7 @@ class EngineLoop:
             adapters=dict(engine.adapters),
             fingerprint=engine.model.fingerprint,
             identity=dict(engine.model.identity),
+            attainable=engine.attainable,
         )
 
     def run(self) -> None:
@@ -184,4 +185,5 @@ class EngineLoop:
             num_preemptions=queue.num_preemptions,
             step_seconds=self._step_seconds,
             token_budget=self._engine.scheduler.budget.tokens,
+            attainable=self._engine.attainable,
         )

@@ -15,6 +15,7 @@ from splitfuse.core.limits import EngineLimits
 from splitfuse.core.pooling_params import PoolingParams
 from splitfuse.core.request import DEFAULT_SCHEDULING, FinishReason, RequestOutput, SchedulingOptions
 from splitfuse.core.sampling_params import SamplingParams
+from splitfuse.core.slo.attainable import Attainable
 from splitfuse.engine.trace import TraceLevel, TraceRecord
 
 # To the engine -------------------------------------------------------------------------------------------------------
@@ -111,6 +112,8 @@ class EngineInfo(msgspec.Struct, frozen=True, tag=True):
     """Texts that the fingerprint stands for."""
     token_budget: int = 0
     """Token budget of the first steps."""
+    attainable: Attainable | None = None
+    """What the machine can keep of the SLO, as far as it is known before the first step; None without one."""
 
 
 @dataclass(frozen=True)
@@ -131,6 +134,7 @@ class EngineStats:
     predicted_step_seconds: float = 0.0  # 0: there was no prediction
     step_token_budget: int = 0  # of the last step
     token_budget: int = 0  # of steps that nothing else limits
+    attainable: Attainable | None = None  # of the SLO; None without one
 
 
 class StepReport(msgspec.Struct, frozen=True, tag=True):

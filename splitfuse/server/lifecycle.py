@@ -105,7 +105,7 @@ async def run_server(engine: EngineConfig, config: ServerConfig, *, show_stage: 
                 if (started := await _started(starting, serving, signals)) is not None:
                     admission, service = started
                     with closing(service):
-                        _log_slo(engine.scheduler)
+                        _log_slo(engine.scheduler, client)
                         _log_budget(engine.scheduler, client)
                         _logger.info("splitfuse serves %s on %s (name %s)", model, deployment.url, deployment.name)
                         garbage.freeze()
@@ -398,10 +398,13 @@ def describe(stage: Loading, *, steps: int = 100) -> str:
     return f"{stage.stage} {percent} %" if stage.stage == "loading" else stage.stage
 
 
-def _log_slo(scheduler: SchedulerConfig) -> None:
+def _log_slo(scheduler: SchedulerConfig, client: EngineClient) -> None:
     if scheduler.has_targets:
         settings = {**scheduler.targets, "tail_share": scheduler.tail_share}
         _logger.info("SLO: %s", ", ".join(f"{name} {value}" for name, value in settings.items()))
+    if (found := client.info.attainable) is not None:
+        found = found.times(len(client.engines))
+        _logger.log(logging.WARNING if found.is_concern else logging.INFO, "%s", found)
 
 
 def _log_budget(scheduler: SchedulerConfig, client: EngineClient) -> None:

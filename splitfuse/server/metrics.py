@@ -22,6 +22,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Histo
 from prometheus_client.registry import Collector
 
 from splitfuse.core.request import FinishReason
+from splitfuse.core.slo.attainable import Attainable
 from splitfuse.engine.client import EngineClient, EngineState
 from splitfuse.engine.messages import EngineStats
 from splitfuse.errors import EngineUnavailableError
@@ -80,6 +81,21 @@ FAMILIES = (
     Family("splitfuse:kv_blocks_used", "gauge", "used_blocks", "KV blocks held by requests."),
     Family("splitfuse:kv_cache_usage_ratio", "gauge", "kv_usage", "Fraction of KV blocks held by requests, 0 to 1."),
     Family("splitfuse:token_budget", "gauge", "token_budget", "Token budget of a step; the largest of all engines."),
+    Family(
+        *("splitfuse:slo_lone_prompt_ratio", "gauge", "ttft_share"),
+        "Time of a lone prompt of 512 tokens / its TTFT target, by the cost model, as all gauges of slo_.",
+    ),
+    Family(
+        *("splitfuse:slo_lone_stream_ratio", "gauge", "gap_share"),
+        "Time between tokens of a lone stream / its ITL or TPOT target.",
+    ),
+    Family("splitfuse:slo_longest_prompt_tokens", "gauge", "longest_prompt", "Longest prompt in time if it is alone."),
+    Family("splitfuse:slo_max_streams", "gauge", "max_streams", "Streams that keep their ITL and TPOT at once."),
+    Family(
+        *("splitfuse:slo_max_requests_per_second", "gauge", "requests_per_second"),
+        "Upper bound of the requests/s of 512 + 64 tokens in time.",
+    ),
+    Family("splitfuse:slo_estimated", "gauge", "estimated", "1 while these are from an estimate, else 0."),
     Family("splitfuse:steps", "counter", "num_steps", "Forward steps."),
     Family("splitfuse:computed_tokens", "counter", "num_computed_tokens", "Tokens that steps computed."),
     Family("splitfuse:prompt_tokens", "counter", "num_prompt_tokens", "Prompt tokens of scheduled requests."),
@@ -294,7 +310,24 @@ class Metrics(Collector):
             "used_blocks": used,
             "kv_usage": used / blocks if blocks else 0.0,
             "token_budget": max((engine.token_budget for engine in stats), default=0),
+            **_slo_gauges([engine.attainable for engine in stats if engine.attainable is not None]),
         }
+
+
+def _slo_gauges(engines: Sequence[Attainable]) -> dict[str, float]:
+    """Return what the engines can keep of the SLO, all together; nothing without one."""
+    if not engines:
+        return {}
+    alone = max(engines, key=lambda engine: engine.ttft_share or engine.gap_share or 0.0)  # the slowest
+    gauges = {
+        "ttft_share": alone.ttft_share,
+        "gap_share": alone.gap_share,
+        "longest_prompt": alone.longest_prompt,
+        "max_streams": sum(engine.max_streams for engine in engines),
+        "requests_per_second": sum(engine.requests_per_second for engine in engines),
+        "estimated": any(engine.estimated for engine in engines),
+    }
+    return {name: value for name, value in gauges.items() if value is not None}
 
 
 class _Totals:

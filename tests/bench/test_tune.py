@@ -224,6 +224,7 @@ def test_command_prints_choice_and_reasons(tmp_path: Path) -> None:
     assert ended.exit_code == 0, ended.output
     assert re.search(r"64 .* 28\.5 .* 27\.9 .* 22.. .*█", ended.stdout), "the curve"
     assert "error of the fit over held-out steps: median 4.0%" in ended.stdout
+    assert "what this machine keeps of the SLO: " in ended.stdout and "of its TTFT target alone" in ended.stdout
     written = json.loads(out.read_text())["tuning"]
     budget, count = (written["chosen"][name] for name in ("max_num_batched_tokens", "max_num_seqs"))
     assert re.search(rf"{budget} .* {count} .* \S+ \* ", ended.stdout), "the chosen candidate"

@@ -18,6 +18,7 @@ from splitfuse.config import EngineConfig
 from splitfuse.core.limits import EngineLimits
 from splitfuse.core.request import FinishReason
 from splitfuse.core.sampling_params import SamplingParams
+from splitfuse.core.slo.attainable import Attainable
 from splitfuse.engine.client import EngineClient, EngineState, Stream
 from splitfuse.engine.engine import Engine
 from splitfuse.engine.messages import Add, EngineInfo, EngineStats, Failed, Loading, StepReport
@@ -465,12 +466,34 @@ def test_families_have_unique_names_and_a_source() -> None:
     metrics.num_dropped_spans = lambda: 3
     metrics.recorder = SimpleNamespace(ended=False, num_bytes=7, num_dropped=1)  # type: ignore[assignment]
     metrics.request_refused("overloaded")
-    step_of(client, metrics, 0, EngineStats(1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1.0, 0.9, 2, 2))
+    kept = Attainable(
+        estimated=True, prompt_tokens=512, answer_tokens=64, gap_target="ITL", ttft_share=0.5, longest_prompt=9,
+        max_prompt=9, gap_share=0.2, max_streams=3, most_streams=4, requests_per_second=1.5,
+    )  # fmt: skip
+    step_of(client, metrics, 0, EngineStats(1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1.0, 0.9, 2, 2, kept))
     values = Figures(metrics).values
     ending = {"gauge": "", "counter": "_total", "histogram": "_count"}
     for family in FAMILIES:
         numbers = [value for (name, _), value in values.items() if name == family.name + ending[family.kind]]
         assert any(numbers), f"{family.name} shows nothing"
+
+
+def test_what_engines_keep_of_an_slo_together() -> None:
+    def kept(share: float, streams: int) -> EngineStats:
+        found = Attainable(
+            estimated=share > 0.5, prompt_tokens=512, answer_tokens=64, gap_share=share, max_streams=streams,
+            requests_per_second=streams / 4, longest_prompt=100,
+        )  # fmt: skip
+        return EngineStats(num_steps=1, attainable=found)
+
+    client = Stated(3)
+    client.counted[:2] = [kept(0.5, 8), kept(0.75, 4)]  # the third has not said it yet
+    text = Metrics(client, model_name="m").render().decode()
+    for name, value in (("lone_stream_ratio", 0.75), ("max_streams", 12.0), ("max_requests_per_second", 3.0)):
+        assert f'splitfuse:slo_{name}{{model_name="m"}} {value}\n' in text
+    assert 'splitfuse:slo_estimated{model_name="m"} 1.0\n' in text
+    assert "splitfuse:slo_lone_prompt_ratio{" not in text, "there is no TTFT target"
+    assert "splitfuse:slo_max_streams{" not in Metrics(Stated(1), model_name="m").render().decode()
 
 
 def test_the_metrics_page_lists_every_family() -> None:

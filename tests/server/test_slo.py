@@ -14,6 +14,7 @@ from splitfuse.core.slo.cost_model import CostModel
 from splitfuse.errors import ConfigError
 from splitfuse.runtime.calibration import Calibration, cache_path, identify, save
 from splitfuse.server.auth import ApiKeys
+from splitfuse.server.lifecycle import _log_slo
 
 BODY = {"prompt": "Anna has", "max_tokens": 4, "ignore_eos": True, "splitfuse_timing": True}
 PATIENT = {"ttft": 1000, "itl": 1000}
@@ -61,6 +62,19 @@ def test_the_slo_of_the_server_and_of_a_request(http: httpx.Client, server: Runn
     assert 'splitfuse:slo_total{met="false",model_name="storyteller"} 4.0' in metrics
     counted = [re.search(rf"^splitfuse:{name}_count.* (\S+)$", metrics, re.MULTILINE) for name in STEPS]
     assert len({each[1] for each in counted if each}) == 1 and None not in counted, "each step was predicted"
+
+
+def test_what_the_machine_keeps_is_said(
+    server: RunningServer, http: httpx.Client, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The cost model says 2 ms and 0.1 ms a token: 53 ms for a prompt of 512 tokens."""
+    _log_slo(EngineConfig.from_settings(SETTINGS).scheduler, server.client)
+    (warning,) = caplog.records
+    said = warning.getMessage()
+    assert warning.levelname == "WARNING" and said.startswith("what this machine keeps of the SLO (estimated), out of ")
+    metrics = http.get("/metrics").text
+    for name in ("lone_prompt_ratio", "lone_stream_ratio", "longest_prompt_tokens", "max_streams", "estimated"):
+        assert re.search(rf"^splitfuse:slo_{name}{{.*}} [0-9.e+-]+$", metrics, re.MULTILINE), name
 
 
 def test_on_time_only_refuses_what_would_miss_its_slo(http: httpx.Client) -> None:
