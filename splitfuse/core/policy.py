@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from operator import attrgetter
 from typing import NamedTuple
 
-from splitfuse.core.request import Request
+from splitfuse.core.request import Request, by_queue_key
 from splitfuse.core.slo.latency_predictor import LatencyPredictor
 from splitfuse.core.step_builder import RequestQueue, StepBuilder
 from splitfuse.errors import InvalidRequestError
@@ -23,7 +23,6 @@ OVERTAKEN_SHARE = 1 / 16
 """Fraction of a step reserved for the oldest request while others come before it, by priority or fair share."""
 
 _by_priority = attrgetter("priority")
-_by_queue_key = attrgetter("queue_key")
 
 
 class PlanningError(Exception):
@@ -62,7 +61,7 @@ class SchedulingPolicy(ABC):
         fit: none overtakes it.
         """
         oldest = step.start_oldest()
-        order = self.order([r for r in step.queue.running if r.num_unscheduled], step.queue.waiting, now=step.now)
+        order = self.order(step.queue.running, step.queue.waiting, now=step.now)
         if oldest is not None and oldest.num_unscheduled:
             step.reserve(order.tail_share, at_most=oldest.num_unscheduled)
         waiting, starts = set(step.queue.waiting), True
@@ -79,8 +78,8 @@ class SchedulingPolicy(ABC):
 
     @abstractmethod
     def order(self, running: Sequence[Request], waiting: Sequence[Request], *, now: float) -> ClaimOrder:
-        """Return the claims on the next step. Both lists are in order of acceptance; each running request needs at
-        least one token. Nothing is changed.
+        """Return the claims on the next step. Both lists are in order of acceptance; running requests that need no
+        token may be among them. Nothing is changed.
         """
 
     @abstractmethod
@@ -97,9 +96,7 @@ class SchedulingPolicy(ABC):
         requests = [*queue.running, *queue.waiting]
 
         def fails(some: Collection[Request]) -> bool:
-            running, waiting = (
-                [r for r in part if r in some and r.num_unscheduled] for part in (queue.running, queue.waiting)
-            )
+            running, waiting = ([r for r in part if r in some] for part in (queue.running, queue.waiting))
             try:
                 self.order(running, waiting, now=now)
             except Exception:
@@ -134,10 +131,11 @@ class Fcfs(SchedulingPolicy):
     def order(self, running: Sequence[Request], waiting: Sequence[Request], *, now: float) -> ClaimOrder:
         """See SchedulingPolicy."""
         del now
-        decodes, prefills = split_running(running)
-        claims = [each for part in (decodes, prefills, waiting) for each in sorted(part, key=_by_queue_key)]
+        parts = [sorted(part, key=by_queue_key) for part in (*split_running(running), waiting)]
+        claims = [request for part in parts for request in part]
         claims.sort(key=_by_priority)
-        return ClaimOrder([Tier(claims)], tail_share=OVERTAKEN_SHARE if is_overtaken(running, claims) else 0.0)
+        is_overtaken = any(part and by_queue_key(part[0]) < by_queue_key(running[0]) for part in parts if running)
+        return ClaimOrder([Tier(claims)], tail_share=OVERTAKEN_SHARE if is_overtaken else 0.0)
 
     def preemption_victim(self, running: Sequence[Request], *, claimant: Request) -> Request | None:
         """Return the newest request of the lowest priority, if it comes after `claimant`; the oldest request of all may
@@ -158,12 +156,12 @@ def split_running(running: Sequence[Request]) -> tuple[list[Request], list[Reque
     counts is what the request needs of this step. Admission (core/slo/admission.py) looks farther ahead, and counts as
     decodes the requests which have generated a token.
     """
-    return [r for r in running if r.num_unscheduled == 1], [r for r in running if r.num_unscheduled > 1]
-
-
-def is_overtaken(running: Sequence[Request], claims: Iterable[Request]) -> bool:
-    """Return whether any claim comes before the oldest running request, by priority or fair share."""
-    return bool(running) and min(claims, key=_by_queue_key, default=running[0]).queue_key < running[0].queue_key
+    decodes: list[Request] = []
+    prefills: list[Request] = []
+    for request in running:
+        if needed := request.num_unscheduled:
+            (decodes if needed == 1 else prefills).append(request)
+    return decodes, prefills
 
 
 def oldest_number(running: Sequence[Request], claimant: Request) -> int:

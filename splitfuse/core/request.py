@@ -8,6 +8,7 @@ from __future__ import annotations
 import enum
 import math
 from dataclasses import dataclass, field
+from operator import attrgetter
 
 from splitfuse.core.kv.request_kv import RequestKv
 from splitfuse.core.latency.phases import LatencyBreakdown
@@ -125,6 +126,9 @@ class Request:
     sent_to_executor: bool = False
     kv: RequestKv = field(default_factory=RequestKv)
     slo: RequestSlo = field(init=False)
+    priority: Priority = field(init=False)
+    owner: str = field(init=False)
+    on_time_only: bool = field(init=False)
 
     def __post_init__(self) -> None:
         options = self.scheduling
@@ -133,23 +137,7 @@ class Request:
             arrival_time=options.arrival_time or 0.0,
             num_prompt_tokens=len(self.prompt_token_ids),
         )
-
-    @property
-    def priority(self) -> Priority:
-        return self.scheduling.priority
-
-    @property
-    def owner(self) -> str:
-        return self.scheduling.owner
-
-    @property
-    def on_time_only(self) -> bool:
-        return self.scheduling.on_time_only
-
-    @property
-    def queue_key(self) -> tuple[int, float, int]:
-        """Return its position among all unfinished requests: by priority, by fair share, by age."""
-        return self.scheduling.priority, self.fair_share_key, self.sequence_number
+        self.priority, self.owner, self.on_time_only = options.priority, options.owner, options.on_time_only
 
     @property
     def num_prompt_tokens(self) -> int:
@@ -199,6 +187,10 @@ class Request:
             pooling=self.pooling,
             adapter=self.adapter,
         )
+
+
+by_queue_key = attrgetter("priority", "fair_share_key", "sequence_number")
+"""Returns the position of a request among all unfinished ones: by priority, by fair share, by age."""
 
 
 @dataclass(frozen=True)

@@ -222,7 +222,7 @@ class StepBuilder:
         if request.status is not RequestStatus.RUNNING:  # it was preempted in this step
             return 0
         fitting = self.fitting_tokens(request, at_least=int(is_oldest))
-        if fitting == 0:
+        if not fitting:
             return 0
         while not (available := self.available_slots(request)) and self.preempt_for(request):
             fitting = self.fitting_tokens(request, at_least=int(is_oldest))
@@ -236,12 +236,14 @@ class StepBuilder:
 
     def fitting_tokens(self, request: Request, *, at_least: int = 0) -> int:
         """Return how many tokens of a request fit the budgets, `at_least` of them whatever time they take."""
-        most = min(request.num_unscheduled, max(self.tokens_left, 0))
-        if self._predictor is None or self.max_seconds == math.inf:
-            return max(self._even_chunk(request, most), min(most, at_least))
-        seconds, start = self.max_seconds * (1.0 - self._reserved_share), request.num_scheduled
-        fitting = self._predictor.tokens_within(seconds, self.features, start=start, most=most, rows=1)
-        return min(most, max(self._even_chunk(request, fitting), at_least))
+        needed = request.num_unscheduled
+        fitting = most = min(needed, max(self.tokens_left, 0))
+        if self._predictor is not None and self.max_seconds < math.inf:
+            seconds, start = self.max_seconds * (1.0 - self._reserved_share), request.num_scheduled
+            fitting = self._predictor.tokens_within(seconds, self.features, start=start, most=most, rows=1)
+        if 0 < fitting < needed:
+            fitting = self._even_chunk(request, fitting)
+        return min(most, max(fitting, at_least))
 
     def available_slots(self, request: Request) -> int:
         """Return the KV slots for further tokens of a running request, in its own blocks and in those not held.
@@ -250,9 +252,9 @@ class StepBuilder:
         the prefill for it. So a prefill may find none, and preempt a newer request, although a few blocks are free. The
         oldest request, which is never preempted, takes them all.
         """
-        spare = self._allocator.num_available
-        if request.num_unscheduled > 1 and request is not self.queue.running[0]:
-            spare = max(spare - len(self.queue.running) + 1, 0)
+        spare, running = self._allocator.num_available, self.queue.running
+        if spare and request is not running[0] and request.num_unscheduled > 1:
+            spare = max(spare - len(running) + 1, 0)
         return (len(request.kv.blocks) + spare) * self._allocator.block_size - request.num_scheduled
 
     def _even_chunk(self, request: Request, most: int) -> int:
@@ -260,8 +262,6 @@ class StepBuilder:
         the deadline. Returns the first chunk, of at most `most` tokens: as many steps as these take, and what it leaves
         of the budget is for the claims that follow.
         """
-        if not 0 < most < request.num_unscheduled:
-            return most
         steps = ceil_div(request.num_unscheduled, most)
         if self.now + (steps + 1) * self.max_seconds > request.slo.deadline:
             return most

@@ -160,6 +160,7 @@ def test_admitted_requests_meet_their_slo_whatever_arrives_later(seed: int) -> N
         )
         if not made.scheduling.on_time_only and rng.random() < 0.5:
             made.scheduling = replace(made.scheduling, priority=Priority.LOW)
+            made.__post_init__()
         try:
             run.add(made)
         except SloUnattainableError:

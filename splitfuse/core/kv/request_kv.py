@@ -72,7 +72,8 @@ class RequestKv:
 
     def grow(self, allocator: BlockAllocator, start: int, end: int) -> None:
         """Allocate what a chunk from position `start` to `end` needs: blocks, and slots for the state."""
-        self.blocks += allocator.allocate(allocator.blocks_for(end) - len(self.blocks))
+        if num_missing := allocator.blocks_for(end) - len(self.blocks):
+            self.blocks += allocator.allocate(num_missing)
         if self.state is not None:
             self.state.reserve(start, end)
 

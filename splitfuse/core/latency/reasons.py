@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from splitfuse.core.events import StepScheduled
 from splitfuse.core.latency.phases import LatencyPhase
 from splitfuse.core.plan import Chunk
-from splitfuse.core.request import Request
+from splitfuse.core.request import Request, by_queue_key
 
 
 def computing_phase(request: Request, chunk: Chunk) -> LatencyPhase:
@@ -39,11 +39,11 @@ def idle_phases(step: StepScheduled) -> Iterator[tuple[Request, LatencyPhase]]:
         elif request.num_unscheduled:
             yield request, LatencyPhase.LEFT_OUT if is_full else LatencyPhase.LEFT_OUT_NO_BLOCKS
     reason = _reason_to_wait(step, is_full=is_full)
-    last_granted = max(request.queue_key for request in granted) if reason is LatencyPhase.NO_BUDGET else ()
+    last_granted = max(map(by_queue_key, granted)) if reason is LatencyPhase.NO_BUDGET else ()
     for request in waiting:
         if request.kv.num_preemptions:
             yield request, LatencyPhase.PREEMPTED
-        elif reason is LatencyPhase.NO_BUDGET and request.queue_key < last_granted:
+        elif reason is LatencyPhase.NO_BUDGET and by_queue_key(request) < last_granted:
             yield request, LatencyPhase.OUTRANKED
         else:
             yield request, reason

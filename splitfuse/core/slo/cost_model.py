@@ -116,12 +116,13 @@ class CostModel:
         `seconds`; 0 if none does. `rows` of them have logits.
         """
         low, high = 0, most  # `low` tokens fit, more than `high` do not
+        count = most
         while low < high:
-            count = (low + high + 1) // 2
             if self.seconds(step.plus(start=start, count=count, rows=rows)) <= seconds:
                 low = count
             else:
                 high = count - 1
+            count = (low + high + 1) // 2
         return low
 
     def slower(self, times: float) -> CostModel:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from enum import IntEnum
+from operator import attrgetter
 from typing import NamedTuple
 
 from splitfuse.config import TAIL_SHARE, SchedulerConfig
@@ -22,11 +22,11 @@ from splitfuse.core.policy import (
     slo_required,
     split_running,
 )
-from splitfuse.core.request import Priority, Request
+from splitfuse.core.request import Priority, Request, by_queue_key
 from splitfuse.core.slo.admission import check_on_time
 from splitfuse.core.slo.cost_model import CostModel
 from splitfuse.core.slo.deadline_planner import DeadlinePlanner
-from splitfuse.core.slo.feasibility import Feasibility
+from splitfuse.core.slo.feasibility import Feasibility, Prefill
 from splitfuse.core.slo.latency_predictor import LatencyPredictor
 from splitfuse.core.slo.turns import Turns
 from splitfuse.core.step_builder import RequestQueue, StepBuilder
@@ -45,19 +45,12 @@ MIN_STEP = 1.25
 AIM = 1 / 2
 """Fraction of the time to its deadline in which a prompt is to be done, if decodes have the slack for it: the rest is
 for requests that arrive meanwhile."""
+MAX_DEADLINES = 128
+"""Number of deadlines of prompts, the first ones, that a step is planned for: those of later ones come nearer."""
 
-
-class Rank(IntEnum):
-    """Orders the claims of a priority that are not urgent."""
-
-    FEASIBLE = 0
-    """Prefills which can meet their TTFT target."""
-    DECODE = 1
-    """Decodes which have not missed their SLO."""
-    PREFILL = 2
-    """Prefills without a TTFT target, and not late."""
-    LATE_DECODE = 3
-    LATE_PREFILL = 4
+_by_priority = attrgetter("priority")
+_by_deadline = attrgetter("slo.deadline", "sequence_number")
+_by_urgency = attrgetter("priority", "slo.missed", "slo.deadline", "sequence_number")
 
 
 class StepLimit(NamedTuple):
@@ -76,8 +69,8 @@ class DeadlinePolicy(Fcfs):
 
     Urgent are decodes whose deadline is before the end of the step after this one, or which were skipped
     MAX_SKIPPED_STEPS times; and as many others as leave the prompts that can be in time enough. Late prompts whose turn
-    has come (turns.py) have a share of each step. Then come the claims of each `Rank`, by deadline or, without one, by
-    fair share and age.
+    has come (turns.py) have a share of each step. Then come the prompts that can be in time, by deadline; then all
+    others, decodes first, and those last that are late.
     """
 
     def __init__(self, predictor: LatencyPredictor, *, token_budget: int, tail_share: float = TAIL_SHARE) -> None:
@@ -101,49 +94,38 @@ class DeadlinePolicy(Fcfs):
 
     def order(self, running: Sequence[Request], waiting: Sequence[Request], *, now: float) -> ClaimOrder:
         """See SchedulingPolicy."""
-        if not any(request.slo.exists for request in (*running, *waiting)):
+        if not any(request.slo.exists for part in (running, waiting) for request in part):
             return super().order(running, waiting, now=now)
         decodes, prefills = split_running(running)
         prefills += waiting
-        highest = min((request.priority for request in prefills), default=Priority.LOW)
+        highest = min(map(_by_priority, prefills), default=Priority.LOW)
         outlook = Feasibility(self.predictor, decodes, now=now, priority=highest)
-        feasible, share = outlook.feasible(prefills), 0.0
+        feasible, share = outlook.feasible(prefills, at_most=MAX_DEADLINES), 0.0
+        in_time = {prefill.request for prefill in feasible}
         overdue: list[Request] = []
-        if not any(request.on_time_only for request in feasible):
-            overdue = self._turns.have_come(set(prefills).difference(feasible))
+        if not any(request.on_time_only for request in in_time):
+            overdue = [request for request in self._turns.have_come(prefills) if request not in in_time]
         if overdue:
             share = self._turns.share
             apart = set(overdue)
             prefills = [request for request in prefills if request not in apart]
-            feasible = outlook.feasible(prefills, share=1.0 - share)
+            feasible = outlook.feasible(prefills, share=1.0 - share, at_most=MAX_DEADLINES)
+            in_time = {prefill.request for prefill in feasible}
         limit = self._limit(outlook, feasible, [*decodes, *prefills], share=share)
         urgent = self._urgent(decodes, outlook, limit)
-        spare, in_time = set(decodes).difference(urgent), set(feasible)
-
-        def rank(request: Request) -> tuple[Priority, Rank, float, int]:
-            slo = request.slo
-            its_rank, key = Rank.PREFILL, request.fair_share_key
-            if request in in_time:
-                its_rank, key = Rank.FEASIBLE, slo.deadline
-            elif request in spare:
-                its_rank, key = (Rank.LATE_DECODE, key) if slo.missed else (Rank.DECODE, slo.deadline)
-            elif slo.missed or slo.deadline < math.inf:
-                its_rank = Rank.LATE_PREFILL
-            return request.priority, its_rank, key, request.sequence_number
-
-        others = sorted((*spare, *prefills), key=rank)
-        used = outlook.overhead + sum(outlook.seconds(request) for request in urgent)
+        others = self._others(decodes, prefills, apart=in_time.union(urgent))
+        used = outlook.overhead + sum(map(outlook.seconds_of_token, urgent))
         return ClaimOrder(
             (
                 Tier(urgent),
                 Tier(overdue, max(used + share * limit.seconds, used / (1.0 - share)) if feasible else limit.others),
-                Tier([request for request in others if request in in_time], limit.seconds),
-                Tier([request for request in others if request not in in_time], limit.others),
+                Tier([prefill.request for prefill in feasible], limit.seconds),
+                Tier(others, limit.others),
             )
         )
 
     def _limit(
-        self, outlook: Feasibility, feasible: Sequence[Request], requests: Sequence[Request], *, share: float
+        self, outlook: Feasibility, feasible: Sequence[Prefill], requests: Sequence[Request], *, share: float
     ) -> StepLimit:
         """Return how long a step may be: as short as throughput allows, as long as the deadlines of the `feasible`
         prompts require, and no longer than the slack of the decodes, or of the first of these prompts.
@@ -153,20 +135,16 @@ class DeadlinePolicy(Fcfs):
         usual = max(STEP_PER_TTFT * shortest_ttft, outlook.efficient_step(MIN_EFFICIENCY))
         usual = min(usual, outlook.efficient_step(EFFICIENCY))
         usual = max(usual, every / DECODES_PER_STEP, MIN_STEP * outlook.floor)
-        seconds, spare, work = usual, math.inf, 0.0
-        for request in feasible:
-            work += outlook.seconds(request) / (1.0 - share)
-            spare = min(spare, outlook.room(request.slo.deadline) - outlook.with_floor(work))
-            steps = max(math.floor((AIM * outlook.time_until(request.slo.deadline) - work) / every), 1)
-            seconds = max(seconds, work / steps + every)
+        seconds, spare, before = usual, math.inf, 0.0
+        for request, work, room in feasible:
+            before += work
+            spare = min(spare, room - outlook.with_floor(before))
+            steps = (AIM * outlook.time_until(request.slo.deadline) - before / (1.0 - share)) // every
+            seconds = max(seconds, before / (1.0 - share) / max(steps, 1.0) + every)
         if feasible:
             first = feasible[0]
-            whole = (
-                outlook.overhead
-                + outlook.with_floor(outlook.seconds(first))
-                + min(outlook.decode_seconds, max(spare, 0.0))
-            )
-            seconds = min(seconds, max(whole, outlook.time_until(first.slo.deadline)))
+            whole = outlook.overhead + outlook.with_floor(first.work) + min(outlook.decode_seconds, max(spare, 0.0))
+            seconds = min(seconds, max(whole, outlook.time_until(first.request.slo.deadline)))
         seconds = min(seconds, outlook.slack, max(outlook.longest + outlook.decode_seconds, usual))
         return StepLimit(seconds, min(seconds, usual), spare)
 
@@ -181,12 +159,30 @@ class DeadlinePolicy(Fcfs):
             elif not slo.missed:
                 ahead.append(request)
         spare = limit.spare
-        for request in sorted(ahead, key=lambda r: r.slo.deadline):
-            spare -= outlook.seconds(request)
+        for request in sorted(ahead, key=_by_deadline):
+            spare -= outlook.seconds_of_token(request)
             if spare < 0.0:
                 break
             urgent.append(request)
-        return sorted(urgent, key=lambda r: (r.priority, r.slo.missed, r.slo.deadline, r.sequence_number))
+        return sorted(urgent, key=_by_urgency)
+
+    def _others(self, decodes: Sequence[Request], prefills: Sequence[Request], *, apart: set[Request]) -> list[Request]:
+        """Return the claims besides those `apart`, by priority; within one, decodes before prefills, and before both
+        those that have not missed their SLO.
+        """
+        on_time: tuple[list[Request], list[Request]] = [], []
+        late: tuple[list[Request], list[Request]] = [], []
+        for kind, requests in enumerate((decodes, prefills)):
+            for request in requests:
+                if request not in apart:
+                    slo = request.slo
+                    is_late = slo.missed or (kind == 1 and slo.deadline < math.inf)
+                    (late if is_late else on_time)[kind].append(request)
+        claims = sorted(on_time[0], key=_by_deadline)
+        for part in (on_time[1], *late):
+            claims += sorted(part, key=by_queue_key)
+        claims.sort(key=_by_priority)
+        return claims
 
     def preemption_victim(self, running: Sequence[Request], *, claimant: Request) -> Request | None:
         """Return the late request of the lowest priority with the fewest computed tokens; otherwise the newest.

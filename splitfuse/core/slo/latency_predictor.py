@@ -51,12 +51,9 @@ class LatencyPredictor:
     def __init__(self, cost: CostModel) -> None:
         self.cost = cost
         self._log_floor = self._log_beyond = 0.0
+        self.factors = 1.0, 1.0
+        """How many times longer than the cost model says the floor of a step takes, and the rest of it."""
         self._log_over = _within_bounds(NormalDist().inv_cdf(IN_TIME) * cost.noise)  # how much longer than predicted
-
-    @property
-    def factors(self) -> tuple[float, float]:
-        """Return how many times longer than the cost model says the floor of a step takes, and the rest of it."""
-        return math.exp(self._log_floor), math.exp(self._log_beyond)
 
     @property
     def safety_factor(self) -> float:
@@ -86,6 +83,7 @@ class LatencyPredictor:
         gain = GAIN * _clamped(error, -MAX_ERROR, MAX_ERROR) / (floor * (floor + COMMON) + beyond * (beyond + COMMON))
         self._log_floor = _clamped(self._log_floor + gain * (floor + COMMON), -MAX_FACTOR, MAX_FACTOR)
         self._log_beyond = _clamped(self._log_beyond + gain * (beyond + COMMON), -MAX_FACTOR, MAX_FACTOR)
+        self.factors = math.exp(self._log_floor), math.exp(self._log_beyond)
         # Steps of little but the floor are short, and planned far from any deadline.
         change = SAFETY_GAIN * beyond * (IN_TIME if error > self._log_over else IN_TIME - 1.0)
         self._log_over = _within_bounds(self._log_over + change)

@@ -25,6 +25,8 @@ class RequestSlo:
 
     def __init__(self, targets: SloTargets = NO_SLO, *, arrival_time: float = 0.0, num_prompt_tokens: int) -> None:
         self.targets = targets
+        self.exists = targets != NO_SLO
+        """True if the request has any target."""
         self.arrival_time = arrival_time
         self.ttft_target = targets.ttft_target(num_prompt_tokens)
         """Seconds from arrival to the first token; infinity without a TTFT target."""
@@ -39,11 +41,6 @@ class RequestSlo:
         self._gaps = gap_targets(targets)
         self._newest_token_time: float | None = None
         self._ttft_violation: SloViolation | None = None
-
-    @property
-    def exists(self) -> bool:
-        """Return whether the request has any target."""
-        return self.targets != NO_SLO
 
     @property
     def met(self) -> bool | None:

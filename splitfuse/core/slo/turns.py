@@ -10,8 +10,11 @@ Work is counted in seconds of steps, less what decodes took: those go on in any 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from operator import attrgetter
 
 from splitfuse.core.request import Request
+
+_by_turn = attrgetter("turn", "sequence_number")
 
 
 class Turns:
@@ -31,4 +34,4 @@ class Turns:
 
     def have_come(self, prefills: Iterable[Request]) -> list[Request]:
         """Return those whose turn has come, in the order of their turns."""
-        return sorted((r for r in prefills if r.turn <= self._done), key=lambda r: (r.turn, r.sequence_number))
+        return sorted((r for r in prefills if r.turn <= self._done), key=_by_turn)
