@@ -15,6 +15,10 @@ from splitfuse.config import EngineConfig
 from splitfuse.kernels.sharing import WeightSharing
 
 
+WORKER = "splitfuse.engine.remote.worker"
+"""Module which the process of an engine runs."""
+
+
 class WorkerSpec(msgspec.Struct, frozen=True):
     """Holds everything that the process of an engine is started with."""
 
@@ -39,7 +43,7 @@ async def launch(
         process = await asyncio.create_subprocess_exec(
             sys.executable,
             "-m",
-            "splitfuse.engine.remote.worker",
+            WORKER,
             str(theirs.fileno()),
             msgspec.json.encode(spec).decode(),
             pass_fds=[theirs.fileno(), in_flight, *([weights.fd] if weights is not None else [])],
