@@ -5,8 +5,8 @@
 
 Engine FLAGS are given as --name=value. Requests follow one another, so that --streams of them run at any time. The
 engine is a process as a server's, whose functions are timed from inside (timed_worker.py); the front is this process.
-Kernels are all calls into the compiled library. Each part has the time within it and outside the parts that it calls, as
-a sum over the steps of the middle of the run.
+Kernels are all calls into the compiled library. Each part has the time within it and outside the parts that it calls,
+summed over the steps of the middle of the run.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ async def measure() -> None:
             await asyncio.sleep(mine.seconds)
             Path(out + ".end").touch()
             front = (time.process_time() - front) / (time.monotonic() - began)
-            while not Path(out).exists():  # noqa: ASYNC110 - written by another process
+            while not Path(out).exists():
                 await asyncio.sleep(0.05)
             for task in load:
                 task.cancel()

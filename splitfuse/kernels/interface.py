@@ -19,6 +19,7 @@ from torch import Tensor
 
 from splitfuse.errors import ConfigError, ModelError
 from splitfuse.kernels.batch import RaggedBatch
+from splitfuse.kernels.drawing import Filter
 from splitfuse.kernels.lora import Adapter, LoraRows, PackedAdapter
 from splitfuse.kernels.quantized import QuantizedFormat, QuantizedWeight
 from splitfuse.kernels.sharing import WeightSharing
@@ -661,6 +662,15 @@ class Backend(ABC):
         """Return for each row of `scores` [R, V] the indices of its k largest elements, largest first and equal ones by
         index, and these elements: all of V if k is more. The first one is NaN if the row has one, whatever the others
         and the indices.
+        """
+
+    @abstractmethod
+    def draw(
+        self, scores: Tensor, rows: Sequence[int], filters: Sequence[Filter], numbers: Sequence[Sequence[float]]
+    ) -> list[list[int]]:
+        """Return tokens drawn from some rows of `scores` [R, V], in fp32 or fp64, each with a filter of its own: one
+        for each of its numbers, which are at least 0 and below 1, as many for each row. See drawing.py. Each row has a
+        finite largest score, and is drawn from as if it were alone.
         """
 
     # Operations of a layer

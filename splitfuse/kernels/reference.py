@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from splitfuse.kernels.batch import RaggedBatch
+from splitfuse.kernels.drawing import Filter, exact_draw
 from splitfuse.kernels.interface import (
     AttentionSpec,
     Backend,
@@ -118,6 +119,11 @@ class ReferenceBackend(Backend):
 
     def topk(self, scores: Tensor, k: int) -> tuple[list[list[int]], list[list[float]]]:
         return exact_topk(scores, k)
+
+    def draw(
+        self, scores: Tensor, rows: Sequence[int], filters: Sequence[Filter], numbers: Sequence[Sequence[float]]
+    ) -> list[list[int]]:
+        return exact_draw(scores, rows, filters, numbers)
 
     def norm(self, x: Tensor, spec: NormSpec, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         return _norm(x, spec, weight, bias)

@@ -140,13 +140,14 @@ class Executor:
     def _sample(self, hidden: Tensor, sampling: Sequence[tuple[Chunk, int]]) -> dict[str, ChunkResult]:
         """Choose a token for each chunk, from its row of `hidden`."""
         results: dict[str, ChunkResult] = {}
+        backend = self.decoder.backend
         for start in range(0, len(sampling), HEAD_ROWS):
             part = sampling[start : start + HEAD_ROWS]
             rows = [row for _, row in part]
             logits = self.decoder.logits(hidden if len(rows) == len(hidden) else hidden[rows])
             states = [self._states[chunk.request_id] for chunk, _ in part]
             matchers = [self._matcher(state) for state in states] if self._matchers else []
-            chosen = sample(logits, states, topk=self.decoder.backend.topk, matchers=matchers)
+            chosen = sample(logits, states, topk=backend.topk, draw=backend.draw, matchers=matchers)
             results |= {chunk.request_id: result for (chunk, _), result in zip(part, chosen, strict=True)}
         return results
 

@@ -22,6 +22,7 @@ from splitfuse.kernels.batch import RaggedBatch
 from splitfuse.kernels.cpu import bindings
 from splitfuse.kernels.cpu.backend import MAX_HEAD_DIM, PIECE, CpuBackend
 from splitfuse.kernels.cpu.bindings import BROKEN_RULES, MOST_TAPS, VARIANTS, choose_variant, supported_variants
+from splitfuse.kernels.drawing import Filter
 from splitfuse.kernels.interface import (
     AttentionSpec,
     ConvSpec,
@@ -250,6 +251,10 @@ WRONG: dict[str, Callable[[CpuBackend], object]] = {
     "norm-with-short-weight": lambda k: k.norm(torch.randn(2, 16), NormSpec(eps=1e-5), torch.ones(15)),
     "embed-of-fp32": lambda k: k.embed(torch.tensor([0]), torch.randn(3, 16)),
     "topk-of-bf16": lambda k: k.topk(torch.randn(2, 16).bfloat16(), 1),
+    "draw-of-bf16": lambda k: k.draw(torch.randn(2, 16).bfloat16(), [0], [Filter(1.0)], [[0.5]]),
+    "draw-of-columns": lambda k: k.draw(torch.randn(16, 2).T, [0], [Filter(1.0)], [[0.5]]),
+    "draw-of-another-row": lambda k: k.draw(torch.randn(2, 16), [2], [Filter(1.0)], [[0.5]]),
+    "draw-without-filters": lambda k: k.draw(torch.randn(2, 16), [0, 1], [Filter(1.0)], [[0.5], [0.5]]),
     "topk-of-columns": lambda k: k.topk(torch.randn(16, 2).T, 1),
     "experts-of-fp32": lambda k: backends.experts(
         k,

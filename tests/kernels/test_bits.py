@@ -16,6 +16,7 @@ from backends import CPU, BackendCase, Requests, pack_experts, poison, rms_norm,
 from torch import Tensor
 
 from splitfuse.kernels.cpu.backend import CpuBackend
+from splitfuse.kernels.drawing import Filter
 from splitfuse.kernels.interface import Role, RouterSpec
 
 FORMATS = [(None, None), ("int8", None), ("int8", 128), ("int4", 64), ("int4", 128)]
@@ -157,7 +158,16 @@ def test_norm_embed_and_topk(variant: str, columns: int) -> None:
         ids = torch.arange(29)
         best, peaks = backend.topk(x, 4)
         assert backend.topk(x[5:6], 4) == (best[5:6], peaks[5:6])
-        found.append((rms_norm(backend, x, weight, 1e-5), backend.embed(ids, head), torch.tensor([*best, *peaks])))
+        drawn = backend.draw(x, range(29), [Filter(1.0), *[Filter(0.7, top_p=0.9)] * 28], [[0.1, 0.6]] * 29)
+        assert backend.draw(x[5:6], [0], [Filter(0.7, top_p=0.9)], [[0.1, 0.6]]) == drawn[5:6]
+        found.append(
+            (
+                rms_norm(backend, x, weight, 1e-5),
+                backend.embed(ids, head),
+                torch.tensor([*best, *peaks]),
+                torch.tensor(drawn),
+            )
+        )
     for others in found[1:]:
         assert all(torch.equal(ours, first) for ours, first in zip(others, found[0], strict=True))
 

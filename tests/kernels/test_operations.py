@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from random import Random
 from typing import Any
 
 import backends
@@ -16,6 +17,7 @@ import torch
 from backends import CPU, BackendCase, pack_experts
 from torch import Tensor
 
+from splitfuse.kernels.drawing import Filter, exact_draw
 from splitfuse.kernels.interface import NormSpec, Role, RouterSpec
 from splitfuse.kernels.onednn import OneDnnBackend
 from splitfuse.kernels.reference import ACTIVATIONS, GATED_ACTIVATIONS
@@ -373,6 +375,31 @@ def test_topk_of_nan_is_nan(case: BackendCase, width: int, k: int) -> None:
         assert [math.isnan(row[0]) for row in values] == [False, True, False]
         assert all(0 <= index < width for index in ids[1]) and len(ids[1]) == min(k, width)
         assert [ids[0], ids[2]] == [largest(row, k) for row in scores[[0, 2]].tolist()]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("width", [1, 7, 8, 255, 257, 1000, 3071])
+def test_draw(case: BackendCase, width: int, dtype: torch.dtype) -> None:
+    random = Random(width)
+    scores = ((torch.randn(24, width, generator=torch.Generator().manual_seed(width)) * 12).round() / 4).to(dtype)
+    scores[1, 1:] = -torch.inf
+    scores[2] = -5.0
+    scores[3, width // 2] += 60.0
+    rows = sorted(random.sample(range(24), 17))
+    filters = [
+        Filter(
+            random.choice((0.3, 1.0, 2.5, 100.0)),
+            random.choice((0, 0, 1, 3, 40, width + 5)),
+            random.choice((1.0, 1.0, 0.05, 0.6, 0.97)),
+            random.choice((0.0, 0.0, 0.02, 0.5, 1.0)),
+        )
+        for _ in rows
+    ]
+    numbers = [[random.random() for _ in range(40)] for _ in rows]
+    drawn = case.backend.draw(scores, rows, filters, numbers)
+    assert drawn == exact_draw(scores, rows, filters, numbers)
+    for row, each, some, tokens in zip(rows, filters, numbers, drawn, strict=True):  # as if each row were alone
+        assert case.backend.draw(scores[[row]], [0], [each], [some]) == [tokens]
 
 
 def test_topk_of_no_rows(case: BackendCase) -> None:

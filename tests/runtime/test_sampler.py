@@ -6,8 +6,10 @@ import itertools
 import math
 import random
 import re
+import sys
 from collections import Counter
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
@@ -19,11 +21,28 @@ from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, Logits
 from splitfuse.core.plan import ChunkResult, SamplingState
 from splitfuse.core.sampling_params import SamplingParams
 from splitfuse.errors import RequestFailedError
+from splitfuse.kernels.cpu.backend import CpuBackend
+from splitfuse.kernels.cpu.bindings import supported_variants
+from splitfuse.kernels.drawing import exact_draw
 from splitfuse.runtime.sampling import draw as drawing
+from splitfuse.runtime.sampling import sampler
 from splitfuse.runtime.sampling.draw import uniform
-from splitfuse.runtime.sampling.sampler import prompt_logprobs, sample
+from splitfuse.runtime.sampling.sampler import prompt_logprobs
 
 EOS = 3
+DRAWS = {"torch": exact_draw} | {name: CpuBackend(variant=name, num_threads=2).draw for name in supported_variants()}
+by_kernels = pytest.mark.parametrize("drawn_by", DRAWS, indirect=True)
+
+
+@pytest.fixture
+def drawn_by(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tokens are drawn by this variant of the kernels."""
+    draw = DRAWS[request.param]
+    contiguous = partial(sampler.sample, draw=lambda scores, *rest: draw(scores.contiguous(), *rest))
+    monkeypatch.setattr(sys.modules[__name__], "sample", contiguous)
+
+
+sample = sampler.sample
 
 
 def row(
@@ -116,6 +135,8 @@ def expected_distribution(model: LlamaForCausalLM, logits: torch.Tensor, row: Sa
     return processors(torch.tensor([[*prompt, *output]]), logits.double().unsqueeze(0))[0].softmax(-1)
 
 
+@by_kernels
+@pytest.mark.usefixtures("drawn_by")
 def test_kept_tokens_and_weights_equal_transformers(model: LlamaForCausalLM, monkeypatch: pytest.MonkeyPatch) -> None:
     """Random numbers just inside both ends of a token's interval give that token: it pins set, weights and order."""
     rng = random.Random(7)
@@ -157,6 +178,8 @@ def test_greedy_is_the_largest_after_processors(model: LlamaForCausalLM) -> None
         assert probabilities[token] == pytest.approx(probabilities.max().item(), rel=1e-12)
 
 
+@by_kernels
+@pytest.mark.usefixtures("drawn_by")
 @pytest.mark.parametrize(("count", "vocab"), [(40, 101), (5, 40_001)])
 def test_a_row_gives_the_same_bits_alone_and_batched(count: int, vocab: int) -> None:
     """Odd vocabularies, so that rows begin at every alignment; a large one, so that threads share a row's work."""
@@ -205,6 +228,8 @@ def test_mii_fault_temperature_comes_before_top_p() -> None:
     assert {one(logits, params, seed=seed).token_ids for seed in range(50)} >= {(0,), (1,)}
 
 
+@by_kernels
+@pytest.mark.usefixtures("drawn_by")
 @pytest.mark.parametrize(
     ("params", "kept"),
     [
@@ -228,6 +253,8 @@ def test_edge_values(params: SamplingParams, kept: set[int]) -> None:
     assert {token for r in sample(logits.expand(300, 5), rows) for token in r.token_ids} == kept
 
 
+@by_kernels
+@pytest.mark.usefixtures("drawn_by")
 @pytest.mark.parametrize("top_p", [1.0, 0.999])
 def test_ends_of_the_unit_interval_draw_possible_tokens(top_p: float, monkeypatch: pytest.MonkeyPatch) -> None:
     logits = torch.tensor([-math.inf, 2.0, 1.0, -math.inf])
@@ -236,6 +263,8 @@ def test_ends_of_the_unit_interval_draw_possible_tokens(top_p: float, monkeypatc
         assert one(logits, SamplingParams(temperature=1.0, top_p=top_p)).token_ids == (token,)
 
 
+@by_kernels
+@pytest.mark.usefixtures("drawn_by")
 def test_masked_logits_are_not_drawn_and_huge_ones_are_finite() -> None:
     logits = torch.tensor([-math.inf, 3e38, -math.inf, 3e38, -3e38])
     for params in (SamplingParams(temperature=1e-6), SamplingParams(temperature=1e-6, top_k=5, top_p=0.999)):
@@ -243,6 +272,8 @@ def test_masked_logits_are_not_drawn_and_huge_ones_are_finite() -> None:
         assert {r.token_ids for r in results} == {(1,), (3,)}
 
 
+@by_kernels
+@pytest.mark.usefixtures("drawn_by")
 @pytest.mark.parametrize(
     "params", [SamplingParams(temperature=1.0), SamplingParams(temperature=0.7, top_p=0.95, top_k=9)]
 )
@@ -294,6 +325,8 @@ def test_seed_choice_and_position_each_change_the_stream() -> None:
     assert all(sum(a == b for a, b in zip(s, t, strict=True)) < 5 for s, t in itertools.combinations(streams, 2))
 
 
+@by_kernels
+@pytest.mark.usefixtures("drawn_by")
 @pytest.mark.parametrize(
     ("value", "message"), [(math.nan, "NaN"), (math.inf, r"\+inf"), (-math.inf, "every one is -inf")]
 )
@@ -310,6 +343,8 @@ def test_a_bad_row_fails_alone(value: float, message: str, params: SamplingParam
         prompt_logprobs(logits, [0, 0, 0], 1)
 
 
+@by_kernels
+@pytest.mark.usefixtures("drawn_by")
 def test_forbidding_every_token_fails_that_row_alone() -> None:
     params = SamplingParams(min_tokens=1, stop_token_ids=tuple(range(6)), temperature=1.0)
     results = sample(torch.zeros(2, 6), [row(params), row(SamplingParams())])
@@ -385,12 +420,13 @@ EXTREME_PARAMS = st.fixed_dictionaries(
 def test_extreme_params_choose_a_token_or_fail_alone(each: list[dict[str, Any]], scale: float) -> None:
     rows = [row(SamplingParams(**params), seed=params.get("seed", 0), output=(4,)) for params in each]
     logits = random_logits(len(rows), 20, 7).clamp(-1.0, 1.0) * scale
-    results = sample(logits, rows)
-    assert results == [sample(logits[i : i + 1], [rows[i]])[0] for i in range(len(rows))]
-    for result in results:
-        assert (result.error is None) == (len(result.token_ids) == 1)
-        assert all(0 <= token < 20 for token in result.token_ids)
-        assert not any(math.isnan(entry.logprob) for entry in result.logprobs)
+    for draw in DRAWS.values():
+        results = sampler.sample(logits, rows, draw=draw)
+        assert results == [sampler.sample(logits[i : i + 1], [rows[i]], draw=draw)[0] for i in range(len(rows))]
+        for result in results:
+            assert (result.error is None) == (len(result.token_ids) == 1)
+            assert all(0 <= token < 20 for token in result.token_ids)
+            assert not any(math.isnan(entry.logprob) for entry in result.logprobs)
 
 
 def test_logprobs_are_raw_and_best_first() -> None:

@@ -14,7 +14,6 @@ import msgspec
 from splitfuse.config import EngineConfig
 from splitfuse.kernels.sharing import WeightSharing
 
-
 WORKER = "splitfuse.engine.remote.worker"
 """Module which the process of an engine runs."""
 

@@ -52,6 +52,7 @@ from splitfuse.kernels.cpu.stored import (
     stored_fp8,
     stored_groups,
 )
+from splitfuse.kernels.drawing import Filter
 from splitfuse.kernels.interface import (
     AttentionSpec,
     Backend,
@@ -339,6 +340,21 @@ class CpuBackend(Backend):
         ids, values = torch.empty(rows, k, dtype=torch.int32), torch.empty(rows, k)
         self.library.topk(scores.data_ptr(), rows, columns, k, ids.data_ptr(), values.data_ptr())
         return ids.tolist(), values.tolist()
+
+    def draw(
+        self, scores: Tensor, rows: Sequence[int], filters: Sequence[Filter], numbers: Sequence[Sequence[float]]
+    ) -> list[list[int]]:
+        check(scores, torch.float64 if scores.dtype == torch.float64 else torch.float32)
+        places, wanted = torch.tensor(rows, dtype=torch.int32), torch.tensor(numbers, dtype=torch.float64)
+        kept = torch.tensor(filters, dtype=torch.float64)
+        assert len(rows) == len(kept) == len(wanted) and all(0 <= row < len(scores) for row in rows)
+        ids = torch.empty(wanted.shape, dtype=torch.int32)
+        self.library.draw(
+            *(scores.data_ptr(), scores.dtype == torch.float64, scores.shape[1]),
+            *(places.data_ptr(), len(rows), kept.data_ptr(), wanted.data_ptr(), wanted.shape[1], ids.data_ptr()),
+        )
+        drawn: list[list[int]] = ids.tolist()
+        return drawn
 
     # Layers, one operation at a time
 

@@ -652,10 +652,14 @@ FUNCTIONS: dict[str, tuple[list[Any], Any]] = {
     "read_all": ([c_void_p, c_void_p, c_int64], None),
     "dots_only": ([c_void_p, c_int32, c_int64], c_float),
     "topk": ([c_void_p, c_void_p, c_int64, c_int64, c_int64, c_void_p, c_void_p], None),
+    "draw": (
+        [c_void_p, c_void_p, c_int32, c_int64, c_void_p, c_int64, c_void_p, c_void_p, c_int64, c_void_p],
+        c_int32,
+    ),
 }
 
 
-NEEDS_MEMORY = {"linear", "linear_heads", "activated", "attend", "delta", "mamba", "network", "experts"}
+NEEDS_MEMORY = {"linear", "linear_heads", "activated", "attend", "delta", "mamba", "network", "experts", "draw"}
 """Functions that return 1 without it."""
 PURE = {"weight_bytes", "store_bytes", "delta_floats", "conv_floats", "mamba_floats"}
 """Functions that need no workspace."""

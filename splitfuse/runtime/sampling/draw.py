@@ -1,9 +1,9 @@
-"""Draw tokens at random: temperature, top_k, top_p, min_p."""
+"""Draw tokens at random, from numbers that are a function of a request's seed and position."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -11,104 +11,49 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from splitfuse.core.plan import SamplingState
-from splitfuse.core.sampling_params import SamplingParams
+from splitfuse.kernels.drawing import Filter, kept_tokens
 
 _MASK = 2**64 - 1
 
-
-def is_filtered(params: SamplingParams) -> bool:
-    """Return whether a token is drawn from a part of the vocabulary only."""
-    return bool(params.top_k or params.top_p < 1.0 or params.min_p)
+Draw = Callable[[Tensor, Sequence[int], Sequence[Filter], Sequence[Sequence[float]]], list[list[int]]]
+"""Type of `Backend.draw`, which draws tokens for some rows of scores by numbers from 0 to below 1."""
 
 
 class Draws:
-    """Draws tokens for rows of scores [rows, vocab], from those that their filters keep if `filtering`."""
+    """Draws tokens for requests, from the row of scores [rows, vocab] that each has in `places`."""
 
-    def __init__(self, scores: Tensor, rows: Sequence[SamplingState], *, filtering: bool) -> None:
-        self._scores, self._rows, self._filtering = scores, rows, filtering
-        if filtering:
-            self._token_ids, self._cumulative, self._num_kept = _filtered(scores, rows)
-            self._total = self._cumulative.gather(1, self._num_kept - 1)
-        else:
-            self._cumulative = _weights(scores, rows).cumsum(-1)
-            self._total = self._cumulative[:, -1:]
+    def __init__(self, scores: Tensor, places: Sequence[int], rows: Sequence[SamplingState], draw: Draw) -> None:
+        self._scores, self._places, self._rows, self._draw = scores, places, rows, draw
+        params = (row.params for row in rows)
+        self._filters = [Filter(each.temperature, each.top_k, each.top_p, each.min_p) for each in params]
 
     def first(self) -> list[int]:
-        """Return a token for each row: inverse of the cumulative distribution, by id or, filtered, by weight."""
-        return [token for (token,) in self._draw(slice(None), [[_number(row, 0)] for row in self._rows])]
+        """Return a token for each request."""
+        drawn = self._draw(self._scores, self._places, self._filters, [[_number(row, 0)] for row in self._rows])
+        return [token for (token,) in drawn]
 
     def further(self, index: int, count: int) -> list[int]:
-        """Return tokens for a row, each drawn as the first one, with another number."""
-        (tokens,) = self._draw(
-            slice(index, index + 1), [[_number(self._rows[index], attempt) for attempt in range(1, count + 1)]]
-        )
-        return tokens
+        """Return tokens for a request, each drawn as the first one, with another number."""
+        numbers = [_number(self._rows[index], attempt) for attempt in range(1, count + 1)]
+        return self._draw(self._scores, [self._places[index]], [self._filters[index]], [numbers])[0]
 
     def among(self, index: int, allowed: NDArray[np.int64], attempt: int) -> int | None:
-        """Return a token for a row out of some that are allowed: of those that are kept too, or if there are none, of
-        those that the filters keep of them. None if all have the score -inf.
+        """Return a token for a request out of some that are allowed: of those that are kept too, or if there are none,
+        of those that the filter keeps of them. None if all have the score -inf.
         """
-        choices = [(allowed, self._filtering)]
-        if self._filtering and len(allowed) > 1:
-            kept = self._token_ids[index, : int(self._num_kept[index])].cpu().numpy()
-            choices.insert(0, (np.intersect1d(kept, allowed), False))
-        for tokens, filtering in choices:
-            scores = self._scores[index, torch.from_numpy(tokens).to(self._scores.device)]
+        row, each = self._scores[self._places[index]], self._filters[index]
+        choices = [(allowed, each)]
+        if not each.keeps_all and len(allowed) > 1:
+            kept = kept_tokens(row, each).cpu().numpy()
+            choices.insert(0, (np.intersect1d(kept, allowed), Filter(each.temperature)))
+        for tokens, filter_ in choices:
+            scores = row[torch.from_numpy(tokens).to(row.device)]
             if len(tokens) and scores.amax() > -math.inf:
                 if len(tokens) == 1:
                     return int(tokens[0])
-                row = self._rows[index]
-                draws = Draws(scores.unsqueeze(0), [row], filtering=filtering)
-                ((place,),) = draws._draw(slice(None), [[_number(row, attempt)]])
+                ((place,),) = self._draw(scores.unsqueeze(0), [0], [filter_], [[_number(self._rows[index], attempt)]])
                 return int(tokens[place])
         return None
-
-    def _draw(self, part: slice, numbers: list[list[float]]) -> list[list[int]]:
-        cumulative, total = self._cumulative[part], self._total[part]
-        # The first entry above number * total, which has a weight above 0: number < 1.
-        drawn = torch.searchsorted(
-            cumulative, torch.tensor(numbers, dtype=torch.float64, device=total.device) * total, right=True
-        )
-        if self._filtering:
-            drawn = self._token_ids[part].gather(1, drawn)
-        tokens: list[list[int]] = drawn.tolist()
-        return tokens
-
-
-def _filtered(scores: Tensor, rows: Sequence[SamplingState]) -> tuple[Tensor, Tensor, Tensor]:
-    """Return for each row tokens in falling order of weight, equal ones by id, their cumulative weights, and how many
-    [rows, 1] are kept by top_k, top_p and min_p.
-
-    In that order every filter keeps a beginning: top_k the tokens that weigh no less than the k-th, top_p those before
-    the threshold is crossed and the one that crosses it, min_p those of at least min_p times the first one's weight.
-    """
-    weights = _weights(scores, rows)
-    vocab = weights.shape[1]
-    top_k = [min(row.params.top_k, vocab) for row in rows]
-    limited = _column(top_k, weights) > 0
-    top_p = _column([row.params.top_p if row.params.top_p < 1.0 else math.inf for row in rows], weights)
-    min_p = _column([row.params.min_p for row in rows], weights)
-
-    total = weights.cumsum(-1)[:, -1:]
-    # Only what may be kept is sorted. Tokens below (1 - top_p) / vocab weigh less than 1 - top_p together, so top_p
-    # drops them all; half of that is on the safe side of rounding. With top_k, the k-th weight is the bound.
-    floor = torch.maximum((1.0 - top_p) * total / (2 * vocab), min_p)
-    kth = torch.full_like(total, -1.0)
-    if any(top_k):
-        largest = weights.topk(max(top_k)).values
-        kth = torch.where(limited, largest.gather(1, _column([max(k - 1, 0) for k in top_k], weights).long()), kth)
-        floor = torch.where(limited, kth, floor)
-    width = int((weights >= floor).count_nonzero(-1).amax())
-
-    # [rows, width], by id first, so that the stable sort leaves equal ones in that order
-    ids = weights.topk(width, sorted=False).indices.sort().values
-    weights, order = weights.gather(1, ids).sort(descending=True, stable=True)
-    cumulative = weights.cumsum(-1)
-    kept = (weights >= kth).count_nonzero(-1).unsqueeze(1)
-    total = torch.where(limited, cumulative.gather(1, kept - 1), total)
-    kept = kept.minimum(torch.searchsorted(cumulative, top_p * total) + 1)
-    kept = kept.minimum((weights >= min_p).count_nonzero(-1).unsqueeze(1))
-    return ids.gather(1, order), cumulative, kept
 
 
 def uniform(seed: int, choice: int, position: int, attempt: int = 0) -> float:
@@ -127,16 +72,5 @@ def uniform(seed: int, choice: int, position: int, attempt: int = 0) -> float:
     return (state >> 11) * 2.0**-53
 
 
-def _weights(scores: Tensor, rows: Sequence[SamplingState]) -> Tensor:
-    """Return unnormalized probabilities [rows, vocab] in float64, the largest exactly 1 at any temperature above 0."""
-    scores = scores.double()
-    temperature = _column([row.params.temperature for row in rows], scores)
-    return ((scores - scores.amax(-1, keepdim=True)) / temperature).exp()
-
-
 def _number(row: SamplingState, attempt: int) -> float:
     return uniform(row.seed, row.choice, len(row.prompt_token_ids) + len(row.output_token_ids), attempt)
-
-
-def _column(values: Iterable[float], like: Tensor) -> Tensor:
-    return torch.tensor(list(values), dtype=torch.float64, device=like.device).unsqueeze(1)

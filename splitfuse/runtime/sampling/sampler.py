@@ -21,10 +21,11 @@ from torch import Tensor
 
 from splitfuse.core.plan import ChunkResult, SamplingState, TokenLogprob
 from splitfuse.errors import RequestFailedError
+from splitfuse.kernels.drawing import exact_draw
 from splitfuse.kernels.interface import exact_topk
 from splitfuse.runtime.sampling.adjust import adjusted, is_adjusted
 from splitfuse.runtime.sampling.choose import Choice, Drawn, Greedy, choose
-from splitfuse.runtime.sampling.draw import Draws, is_filtered
+from splitfuse.runtime.sampling.draw import Draw, Draws
 from splitfuse.runtime.sampling.grammar import TRIES, Matcher
 from splitfuse.runtime.sampling.logprobs import report_logprobs
 
@@ -37,6 +38,7 @@ def sample(
     rows: Sequence[SamplingState],
     *,
     topk: TopK = exact_topk,
+    draw: Draw = exact_draw,
     matchers: Sequence[Matcher | None] = (),
 ) -> list[ChunkResult]:
     """Choose one token for each row of `logits` [rows, vocab], under the settings of `rows`, among those that its
@@ -70,14 +72,9 @@ def sample(
             for i in members
             if rows[i].params.temperature == 0.0
         }
-        for filtering in (False, True):
-            part = [i for i in members if i not in choices and is_filtered(rows[i].params) is filtering]
-            if part:
-                taken = _take(scores, [places[i] for i in part])
-                draws = Draws(taken, [rows[i] for i in part], filtering=filtering)
-                choices |= {
-                    i: Drawn(draws, n, token) for n, (i, token) in enumerate(zip(part, draws.first(), strict=True))
-                }
+        if part := [i for i in members if i not in choices]:
+            draws = Draws(scores, [places[i] for i in part], [rows[i] for i in part], draw)
+            choices |= {i: Drawn(draws, n, token) for n, (i, token) in enumerate(zip(part, draws.first(), strict=True))}
         tokens |= choose(choices, followed)
         for i in choices:
             if i not in tokens:

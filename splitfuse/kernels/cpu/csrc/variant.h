@@ -1,6 +1,7 @@
 // The functions of one variant that Python calls, under names that end in it. Python checks their arguments.
 #pragma once
 
+#include "draw.h"
 #include "layers.h"
 #include "limits.h"
 
@@ -159,6 +160,18 @@ SF_EXPORT(float, dots_only)(Workspace* work, i32 qvalues, i64 rounds) {
 
 SF_EXPORT(void, topk)(Workspace* work, const float* scores, i64 rows, i64 columns, i64 count, i32* ids, float* values) {
     parallel(rows == 1 ? 1 : work->num_threads, [&](Team& team) { topk(team, scores, rows, columns, count, ids, values); });
+}
+
+SF_EXPORT(i32, draw)(Workspace* work, const void* scores, i32 in_doubles, i64 columns, const i32* rows, i64 num_rows,
+                     const double* filters, const double* numbers, i64 count, i32* ids) {
+    return guarded([&] {
+        for (Workspace::Own& each : work->own) each.draws.reserve(draw_bytes(columns));
+        const Filter* each = reinterpret_cast<const Filter*>(filters);
+        parallel(num_rows == 1 ? 1 : work->num_threads, [&](Team& team) {
+            if (in_doubles) draw(team, *work, static_cast<const double*>(scores), columns, rows, num_rows, each, numbers, count, ids);
+            else draw(team, *work, static_cast<const float*>(scores), columns, rows, num_rows, each, numbers, count, ids);
+        });
+    });
 }
 
 }  // namespace SF_VARIANT

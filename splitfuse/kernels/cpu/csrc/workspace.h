@@ -50,7 +50,7 @@ struct HeadItems {
 };
 
 struct Workspace {
-    struct Own { Buffer operand, row, tile, sums, state, shrunk; };  // of one thread
+    struct Own { Buffer operand, row, tile, sums, state, shrunk, draws; };  // of one thread
 
     explicit Workspace(int num_threads) : num_threads(num_threads), own(num_threads) {}
 
