@@ -5,6 +5,7 @@ from __future__ import annotations
 from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from struct import Struct, unpack_from
 from typing import NamedTuple, TypeAlias
 
@@ -35,7 +36,7 @@ class StateSlots(NamedTuple):
 _ID, _VALUE = Struct("i"), Struct("d")
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Chunk:
     """Describes a run of one request's tokens within one step.
 
@@ -94,7 +95,7 @@ class StepPlan:
     new_requests: tuple[SamplingState, ...] = ()
     retired_requests: tuple[str, ...] = ()  # finished since the last plan: the executor forgets them
 
-    @property
+    @cached_property
     def num_tokens(self) -> int:
         """Return how many tokens the step computes."""
         return sum(len(chunk.token_ids) for chunk in self.chunks)
@@ -161,7 +162,7 @@ class Logprobs:
         del self.values[count * self.width * _VALUE.size :]
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class ChunkResult:
     """Holds the result of one chunk: the chosen tokens if it sampled, or why it failed.
 

@@ -193,7 +193,7 @@ by_queue_key = attrgetter("priority", "fair_share_key", "sequence_number")
 """Returns the position of a request among all unfinished ones: by priority, by fair share, by age."""
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class RequestOutput:
     """Says what one step, or an abort, changed for one request: tokens are new since the last output."""
 

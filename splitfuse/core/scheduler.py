@@ -162,7 +162,7 @@ class Scheduler:
                 outputs.append(self._advance_alone(request, chunk, result[chunk.request_id], now))
         for chunk in plan.chunks:  # once it is known which have ended, and so which is the oldest
             request = self._requests[chunk.request_id]
-            if request.num_plans_in_flight == 0:
+            if request.num_plans_in_flight == 0 and (request.is_finished or request.kv.preempt_on_return):
                 self._settle(request, now)
         return outputs
 
@@ -232,7 +232,7 @@ class Scheduler:
         if state is not None and (result.state_lost or state.is_lost):  # nothing that was computed from it counts
             state.is_lost = request.kv.repeatable = request.kv.preempt_on_return = True
             return RequestOutput(request.request_id)
-        request.kv.num_computed = chunk.end
+        end = request.kv.num_computed = chunk.end
         request.num_prompt_logprobs += len(result.prompt_logprobs)
         tokens = result.token_ids
         assert len(tokens) == (chunk.samples and request.pooling is None)
@@ -242,8 +242,8 @@ class Scheduler:
         if chunk.samples:
             request.slo.observe_token(now)
         size = self._allocator.block_size
-        if chunk.end // size > chunk.start // size:  # it has filled a block
-            computed = request.tokens(0, chunk.end)
+        if end // size > chunk.start // size:  # it has filled a block
+            computed = request.tokens(0, end)
             request.kv.publish(self._allocator, computed, salt=request.scheduling.cache_salt)
         if state is not None:
             state.computed(chunk, request.kv.block_names)

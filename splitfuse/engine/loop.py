@@ -114,12 +114,9 @@ class EngineLoop:
         """
         outputs: list[RequestOutput] = []
         while not self._stopped:
-            try:
-                command = self.commands.get(
-                    block=not (self._engine.has_unfinished or outputs or self._tracer.has_records)
-                )
-            except queue.Empty:
+            if self.commands.empty() and (self._engine.has_unfinished or outputs or self._tracer.has_records):
                 break
+            command = self.commands.get()
             match command:
                 case Add():
                     try:
@@ -160,20 +157,17 @@ class EngineLoop:
             self.commands.put(_Loaded(command.name, digest, adapter))
 
     def _count(self, step: StepRecord) -> None:
-        plan, before = step.plan, self._stats
-        starts = {chunk.request_id: chunk.start for chunk in plan.chunks}
-        num_generated = sum(len(chunk.token_ids) for chunk in step.result.values())
-        self._stats = replace(
-            before,
-            num_steps=before.num_steps + 1,
-            num_prompt_tokens=before.num_prompt_tokens + sum(len(r.prompt_token_ids) for r in plan.new_requests),
-            num_cached_tokens=before.num_cached_tokens + sum(starts[r.request_id] for r in plan.new_requests),
-            num_generated_tokens=before.num_generated_tokens + num_generated,
-            num_computed_tokens=before.num_computed_tokens + plan.num_tokens,
-            step_tokens=plan.num_tokens,
-            predicted_step_seconds=step.predicted_seconds,
-            step_token_budget=plan.token_budget,
-        )
+        plan, counts = step.plan, self._stats
+        if plan.new_requests:
+            starts = {chunk.request_id: chunk.start for chunk in plan.chunks}
+            counts.num_prompt_tokens += sum(len(each.prompt_token_ids) for each in plan.new_requests)
+            counts.num_cached_tokens += sum(starts[each.request_id] for each in plan.new_requests)
+        counts.num_steps += 1
+        counts.num_generated_tokens += sum([len(chunk.token_ids) for chunk in step.result.values()])
+        counts.num_computed_tokens += plan.num_tokens
+        counts.step_tokens = plan.num_tokens
+        counts.predicted_step_seconds = step.predicted_seconds
+        counts.step_token_budget = plan.token_budget
 
     def _stats_now(self) -> EngineStats:
         queue = self._engine.scheduler.queue

@@ -116,7 +116,7 @@ class EngineInfo(msgspec.Struct, frozen=True, tag=True):
     """What the machine can keep of the SLO, as far as it is known before the first step; None without one."""
 
 
-@dataclass(frozen=True)
+@dataclass
 class EngineStats:
     """Counts what happened since the engine began, and describes the state after its last step."""
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cached_property
+
 from torch import Tensor
 
 from splitfuse.kernels.lora import StepAdapters
@@ -11,7 +13,7 @@ class RaggedBatch:
     """Holds T tokens of S chunks, of which R need logits. Row i of every per-token tensor is the same token.
 
     `packed` is int32 and holds all tensors one behind the other, in the order of `sizes`: a step is one transfer to its
-    device, and one address for kernels that take it whole. The tensors are views of it.
+    device, and one address for kernels that take it whole. The tensors are views of it, made when they are asked for.
     """
 
     def __init__(
@@ -33,25 +35,55 @@ class RaggedBatch:
         self.num_rows = num_rows
         per_token, per_request = (num_tokens,) * 3, (num_requests + 1, *(num_requests,) * 3, num_requests * table_width)
         self.sizes = (*per_token, *per_request, num_rows)
-        parts = packed.split_with_sizes(self.sizes)
-        ids, positions, slot_mapping, query_start, seq_lens, state_reads, state_writes, tables, logit_rows = parts
-        self.ids = ids
-        """Token ids: [T]."""
-        self.positions = positions
-        """Position of each token in its request: [T]."""
-        self.slot_mapping = slot_mapping
-        """Slots that keys and values go to, block * block_size + offset or -1 for none: [T]."""
-        self.query_start = query_start
-        """First row of each chunk, whose rows end where the next begin: [S + 1]."""
-        self.seq_lens = seq_lens
-        """Number of positions of each request that exist after this step: [S]."""
-        self.state_reads = state_reads
-        """Slots that recurrent states are read from, or -1 for a state of zeros: [S]."""
-        self.state_writes = state_writes
-        """Slots that they are written to, or -1 in a network without: [S]. A chunk may read what the one just before it
-        in the batch writes, if both are parts of the same request; otherwise no chunk reads what another writes.
+
+    @cached_property
+    def _parts(self) -> tuple[Tensor, ...]:
+        return self.packed.split_with_sizes(self.sizes)
+
+    @property
+    def ids(self) -> Tensor:
+        """Return the token ids: [T]."""
+        return self._parts[0]
+
+    @property
+    def positions(self) -> Tensor:
+        """Return the position of each token in its request: [T]."""
+        return self._parts[1]
+
+    @property
+    def slot_mapping(self) -> Tensor:
+        """Return the slots that keys and values go to, block * block_size + offset or -1 for none: [T]."""
+        return self._parts[2]
+
+    @property
+    def query_start(self) -> Tensor:
+        """Return the first row of each chunk, whose rows end where the next begin: [S + 1]."""
+        return self._parts[3]
+
+    @property
+    def seq_lens(self) -> Tensor:
+        """Return the number of positions of each request that exist after this step: [S]."""
+        return self._parts[4]
+
+    @property
+    def state_reads(self) -> Tensor:
+        """Return the slots that recurrent states are read from, or -1 for a state of zeros: [S]."""
+        return self._parts[5]
+
+    @property
+    def state_writes(self) -> Tensor:
+        """Return the slots that they are written to, or -1 in a network without: [S]. A chunk may read what the one
+        just before it in the batch writes, if both are parts of the same request; otherwise no chunk reads what another
+        writes.
         """
-        self.block_tables = tables.view(num_requests, table_width)
-        """Block tables, filled up with 0, which is never read: [S, most blocks of a chunk]."""
-        self.logit_rows = logit_rows
-        """Rows that need logits: [R]."""
+        return self._parts[6]
+
+    @property
+    def block_tables(self) -> Tensor:
+        """Return the block tables, filled up with 0, which is never read: [S, most blocks of a chunk]."""
+        return self._parts[7].view(self.num_requests, self.table_width)
+
+    @property
+    def logit_rows(self) -> Tensor:
+        """Return the rows that need logits: [R]."""
+        return self._parts[8]

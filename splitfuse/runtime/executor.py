@@ -144,7 +144,7 @@ class Executor:
         for start in range(0, len(sampling), HEAD_ROWS):
             part = sampling[start : start + HEAD_ROWS]
             rows = [row for _, row in part]
-            logits = self.decoder.logits(hidden if len(rows) == len(hidden) else hidden[rows])
+            logits = self.decoder.logits(hidden if len(rows) == hidden.shape[0] else hidden[rows])
             states = [self._states[chunk.request_id] for chunk, _ in part]
             matchers = [self._matcher(state) for state in states] if self._matchers else []
             chosen = sample(logits, states, topk=backend.topk, draw=backend.draw, matchers=matchers)

@@ -58,10 +58,13 @@ class StepFeatures(NamedTuple):
 
 def features_of(plan: StepPlan) -> StepFeatures:
     """Return the features of a whole step."""
-    total = StepFeatures()
+    rows = pairs = kv_tokens = 0
     for chunk in plan.chunks:
-        total = total.plus(start=chunk.start, count=len(chunk.token_ids), rows=chunk.num_logits)
-    return total
+        count = len(chunk.token_ids)
+        rows += chunk.num_logits
+        pairs += count * chunk.start + count * (count + 1) // 2
+        kv_tokens += chunk.start + count
+    return StepFeatures(plan.num_tokens, rows, pairs, kv_tokens, len(plan.chunks))
 
 
 @dataclass(frozen=True)

@@ -24,10 +24,13 @@ class InFlightRecord:
     def __init__(self, fd: int | None = None) -> None:
         """Use the file behind `fd`, or make one. Raises OSError if there can be none."""
         self.fd = _file_in_memory() if fd is None else fd
+        self._written: Sequence[str] = ()
 
     def write(self, request_ids: Sequence[str]) -> None:
-        """Replace the record. Called before each step."""
-        os.pwrite(self.fd, frame(_encode(request_ids)), 0)
+        """Replace the record. Called before each step, of which many have the requests of the one before."""
+        if request_ids != self._written:
+            os.pwrite(self.fd, frame(_encode(request_ids)), 0)
+            self._written = request_ids
 
     def read(self) -> list[str]:
         """Return the record; it is empty if it was being written when the process ended."""

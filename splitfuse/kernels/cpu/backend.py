@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from itertools import groupby
+from ctypes import c_double, c_float, c_int32
+from itertools import chain, groupby
 
 import torch
 from torch import Tensor
@@ -337,24 +338,27 @@ class CpuBackend(Backend):
         check(scores, torch.float32)
         rows, columns = scores.shape
         k = min(k, columns)
-        ids, values = torch.empty(rows, k, dtype=torch.int32), torch.empty(rows, k)
-        self.library.topk(scores.data_ptr(), rows, columns, k, ids.data_ptr(), values.data_ptr())
-        return ids.tolist(), values.tolist()
+        size = rows * k
+        ids, values = (c_int32 * size)(), (c_float * size)()  # small tensors would cost more than the choice
+        self.library.topk(scores.data_ptr(), rows, columns, k, ids, values)
+        if k == 1:
+            return [[token] for token in ids], [[value] for value in values]
+        starts = range(0, size, k)
+        return [ids[start : start + k] for start in starts], [values[start : start + k] for start in starts]
 
     def draw(
         self, scores: Tensor, rows: Sequence[int], filters: Sequence[Filter], numbers: Sequence[Sequence[float]]
     ) -> list[list[int]]:
         check(scores, torch.float64 if scores.dtype == torch.float64 else torch.float32)
-        places, wanted = torch.tensor(rows, dtype=torch.int32), torch.tensor(numbers, dtype=torch.float64)
-        kept = torch.tensor(filters, dtype=torch.float64)
-        assert len(rows) == len(kept) == len(wanted) and all(0 <= row < len(scores) for row in rows)
-        ids = torch.empty(wanted.shape, dtype=torch.int32)
-        self.library.draw(
-            *(scores.data_ptr(), scores.dtype == torch.float64, scores.shape[1]),
-            *(places.data_ptr(), len(rows), kept.data_ptr(), wanted.data_ptr(), wanted.shape[1], ids.data_ptr()),
-        )
-        drawn: list[list[int]] = ids.tolist()
-        return drawn
+        (num_scores, columns), count, size = scores.shape, len(rows), sum(map(len, numbers))
+        each = size // max(count, 1)
+        assert len(filters) == len(numbers) == count and all(0 <= row < num_scores for row in rows)
+        assert all(len(some) == each for some in numbers)
+        places, ids = (c_int32 * count)(*rows), (c_int32 * size)()
+        kept, wanted = (c_double * (4 * count))(*chain(*filters)), (c_double * size)(*chain(*numbers))
+        in_doubles = scores.dtype == torch.float64
+        self.library.draw(scores.data_ptr(), in_doubles, columns, places, count, kept, wanted, each, ids)
+        return [ids[start : start + each] for start in range(0, size, each)]
 
     # Layers, one operation at a time
 

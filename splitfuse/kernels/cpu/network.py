@@ -170,8 +170,9 @@ class FusedNetwork:
         Raises IndexError for a step that cannot be computed.
         """
         check(batch.packed, torch.int32)
-        *addresses, end = accumulate((4 * size for size in batch.sizes), initial=batch.packed.data_ptr())
-        assert end == batch.packed.data_ptr() + batch.packed.nbytes
+        begin = batch.packed.data_ptr()
+        *addresses, end = accumulate((4 * size for size in batch.sizes), initial=begin)
+        assert end == begin + batch.packed.nbytes
         lora = None if batch.adapters is None else step_lora(batch.adapters, batch.num_tokens)
         sizes = (batch.num_tokens, batch.num_requests, batch.table_width, batch.num_rows)
         arrays = Step(*sizes, *addresses, None if lora is None else lora.address)

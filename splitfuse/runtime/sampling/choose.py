@@ -19,17 +19,15 @@ from splitfuse.runtime.sampling.grammar import TRIES, Matcher, TokenIds
 
 
 def choose(choices: Mapping[int, Choice], matchers: Mapping[int, Matcher]) -> dict[int, int]:
-    """Return the tokens of rows, chosen as `choices` say: those that the matcher of a row allows, if it has one. A row
-    has none if nothing is allowed that has a score.
+    """Return the tokens of rows, chosen as `choices` say among those that the matcher of each row allows. A row has
+    none if nothing is allowed that has a score.
     """
     tokens: dict[int, int] = {}
     allowed: dict[int, TokenIds] = {}
     waiting = []
     for i, choice in choices.items():
-        matcher = matchers.get(i)
-        if matcher is None:
-            tokens[i] = choice.first
-        elif (forced := matcher.forced()) is not None:
+        matcher = matchers[i]
+        if (forced := matcher.forced()) is not None:
             allowed[i] = forced
         elif matcher.take(choice.first):
             tokens[i] = choice.first

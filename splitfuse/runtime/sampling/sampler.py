@@ -56,9 +56,9 @@ def sample(
     faults = _faults([peak for peak, *_ in peaks])
     errors = {i: f"the model computed unusable logits: {fault}" for i, fault in faults.items()}
     tokens = _forced(rows, faults)
+    free = [(i, is_adjusted(row)) for i, row in enumerate(rows) if i not in errors and i not in tokens]
     for adjusting in (False, True):
-        free = (i for i in range(len(rows)) if i not in errors and i not in tokens)
-        members = [i for i in free if is_adjusted(rows[i]) is adjusting]
+        members = [i for i, changes in free if changes is adjusting]
         scores, places = logits, {i: i for i in members}
         if adjusting and members:
             places = {i: place for place, i in enumerate(members)}
@@ -67,18 +67,27 @@ def sample(
             faults = _faults([peak for peak, *_ in peaks])
             errors |= {i: _nothing(rows[i], i in followed, faults[n]) for i, n in places.items() if n in faults}
             members = [i for i in members if i not in errors]
-        choices: dict[int, Choice] = {
-            i: Greedy(scores, places[i], best[places[i]], peaks[places[i]])
-            for i in members
-            if rows[i].params.temperature == 0.0
-        }
-        if part := [i for i in members if i not in choices]:
-            draws = Draws(scores, [places[i] for i in part], [rows[i] for i in part], draw)
-            choices |= {i: Drawn(draws, n, token) for n, (i, token) in enumerate(zip(part, draws.first(), strict=True))}
-        tokens |= choose(choices, followed)
-        for i in choices:
-            if i not in tokens:
-                errors[i] = followed[i].error or _nothing(rows[i], True, _fault(-math.inf))
+        choices: dict[int, Choice] = {}  # of the rows that must follow a form
+        drawn = []
+        for i in members:
+            if rows[i].params.temperature > 0.0:
+                drawn.append(i)
+            elif i in followed:
+                choices[i] = Greedy(scores, places[i], best[places[i]], peaks[places[i]])
+            else:
+                tokens[i] = best[places[i]][0]
+        if drawn:
+            draws = Draws(scores, [places[i] for i in drawn], [rows[i] for i in drawn], draw)
+            for n, (i, token) in enumerate(zip(drawn, draws.first(), strict=True)):
+                if i in followed:
+                    choices[i] = Drawn(draws, n, token)
+                else:
+                    tokens[i] = token
+        if choices:
+            tokens |= choose(choices, followed)
+            for i in choices:
+                if i not in tokens:
+                    errors[i] = followed[i].error or _nothing(rows[i], True, _fault(-math.inf))
 
     tokens |= _closing(rows, tokens)
     reported = [i for i in sorted(tokens) if rows[i].params.logprobs is not None]
