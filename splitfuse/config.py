@@ -45,6 +45,8 @@ MAX_SIZE = 1e9
 MIN_TIMEOUT, MAX_TIMEOUT = 0.001, 1_000_000.0
 """Bounds of a timeout in the settings, in seconds: beyond them, timers of the system spin or overflow."""
 TAIL_SHARE, MAX_TAIL_SHARE = 0.15, 0.5
+MAX_SPECULATIVE_TOKENS = 64
+"""Most tokens that can be drafted for a request in a step: more than any step is worth."""
 MAX_TOKEN_BUDGET = 2048
 """Largest token budget that is chosen by itself: up to here, every machine that was measured is saturated."""
 
@@ -123,6 +125,11 @@ class SchedulerConfig:
         "memory permits).",
     )
     max_num_seqs: int = setting(64, "Maximum number of running requests.")
+    num_speculative_tokens: int = setting(
+        0,
+        "Most tokens that are drafted for a request in a step, from its own prompt and answer; they are computed where "
+        "that makes tokens come faster, and change no output. 0: none.",
+    )
     ttft: str | None = setting(None, "SLO for the time to first token (TTFT): 1s, or 2ms/token for each prompt token.")
     itl: str | None = setting(
         None,
@@ -142,6 +149,10 @@ class SchedulerConfig:
     def __post_init__(self) -> None:
         _at_least("max_num_batched_tokens", self.max_num_batched_tokens, 1)
         _at_least("max_num_seqs", self.max_num_seqs, 1)
+        if not 0 <= self.num_speculative_tokens <= MAX_SPECULATIVE_TOKENS:
+            raise ConfigError(
+                f"num_speculative_tokens must be from 0 to {MAX_SPECULATIVE_TOKENS}, not {self.num_speculative_tokens}"
+            )
         if self.ttft is not None:
             parse_seconds("ttft", self.ttft.removesuffix(PER_TOKEN))
         if self.itl is not None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import zlib
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from itertools import accumulate
@@ -42,6 +42,7 @@ from splitfuse.core.slo.cost_model import CostModel, features_of
 from splitfuse.core.slo.deadline_policy import DeadlinePolicy
 from splitfuse.core.slo.latency_predictor import LatencyPredictor
 from splitfuse.core.slo.targets import SloTargets
+from splitfuse.core.speculation.drafting import Drafting
 
 VOCABULARY = 16
 EOS = 3
@@ -128,7 +129,8 @@ class FakeExecutor:
         assert all(each.read == each.write or each.read not in all_written for each in slots)
 
     def _run(self, chunk: Chunk) -> ChunkResult:
-        assert chunk.samples <= chunk.num_logits <= len(chunk.token_ids)
+        assert chunk.num_choices <= chunk.num_logits <= len(chunk.token_ids)
+        assert chunk.num_drafts == 0 or (chunk.samples and PLACEHOLDER not in chunk.token_ids)
         slots = [(chunk.block_table[p // self.block_size], p % self.block_size) for p in range(chunk.end)]
         # A request that has failed chose nothing; what a plan already in flight makes of it is dropped.
         chosen = self.last_chosen.get(chunk.request_id, 0)
@@ -143,13 +145,35 @@ class FakeExecutor:
         if chunk.request_id in self.failing:
             return ChunkResult(error="the logits are NaN")
         prompt = self.prompts[chunk.request_id]
-        rows = range(chunk.end - chunk.num_logits, chunk.end - chunk.samples)
+        rows = range(chunk.end - chunk.num_logits, chunk.end - chunk.num_choices)
         prompt_logprobs = tuple(TokenLogprob(prompt[p + 1], -float(p)) for p in rows)
         if not chunk.samples:
             return ChunkResult(prompt_logprobs=prompt_logprobs)
-        token = next_token(tuple(self.cache[slot] for slot in slots))
-        self.last_chosen[chunk.request_id] = token
-        return ChunkResult((token,), prompt_logprobs=prompt_logprobs)
+        tokens: list[int] = []
+        for draft, end in zip((*chunk.drafts, -1), range(chunk.end - chunk.num_drafts, chunk.end + 1), strict=True):
+            tokens.append(next_token(tuple(self.cache[slot] for slot in slots[:end])))
+            if tokens[-1] != draft:
+                break
+        self.last_chosen[chunk.request_id] = tokens[-1]
+        return ChunkResult(tuple(tokens), prompt_logprobs=prompt_logprobs)
+
+
+class Guessing(Drafting):
+    """Drafts what the request gives alone, with some of the tokens wrong."""
+
+    def __init__(self, rng: Random) -> None:
+        super().__init__(most=rng.randint(1, 9))
+        self._rng, self._right = rng, rng.random()
+
+    def is_expected(self, requests: Sequence[Request]) -> bool:
+        return self._rng.random() < 0.2 * len(requests)
+
+    def _ahead(self, request: Request) -> list[tuple[int, float]]:
+        rng, known = self._rng, len(request.output_token_ids)
+        tokens = reference(request)[0][known : known + min(self.most, request.max_tokens - known - 1)]
+        guessed = [token if rng.random() < self._right else rng.randrange(VOCABULARY) for token in tokens]
+        count = next((n for n, token in enumerate(guessed) if token in request.eos_token_ids), len(guessed))
+        return [(token, 0.9 + rng.random() / 10) for token in guessed[:count]]
 
 
 @dataclass
@@ -184,6 +208,7 @@ class Run:
     breakdowns: dict[str, LatencyBreakdown] = field(default_factory=dict)
     began: list[float | Fraction] = field(default_factory=list)  # when each plan was made
     ended: list[float | Fraction] = field(default_factory=list)  # when it was back
+    num_accepted: int = 0  # drafts that were right
 
     @classmethod
     def make(
@@ -198,6 +223,7 @@ class Run:
         policy: SchedulingPolicy | None = None,
         spare_states: int | None = None,
         interval: int = 1,
+        drafting: Drafting | None = None,
     ) -> Run:
         """With recurrent states there are `spare_states` slots more than requests can hold, and snapshots every
         `interval` blocks of a prompt.
@@ -211,7 +237,7 @@ class Run:
         namer = BlockNamer(block_size, key=b"test") if prefix else None
         allocator = BlockAllocator(num_blocks, block_size, namer=namer, states=states)
         config = SchedulerConfig(max_num_batched_tokens=budget, max_num_seqs=max_num_seqs)
-        scheduler = Scheduler(config, allocator, policy)
+        scheduler = Scheduler(config, allocator, policy, drafting=drafting)
         cost = None if policy is None or policy.predictor is None else policy.predictor.cost
         latencies = LatencyLedger(scheduler.events, cost=cost)
         return cls(scheduler, latencies, allocator, FakeExecutor(block_size), depth, budget, max_num_seqs)
@@ -242,6 +268,7 @@ class Run:
         running = list(self.running)
         plan, handle = self.in_flight.popleft()
         result = self.executor.collect(handle)
+        self.num_accepted += sum(max(len(each.token_ids) - 1, 0) for each in result.values())
         if (predictor := self.scheduler.policy.predictor) is not None:
             self.now += predictor.cost.seconds(features_of(plan))
         self._tick()
@@ -297,6 +324,9 @@ class Run:
             assert self.in_flight or not (waiting or running), "no progress with nothing in flight"
             return None
         assert plan.num_tokens > 0
+        has_drafts = any(chunk.num_drafts for chunk in plan.chunks)
+        assert not has_drafts or not self.in_flight, "drafts whose request is in flight"
+        assert not any(chunk.num_drafts for before, _ in self.in_flight for chunk in before.chunks), "planned too soon"
         chosen = {chunk.request_id: len(chunk.token_ids) for chunk in plan.chunks}
         assert len(chosen) == len(plan.chunks) <= self.max_num_seqs
         self.plans.append(plan)
@@ -308,7 +338,7 @@ class Run:
         assert plan.num_tokens <= self.budget
         if oldest_wants and not self.in_flight:
             assert oldest.request_id in chosen, "the oldest request got nothing"
-        if plan.num_tokens < self.budget and not self.in_flight and type(policy) is Fcfs:
+        if num_granted(plan) < self.budget and not self.in_flight and type(policy) is Fcfs:
             self._explain_unfilled(plan)
         return plan
 
@@ -329,9 +359,13 @@ class Run:
             if (rest := request.num_unscheduled) and request.request_id not in sampled(plan):
                 count = counts.get(request.request_id, 0)
                 assert count, "runnable work, a block and budget, and yet not filled"
-                most = count + self.budget - plan.num_tokens
+                most = count + self.budget - num_granted(plan)
                 assert ceil_div(count + rest, count) == ceil_div(count + rest, most), "it takes a step more"
         assert not self.waiting or len(self.running) == self.max_num_seqs
+
+
+def num_granted(plan: StepPlan) -> int:
+    return sum(len(chunk.token_ids) - chunk.num_drafts for chunk in plan.chunks)
 
 
 def sampled(plan: StepPlan) -> set[str]:
@@ -345,10 +379,18 @@ class Workload:
     seed: int
     recurrent: bool = False
 
-    def run(self, depth: int, *, policy: SchedulingPolicy | None = None, slo: bool = False, ticks: bool = False) -> Run:
+    def run(
+        self,
+        depth: int,
+        *,
+        policy: SchedulingPolicy | None = None,
+        slo: bool = False,
+        ticks: bool = False,
+        drafts: bool = False,
+    ) -> Run:
         """Drive the workload to its end and compare every outcome with the reference. With `slo`, some requests have
-        targets, and the scheduler meets them as well as it can. With `ticks` time passes at every call. `recurrent`
-        workloads have states, and with one plan at a time steps that break off.
+        targets, and the scheduler meets them as well as it can. With `ticks` time passes at every call. With `drafts`,
+        tokens are guessed. `recurrent` workloads have states, and with one plan at a time steps that break off.
         """
         rng = Random(self.seed)
         block_size = rng.choice((1, 2, 4, 8))
@@ -371,6 +413,7 @@ class Workload:
             policy=policy,
             spare_states=of_states.choice((0, 1, 5, 50)) if self.recurrent else None,
             interval=of_states.choice((1, 2, 3)),
+            drafting=Guessing(Random(f"drafts {self.seed}")) if drafts else None,
         )
         if self.recurrent and depth == 1 and of_states.random() < 0.3:
             run.executor.breaking = of_states

@@ -45,6 +45,9 @@ class Chunk:
     the last `num_logits` tokens of the chunk and for no others. If `samples`, the last token's choose the next one, or
     give the numbers that PoolingParams ask for.
 
+    The last `num_drafts` tokens are guesses of what is chosen: the logits of the token before each choose in its place,
+    and as long as that is what was guessed, the next ones choose too.
+
         Chunk("a", start=8, token_ids=(7, 7, 5), block_table=(3, 0, 9), num_logits=1, samples=True)
     """
 
@@ -55,6 +58,17 @@ class Chunk:
     num_logits: int
     samples: bool
     state: StateSlots | None = None  # None: the network has no recurrent states
+    num_drafts: int = 0
+
+    @property
+    def drafts(self) -> tuple[int, ...]:
+        """Return the tokens that are guesses."""
+        return self.token_ids[len(self.token_ids) - self.num_drafts :]
+
+    @property
+    def num_choices(self) -> int:
+        """Return how many of its tokens, the last ones, have logits that choose a token."""
+        return self.samples + self.num_drafts
 
     @property
     def is_repeatable(self) -> bool:
@@ -166,9 +180,10 @@ class Logprobs:
 class ChunkResult:
     """Holds the result of one chunk: the chosen tokens if it sampled, or why it failed.
 
-    `token_ids` has one token if the chunk sampled. `logprobs` has one entry for each of them if the request asked for
-    logprobs; `prompt_logprobs` one for each prompt token whose logits the chunk computed, if it asked for those.
-    `values` are what PoolingParams ask for.
+    `token_ids` has one token if the chunk sampled, and one more for each of its drafts that was right, up to the first
+    that was not. `logprobs` has one entry for each of them if the request asked for logprobs; `prompt_logprobs` one for
+    each prompt token whose logits the chunk computed, if it asked for those.
+    `values` are what PoolingParams ask for. `forced` are the tokens that the form of the answer lets follow, no others.
     `is_complete` says that the answer has the form which the request asked for, and that nothing can follow.
     `state_lost` says that a failed step has left the request's recurrent state half written, and that there is nothing
     else: it is recomputed.
@@ -178,6 +193,7 @@ class ChunkResult:
     logprobs: tuple[TokenLogprob, ...] = ()
     prompt_logprobs: tuple[TokenLogprob, ...] = ()
     values: tuple[float, ...] = ()
+    forced: tuple[int, ...] = ()
     error: str | None = None
     is_complete: bool = False
     state_lost: bool = False

@@ -17,6 +17,7 @@ from splitfuse.core.pooling_params import PoolingParams
 from splitfuse.core.sampling_params import SamplingParams
 from splitfuse.core.slo.request_slo import RequestSlo
 from splitfuse.core.slo.targets import NO_SLO, SloTargets
+from splitfuse.core.speculation.request_drafts import RequestDrafts
 from splitfuse.errors import InvalidRequestError
 
 MIN_WEIGHT, MAX_WEIGHT = 0.001, 1000
@@ -125,6 +126,7 @@ class Request:
     num_plans_in_flight: int = 0
     sent_to_executor: bool = False
     kv: RequestKv = field(default_factory=RequestKv)
+    drafts: RequestDrafts = field(default_factory=RequestDrafts)
     slo: RequestSlo = field(init=False)
     priority: Priority = field(init=False)
     owner: str = field(init=False)

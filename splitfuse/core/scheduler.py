@@ -16,6 +16,8 @@ without SLOs the budget is filled while runnable work and blocks remain (Holmes 
                          oldest.
     plans in flight      `schedule` may be called before earlier plans have come back. A request in flight is preempted
                          in the `update` of its last plan.
+    drafts               core/speculation/drafting.py: tokens that may come next, if nothing is in flight. How many of
+                         them are right is known when the step is back, so nothing is planned until then.
 
 One step: `Scheduler.schedule` -> `SchedulingPolicy.compose` (policy.py) -> `StepBuilder` (step_builder.py), which
 grants tokens and blocks -> `StepPlan` (plan.py); then `Scheduler.update` with its `StepResult`. The scheduler
@@ -26,6 +28,7 @@ from __future__ import annotations
 
 import logging
 from collections import deque
+from typing import NamedTuple
 
 from splitfuse.config import SchedulerConfig
 from splitfuse.core.events import (
@@ -45,11 +48,18 @@ from splitfuse.core.policy import Fcfs, PlanningError, SchedulingPolicy
 from splitfuse.core.request import FinishReason, Request, RequestOutput, RequestStatus
 from splitfuse.core.slo.cost_model import features_of
 from splitfuse.core.slo.fair_share import FairShare
+from splitfuse.core.speculation.drafting import Drafting
 from splitfuse.core.step_budget import StepBudget
 from splitfuse.core.step_builder import RequestQueue, StepBuilder, by_sequence_number
 from splitfuse.errors import InvalidRequestError
 
 logger = logging.getLogger(__name__)
+
+
+class _InFlight(NamedTuple):
+    number: int
+    planned_at: float
+    has_drafts: bool
 
 
 class Scheduler:
@@ -65,10 +75,13 @@ class Scheduler:
         allocator: BlockAllocator,
         policy: SchedulingPolicy | None = None,
         budget: StepBudget | None = None,
+        drafting: Drafting | None = None,
     ) -> None:
         events = self.events = EngineEvents()
         self.policy = policy or Fcfs()
         self.budget = budget or StepBudget.of(config)
+        self.drafting = drafting
+        assert drafting is None or allocator.states is None, "a recurrent state cannot be taken back"
         self._allocator = allocator
         self.queue = RequestQueue(
             allocator,
@@ -80,7 +93,7 @@ class Scheduler:
         self._fair_share = FairShare()
         self._num_accepted = 0
         self._num_scheduled_steps = 0
-        self._in_flight: deque[tuple[int, float]] = deque()  # number of each plan, and when it was made
+        self._in_flight: deque[_InFlight] = deque()
         self._last_update = 0.0
 
     @property
@@ -117,6 +130,8 @@ class Scheduler:
 
         Raises PlanningError, from the exception that the policy or the builder has raised. Nothing is in flight then.
         """
+        if self._in_flight and self.drafting is not None and self._awaits_drafts():
+            return None
         step = StepBuilder(
             self.queue,
             self._allocator,
@@ -131,11 +146,13 @@ class Scheduler:
             self.policy.compose(step)
             if not step.granted:
                 return None
+            if self.drafting is not None and not self._in_flight:
+                self.drafting.compose(step, self.policy.predictor)
             plan = step.build(self._num_scheduled_steps + 1, tuple(self._retired))
         except Exception as error:
             raise PlanningError(self.policy.blamed(step)) from error
         self._num_scheduled_steps, self._retired = plan.step, []
-        self._in_flight.append((plan.step, now))
+        self._in_flight.append(_InFlight(plan.step, now, has_drafts=bool(step.drafts)))
         for new in plan.new_requests:
             self.events.emit(RequestStarted(self._requests[new.request_id], now))
         self.events.emit(StepScheduled(plan, step, now))
@@ -146,9 +163,9 @@ class Scheduler:
 
         Plans come back in the order in which they were scheduled.
         """
-        step, planned_at = self._in_flight.popleft()
-        assert plan.step == step, "plans must come back in the order they were scheduled"
-        start_time, self._last_update = max(planned_at, self._last_update), now
+        step = self._in_flight.popleft()
+        assert plan.step == step.number, "plans must come back in the order they were scheduled"
+        start_time, self._last_update = max(step.planned_at, self._last_update), now
         predictor = self.policy.predictor
         predicted = 0.0 if predictor is None else predictor.observe(features_of(plan), now - start_time)
         running, waiting = self.queue.running, self.queue.waiting
@@ -212,6 +229,15 @@ class Scheduler:
         """Return whether any unfinished request has an SLO."""
         return any(request.slo.exists for part in (self.queue.running, self.queue.waiting) for request in part)
 
+    def _awaits_drafts(self) -> bool:
+        """Return whether the next step is to be planned only when those in flight are back: they have drafts, or it may
+        have some.
+        """
+        assert self.drafting is not None
+        if any(step.has_drafts for step in self._in_flight):
+            return True
+        return self.drafting.is_expected([each for each in self.queue.running if each.num_output_placeholders])
+
     def _advance_alone(self, request: Request, chunk: Chunk, result: ChunkResult, now: float) -> RequestOutput:
         """Move a request on. An exception ends this request, and no other."""
         try:
@@ -232,15 +258,23 @@ class Scheduler:
         if state is not None and (result.state_lost or state.is_lost):  # nothing that was computed from it counts
             state.is_lost = request.kv.repeatable = request.kv.preempt_on_return = True
             return RequestOutput(request.request_id)
-        end = request.kv.num_computed = chunk.end
+        tokens, end = result.token_ids, chunk.end
+        samples = chunk.samples and request.pooling is None
+        assert samples <= len(tokens) <= samples * (1 + chunk.num_drafts)
+        if chunk.num_drafts:
+            num_accepted = len(tokens) - 1
+            end += num_accepted - chunk.num_drafts
+            request.drafts.count(chunk.num_drafts, num_accepted)
+            request.num_scheduled = end
+            request.kv.truncate(self._allocator, end)
+        request.kv.num_computed = end
+        request.drafts.forced = result.forced
         request.num_prompt_logprobs += len(result.prompt_logprobs)
-        tokens = result.token_ids
-        assert len(tokens) == (chunk.samples and request.pooling is None)
         if tokens:
             request.output_token_ids += tokens
-            self._fair_share.charge_token(request)
+            self._fair_share.charge_tokens(request, len(tokens))
         if chunk.samples:
-            request.slo.observe_token(now)
+            request.slo.observe_tokens(now, max(len(tokens), 1))
         size = self._allocator.block_size
         if end // size > chunk.start // size:  # it has filled a block
             computed = request.tokens(0, end)

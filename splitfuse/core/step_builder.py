@@ -133,7 +133,9 @@ class StepBuilder:
         self._choose_victim = choose_victim
         self._predictor = predictor
         self.features = StepFeatures()
-        """Features of all that is granted."""
+        """Features of all that is granted, without drafts."""
+        self.drafts: dict[Request, tuple[int, ...]] = {}
+        """Drafts that are computed with the newest token of some requests."""
         self.claimant: Request | None = None
         """Request whose claim is being met or whose chunk is made: an exception meanwhile is put down to it."""
         self._oldest: Request | None = None
@@ -257,6 +259,17 @@ class StepBuilder:
             spare = max(spare - len(running) + 1, 0)
         return (len(request.kv.blocks) + spare) * self._allocator.block_size - request.num_scheduled
 
+    def draft(self, request: Request, token_ids: Sequence[int]) -> None:
+        """Let tokens that are guesses be computed with the newest one of a request, which has been granted: those for
+        which there are blocks that no running request will soon need.
+        """
+        end = request.num_scheduled + self.granted[request]
+        spare = max(self._allocator.num_available - len(self.queue.running), 0)
+        slots = (len(request.kv.blocks) + spare) * self._allocator.block_size - end
+        if count := min(len(token_ids), slots):
+            request.kv.grow(self._allocator, request.num_scheduled, end + count)
+            self.drafts[request] = tuple(token_ids[:count])
+
     def _even_chunk(self, request: Request, most: int) -> int:
         """Split the rest of a prompt into equal chunks, avoiding a short last chunk, unless the extra step would miss
         the deadline. Returns the first chunk, of at most `most` tokens: as many steps as these take, and what it leaves
@@ -296,7 +309,7 @@ class StepBuilder:
                 request.kv.num_cached_tokens = chunk.start
             if request.kv.state is not None:
                 request.kv.state.advance(chunk)
-            request.num_scheduled = chunk.end
+            request.num_scheduled = chunk.end - chunk.num_drafts  # which is certain
             request.num_output_placeholders += chunk.samples
             request.num_plans_in_flight += 1
         return StepPlan(step, self._token_budget, tuple(chunks), tuple(states), retired_requests)
@@ -309,6 +322,9 @@ class StepBuilder:
             first_wanted = max(start, request.num_prompt_logprobs)
             if first_wanted < request.num_prompt_tokens - 1:
                 num_logits = max(num_logits, end - first_wanted)  # negative if all of the chunk was given out before
-        blocks = request.kv.blocks[: self._allocator.blocks_for(end)]
-        state = request.kv.state_slots
-        return Chunk(request.request_id, start, request.tokens(start, end), tuple(blocks), num_logits, samples, state)
+        drafts = self.drafts.get(request, ())
+        blocks = request.kv.blocks[: self._allocator.blocks_for(end + len(drafts))]
+        return Chunk(
+            *(request.request_id, start, request.tokens(start, end) + drafts, tuple(blocks), num_logits + len(drafts)),
+            *(samples, request.kv.state_slots, len(drafts)),
+        )

@@ -15,6 +15,7 @@ from splitfuse.core.policy import SchedulingPolicy
 from splitfuse.core.scheduler import Scheduler
 from splitfuse.core.slo.cost_model import CostModel
 from splitfuse.core.slo.deadline_policy import make_policy
+from splitfuse.core.speculation.drafting import Drafting
 from splitfuse.core.step_budget import StepBudget
 from splitfuse.runtime.memory_plan import MemoryPlan
 
@@ -35,7 +36,9 @@ def build_scheduler(
     settings = replace(config.scheduler, max_num_seqs=plan.max_num_seqs)
     budget = StepBudget.of(settings, cost, most=plan.max_num_batched_tokens)
     settings = replace(settings, max_num_batched_tokens=budget.most)
-    scheduler = Scheduler(settings, allocator, policy or make_policy(settings, cost), budget)
+    most = 0 if plan.num_states else config.scheduler.num_speculative_tokens  # a state cannot be taken back
+    drafting = Drafting(most) if most else None
+    scheduler = Scheduler(settings, allocator, policy or make_policy(settings, cost), budget, drafting)
     scheduler.events.subscribe(StepRecord, budget.observe)
     latencies = LatencyLedger(scheduler.events, cost=cost)
     return scheduler, allocator, latencies

@@ -34,6 +34,7 @@ from splitfuse.kernels.sharing import WeightSharing
 from splitfuse.models.encoder.spec import is_encoder
 from splitfuse.models.sources.source import ModelSource
 from splitfuse.runtime.encoding import LoadedEncoder, encoder_settings, load_encoder
+from splitfuse.runtime.executor import Executor
 from splitfuse.runtime.loading import LoadedModel, load_model, open_source
 from splitfuse.runtime.memory_plan import MemoryPlan
 
@@ -83,6 +84,8 @@ class Engine:
         self.scheduler, self.allocator, self._latencies = build_scheduler(config, plan, policy=policy, cost=cost)
         self.events = self.scheduler.events
         self._attainable: tuple[CostModel, Attainable | None] | None = None  # and of which cost model
+        if self.scheduler.drafting is not None and isinstance(self.executor, Executor):
+            self.executor.num_forced = self.scheduler.drafting.most
         self._num_broken_steps = 0
         self._held: dict[str, tuple[Add, Future[LLMatcher]]] = {}
         # Of the accepted requests: while they are referred to, no step has to wait until one is made again.

@@ -98,6 +98,8 @@ class ChunkDetail(msgspec.Struct, frozen=True, array_like=True):
     values: tuple[float, ...]
     is_complete: bool
     state_lost: bool = False
+    drafts: tuple[int, ...] = ()
+    """Its last tokens, which were guesses."""
 
 
 PLAIN = ChunkDetail(1, True, 0, (), None, (), (), (), False)
@@ -115,13 +117,15 @@ class ChunkTrace(msgspec.Struct, frozen=True, array_like=True):
     error: str | None = None
     detail: ChunkDetail | None = None
     """From TraceLevel.PLANS on; None there: it is PLAIN."""
+    num_drafts: int = 0
+    """How many of its tokens were guesses, each of which is among `token_ids` if it was right."""
 
     def is_decode(self, num_prompt_tokens: int) -> bool:
         """Return whether it computed the newest token of a request with so long a prompt, and chose the next.
 
         Others are a part of the prompt, or compute again what a preemption lost.
         """
-        return self.start >= num_prompt_tokens and self.num_tokens == 1 and len(self.token_ids) == 1
+        return self.start >= num_prompt_tokens and self.num_tokens == 1 + self.num_drafts and bool(self.token_ids)
 
 
 class StepTrace(msgspec.Struct, frozen=True, array_like=True, tag="step"):

@@ -140,9 +140,8 @@ class EngineTracer:
             name = chunk.request_id
             got = result[name]
             more = None if detail is None else detail(chunk, got)
-            chunks.append(
-                ChunkTrace(number(name, -1), chunk.start, len(chunk.token_ids), got.token_ids, got.error, more)
-            )
+            traced = (number(name, -1), chunk.start, len(chunk.token_ids), got.token_ids, got.error, more)
+            chunks.append(ChunkTrace(*traced, chunk.num_drafts))
         num_cached = allocator.num_cached
         self._records.append(
             StepTrace(
@@ -176,6 +175,7 @@ class EngineTracer:
         return ChunkDetail(
             *(chunk.num_logits, chunk.samples, count, table[count:], chunk.state),
             *(result.logprobs, result.prompt_logprobs, result.values, result.is_complete, result.state_lost),
+            chunk.drafts,
         )
 
     def _trace_preemption(self, event: RequestPreempted) -> None:

@@ -382,21 +382,24 @@ class _EngineReplay:
             request, traced = planned[chunk.request_id]
             check_token_ids("an answer", traced.token_ids, self._limits.vocab_size)
             request.token_ids += traced.token_ids
-            self._note_written(request, chunk)
+            self._note_written(request, chunk, num_right=max(len(traced.token_ids) - 1, 0))
 
     def _chunk(self, request: _Request, traced: ChunkTrace) -> Chunk:
         """Return the chunk as it was planned. Raises InvalidRequestError for one that cannot have been."""
         detail, limits, start = _detail(traced), self._limits, traced.start
         end = start + traced.num_tokens
-        table, state = request.table, detail.state
+        table, state, drafts = request.table, detail.state, detail.drafts
+        num_known = len(request.token_ids)
         if not 0 <= detail.first_block <= len(table):
             raise InvalidRequestError(f"the block table of the request {request.request_id!r:.80} has a gap")
         if detail.blocks:
             table[detail.first_block :] = self._checked(detail.blocks)
         is_valid = (
-            0 <= start < end <= len(request.token_ids)
+            0 <= start < end - len(drafts) <= num_known
             and end <= limits.max_model_len
-            and detail.samples <= detail.num_logits <= traced.num_tokens
+            and detail.samples + len(drafts) <= detail.num_logits <= traced.num_tokens
+            and (not drafts or (detail.samples and end - len(drafts) == num_known and state is None))
+            and len(traced.token_ids) <= 1 + len(drafts)
             and len(table) >= ceil_div(end, limits.block_size)
             and (state is None) == (self._loaded.num_states == 0)
             and (state is None or _is_valid(state, start, end, self._loaded.num_states - 1))
@@ -404,8 +407,12 @@ class _EngineReplay:
         if not is_valid:
             where = f"the chunk of {traced.num_tokens} tokens from {start} on"
             raise InvalidRequestError(f"{where} of the request {request.request_id!r:.80} cannot be computed")
-        ids = tuple(request.token_ids[start:end])
-        return Chunk(request.state.request_id, start, ids, tuple(table), detail.num_logits, detail.samples, state)
+        check_token_ids("a chunk", drafts, limits.vocab_size)
+        ids = (*request.token_ids[start : end - len(drafts)], *drafts)
+        return Chunk(
+            *(request.state.request_id, start, ids, tuple(table), detail.num_logits, detail.samples, state),
+            num_drafts=len(drafts),
+        )
 
     def _checked(self, blocks: Sequence[int]) -> Sequence[int]:
         """Return blocks of a table. Raises InvalidRequestError if the cache does not have them."""
@@ -439,13 +446,15 @@ class _EngineReplay:
             self._note_written(request, first)
             self._report.num_computed_first += end - start
 
-    def _note_written(self, request: _Request, chunk: Chunk) -> None:
+    def _note_written(self, request: _Request, chunk: Chunk, *, num_right: int = 0) -> None:
+        """Note what a chunk has computed, with as many of its drafts as were right."""
         if self._has_cache:
             size, table = self._limits.block_size, chunk.block_table
-            for position in range(chunk.start, chunk.end):
+            end = chunk.end - chunk.num_drafts + num_right
+            for position in range(chunk.start, end):
                 self._known[table[position // size] * size + position % size] = 1
             if chunk.start <= request.num_known:
-                request.num_known = max(request.num_known, chunk.end)
+                request.num_known = max(request.num_known, end)
             if chunk.state is not None:
                 self._known_states |= {chunk.state.write, *(slot for _, slot in chunk.state.kept)}
 
@@ -537,7 +546,7 @@ def _runs(positions: Sequence[int], most: int) -> Iterator[tuple[int, int]]:
 
 def _differences(chunk: Chunk, traced: ChunkTrace, got: ChunkResult) -> Iterator[tuple[str, int, Any, Any]]:
     """Yield what differs, its position, what is expected, and what a chunk gave."""
-    detail, end = _detail(traced), chunk.end
+    detail, end = _detail(traced), chunk.end - chunk.num_drafts
     if (traced.error is None) != (got.error is None):
         yield "error", end, traced.error, got.error
     if traced.error is not None:

@@ -5,8 +5,10 @@ request holds a block.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from copy import copy
 from dataclasses import dataclass, replace
 from itertools import accumulate
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -36,6 +38,14 @@ class StepHandle:
     result: StepResult
 
 
+class _Row(NamedTuple):
+    """Describes a row of hidden states that chooses a token."""
+
+    number: int
+    state: SamplingState
+    matcher: Matcher | None
+
+
 class Executor:
     """Executes plans on one device, in the order in which they were scheduled.
 
@@ -52,6 +62,8 @@ class Executor:
         self.adapters: dict[str, PackedAdapter] = {}
         """LoRA adapters by digest; requests may have those that are here as long as they run."""
         self._grammars = grammars
+        self.num_forced = 0
+        """Most tokens that a result says to be forced by the form of the answer."""
         self._matchers: dict[str, Matcher] = {}  # of the requests with structured_outputs
         self._states: dict[str, SamplingState] = {}
         self._num_submitted = 0
@@ -95,22 +107,30 @@ class Executor:
             self._take_tokens(new.request_id, new.output_token_ids)  # those of a replay that begins in its midst
         results = self._compute([self._with_known_tokens(chunk) for chunk in plan.chunks])
         for request_id, result in results.items():  # at the end: a step that is broken off has chosen nothing
-            if self._take_tokens(request_id, result.token_ids):
-                results[request_id] = replace(result, is_complete=True)
+            taken, is_complete = self._take_tokens(request_id, result.token_ids)
+            if is_complete:  # the drafts after it do not count
+                logprobs = result.logprobs[:taken]
+                result = replace(result, token_ids=result.token_ids[:taken], logprobs=logprobs, is_complete=True)
+            elif self.num_forced and (matcher := self._heeded(request_id, self._states[request_id])) is not None:
+                result = replace(result, forced=tuple(matcher.run[: self.num_forced]))
+            results[request_id] = result
         return results
 
-    def _take_tokens(self, request_id: str, token_ids: Sequence[int]) -> bool:
-        """Note tokens that a request was given. Returns whether its answer has the form that was asked for."""
-        state, answer = self._states[request_id], list(token_ids)
-        state.output_token_ids.extend(answer)
-        if (thought := state.thought) is not None:
-            answer = [token for token in answer if thought.push(token)]
-        matcher = self._matchers.get(request_id)
-        return bool(answer) and matcher is not None and matcher.settle(answer)
+    def _take_tokens(self, request_id: str, token_ids: Sequence[int]) -> tuple[int, bool]:
+        """Note tokens that a request was given, up to the one with which its answer has the form that was asked for.
+        Returns how many there are, and whether it has.
+        """
+        state, matcher = self._states[request_id], self._matchers.get(request_id)
+        for count, token in enumerate(token_ids, start=1):
+            state.output_token_ids.append(token)
+            is_answer = state.thought is None or state.thought.push(token)
+            if is_answer and matcher is not None and matcher.settle([token]):
+                return count, True
+        return len(token_ids), False
 
-    def _matcher(self, state: SamplingState) -> Matcher | None:
+    def _heeded(self, request_id: str, state: SamplingState) -> Matcher | None:
         """Return the matcher of a request if its next token is chosen by the form of its answer."""
-        return self._matchers.get(state.request_id) if state.thought is None or state.thought.heeds_form else None
+        return self._matchers.get(request_id) if state.thought is None or state.thought.heeds_form else None
 
     def _compute(self, chunks: Sequence[Chunk]) -> dict[str, ChunkResult]:
         with torch.inference_mode():
@@ -123,8 +143,8 @@ class Executor:
                 results |= self._pool(hidden, [(c, row) for c, row in last_rows if c.request_id not in results])
             for chunk, end in zip(chunks, row_ends, strict=True):
                 result = results.get(chunk.request_id, ChunkResult())
-                if chunk.num_logits > chunk.samples and result.error is None:
-                    rows = hidden[end - chunk.num_logits : end - chunk.samples]
+                if chunk.num_logits > chunk.num_choices and result.error is None:
+                    rows = hidden[end - chunk.num_logits : end - chunk.num_choices]
                     result = self._with_prompt_logprobs(result, chunk, rows)
                 results[chunk.request_id] = result
         return results
@@ -138,18 +158,45 @@ class Executor:
         return replace(chunk, token_ids=tuple(newest if token == PLACEHOLDER else token for token in chunk.token_ids))
 
     def _sample(self, hidden: Tensor, sampling: Sequence[tuple[Chunk, int]]) -> dict[str, ChunkResult]:
-        """Choose a token for each chunk, from its row of `hidden`."""
-        results: dict[str, ChunkResult] = {}
-        backend = self.decoder.backend
-        for start in range(0, len(sampling), HEAD_ROWS):
-            part = sampling[start : start + HEAD_ROWS]
-            rows = [row for _, row in part]
-            logits = self.decoder.logits(hidden if len(rows) == hidden.shape[0] else hidden[rows])
-            states = [self._states[chunk.request_id] for chunk, _ in part]
-            matchers = [self._matcher(state) for state in states] if self._matchers else []
-            chosen = sample(logits, states, topk=backend.topk, draw=backend.draw, matchers=matchers)
-            results |= {chunk.request_id: result for (chunk, _), result in zip(part, chosen, strict=True)}
-        return results
+        """Choose a token for each chunk, and more after drafts that are right, from its rows of `hidden`, of which the
+        last one is given.
+        """
+        backend, rows = self.decoder.backend, list[_Row]()
+        for chunk, last in sampling:
+            if chunk.num_drafts:
+                rows += self._rows(chunk, last)
+            else:
+                state = self._states[chunk.request_id]
+                rows.append(_Row(last, state, self._heeded(chunk.request_id, state) if self._matchers else None))
+        chosen: list[ChunkResult] = []
+        for start in range(0, len(rows), HEAD_ROWS):
+            numbers, states, matchers = zip(*rows[start : start + HEAD_ROWS], strict=True)
+            logits = self.decoder.logits(hidden if len(numbers) == hidden.shape[0] else hidden[list(numbers)])
+            with_form = matchers if self._matchers else ()
+            chosen += sample(logits, states, topk=backend.topk, draw=backend.draw, matchers=with_form)
+        if len(rows) == len(sampling):
+            return {row.state.request_id: result for row, result in zip(rows, chosen, strict=True)}
+        results: dict[str, list[ChunkResult]] = {}
+        for row, result in zip(rows, chosen, strict=True):
+            results.setdefault(row.state.request_id, []).append(result)
+        return {chunk.request_id: _accepted(chunk.drafts, results[chunk.request_id]) for chunk, _ in sampling}
+
+    def _rows(self, chunk: Chunk, last: int) -> Iterator[_Row]:
+        """Yield the row of a chunk that chooses its next token, and of each draft, up to one that the form of the
+        answer does not allow: its state is as if the drafts so far were right, and its token counts if they are.
+        """
+        state, matcher = self._states[chunk.request_id], self._matchers.get(chunk.request_id)
+        first = last - chunk.num_drafts
+        yield _Row(first, state, self._heeded(chunk.request_id, state))
+        for number, draft in enumerate(chunk.drafts, start=first + 1):
+            thought = copy(state.thought)
+            is_answer = thought is None or thought.push(draft)
+            state = replace(state, output_token_ids=[*state.output_token_ids, draft], thought=thought)
+            if matcher is not None:
+                matcher = matcher.after([draft] if is_answer else [], thought)
+                if matcher is None:
+                    return
+            yield _Row(number, state, matcher if thought is None or thought.heeds_form else None)
 
     def _pool(self, hidden: Tensor, pooling: Sequence[tuple[Chunk, int]]) -> dict[str, ChunkResult]:
         """Return the numbers that PoolingParams ask for, of each chunk from its row of `hidden`."""
@@ -176,3 +223,17 @@ class Executor:
         for start in range(0, len(targets), HEAD_ROWS):
             logits = self.decoder.logits(hidden[start : start + HEAD_ROWS])
             yield from prompt_logprobs(logits, targets[start : start + HEAD_ROWS], count)
+
+
+def _accepted(drafts: Sequence[int], results: Sequence[ChunkResult]) -> ChunkResult:
+    """Return the results of the rows of a chunk as one: up to the first token that is not what was drafted, or before
+    the first error, which comes again in the next step.
+    """
+    kept = [results[0]]
+    for draft, result in zip(drafts, results[1:], strict=False):
+        if kept[-1].token_ids != (draft,) or result.error is not None:
+            break
+        kept.append(result)
+    if len(kept) == 1:
+        return kept[0]
+    return ChunkResult(tuple(r.token_ids[0] for r in kept), tuple(entry for r in kept for entry in r.logprobs))

@@ -60,7 +60,7 @@ def test_with_one_owner_keys_are_in_the_order_of_arrival(seed: int) -> None:
         keys.append(made.fair_share_key)
         unfinished.append(made)
         while unfinished and rng.random() < 0.5:
-            shares.charge_token(unfinished[0])
+            shares.charge_tokens(unfinished[0], 1)
             unfinished.pop(0)
     assert keys == sorted(keys)
 

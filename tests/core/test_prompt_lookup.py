@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from splitfuse.core.prompt_lookup import CHANCES, MAX_ENTRIES, MAX_LENGTH, PromptLookup
+from splitfuse.core.speculation.prompt_lookup import CHANCES, MAX_ENTRIES, MAX_LENGTH, PromptLookup
 
 PROMPTS = st.lists(st.integers(0, 3), min_size=1, max_size=30)
 ANSWERS = st.lists(st.integers(0, 3), max_size=60)

@@ -15,6 +15,7 @@ import pytest
 import tiny_models
 from backends import variants
 from forced_preemption import force_preemptions
+from guessed_drafts import guess
 
 from splitfuse.config import EngineConfig
 from splitfuse.core.request import RequestOutput
@@ -76,8 +77,8 @@ def outcomes(engine: Engine, together: int) -> dict[str, list[Any]]:
                 engine.add(waiting.pop(0))
         for output in engine.step():
             assert output.error is None
-            entries = list(output.logprobs) if output.logprobs is not None else []
-            found.setdefault(output.request_id, []).extend([*output.token_ids, *map(str, entries)])
+            entries = zip(output.token_ids, map(str, output.logprobs or ()), strict=True)
+            found.setdefault(output.request_id, []).extend(part for entry in entries for part in entry)
         engine.scheduler.check()
     return found
 
@@ -131,3 +132,15 @@ def test_equal_bits_alone_and_in_a_crowd(
     for together in (8, 3):  # and again, when much is cached
         assert outcomes(engine, together) == alone(folder, variant, quantization)
     assert engine.scheduler.queue.num_preemptions or budget == 1
+
+
+@pytest.mark.parametrize("variant", variants())
+@pytest.mark.parametrize("model", [model for model, kind in MODELS.items() if "hybrid" not in kind])
+def test_drafts_change_no_bit(folders: Callable[[str], Path], model: str, variant: str) -> None:
+    folder = folders(model)
+    wanted = alone(folder, variant, None)
+    engine = Engine(config(folder, variant, 2, None), loaded(folder, variant, 2, None))
+    known = {name: [part for part in parts if isinstance(part, int)] for name, parts in wanted.items()}
+    drafting = guess(engine, lambda request: known[request.request_id])
+    assert outcomes(engine, 8) == wanted
+    assert drafting.accepted > 20

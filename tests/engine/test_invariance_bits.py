@@ -17,6 +17,7 @@ import pytest
 import torch
 from backends import variants
 from forced_preemption import force_preemptions
+from guessed_drafts import guess_answers
 from stories import make_story
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -174,6 +175,31 @@ def test_preemption_changes_no_bit(variant: str) -> None:
     force_preemptions(pipe.engine)
     assert [outcome(response) for response in answers(pipe, requests)] == wanted
     assert pipe.engine.scheduler.queue.num_preemptions >= 3
+
+
+@pytest.mark.parametrize("variant", variants())
+def test_drafts_change_no_bit(variant: str) -> None:
+    """A rejected draft leaves its keys and values in the cache, where an int8 cache has two tokens in one place."""
+    requests, wanted = alone(variant, "int8-cache", FEW)
+    pipe = make_pipe(variant, "int8-cache", num_threads=2, max_num_batched_tokens=512, num_blocks=256, max_num_seqs=4)
+    drafting = guess_answers(pipe.engine, requests, [tokens for tokens, *_ in wanted])
+    assert [outcome(response) for response in answers(pipe, requests)] == wanted
+    assert drafting.accepted > 20
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("variant", variants())
+def test_drafts_change_no_bit_of_1000_requests(variant: str, precision: str) -> None:
+    """Those of prompt lookup, and those that are mostly right, in a crowd that is preempted."""
+    requests, wanted = alone(variant, precision, MANY)
+    known = [tokens for tokens, *_ in wanted]
+    for guesses in (False, True):
+        pipe = make_pipe(variant, precision, num_threads=2, num_blocks=64, num_speculative_tokens=7)
+        force_preemptions(pipe.engine)
+        if guesses:
+            guess_answers(pipe.engine, requests, known)
+        assert [outcome(response) for response in answers(pipe, requests)] == wanted
 
 
 @pytest.mark.parametrize("variant", variants())

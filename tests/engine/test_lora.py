@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import tiny_models
 from forced_preemption import force_preemptions
+from guessed_drafts import guess
 from safetensors.torch import load_file
 from tiny_adapters import EVERYTHING, module_shapes, save_adapter
 
@@ -77,6 +78,8 @@ def test_answers_are_equal_alone_in_company_and_preempted(
     assert answers(plain, {"": ""})[""] == together[""]
     for name, digest in engine.adapters.items():
         assert answers(plain_with(plain, name, folders), {name: digest})[name] == together[name] == again[name]
+    drafting = guess(engine, lambda request: together[request.request_id][0])
+    assert answers(engine, digests) == together and drafting.accepted > 20
     force_preemptions(engine)
     assert answers(engine, digests) == together and engine.scheduler.queue.num_preemptions
 

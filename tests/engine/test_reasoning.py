@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import tiny_models
 from forced_preemption import break_steps, force_preemptions
+from guessed_drafts import guess_answers
 
 import splitfuse
 from splitfuse.core.reasoning import Reasoning
@@ -120,6 +121,10 @@ def test_thoughts_are_equal_alone_preempted_and_in_broken_steps(monkeypatch: pyt
     break_steps(monkeypatch)
     del pipe.engine.step  # type: ignore[method-assign]
     assert [outcome(response) for response in run(pipe, requests)] == alone
+
+    drafting = guess_answers(pipe.engine, requests, [tokens for tokens, *_ in alone])  # type: ignore[misc]
+    assert [outcome(response) for response in run(pipe, requests)] == alone
+    assert drafting.accepted > 50
 
 
 def test_a_forced_token_has_the_logprob_that_the_model_gives_it(pipe: splitfuse.Pipeline) -> None:

@@ -8,10 +8,14 @@ from typing import Any
 
 import pytest
 from forced_preemption import break_steps, force_preemptions
+from guessed_drafts import guess_answers
 
 import splitfuse
+from splitfuse.core.events import StepRecord
 from splitfuse.core.sampling_params import SamplingParams
+from splitfuse.core.speculation.drafting import Drafting
 from splitfuse.core.structured_outputs import StructuredOutputs
+from splitfuse.runtime.executor import Executor
 from splitfuse.runtime.sampling.grammar import MAX_KEPT, Grammars
 from splitfuse.text.prompts import PreparedRequest
 from splitfuse.text.responses import Response
@@ -62,6 +66,30 @@ def test_tokens_are_equal_alone_and_preempted(pipe: splitfuse.Pipeline) -> None:
     assert all(error is None for *_, error in alone)
     force_preemptions(pipe.engine)
     assert answers(pipe, requests) == alone
+
+
+def test_drafts_change_no_answer_of_a_form(pipe: splitfuse.Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    requests = prepare(pipe)
+    wanted = answers(pipe, requests)
+    drafting = guess_answers(pipe.engine, requests, [tokens for tokens, *_ in wanted])  # type: ignore[misc]
+    assert answers(pipe, requests) == wanted
+    assert drafting.accepted > 50
+    break_steps(monkeypatch)
+    assert answers(pipe, requests) == wanted
+
+
+def test_tokens_that_a_form_forces_are_drafted(pipe: splitfuse.Pipeline) -> None:
+    schema = {"properties": {"a name": {"enum": ["b"]}}, "required": ["a name"], "additionalProperties": False}
+    form = {"json": {"type": "object", **schema}, "disable_any_whitespace": True}
+    (request,) = pipe.prepare("Once", max_new_tokens=40, structured_outputs=form)
+    (wanted,) = answers(pipe, [request])
+    pipe.engine.scheduler.drafting = Drafting(most=16)
+    assert isinstance(pipe.engine.executor, Executor)
+    pipe.engine.executor.num_forced = 16
+    steps: list[StepRecord] = []
+    pipe.engine.events.subscribe(StepRecord, steps.append)
+    assert answers(pipe, [request]) == [wanted]
+    assert len(wanted[0]) > 10 and len(steps) == 2  # type: ignore[arg-type]
 
 
 def test_a_step_that_fails_advances_no_grammar(pipe: splitfuse.Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -56,6 +56,7 @@ class Case:
 CASES = {
     "bundled": Case(speaks=True),
     "int8": Case(settings={"quantization": "int8", "kv_cache_dtype": "int8"}),
+    "drafts": Case(settings={"num_speculative_tokens": 5}, speaks=True),
     "lora": Case(lambda folder: tiny_models.save("llama-gqa", folder), {"dtype": "bfloat16"}, adapts=True),
     "qwen3.5": Case(lambda folder: tiny_models.save("qwen3.5", folder), {"dtype": "bfloat16"}),
     "granite-hybrid": Case(lambda folder: tiny_models.save("granite-hybrid", folder), {"dtype": "bfloat16"}),
@@ -142,12 +143,14 @@ def test_any_load_is_replayed_to_the_last_bit_from_any_file(name: str, tmp_path:
         force_preemptions(engine.engine)
         drive(engine, case, Random(7), digest=digest)
     files = [path.with_name(f"load.rec.{n}") for n in (3, 2, 1) if path.with_name(f"load.rec.{n}").exists()]
-    num_first = 0
+    num_first = num_drafts = 0
     for file in (*files, path):
         report = replayed(file, **({"lora": lora} if lora else {}))
         assert report.difference is None and report.fault == ""
         assert report.num_steps == len(frames_of(file, StepTrace))
         num_first += report.num_computed_first
+        num_drafts += sum(chunk.num_drafts for step in frames_of(file, StepTrace) for chunk in step.chunks)
+    assert (num_drafts > 5) is (name == "drafts")
     if case.generates:
         assert frames_of(path, PreemptTrace) + [each for file in files for each in frames_of(file, PreemptTrace)]
         assert len(files) >= 1 and num_first > 0

@@ -77,6 +77,13 @@ class RequestKv:
         if self.state is not None:
             self.state.reserve(start, end)
 
+    def truncate(self, allocator: BlockAllocator, num_computed: int) -> None:
+        """Keep the first `num_computed` positions, and give back the blocks that hold none of them."""
+        self.num_computed = num_computed
+        kept = allocator.blocks_for(num_computed)
+        allocator.release(self.blocks[kept:])
+        del self.blocks[kept:]
+
     def publish(self, allocator: BlockAllocator, token_ids: Sequence[int], *, salt: str) -> None:
         """Make the full blocks of `token_ids`, which have been computed, known to the prefix cache."""
         self.num_cached_blocks = allocator.publish(

@@ -147,14 +147,15 @@ class LatencyLedger:
             self._enter(transitions)
 
     def _compute(self, request: Request, chunk: Chunk) -> Transition:
-        weight: float = len(chunk.token_ids)
+        granted = len(chunk.token_ids) - chunk.num_drafts  # drafts count as all that the step is longer for: for all
+        weight: float = granted
         if self._cost is not None:  # what the step would take with this chunk alone
-            weight = self._cost.seconds(StepFeatures().plus(start=chunk.start, count=len(chunk.token_ids), rows=1))
+            weight = self._cost.seconds(StepFeatures().plus(start=chunk.start, count=granted, rows=1))
         latency = self._latencies[request.request_id]
         latency.planned = computing_phase(request, chunk)
         if latency.planned is LatencyPhase.DECODE:
             self._decoding.add(request)
-        return Transition(latency, latency.planned, weight, len(chunk.token_ids) if len(chunk.token_ids) > 1 else 0)
+        return Transition(latency, latency.planned, weight, granted if granted > 1 else 0)
 
     def _end_step(self, step: StepRecord) -> None:
         self._advance(step.end_time)

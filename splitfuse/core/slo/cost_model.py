@@ -55,6 +55,13 @@ class StepFeatures(NamedTuple):
             self.requests + 1,
         )
 
+    def longer(self, *, end: int, count: int) -> StepFeatures:
+        """Return these with a chunk that ended at position `end` continued by `count` tokens, all with logits."""
+        pairs = count * end + count * (count + 1) // 2
+        return StepFeatures(
+            self.tokens + count, self.rows + count, self.pairs + pairs, self.kv_tokens + count, self.requests
+        )
+
 
 def features_of(plan: StepPlan) -> StepFeatures:
     """Return the features of a whole step."""

@@ -38,9 +38,9 @@ class FairShare:
         service[owner] = key + request.num_prompt_tokens / request.scheduling.weight
         return key
 
-    def charge_token(self, request: Request) -> None:
-        """Charge the owner of a request for one generated token."""
-        self._service[request.owner] += 1.0 / request.scheduling.weight
+    def charge_tokens(self, request: Request, count: int) -> None:
+        """Charge the owner of a request for generated tokens."""
+        self._service[request.owner] += count / request.scheduling.weight
 
     def refund(self, request: Request) -> None:
         """Give back what was charged for the part of a finished request's prompt which was never computed."""

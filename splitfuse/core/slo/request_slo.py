@@ -60,6 +60,11 @@ class RequestSlo:
                 found = gap.violation(found)
         return found
 
+    def observe_tokens(self, now: float, count: int) -> None:
+        """Record that tokens have been generated at once: from each to the next it takes no time."""
+        for _ in range(count):
+            self.observe_token(now)
+
     def observe_token(self, now: float) -> None:
         """Record that a token has been generated: compare it with its target, and set the deadline of the next one."""
         if self._newest_token_time is None:

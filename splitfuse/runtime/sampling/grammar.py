@@ -124,8 +124,7 @@ class Matcher:
         """Return what may come next if the grammar leaves no choice of a text: of its tokens, the tokenizer's own. Only
         that one is in a mask, though `take` would take others; so it is asked for first.
         """
-        self._go_back()
-        tokens = self._matcher.compute_ff_tokens()
+        tokens = self.run
         return self._with_opening(np.array(tokens[:1])) if tokens else None
 
     def take(self, token: int, *, nothing_else: bool = False) -> bool:
@@ -136,6 +135,25 @@ class Matcher:
         if nothing_else or token not in self._others_ends:
             self._is_ahead = self._matcher.try_consume_tokens([token]) == 1
         return self._is_ahead
+
+    def after(self, tokens: Sequence[int], thought: Thought | None) -> Matcher | None:
+        """Return a matcher which is some tokens ahead of this one, which stays as it is: None if they may not come
+        next, or if nothing can follow them.
+        """
+        self._go_back()
+        matcher = self._matcher.deep_copy()
+        if matcher.try_consume_tokens(list(tokens)) != len(tokens) or matcher.is_stopped():
+            return None
+        ahead = Matcher(matcher, self._vocab_size, self._others_ends, thought)
+        ahead.is_loose = self.is_loose
+        return ahead
+
+    @property
+    def run(self) -> list[int]:
+        """Return the tokens that must follow, as far as the grammar leaves no choice of a text."""
+        self._go_back()
+        tokens: list[int] = self._matcher.compute_ff_tokens()
+        return tokens
 
     def settle(self, tokens: Sequence[int]) -> bool:
         """Keep the token that was taken; or advance by several, before any was. Returns whether nothing can follow."""

@@ -96,7 +96,7 @@ class ShownStep(msgspec.Struct, array_like=True, frozen=True):
     num_free_blocks: int
     num_cached_blocks: int
     decodes: tuple[int, ...] | None
-    """Requests that got a token each; None: those of the engine's step before, in the same frame."""
+    """Decodes, each once for every token that it got; None: those of the engine's step before, in the same frame."""
     chunks: tuple[int, ...]
     """Four numbers for each other chunk: its request, position, tokens, and the tokens that were chosen after it."""
 
@@ -268,7 +268,7 @@ class FrameBuilder:
             number = UNKNOWN if request is None else request.request
             num_prompt = 0 if request is None else request.num_prompt_tokens
             if chunk.is_decode(num_prompt):
-                decodes.append(number)
+                decodes += [number] * len(chunk.token_ids)
             else:
                 chunks += (number, chunk.start, chunk.num_tokens, len(chunk.token_ids))
         these = tuple(decodes)

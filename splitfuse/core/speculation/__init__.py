@@ -1,0 +1,1 @@
+"""Speculation: several tokens of a request in one step."""
