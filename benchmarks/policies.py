@@ -30,7 +30,7 @@ from splitfuse.bench.summary import Row, rows
 from splitfuse.bench.target import EngineTarget
 from splitfuse.bench.workload import Independent, Lengths, Loads
 from splitfuse.config import EngineConfig, SchedulerConfig
-from splitfuse.engine.calibrate import load_or_calibrate
+from splitfuse.engine.calibrate import load_or_time
 from splitfuse.engine.client import EngineClient
 from splitfuse.engine.engine import Engine
 from splitfuse.engine.thread import AsyncEngine
@@ -137,7 +137,7 @@ def cost_model(
         return load(file)
     assert model is not None
     print("timing steps, unless a cost model is stored", file=sys.stderr, flush=True)
-    return load_or_calibrate(EngineConfig.from_settings(settings), model)
+    return load_or_time(EngineConfig.from_settings(settings), seconds=8.0, progress=False)
 
 
 def simulated(plan: Plan, calibration: Calibration, policy: str, budget: int) -> Results:

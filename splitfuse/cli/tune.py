@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import shlex
 import sys
-from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -18,7 +17,7 @@ from splitfuse.cli.simulate import known_calibration
 from splitfuse.cli.tables import console, make_table
 from splitfuse.config import EngineConfig
 from splitfuse.deploy import daemon
-from splitfuse.errors import ConfigError, CostModelError
+from splitfuse.errors import ConfigError
 
 if TYPE_CHECKING:
     from splitfuse.bench.measure import MakeWorkload
@@ -60,6 +59,7 @@ def tune(
     import msgspec
     from tqdm import tqdm
 
+    from splitfuse.engine.calibrate import load_or_time
     from splitfuse.simulator.simulate import SimulationConfig
     from splitfuse.simulator.tune import BUDGETS, MAX_NUM_SEQS, NO_TARGETS, curve
     from splitfuse.simulator.tune import tune as find
@@ -78,7 +78,8 @@ def tune(
         raise ConfigError(NO_TARGETS)
     shown = not quiet and sys.stderr.isatty()
     if cost_model is None and machine is None:
-        calibration = _stored_or_timed(config, progress=shown)
+        print("splitfuse: timing steps for about 20 s, unless a cost model is stored", file=sys.stderr)
+        calibration = load_or_time(config, seconds=20.0, progress=shown)
     else:
         calibration = known_calibration(config, cost_model, machine)
     measured = curve(calibration, budgets)
@@ -103,21 +104,6 @@ def tune(
         print(f"splitfuse: results written to {out}", file=sys.stderr)
     if measure:
         _measure(tuning, settings, make_workload, progress=shown)
-
-
-def _stored_or_timed(config: EngineConfig, *, progress: bool) -> Calibration:
-    """Return the cost model stored for this machine, with its timed steps; time them now if there is none."""
-    from splitfuse.engine.calibrate import run_calibration
-    from splitfuse.runtime.calibration import cache_path, load_cost_model, save
-
-    with suppress(CostModelError):
-        kept = load_cost_model(config)
-        if kept.timed:
-            return kept
-    print("splitfuse: timing steps for about 20 s", file=sys.stderr)
-    calibration, _ = run_calibration(config, seconds=20.0, progress=progress)
-    save(calibration, cache_path(calibration.identity))
-    return calibration
 
 
 def _print_curve(calibration: Calibration, points: list[CurvePoint]) -> None:

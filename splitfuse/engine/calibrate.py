@@ -28,20 +28,16 @@ from splitfuse.core.slo.cost_model import MIN_SAMPLES, CostModel, Sample, StepFe
 from splitfuse.core.slo.targets import SloTargets
 from splitfuse.engine.build import build_scheduler
 from splitfuse.errors import ConfigError, CostModelError
-from splitfuse.runtime.calibration import Calibration, cache_path, identify, load, save
+from splitfuse.runtime.calibration import Calibration, cache_path, identify, load, load_cost_model, save
 from splitfuse.runtime.environment import environment_info
 from splitfuse.runtime.executor import Executor
 from splitfuse.runtime.loading import LoadedModel, load_model
-from splitfuse.runtime.step_estimate import estimate_cost
+from splitfuse.runtime.step_estimate import SMALL_NUMBER, estimate_cost
 
-SECONDS_AT_START = 8.0
-"""Seconds of timing for an engine that needs a cost model and has none."""
 LEAST_RUNS, MOST_RUNS = 3, 30
 """Numbers of runs of each step."""
 CACHED_TOKENS = 32_768
 """Number of KV positions that steps are spread over, if there are so many."""
-SMALL_NUMBER = 0x3C
-"""Byte that makes a small finite number of every dtype: 0.0115 in bf16 and fp32, 1.06 in fp16."""
 PARAMS = SamplingParams(ignore_eos=True)
 
 
@@ -85,24 +81,21 @@ def run_calibration(config: EngineConfig, *, seconds: float, progress: bool) -> 
     return calibrate(config, load_model(config, progress=progress), seconds=seconds, progress=progress)
 
 
-def load_or_calibrate(config: EngineConfig, model: LoadedModel, *, progress: bool = False) -> Calibration:
-    """Return the calibration that is stored for such an engine on this machine; if there is none, make and store it.
-
-    Raises as `calibrate` does.
+def load_or_time(config: EngineConfig, *, seconds: float, progress: bool) -> Calibration:
+    """Return the calibration that is stored for such an engine on this machine, with its timed steps; if there is none,
+    make and store it. Raises as `run_calibration` does.
     """
-    identity = identify(config, model.source)
     with suppress(CostModelError):  # a damaged file is made anew
-        return load(cache_path(identity))
-    calibration, _ = calibrate(config, model, seconds=SECONDS_AT_START, progress=progress)
-    with suppress(CostModelError):  # without a writable home, each start takes these seconds
-        save(calibration, cache_path(identity))
+        kept = load_cost_model(config)
+        if kept.timed:
+            return kept
+    calibration, _ = run_calibration(config, seconds=seconds, progress=progress)
+    save(calibration, cache_path(calibration.identity))
     return calibration
 
 
-def load_or_estimate(config: EngineConfig, model: LoadedModel) -> CostModel | None:
-    """Return the cost model that is stored for such an engine on this machine; if there is none, a rough one that takes
-    some milliseconds, or None where even that says nothing.
-    """
+def load_or_estimate(config: EngineConfig, model: LoadedModel) -> CostModel:
+    """Return the cost model that is stored for such an engine on this machine; if there is none, a rough one."""
     with suppress(CostModelError):
         return load(cache_path(identify(config, model.source))).cost
     return estimate_cost(model)
@@ -129,9 +122,9 @@ def calibrate(
     fine, coarse = (grid.only(fits) for grid in (FINE, COARSE))
     if not fine.is_enough:
         raise CostModelError(
-            f"SLO scheduling has to time at least {MIN_SAMPLES} different steps, but only {len(fine.fitted)} fit an "
+            f"a calibration has to time at least {MIN_SAMPLES} different steps, but only {len(fine.fitted)} fit an "
             f"engine with {plan.max_model_len} tokens a request, {blocks} blocks and max_num_seqs {max_num_seqs}: "
-            "raise --max-model-len or --kv-cache-memory-gib, or leave out --ttft, --itl, --tpot and --enable-slo"
+            "raise --max-model-len or --kv-cache-memory-gib"
         )
     runs = _Runs(executor)
     fitted, checking = choose_grid(runs, fine, coarse, seconds=seconds)

@@ -24,7 +24,7 @@ from splitfuse.core.slo.attainable import Attainable, attainable
 from splitfuse.core.slo.cost_model import CostModel
 from splitfuse.core.slo.targets import NO_SLO, SLO_DISABLED, SloTargets
 from splitfuse.engine.build import build_scheduler
-from splitfuse.engine.calibrate import load_or_calibrate, load_or_estimate
+from splitfuse.engine.calibrate import load_or_estimate
 from splitfuse.engine.guard import Guard, check_process, guarded
 from splitfuse.engine.memory import give_back_memory
 from splitfuse.engine.messages import Add, Finish
@@ -37,10 +37,13 @@ from splitfuse.runtime.encoding import LoadedEncoder, encoder_settings, load_enc
 from splitfuse.runtime.executor import Executor
 from splitfuse.runtime.loading import LoadedModel, load_model, open_source
 from splitfuse.runtime.memory_plan import MemoryPlan
+from splitfuse.runtime.step_estimate import has_long_steps
 
 MAX_BROKEN_STEPS = 3
 """Number of consecutive steps of which nothing could be computed, after which the engine is taken to be broken."""
 
+ESTIMATED_STEPS = 100
+"""Number of steps after which an estimated cost model has been corrected by as many that it is not called that."""
 HOLD_SECONDS = 0.01
 """Longest time that a step waits for the grammar of a request if there is nothing else to do."""
 
@@ -83,7 +86,6 @@ class Engine:
         self._targets = SloTargets.parse(**config.scheduler.targets)
         self.scheduler, self.allocator, self._latencies = build_scheduler(config, plan, policy=policy, cost=cost)
         self.events = self.scheduler.events
-        self._attainable: tuple[CostModel, Attainable | None] | None = None  # and of which cost model
         if self.scheduler.drafting is not None and isinstance(self.executor, Executor):
             self.executor.num_forced = self.scheduler.drafting.most
         self._num_broken_steps = 0
@@ -114,13 +116,12 @@ class Engine:
         announce: Callable[[MemoryPlan], None] = lambda _: None,
         on_progress: Callable[[float], None] = lambda _: None,
         weight_sharing: WeightSharing | None = None,
-        on_stage: Callable[[str], None] = lambda _: None,
         policy: SchedulingPolicy | None = None,
     ) -> Engine:
-        """Load the model that `config` names, from `source` if it is open already. With SLOs, its steps are timed first
-        unless a cost model is kept for it. `on_stage` is called with the name of each stage after loading.
+        """Load the model that `config` names, from `source` if it is open already. With SLOs, a cost model is estimated
+        unless one is stored for it.
 
-        Raises as `runtime.loading.load_model` does, and CostModelError.
+        Raises as `runtime.loading.load_model` does.
         """
         check_process()
         source = source or open_source(config)
@@ -130,40 +131,31 @@ class Engine:
             config, source, progress=progress, announce=announce, on_progress=on_progress, weight_sharing=weight_sharing
         )
         give_back_memory()  # what weights took while they were unpacked
-        if not config.scheduler.slo_enabled:
-            return cls(config, model, policy=policy)
-        on_stage("calibrating")
-        cost = load_or_calibrate(config, model, progress=progress).cost
+        cost = load_or_estimate(config, model) if config.scheduler.slo_enabled else None
         return cls(config, model, policy=policy, cost=cost)
 
     def estimate_budget(self) -> None:
         """Choose a token budget that the settings leave open, without SLOs, by a stored calibration or some hundredths
-        of a second of timing. Steps that run correct it.
+        of a second of timing. Steps that run correct it. A small model or a GPU keeps the first one.
         """
         budget, model = self.scheduler.budget, self.model
-        if not budget.is_open or self.slo_enabled or not isinstance(model, LoadedModel):
-            return
-        if (cost := load_or_estimate(self.config, model)) is not None:
-            budget.choose(cost)
+        if budget.is_open and not self.slo_enabled and isinstance(model, LoadedModel) and has_long_steps(model):
+            budget.choose(load_or_estimate(self.config, model))
 
-    @property
     def attainable(self) -> Attainable | None:
-        """Return what this machine can keep of the SLO of the settings; None without one."""
+        """Return what this machine can keep of the SLO of the settings, as far as it is known now; None without one."""
         predictor, plan = self.scheduler.policy.predictor, self.model.plan
         if predictor is None or not self.config.scheduler.has_targets:
             return None
-        if self._attainable is None or self._attainable[0] is not predictor.cost:
-            found = attainable(
-                predictor.cost,
-                self._targets,
-                max_num_seqs=plan.max_num_seqs,
-                max_model_len=plan.max_model_len,
-                kv_tokens=plan.num_blocks * plan.block_size,
-                max_num_batched_tokens=self.scheduler.budget.most,
-                estimated=predictor.cost.error is None,
-            )
-            self._attainable = predictor.cost, found
-        return self._attainable[1]
+        return attainable(
+            predictor.corrected,
+            self._targets,
+            max_num_seqs=plan.max_num_seqs,
+            max_model_len=plan.max_model_len,
+            kv_tokens=plan.num_blocks * plan.block_size,
+            max_num_batched_tokens=self.scheduler.budget.most,
+            estimated=predictor.cost.error is None and predictor.num_observed < ESTIMATED_STEPS,
+        )
 
     @property
     def max_model_len(self) -> int:

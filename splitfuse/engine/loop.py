@@ -33,6 +33,9 @@ from splitfuse.engine.tracer import EngineTracer
 from splitfuse.errors import InvalidRequestError, SloUnattainableError, SplitfuseError
 from splitfuse.kernels.lora import PackedAdapter
 
+REFRESH_STEPS = 128
+"""Number of steps after which it is said again what the machine can keep of the SLO."""
+
 logger = logging.getLogger(__name__)
 
 
@@ -57,7 +60,7 @@ class EngineLoop:
         self._stopped = False
         self._step_began = 0.0  # 0: none runs
         self._step_seconds = 0.0
-        self._stats = EngineStats()
+        self._stats = EngineStats(attainable=engine.attainable())
         self._tracer = EngineTracer(engine)
         engine.events.subscribe(StepRecord, self._count)
 
@@ -77,7 +80,7 @@ class EngineLoop:
             adapters=dict(engine.adapters),
             fingerprint=engine.model.fingerprint,
             identity=dict(engine.model.identity),
-            attainable=engine.attainable,
+            attainable=self._stats.attainable,
         )
 
     def run(self) -> None:
@@ -168,6 +171,8 @@ class EngineLoop:
         counts.step_tokens = plan.num_tokens
         counts.predicted_step_seconds = step.predicted_seconds
         counts.step_token_budget = plan.token_budget
+        if counts.num_steps % REFRESH_STEPS == 1:
+            counts.attainable = self._engine.attainable()
 
     def _stats_now(self) -> EngineStats:
         queue = self._engine.scheduler.queue
@@ -179,5 +184,4 @@ class EngineLoop:
             num_preemptions=queue.num_preemptions,
             step_seconds=self._step_seconds,
             token_budget=self._engine.scheduler.budget.tokens,
-            attainable=self._engine.attainable,
         )

@@ -140,5 +140,5 @@ class Router(EngineClient):
 
 
 def _progress(stage: Loading) -> tuple[int, float]:
-    order = ("starting", "importing", "loading", "calibrating", "ready")
+    order = ("starting", "importing", "loading", "ready")
     return order.index(stage.stage) if stage.stage in order else 0, stage.fraction

@@ -3,6 +3,7 @@
 import math
 from dataclasses import replace
 from random import Random
+from statistics import median
 
 import pytest
 
@@ -54,6 +55,30 @@ def test_one_disturbed_step_moves_it_by_little() -> None:
     predictor = LatencyPredictor(COST)
     predictor.observe(STEP, 30.0)
     assert ratio(predictor) < 1.03
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_an_estimate_is_corrected_within_a_hundred_steps(seed: int) -> None:
+    """Each coefficient is off, and those of contexts are off by more; decodes and chunks of prompts come mixed."""
+    rng = Random(seed)
+    truth = CostModel(
+        floor=0.013, per_token=0.0001, knee=19, per_token_beyond=0.0004, per_row=3e-5, per_pair=6e-8, per_kv_token=3e-7,
+        per_request=3e-5,
+    )  # fmt: skip
+    estimate = truth.scaled(lambda: 1.4 * rng.uniform(0.7, 1.4))
+    estimate = replace(estimate, knee=rng.uniform(8, 40), per_pair=0.0, per_kv_token=6e-7, per_request=0.0)
+    predictor, errors = LatencyPredictor(estimate), []
+    for _ in range(200):
+        step = StepFeatures()
+        for _ in range(rng.randint(1, 16)):
+            step = step.plus(start=rng.randint(512, 576), count=1, rows=1)
+        if rng.random() < 0.4:
+            step = step.plus(start=rng.choice((0, 256)), count=rng.randint(16, 512), rows=0)
+        seconds = truth.seconds(step) * rng.lognormvariate(0.0, 0.05)
+        errors.append(abs(predictor.observe(step, seconds) / seconds - 1.0))
+    assert median(errors[100:]) < 0.15 and predictor.num_observed == 200
+    step = StepFeatures().plus(start=0, count=300, rows=1)
+    assert predictor.corrected.seconds(step) == pytest.approx(predictor.seconds(step))
 
 
 def test_noise_leaves_it_where_it_is() -> None:

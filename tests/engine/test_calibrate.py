@@ -1,5 +1,6 @@
 """Calibrations: what they are kept by, and that one is made of a real model's steps."""
 
+from dataclasses import replace
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -11,7 +12,6 @@ from splitfuse.core.request import SchedulingOptions
 from splitfuse.core.sampling_params import SamplingParams
 from splitfuse.core.slo.cost_model import CostModel, FitError, StepFeatures
 from splitfuse.core.slo.targets import SloTargets
-from splitfuse.engine import calibrate
 from splitfuse.engine.calibrate import COARSE, FINE, Case, Grid, Timed, choose_grid, noise, run_calibration
 from splitfuse.engine.engine import Engine
 from splitfuse.errors import ConfigError, CostModelError, InvalidRequestError
@@ -128,7 +128,8 @@ def test_a_time_which_is_not_positive_is_refused(seconds: float) -> None:
 
 def test_an_engine_too_small_for_different_steps_is_refused() -> None:
     with pytest.raises(
-        CostModelError, match=r"at least 24 .* but only .* fit an engine with 64 tokens a request.*leave out"
+        CostModelError,
+        match=r"at least 24 .* but only .* fit an engine with 64 tokens a request.*raise --max-model-len",
     ):
         run_calibration(config(max_model_len=64, num_blocks=8, max_num_seqs=2), seconds=0.1, progress=False)
 
@@ -146,18 +147,22 @@ def test_the_published_machine_saturates_where_the_paper_says() -> None:
     assert MACHINES["a100-70b"].num_blocks * 32 > 400_000
 
 
-def test_an_engine_with_slos_is_calibrated_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(calibrate, "SECONDS_AT_START", 0.5)
-    stages: list[str] = []
+def test_an_engine_with_slos_has_an_estimate_or_what_is_stored() -> None:
     settings = config(ttft="2ms/token", itl="250ms/p99", tpot="100ms", num_blocks=200)
-    first = Engine.load(settings, on_stage=stages.append)
-    kept = load_cost_model(settings).cost
-    second = Engine.load(settings, on_stage=stages.append)
-    assert first.slo_enabled and second.slo_enabled and stages == ["calibrating"] * 2
-    assert load_cost_model(settings).cost == kept
-    cache_path(identify(settings)).write_text("spoilt")
-    Engine.load(settings)
-    assert load_cost_model(settings).cost.error is not None
+    engine = Engine.load(settings)
+    kept = engine.attainable()
+    assert kept is not None and kept.estimated and engine.scheduler.policy.predictor is not None
+    with pytest.raises(CostModelError):
+        load_cost_model(settings)
+    cost = CostModel(floor=0.001, per_token=1e-5, error=FitError(0.02, 0.08, 30))
+    path = cache_path(identify(settings))
+    save(replace(CALIBRATION, cost=cost), path)
+    second = Engine.load(settings)
+    predictor, kept = second.scheduler.policy.predictor, second.attainable()
+    assert predictor is not None and predictor.cost == cost and kept is not None and not kept.estimated
+    path.write_text("spoilt")
+    third = Engine.load(settings).scheduler.policy.predictor
+    assert third is not None and third.cost.error is None
     second.add_request("a", [5] * 100, SamplingParams(max_tokens=4, ignore_eos=True))
     request = second.scheduler.get("a")
     targets = SloTargets(itl=0.25, itl_percentile=99.0, tpot=0.1, ttft_per_token=0.002)

@@ -1,9 +1,10 @@
 """Predicts what steps take today: a cost model that follows the machine by the steps just measured.
 
-A cost model is fitted in a quiet minute; memory changes its speed, neighbours come and go, and some use memory, others
-arithmetic. So there are two factors, one for the floor of a step, where it waits for the weights, and one for all that
-it takes beyond. After each step both are corrected by a small part of the error, on a logarithmic scale, each by its
-share of the step and a little of the other's: what is learned from short steps is mostly, not only, theirs.
+A cost model is estimated in a moment at the start, or fitted in a quiet minute; memory changes its speed, neighbours
+come and go, and some use memory, others arithmetic. So there are two factors, one for the floor of a step, where it
+waits for the weights, and one for all that it takes beyond. After each step both are corrected by a small part of the
+error, on a logarithmic scale, each by its share of the step and a little of the other's: what is learned from short
+steps is mostly, not only, theirs.
 
 The correction is a normalized LMS filter (Widrow and Hoff, 1960; Nagumo and Noda, 1967) on the logarithm: the error of
 the next step of the same kind is 1 - GAIN of this one's. So a lasting change is followed within some dozens of steps, a
@@ -17,6 +18,7 @@ one within (Robbins and Monro, 1951).
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from statistics import NormalDist
 
 from splitfuse.core.slo.cost_model import CostModel, StepFeatures
@@ -50,10 +52,18 @@ class LatencyPredictor:
 
     def __init__(self, cost: CostModel) -> None:
         self.cost = cost
+        self.num_observed = 0
+        """Number of steps that it was corrected by."""
         self._log_floor = self._log_beyond = 0.0
         self.factors = 1.0, 1.0
         """How many times longer than the cost model says the floor of a step takes, and the rest of it."""
         self._log_over = _within_bounds(NormalDist().inv_cdf(IN_TIME) * cost.noise)  # how much longer than predicted
+
+    @property
+    def corrected(self) -> CostModel:
+        """Return the cost model with both factors in it."""
+        floor, beyond = self.factors
+        return replace(self.cost.slower(beyond), floor=floor * self.cost.floor)
 
     @property
     def safety_factor(self) -> float:
@@ -77,6 +87,7 @@ class LatencyPredictor:
         predicted = self.seconds(features)
         if seconds <= 0.0:
             return predicted
+        self.num_observed += 1
         error = math.log(seconds / predicted)
         floor = self.factors[0] * self.cost.floor / predicted  # its share
         beyond = 1.0 - floor

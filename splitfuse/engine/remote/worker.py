@@ -74,7 +74,6 @@ class Worker:
                 spec.config,
                 announce=lambda plan: self._reports.put(Loading("loading", memory_plan=str(plan))),
                 on_progress=lambda fraction: self._reports.put(Loading("loading", fraction)),
-                on_stage=lambda stage: self._reports.put(Loading(stage)),
                 weight_sharing=spec.weights,
             )
             record = InFlightRecord(spec.in_flight)
