@@ -11,6 +11,8 @@ from running_server import RunningServer, running_server
 
 from splitfuse.config import EngineConfig, SchedulerConfig, ServerConfig
 from splitfuse.core.slo.cost_model import CostModel
+from splitfuse.engine.engine import ESTIMATED_STEPS
+from splitfuse.engine.loop import REFRESH_STEPS
 from splitfuse.errors import ConfigError
 from splitfuse.runtime.calibration import Calibration, cache_path, identify, save
 from splitfuse.server.auth import ApiKeys
@@ -75,6 +77,8 @@ def test_what_the_machine_keeps_is_said(
     metrics = http.get("/metrics").text
     for name in ("lone_prompt_ratio", "lone_stream_ratio", "longest_prompt_tokens", "max_streams", "estimated"):
         assert re.search(rf"^splitfuse:slo_{name}{{.*}} [0-9.e+-]+$", metrics, re.MULTILINE), name
+    assert slo_met(http, max_tokens=ESTIMATED_STEPS + REFRESH_STEPS) is False
+    assert 'splitfuse:slo_estimated{model_name="storyteller"} 0.0\n' in http.get("/metrics").text
 
 
 def test_on_time_only_refuses_what_would_miss_its_slo(http: httpx.Client) -> None:
