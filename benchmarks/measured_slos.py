@@ -146,9 +146,8 @@ async def drive(target: EngineTarget | SimulatedTarget, arguments: argparse.Name
 
 
 def goodput(points: Sequence[Point], slo: SloTargets) -> float:
-    """Return the requests/s that meet an SLO, of all turns together."""
-    met = sum(metrics.meets_slo(record, slo) for point in points for record in metrics.counted(point))
-    return met / sum(metrics.seconds(point) for point in points)
+    """Return the requests/s that meet an SLO, the mean of all turns."""
+    return metrics.mean([metrics.slo_goodput(point, slo) for point in points])
 
 
 def show(systems: Sequence[System], slos: Sequence[dict[str, str]]) -> None:
@@ -168,10 +167,9 @@ def show(systems: Sequence[System], slos: Sequence[dict[str, str]]) -> None:
     print("\n| | requests/s | first token P50, P95, longest, s | gap P50, P95, longest, ms |\n|---|---|---|---|")
     for system in systems:
         records = [record for point in system.measured for record in metrics.counted(point)]
-        seconds = sum(metrics.seconds(point) for point in system.measured)
         first = [metrics.ttft(record) for record in records]
         cells = [
-            f"{len(records) / seconds:.2f}",
+            f"{metrics.mean([metrics.throughput(point) for point in system.measured]):.2f}",
             spread(first, 1.0),
             spread([gap for record in records for gap in metrics.gaps(record)], 1e3),
         ]
