@@ -23,16 +23,21 @@ class Guesses(Drafting):
         """How many drafts were right."""
         return sum(request.drafts.num_accepted for request in self._requests)
 
-    def _ahead(self, request: Request) -> list[tuple[int, float]]:
+    @staticmethod
+    def _update(request: Request) -> bool:
+        return Drafting._update(request) or bool(request.output_token_ids)
+
+    def _ahead(self, request: Request, most: int, least: float) -> list[tuple[int, float]]:  # type: ignore[override]
         rng, count = self._rng, len(request.output_token_ids)
         self._requests.add(request)
         if request.drafts.forced and rng.random() < 0.5:
-            return super()._ahead(request)
-        most = min(rng.randint(0, self.most), request.max_tokens - count - 1)
+            return super()._ahead(request, most, least)
+        most = min(rng.randint(0, most), request.max_tokens - count - 1)
         tokens = self._known(request)[count : count + most]
         guessed = [token if rng.random() < 0.8 else rng.randrange(50) for token in tokens]
         ends = {*request.eos_token_ids, *request.params.stop_token_ids}
-        return [(token, 0.99) for token in guessed[: next((n for n, t in enumerate(guessed) if t in ends), most)]]
+        count = next((n for n, token in enumerate(guessed) if token in ends), most)
+        return [(token, 0.99**n) for n, token in enumerate(guessed[:count], start=1)]
 
 
 def guess(engine: Engine, known: Callable[[Request], Sequence[int]]) -> Guesses:

@@ -18,6 +18,7 @@ from random import Random
 
 from splitfuse.bench.baselines import BASELINES
 from splitfuse.config import SchedulerConfig
+from splitfuse.core.events import StepScheduled
 from splitfuse.core.kv.block_allocator import BlockAllocator
 from splitfuse.core.kv.names import BlockNamer
 from splitfuse.core.kv.state_allocator import StateAllocator
@@ -168,12 +169,17 @@ class Guessing(Drafting):
     def is_expected(self, requests: Sequence[Request]) -> bool:
         return self._rng.random() < 0.2 * len(requests)
 
-    def _ahead(self, request: Request) -> list[tuple[int, float]]:
+    @staticmethod
+    def _update(request: Request) -> bool:
+        return Drafting._update(request) or bool(request.output_token_ids)
+
+    def _ahead(self, request: Request, most: int, least: float) -> list[tuple[int, float]]:  # type: ignore[override]
+        assert least < 1
         rng, known = self._rng, len(request.output_token_ids)
-        tokens = reference(request)[0][known : known + min(self.most, request.max_tokens - known - 1)]
+        tokens = reference(request)[0][known : known + min(most, request.max_tokens - known - 1)]
         guessed = [token if rng.random() < self._right else rng.randrange(VOCABULARY) for token in tokens]
         count = next((n for n, token in enumerate(guessed) if token in request.eos_token_ids), len(guessed))
-        return [(token, 0.9 + rng.random() / 10) for token in guessed[:count]]
+        return [(token, 0.99**n) for n, token in enumerate(guessed[:count], start=1)]
 
 
 @dataclass
@@ -238,6 +244,7 @@ class Run:
         allocator = BlockAllocator(num_blocks, block_size, namer=namer, states=states)
         config = SchedulerConfig(max_num_batched_tokens=budget, max_num_seqs=max_num_seqs)
         scheduler = Scheduler(config, allocator, policy, drafting=drafting)
+        scheduler.events.subscribe(StepScheduled, _check_drafts)
         cost = None if policy is None or policy.predictor is None else policy.predictor.cost
         latencies = LatencyLedger(scheduler.events, cost=cost)
         return cls(scheduler, latencies, allocator, FakeExecutor(block_size), depth, budget, max_num_seqs)
@@ -362,6 +369,14 @@ class Run:
                 most = count + self.budget - num_granted(plan)
                 assert ceil_div(count + rest, count) == ceil_div(count + rest, most), "it takes a step more"
         assert not self.waiting or len(self.running) == self.max_num_seqs
+
+
+def _check_drafts(event: StepScheduled) -> None:
+    """Drafts keep within the seconds of their step, and take no block that a running request will soon need."""
+    builder, predictor = event.builder, event.builder.predictor
+    if builder.drafts:
+        assert builder.queue.free.blocks >= len(builder.queue.running)
+        assert predictor is None or predictor.seconds(features_of(event.plan)) <= builder.max_seconds
 
 
 def num_granted(plan: StepPlan) -> int:

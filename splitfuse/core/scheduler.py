@@ -292,6 +292,7 @@ class Scheduler:
             result.values,
             request.finish_reason,
             num_cached_tokens=request.kv.num_cached_tokens,
+            num_drafted=chunk.num_drafts,
             slo_met=request.slo.met,
         )
 

@@ -131,7 +131,7 @@ class StepBuilder:
         self._allocator = allocator
         self._token_budget = token_budget
         self._choose_victim = choose_victim
-        self._predictor = predictor
+        self.predictor = predictor
         self.features = StepFeatures()
         """Features of all that is granted, without drafts."""
         self.drafts: dict[Request, tuple[int, ...]] = {}
@@ -240,9 +240,9 @@ class StepBuilder:
         """Return how many tokens of a request fit the budgets, `at_least` of them whatever time they take."""
         needed = request.num_unscheduled
         fitting = most = min(needed, max(self.tokens_left, 0))
-        if self._predictor is not None and self.max_seconds < math.inf:
+        if self.predictor is not None and self.max_seconds < math.inf:
             seconds, start = self.max_seconds * (1.0 - self._reserved_share), request.num_scheduled
-            fitting = self._predictor.tokens_within(seconds, self.features, start=start, most=most, rows=1)
+            fitting = self.predictor.tokens_within(seconds, self.features, start=start, most=most, rows=1)
         if 0 < fitting < needed:
             fitting = self._even_chunk(request, fitting)
         return min(most, max(fitting, at_least))

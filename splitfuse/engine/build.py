@@ -40,5 +40,7 @@ def build_scheduler(
     drafting = Drafting(most) if most else None
     scheduler = Scheduler(settings, allocator, policy or make_policy(settings, cost), budget, drafting)
     scheduler.events.subscribe(StepRecord, budget.observe)
+    if drafting is not None:
+        scheduler.events.subscribe(StepRecord, drafting.observe)
     latencies = LatencyLedger(scheduler.events, cost=cost)
     return scheduler, allocator, latencies

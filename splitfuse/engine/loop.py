@@ -73,6 +73,7 @@ class EngineLoop:
             limits=engine.limits,
             max_num_batched_tokens=engine.scheduler.budget.most,
             token_budget=engine.scheduler.budget.tokens,
+            num_speculative_tokens=0 if (drafting := engine.scheduler.drafting) is None else drafting.most,
             memory_plan=str(engine.model.plan),
             embedding_size=engine.model.spec.hidden_size,
             is_embedder=engine.model.pooling is not None,
@@ -168,6 +169,10 @@ class EngineLoop:
         counts.num_steps += 1
         counts.num_generated_tokens += sum([len(chunk.token_ids) for chunk in step.result.values()])
         counts.num_computed_tokens += plan.num_tokens
+        for chunk in plan.chunks:
+            if chunk.num_drafts:
+                counts.num_draft_tokens += chunk.num_drafts
+                counts.num_accepted_tokens += max(len(step.result[chunk.request_id].token_ids) - 1, 0)
         counts.step_tokens = plan.num_tokens
         counts.predicted_step_seconds = step.predicted_seconds
         counts.step_token_budget = plan.token_budget

@@ -112,6 +112,8 @@ class EngineInfo(msgspec.Struct, frozen=True, tag=True):
     """Texts that the fingerprint stands for."""
     token_budget: int = 0
     """Token budget of the first steps."""
+    num_speculative_tokens: int = 0
+    """Most tokens that are drafted for a request in a step; 0 for a model with recurrent states."""
     attainable: Attainable | None = None
     """What the machine can keep of the SLO, as far as it is known before the first step; None without one."""
 
@@ -135,6 +137,8 @@ class EngineStats:
     step_token_budget: int = 0  # of the last step
     token_budget: int = 0  # of steps that nothing else limits
     attainable: Attainable | None = None  # of the SLO; None without one
+    num_draft_tokens: int = 0  # computed tokens that were guesses
+    num_accepted_tokens: int = 0  # of those, that were right
 
 
 class StepReport(msgspec.Struct, frozen=True, tag=True):

@@ -38,7 +38,8 @@ class Timing(msgspec.Struct, frozen=True):
 
     queued: from its arrival until its first step began; first_token: from its arrival to the first token of any choice;
     gaps: between each token and the next of its choice, all choices one after the other; steps: number of steps that
-    computed a part of it, those of all choices added up; slo_met: whether all choices met their SLO, null without one;
+    computed a part of it, those of all choices added up; draft_tokens and accepted_tokens: number of tokens that were
+    drafted, and of those that were right, of all choices; slo_met: whether all choices met their SLO, null without one;
     phases: where the time went.
     """
 
@@ -47,6 +48,8 @@ class Timing(msgspec.Struct, frozen=True):
     gaps: list[float]
     steps: int
     cached_tokens: int
+    draft_tokens: int
+    accepted_tokens: int
     slo_met: bool | None
     phases: dict[LatencyPhase, float]
 
@@ -62,6 +65,8 @@ def timing_of(context: RequestContext, phases: dict[LatencyPhase, float] | None 
         gaps=[gap for g in begun for gap in map(sub, g.timings.tokens[1:], g.timings.tokens)],
         steps=sum(g.num_steps for g in begun),
         cached_tokens=sum(g.num_cached_tokens for g in begun),
+        draft_tokens=sum(g.num_drafted_tokens for g in begun),
+        accepted_tokens=sum(g.num_accepted_tokens for g in begun),
         slo_met=all(met) if (met := [g.slo_met for g in begun if g.slo_met is not None]) else None,
         phases=phases or {},
     )

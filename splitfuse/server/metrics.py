@@ -101,6 +101,12 @@ FAMILIES = (
     Family("splitfuse:prompt_tokens", "counter", "num_prompt_tokens", "Prompt tokens of scheduled requests."),
     Family("splitfuse:cached_tokens", "counter", "num_cached_tokens", "Prompt tokens found in the prefix cache."),
     Family("splitfuse:generated_tokens", "counter", "num_generated_tokens", "Generated tokens."),
+    Family(
+        *("splitfuse:num_speculative_tokens", "gauge", "num_speculative_tokens"),
+        "Most tokens drafted for a request in a step; 0 for models with a recurrent state, which cannot be taken back.",
+    ),
+    Family("splitfuse:draft_tokens", "counter", "num_draft_tokens", "Drafted tokens that steps computed."),
+    Family("splitfuse:accepted_tokens", "counter", "num_accepted_tokens", "Drafted tokens that were right."),
     Family("splitfuse:preemptions", "counter", "num_preemptions", "Preempted requests: their KV blocks were taken."),
     Family("splitfuse:requests", "counter", "requests", "Answers, by route and HTTP status.", ("route", "status")),
     Family("splitfuse:choices", "counter", "choices", "Finished choices, by finish reason.", ("finish_reason",)),
@@ -143,6 +149,8 @@ FAMILIES = (
     Family("vllm:prompt_tokens", "counter", "num_prompt_tokens", "As splitfuse:prompt_tokens."),
     Family("vllm:generation_tokens", "counter", "num_generated_tokens", "As splitfuse:generated_tokens."),
     Family("vllm:num_preemptions", "counter", "num_preemptions", "As splitfuse:preemptions."),
+    Family("vllm:spec_decode_num_draft_tokens", "counter", "num_draft_tokens", "As splitfuse:draft_tokens."),
+    Family("vllm:spec_decode_num_accepted_tokens", "counter", "num_accepted_tokens", "As splitfuse:accepted_tokens."),
     Family("vllm:request_success", "counter", "choices", "As splitfuse:choices.", ("finished_reason",)),
     Family("vllm:iteration_tokens_total", "histogram", "step_tokens", "As splitfuse:step_tokens."),
     Family("vllm:request_queue_time_seconds", "histogram", "queue", "As splitfuse:queue_seconds."),
@@ -296,8 +304,9 @@ class Metrics(Collector):
         client, stats = self._client, self._client.stats
         try:
             per_engine, outstanding = client.info.limits.num_blocks, client.outstanding_tokens
+            num_speculative = client.info.num_speculative_tokens
         except EngineUnavailableError:  # it has not been ready yet
-            per_engine = outstanding = 0
+            per_engine = outstanding = num_speculative = 0
         blocks = per_engine * len(stats)
         # An engine that has made no step has not said how many of its blocks are free: all.
         used = sum(per_engine - engine.num_available_blocks for engine in stats if engine.num_steps)
@@ -310,6 +319,7 @@ class Metrics(Collector):
             "used_blocks": used,
             "kv_usage": used / blocks if blocks else 0.0,
             "token_budget": max((engine.token_budget for engine in stats), default=0),
+            "num_speculative_tokens": num_speculative,
             **_slo_gauges([engine.attainable for engine in stats if engine.attainable is not None]),
         }
 

@@ -56,6 +56,8 @@ class Generation:
         """Number of prompt tokens found in the prefix cache."""
         self.num_steps = 0
         """Number of steps that computed a part of the request."""
+        self.num_drafted_tokens = self.num_accepted_tokens = 0
+        """Number of tokens that were guessed before they were chosen, and of those that were right."""
         self.slo_met: bool | None = None
         """Flag of an SLO that was met so far; None without one."""
         self.timings = Timings(time.monotonic())
@@ -98,11 +100,18 @@ class Generation:
             self.prompt_logprobs.extend(output.prompt_logprobs)
         self.values = output.values
         self.num_cached_tokens = output.num_cached_tokens
+        if output.num_drafted:
+            self.num_drafted_tokens += output.num_drafted
+            self.num_accepted_tokens += len(output.token_ids) - 1
         self.timings.tokens += [now] * len(output.token_ids)
-        new = "".join(self._watch(token_id) for token_id in output.token_ids if self.finish_reason is None)
-        self.text += new
-        if self.finish_reason is None and self._calls_another(new):
-            self.finish_reason = FinishReason.STOP
+        for count, token_id in enumerate(output.token_ids, start=len(self.token_ids) - len(output.token_ids) + 1):
+            new = self._watch(token_id)
+            self.text += new
+            if self.finish_reason is None and self._calls_another(new):
+                self.finish_reason = FinishReason.STOP
+                self._keep(count)
+            if self.finish_reason is not None:
+                break
         if self.finish_reason is None and output.finish_reason is not None:
             self.finish_reason, self.error = output.finish_reason, output.error
             self.retry_after = output.retry_after
@@ -220,6 +229,9 @@ class Generation:
         """End with the text before the stop string and the tokens that make it."""
         self.finish_reason = FinishReason.STOP
         count = self._detokenizer.num_tokens(self._unwatched + self._stop_strings.length)
-        count = max(count, self.request.params.min_tokens)
+        self._keep(max(count, self.request.params.min_tokens))
+
+    def _keep(self, count: int) -> None:
+        """Keep the first tokens of those that were generated."""
         self.logprobs.truncate(count)
         del self.token_ids[count:], self.timings.tokens[count:]

@@ -51,7 +51,6 @@ def test_drafts_are_those_that_a_search_finds(prompt: list[int], answer: list[in
         search.push(token)
     for token in answer:
         assert [each for each, _ in lookup.draft(most)] == search.draft(most)
-        assert lookup.has_draft == (search.source > 0)
         lookup.extend([token])
         search.push(token)
     assert len(lookup) == len(prompt) + len(answer)
@@ -107,7 +106,7 @@ def test_memory_is_bounded_and_the_newest_text_is_found() -> None:
     lookup = PromptLookup(range(MAX_ENTRIES), max_tokens=1000)
     newest = MAX_ENTRIES - 500
     lookup.extend([newest, newest + 1])
-    assert lookup.draft(2) == [(newest + 2, CHANCES[0]), (newest + 3, CHANCES[1])]
+    assert lookup.draft(2) == [(newest + 2, CHANCES[0]), (newest + 3, CHANCES[0] * CHANCES[1])]
     assert len(lookup._ends) == MAX_ENTRIES
 
 
@@ -127,4 +126,4 @@ def test_a_token_looks_at_a_bounded_number_of_others(count: int) -> None:
     lookup._tokens = CountedTokens("i", lookup._tokens)
     CountedTokens.reads = 0
     lookup.extend([2, 1, 1])  # the pair of ones is found, and so is how much before it is alike
-    assert lookup.has_draft and CountedTokens.reads <= 3 * (2 * MAX_LENGTH + 4)
+    assert lookup.draft(1) and CountedTokens.reads <= 3 * (2 * MAX_LENGTH + 4)

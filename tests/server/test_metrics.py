@@ -35,12 +35,15 @@ COUNTERS = {
     "num_cached_tokens": "splitfuse:cached_tokens_total",
     "num_generated_tokens": "splitfuse:generated_tokens_total",
     "num_preemptions": "splitfuse:preemptions_total",
+    "num_draft_tokens": "splitfuse:draft_tokens_total",
+    "num_accepted_tokens": "splitfuse:accepted_tokens_total",
 }
 VLLM_NAMES = re.findall(
     r"\S+",
     """
 num_requests_running num_requests_waiting kv_cache_usage_perc prefix_cache_queries_total prefix_cache_hits_total
 prompt_tokens_total generation_tokens_total num_preemptions_total request_success_total
+spec_decode_num_draft_tokens_total spec_decode_num_accepted_tokens_total
 iteration_tokens_total_bucket time_to_first_token_seconds_bucket inter_token_latency_seconds_bucket
 time_per_output_token_seconds_bucket request_time_per_output_token_seconds_bucket e2e_request_latency_seconds_bucket
 request_queue_time_seconds_bucket request_prompt_tokens_bucket request_generation_tokens_bucket
@@ -90,7 +93,7 @@ class Stated(EngineClient):
 
     def __init__(self, num_engines: int, *, num_blocks: int = 100) -> None:
         self.counted = [EngineStats()] * num_engines
-        self.known = EngineInfo("stated", EngineLimits(64, 512, num_blocks, 4), BUDGET, "")
+        self.known = EngineInfo("stated", EngineLimits(64, 512, num_blocks, 4), BUDGET, "", num_speculative_tokens=7)
         self.is_ready = True
 
     @property
@@ -264,7 +267,7 @@ def test_metrics_before_the_engine_is_ready(engine: Engine) -> None:
 def test_engines_are_summed() -> None:
     client = Stated(3)
     metrics = Metrics(client)
-    step_of(client, metrics, 0, EngineStats(5, 2, 7, 90, 30, 10, 4, 34, 1, 12, 0.5))
+    step_of(client, metrics, 0, EngineStats(5, 2, 7, 90, 30, 10, 4, 34, 1, 12, 0.5, num_draft_tokens=9))
     step_of(client, metrics, 2, EngineStats(1, 1, 0, 60, 3, 0, 1, 3, 0, 3, 0.25))
     figures = Figures(metrics)
     assert figures.get("splitfuse:num_requests_running") == 3
@@ -272,7 +275,7 @@ def test_engines_are_summed() -> None:
     assert figures.get("splitfuse:kv_blocks") == 300
     assert figures.get("splitfuse:kv_blocks_used") == 50  # the second engine has held nothing yet
     assert figures.get("splitfuse:kv_cache_usage_ratio") == pytest.approx(50 / 300)
-    expected = dict(zip(COUNTERS, (6, 37, 33, 10, 5, 1), strict=True))
+    expected = dict(zip(COUNTERS, (6, 37, 33, 10, 5, 1, 9, 0), strict=True))
     assert {counter: figures.get(name) for counter, name in COUNTERS.items()} == expected
     assert figures.get("splitfuse:step_seconds_sum") == 0.75
     assert figures.get("splitfuse:step_seconds_count") == 2
@@ -282,7 +285,7 @@ EVENTS = st.lists(
     st.tuples(
         st.integers(0, 2),  # which engine
         st.sampled_from(["pass", "command", "death", "quick restart", "unseen pass"]),
-        st.lists(st.integers(0, 50), min_size=5, max_size=5),
+        st.lists(st.integers(0, 50), min_size=7, max_size=7),
         st.booleans(),  # whether metrics are rendered
     ),
     max_size=40,
@@ -470,7 +473,7 @@ def test_families_have_unique_names_and_a_source() -> None:
         estimated=True, prompt_tokens=512, answer_tokens=64, gap_target="ITL", ttft_share=0.5, longest_prompt=9,
         max_prompt=9, gap_share=0.2, max_streams=3, most_streams=4, requests_per_second=1.5,
     )  # fmt: skip
-    step_of(client, metrics, 0, EngineStats(1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1.0, 0.9, 2, 2, kept))
+    step_of(client, metrics, 0, EngineStats(1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1.0, 0.9, 2, 2, kept, 1, 1))
     values = Figures(metrics).values
     ending = {"gauge": "", "counter": "_total", "histogram": "_count"}
     for family in FAMILIES:

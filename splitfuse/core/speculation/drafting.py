@@ -11,19 +11,17 @@ So a request whose drafts are mostly wrong gets none, and a step of many request
 
 from __future__ import annotations
 
-import heapq
+import math
 from collections.abc import Sequence
-from itertools import count
 
+from splitfuse.core.events import StepRecord
 from splitfuse.core.request import Request
-from splitfuse.core.slo.cost_model import CostModel, StepFeatures
 from splitfuse.core.slo.latency_predictor import LatencyPredictor
+from splitfuse.core.speculation.token_cost import TokenCost
 from splitfuse.core.step_builder import StepBuilder
 
-USUAL_COST = CostModel(floor=1.0, per_token=1 / 8)
-"""Cost model where nothing is measured, in steps of no tokens: each token adds an eighth, as was measured of small
-models. Of larger ones it is less.
-"""
+WORTH = 1.25
+"""Least worth of a draft, relative to what it costs: chances and costs are estimates, and to draft takes time too."""
 
 
 class Drafting:
@@ -31,53 +29,62 @@ class Drafting:
 
     def __init__(self, most: int) -> None:
         self.most = most
-        self._usual = LatencyPredictor(USUAL_COST)
+        self.cost = TokenCost()
+
+    def observe(self, step: StepRecord) -> None:
+        """Take in the time of a step, if it was one of decodes."""
+        if all(chunk.samples and len(chunk.token_ids) == 1 + chunk.num_drafts for chunk in step.plan.chunks):
+            self.cost.observe(step.plan.num_tokens, step.measured_seconds)
 
     def is_expected(self, requests: Sequence[Request]) -> bool:
-        """Return whether a step that is planned once the tokens in flight are known may have drafts."""
-        return any(self._update(request) and request.drafts.is_ahead for request in requests)
+        """Return whether the next step is likely to have drafts, of requests whose tokens are in flight."""
+        least = self._least(len(requests))
+        return any(self._update(request) and len(self._ahead(request, 2, least)) == 2 for request in requests)
 
     def compose(self, step: StepBuilder, predictor: LatencyPredictor | None) -> None:
         """Add drafts to a step whose claims have been met, the likeliest first, as long as each makes the tokens of its
         decodes come faster and the step keeps within its tokens and seconds. Nothing may be in flight.
         """
         decodes = [each for each, granted in step.granted.items() if granted == each.num_unscheduled == 1]
-        drafts = {request: found for request in decodes if self._update(request) and (found := self._ahead(request))}
-        if not drafts:
+        least, found = self._least(len(decodes)), list[tuple[float, int, Request]]()
+        drafts = {each: self._ahead(each, self.most, least) for each in decodes if self._update(each)}
+        for number, (request, ahead) in enumerate(drafts.items()):  # of equal chances, earlier claims first
+            found += [(-chance, number, request) for _, chance in ahead]
+        if not found:
             return
-        predict = (predictor or self._usual).seconds
-        alone = StepFeatures()
-        for request in decodes:
-            alone = alone.plus(start=request.num_scheduled, count=1, rows=1)
-        seconds, tokens, tokens_left = predict(alone), float(len(decodes)), step.tokens_left
-        features, before = step.features, predict(step.features)
-        chosen = dict.fromkeys(drafts, 0)
-        order = count()  # of equal chances, those of earlier claims first
-        likeliest = [(-found[0][1], next(order), request) for request, found in drafts.items()]
-        heapq.heapify(likeliest)
-        while likeliest and tokens_left > 0:
-            chance, _, request = heapq.heappop(likeliest)
-            longer = features.longer(end=request.num_scheduled + 1 + chosen[request], count=1)
-            cost = (after := predict(longer)) - before
-            if after > step.max_seconds or -chance * seconds <= cost * tokens:
+        seconds, tokens, per_token = self.cost.seconds(len(decodes)), float(len(decodes)), self.cost.per_token
+        features, chosen = step.features, dict.fromkeys(drafts, 0)
+        found.sort(key=lambda each: each[:2])  # the chances of a request fall from draft to draft
+        for lost, _, request in found[: max(step.tokens_left, 0)]:
+            if -lost * seconds <= WORTH * per_token * tokens:
                 break
-            features, before, tokens_left = longer, after, tokens_left - 1
-            seconds, tokens = seconds + cost, tokens - chance
+            if predictor is not None and step.max_seconds < math.inf:
+                features = features.longer(end=request.num_scheduled + 1 + chosen[request], count=1)
+                if predictor.seconds(features) > step.max_seconds:
+                    break
+            seconds, tokens = seconds + per_token, tokens - lost
             chosen[request] += 1
-            if chosen[request] < len(drafts[request]):
-                heapq.heappush(likeliest, (chance * drafts[request][chosen[request]][1], next(order), request))
-        for request, number in chosen.items():
-            if number:
-                step.draft(request, [token for token, _ in drafts[request][:number]])
+        for request, count in chosen.items():
+            if count:
+                step.draft(request, [token for token, _ in drafts[request][:count]])
+
+    def _least(self, num_decodes: int) -> float:
+        """Return the chance that a draft is not worth computing with, beside so many decodes: a step has the tokens and
+        the seconds of these, and one more token is to be worth the seconds that it adds.
+        """
+        return WORTH * self.cost.per_token * num_decodes / self.cost.seconds(num_decodes)
 
     @staticmethod
     def _update(request: Request) -> bool:
-        """Take in the newest tokens of a request. Returns whether it has generated any."""
-        if not request.output_token_ids:
-            return False
-        request.drafts.update(request.prompt_token_ids, request.output_token_ids, max_tokens=request.max_tokens)
-        return True
+        """Take in the newest tokens of a request. Returns whether it may have drafts."""
+        drafts, output = request.drafts, request.output_token_ids
+        if not drafts.has_begun:
+            if not output:
+                return False
+            ends = {*request.eos_token_ids, *request.params.stop_token_ids}
+            drafts.begin(request.prompt_token_ids, max_tokens=request.max_tokens, ends=ends)
+        return drafts.update(output)
 
-    def _ahead(self, request: Request) -> list[tuple[int, float]]:
-        most = min(self.most, request.max_tokens - len(request.output_token_ids) - 1)
-        return request.drafts.ahead(most, ends={*request.eos_token_ids, *request.params.stop_token_ids})
+    @staticmethod
+    def _ahead(request: Request, most: int, least: float) -> list[tuple[int, float]]:
+        return request.drafts.ahead(min(most, request.max_tokens - len(request.output_token_ids) - 1), least)

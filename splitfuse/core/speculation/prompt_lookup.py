@@ -33,8 +33,8 @@ class PromptLookup:
     """Drafts tokens of one request. It is made with the prompt, and extended by each generated token.
 
     >>> lookup = PromptLookup([1, 2, 3, 4, 5, 9, 1, 2], max_tokens=8)
-    >>> lookup.draft(3)
-    [(3, 0.5), (4, 0.6), (5, 0.75)]
+    >>> lookup.draft(2)
+    [(3, 0.5), (4, 0.3)]
     >>> lookup.extend([3, 7])
     >>> lookup.draft(3)
     []
@@ -63,19 +63,21 @@ class PromptLookup:
         """Return whether it drafts anything."""
         return self._source > 0
 
-    def draft(self, most: int) -> list[tuple[int, float]]:
-        """Return up to `most` tokens which may come next, in their order, each with the chance that it is right if all
-        before it are.
+    def draft(self, most: int, least: float = 0.0) -> list[tuple[int, float]]:
+        """Return up to `most` tokens which may come next, in their order, each with the chance that it and all before
+        it are right: those with a chance above `least`.
         """
-        if not self._source:
-            return []
-        count, length = len(self._tokens), self._length
         drafts: list[tuple[int, float]] = []
+        if not self._source:
+            return drafts
+        count, length, chance = len(self._tokens), self._length, 1.0
         for index in range(most):
+            chance *= self._chances[_kind(length + index)]
+            if chance <= least:
+                break
             position = self._source + index
             # what is drafted beyond the last token repeats: a text of one period goes on
-            token = self._tokens[position] if position < count else drafts[position - count][0]
-            drafts.append((token, self._chances[_kind(length + index)]))
+            drafts.append((self._tokens[position] if position < count else drafts[position - count][0], chance))
         return drafts
 
     def extend(self, token_ids: Iterable[int]) -> None:
@@ -97,7 +99,7 @@ class PromptLookup:
             return
         place = hash((tokens[-2], token)) & self._mask
         end, self._ends[place] = self._ends[place], count
-        if not self._source and end:
+        if end and not self._source:
             length = 0
             while length < min(end, MAX_LENGTH) and tokens[end - 1 - length] == tokens[count - 1 - length]:
                 length += 1

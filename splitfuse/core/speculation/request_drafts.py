@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from itertools import accumulate, repeat, takewhile
+from operator import mul
 
 from splitfuse.core.speculation.prompt_lookup import PromptLookup
 
@@ -16,8 +18,10 @@ class RequestDrafts:
     """Holds the drafts of one request.
 
     >>> drafts = RequestDrafts()
-    >>> drafts.update([1, 2, 3, 4, 1], [2])
-    >>> drafts.ahead(5, ends=(4,))
+    >>> drafts.begin([1, 2, 3, 4, 1], max_tokens=8, ends=(4,))
+    >>> drafts.update([2])
+    True
+    >>> drafts.ahead(5)
     [(3, 0.5)]
     """
 
@@ -25,29 +29,40 @@ class RequestDrafts:
     """Tokens that the form of the answer lets follow, and no others."""
     num_drafted: int = 0
     num_accepted: int = 0
-    lookup: PromptLookup | None = None
-    """Its tokens so far, once it decodes."""
-
-    def update(self, prompt_token_ids: Sequence[int], output_token_ids: Sequence[int], *, max_tokens: int = 0) -> None:
-        """Take in the tokens generated since the last call, of a request that generates at most `max_tokens`."""
-        if self.lookup is None:
-            self.lookup = PromptLookup(prompt_token_ids, max_tokens=max_tokens)
-        self.lookup.extend(output_token_ids[len(self.lookup) - len(prompt_token_ids) :])
-
-    def ahead(self, most: int, *, ends: Collection[int]) -> list[tuple[int, float]]:
-        """Return up to `most` tokens that may come next, each with the chance that it is right if those before it are.
-        None of `ends`, which end the request, is among them: nothing comes after it.
-        """
-        if self.forced:
-            found = [(token, FORCED_CHANCE) for token in self.forced[:most]]
-        else:
-            found = [] if self.lookup is None else self.lookup.draft(most)
-        return found[: next((n for n, (token, _) in enumerate(found) if token in ends), len(found))]
+    _lookup: PromptLookup | None = None  # its tokens so far, once it decodes
+    _num_prompt_tokens: int = 0
+    _ends: Collection[int] = ()
 
     @property
-    def is_ahead(self) -> bool:
-        """Return whether there are drafts after the tokens that it knows."""
-        return bool(self.forced) or (self.lookup is not None and self.lookup.has_draft)
+    def has_begun(self) -> bool:
+        """Return whether anything can be drafted."""
+        return self._lookup is not None
+
+    def begin(self, prompt_token_ids: Sequence[int], *, max_tokens: int, ends: Collection[int]) -> None:
+        """Take in the prompt of a request that generates at most `max_tokens`, and the tokens that end it."""
+        self._lookup = PromptLookup(prompt_token_ids, max_tokens=max_tokens)
+        self._num_prompt_tokens, self._ends = len(prompt_token_ids), ends
+
+    def update(self, output_token_ids: Sequence[int]) -> bool:
+        """Take in the tokens generated since the last call. Returns whether there may be drafts."""
+        assert self._lookup is not None, "it has not begun"
+        self._lookup.extend(output_token_ids[len(self._lookup) - self._num_prompt_tokens :])
+        return self._lookup.has_draft or bool(self.forced)
+
+    def ahead(self, most: int, least: float = 0.0) -> list[tuple[int, float]]:
+        """Return up to `most` tokens that may come next, each with the chance that it and those before it are right:
+        those with a chance above `least`. No token that ends the request is among them: nothing comes after it.
+        """
+        assert self._lookup is not None, "it has not begun"
+        if self.forced:
+            chances = accumulate(repeat(FORCED_CHANCE), mul)
+            found = list(zip(self.forced[:most], takewhile(lambda chance: chance > least, chances), strict=False))
+        else:
+            found = self._lookup.draft(most, least)
+        for index, (token, _) in enumerate(found):
+            if token in self._ends:
+                return found[:index]
+        return found
 
     def count(self, num_drafted: int, num_accepted: int) -> None:
         """Count the drafts of a step, and those that were right."""
