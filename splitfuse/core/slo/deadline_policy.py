@@ -33,7 +33,7 @@ from splitfuse.core.step_builder import RequestQueue, StepBuilder
 
 MAX_SKIPPED_STEPS = 32
 """Number of consecutive steps without a token after which a decode is urgent, whatever else is."""
-EFFICIENCY, MIN_EFFICIENCY = 0.95, 0.75
+EFFICIENCY, MIN_EFFICIENCY = 0.975, 0.75
 """Throughput of a step, relative to the highest, for which steps are as long as they are without deadlines to meet; and
 the least that they are shortened to for TTFT targets."""
 STEP_PER_TTFT = 1 / 4
@@ -112,6 +112,8 @@ class DeadlinePolicy(Fcfs):
             feasible = outlook.feasible(prefills, share=1.0 - share, at_most=MAX_DEADLINES)
             in_time = {prefill.request for prefill in feasible}
         limit = self._limit(outlook, feasible, [*decodes, *prefills], share=share)
+        if feasible and len(feasible) == len(prefills):
+            limit = limit._replace(spare=min(limit.spare, self._spare_for_arrivals(outlook, feasible[0])))
         urgent = self._urgent(decodes, outlook, limit)
         others = self._others(decodes, prefills, apart=in_time.union(urgent))
         used = outlook.overhead + sum(map(outlook.seconds_of_token, urgent))
@@ -134,6 +136,9 @@ class DeadlinePolicy(Fcfs):
         shortest_ttft = min((request.slo.ttft_target for request in requests), default=math.inf)
         usual = max(STEP_PER_TTFT * shortest_ttft, outlook.efficient_step(MIN_EFFICIENCY))
         usual = min(usual, outlook.efficient_step(EFFICIENCY))
+        if 0.0 < outlook.decode_seconds and every < DECODES_PER_STEP * outlook.floor:
+            # A step of decodes alone would waste the time in which prompts are computed: so in many short steps.
+            usual = min(usual, outlook.efficient_step(MIN_EFFICIENCY))
         usual = max(usual, every / DECODES_PER_STEP, MIN_STEP * outlook.floor)
         seconds, spare, before = usual, math.inf, 0.0
         for request, work, room in feasible:
@@ -147,6 +152,14 @@ class DeadlinePolicy(Fcfs):
             seconds = min(seconds, max(whole, outlook.time_until(first.request.slo.deadline)))
         seconds = min(seconds, outlook.slack, max(outlook.longest + outlook.decode_seconds, usual))
         return StepLimit(seconds, min(seconds, usual), spare)
+
+    def _spare_for_arrivals(self, outlook: Feasibility, first: Prefill) -> float:
+        """Return the seconds that decodes may take without need in the step of the `first` prompt, so that one like it
+        that arrives meanwhile, and waits for this step, can still be in time.
+        """
+        whole = outlook.overhead + outlook.with_floor(first.work)
+        margin = outlook.safety_factor * first.request.slo.ttft_target - whole
+        return AIM * margin - whole
 
     def _urgent(self, decodes: Sequence[Request], outlook: Feasibility, limit: StepLimit) -> list[Request]:
         """Return the decodes that get their token before any prompt."""
