@@ -136,7 +136,7 @@ class DeadlinePolicy(Fcfs):
         shortest_ttft = min((request.slo.ttft_target for request in requests), default=math.inf)
         usual = max(STEP_PER_TTFT * shortest_ttft, outlook.efficient_step(MIN_EFFICIENCY))
         usual = min(usual, outlook.efficient_step(EFFICIENCY))
-        if 0.0 < outlook.decode_seconds and every < DECODES_PER_STEP * outlook.floor:
+        if outlook.decode_seconds > 0.0 and every < DECODES_PER_STEP * outlook.floor:
             # A step of decodes alone would waste the time in which prompts are computed: so in many short steps.
             usual = min(usual, outlook.efficient_step(MIN_EFFICIENCY))
         usual = max(usual, every / DECODES_PER_STEP, MIN_STEP * outlook.floor)
@@ -163,7 +163,8 @@ class DeadlinePolicy(Fcfs):
 
     def _urgent(self, decodes: Sequence[Request], outlook: Feasibility, limit: StepLimit) -> list[Request]:
         """Return the decodes that get their token before any prompt."""
-        soon = outlook.now + limit.seconds + outlook.overhead + outlook.decode_seconds
+        next_step = outlook.overhead + outlook.with_floor(outlook.decode_seconds)
+        soon = outlook.now + limit.seconds + next_step / outlook.safety_factor
         urgent, ahead = [], []
         for request in decodes:
             slo = request.slo
