@@ -24,9 +24,10 @@ from benchmarks.kernels.latent import latent
 from benchmarks.kernels.limits import FORMATS, TILES, Limits, seconds
 from benchmarks.kernels.neighbours import neighbours
 from benchmarks.kernels.recurrent import recurrent
-from benchmarks.kernels.steps import CONTEXT, forward, make_chunks, scattered_steps
+from benchmarks.kernels.steps import CONTEXT, check_shape, forward, make_chunks, scattered_steps
 from benchmarks.models import SHAPES, ModelShape
 from splitfuse.config import EngineConfig
+from splitfuse.errors import SplitfuseError
 from splitfuse.kernels.cpu.backend import CpuBackend
 from splitfuse.kernels.cpu.bindings import VARIANTS, Heads
 from splitfuse.kernels.interface import AttentionSpec, Role
@@ -182,6 +183,7 @@ def step(arguments: argparse.Namespace) -> Iterator[Row]:
             "max_num_batched_tokens": 1024,
         }
         model = load_model(EngineConfig.from_settings(settings))
+        check_shape(arguments.shape, model.spec)
         executor, backend = model.make_executor(), model.decoder.backend
         assert isinstance(backend, CpuBackend)
         for store in executor.kv_cache.layers:
@@ -298,4 +300,7 @@ def main() -> None:
     sys.exit(failed)
 
 
-main()
+try:
+    main()
+except SplitfuseError as error:
+    sys.exit(f"benchmarks.kernels: {error}")

@@ -4,11 +4,40 @@ from __future__ import annotations
 
 import torch
 
+from benchmarks.models import SHAPES
 from splitfuse.core.plan import Chunk
+from splitfuse.errors import ConfigError
 from splitfuse.kernels.cpu.bindings import Step
+from splitfuse.kernels.interface import AttentionSpec, MlpSpec
+from splitfuse.models.spec import ModelSpec
 from splitfuse.runtime.executor import Executor
 
 CONTEXT = 512  # of the requests that generate
+
+
+def check_shape(name: str, spec: ModelSpec) -> None:
+    """Raise ConfigError if a model is not of this shape, whose work would be compared with another's limits."""
+    sizes = dense_sizes(spec)
+    for field, size in sizes.items():
+        if (wanted := getattr(SHAPES[name], field)) != size:
+            same = (other for other, shape in SHAPES.items() if all(getattr(shape, f) == n for f, n in sizes.items()))
+            hint = next((f"use --shape {other}" for other in same), "write one with python -m benchmarks.models")
+            raise ConfigError(f"--shape {name} has {field} {wanted}, but the model has {size}: {hint}")
+
+
+def dense_sizes(spec: ModelSpec) -> dict[str, int]:
+    """Return the sizes that decide how much a step reads and computes, by their names in ModelShape."""
+    mixer, mlp = spec.layers[0].mixer, spec.layers[0].mlp
+    if not isinstance(mixer, AttentionSpec) or not isinstance(mlp, MlpSpec):
+        raise ConfigError("step wants a model of attention and dense MLPs: write one with python -m benchmarks.models")
+    return {
+        "hidden_size": spec.hidden_size,
+        "num_layers": len(spec.layers),
+        "num_heads": mixer.num_heads,
+        "num_kv_heads": mixer.num_kv_heads,
+        "head_dim": mixer.head_dim,
+        "intermediate_size": mlp.intermediate_size,
+    }
 
 
 def make_chunks(rows: int, generating: bool) -> list[Chunk]:

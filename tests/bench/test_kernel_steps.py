@@ -1,0 +1,33 @@
+"""benchmarks/kernels: a step is compared with the limits of its own shape, no other's."""
+
+from dataclasses import replace
+
+import pytest
+
+from benchmarks.kernels.steps import check_shape
+from benchmarks.models import SHAPES, config
+from splitfuse.errors import ConfigError
+from splitfuse.models.families.registry import spec_from_config
+
+DENSE = [name for name, shape in SHAPES.items() if not shape.num_experts]
+
+
+@pytest.mark.parametrize("name", DENSE)
+def test_a_model_of_the_shape_is_accepted(name: str) -> None:
+    check_shape(name, spec_from_config(config(SHAPES[name])))
+
+
+@pytest.mark.parametrize("name", DENSE)
+def test_a_model_of_another_shape_is_refused_with_its_own(name: str) -> None:
+    other = DENSE[DENSE.index(name) - 1]
+    with pytest.raises(ConfigError, match=rf"--shape {other} has \w+ \d+, but the model has \d+: use --shape {name}"):
+        check_shape(other, spec_from_config(config(SHAPES[name])))
+
+
+def test_a_model_of_no_shape_is_refused() -> None:
+    spec = spec_from_config(config(replace(SHAPES["0.5b"], num_layers=23)))
+    with pytest.raises(ConfigError, match="has num_layers 24, but the model has 23: write one with python -m"):
+        check_shape("0.5b", spec)
+    experts = spec_from_config(config(SHAPES["moe"]))
+    with pytest.raises(ConfigError, match="step wants a model of attention and dense MLPs"):
+        check_shape("1.1b", experts)
