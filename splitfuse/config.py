@@ -24,7 +24,7 @@ DTYPES = ("auto", "bfloat16", "float16", "float32")
 LOAD_FORMATS = ("safetensors", "dummy")
 QUANTIZATIONS = {"int8": (128,), "int4": (64, 128)}
 """Quantizations of weights, with the group sizes of each."""
-KERNELS = ("auto", "avx512_bf16", "avx512", "avx2", "torch", "reference")
+KERNELS = ("auto", "avx512_amx", "avx512_bf16", "avx512", "avx2", "torch", "reference")
 ADAPTER_NAME = re.compile(r"[\w.:/@+-]{1,128}")
 """Names that a LoRA adapter can have as a model."""
 MAX_THREADS = 1024
@@ -78,8 +78,8 @@ class ModelConfig:
     )
     kernels: str = setting(
         "auto",
-        "Backend: auto (the fastest available), avx512_bf16, avx512 or avx2 (C++), torch (PyTorch with oneDNN) or "
-        "reference (PyTorch).",
+        "Backend: auto (the fastest available), avx512_amx, avx512_bf16, avx512 or avx2 (C++), torch (PyTorch with "
+        "oneDNN) or reference (PyTorch).",
     )
     num_threads: int | None = setting(
         None, "Threads of the C++ kernels (default: the cores available to this process)."

@@ -103,6 +103,16 @@ def variants(*values: Any, id: str | None = None) -> list[Any]:  # noqa: A002 - 
     ]
 
 
+def emulation_slow(cases: Sequence[Any], *kept: str) -> list[Any]:
+    """The cases, of which those with emulated tiles are for the slow suite unless their id has one of these in it."""
+    return [
+        pytest.param(*case.values, id=case.id, marks=[*case.marks, pytest.mark.slow])
+        if case.id.startswith("avx512_amx") and not any(part in case.id for part in kept)
+        else case
+        for case in cases
+    ]
+
+
 def _runnable(name: str) -> list[pytest.MarkDecorator]:
     why = why_not(name) if name in VARIANTS else None
     if name == "torch" and not torch.ops.mkldnn._is_mkldnn_bf16_supported():

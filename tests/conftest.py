@@ -10,6 +10,7 @@ import os
 from hypothesis import HealthCheck, settings
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+os.environ.setdefault("SPLITFUSE_EMULATE_AMX", "1")  # the same results on every machine; "0": by the processor
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 

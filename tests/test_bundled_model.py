@@ -27,7 +27,7 @@ def test_it_answers_from_the_passage_and_only_from_it(pipe: splitfuse.Pipeline) 
 
 
 @pytest.mark.parametrize("quantization", ["int8", "int4"])
-@pytest.mark.parametrize("variant", variants()[:1])
+@pytest.mark.parametrize("variant", variants()[1:2])  # not what is emulated
 def test_it_still_answers_when_it_is_quantized(variant: str, quantization: str) -> None:
     pipe = splitfuse.pipeline(max_num_batched_tokens=512, kernels=variant, quantization=quantization)
     problems = list(held_out_problems(NUM_PROBLEMS, lambda text: len(pipe.tokenizer.encode(text)) - 1))

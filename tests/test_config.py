@@ -75,7 +75,11 @@ def test_an_unknown_setting_unlike_any_is_refused_with_all() -> None:
         ("quantization", 8, "quantization must be str or None, not 8"),
         ("quantization_group_size", 64, "quantization_group_size 64 needs quantization int8 or int4: set that too"),
         ("quantization_group_size", "64", "quantization_group_size must be int or None, not '64'"),
-        ("kernels", "cuda", "kernels must be one of auto, avx512_bf16, avx512, avx2, torch, reference, not 'cuda'"),
+        (
+            "kernels",
+            "cuda",
+            "kernels must be one of auto, avx512_amx, avx512_bf16, avx512, avx2, torch, reference, not 'cuda'",
+        ),
         ("kernels", None, "kernels must be str, not None"),
         ("num_threads", 0, "num_threads must be at least 1, not 0"),
         ("num_threads", 100_000, "num_threads must be at most 1024, not 100000"),

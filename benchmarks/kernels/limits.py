@@ -15,7 +15,8 @@ from splitfuse.kernels.cpu.memory import allocate
 
 READ_BYTES = 2**28
 DOT_ROUNDS = 50_000
-TILES = {"avx512_bf16": (14, 32), "avx512": (13, 32), "avx2": (6, 16)}  # rows and columns of a full one
+TILES = {"avx512_amx": (32, 32), "avx512_bf16": (14, 32), "avx512": (13, 32), "avx2": (6, 16)}
+"""Rows and columns of a full tile of each variant."""
 FORMATS: dict[str, tuple[str | None, int | None]] = {
     "bf16": (None, None),
     "int8": ("int8", None),

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import tiny_models
-from backends import variants
+from backends import emulation_slow, variants
 from forced_preemption import force_preemptions
 from guessed_drafts import guess
 
@@ -108,7 +108,7 @@ MODELS = {  # of what kind it is
 }
 CASES = [
     pytest.param(model, *case.values, *settings, id=f"{model}-{case.id}-budget-{settings[0]}", marks=case.marks)
-    for case in variants()
+    for case in emulation_slow(variants())
     for model in MODELS
     for settings in (SETTINGS if case.id == "avx512" else SETTINGS[:1])
 ]

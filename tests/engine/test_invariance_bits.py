@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from backends import variants
+from backends import emulation_slow, variants
 from forced_preemption import force_preemptions
 from guessed_drafts import guess_answers
 from stories import make_story
@@ -137,10 +137,13 @@ PART = [  # precision, requests, budget, block size, threads
     ("int8-cache", SOME, 64, 32, 2),
     ("int4-int8-cache", FEW, 7, 64, 2),
 ]
+TILED = (f"bf16-{FEW}-1", f"int4-{FEW}-7")
 
 
-@pytest.mark.parametrize(("precision", "count", "budget", "block_size", "threads"), PART)
-@pytest.mark.parametrize("variant", variants())
+@pytest.mark.parametrize(
+    ("variant", "precision", "count", "budget", "block_size", "threads"),
+    emulation_slow([case for part in PART for case in variants(*part, id="-".join(map(str, part)))], *TILED),
+)
 def test_concurrent_requests_change_no_bit(
     variant: str, precision: str, count: int, budget: int, block_size: int, threads: int
 ) -> None:
@@ -168,7 +171,7 @@ def test_500_concurrent_requests_in_other_precisions(variant: str, precision: st
     check(variant, precision, MANY, budget=budget, block_size=32, threads=2)
 
 
-@pytest.mark.parametrize("variant", variants())
+@pytest.mark.parametrize("variant", emulation_slow(variants()))
 def test_preemption_changes_no_bit(variant: str) -> None:
     requests, wanted = alone(variant, "bf16", SOME)
     pipe = make_pipe(variant, "bf16", num_threads=2, num_blocks=17, max_num_batched_tokens=512)
@@ -177,7 +180,7 @@ def test_preemption_changes_no_bit(variant: str) -> None:
     assert pipe.engine.scheduler.queue.num_preemptions >= 3
 
 
-@pytest.mark.parametrize("variant", variants())
+@pytest.mark.parametrize("variant", emulation_slow(variants()))
 def test_drafts_change_no_bit(variant: str) -> None:
     """A rejected draft leaves its keys and values in the cache, where an int8 cache has two tokens in one place."""
     requests, wanted = alone(variant, "int8-cache", FEW)
@@ -202,7 +205,7 @@ def test_drafts_change_no_bit_of_1000_requests(variant: str, precision: str) -> 
         assert [outcome(response) for response in answers(pipe, requests)] == wanted
 
 
-@pytest.mark.parametrize("variant", variants())
+@pytest.mark.parametrize("variant", emulation_slow(variants()))
 def test_a_second_run_of_the_same_engine_changes_no_bit(variant: str) -> None:
     """Everything is in the prefix cache now, and the order of arrival is another."""
     requests, wanted = alone(variant, "bf16", FEW)
@@ -245,7 +248,7 @@ def test_watching_sees_what_the_reference_computes() -> None:
 
 
 @pytest.mark.parametrize("precision", ["bf16", "int8", "int4", "int8-cache"])
-@pytest.mark.parametrize("variant", variants())
+@pytest.mark.parametrize("variant", emulation_slow(variants()))
 def test_no_product_and_no_sum_is_pytorchs(variant: str, precision: str) -> None:
     requests, _ = alone(variant, precision, FEW)
     pipe = make_pipe(variant, precision, num_threads=2, num_blocks=512)

@@ -353,7 +353,8 @@ def test_out_of_memory(variant: str) -> None:
 
 @pytest.mark.parametrize("variant", variants())
 def test_describe(variant: str) -> None:
-    name = {"avx512_bf16": "AVX-512 (VNNI, bf16)", "avx512": "AVX-512 (VNNI)", "avx2": "AVX2"}[variant]
+    names = {"avx512_bf16": "AVX-512 (VNNI, bf16)", "avx512": "AVX-512 (VNNI)", "avx2": "AVX2"}
+    name = names.get(variant) or ("AMX, emulated" if bindings.is_emulated(variant) else "AMX")
     assert CpuBackend(variant=variant, num_threads=1).describe() == (
         f"C++ kernels: {name}, 1 thread; weights bf16, KV cache bf16"
     )
@@ -415,7 +416,7 @@ def test_a_cpu_without_vector_instructions(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_best_variant_by_default_and_only_supported_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
-    for supported in (VARIANTS, VARIANTS[1:], VARIANTS[2:]):
+    for supported in (VARIANTS[1:], VARIANTS[2:], VARIANTS[3:]):
         monkeypatch.setattr(bindings, "supported_variants", lambda supported=supported: supported)
         assert choose_variant() == supported[0]
         assert choose_variant("avx2") == "avx2"
@@ -423,22 +424,55 @@ def test_best_variant_by_default_and_only_supported_by_name(monkeypatch: pytest.
         choose_variant("avx512")
 
 
+def cpu_of(*variants: str, prefers: int = 1, amx_state: int = 1, emulates: int = 0) -> SimpleNamespace:
+    """Returns a library on a CPU that can run these variants."""
+    cpu = SimpleNamespace(
+        sf_prefers_avx512_bf16=lambda: prefers, sf_amx_state=lambda: amx_state, sf_emulates_amx=lambda: emulates
+    )
+    for variant in VARIANTS:
+        setattr(cpu, f"sf_supports_{variant}", lambda variant=variant: int(variant in variants))
+    return cpu
+
+
 @pytest.mark.parametrize(
-    ("missing", "prefers", "expected"),
+    ("able", "prefers", "expected"),
     [
-        ((), 1, ("avx512_bf16", "avx512", "avx2")),
-        ((), 0, ("avx512", "avx512_bf16", "avx2")),
-        (("avx512_bf16",), 0, ("avx512", "avx2")),
-        (("avx512_bf16",), 1, ("avx512", "avx2")),
-        (("avx512_bf16", "avx512"), 0, ("avx2",)),
+        (VARIANTS, 1, ("avx512_amx", "avx512_bf16", "avx512", "avx2")),
+        (VARIANTS, 0, ("avx512_amx", "avx512", "avx512_bf16", "avx2")),
+        (VARIANTS[1:], 1, ("avx512_bf16", "avx512", "avx2")),
+        (VARIANTS[1:], 0, ("avx512", "avx512_bf16", "avx2")),
+        (("avx512", "avx2"), 0, ("avx512", "avx2")),
+        (("avx512", "avx2"), 1, ("avx512", "avx2")),
+        (("avx2",), 0, ("avx2",)),
     ],
 )
 def test_bf16_dot_products_come_first_where_fast(
-    monkeypatch: pytest.MonkeyPatch, missing: tuple[str, ...], prefers: int, expected: tuple[str, ...]
+    monkeypatch: pytest.MonkeyPatch, able: tuple[str, ...], prefers: int, expected: tuple[str, ...]
 ) -> None:
-    cpu = SimpleNamespace(sf_prefers_avx512_bf16=lambda: prefers)
-    for variant in VARIANTS:
-        setattr(cpu, f"sf_supports_{variant}", lambda variant=variant: int(variant not in missing))
-    monkeypatch.setattr(bindings, "_load", lambda: cpu)
+    monkeypatch.setattr(bindings, "_load", lambda: cpu_of(*able, prefers=prefers))
     assert supported_variants() == expected
-    assert choose_variant() == expected[0]
+    assert choose_variant() == next(variant for variant in expected if variant != "avx512_amx")
+
+
+@pytest.mark.parametrize(
+    ("by_default", "emulates", "chosen"), [(1, 0, "avx512_amx"), (1, 1, "avx512"), (0, 0, "avx512")]
+)
+def test_amx_by_default_once_measured_but_never_emulated(
+    monkeypatch: pytest.MonkeyPatch, by_default: int, emulates: int, chosen: str
+) -> None:
+    monkeypatch.setattr(bindings, "_load", lambda: cpu_of(*VARIANTS, prefers=0, amx_state=0, emulates=emulates))
+    monkeypatch.setattr(bindings, "NOT_BY_DEFAULT", () if by_default else ("avx512_amx",))
+    assert choose_variant() == chosen
+    assert choose_variant("avx512_amx") == "avx512_amx"
+
+
+def test_amx_announced_in_vain_is_logged_and_refused_by_name(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(bindings, "_load", lambda: cpu_of(*VARIANTS[1:], prefers=0, amx_state=4))
+    monkeypatch.setattr(bindings, "NOT_BY_DEFAULT", ())
+    why = "its instructions fail, as in a virtual machine that does not pass them on"
+    assert choose_variant() == "avx512"
+    assert caplog.messages == [f"this CPU announces AMX, but {why}: the avx512 kernels run instead"]
+    with pytest.raises(ConfigError, match=rf"cannot run the avx512_amx kernels \({why}\); it can run avx512 and"):
+        choose_variant("avx512_amx")

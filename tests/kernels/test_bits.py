@@ -12,7 +12,7 @@ from typing import Any
 import backends
 import pytest
 import torch
-from backends import CPU, BackendCase, Requests, pack_experts, poison, rms_norm, variants
+from backends import CPU, BackendCase, Requests, emulation_slow, pack_experts, poison, rms_norm, variants
 from torch import Tensor
 
 from splitfuse.kernels.cpu.backend import CpuBackend
@@ -215,7 +215,7 @@ def attend(
 
 @pytest.mark.parametrize("options", OPTIONS)
 @pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), [(4, 2, 16), (7, 1, 33)])
-@pytest.mark.parametrize(("variant", "kv_int8"), CACHES)
+@pytest.mark.parametrize(("variant", "kv_int8"), emulation_slow(CACHES, "bf16"))
 def test_attend(variant: str, kv_int8: bool, heads: int, kv_heads: int, head_dim: int, options: dict[str, Any]) -> None:
     """Every row of a request in one chunk, in chunks cut anywhere, and some rows as single tokens, with one to three
     threads, which share the tiles of the longest, and in blocks of 32, 64 and 96.
@@ -255,7 +255,7 @@ def test_attend(variant: str, kv_int8: bool, heads: int, kv_heads: int, head_dim
 
 @pytest.mark.parametrize("normed", [False, True])
 @pytest.mark.parametrize(("head_dim", "rotary_dim"), [(64, 64), (33, 20), (96, 32)])
-@pytest.mark.parametrize(("variant", "kv_int8"), CACHES)
+@pytest.mark.parametrize(("variant", "kv_int8"), emulation_slow(CACHES))
 def test_rope_store(variant: str, kv_int8: bool, head_dim: int, rotary_dim: int, normed: bool) -> None:
     """Whatever the chunks in which a request comes: equal queries, and keys and values that read equal."""
     length, heads, kv_heads = 70, 6, 2

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from backends import CPU, variants
+from backends import CPU, emulation_slow, variants
 from ragged_requests import Chunk, Request, Runner
 from specs import make_delta, make_experts, make_mamba, make_spec
 from torch import Tensor
@@ -354,7 +354,12 @@ SOME_FORMATS = [
 ]
 
 
-@pytest.mark.parametrize(("variant", "quantization", "group", "kv_int8", "spec"), EVERY_FORMAT + SOME_FORMATS)
+TILED = ("None-None-False-plain", "int8-None-True-everything", "int4-64-False-experts", "None-None-False-latent")
+
+
+@pytest.mark.parametrize(
+    ("variant", "quantization", "group", "kv_int8", "spec"), emulation_slow(EVERY_FORMAT + SOME_FORMATS, *TILED)
+)
 def test_fused_equals_one_by_one(
     variant: str, quantization: str | None, group: int | None, kv_int8: bool, spec: ModelSpec
 ) -> None:
@@ -370,7 +375,7 @@ def test_fused_equals_one_by_one(
 
 
 @pytest.mark.parametrize("spec", SPECS)
-@pytest.mark.parametrize("variant", variants())
+@pytest.mark.parametrize("variant", emulation_slow(variants()))
 def test_near_the_reference_in_fp32(variant: str, spec: ModelSpec) -> None:
     """The same weights: what differs is that activations, keys and values are rounded to bf16."""
     ours = logits(decoder_of(CpuBackend(variant=variant, num_threads=2), spec))
@@ -429,7 +434,7 @@ def test_only_wanted_rows_come_back(variant: str) -> None:
 
 
 @pytest.mark.parametrize("spec", SPECS)
-@pytest.mark.parametrize("variant", variants())
+@pytest.mark.parametrize("variant", emulation_slow(variants()))
 def test_single_tokens_of_a_long_context(variant: str, spec: ModelSpec) -> None:
     """600 positions at once, and the last ones as single tokens: the threads share the tiles of one request."""
     for threads in (1, 2, 3):

@@ -12,7 +12,7 @@ from typing import Any
 import backends
 import pytest
 import torch
-from backends import BackendCase, Requests, attention, poison, variants
+from backends import BackendCase, Requests, attention, emulation_slow, poison, variants
 from torch import Tensor
 
 from splitfuse.kernels.cpu.backend import CpuBackend
@@ -79,7 +79,7 @@ def check(
 
 @pytest.mark.parametrize("head_dim", [1, 2, 16, 33, 64, 80, 96, 128])
 @pytest.mark.parametrize("block_size", [32, 64, 96])
-@pytest.mark.parametrize("variant", variants())
+@pytest.mark.parametrize("variant", emulation_slow(variants()))
 def test_head_sizes(variant: str, head_dim: int, block_size: int) -> None:
     check(variant, MIXED, head_dim=head_dim, block_size=block_size)
 
@@ -93,7 +93,7 @@ def test_groups(variant: str, heads: int, kv_heads: int) -> None:
 @pytest.mark.parametrize("window", [None, 1, 33, 300, 513])
 @pytest.mark.parametrize("softcap", [None, 0.7])
 @pytest.mark.parametrize("sinks", [False, True])
-@pytest.mark.parametrize("variant", variants())
+@pytest.mark.parametrize("variant", emulation_slow(variants()))
 def test_windows_caps_and_sinks(variant: str, window: int | None, softcap: float | None, sinks: bool) -> None:
     column = torch.tensor([-3.0, 0.0, 2.5, 8.0]) if sinks else None
     check(variant, MIXED, window=window, softcap=softcap, sinks=column, head_dim=32)

@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
-from backends import pack_experts, variants
+from backends import emulation_slow, pack_experts, variants
 from torch import Tensor
 
 from splitfuse.errors import ConfigError
@@ -161,7 +161,7 @@ SHAPES = [(1, 1), (3, 7), (40, 63), (17, 64), (33, 65), (9, 129), (8, 256), (12,
 
 
 @pytest.mark.parametrize(("rows", "columns"), SHAPES)
-@pytest.mark.parametrize(("variant", "quantization", "group"), CASES)
+@pytest.mark.parametrize(("variant", "quantization", "group"), emulation_slow(CASES))
 def test_scales_and_quantized_values(
     variant: str, quantization: str, group: int | None, rows: int, columns: int
 ) -> None:
@@ -170,7 +170,7 @@ def test_scales_and_quantized_values(
 
 @pytest.mark.parametrize("rows", [1, 2, 14, 33])
 @pytest.mark.parametrize(("outputs", "inputs"), SHAPES)
-@pytest.mark.parametrize(("variant", "quantization", "group"), CASES)
+@pytest.mark.parametrize(("variant", "quantization", "group"), emulation_slow(CASES, "int8-None"))
 def test_linear(variant: str, quantization: str, group: int | None, outputs: int, inputs: int, rows: int) -> None:
     backend = kernels_of(variant, quantization, group)
     weight = (torch.randn(outputs, inputs) * torch.rand(outputs, 1)).bfloat16()

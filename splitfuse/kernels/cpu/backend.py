@@ -36,6 +36,7 @@ from splitfuse.kernels.cpu.bindings import (
     check,
     choose_variant,
     int32,
+    is_emulated,
     projected_heads,
     vector_address,
 )
@@ -83,6 +84,8 @@ from splitfuse.kernels.quantized import (
 )
 from splitfuse.kernels.sharing import WeightSharing
 
+NAMES = {"avx512_amx": "AMX", "avx512_bf16": "AVX-512 (VNNI, bf16)", "avx512": "AVX-512 (VNNI)", "avx2": "AVX2"}
+"""Names of the variants in the memory plan."""
 PIECE = 32  # tokens that the KV layout keeps together
 MAX_HEAD_DIM = 1024
 """Largest head size. Both numbers are in csrc/kv_store.h too."""
@@ -134,7 +137,7 @@ class CpuBackend(Backend):
         if (group := choose_format(Role.QKV, self.quantization, self.group_size).group) is not None:
             weights += f" in groups of {group}"
         cache = "int8" if self.kv_int8 else "bf16"
-        name = {"avx512_bf16": "AVX-512 (VNNI, bf16)", "avx512": "AVX-512 (VNNI)", "avx2": "AVX2"}[self.variant]
+        name = NAMES[self.variant] + (", emulated" if is_emulated(self.variant) else "")
         threads = "1 thread" if self.num_threads == 1 else f"{self.num_threads} threads"
         return f"C++ kernels: {name}, {threads}; weights {weights}, KV cache {cache}"
 

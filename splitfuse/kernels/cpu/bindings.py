@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
+import logging
 import math
 import os
 import threading
@@ -39,10 +40,22 @@ from splitfuse.kernels.interface import (
     TokenInputSpec,
 )
 
+_logger = logging.getLogger(__name__)
+
 SOURCES = Path(__file__).with_name("csrc")
 """Folder of what the library is compiled from."""
-VARIANTS = ("avx512_bf16", "avx512", "avx2")
+AMX = "avx512_amx"
+VARIANTS = (AMX, "avx512_bf16", "avx512", "avx2")
 """Instruction sets that the kernels are compiled for, best first. AVX-512 includes VNNI here, AVX2 includes FMA."""
+NOT_BY_DEFAULT = (AMX,)
+"""Variants that `kernels=auto` does not choose: nothing has measured them yet on a CPU that runs their instructions."""
+AMX_OBSTACLES = {
+    2: "the system does not save its tile registers",
+    3: "the system does not permit its use",
+    4: "its instructions fail, as in a virtual machine that does not pass them on",
+    5: "the compiler of the kernels did not know it",
+}
+"""Reasons of csrc/amx.cpp why AMX cannot be used on a CPU that announces it, by number."""
 
 BF16, INT8, INT4, GROUPED, FP8 = range(5)
 NONE, F32, F16, BFLOAT16, U8, I8, E8M0, LOW_BITS, HIGH_BITS = range(9)
@@ -708,25 +721,39 @@ class Library:
 
 
 def supported_variants() -> tuple[str, ...]:
-    """Return the variants this CPU can run, best first. Raises KernelError if there is no library to ask."""
+    """Return the variants this CPU can run, best first. Raises KernelError if there is no library to ask.
+
+    With SPLITFUSE_EMULATE_AMX=1 any CPU with AVX-512 and bf16 can run avx512_amx, slowly: for tests.
+    """
     shared = _load()
     supported = [variant for variant in VARIANTS if getattr(shared, f"sf_supports_{variant}")()]
-    if supported[:2] == ["avx512_bf16", "avx512"] and not shared.sf_prefers_avx512_bf16():
-        supported[:2] = ["avx512", "avx512_bf16"]
+    if {"avx512_bf16", "avx512"} <= set(supported) and not shared.sf_prefers_avx512_bf16():
+        supported.remove("avx512_bf16")
+        supported.insert(supported.index("avx512") + 1, "avx512_bf16")
     return tuple(supported)
 
 
 def choose_variant(wanted: str | None = None) -> str:
-    """Return the best variant, or the wanted one.
+    """Return the best variant, or the wanted one. Logs why AMX is not chosen if the CPU announces it in vain.
 
     Raises KernelError if this CPU can run none, ConfigError if it cannot run the wanted one.
     """
     supported = supported_variants()
     if not supported:
         raise KernelError("this CPU has neither AVX-512 (with VNNI) nor AVX2 (with FMA)")
+    obstacle = None if AMX in supported else AMX_OBSTACLES.get(_load().sf_amx_state())
     if wanted is not None and wanted not in supported:
-        raise ConfigError(f"this CPU cannot run the {wanted} kernels; it can run {' and '.join(supported)}")
-    return wanted or supported[0]
+        why = f" ({obstacle})" if wanted == AMX and obstacle else ""
+        raise ConfigError(f"this CPU cannot run the {wanted} kernels{why}; it can run {' and '.join(supported)}")
+    by_default = [variant for variant in supported if variant not in NOT_BY_DEFAULT and not is_emulated(variant)]
+    if wanted is None and obstacle and AMX not in NOT_BY_DEFAULT:
+        _logger.warning("this CPU announces AMX, but %s: the %s kernels run instead", obstacle, by_default[0])
+    return wanted or by_default[0]
+
+
+def is_emulated(variant: str) -> bool:
+    """Return whether a variant's instructions are emulated: those of AMX, with SPLITFUSE_EMULATE_AMX=1."""
+    return variant == AMX and bool(_load().sf_emulates_amx())
 
 
 @cache

@@ -19,8 +19,16 @@ constexpr int SCORE_STRIDE = TILE + LANES;
 constexpr float NOTHING = -1e30f;               // The maximum of no scores.
 
 // Rows of an item. With the small tiles of AVX2 an item has two tiles, so that keys and values come from memory once for both.
-constexpr int ITEM_ROWS = MAX_ROWS < 12 ? 2 * MAX_ROWS : MAX_ROWS;
+constexpr int ITEM_ROWS = BLOCK_ROWS < 12 ? 2 * BLOCK_ROWS : BLOCK_ROWS;
+#ifdef SF_TILES
+constexpr int MOST_ITEM_ROWS = 2 * ITEM_ROWS;
+constexpr int ROWS_READ = MOST_ITEM_ROWS + TILE_ROWS;  // tiles read whole, whatever follows the rows of x
+constexpr int ROWS_OF_TWO = TILE_ROWS;                 // most rows that are multiplied with two panels at once
+#else
 constexpr int MOST_ITEM_ROWS = 4 * ITEM_ROWS;
+constexpr int ROWS_READ = MOST_ITEM_ROWS;
+constexpr int ROWS_OF_TWO = FEW_ROWS;
+#endif
 
 // More rows share the work of turning keys into values.
 SF_INLINE int item_rows(const Layout& kv) { return kv.value_from ? MOST_ITEM_ROWS : ITEM_ROWS; }
@@ -188,7 +196,7 @@ SF_INLINE void multiply_by(Element* values, const float* by, i64 begin, i64 end,
 // Rows `first` to first + rows - 1 of an item, which are multiplied at once.
 struct RowTile { int first, rows; };
 
-SF_INLINE int num_row_tiles(const Item& item) { return (item.rows + MAX_ROWS - 1) / MAX_ROWS; }
+SF_INLINE int num_row_tiles(const Item& item) { return (item.rows + BLOCK_ROWS - 1) / BLOCK_ROWS; }
 SF_INLINE RowTile row_tile(const Item& item, int number) {
     const int count = num_row_tiles(item), first = item.rows * number / count;
     return {first, item.rows * (number + 1) / count - first};
@@ -228,7 +236,7 @@ SF_INLINE void turn_piece(const Layout& kv, const u8* keys, i64 column, i64 toke
 SF_INLINE void attend_tile(const Attention& a, const Layout& kv, const Item& item, i64 tile, const Pieces& pieces,
                            const Pieces& next, const u32* queries, Partial& out) {
     alignas(64) float scores[MOST_ITEM_ROWS * SCORE_STRIDE];
-    alignas(64) u32 weights[MOST_ITEM_ROWS * SLAB_STRIDE];
+    alignas(64) u32 weights[ROWS_READ * SLAB_STRIDE];
     alignas(64) u8 turned[TILE_PIECES][PIECE / 2 * STEP_BYTES];
     alignas(64) float key_scales[TILE], value_scales[TILE];
     const u8 *keys_of[TILE_PIECES], *values_of[TILE_PIECES], *prefetches[TILE_PIECES];
@@ -294,7 +302,7 @@ SF_INLINE void attend_tile(const Attention& a, const Layout& kv, const Item& ite
     // Only pairs with a key that exists: what follows may be NaN.
     const i64 pairs = ceil_div(pieces.keys, 2) - first * (PIECE / 2);
     for (i64 column = 0; column < kv.value_padded;) {
-        const bool two = item.rows <= FEW_ROWS && column + PANEL < kv.value_padded && !kv.value_from;
+        const bool two = item.rows <= ROWS_OF_TWO && column + PANEL < kv.value_padded && !kv.value_from;
         const u8* starts[TILE_PIECES];
         for (i64 p = first; p < end; ++p) {
             if (kv.value_from) turn_piece(kv, values_of[p], column, pieces.keys - p * PIECE, turned[p]);
@@ -372,7 +380,7 @@ inline void attend(Team& team, const Attention& a, const std::vector<Item>& item
     for (const Item& item : items) split |= item.partial >= 0;
 
     team.share(static_cast<i64>(items.size()), [&](i64 begin, i64 end, i64) {
-        alignas(64) u32 queries[MOST_ITEM_ROWS * (MOST_HEAD_DIM / 2 / SLAB_STEPS) * SLAB_STRIDE];
+        alignas(64) u32 queries[ROWS_READ * (MOST_HEAD_DIM / 2 / SLAB_STEPS) * SLAB_STRIDE];
         alignas(64) float tile_values[MOST_ITEM_ROWS * MOST_HEAD_DIM], all_values[MOST_ITEM_ROWS * MOST_HEAD_DIM];
         Partial tile{{}, {}, tile_values}, all{{}, {}, all_values};
         for (i64 i = begin; i < end; ++i) {

@@ -112,7 +112,7 @@ SF_INLINE i64 most_visits(i64 pairs, i64 num_experts) { return std::min(pairs, n
 inline void reserve_experts(Workspace& work, const Mixture& m, i64 tokens) {
     const i64 pairs = tokens * m.choice.top_k, visits = most_visits(pairs, m.choice.num_experts);
     for (const Weight* w : {m.up, m.down}) work.reserve_operand(*w, pairs);
-    work.operand.reserve(std::max(operand_bytes(*m.up, pairs), operand_bytes(*m.down, pairs)) + visits * VISIT_PADDING);
+    work.operand.reserve(std::max(operand_bytes(*m.up, pairs), operand_bytes(*m.down, pairs)) + visits * VISIT_PADDING + READ_BEYOND);
     work.gated.reserve(pairs * m.down->columns * 2);
     work.expert_out.reserve(pairs * m.down->rows * 4);
     work.order.reserve(pairs * 4);

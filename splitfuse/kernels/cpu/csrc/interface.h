@@ -5,6 +5,13 @@
 
 namespace splitfuse {
 
+#if defined(__has_include)
+#if __has_include(<amxtileintrin.h>)
+#define SF_TILE_INSTRUCTIONS  // the compiler, and so its assembler, knows AMX
+#endif
+#endif
+extern const bool emulates_tiles;  // SPLITFUSE_EMULATE_AMX is set
+
 extern bool forked;  // whether this process is a fork, which has none of the threads of its parent: it computes with one
 
 enum Format : std::int32_t { BF16 = 0, INT8 = 1, INT4 = 2, GROUPED = 3, FP8 = 4 };

@@ -71,6 +71,9 @@ SF_LEAF float dots_only(i64 rounds) {
 }
 
 inline float dots_only(bool qvalues, i64 rounds) {
+#ifdef SF_TILES
+    return dots_in_tiles(qvalues, rounds);
+#endif
     return qvalues ? dots_only<Ints>(rounds) : dots_only<Floats>(rounds);
 }
 

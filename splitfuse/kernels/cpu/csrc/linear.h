@@ -9,8 +9,8 @@
 namespace splitfuse {
 namespace SF_VARIANT {
 
-// The rows of x as the micro-kernels read them: in blocks of at most MAX_ROWS, as equal as possible; a block is slabs of
-// [rows][SLAB_STRIDE] words. For quantized weights x is int8, with a scale for every row, or for weights in groups for
+// The rows of x as the micro-kernels read them: in blocks of at most MAX_ROWS, as equal as possible, or for tiles of BLOCK_ROWS
+// but the last; a block is slabs of [rows][SLAB_STRIDE] words. For quantized weights x is int8, with a scale for every row, or for weights in groups for
 // every block of columns.
 struct Operand {
     u32* words;
@@ -19,21 +19,38 @@ struct Operand {
     XGroup* groups;  // of the first part, of the others after it; of each block [groups][rows]; null if the weight has none
     i64 rows, columns, x_steps, slabs, span_steps, num_spans;
     i64 blocks;
+    i64 block_rows;  // of each block but the last; 0: they are as equal as possible
     bool quantized;
     const Weight* weight;
     const i32* order;  // of elements in the row that is packed, or null
-    float* sums_of_panel;  // [rows, PANEL]: this thread's buffer if a panel is widened for all rows; else null
+    float* sums_of_panel;  // [rows, PANEL]: this thread's buffer if a panel is multiplied in parts; else null
 
-    i64 block_begin(i64 block) const { return rows * block / blocks; }
-    i64 block_of(i64 row) const { return ceil_div((row + 1) * blocks, rows) - 1; }
+    i64 block_begin(i64 block) const { return block_rows ? std::min(block * block_rows, rows) : rows * block / blocks; }
+    i64 block_of(i64 row) const { return block_rows ? row / block_rows : ceil_div((row + 1) * blocks, rows) - 1; }
     u32* block_words(i64 block) const { return words + block_begin(block) * slabs * SLAB_STRIDE; }
     bool scales_rows() const { return quantized && !groups; }  // as whole rows of int8
 };
 
 constexpr i64 WIDENED_BLOCKS = 4;  // from this number on it pays to widen a quantized panel, if tiles are small
 
-// Returns whether panels of a weight are widened for all rows, whatever their number.
-SF_INLINE bool is_widened(const Weight& w) { return w.format == GROUPED || w.format == FP8; }
+#ifdef SF_TILES
+constexpr i64 READ_BEYOND = BLOCK_ROWS / 2 * SLAB_STRIDE * 4;  // bytes: tiles read whole, whatever follows the rows of x
+
+// Returns whether a weight is multiplied in tiles. In groups few rows are not: a sum of whole numbers is the same without.
+SF_INLINE bool in_tiles(const Weight& w, i64 rows) {
+    if (w.format == BF16 || w.format == FP8) return true;
+    const Shape s = shape_of(w);
+    if (w.format == INT8 && s.num_groups == 1) return s.num_spans == 1;
+    return w.format != GROUPED && rows > MAX_ROWS;
+}
+#else
+constexpr i64 READ_BEYOND = 0;
+
+SF_INLINE bool in_tiles(const Weight&, i64) { return false; }
+#endif
+
+// Returns whether a panel of the weight is multiplied in parts, each with all rows, whatever their number.
+SF_INLINE bool in_parts(const Weight& w) { return w.format == GROUPED || w.format == FP8 || in_tiles(w, BLOCK_ROWS); }
 
 // Returns the bytes that the operand of `rows` rows for this weight needs.
 SF_INLINE i64 operand_bytes(const Weight& w, i64 rows) {
@@ -61,7 +78,8 @@ SF_INLINE Operand make_operand(const Weight& w, i64 rows, u8* memory, float* sum
     x.slabs = ceil_div(s.x_steps, SLAB_STEPS);
     x.span_steps = s.span_steps;
     x.num_spans = s.num_spans;
-    x.blocks = ceil_div(rows, MAX_ROWS);
+    x.block_rows = in_tiles(w, rows) ? BLOCK_ROWS : 0;
+    x.blocks = ceil_div(rows, x.block_rows ? x.block_rows : MAX_ROWS);
     x.quantized = w.format != BF16 && w.format != FP8;
     x.weight = &w;
     x.order = w.order;
@@ -73,7 +91,7 @@ SF_INLINE Operand make_operand(const Weight& w, i64 rows, u8* memory, float* sum
         x.scales = reinterpret_cast<float*>(memory);
         x.sums = reinterpret_cast<i32*>(memory + align_up(rows * 4));
     }
-    x.sums_of_panel = is_widened(w) || (x.quantized && x.blocks >= WIDENED_BLOCKS) ? sums : nullptr;
+    x.sums_of_panel = in_parts(w) || (x.quantized && x.blocks >= WIDENED_BLOCKS) ? sums : nullptr;
     return x;
 }
 
@@ -164,6 +182,8 @@ SF_INLINE void put_row(const Operand& x, i64 row, const u16* values) {
     }
     i64 span = x.span_steps * 4;
     i32* sums = x.quantized ? x.sums + row * x.num_spans : nullptr;
+    const bool several = x.num_spans > 1;  // of which each lies in one slab; a single one may have several slabs
+    if (x.quantized) *sums = 0;
     for (i64 slab = 0; slab < x.slabs; ++slab, place += rows * SLAB_STRIDE) {
         i64 first = slab * slab_columns;
         i64 count = x.columns - first < slab_columns ? x.columns - first : slab_columns;
@@ -179,8 +199,10 @@ SF_INLINE void put_row(const Operand& x, i64 row, const u16* values) {
 #else
         i8 qvalues[SLAB_STEPS * 4];
 #endif
-        for (i64 k = 0; k < count; k += span)
-            *sums++ = quantize(values + first + k, count - k < span ? count - k : span, inverse, qvalues + k);
+        for (i64 k = 0; k < count; k += span, sums += several) {
+            const i32 sum = quantize(values + first + k, count - k < span ? count - k : span, inverse, qvalues + k);
+            *sums = several ? sum : *sums + sum;
+        }
 #ifdef SF_BYTE_DOTS
         std::memset(qvalues + count, 0, padded - count);
 #else
@@ -294,7 +316,7 @@ SF_INLINE Prefetch prefetch_for(const u8* panel, const u8* next, i64 panel_bytes
 SF_INLINE void put_tile(const Operand& x, const Weight& w, i64 panel, i64 block, const float* tile, const Output& out) {
     i64 begin = x.block_begin(block);
     int rows = static_cast<int>(x.block_begin(block + 1) - begin);
-    alignas(64) float added[MAX_ROWS * PANEL];
+    alignas(64) float added[BLOCK_ROWS * PANEL];
     if (out.adapted.lora) {
         const i64 whole = out.first_panel + panel;
         if (x.scales_rows()) expand_rows<true>(out.adapted, begin, rows, whole, added);
@@ -331,7 +353,7 @@ SF_INLINE void multiply_panel(const Operand& x, const Weight& w, const Shape& s,
     int rows = static_cast<int>(x.block_begin(block + 1) - begin);
     const u8* data = w.data + panel * s.panel_bytes;
     const u32* words = x.block_words(block);
-    if (w.format == BF16) {
+    if (w.format == BF16) {  // with tiles it does not come here
         multiply(rows, words, Segments{&data, &prefetch.from, static_cast<int>(s.x_steps), s.x_steps, STEP_BYTES, prefetch.stride}, tile, PANEL);
     } else {
         const bool whole_rows = s.num_groups == 1;
@@ -391,6 +413,12 @@ SF_INLINE void multiply_widened_panel(const Operand& x, const Weight& w, const S
 }
 #endif
 
+// Returns what is prefetched while a part of a panel is multiplied: what lies PREFETCH_BYTES ahead, in the next one too.
+SF_INLINE Prefetch prefetch_ahead(const u8* data, const u8* end, const u8* next, i64 stride) {
+    const i64 beyond = data + PREFETCH_BYTES - end;
+    return {next && beyond >= 0 ? next + beyond : data + PREFETCH_BYTES, stride};
+}
+
 // Widens a panel run by run, each for all rows of the blocks `first` to last - 1, and stores its columns. `widen(data, at)`
 // returns the bytes of the run that begins at word `at` of x; `multiply_run` adds its products with a block to a tile.
 template <class Widen, class Multiply>
@@ -401,8 +429,7 @@ SF_INLINE void multiply_runs(const Operand& x, const Weight& w, const Shape& s, 
     std::memset(tile_of(first), 0, (x.block_begin(last) - x.block_begin(first)) * PANEL * sizeof(float));
     for (i64 at = 0; at < s.x_steps; at += RUN_STEPS) {
         const i64 x_steps = std::min<i64>(RUN_STEPS, s.x_steps - at), bytes = widen(data, at);
-        const i64 beyond = data + PREFETCH_BYTES - end;
-        Prefetch prefetch{next && beyond >= 0 ? next + beyond : data + PREFETCH_BYTES, ceil_div(bytes, x_steps)};
+        Prefetch prefetch = prefetch_ahead(data, end, next, ceil_div(bytes, x_steps));
         for (i64 block = first; block < last; ++block, prefetch.stride = 0) {
             const i64 begin = x.block_begin(block);
             const int rows = static_cast<int>(x.block_begin(block + 1) - begin);
@@ -452,12 +479,102 @@ SF_INLINE void multiply_fp8_panel(const Operand& x, const Weight& w, const Shape
     });
 }
 
+#ifdef SF_TILES
+// Widens quantized values of a panel of int4: words of eight nibbles to two of four bytes.
+SF_INLINE void widen_nibbles(Packed table, const u8* words, i64 bytes, u8* out) {
+    for (const u8* end = words + bytes; words < end; words += STEP_BYTES, out += 2 * STEP_BYTES)
+        for (int at = 0; at < STEP_BYTES; at += VECTOR_BYTES) {
+            const Packed both = load_packed(words + at);
+            store_packed(out + at, look_up(table, low_nibbles(both)));
+            store_packed(out + STEP_BYTES + at, look_up(table, high_nibbles(both)));
+        }
+}
+
+// Takes a row's whole sums of quantized values + QVALUE_BIAS, in place, to weights.
+SF_INLINE void scale_sums(const u16* scales, i32 sum_of_x, float* sums) {
+    const Ints start = broadcast(-QVALUE_BIAS * sum_of_x);
+    for (int at = 0; at < PANEL; at += LANES)
+        store(sums + at, to_floats(load_ints(reinterpret_cast<const i32*>(sums + at)) + start) * load_bf16(scales + at));
+}
+
+// Calls body(rows, words, begin, tile) for each of the blocks `first` to last - 1: its words of x from `at` on, its first row,
+// and its sums.
+template <class Body>
+SF_INLINE void each_block(const Operand& x, i64 first, i64 last, i64 at, Body body) {
+    for (i64 block = first; block < last; ++block) {
+        const i64 begin = x.block_begin(block);
+        const int rows = static_cast<int>(x.block_begin(block + 1) - begin);
+        const u32* words = x.block_words(block) + at / SLAB_STEPS * rows * SLAB_STRIDE + at % SLAB_STEPS;
+        body(rows, words, begin, x.sums_of_panel + (begin - x.block_begin(first)) * PANEL);
+    }
+}
+
+// Multiplies one panel in bf16, or of whole rows in int8, with the blocks `first` to last - 1 in tiles: a part of the panel
+// with all of them while it lies in the first cache, or at once if there is one block.
+SF_INLINE void multiply_rows_in_tiles(const Operand& x, const Weight& w, const Shape& s, i64 panel, i64 first, i64 last, const u8* next,
+                                      const Output& out) {
+    const u8 *data = w.data + panel * s.panel_bytes, *end = data + s.panel_bytes;
+    const u16* scales = reinterpret_cast<const u16*>(data);
+    if (x.quantized) data += SCALE_BYTES;
+    const i64 most = last == first + 1 ? s.x_steps : TILED_STEPS;
+    for (i64 at = 0; at < s.x_steps; at += most, data += most * STEP_BYTES) {
+        const i64 steps = std::min(most, s.x_steps - at);
+        Prefetch prefetch = prefetch_ahead(data, end, next, STEP_BYTES);
+        each_block(x, first, last, at, [&](int rows, const u32* words, i64, float* tile) {
+            const Segments run{&data, &prefetch.from, static_cast<int>(steps), steps, STEP_BYTES, prefetch.stride};
+            if (x.quantized) multiply_run<Dot::QVALUES>(rows, words, run, at > 0, tile);
+            else multiply_run<Dot::BF16>(rows, words, run, at > 0, tile);
+            prefetch.stride = 0;
+        });
+    }
+    each_block(x, first, last, 0, [&](int rows, const u32*, i64 begin, float* tile) {
+        for (int row = 0; row < rows && x.quantized; ++row) scale_sums(scales, x.sums[begin + row], tile + row * PANEL);
+        put_tile(x, w, panel, x.block_of(begin), tile, out);
+    });
+}
+
+// Does the same for a quantized panel in groups. Spans of int4 become bytes in the first cache.
+SF_INLINE void multiply_groups_in_tiles(const Operand& x, const Weight& w, const Shape& s, i64 panel, i64 first, i64 last, const u8* next,
+                                        const Output& out) {
+    alignas(64) u8 widened[TILED_STEPS * STEP_BYTES];
+    const Packed table = load_qvalues(w.qvalues);
+    const u8 *data = w.data + panel * s.panel_bytes, *end = data + s.panel_bytes;
+    for (i64 at = 0; at < s.x_steps;) {
+        const i64 left = std::min(TILED_STEPS, s.x_steps - at), x_steps = std::min(s.span_steps, left), count = left / x_steps;
+        const i64 bytes = x_steps * STEP_BYTES / (w.format == INT4 ? 2 : 1), stride = SCALE_BYTES + bytes;
+        TileSpans spans{nullptr, data + SCALE_BYTES, data, stride, stride, count, x_steps, nullptr, s.num_spans, {}, at > 0};
+        if (w.format == INT4) {
+            for (i64 i = 0; i < count; ++i) widen_nibbles(table, spans.weights + i * stride, bytes, widened + i * x_steps * STEP_BYTES);
+            spans.weights = widened;
+            spans.weights_stride = x_steps * STEP_BYTES;
+        }
+        spans.prefetch = prefetch_ahead(data, end, next, ceil_div(stride, x_steps));
+        each_block(x, first, last, at, [&](int rows, const u32* words, i64 begin, float* tile) {
+            spans.x = words;
+            spans.sums = x.sums + begin * s.num_spans + at / s.span_steps;
+            multiply(rows, spans, tile);
+            spans.prefetch.stride = 0;
+        });
+        data += count * stride;
+        at += count * x_steps;
+    }
+    each_block(x, first, last, 0, [&](int, const u32*, i64 begin, float* tile) { put_tile(x, w, panel, x.block_of(begin), tile, out); });
+}
+#endif
+
 // Multiplies one panel with the blocks `first` to last - 1. `next` is the panel that this thread multiplies then, or null;
 // `cold` says that no thread has prefetched this one.
 SF_INLINE void multiply_panel_by_all(const Operand& x, const Weight& w, const Shape& s, i64 panel, i64 first, i64 last, const u8* next,
                                      bool cold, const Output& out) {
     if (w.format == GROUPED) return multiply_grouped_panel(x, w, s, panel, first, last, next, out);
     if (w.format == FP8) return multiply_fp8_panel(x, w, s, panel, first, last, next, out);
+#ifdef SF_TILES
+    if (x.block_rows) {
+        if (w.format != INT4 && s.num_groups <= 1) multiply_rows_in_tiles(x, w, s, panel, first, last, next, out);
+        else multiply_groups_in_tiles(x, w, s, panel, first, last, next, out);
+        return;
+    }
+#endif
 #ifndef SF_BYTE_DOTS
     if (x.sums_of_panel) {
         multiply_widened_panel(x, w, s, panel, first, last, out);

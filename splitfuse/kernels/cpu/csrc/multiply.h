@@ -22,6 +22,11 @@ constexpr int PAIR_WORDS = sizeof(Element) / 2;  // of x for a step in bf16
 constexpr int SLAB_STRIDE = SLAB_STEPS * PAIR_WORDS + 16;  // words from row to row; no power of two: rows share no cache set
 constexpr int RUN_STEPS = 64;             // steps after which the halves of a panel alternate
 constexpr int SPAN_STEPS = WIDE_ROWS == MAX_ROWS ? SLAB_STEPS : RUN_STEPS;  // most words of x that are summed as whole numbers
+#ifdef SF_TILES
+constexpr i64 ROW_STEPS = 1 << 14;        // the same of a row whose columns all share a scale: 2^31 is more than their sum
+#else
+constexpr i64 ROW_STEPS = SPAN_STEPS;
+#endif
 constexpr int PREFETCH_BYTES = 128 * STEP_BYTES;   // how far ahead of use weights are prefetched that come from memory
 
 // Aligned, so that no change elsewhere moves their loops in the lines of code: int4 of one row was 10 % slower for that.
@@ -118,6 +123,7 @@ SF_INLINE void clear(Floats (&acc)[ROWS][WIDTH], std::integer_sequence<int, R...
     ((acc[R][0] = broadcast(0.0f), acc[R][WIDTH - 1] = acc[R][0]), ...);
 }
 
+#ifndef SF_TILES
 // Computes out[r][0..31] = sum over K of x[r][k] * weights[k][0..31], all bf16, summed in fp32.
 template <int ROWS>
 SF_LEAF void multiply_bf16(const u32* x, const Segments& segments, float* out, i64 out_stride) {
@@ -261,6 +267,7 @@ SF_LEAF void multiply_bf16_two(const u32* x, const Segments& segments, float* ou
     store_tile(a, out, out_stride, rows);
     store_tile(b, out + PANEL, out_stride, rows);
 }
+#endif
 
 constexpr int SCALE_BYTES = 2 * PANEL;   // of a group of a quantized panel: 32 bf16
 
@@ -480,6 +487,7 @@ struct Fp8Run {
     Prefetch prefetch;
 };
 
+#ifndef SF_TILES
 SF_INLINE void put_fp8(Floats first, Floats second, Floats scale, float* out) { store(out, fma(first + second, scale, load(out))); }
 
 template <int V, int ROWS, int WIDTH, int... R>
@@ -531,11 +539,15 @@ SF_LEAF void multiply_fp8(const Fp8Run& run, float* out) {
         }
     }
 }
+#endif
 
-using MultiplyBf16 = void (*)(const u32*, const Segments&, float*, i64);
 using MultiplyQValues = void (*)(const Spans&, float*);
 
 constexpr auto ALL_ROWS = std::make_integer_sequence<int, MAX_ROWS>{};
+
+#ifndef SF_TILES
+using MultiplyBf16 = void (*)(const u32*, const Segments&, float*, i64);
+
 constexpr auto FEW = std::make_integer_sequence<int, FEW_ROWS>{};
 
 template <int ROWS>
@@ -570,6 +582,8 @@ SF_INLINE void multiply_each(int rows, const u32* x, const Segments& segments, f
     constexpr auto many = std::make_integer_sequence<int, MAX_ROWS - FEW_ROWS>{};
     choose_each(rows, many, FEW)(x, segments, out, out_stride);
 }
+#endif
+
 template <int BITS, int... R>
 SF_INLINE MultiplyQValues choose_qvalues(int rows, std::integer_sequence<int, R...>) {
     static constexpr MultiplyQValues table[] = {multiply_qvalues<BITS, R + 1>...};
@@ -591,6 +605,7 @@ SF_INLINE void multiply(int rows, const Groups& groups, float* out) {
     else choose_groups<false>(rows, ALL_ROWS)(groups, out);
 }
 
+#ifndef SF_TILES
 using MultiplyFp8 = void (*)(const Fp8Run&, float*);
 
 template <int... R>
@@ -599,6 +614,8 @@ SF_INLINE MultiplyFp8 choose_fp8(int rows, std::integer_sequence<int, R...>) {
     return table[rows - 1];
 }
 SF_INLINE void multiply(int rows, const Fp8Run& run, float* out) { choose_fp8(rows, ALL_ROWS)(run, out); }
+#endif
+
 #ifndef SF_BYTE_DOTS
 template <int... R>
 SF_INLINE MultiplyQValues choose_widened(int rows, std::integer_sequence<int, R...>) {
@@ -610,3 +627,7 @@ SF_INLINE void multiply_widened(int rows, const Spans& spans, float* out) { choo
 
 }  // namespace SF_VARIANT
 }  // namespace splitfuse
+
+#ifdef SF_TILES
+#include "multiply_tiles.h"
+#endif

@@ -13,6 +13,9 @@
 
 #include "interface.h"
 #include "vector.h"
+#ifdef SF_TILES
+#include "tiles.h"
+#endif
 
 namespace splitfuse {
 namespace SF_VARIANT {
@@ -121,12 +124,18 @@ template <class Body>
 void parallel(int num_threads, Body body) {
     Progress progress;
     if (num_threads == 1 || forked) {
+#ifdef SF_TILES
+        const TilesInUse tiles;
+#endif
         Team team(progress, 0, 1);
         body(team);
         return;
     }
 #pragma omp parallel num_threads(num_threads)
     {
+#ifdef SF_TILES
+        const TilesInUse tiles;
+#endif
         Team team(progress, omp_get_thread_num(), omp_get_num_threads());
         body(team);
     }

@@ -158,6 +158,13 @@ SF_EXPORT(float, dots_only)(Workspace* work, i32 qvalues, i64 rounds) {
     return totals[0];
 }
 
+#ifdef SF_TILES
+SF_EXPORT(void, tile_product)(Workspace*, i32 qvalues, const u8* a, const u8* b, u8* c) {
+    const TilesInUse tiles;
+    multiply_tiles_once(qvalues, a, b, c);
+}
+#endif
+
 SF_EXPORT(void, topk)(Workspace* work, const float* scores, i64 rows, i64 columns, i64 count, i32* ids, float* values) {
     parallel(rows == 1 ? 1 : work->num_threads, [&](Team& team) { topk(team, scores, rows, columns, count, ids, values); });
 }

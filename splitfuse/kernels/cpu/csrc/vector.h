@@ -38,6 +38,11 @@ using Element = float;
 constexpr int WIDE_ROWS = MAX_ROWS;      // of a tile as wide as a panel
 constexpr int FEW_ROWS = MAX_ROWS / 2;   // of a tile of two panels
 #define SF_BYTE_DOTS
+#ifdef SF_TILES
+constexpr int BLOCK_ROWS = 32;           // most rows that are multiplied at once: of two tiles, see tiles.h
+#else
+constexpr int BLOCK_ROWS = MAX_ROWS;
+#endif
 
 struct Floats { __m512 v; };       // 16 fp32
 struct Ints { __m512i v; };        // 16 int32
@@ -104,6 +109,7 @@ SF_INLINE void store_i8(i8* p, Floats a) {  // whole numbers from -128 to 127
 }
 
 SF_INLINE Ints broadcast(i32 a) { return {_mm512_set1_epi32(a)}; }
+SF_INLINE Ints load_ints(const i32* p) { return {_mm512_loadu_si512(p)}; }
 SF_INLINE Floats to_floats(Ints a) { return {_mm512_cvtepi32_ps(a.v)}; }
 SF_INLINE Ints operator+(Ints a, Ints b) { return {_mm512_add_epi32(a.v, b.v)}; }
 
@@ -208,6 +214,7 @@ SF_INLINE Ints add_pairs_i8(Ints a, const i8* pairs, u32 x) {
 constexpr int MAX_ROWS = 6;        // of a tile: 6 x 2 accumulators of eight lanes, two weights, a broadcast, a product
 constexpr int WIDE_ROWS = 2;       // of a tile as wide as a panel; one of more rows is half as wide
 constexpr int FEW_ROWS = 1;        // of a tile of two panels
+constexpr int BLOCK_ROWS = MAX_ROWS;  // most rows that are multiplied at once
 using Element = float;
 
 struct Floats { __m256 lo, hi; };

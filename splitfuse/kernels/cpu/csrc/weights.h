@@ -23,7 +23,7 @@ struct Shape {
     i64 x_steps;       // words of x in a row
     i64 group_steps;   // words of x that share a scale
     i64 num_groups;    // 0 in bf16
-    i64 span_steps;    // words of x summed as whole numbers: a group, or SPAN_STEPS where that is shorter
+    i64 span_steps;    // words of x summed as whole numbers: a group, or SPAN_STEPS where that is shorter; in tiles a whole row
     i64 num_spans;
     i64 panels;
     i64 panel_bytes;
@@ -50,7 +50,8 @@ SF_INLINE Shape shape_of(const Weight& w) {
         s.group_steps = ceil_div(group, 4);
         s.num_groups = ceil_div(w.columns, group);
         if (w.format == INT4 && s.group_steps % 2) ++s.group_steps;
-        s.span_steps = std::min<i64>(s.group_steps, SPAN_STEPS);
+        const bool at_once = w.format == INT8 && s.num_groups == 1 && s.group_steps <= ROW_STEPS;
+        s.span_steps = at_once ? s.group_steps : std::min<i64>(s.group_steps, SPAN_STEPS);
         s.num_spans = ceil_div(s.x_steps, s.span_steps);
     }
     s.panel_bytes = steps * STEP_BYTES + s.num_groups * SCALE_BYTES;

@@ -67,15 +67,15 @@ struct Workspace {
     std::vector<i32> counts;
 
     void reserve_operand(const Weight& w, i64 rows) {
-        operand.reserve(operand_bytes(w, rows));
+        operand.reserve(operand_bytes(w, rows) + READ_BEYOND);
         for (Own& each : own) {
-            each.operand.reserve(operand_bytes(w, 1));
-            if (WIDE_ROWS < MAX_ROWS || is_widened(w)) each.sums.reserve(rows * PANEL * 4);
+            each.operand.reserve(operand_bytes(w, 1) + READ_BEYOND);
+            if (WIDE_ROWS < MAX_ROWS || in_parts(w)) each.sums.reserve(ceil_div(rows, BLOCK_ROWS) * BLOCK_ROWS * PANEL * 4);
         }
     }
     void reserve_heads(const Weight& w, i64 rows) {  // for linear_heads()
         reserve_operand(w, std::min(rows, HEAD_ROWS));
-        for (Own& each : own) each.operand.reserve(operand_bytes(w, std::min(rows, HEAD_ROWS)));
+        for (Own& each : own) each.operand.reserve(operand_bytes(w, std::min(rows, HEAD_ROWS)) + READ_BEYOND);
     }
     void reserve_rows(i64 columns) {
         for (Own& each : own) each.row.reserve(columns * 2);
