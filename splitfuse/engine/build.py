@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import secrets
 from dataclasses import replace
 
@@ -18,6 +19,8 @@ from splitfuse.core.slo.deadline_policy import make_policy
 from splitfuse.core.speculation.drafting import Drafting
 from splitfuse.core.step_budget import StepBudget
 from splitfuse.runtime.memory_plan import MemoryPlan
+
+logger = logging.getLogger(__name__)
 
 
 def build_scheduler(
@@ -36,8 +39,11 @@ def build_scheduler(
     settings = replace(config.scheduler, max_num_seqs=plan.max_num_seqs)
     budget = StepBudget.of(settings, cost, most=plan.max_num_batched_tokens)
     settings = replace(settings, max_num_batched_tokens=budget.most)
-    most = 0 if plan.num_states else config.scheduler.num_speculative_tokens  # a state cannot be taken back
-    drafting = Drafting(most) if most else None
+    most, drafting = config.scheduler.num_speculative_tokens, None
+    if most and states is not None:
+        logger.warning("no tokens are drafted: the model has a recurrent state, which cannot be taken back")
+    elif most:
+        drafting = Drafting(most)
     scheduler = Scheduler(settings, allocator, policy or make_policy(settings, cost), budget, drafting)
     scheduler.events.subscribe(StepRecord, budget.observe)
     if drafting is not None:

@@ -174,6 +174,7 @@ def _check(config: EngineConfig, spec: EncoderSpec) -> None:
         ("kv_cache_memory_gib", cache.kv_cache_memory_gib is not None),
         ("kv_cache_dtype", cache.kv_cache_dtype != "auto"),
         ("enable_slo, ttft, itl and tpot", config.scheduler.slo_enabled),
+        ("num_speculative_tokens", config.scheduler.num_speculative_tokens > 0),
         ("gguf_file", config.model.gguf_file is not None),
     ):
         if is_set:

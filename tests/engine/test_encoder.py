@@ -126,7 +126,12 @@ def test_what_cannot_be_honoured_is_refused(tmp_path: Path, changes: dict[str, A
 
 
 @pytest.mark.parametrize(
-    "settings", [{"num_blocks": 8}, {"ttft": "1s"}, {"max_model_len": 67}, {"kv_cache_dtype": "int8"}], ids=str
+    "settings",
+    [
+        *({"num_blocks": 8}, {"ttft": "1s"}, {"max_model_len": 67}, {"kv_cache_dtype": "int8"}),
+        {"num_speculative_tokens": 7},
+    ],
+    ids=str,
 )
 def test_settings_that_it_does_not_have(tmp_path: Path, settings: dict[str, Any]) -> None:
     tiny_encoders.save(tmp_path)

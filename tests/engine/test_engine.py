@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import tiny_models
 import torch
+from guessed_drafts import guess
 from transformers import AutoModelForCausalLM
 
 from splitfuse.bench.baselines import make_baseline
@@ -21,6 +22,7 @@ from splitfuse.core.plan import StepPlan, TokenLogprob
 from splitfuse.core.request import FinishReason, RequestOutput
 from splitfuse.core.sampling_params import SamplingParams
 from splitfuse.engine.engine import Engine
+from splitfuse.engine.loop import EngineLoop
 from splitfuse.errors import InvalidRequestError, ModelError, PromptTooLongError
 from splitfuse.models.sources.hub import BUNDLED_MODEL
 from splitfuse.runtime.executor import StepHandle
@@ -404,3 +406,29 @@ def test_other_policies_generate_the_same(folder: Path, policy: str) -> None:
         return outputs
 
     assert generate(policy) == generate("splitfuse")
+
+
+def test_drafts_and_those_that_were_right_are_counted(folder: Path) -> None:
+    prompts = {"a": list(range(3, 13)), "b": [5] * 9}
+    params = SamplingParams(max_tokens=20, ignore_eos=True)
+    plain = load(folder)
+    for name, prompt in prompts.items():
+        plain.add_request(name, prompt, params)
+    wanted = drain(plain).tokens
+    engine = load(folder, num_speculative_tokens=5)
+    loop = EngineLoop(engine, lambda _: None)
+    drafting = guess(engine, lambda request: wanted[request.request_id])
+    for name, prompt in prompts.items():
+        engine.add_request(name, prompt, params)
+    outputs: list[RequestOutput] = []
+    while engine.has_unfinished:
+        outputs += engine.step()
+        engine.scheduler.check()
+    seen = Seen()
+    seen.take(outputs)
+    assert seen.tokens == wanted and not any(seen.errors.values())
+    stats = loop._stats_now()
+    assert stats.num_accepted_tokens == drafting.accepted > 10
+    assert stats.num_draft_tokens == sum(output.num_drafted for output in outputs) > drafting.accepted
+    assert stats.num_generated_tokens == sum(map(len, wanted.values()))
+    assert sum(len(output.token_ids) - 1 for output in outputs if output.num_drafted) == drafting.accepted

@@ -15,6 +15,7 @@ from splitfuse.core.events import StepRecord
 from splitfuse.core.plan import Chunk
 from splitfuse.core.sampling_params import SamplingParams
 from splitfuse.engine.engine import Engine
+from splitfuse.engine.loop import EngineLoop
 from splitfuse.engine.ragged import RaggedEngine
 from splitfuse.errors import RequestTooLargeError
 from splitfuse.runtime.executor import Executor
@@ -171,3 +172,13 @@ def test_a_put_without_a_free_slot_is_refused(folder: Path) -> None:
     ragged.flush(2)
     ragged.put([0, 3], [[1], [1]])
     ragged.check()
+
+
+def test_nothing_is_drafted_and_its_server_says_so(
+    folder: Path, model: LoadedModel, caplog: pytest.LogCaptureFixture
+) -> None:
+    engine = Engine(config(folder, num_speculative_tokens=7), model)
+    assert engine.scheduler.drafting is None and "recurrent state" in caplog.text
+    assert EngineLoop(engine, lambda _: None).info.num_speculative_tokens == 0
+    prompt = [1, 2, 3] * 8
+    assert answers(engine, {"a": prompt})["a"] == alone(folder, model, prompt)

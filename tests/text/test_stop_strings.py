@@ -94,16 +94,17 @@ def test_without_stop_strings_all_text_is_released() -> None:
 # Answers in parts ----------------------------------------------------------------------------------------------------
 
 
-def generated(text: str, source: MessageSource, *stop: str) -> tuple[Generation, list[int]]:
-    """An answer of these tokens, one a step, until it ends; and how many tokens it was told to keep."""
+def generated(text: str, source: MessageSource, *stop: str, at_once: int = 1) -> tuple[Generation, list[int]]:
+    """An answer of these tokens, so many a step, until it ends; and how many tokens it was told to keep."""
     backend = tiny_tokenizers.byte_level()
     markers = ("<|start|>", "<|channel|>", "<|message|>", "<|end|>", "<|call|>", "<tool_call>", "</tool_call>")
     backend.add_tokens([AddedToken(marker, normalized=False) for marker in markers])
     tokenizer = Tokenizer(backend)
     request = PreparedRequest((1,), SamplingParams(stop=stop), continues=False, message=source)
     generation, kept = Generation("g", request, tokenizer), list[int]()
-    for token_id in tokenizer.encode(text, add_special_tokens=False):
-        generation.push(RequestOutput("g", (token_id,)), kept.append)
+    token_ids = tokenizer.encode(text, add_special_tokens=False)
+    for start in range(0, len(token_ids), at_once):
+        generation.push(RequestOutput("g", tuple(token_ids[start : start + at_once])), kept.append)
         if generation.finish_reason is not None:
             break
     return generation, kept
@@ -137,3 +138,15 @@ def test_an_answer_of_one_call_ends_where_another_begins() -> None:
         message = generation.message
         assert message.content == "Well." and message.has_complete_calls
         assert [call.arguments for call in message.tool_calls] == [f'{{"n": {n}}}' for n in range(3 if parallel else 1)]
+
+
+@pytest.mark.parametrize("at_once", [2, 3, 7, 500])
+@pytest.mark.parametrize("stop", [(), ("arguments",), ('"n": 1',), ("</tool", "now")])
+def test_an_answer_ends_at_the_same_token_however_many_come_at_once(stop: tuple[str, ...], at_once: int) -> None:
+    calls = [f'<tool_call>\n{{"name": "now", "arguments": {{"n": {n}}}}}\n</tool_call>\n' for n in range(3)]
+    text = "Well. " + "".join(calls)
+    source = MessageSource(CHAT_FORMATS["hermes"], (Tool(name="now"),), parallel=False)
+    (one, kept), (other, others_kept) = (generated(text, source, *stop, at_once=n) for n in (1, at_once))
+    assert kept == others_kept and len(kept) == 1
+    for name in ("text", "token_ids", "finish_reason", "stop_string", "num_computed_tokens"):
+        assert getattr(one, name) == getattr(other, name)
