@@ -23,8 +23,11 @@ def force_preemptions(engine: Engine) -> None:
         if steps % EVERY == 0 and len(scheduler.queue.running) > 1:
             queue = scheduler.queue
             victim = scheduler.policy.preemption_victim(queue.running, claimant=queue.running[0])
-            assert victim is not None and not victim.num_plans_in_flight
-            queue.preempt(victim, time.monotonic())
+            assert victim is not None
+            if victim.num_plans_in_flight:
+                victim.kv.preempt_on_return = True
+            else:
+                queue.preempt(victim, time.monotonic())
         return step(**how)
 
     engine.step = step_and_preempt  # type: ignore[method-assign]

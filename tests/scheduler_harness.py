@@ -90,6 +90,8 @@ def arrive(request: Request, now: float | Fraction) -> None:
 class FakeExecutor:
     """Executes plans in the order they are given, as a device would."""
 
+    keeps_plans = False
+
     def __init__(self, block_size: int) -> None:
         self.block_size = block_size
         self.cache: dict[tuple[int, int], int] = {}
@@ -104,6 +106,12 @@ class FakeExecutor:
     def submit(self, plan: StepPlan) -> int:
         self.submitted.append((plan.step, self._execute(plan)))
         return plan.step
+
+    def wait_for_layers(self, handle: int) -> None:
+        pass
+
+    def drain(self) -> None:
+        self.submitted.clear()
 
     def collect(self, handle: int) -> StepResult:
         step, result = self.submitted.popleft()

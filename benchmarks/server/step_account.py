@@ -6,7 +6,8 @@
 Engine FLAGS are given as --name=value. Requests follow one another, so that --streams of them run at any time. The
 engine is a process as a server's, whose functions are timed from inside (timed_worker.py); the front is this process.
 Kernels are all calls into the compiled library. Each part has the time within it and outside the parts that it calls,
-summed over the steps of the middle of the run.
+summed over the steps of the middle of the run; with plans kept (--num-threads below the cores) the executor's parts are
+those of another thread, each with what it calls.
 """
 
 from __future__ import annotations

@@ -33,8 +33,12 @@ class Account:
     def timed(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
         @wraps(function)
         def call(*arguments: Any, **keywords: Any) -> Any:
-            if threading.get_ident() != self._thread:
-                return function(*arguments, **keywords)
+            if threading.get_ident() != self._thread:  # of kernels that run while this thread does something else
+                began = time.perf_counter()
+                try:
+                    return function(*arguments, **keywords)
+                finally:
+                    self.seconds[name] += time.perf_counter() - began
             self._charge()
             self._stack.append(name)
             try:
@@ -105,6 +109,8 @@ def main() -> None:
         (executor, "build_batch", "batch"),
         (executor, "sample", "sampling"),
         (executor.Executor, "_compute", "executor"),
+        (executor.Executor, "wait_for_layers", "waiting"),
+        (executor.Executor, "collect", "waiting"),
         (executor.Executor, "_execute", "executor: states"),
         (decoder.Decoder, "forward", "forward"),
         (decoder.Decoder, "logits", "head"),

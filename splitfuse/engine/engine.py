@@ -6,6 +6,7 @@ import logging
 import math
 import secrets
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import replace
@@ -34,7 +35,7 @@ from splitfuse.kernels.sharing import WeightSharing
 from splitfuse.models.encoder.spec import is_encoder
 from splitfuse.models.sources.source import ModelSource
 from splitfuse.runtime.encoding import LoadedEncoder, encoder_settings, load_encoder
-from splitfuse.runtime.executor import Executor
+from splitfuse.runtime.executor import Executor, StepHandle
 from splitfuse.runtime.loading import LoadedModel, load_model, open_source
 from splitfuse.runtime.memory_plan import MemoryPlan
 from splitfuse.runtime.step_estimate import has_long_steps
@@ -88,6 +89,8 @@ class Engine:
         self.events = self.scheduler.events
         if self.scheduler.drafting is not None and isinstance(self.executor, Executor):
             self.executor.num_forced = self.scheduler.drafting.most
+        self._in_flight: deque[tuple[StepPlan, StepHandle | Exception | None]] = deque()
+        """Plans that are not back, the first of which runs: what was submitted, or failed to be; None: it must be."""
         self._num_broken_steps = 0
         self._held: dict[str, tuple[Add, Future[LLMatcher]]] = {}
         # Of the accepted requests: while they are referred to, no step has to wait until one is made again.
@@ -164,8 +167,13 @@ class Engine:
 
     @property
     def has_unfinished(self) -> bool:
-        """Return whether any request is waiting or running."""
-        return bool(self._held) or self.scheduler.has_unfinished
+        """Return whether any request is waiting or running, or a step is, though all its requests have ended."""
+        return bool(self._held) or self.scheduler.has_unfinished or bool(self._in_flight)
+
+    def ids_in_flight(self, *more: StepPlan) -> list[str]:
+        """Return the ids of the requests in the steps that have been planned and are not back, and in `more`."""
+        plans = [*(plan for plan, _ in self._in_flight), *more]
+        return list(dict.fromkeys([chunk.request_id for plan in plans for chunk in plan.chunks]))
 
     @property
     def num_held(self) -> int:
@@ -277,12 +285,17 @@ class Engine:
         queue = self.scheduler.queue
         used = {request.adapter for request in (*queue.waiting, *queue.running)}
         used |= {request.adapter for request, _ in self._held.values()}
+        used |= {request.adapter for name in self.ids_in_flight() if (request := self.scheduler.get(name)) is not None}
         for digest in self.executor.adapters.keys() - self.adapters.values() - used:
             del self.executor.adapters[digest]
 
     @guarded
-    def step(self, *, isolate: bool = False) -> list[RequestOutput]:
+    def step(self, *, isolate: bool = False, before_planning: Callable[[], None] = lambda: None) -> list[RequestOutput]:
         """Run one forward step. Returns what is new of each request in it; an empty list if there is nothing to do.
+
+        If the executor keeps plans, the next step is planned when little of this one is left, after `before_planning`,
+        and runs from the end of this one on, while results are used and requests accepted. One that has ended has a row
+        in it if that was not foreseen, whose result is dropped.
 
         An exception ends the requests of the step and is raised. With `isolate`, for requests of several callers, it
         ends only the requests that it belongs to, with a reason; it is raised after MAX_BROKEN_STEPS steps in a row of
@@ -291,18 +304,26 @@ class Engine:
         if len(self.executor.adapters) > len(set(self.adapters.values())):
             self._drop_adapters()
         ended = self._accept_held() if self._held else []
-        plan = self._plan(ended) if isolate else self.scheduler.schedule(time.monotonic())
-        if plan is None:
-            if self._held and not ended:
-                wait((matcher for _, matcher in self._held.values()), HOLD_SECONDS, FIRST_COMPLETED)
-            assert not self.scheduler.has_unfinished, "unfinished requests, and nothing can run"
-            return ended
+        if not self._in_flight:
+            plan = self._plan(ended) if isolate else self.scheduler.schedule(time.monotonic())
+            if plan is None:
+                if self._held and not ended:
+                    wait((matcher for _, matcher in self._held.values()), HOLD_SECONDS, FIRST_COMPLETED)
+                assert not self.scheduler.has_unfinished, "unfinished requests, and nothing can run"
+                return ended
+            self._submit(plan)
         try:
-            result = self._compute_isolated(plan) if isolate else self._compute(plan)
+            if self._plans_ahead:
+                self._plan_ahead(ended, isolate, before_planning)
+            result = self._collect_isolated() if isolate else self._collect()
         except BaseException as error:  # Ctrl-C too: what the step left in the cache is unknown, so its requests end
+            self.executor.drain()
             failed = ChunkResult(error=f"the forward step failed: {error!r}")
-            self._update(plan, {chunk.request_id: failed for chunk in plan.chunks})
+            while self._in_flight:
+                plan, _ = self._in_flight.popleft()
+                self._update(plan, {chunk.request_id: failed for chunk in plan.chunks})
             raise
+        plan, _ = self._in_flight.popleft()
         return ended + self._update(plan, result)
 
     @guarded
@@ -357,24 +378,74 @@ class Engine:
                     reason = f"the step with it could not be planned: {error.__cause__!r}"
                     ended.append(replace(output, error=reason))
 
-    def _compute(self, plan: StepPlan) -> StepResult:
-        return self.executor.collect(self.executor.submit(plan))
+    @property
+    def _plans_ahead(self) -> bool:
+        """Return whether a step is planned while the one before runs. Not with recurrent states, of which a request
+        would need twice as many slots, nor with drafts, which follow the newest token.
+        """
+        return self.executor.keeps_plans and self.allocator.states is None and self.scheduler.drafting is None
 
-    def _compute_isolated(self, plan: StepPlan) -> StepResult:
-        """Return the result of a plan. If it fails, its halves are tried, and theirs, down to the requests that fail
-        alone: a chunk gives the same alone as with others. Those which overwrite the recurrent state that they read
-        cannot be tried again: their requests are computed again from a snapshot, by chunks which can.
+    def _plan_ahead(self, ended: list[RequestOutput], isolate: bool, before_planning: Callable[[], None]) -> None:
+        """Plan the step after the one that runs, when that has little left to do."""
+        (_, handle), *_ = self._in_flight
+        if handle is None or isinstance(handle, Exception):
+            return
+        self.executor.wait_for_layers(handle)
+        before_planning()
+        try:
+            plan = self._plan(ended) if isolate else self.scheduler.schedule(time.monotonic())
+        except PlanningError:  # which is raised, if it is still one, when nothing is in flight
+            return
+        if plan is not None:
+            self._submit(plan)
+
+    def _submit(self, plan: StepPlan) -> None:
+        """Hand a plan to the executor. What that raises is the step's failure, when its turn comes."""
+        try:
+            self._in_flight.append((plan, self.executor.submit(plan)))
+        except Exception as error:
+            self._in_flight.append((plan, error))
+
+    def _collect(self) -> StepResult:
+        """Return the result of the first plan in flight. If it fails, those behind it must be submitted again."""
+        plan, handle = self._in_flight[0]
+        try:
+            if handle is None:
+                return self._compute(plan)
+            if isinstance(handle, Exception):
+                raise handle
+            return self.executor.collect(handle)
+        except Exception:
+            self._in_flight = deque((each, None) for each, _ in self._in_flight)
+            raise
+
+    def _compute(self, plan: StepPlan) -> StepResult:
+        """Return the result of a plan for those of its requests that have not ended since it was made."""
+        results: StepResult = {chunk.request_id: ChunkResult() for chunk in plan.chunks}
+        chunks = tuple(chunk for chunk in plan.chunks if self.is_unfinished(chunk.request_id))
+        if chunks:
+            results |= self.executor.collect(self.executor.submit(replace(plan, chunks=chunks)))
+        return results
+
+    def _collect_isolated(self) -> StepResult:
+        """Return the result of the first plan in flight. If it fails, its halves are tried, and theirs, down to the
+        requests that fail alone: a chunk gives the same alone as with others. Those which overwrite the recurrent state
+        that they read cannot be tried again: their requests are computed again from a snapshot, by chunks which can.
         """
         errors: list[Exception] = []
-        result = self._compute_halves(plan, errors)
-        self._num_broken_steps = self._num_broken_steps + 1 if len(errors) == len(plan.chunks) else 0
+        plan, _ = self._in_flight[0]
+        result = self._compute_halves(plan, errors, self._collect)
+        if errors or any(self.is_unfinished(chunk.request_id) for chunk in plan.chunks):  # else nothing was computed
+            self._num_broken_steps = self._num_broken_steps + 1 if len(errors) == len(plan.chunks) else 0
         if self._num_broken_steps >= MAX_BROKEN_STEPS:
             raise errors[-1]
         return result
 
-    def _compute_halves(self, plan: StepPlan, errors: list[Exception]) -> StepResult:
+    def _compute_halves(
+        self, plan: StepPlan, errors: list[Exception], collect: Callable[[], StepResult] | None = None
+    ) -> StepResult:
         try:
-            return self._compute(plan)
+            return self._compute(plan) if collect is None else collect()
         except Exception as error:
             if len(plan.chunks) == 1 and plan.chunks[0].is_repeatable:
                 request_id = plan.chunks[0].request_id

@@ -59,8 +59,8 @@ class EngineLoop:
         self._report = report
         self._stopped = False
         self._step_began = 0.0  # 0: none runs
-        self._step_seconds = 0.0
         self._stats = EngineStats(attainable=engine.attainable())
+        self._ahead: list[RequestOutput] = []  # of commands that were taken during a step
         self._tracer = EngineTracer(engine)
         engine.events.subscribe(StepRecord, self._count)
 
@@ -94,8 +94,10 @@ class EngineLoop:
                 outputs = self._take_commands()
                 if self._engine.has_unfinished and not self._stopped:
                     self._step_began = time.monotonic()
-                    outputs += self._engine.step(isolate=True)
-                    self._step_seconds, self._step_began = time.monotonic() - self._step_began, 0.0
+                    outputs += self._engine.step(isolate=True, before_planning=self._take_commands_ahead)
+                    self._step_began = 0.0
+                    outputs += self._ahead
+                    self._ahead.clear()
                 *parts, last = in_parts(self._tracer.take()) if self._tracer.is_due else [()]
                 for part in parts:
                     self._report(Traced(part))
@@ -111,6 +113,9 @@ class EngineLoop:
         """Return a heartbeat. May be called from another thread."""
         began = self._step_began
         return Alive(time.monotonic() - began if began else 0.0)
+
+    def _take_commands_ahead(self) -> None:
+        self._ahead += self._take_commands()
 
     def _take_commands(self) -> list[RequestOutput]:
         """Execute the commands since the last step; wait for one if there is nothing to compute. Returns the last
@@ -174,6 +179,7 @@ class EngineLoop:
                 counts.num_draft_tokens += chunk.num_drafts
                 counts.num_accepted_tokens += max(len(step.result[chunk.request_id].token_ids) - 1, 0)
         counts.step_tokens = plan.num_tokens
+        counts.step_seconds = step.measured_seconds
         counts.predicted_step_seconds = step.predicted_seconds
         counts.step_token_budget = plan.token_budget
         if counts.num_steps % REFRESH_STEPS == 1:
@@ -187,6 +193,5 @@ class EngineLoop:
             num_waiting=len(queue.waiting) + self._engine.num_held,
             num_available_blocks=self._engine.allocator.num_available,
             num_preemptions=queue.num_preemptions,
-            step_seconds=self._step_seconds,
             token_budget=self._engine.scheduler.budget.tokens,
         )

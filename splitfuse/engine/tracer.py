@@ -138,6 +138,8 @@ class EngineTracer:
         chunks = []
         for chunk in plan.chunks:
             name = chunk.request_id
+            if name not in self._numbers:  # it ended while this step was planned or running
+                continue
             got = result[name]
             more = None if detail is None else detail(chunk, got)
             traced = (number(name, -1), chunk.start, len(chunk.token_ids), got.token_ids, got.error, more)

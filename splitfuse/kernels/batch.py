@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cached_property
 
 from torch import Tensor
@@ -26,6 +27,8 @@ class RaggedBatch:
         adapters: StepAdapters | None = None,
     ) -> None:
         """`table_width` is the most blocks of a chunk."""
+        self.on_start: Callable[[], None] = lambda: None
+        """Called by networks of one call just before it: other threads can have Python until it returns."""
         self.adapters = adapters
         """Adapters of rows; None: no row has one."""
         self.packed = packed

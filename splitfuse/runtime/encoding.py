@@ -40,6 +40,8 @@ TOKEN_NUMBERS = 12
 class EncoderExecutor:
     """Executes plans whose requests all ask for embeddings: see `Executor`."""
 
+    keeps_plans = False
+
     def __init__(self, encoder: Encoder, most_tokens: int) -> None:
         self.encoder = encoder
         self.most_tokens = most_tokens
@@ -62,7 +64,9 @@ class EncoderExecutor:
             with torch.inference_mode():
                 embeddings = [row for run in self._runs(texts) for row in self.encoder.embed(run).tolist()]
             results |= zip(whole, map(embedding_result, embeddings), strict=True)
-        return StepHandle(self._num_submitted, results)
+        handle = StepHandle(self._num_submitted, plan, before=None)
+        handle.done.set_result(results)
+        return handle
 
     def _runs(self, texts: Sequence[Sequence[int]]) -> Iterator[list[Sequence[int]]]:
         """Yield the texts that end in one step in runs that fit `most_tokens`: of several that were begun, whose last
@@ -78,7 +82,13 @@ class EncoderExecutor:
 
     def collect(self, handle: StepHandle) -> StepResult:
         """Return the result of a submitted plan."""
-        return handle.result
+        return handle.done.result()
+
+    def wait_for_layers(self, handle: StepHandle) -> None:
+        """Do nothing: it is done."""
+
+    def drain(self) -> None:
+        """Do nothing: nothing runs."""
 
 
 @dataclass(frozen=True)

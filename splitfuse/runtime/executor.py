@@ -4,9 +4,11 @@ request holds a block.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from copy import copy
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import accumulate
 from typing import NamedTuple
 
@@ -30,12 +32,27 @@ vocabulary].
 """
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class StepHandle:
     """Stands for a submitted plan until `Executor.collect` gives its result."""
 
     number: int
-    result: StepResult
+    plan: StepPlan
+    before: StepHandle | None
+    """Step that is computed before it, if its result was not collected when this one was submitted."""
+    done: Future[StepResult] = field(default_factory=Future)
+    progress: StepProgress | None = None
+    """How far a thread has come with it; None: it is executed by `submit`."""
+
+
+class StepProgress:
+    """Tells other threads how far a step has come; at its end, or if it fails, all is set."""
+
+    def __init__(self) -> None:
+        self.begun = threading.Event()
+        """Set when its kernels run, and Python has time for other threads."""
+        self.layers_done = threading.Event()
+        """Set when what is left of the step is to choose tokens: the time to plan the next one."""
 
 
 class _Row(NamedTuple):
@@ -50,13 +67,16 @@ class Executor:
     """Executes plans on one device, in the order in which they were scheduled.
 
     A plan may be submitted before the results of earlier ones are collected: chosen tokens are remembered, so that a
-    plan made before they were read back can refer to them by PLACEHOLDER. The engine collects each before the next.
+    plan made before they were read back can refer to them by PLACEHOLDER. If it `keeps_plans`, a thread executes them,
+    and what is done with the results of one is done while the next one runs.
 
         handle = executor.submit(plan)
         outputs = scheduler.update(plan, executor.collect(handle))
     """
 
-    def __init__(self, decoder: Decoder, kv_cache: KVCache, grammars: Grammars) -> None:
+    def __init__(self, decoder: Decoder, kv_cache: KVCache, grammars: Grammars, *, keeps_plans: bool = False) -> None:
+        self.keeps_plans = keeps_plans
+        """Whether `submit` returns before the plan is executed: for kernels that leave a core free."""
         self.decoder = decoder
         self.kv_cache = kv_cache
         self.adapters: dict[str, PackedAdapter] = {}
@@ -68,21 +88,66 @@ class Executor:
         self._states: dict[str, SamplingState] = {}
         self._num_submitted = 0
         self._last_collected = 0
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="executor")
+        self._newest: StepHandle | None = None  # that may still run
+        self._running: StepProgress | None = None  # of the step that the thread executes
 
     def submit(self, plan: StepPlan) -> StepHandle:
-        """Execute a plan. Its tokens are known when this returns: nothing overlaps yet."""
+        """Execute a plan once those submitted before it are done."""
         self._num_submitted += 1
-        return StepHandle(self._num_submitted, self._execute(plan))
+        handle = self._newest = StepHandle(self._num_submitted, plan, before=self._newest)
+        if self.keeps_plans:
+            handle.progress = StepProgress()
+            self._thread.submit(self._run, handle)
+        else:
+            self._run(handle)
+        return handle
+
+    def wait_for_layers(self, handle: StepHandle) -> None:
+        """Wait until what is left of a step is to choose tokens, or until it has failed."""
+        if handle.progress is not None:
+            handle.progress.layers_done.wait()
 
     def collect(self, handle: StepHandle) -> StepResult:
-        """Return the result of a submitted plan; handles are collected in the order of submission.
+        """Wait for a submitted plan, and return its result; handles are collected in the order of submission.
 
         A chunk with unusable logits has a result with `error`, and does not affect the others. A handle may be dropped
-        instead, if the plan's requests are ended.
+        instead, if the plan's requests are ended. Raises what the step has raised: those submitted behind it are not
+        computed then, and their handles must be dropped.
         """
         assert handle.number > self._last_collected, "steps must be collected in the order in which they were submitted"
         self._last_collected = handle.number
-        return handle.result
+        if self._newest is not None and self._newest.progress is not None:
+            self._newest.progress.begun.wait()  # until then its thread needs Python, and is not to share it with this
+        try:
+            result = handle.done.result()
+        except Exception:
+            self._newest = None
+            raise
+        if handle is self._newest:
+            self._newest = None
+        return result
+
+    def drain(self) -> None:
+        """Wait until nothing runs. Handles that were not collected must be dropped."""
+        if self._newest is not None:
+            wait((self._newest.done,))
+            self._newest = None
+
+    def _run(self, handle: StepHandle) -> None:
+        """Execute a step, unless the one that it was submitted behind has failed."""
+        before, handle.before = handle.before, None
+        progress = self._running = handle.progress
+        try:
+            if before is not None and before.done.exception() is not None:
+                raise RuntimeError("the step before it failed")
+            handle.done.set_result(self._execute(handle.plan))
+        except BaseException as error:
+            handle.done.set_exception(error)
+        self._running = None
+        if progress is not None:
+            progress.begun.set()
+            progress.layers_done.set()
 
     def hidden(self, chunks: Sequence[Chunk]) -> Tensor:
         """Run one forward step; return final hidden states [sum of num_logits, hidden], in the order of the chunks."""
@@ -93,6 +158,11 @@ class Executor:
             device=self.decoder.device,
             adapters=[self.adapters[state.adapter] if state and state.adapter else None for state in states],
         )
+        if self._running is not None:
+            if self.decoder.is_fused:
+                batch.on_start = self._running.begun.set
+            else:
+                self._running.begun.set()
         return self.decoder.forward(batch, self.kv_cache)
 
     def _execute(self, plan: StepPlan) -> StepResult:
@@ -135,6 +205,8 @@ class Executor:
     def _compute(self, chunks: Sequence[Chunk]) -> dict[str, ChunkResult]:
         with torch.inference_mode():
             hidden = self.hidden(chunks)  # [rows of all chunks, hidden]
+            if self._running is not None:
+                self._running.layers_done.set()
             row_ends = list(accumulate(chunk.num_logits for chunk in chunks))
             last_rows = [(c, end - 1) for c, end in zip(chunks, row_ends, strict=True) if c.samples]
             sampling = [(c, row) for c, row in last_rows if self._states[c.request_id].pooling is None]

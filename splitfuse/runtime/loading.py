@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
@@ -87,7 +88,8 @@ class LoadedModel:
             backend=self.decoder.backend,
             num_states=self.plan.num_states,
         )
-        return Executor(self.decoder, cache, self.grammars)
+        threads = getattr(self.decoder.backend, "num_threads", math.inf)
+        return Executor(self.decoder, cache, self.grammars, keeps_plans=threads < usable_cores())
 
 
 def load_model(

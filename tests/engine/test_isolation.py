@@ -291,9 +291,11 @@ class FaultyExecutor(FakeExecutor):
         share = 0.2 if len(plan.chunks) > 1 else 0.02
         if self.rng.random() < share:
             raise RuntimeError("before the step")
+        chosen = dict(self.last_chosen)
         handle = super().submit(replace(plan, retired_requests=()))
         if self.rng.random() < share:
             self.submitted.pop()
+            self.last_chosen = chosen
             raise RuntimeError("after the step")
         return handle
 
@@ -328,6 +330,7 @@ def test_random_faults_leave_the_scheduler_sound(
     settings = {"max_num_seqs": 5, "max_num_batched_tokens": 16, "block_size": 4, "enable_slo": True}
     engine = Engine(EngineConfig.from_settings(settings), replace(model, plan=plan), cost=COST)
     engine.executor = FaultyExecutor(4, rng)  # type: ignore[assignment]
+    engine.executor.keeps_plans = seed % 2 == 1
     for owner, name in FAULTY:
         monkeypatch.setattr(owner, name, sometimes_raising(getattr(owner, name), rng))
     requests: dict[str, Request] = {}

@@ -68,6 +68,15 @@ def test_tokens_are_equal_alone_and_preempted(pipe: splitfuse.Pipeline) -> None:
     assert answers(pipe, requests) == alone
 
 
+def test_tokens_are_equal_if_steps_are_planned_ahead(pipe: splitfuse.Pipeline) -> None:
+    requests = prepare(pipe)
+    one_by_one = answers(pipe, requests)
+    pipe.engine.executor.keeps_plans = True
+    assert answers(pipe, requests) == one_by_one
+    force_preemptions(pipe.engine)
+    assert answers(pipe, requests) == one_by_one
+
+
 def test_drafts_change_no_answer_of_a_form(pipe: splitfuse.Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
     requests = prepare(pipe)
     wanted = answers(pipe, requests)

@@ -51,10 +51,12 @@ class Case:
     speaks: bool = False
     """Whether it has a tokenizer, which forms of answers need."""
     adapts: bool = False
+    plans_ahead: bool = False
 
 
 CASES = {
     "bundled": Case(speaks=True),
+    "planned ahead": Case(speaks=True, plans_ahead=True),
     "int8": Case(settings={"quantization": "int8", "kv_cache_dtype": "int8"}),
     "drafts": Case(settings={"num_speculative_tokens": 5}, speaks=True),
     "lora": Case(lambda folder: tiny_models.save("llama-gqa", folder), {"dtype": "bfloat16"}, adapts=True),
@@ -141,6 +143,7 @@ def test_any_load_is_replayed_to_the_last_bit_from_any_file(name: str, tmp_path:
     with recorded(path, config_of(folder, **settings), max_mib=SMALL_FILES) as engine:
         digest = engine.engine.adapters.get("sql", "")
         force_preemptions(engine.engine)
+        engine.engine.executor.keeps_plans = case.plans_ahead
         drive(engine, case, Random(7), digest=digest)
     files = [path.with_name(f"load.rec.{n}") for n in (3, 2, 1) if path.with_name(f"load.rec.{n}").exists()]
     num_first = num_drafts = 0

@@ -65,7 +65,7 @@ class Worker:
         try:
             self._reports.put(Loading("importing"))
             with garbage.paused():
-                from splitfuse.core.events import StepScheduled
+                from splitfuse.core.events import StepRecord, StepScheduled
                 from splitfuse.engine.engine import Engine
                 from splitfuse.engine.loop import EngineLoop
 
@@ -77,9 +77,9 @@ class Worker:
                 weight_sharing=spec.weights,
             )
             record = InFlightRecord(spec.in_flight)
-            engine.events.subscribe(
-                StepScheduled, lambda step: record.write([chunk.request_id for chunk in step.plan.chunks])
-            )
+            events = engine.events
+            events.subscribe(StepScheduled, lambda step: record.write(engine.ids_in_flight(step.plan)))
+            events.subscribe(StepRecord, lambda _: record.write(engine.ids_in_flight()))
             self._loop = EngineLoop(engine, self._reports.put)
             garbage.freeze()
             threading.Thread(target=self._receive_all, daemon=True).start()

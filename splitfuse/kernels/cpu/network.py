@@ -197,6 +197,7 @@ class FusedNetwork:
                         assert isinstance(mixer, AttentionSpec) and each.fits(mixer)
                         entry.store = each
                 self._first_store = weakref.ref(first)
+            batch.on_start()
             self._library.network(arrays.address, self._network.address, rows.data_ptr())
         return rows
 

@@ -1,0 +1,157 @@
+"""Steps that are planned while the one before runs: the same outputs, requests that come in time, clean failures."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from random import Random
+
+import pytest
+import tiny_models
+from torch import Tensor
+
+from splitfuse.config import EngineConfig
+from splitfuse.core.events import StepScheduled
+from splitfuse.core.plan import Chunk, StepPlan
+from splitfuse.core.request import FinishReason, RequestOutput
+from splitfuse.core.sampling_params import SamplingParams
+from splitfuse.engine.engine import Engine
+from splitfuse.engine.messages import Finish
+from splitfuse.runtime.executor import Executor
+from splitfuse.runtime.loading import load_model
+
+STOPPED = "r3"
+"""Request that its caller ends after two tokens, of which it wants one."""
+
+
+@pytest.fixture(scope="module")
+def make(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Engine]:
+    folder = tmp_path_factory.mktemp("llama")
+    tiny_models.save("llama-gqa", folder)
+    settings = {"model": str(folder), "dtype": "float32", "num_blocks": 24, "block_size": 4, "max_num_seqs": 6}
+    config = EngineConfig.from_settings({**settings, "max_num_batched_tokens": 16})
+    model = load_model(config)
+
+    def make(*, plans_ahead: bool = True) -> Engine:
+        engine = Engine(config, model)
+        engine.executor.keeps_plans = plans_ahead
+        return engine
+
+    return make
+
+
+def params_of(rng: Random) -> SamplingParams:
+    return SamplingParams(
+        max_tokens=rng.randint(1, 20),
+        temperature=rng.choice((0.0, 1.0)),
+        seed=rng.randrange(100),
+        top_p=rng.choice((0.9, 1.0)),
+        repetition_penalty=rng.choice((1.0, 1.2)),
+        frequency_penalty=rng.choice((0.0, 1.0)),
+        min_tokens=rng.choice((0, 1)),
+        stop_token_ids=tuple(range(5, 15)),
+        logprobs=rng.choice((None, 2)),
+        prompt_logprobs=rng.choice((None, None, 1)),
+    )
+
+
+@dataclass
+class Answer:
+    """All that came out for a request."""
+
+    tokens: list[int] = field(default_factory=list)
+    logprobs: list[int] = field(default_factory=list)
+    prompt_logprobs: list[int] = field(default_factory=list)
+    reason: FinishReason | None = None
+    error: str | None = None
+
+
+def answers_of(engine: Engine) -> dict[str, Answer]:
+    """What 14 requests give; some stop early, and most are preempted."""
+    rng = Random(5)
+    for number in range(14):
+        prompt = [rng.randrange(15, 60) for _ in range(rng.choice((1, 3, 20, 50)))]
+        engine.add_request(f"r{number}", prompt, params_of(rng))
+    answers: dict[str, Answer] = {}
+    while engine.has_unfinished:
+        for output in engine.step(isolate=True):
+            answer = answers.setdefault(output.request_id, Answer())
+            assert answer.reason is None, "an output after the end"
+            answer.tokens += output.token_ids
+            answer.logprobs += [each.token_id for each in output.logprobs or ()]
+            answer.prompt_logprobs += [each.token_id for each in output.prompt_logprobs or ()]
+            answer.reason, answer.error = output.finish_reason, output.error
+            if output.request_id == STOPPED and answer.reason is None and len(answer.tokens) == 2:
+                assert engine.finish(Finish(STOPPED, FinishReason.STOP, 1)) is not None
+                answer.reason = FinishReason.STOP
+        engine.scheduler.check()
+    assert engine.allocator.num_held == 0
+    return answers
+
+
+def test_outputs_are_those_without(make: Callable[..., Engine]) -> None:
+    wanted = answers_of(make(plans_ahead=False))
+    engine = make()
+    in_flight: list[int] = []
+    engine.events.subscribe(StepScheduled, lambda _: in_flight.append(len(engine.ids_in_flight())))
+    assert answers_of(engine) == wanted
+    assert sum(map(bool, in_flight)) > len(in_flight) / 2, "most steps are planned while one runs"
+    assert engine.scheduler.queue.num_preemptions > 0
+
+
+def test_a_request_that_comes_during_a_step_is_in_the_next_one(make: Callable[..., Engine]) -> None:
+    engine = make()
+    plans: list[StepPlan] = []
+    engine.events.subscribe(StepScheduled, lambda step: plans.append(step.plan))
+    engine.add_request("a", [20] * 3, SamplingParams(max_tokens=8, ignore_eos=True))
+    engine.step(before_planning=lambda: engine.add_request("b", [21] * 3, SamplingParams(max_tokens=2)))
+    assert [[chunk.request_id for chunk in plan.chunks] for plan in plans] == [["a"], ["a", "b"]]
+    assert engine.ids_in_flight() == ["a", "b"]
+
+
+def test_an_abort_gives_blocks_back_with_the_step_in_flight(make: Callable[..., Engine]) -> None:
+    engine = make()
+    for name in "ab":
+        engine.add_request(name, [20] * 6, SamplingParams(max_tokens=20, ignore_eos=True))
+    engine.step()
+    assert engine.abort("b") and not engine.abort("b")
+    outputs = engine.step()
+    assert [output.request_id for output in outputs] == ["a"]
+    assert engine.allocator.num_held - len(held_by(engine, "a")) == 0
+    assert engine.abort("a") and engine.has_unfinished
+    assert engine.step() == [] and not engine.has_unfinished
+    assert engine.allocator.num_held == 0
+
+
+def held_by(engine: Engine, name: str) -> list[int]:
+    request = engine.scheduler.get(name)
+    assert request is not None
+    return request.kv.blocks
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+def test_a_step_that_is_broken_off_ends_all_in_flight(
+    make: Callable[..., Engine], error: type[BaseException], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = make()
+    hidden, steps = Executor.hidden, 0
+
+    def failing(self: Executor, chunks: Sequence[Chunk]) -> Tensor:
+        nonlocal steps
+        steps += 1
+        if steps == 3:
+            raise error("broken off")
+        return hidden(self, chunks)
+
+    monkeypatch.setattr(Executor, "hidden", failing)
+    for name in "ab":
+        engine.add_request(name, [20] * 6, SamplingParams(max_tokens=20, ignore_eos=True))
+    engine.step()
+    engine.step()
+    with pytest.raises(error, match="broken off"):
+        engine.step()
+    assert not engine.has_unfinished and engine.allocator.num_held == 0
+    engine.scheduler.check()
+    engine.add_request("c", [20] * 6, SamplingParams(max_tokens=2, ignore_eos=True))
+    outputs: list[RequestOutput] = []
+    while engine.has_unfinished:
+        outputs += engine.step()
+    assert sum(len(output.token_ids) for output in outputs) == 2
