@@ -77,9 +77,11 @@ class Worker:
                 weight_sharing=spec.weights,
             )
             record = InFlightRecord(spec.in_flight)
-            events = engine.events
+            events = engine.events  # between two steps the record has those of the last one
             events.subscribe(StepScheduled, lambda step: record.write(engine.ids_in_flight(step.plan)))
-            events.subscribe(StepRecord, lambda _: record.write(engine.ids_in_flight()))
+            events.subscribe(
+                StepRecord, lambda step: record.write(engine.ids_in_flight() or engine.ids_in_flight(step.plan))
+            )
             self._loop = EngineLoop(engine, self._reports.put)
             garbage.freeze()
             threading.Thread(target=self._receive_all, daemon=True).start()
