@@ -89,7 +89,7 @@ class Engine:
         self.events = self.scheduler.events
         if self.scheduler.drafting is not None and isinstance(self.executor, Executor):
             self.executor.num_forced = self.scheduler.drafting.most
-        self._in_flight: deque[tuple[StepPlan, StepHandle | Exception | None]] = deque()
+        self._in_flight: deque[tuple[StepPlan, StepHandle | BaseException | None]] = deque()
         """Plans that are not back, the first of which runs: what was submitted, or failed to be; None: it must be."""
         self._num_broken_steps = 0
         self._held: dict[str, tuple[Add, Future[LLMatcher]]] = {}
@@ -388,7 +388,7 @@ class Engine:
     def _plan_ahead(self, ended: list[RequestOutput], isolate: bool, before_planning: Callable[[], None]) -> None:
         """Plan the step after the one that runs, when that has little left to do."""
         (_, handle), *_ = self._in_flight
-        if handle is None or isinstance(handle, Exception):
+        if handle is None or isinstance(handle, BaseException):
             return
         self.executor.wait_for_layers(handle)
         before_planning()
@@ -403,7 +403,7 @@ class Engine:
         """Hand a plan to the executor. What that raises is the step's failure, when its turn comes."""
         try:
             self._in_flight.append((plan, self.executor.submit(plan)))
-        except Exception as error:
+        except BaseException as error:
             self._in_flight.append((plan, error))
 
     def _collect(self) -> StepResult:
@@ -412,7 +412,7 @@ class Engine:
         try:
             if handle is None:
                 return self._compute(plan)
-            if isinstance(handle, Exception):
+            if isinstance(handle, BaseException):
                 raise handle
             return self.executor.collect(handle)
         except Exception:
