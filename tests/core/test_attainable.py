@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -76,6 +77,16 @@ def test_one_token_or_stream_more_is_too_much(name: str, targets: SloTargets) ->
         assert not is_in_time(max(machine.longest_prompt + 1, 2))
     assert machine.max_streams == 0 or keeps(machine.max_streams)
     assert machine.max_streams == 131_072 // 576 or not keeps(machine.max_streams + 1)
+
+
+@pytest.mark.parametrize("count", [1, 63, 64, 65, 128, 1000, 1024])
+def test_a_prompt_takes_the_time_of_its_steps(count: int) -> None:
+    cost, seconds = replace(SLOW_BF16, per_pair=1e-7, per_kv_token=1e-6, per_row=1e-3), 0.0
+    for start in range(0, count, 64):
+        size = min(64, count - start)
+        rows = int(start + size == count)
+        seconds += cost.seconds(StepFeatures().plus(start=start, count=size, rows=rows))
+    assert prompt_seconds(cost, count, max_num_batched_tokens=64) == pytest.approx(seconds)
 
 
 def test_smaller_sizes_keep_less() -> None:

@@ -156,12 +156,10 @@ can be in time
 
 def prompt_seconds(cost: CostModel, count: int, *, max_num_batched_tokens: int) -> float:
     """Return the seconds of a lone prompt of `count` tokens, in steps as long as the token budget."""
-    seconds, start = 0.0, 0
-    while start < count:
-        size = min(count - start, max_num_batched_tokens)
-        seconds += cost.seconds(StepFeatures().plus(start=start, count=size, rows=int(start + size == count)))
-        start += size
-    return seconds
+    full, last = divmod(count - 1, max_num_batched_tokens)
+    ends = cost.seconds(StepFeatures().plus(start=count - 1 - last, count=last + 1, rows=1))
+    middle = (full - 1) * max_num_batched_tokens // 2  # where a full step begins, on average
+    return ends + full * cost.seconds(StepFeatures().plus(start=max(middle, 0), count=max_num_batched_tokens, rows=0))
 
 
 def _gap_target(cost: CostModel, targets: SloTargets) -> float | None:
