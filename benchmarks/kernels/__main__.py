@@ -20,6 +20,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from benchmarks.kernels.account import account
 from benchmarks.kernels.latent import latent
 from benchmarks.kernels.limits import FORMATS, TILES, Limits, seconds
 from benchmarks.kernels.neighbours import neighbours
@@ -199,6 +200,11 @@ def step(arguments: argparse.Namespace) -> Iterator[Row]:
         for rows in arguments.rows or STEP_ROWS:
             generating = rows <= 32
             chunks = make_chunks(rows, generating)
+            if arguments.account:
+                title = {"format": name, "rows": rows, "kind": "generating" if generating else "a prompt"}
+                for part in account(executor, chunks, limits, int8=name != "bf16", turns=arguments.turns):
+                    yield title | part
+                continue
             start = CONTEXT if generating else 0
             head_rows = len(chunks)
             kv = head_rows * start * model.plan.block / model.plan.block_size
@@ -276,6 +282,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--turns", type=int, default=7)
     parser.add_argument("--no-torch", dest="torch", action="store_false", help="ours alone")
+    parser.add_argument("--account", action="store_true", help="of each operator of a step, for step")
     parser.add_argument("--out", type=Path, help="append the rows as JSON lines")
     arguments = parser.parse_args()
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
