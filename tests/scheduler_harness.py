@@ -16,6 +16,8 @@ from fractions import Fraction
 from itertools import accumulate
 from random import Random
 
+from scheduler_checks import check_scheduler
+
 from splitfuse.bench.baselines import BASELINES
 from splitfuse.config import SchedulerConfig
 from splitfuse.core.events import StepScheduled
@@ -262,7 +264,7 @@ class Run:
         arrive(request, self.now)
         self.scheduler.add(request, self.now)
         self.outcomes[request.request_id] = Outcome()
-        self.scheduler.check()
+        check_scheduler(self.scheduler)
 
     def finish(self, request_id: str, reason: FinishReason, num_tokens: int | None = None) -> None:
         self._tick()
@@ -271,7 +273,7 @@ class Run:
             outcome = self.outcomes[request_id]
             outcome.finish_reason = reason
             del outcome.tokens[num_tokens if num_tokens is not None else len(outcome.tokens) :]
-        self.scheduler.check()
+        check_scheduler(self.scheduler)
 
     def step(self) -> list[RequestOutput]:
         """One cycle of the loop: schedule as far ahead as the depth allows, then take in the oldest plan."""
@@ -291,7 +293,7 @@ class Run:
         outputs = self.scheduler.update(plan, result, self.now)
         if self.waiting and not self.running and not any(each.state_lost for each in result.values()):
             assert self.waiting[0] not in running, "the oldest request was preempted"
-        self.scheduler.check()
+        check_scheduler(self.scheduler)
         for output in outputs:
             outcome = self.outcomes[output.request_id]
             assert outcome.finish_reason is None, "an output after the end"
@@ -307,7 +309,7 @@ class Run:
             self.step()
             limit -= 1
             assert limit, "does not end"
-        self.scheduler.check()
+        check_scheduler(self.scheduler)
         assert self.allocator.num_held == 0
         assert self.allocator.states is None or self.allocator.states.num_held == 0
 
@@ -334,7 +336,7 @@ class Run:
         oldest_wants = oldest is not None and oldest.num_unscheduled > 0
         self._tick()
         plan = self.scheduler.schedule(self.now)
-        self.scheduler.check()
+        check_scheduler(self.scheduler)
         if plan is None:
             assert self.in_flight or not (waiting or running), "no progress with nothing in flight"
             return None

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from readable_answers import PROMPT, READABLE, texts
+from scheduler_checks import check_scheduler
 
 import splitfuse
 from splitfuse.core.events import StepRecord
@@ -47,7 +48,7 @@ def test_mii_fault_2_a_full_cache_kills_nothing() -> None:
     pipe = splitfuse.pipeline(dtype="float32", block_size=8, num_blocks=8)
     assert pipe.engine.max_model_len == 65
     assert len(pipe([PROMPT] * 12, ignore_eos=True, max_new_tokens=40)) == 12
-    pipe.engine.scheduler.check()
+    check_scheduler(pipe.engine.scheduler)
 
 
 def test_mii_fault_2_a_prompt_beyond_the_cache_is_refused() -> None:

@@ -31,6 +31,7 @@ from collections import deque
 from typing import NamedTuple
 
 from splitfuse.config import SchedulerConfig
+from splitfuse.core.advance import advance, output_of
 from splitfuse.core.events import (
     EngineEvents,
     RequestAdded,
@@ -41,16 +42,15 @@ from splitfuse.core.events import (
     StepScheduled,
 )
 from splitfuse.core.kv.block_allocator import BlockAllocator
-from splitfuse.core.kv.request_kv import check_held
 from splitfuse.core.limits import check_blocks
-from splitfuse.core.plan import Chunk, ChunkResult, Logprobs, StepPlan, StepResult
+from splitfuse.core.plan import Chunk, ChunkResult, StepPlan, StepResult
 from splitfuse.core.policy import Fcfs, PlanningError, SchedulingPolicy
 from splitfuse.core.request import FinishReason, Request, RequestOutput, RequestStatus
 from splitfuse.core.slo.cost_model import features_of
 from splitfuse.core.slo.fair_share import FairShare
 from splitfuse.core.speculation.drafting import Drafting
 from splitfuse.core.step_budget import StepBudget
-from splitfuse.core.step_builder import RequestQueue, StepBuilder, by_sequence_number
+from splitfuse.core.step_builder import RequestQueue, StepBuilder
 from splitfuse.errors import InvalidRequestError
 
 logger = logging.getLogger(__name__)
@@ -176,7 +176,7 @@ class Scheduler:
             request.num_plans_in_flight -= 1
             request.num_output_placeholders -= chunk.samples
             if not request.is_finished:
-                outputs.append(self._advance_alone(request, chunk, result[chunk.request_id], now))
+                outputs.append(self._take_result(request, chunk, result[chunk.request_id], now))
         for chunk in plan.chunks:  # once it is known which have ended, and so which is the oldest
             request = self._requests[chunk.request_id]
             if request.num_plans_in_flight == 0 and (request.is_finished or request.kv.preempt_on_return):
@@ -207,24 +207,6 @@ class Scheduler:
             self._settle(request, now)
         return True
 
-    def check(self) -> None:
-        """Assert what must hold between any two calls. For tests: it takes O(num_blocks) time."""
-        check_held(self._allocator, [request.kv for request in self._requests.values()])
-        queue = self.queue
-        for requests, status in ((queue.waiting, RequestStatus.WAITING), (queue.running, RequestStatus.RUNNING)):
-            assert requests == sorted(requests, key=by_sequence_number)
-            assert all(request.status is status for request in requests)
-        assert len(queue.running) <= queue.max_num_seqs
-        for request in queue.waiting:
-            assert not request.kv.blocks and not request.num_scheduled and not request.num_plans_in_flight
-            assert request.kv.state is None
-        for request in self._requests.values():
-            num_slots = len(request.kv.blocks) * self._allocator.block_size
-            assert request.kv.num_computed <= request.num_scheduled <= num_slots
-            assert request.num_plans_in_flight or request.kv.num_computed == request.num_scheduled
-            assert 0 <= request.num_output_placeholders <= request.num_plans_in_flight
-            assert len(request.output_token_ids) <= request.max_tokens
-
     def _has_slo(self) -> bool:
         """Return whether any unfinished request has an SLO."""
         return any(request.slo.exists for part in (self.queue.running, self.queue.waiting) for request in part)
@@ -238,63 +220,23 @@ class Scheduler:
             return True
         return self.drafting.is_expected([each for each in self.queue.running if each.num_output_placeholders])
 
-    def _advance_alone(self, request: Request, chunk: Chunk, result: ChunkResult, now: float) -> RequestOutput:
-        """Move a request on. An exception ends this request, and no other."""
-        try:
-            return self._advance(request, chunk, result, now)
-        except Exception as error:
-            logger.exception("a request failed: %s", request.request_id)
-            if not request.is_finished:
-                self._finish(request, FinishReason.ERROR, now)
-            reason = f"the scheduler failed on it: {error!r}"
-            return RequestOutput(request.request_id, finish_reason=FinishReason.ERROR, error=reason)
-
-    def _advance(self, request: Request, chunk: Chunk, result: ChunkResult, now: float) -> RequestOutput:
-        """Move a request on by one computed chunk and the tokens it chose."""
-        if result.error is not None:
-            self._finish(request, FinishReason.ERROR, now)
-            return RequestOutput(request.request_id, finish_reason=FinishReason.ERROR, error=result.error)
-        state = request.kv.state
-        if state is not None and (result.state_lost or state.is_lost):  # nothing that was computed from it counts
-            state.is_lost = request.kv.repeatable = request.kv.preempt_on_return = True
-            return RequestOutput(request.request_id)
-        tokens, end = result.token_ids, chunk.end
-        samples = chunk.samples and request.pooling is None
-        assert samples <= len(tokens) <= samples * (1 + chunk.num_drafts)
-        if chunk.num_drafts:
-            num_accepted = len(tokens) - 1
-            end += num_accepted - chunk.num_drafts
-            request.drafts.count(chunk.num_drafts, num_accepted)
-            request.num_scheduled = end
-            request.kv.truncate(self._allocator, end)
-        request.kv.num_computed = end
-        request.drafts.forced = result.forced
-        request.num_prompt_logprobs += len(result.prompt_logprobs)
-        if tokens:
-            request.output_token_ids += tokens
-            self._fair_share.charge_tokens(request, len(tokens))
-        if chunk.samples:
-            request.slo.observe_tokens(now, max(len(tokens), 1))
-        size = self._allocator.block_size
-        if end // size > chunk.start // size:  # it has filled a block
-            computed = request.tokens(0, end)
-            request.kv.publish(self._allocator, computed, salt=request.scheduling.cache_salt)
-        if state is not None:
-            state.computed(chunk, request.kv.block_names)
-        reason = FinishReason.STOP if result.is_complete else request.reason_to_finish if tokens else None
+    def _take_result(self, request: Request, chunk: Chunk, result: ChunkResult, now: float) -> RequestOutput:
+        """Move a request on by one computed chunk. An exception ends this request, and no other."""
+        reason, error = None, result.error
+        if error is None:
+            try:
+                reason = advance(request, chunk, result, self._allocator, now=now)
+                self._fair_share.charge_tokens(request, len(result.token_ids))
+            except Exception as failure:
+                logger.exception("a request failed: %s", request.request_id)
+                error = f"the scheduler failed on it: {failure!r}"
+        if error is not None:
+            reason = FinishReason.ERROR
         if reason is not None:
             self._finish(request, reason, now)
-        return RequestOutput(
-            request.request_id,
-            tokens,
-            Logprobs.of(result.logprobs),
-            Logprobs.of(result.prompt_logprobs),
-            result.values,
-            request.finish_reason,
-            num_cached_tokens=request.kv.num_cached_tokens,
-            num_drafted=chunk.num_drafts,
-            slo_met=request.slo.met,
-        )
+        if error is not None:
+            return RequestOutput(request.request_id, finish_reason=reason, error=error)
+        return output_of(request, chunk, result)
 
     def _finish(self, request: Request, reason: FinishReason, now: float, wanted_until: float | None = None) -> None:
         self.queue.remove(request)

@@ -3,6 +3,7 @@
 from itertools import pairwise
 
 import pytest
+from scheduler_checks import check_scheduler
 from scheduler_harness import Run, reference
 
 from splitfuse.core.kv.block_allocator import BlockAllocator
@@ -169,7 +170,7 @@ def test_a_state_lost_in_a_failed_step_is_computed_again() -> None:
     assert plan is not None and not any(chunk.is_repeatable for chunk in plan.chunks)
     outputs = run.scheduler.update(plan, {c.request_id: ChunkResult(state_lost=True) for c in plan.chunks})
     assert [(output.token_ids, output.finish_reason) for output in outputs] == [((), None)] * 2
-    run.scheduler.check()
+    check_scheduler(run.scheduler)
     before = len(run.plans)
     run.drain()
     for name, token in (("a", 1), ("b", 2)):
@@ -186,7 +187,7 @@ def test_a_step_that_cannot_be_planned_loses_no_slot(monkeypatch: pytest.MonkeyP
         patch.setattr(Request, "sampling_state", lambda _: 1 // 0)
         with pytest.raises(PlanningError):
             run.scheduler.schedule()
-    run.scheduler.check()
+    check_scheduler(run.scheduler)
     run.drain()
     assert run.outcomes["a"].tokens == reference(request("a", (1,) * 43), recurrent=True)[0]
 

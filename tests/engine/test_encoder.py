@@ -9,6 +9,7 @@ import pytest
 import tiny_encoders
 import torch
 from backends import why_not
+from scheduler_checks import check_scheduler
 
 import splitfuse
 from splitfuse.core.pooling_params import NOTHING_GENERATED, PoolingParams
@@ -23,7 +24,7 @@ TEXTS.append("[PAD] the cat [PAD] sat")  # RoBERTa counts positions without it
 
 def embedded(pipe: splitfuse.Pipeline, texts: list[str]) -> list[list[float]]:
     vectors = pipe.embed(texts)
-    pipe.engine.scheduler.check()
+    check_scheduler(pipe.engine.scheduler)
     assert pipe.engine.allocator.num_held == 0
     return vectors
 

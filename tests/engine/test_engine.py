@@ -13,6 +13,7 @@ import pytest
 import tiny_models
 import torch
 from guessed_drafts import guess
+from scheduler_checks import check_scheduler
 from transformers import AutoModelForCausalLM
 
 from splitfuse.bench.baselines import make_baseline
@@ -64,7 +65,7 @@ def drain(engine: Engine) -> Seen:
     seen = Seen()
     while engine.has_unfinished:
         seen.take(engine.step())
-        engine.scheduler.check()
+        check_scheduler(engine.scheduler)
     assert engine.allocator.num_held == 0
     return seen
 
@@ -283,7 +284,7 @@ def test_one_plan_in_flight_gives_the_same_tokens(folder: Path, cached: bool) ->
         most_in_flight = max(most_in_flight, len(in_flight))
         plan, handle = in_flight.popleft()
         seen.take(scheduler.update(plan, engine.executor.collect(handle)))
-        scheduler.check()
+        check_scheduler(scheduler)
     assert most_in_flight == 2
     assert (seen.tokens, seen.reasons) == (wanted.tokens, wanted.reasons)
     assert engine.allocator.num_held == 0
@@ -349,7 +350,7 @@ def test_a_failure_is_met_with_a_plan_in_flight_too(folder: Path) -> None:
     plans = [plan for _ in range(2) if (plan := scheduler.schedule())]
     for plan in plans:
         seen.take(scheduler.update(plan, engine.executor.collect(engine.executor.submit(plan))))
-        scheduler.check()
+        check_scheduler(scheduler)
     rest = drain(engine)
     assert seen.reasons == {"poisoned": FinishReason.ERROR}
     engine.add_request("alone", [3], SamplingParams(max_tokens=5, logit_bias={POISON: -100}))
@@ -423,7 +424,7 @@ def test_drafts_and_those_that_were_right_are_counted(folder: Path) -> None:
     outputs: list[RequestOutput] = []
     while engine.has_unfinished:
         outputs += engine.step()
-        engine.scheduler.check()
+        check_scheduler(engine.scheduler)
     seen = Seen()
     seen.take(outputs)
     assert seen.tokens == wanted and not any(seen.errors.values())

@@ -16,6 +16,7 @@ import tiny_models
 from backends import emulation_slow, variants
 from forced_preemption import force_preemptions
 from guessed_drafts import guess
+from scheduler_checks import check_scheduler
 
 from splitfuse.config import EngineConfig
 from splitfuse.core.request import RequestOutput
@@ -79,7 +80,7 @@ def outcomes(engine: Engine, together: int) -> dict[str, list[Any]]:
             assert output.error is None
             entries = zip(output.token_ids, map(str, output.logprobs or ()), strict=True)
             found.setdefault(output.request_id, []).extend(part for entry in entries for part in entry)
-        engine.scheduler.check()
+        check_scheduler(engine.scheduler)
     return found
 
 

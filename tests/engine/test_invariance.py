@@ -9,6 +9,7 @@ from random import Random
 
 import pytest
 from forced_preemption import force_preemptions
+from scheduler_checks import check_scheduler
 from stories import make_story
 
 import splitfuse
@@ -39,7 +40,7 @@ def make_requests(pipe: splitfuse.Pipeline) -> list[PreparedRequest]:
 def answers(pipe: splitfuse.Pipeline, requests: list[PreparedRequest]) -> list[tuple[object, ...]]:
     """Everything a caller sees of each answer but probabilities' last digits and the time it took."""
     responses = [piece.response for piece in pipe.run(requests) if piece.response is not None]
-    pipe.engine.scheduler.check()
+    check_scheduler(pipe.engine.scheduler)
     return [outcome(response) for response in sorted(responses, key=lambda r: r.index)]
 
 

@@ -18,6 +18,7 @@ import torch
 from backends import emulation_slow, variants
 from forced_preemption import force_preemptions
 from guessed_drafts import guess_answers
+from scheduler_checks import check_scheduler
 from stories import make_story
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -77,7 +78,7 @@ def make_requests(pipe: splitfuse.Pipeline, count: int) -> list[PreparedRequest]
 
 def answers(pipe: splitfuse.Pipeline, requests: Sequence[PreparedRequest]) -> list[Response]:
     responses = [piece.response for piece in pipe.run(requests) if piece.response is not None]
-    pipe.engine.scheduler.check()
+    check_scheduler(pipe.engine.scheduler)
     return sorted(responses, key=lambda response: (response.index, response.choice))
 
 

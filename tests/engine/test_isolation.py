@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from patience import PATIENCE
+from scheduler_checks import check_scheduler
 from scheduler_harness import FakeExecutor, reference
 
 from splitfuse.config import EngineConfig
@@ -73,7 +74,7 @@ def run(engine: Engine) -> dict[str, tuple[tuple[int, ...], str | None]]:
                 last[output.request_id] = output
                 assert (output.error is not None) == (output.finish_reason is FinishReason.ERROR)
                 assert output.latency_breakdown is not None
-        engine.scheduler.check()
+        check_scheduler(engine.scheduler)
     assert engine.allocator.num_held == 0
     return {name: (tokens[name], output.error) for name, output in last.items()}
 
@@ -246,7 +247,7 @@ def test_a_fault_in_ending_a_request_harms_no_other(
     engine.step(isolate=True)
     output = engine.finish(Finish("r3", FinishReason.ABORT, num_tokens=kept))
     assert output is not None and output.finish_reason is FinishReason.ABORT and output.latency_breakdown is not None
-    engine.scheduler.check()
+    check_scheduler(engine.scheduler)
     outcomes = run(engine)  # each of which ends with a fault too
     assert {name for name in wanted if name not in outcomes} == {"r3"}
     assert all(error is None for _, error in outcomes.values())

@@ -12,6 +12,7 @@ import tiny_models
 import torch
 from backends import why_not
 from forced_preemption import force_preemptions
+from scheduler_checks import check_scheduler
 
 from splitfuse.config import EngineConfig
 from splitfuse.core.pooling_params import NOTHING_GENERATED, PoolingParams
@@ -39,7 +40,7 @@ def pooled(engine: Engine, requests: dict[str, tuple[list[int], PoolingParams | 
     while engine.has_unfinished:
         for output in engine.step():
             last[output.request_id] = output
-        engine.scheduler.check()
+        check_scheduler(engine.scheduler)
     assert engine.allocator.num_held == 0
     return last
 

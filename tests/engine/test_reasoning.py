@@ -12,6 +12,7 @@ import pytest
 import tiny_models
 from forced_preemption import break_steps, force_preemptions
 from guessed_drafts import guess_answers
+from scheduler_checks import check_scheduler
 
 import splitfuse
 from splitfuse.core.reasoning import Reasoning
@@ -51,7 +52,7 @@ def thinking(pipe: splitfuse.Pipeline, prompt: str, reasoning: Reasoning, **sett
 
 def run(pipe: splitfuse.Pipeline, requests: list[PreparedRequest]) -> list[Response]:
     responses = [piece.response for piece in pipe.run(requests) if piece.response is not None]
-    pipe.engine.scheduler.check()
+    check_scheduler(pipe.engine.scheduler)
     return sorted(responses, key=lambda each: (each.index, each.choice))
 
 

@@ -9,6 +9,7 @@ from random import Random
 import pytest
 import tiny_models
 import torch
+from scheduler_checks import check_scheduler
 
 from splitfuse.config import EngineConfig
 from splitfuse.core.events import StepRecord
@@ -56,7 +57,7 @@ def answers(engine: Engine, prompts: dict[str, list[int]], params: SamplingParam
     while engine.has_unfinished:
         for output in engine.step(isolate=True):
             tokens[output.request_id] = [] if output.error else [*tokens[output.request_id], *output.token_ids]
-        engine.scheduler.check()
+        check_scheduler(engine.scheduler)
     assert engine.allocator.states is not None
     assert engine.allocator.num_held == engine.allocator.states.num_held == 0
     return tokens

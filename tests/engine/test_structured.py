@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from forced_preemption import break_steps, force_preemptions
 from guessed_drafts import guess_answers
+from scheduler_checks import check_scheduler
 
 import splitfuse
 from splitfuse.core.events import StepRecord
@@ -52,7 +53,7 @@ def prepare(pipe: splitfuse.Pipeline) -> list[Any]:
 
 def answers(pipe: splitfuse.Pipeline, requests: list[Any]) -> list[tuple[object, ...]]:
     responses = [piece.response for piece in pipe.run(requests) if piece.response is not None]
-    pipe.engine.scheduler.check()
+    check_scheduler(pipe.engine.scheduler)
     return [outcome(response) for response in sorted(responses, key=lambda each: (each.index, each.choice))]
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import tokenizers
 from readable_answers import NO_SPECIAL_TOKENS, PROMPT
+from scheduler_checks import check_scheduler
 
 import splitfuse
 from splitfuse.core.request import FinishReason
@@ -30,7 +31,7 @@ def generator() -> TextGenerator:
 def no_block_is_left_behind(generator: TextGenerator) -> Iterator[None]:
     yield
     assert generator.engine.allocator.num_held == 0 and not generator.engine.has_unfinished
-    generator.engine.scheduler.check()
+    check_scheduler(generator.engine.scheduler)
 
 
 def params(**changes: Any) -> SamplingParams:

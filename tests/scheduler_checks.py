@@ -1,0 +1,25 @@
+"""Checks what must hold of a scheduler between any two calls."""
+
+from splitfuse.core.kv.request_kv import check_held
+from splitfuse.core.request import RequestStatus
+from splitfuse.core.scheduler import Scheduler
+from splitfuse.core.step_builder import by_sequence_number
+
+
+def check_scheduler(scheduler: Scheduler) -> None:
+    allocator, unfinished = scheduler._allocator, scheduler._requests
+    check_held(allocator, [request.kv for request in unfinished.values()])
+    queue = scheduler.queue
+    for requests, status in ((queue.waiting, RequestStatus.WAITING), (queue.running, RequestStatus.RUNNING)):
+        assert requests == sorted(requests, key=by_sequence_number)
+        assert all(request.status is status for request in requests)
+    assert len(queue.running) <= queue.max_num_seqs
+    for request in queue.waiting:
+        assert not request.kv.blocks and not request.num_scheduled and not request.num_plans_in_flight
+        assert request.kv.state is None
+    for request in unfinished.values():
+        num_slots = len(request.kv.blocks) * allocator.block_size
+        assert request.kv.num_computed <= request.num_scheduled <= num_slots
+        assert request.num_plans_in_flight or request.kv.num_computed == request.num_scheduled
+        assert 0 <= request.num_output_placeholders <= request.num_plans_in_flight
+        assert len(request.output_token_ids) <= request.max_tokens
