@@ -127,3 +127,12 @@ def test_a_step_that_is_held_up_changes_little() -> None:
     before = cost.per_token
     cost.observe(5, 10.0)
     assert cost.per_token < 1.3 * before and cost.seconds(5) < 0.016
+
+
+def test_a_step_without_decodes_has_no_drafts() -> None:
+    drafting = Drafting(7)
+    for tokens in range(1, 9):
+        drafting.cost.observe(tokens, float(tokens * tokens))  # as if a step of no tokens took no time
+    run = Run.make(num_blocks=200, block_size=4, budget=8, drafting=drafting)
+    run.add(Request("a", (1,) * 20, SamplingParams(), max_tokens=2, seed=0))
+    assert run.scheduler.schedule(run.now) is not None

@@ -72,6 +72,8 @@ class Drafting:
         """Return the chance that a draft is not worth computing with, beside so many decodes: a step has the tokens and
         the seconds of these, and one more token is to be worth the seconds that it adds.
         """
+        if not num_decodes:
+            return 1.0
         return WORTH * self.cost.per_token * num_decodes / self.cost.seconds(num_decodes)
 
     @staticmethod
