@@ -9,6 +9,7 @@ from __future__ import annotations
 import heapq
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from random import Random
 
 from splitfuse.bench.baselines import make_baseline
 from splitfuse.bench.results import MeasuredRequest
@@ -22,6 +23,7 @@ from splitfuse.core.scheduler import Scheduler
 from splitfuse.core.slo.cost_model import StepFeatures
 from splitfuse.core.slo.deadline_policy import make_policy
 from splitfuse.core.slo.targets import SloTargets
+from splitfuse.errors import SloUnattainableError
 from splitfuse.runtime.calibration import Calibration
 
 CHOSEN = ChunkResult(token_ids=(0,))
@@ -86,12 +88,14 @@ def drive(
     clients: int = 0,
     targets: Sequence[SloTargets] = (),
     max_unfinished: int = 0,
+    on_time_only: Sequence[bool] = (),
 ) -> list[tuple[MeasuredRequest, int]]:
     """Return the requests with the times of their tokens and their kinds, in the order in which they were sent.
 
     With `arrivals` each session begins at its time; without, `clients` take one session after the other. `targets` are
     given to the requests by their kind; without, they have no SLO. Requests that arrive while `max_unfinished` others
-    are unfinished are refused; 0 refuses none.
+    are unfinished are refused; 0 refuses none. Sessions for which `on_time_only` says so end when one of theirs is
+    refused. Steps have the noise of the cost model.
     """
     if arrivals is None:
         due = [(number * SPACING, number, 0) for number in range(min(clients, len(sessions)))]
@@ -99,24 +103,29 @@ def drive(
         due = [(time, number, 0) for number, time in enumerate(arrivals)]
     heapq.heapify(due)
     next_session = len(due)
-    options = [SchedulingOptions(targets=each) for each in targets]
-    cost, now = machine.cost, 0.0
+    cost, now, random = machine.cost, 0.0, Random(1)
     records: list[tuple[MeasuredRequest, int]] = []
     running: dict[str, tuple[int, int, int, list[float]]] = {}  # place in records, session, turn, times of tokens
     while due or running:
         while due and due[0][0] <= now:
             sent, number, turn = heapq.heappop(due)
             planned = sessions[number][turn]
+            refused = MeasuredRequest(number, sent, len(planned.prompt), (), error="refused")
             if 0 < max_unfinished <= len(running):
-                refused = MeasuredRequest(number, sent, len(planned.prompt), (), error="refused")
                 records.append((refused, planned.kind))
                 continue
             name = f"{number}.{turn}"
             scheduling = SchedulingOptions(
-                targets=options[planned.kind].targets if options else None, arrival_time=sent
+                targets=targets[planned.kind] if targets else None,
+                arrival_time=sent,
+                on_time_only=bool(on_time_only) and on_time_only[number],
             )
             request = Request(name, planned.prompt, PARAMS, planned.max_tokens, seed=0, scheduling=scheduling)
-            scheduler.add(request, now)
+            try:
+                scheduler.add(request, now)
+            except SloUnattainableError:
+                records.append((refused, planned.kind))
+                continue
             times: list[float] = []
             running[name] = len(records), number, turn, times
             records.append((MeasuredRequest(number, sent, len(planned.prompt), ()), planned.kind))
@@ -127,7 +136,7 @@ def drive(
                 break  # the last requests were refused
             now = max(now, due[0][0])
             continue
-        now += cost.seconds(features_of(plan))
+        now += cost.seconds(features_of(plan)) * (random.lognormvariate(0.0, cost.noise) if cost.noise else 1.0)
         result = {chunk.request_id: CHOSEN if chunk.samples else NOT_CHOSEN for chunk in plan.chunks}
         for output in scheduler.update(plan, result, now):
             if output.token_ids:
