@@ -47,9 +47,9 @@ def request(
 def test_an_idle_engine_rejects_only_what_it_can_never_meet() -> None:
     run = make_run()
     run.add(request("a", 500, SloTargets(1.0, 0.5)))  # 500 tokens take 0.55 s
-    with pytest.raises(SloUnattainableError, match=r"its first token takes 1\.1 s even on an idle engine") as never:
+    with pytest.raises(SloUnattainableError, match=r"its first token may take 1\.14 s even on an idle engine") as never:
         run.scheduler.add(request("b", 1000, SloTargets(1.0, 0.5)))
-    with pytest.raises(SloUnattainableError, match="no step of this engine is short enough") as neither:
+    with pytest.raises(SloUnattainableError, match=r"its tokens may take 0\.0103 s each even on an") as neither:
         run.scheduler.add(request("c", 10, SloTargets(None, 0.01)))
     assert never.value.retry_after == neither.value.retry_after == math.inf
     run.drain()
@@ -83,6 +83,34 @@ def test_a_rejected_request_is_admitted_after_the_wait_it_was_told() -> None:
             wait = error.retry_after
     run.drain()
     assert late.slo.met
+
+
+def test_an_idle_engine_admits_what_it_can_just_meet() -> None:
+    """For all lengths: what is refused takes longer than its target, but for the safety factor."""
+    for prompt in (1, 20, 90, 100, 101, 350, 1000):
+        alone = 0.001 * prompt + 0.01 * math.ceil(prompt / BUDGET)
+        run = make_run()
+        taken = request(f"a{prompt}", prompt, SloTargets(1.06 * alone + 0.01, 0.012))
+        run.add(taken)
+        run.drain()
+        assert taken.slo.met
+        with pytest.raises(SloUnattainableError, match="even on an idle engine") as never:
+            run.scheduler.add(request(f"b{prompt}", prompt, SloTargets(0.999 * alone)), run.now)
+        assert never.value.retry_after == math.inf
+
+
+def test_a_cached_prefix_counts_as_computed() -> None:
+    run = make_run()
+    first, same = (request("a", 800, SloTargets(ttft), now=now) for ttft, now in ((2.0, 0.0), (0.1, 5.0)))
+    run.add(first)
+    with pytest.raises(SloUnattainableError, match="even on an idle engine"):
+        run.scheduler.add(request("b", 800, SloTargets(0.1)), run.now)
+    run.drain()
+    run.now = 5.0
+    same.request_id = "same"
+    run.add(same)
+    run.drain()
+    assert same.slo.met
 
 
 def test_missing_slots_and_blocks_are_reasons_to_wait() -> None:

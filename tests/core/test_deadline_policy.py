@@ -15,7 +15,7 @@ from scheduler_harness import Run
 from splitfuse.config import MAX_TARGET, MIN_TARGET, TAIL_SHARE
 from splitfuse.core.request import Priority, Request, RequestStatus, SchedulingOptions
 from splitfuse.core.sampling_params import SamplingParams
-from splitfuse.core.slo.cost_model import MAX_COEFFICIENT, CostModel
+from splitfuse.core.slo.cost_model import MAX_COEFFICIENT, CostModel, StepFeatures
 from splitfuse.core.slo.deadline_policy import MAX_SKIPPED_STEPS, ClaimOrder, DeadlinePolicy, Fcfs
 from splitfuse.core.slo.feasibility import Feasibility
 from splitfuse.core.slo.latency_predictor import MAX_SAFETY_FACTOR, LatencyPredictor
@@ -84,7 +84,7 @@ def test_without_slos_the_order_is_first_come_first_served(seed: int) -> None:
 
 def test_a_decode_lends_its_time_to_a_prompt_that_needs_it() -> None:
     stream = decode("s", 0.25, token_at=1.0)
-    tight, loose = (request("p", 80, SloTargets(ttft), arrival_time=1.0) for ttft in (0.0935, 0.5))
+    tight, loose = (request("p", 80, SloTargets(ttft), arrival_time=1.0) for ttft in (0.1017, 0.5))
     assert names(make_policy().order([stream], [tight], now=1.0)) == ([], ["p", "s"])
     assert names(make_policy().order([stream], [loose], now=1.0)) == (["s"], ["p"])  # there is time for both
     due = make_policy().order([stream], [tight], now=1.16)  # its deadline is before the end of the next step
@@ -103,6 +103,20 @@ def test_a_step_ends_before_the_slack_of_a_decode_is_used_up() -> None:
 def test_a_step_is_no_longer_than_the_first_prompt_may_take() -> None:
     prompts = [request(f"p{n}", 100, SloTargets(0.25 + n), arrival_time=n / 1000) for n in range(9)]
     assert 0.11 <= seconds(make_policy().order([], prompts, now=0.01)) <= 0.25
+
+
+def test_rounding_at_the_knee_limits_no_step() -> None:
+    predictor = LatencyPredictor(CostModel(floor=0.264, per_token=0.0, knee=4.125, per_token_beyond=0.064))
+    for tokens in range(1, 40):
+        step = StepFeatures(tokens=tokens)
+        predictor.observe(step, 1.01 * predictor.seconds(step))
+        assert Feasibility(predictor, (), now=0.0).longest == math.inf
+
+
+def test_the_token_of_the_oldest_request_makes_no_decode_late() -> None:
+    stream = decode("s", 0.25, token_at=1.0)
+    outlook = make_policy()._outlook([stream], now=1.231)
+    assert outlook.slack + COST.per_token <= MAX_SAFETY_FACTOR * (stream.slo.deadline - 1.231)
 
 
 def test_others_yield_to_on_time_only_requests() -> None:
@@ -150,7 +164,7 @@ def test_feasible_prompts_come_first_and_late_ones_last() -> None:
     waiting = [
         request("hopeless", 20, SloTargets(0.5), arrival_time=3.0),
         request("any", 20, arrival_time=4.0),
-        request("hopeful", 220, SloTargets(1.2375), arrival_time=5.0),  # it needs 0.23 s
+        request("hopeful", 200, SloTargets(1.2376), arrival_time=5.0),  # it needs 0.23 s
     ]
     for each in waiting:
         each.turn = math.inf

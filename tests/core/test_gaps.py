@@ -54,3 +54,11 @@ def test_a_percentile_forgives_its_share_of_gaps_however_long() -> None:
     assert target.violation(before) == SloViolation(
         2.0, 1.0, longest_gap=7.0, itl_target=0.1, percent_in_time=pytest.approx(100 * 9 / 11), itl_percentile=90.0
     )
+
+
+def test_rounding_misses_no_target() -> None:
+    for make in (MovingAverageTarget, MeanTarget):
+        target = make(0.1)
+        for number in range(100):
+            target.add(0.1 * (number + 1) - 0.1 * number)  # 0.1 but for the last digits
+        assert not target.is_missed

@@ -1,120 +1,130 @@
 """Admits `on_time_only` requests: says whether a new request can meet its SLO, and when it could if not now.
 
-It can if (a) its prefill is feasible, (b) it makes no other prefill infeasible, (c) the decodes leave it enough of each
-step, and (d) a sequence slot and blocks are free for it in time: running requests end with `max_tokens` at the latest.
+It can if, by the test that the order of claims follows (feasibility.py),
 
-A decode is here a request which has generated a token: the forecast is about the time until a first token. A step asks
-instead how many tokens a request needs now (`split_running` in core/policy.py).
+- its prompt is in time, and so are all that would be without it;
+- it can keep its ITL and TPOT targets together with all that decode then;
+- a sequence slot and blocks are free for it in time: running requests end with `max_tokens` at the latest.
+
+Unless the engine is idle, an eighth of the time is left over (ON_TIME_ONLY_SHARE). Steps are counted at their worst:
+one that ends at each deadline of a decode, and one for each prompt.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from bisect import bisect_left
+from collections.abc import Callable, Sequence
+from functools import partial
+from operator import attrgetter, itemgetter
 
-from splitfuse.core.request import Request
-from splitfuse.core.slo.cost_model import StepFeatures
-from splitfuse.core.slo.deadline_planner import DeadlinePlanner
-from splitfuse.core.slo.decode_load import DecodeLoad
+from splitfuse.core.policy import split_running
+from splitfuse.core.request import Priority, Request, RequestStatus
+from splitfuse.core.slo.feasibility import Feasibility
 from splitfuse.core.slo.fewest_late import ON_TIME_ONLY_SHARE
 from splitfuse.core.slo.request_slo import MISSED_ITL_FACTOR
 from splitfuse.core.step_builder import RequestQueue
 from splitfuse.errors import SloUnattainableError, whole_seconds
 
+MakeOutlook = Callable[..., Feasibility]
+"""Type of a function that returns the Feasibility of decodes."""
 
-def check_on_time(request: Request, planner: DeadlinePlanner, queue: RequestQueue, *, now: float) -> None:
+
+def check_on_time(request: Request, queue: RequestQueue, make_outlook: MakeOutlook, *, now: float) -> None:
     """Raise SloUnattainableError if a new request, which is not in the queue, could not meet its SLO if it were
     admitted now. Its `retry_after` is when it could by what is known now: infinity if it never can.
     """
-    running, waiting = queue.running, queue.waiting
-    decodes = [r for r in running if r.output_token_ids]
-    prefills = [*(r for r in running if not r.output_token_ids), *waiting]
-    seconds = planner.step_limit(decodes, prefills, arriving=[*prefills, request]).seconds
-    seconds = min(seconds, _whole_step(planner, [*decodes, *prefills, request]))
-    share = ON_TIME_ONLY_SHARE
-    before = planner.feasible(prefills, DecodeLoad(decodes), seconds=seconds, now=now, share=share)
-    load = DecodeLoad([*decodes, *before])  # these will decode when its turn comes
-    per_step = share * planner.prefill_tokens(load, seconds)
-    ahead = [r for r in prefills if r in before or r.priority < request.priority]
-    arriving = [*(r for r in ahead if r in waiting), request]
-    start, is_certain = _wait_for_resources(arriving, planner, queue, seconds)
-
-    def prefill_time(tokens: int) -> float:
-        return math.ceil(tokens / per_step) * seconds if per_step else math.inf
-
-    allowed = request.slo.deadline - now
-    alone = _ttft_alone(request, planner)
-    if alone == math.inf:
-        raise _unattainable("no step of this engine is short enough for its targets", math.inf)
-    if alone > allowed:
-        raise _unattainable(f"its first token takes {alone:.3g} s even on an idle engine", math.inf)
-    own, queued = prefill_time(request.num_unscheduled), sum(r.num_unscheduled for r in ahead)
-    after = planner.feasible([*prefills, request], load, seconds=seconds, now=now, share=share)
-    itl_target = request.slo.itl_target
-    meets_itl = not itl_target or seconds <= itl_target
-    meets_ttft = is_certain and start + own <= allowed and (allowed == math.inf or after == before | {request})
-    if meets_itl and meets_ttft:
+    _check_alone(request, make_outlook)
+    make_outlook = partial(make_outlook, now=now, priority=request.priority)
+    decodes, prefills = split_running([each for each in queue.running if each.num_unscheduled])
+    prefills += queue.waiting
+    share = ON_TIME_ONLY_SHARE if decodes or prefills else 1.0
+    before = [each.request for each in make_outlook(decodes).feasible(prefills, share=share)]
+    above = [each for each in prefills if each.priority < request.priority and each not in before]
+    ahead = sorted([*before, *above, request], key=attrgetter("priority", "slo.deadline"))
+    outlook = make_outlook(decodes, soon=ahead[:-1])  # of which each takes time from the next
+    ends = _latest_ends(queue.running, outlook, priority=request.priority)
+    num_ended, is_enough = _num_to_end(ends, ahead, queue, make_outlook)
+    start = ends[num_ended - 1][0] if num_ended else now
+    done = outlook.room(start) if start > now else 0.0  # nothing of it before
+    after = outlook.feasible([*prefills, request], share=share)
+    deadline, own = request.slo.deadline, outlook.seconds(request)
+    is_in_time = deadline == math.inf or (
+        {each.request for each in after}.issuperset([*before, request])
+        and _have_time(ahead, outlook, share=share)
+        and outlook.with_floor(done + own) <= share * outlook.room(deadline)
+    )
+    if is_enough and is_in_time:
         return
-    ttft = max(start, prefill_time(queued)) + own  # at the latest, after all that come before it
-    if ttft == math.inf:  # the decodes leave prefills nothing: when they have ended
-        ends = _latest_ends(request, running, seconds)
-        ttft = max([start, *ends]) + alone * (1 + queued / request.num_unscheduled)
-    wait = max(ttft - allowed, seconds)
-    raise _unattainable(f"its first token would come after {ttft:.3g} s; try again in {whole_seconds(wait)} s", wait)
+    work = max(sum(map(outlook.seconds, ahead)), done + own) / share  # after all that are before it
+    first_token = outlook.time_for(work)
+    if first_token == math.inf:  # decodes leave prompts nothing: when all have ended
+        ends += _latest_ends([*before, *above], outlook, priority=request.priority)
+        first_token = max([now, *(end for end, _ in ends)]) + work
+    wait = max(first_token - min(deadline, first_token), start - now, outlook.step_of_decodes)
+    reason = f"its first token would come after {first_token - now:.3g} s"
+    raise _unattainable(f"{reason}; try again in {whole_seconds(wait)} s", wait)
 
 
 def _unattainable(reason: str, retry_after: float) -> SloUnattainableError:
     return SloUnattainableError(f"the request cannot meet its SLO: {reason}", retry_after=retry_after)
 
 
-def _ttft_alone(request: Request, planner: DeadlinePlanner) -> float:
-    """Return the seconds until its first token on an idle engine; infinity if no step is short enough for its ITL
-    target.
+def _check_alone(request: Request, make_outlook: MakeOutlook) -> None:
+    """Raise SloUnattainableError if a request could not meet its SLO even on an idle engine."""
+    arrival = request.slo.arrival_time
+    idle = make_outlook((), now=arrival)
+    first_token = idle.time_for(idle.seconds(request)) - arrival
+    if first_token > request.slo.ttft_target:
+        raise _unattainable(f"its first token may take {first_token:.3g} s even on an idle engine", math.inf)
+    if not make_outlook((), soon=[request], now=arrival).is_sustainable:
+        gap = idle.floor / idle.safety_factor
+        raise _unattainable(f"its tokens may take {gap:.3g} s each even on an idle engine", math.inf)
+
+
+def _have_time(ahead: Sequence[Request], outlook: Feasibility, *, share: float) -> bool:
+    """Return whether all of `ahead` that are `on_time_only` are in time with a share of the machine, one after the
+    other, each in a step of its own.
     """
-    seconds = min(planner.step_limit([], [], arriving=[request]).seconds, _whole_step(planner, [request]))
-    per_step = planner.prefill_tokens(DecodeLoad([]), seconds)
-    too_long = request.slo.itl_target and seconds > request.slo.itl_target
-    return math.inf if too_long or not per_step else math.ceil(request.num_unscheduled / per_step) * seconds
+    work = 0.0
+    for number, request in enumerate(ahead, start=1):
+        work += outlook.seconds(request) / share
+        if request.on_time_only and outlook.spare(request.slo.deadline, work, num_steps=number) < 0.0:
+            return False
+    return True
 
 
-def _whole_step(planner: DeadlinePlanner, requests: Sequence[Request]) -> float:
-    """Return the seconds of a step with everything that requests need: no step takes longer."""
-    work = StepFeatures()
-    for each in requests:
-        work = work.plus(start=each.num_scheduled, count=each.num_unscheduled, rows=1)
-    return planner.predictor.seconds(work)
-
-
-def _latest_ends(request: Request, running: Sequence[Request], seconds: float) -> list[float]:
-    """Return the seconds until each running request has generated `max_tokens`, if steps take `seconds`. Those of a
-    lower priority than the request's may be late by then.
+def _latest_ends(
+    requests: Sequence[Request], outlook: Feasibility, *, priority: Priority
+) -> list[tuple[float, Request]]:
+    """Return the times at which requests have generated `max_tokens` at the latest, in order. Those of a priority below
+    `priority` may be late by then.
     """
     ends = []
-    for each in running:
-        slower = MISSED_ITL_FACTOR if each.priority > request.priority and not each.slo.missed else 1.0
-        ends.append((each.max_tokens - len(each.output_token_ids)) * slower * (each.slo.itl_target or seconds))
-    return ends
+    for request in requests:
+        gap = request.slo.itl_target or outlook.step_of_decodes
+        if request.slo.missed or request.priority > priority:
+            gap *= MISSED_ITL_FACTOR
+        ends.append((outlook.now + (request.max_tokens - len(request.output_token_ids)) * gap, request))
+    return sorted(ends, key=itemgetter(0))
 
 
-def _wait_for_resources(
-    arriving: Sequence[Request],
-    planner: DeadlinePlanner,
-    queue: RequestQueue,
-    seconds: float,
-) -> tuple[float, bool]:
-    """Return the seconds until there are sequence slots, blocks and time in each step for all of `arriving` together
-    with the requests which still run then, and True; running requests are taken to end as late as they can. If even
-    the end of all is not enough, returns the seconds until then, and False.
+def _num_to_end(
+    ends: Sequence[tuple[float, Request]], ahead: Sequence[Request], queue: RequestQueue, make_outlook: MakeOutlook
+) -> tuple[int, bool]:
+    """Return how many of the running requests must end until there are sequence slots and blocks for the waiting ones
+    of `ahead`, and time in each step for all of them to decode together with those that still run; and True. If even
+    the end of all is not enough, returns their number and False.
     """
-    running, free = queue.running, queue.free
-    ends = sorted((end, index) for index, end in enumerate(_latest_ends(arriving[-1], running, seconds)))
-    left, until = list(running), 0.0
-    for end, index in [(0.0, -1), *ends]:
-        until = end
-        if index >= 0:
-            left.remove(running[index])
-            free = free.after(running[index])
-        load = DecodeLoad([*left, *arriving]).within(seconds, safety_factor=planner.predictor.safety_factor)
-        if free.fit(arriving, num_running=len(left)) and planner.predictor.seconds(load) <= seconds:
-            return until, True
-    return until, False
+    new = [request for request in ahead if request.status is RequestStatus.WAITING]
+
+    def is_enough(num_ended: int) -> bool:
+        free = queue.free
+        for _, request in ends[:num_ended]:
+            free = free.after(request)
+        left = [request for _, request in ends[num_ended:]]
+        decodes, _ = split_running([request for request in left if request.num_unscheduled])
+        return free.fit(new, num_running=len(left)) and make_outlook(decodes, soon=ahead).is_sustainable
+
+    num_ended = bisect_left(range(len(ends)), True, key=is_enough)
+    return num_ended, num_ended < len(ends) or is_enough(num_ended)

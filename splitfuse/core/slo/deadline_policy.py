@@ -7,9 +7,9 @@ targets, and what is left over goes back to the decodes. Without any SLO the ord
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from operator import attrgetter
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from splitfuse.config import TAIL_SHARE, SchedulerConfig
 from splitfuse.core.policy import (
@@ -25,7 +25,6 @@ from splitfuse.core.policy import (
 from splitfuse.core.request import Priority, Request, by_queue_key
 from splitfuse.core.slo.admission import check_on_time
 from splitfuse.core.slo.cost_model import CostModel
-from splitfuse.core.slo.deadline_planner import DeadlinePlanner
 from splitfuse.core.slo.feasibility import Feasibility, Prefill
 from splitfuse.core.slo.latency_predictor import LatencyPredictor
 from splitfuse.core.slo.turns import Turns
@@ -75,20 +74,23 @@ class DeadlinePolicy(Fcfs):
 
     def __init__(self, predictor: LatencyPredictor, *, token_budget: int, tail_share: float = TAIL_SHARE) -> None:
         self.predictor: LatencyPredictor = predictor
-        self.planner = DeadlinePlanner(predictor, token_budget=token_budget)
+        self._token_budget = token_budget
         self._turns = Turns(tail_share)
+
+    def _outlook(self, decodes: Iterable[Request], **how: Any) -> Feasibility:
+        return Feasibility(self.predictor, decodes, token_budget=self._token_budget, **how)
 
     def accept(self, request: Request, queue: RequestQueue, *, now: float) -> None:
         """See SchedulingPolicy."""
         queue.expect_cached(request)
-        work = Feasibility(self.predictor, (), now=now).seconds
+        work = self._outlook((), now=now).seconds
         before = sum(work(other) for other in (*queue.running, *queue.waiting) if not other.output_token_ids)
         self._turns.accept(request, own=work(request), before=before)
 
     def compose(self, step: StepBuilder) -> None:
         """See SchedulingPolicy."""
         super().compose(step)
-        work = Feasibility(self.predictor, (), now=step.now).seconds
+        work = self._outlook((), now=step.now).seconds
         decodes = sum(work(request) for request in step.granted if request.output_token_ids)
         self._turns.advance(max(self.predictor.seconds(step.features) - decodes, 0.0))
 
@@ -99,7 +101,7 @@ class DeadlinePolicy(Fcfs):
         decodes, prefills = split_running(running)
         prefills += waiting
         highest = min(map(_by_priority, prefills), default=Priority.LOW)
-        outlook = Feasibility(self.predictor, decodes, now=now, priority=highest)
+        outlook = self._outlook(decodes, now=now, priority=highest)
         feasible, share = outlook.feasible(prefills, at_most=MAX_DEADLINES), 0.0
         in_time = {prefill.request for prefill in feasible}
         overdue: list[Request] = []
@@ -218,7 +220,8 @@ class DeadlinePolicy(Fcfs):
         """See SchedulingPolicy."""
         if not request.slo.exists:
             raise slo_required()
-        check_on_time(request, self.planner, queue, now=now)
+        queue.expect_cached(request)
+        check_on_time(request, queue, self._outlook, now=now)
 
 
 def make_policy(config: SchedulerConfig, cost: CostModel | None = None) -> SchedulingPolicy:

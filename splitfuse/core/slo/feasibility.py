@@ -1,7 +1,6 @@
 """Says which prompts can have their first token in time, given what the running decodes need until then.
 
-The order of claims (deadline_policy.py) follows it. It looks, and changes nothing. Admission still asks the older test
-of deadline_planner.py, in steps of one length.
+The order of claims (deadline_policy.py) and admission (admission.py) follow it. It looks, and changes nothing.
 
 Beyond the knee of the cost model a step takes a constant time and, in addition, its own time for every chunk. So the
 work of requests adds up, in seconds, and before a deadline there is room for
@@ -21,12 +20,17 @@ from itertools import accumulate, groupby
 from operator import attrgetter
 from typing import NamedTuple
 
+from splitfuse.config import MAX_TARGET, MAX_TOKEN_BUDGET
 from splitfuse.core.request import Priority, Request
 from splitfuse.core.slo.fewest_late import ON_TIME_ONLY_SHARE, FewestLate
 from splitfuse.core.slo.latency_predictor import LatencyPredictor
 
 MIN_SECONDS = 1e-9
 """Shortest time of a step: a cost model may say that it takes none."""
+
+TOLERANCE = 1.1
+"""Factor by which a token beyond the knee must take longer than one of a step at the knee for steps to end there: a fit
+is no more exact."""
 
 _by_priority = attrgetter("priority")
 _by_deadline = attrgetter("slo.deadline")
@@ -54,9 +58,12 @@ class Feasibility:
         predictor: LatencyPredictor,
         decodes: Iterable[Request],
         *,
+        soon: Iterable[Request] = (),
         now: float,
         priority: Priority = Priority.LOW,
+        token_budget: int = MAX_TOKEN_BUDGET,
     ) -> None:
+        """`soon` are prompts that are computed one after the other, and decode from then on."""
         cost, (floor, beyond) = predictor.cost, predictor.factors
         self.now = now
         self.safety_factor = predictor.safety_factor
@@ -66,13 +73,14 @@ class Feasibility:
         spread = min(full, self.floor / knee) if knee else full  # what a token of a full step takes of the floor
         self.at_knee = self.floor + beyond * cost.per_token * knee
         """Seconds of a step of as many tokens as the knee."""
-        self.longest = self.at_knee if spread < full else math.inf
+        self.longest = self.at_knee if TOLERANCE * spread < full else math.inf
         """Seconds of a step beyond which further tokens take longer than in a step of their own."""
         self._spread = spread
         self.overhead = max(self.floor - spread * knee, MIN_SECONDS)
         """Seconds of a full step that no token accounts for."""
         self._slope = beyond * cost.per_token
         self._per_token = max(self._slope + spread, MIN_SECONDS)
+        self._per_prompt_token = self._per_token + self.overhead / token_budget
         self._per_chunk = beyond * (cost.per_row + cost.per_request)
         self._per_pair, self._per_kv_token = beyond * cost.per_pair, beyond * cost.per_kv_token
         self._per_decode, self._per_position = self._per_token + self._per_chunk, self._per_pair + self._per_kv_token
@@ -86,13 +94,25 @@ class Feasibility:
             slo = decode.slo
             if not slo.missed and soonest <= slo.deadline < math.inf and decode.priority <= priority and slo.itl_target:
                 due.append((slo.deadline, seconds, 1.0 / slo.itl_target))
+        first_token = now + self.overhead
+        for request in soon:
+            first_token += self.seconds(request)
+            if (itl_target := request.slo.itl_target) is not None and request.max_tokens > 1:
+                seconds = self._per_decode + self._per_position * request.num_tokens
+                due.append((first_token + itl_target, seconds, 1.0 / itl_target))
         due.sort()
         self._deadlines = [deadline for deadline, _, _ in due]
         self._seconds = [0.0, *accumulate(seconds for _, seconds, _ in due)]
         self._rates = [0.0, *accumulate(seconds * rate for _, seconds, rate in due)]
+        self._token_rates = [0.0, *accumulate(rate for *_, rate in due)]
+        self._tokens_begun = [0.0, *accumulate(rate * deadline - 1.0 for deadline, _, rate in due)]
         self._begun = [0.0, *accumulate(seconds * rate * deadline for deadline, seconds, rate in due)]
         first = {rate: deadline for deadline, _, rate in reversed(due)}  # of the decodes with that target
         self._first = [(deadline, rate) for rate, deadline in first.items()]
+        highest = max(first, default=0.0)  # so many steps/s; their floor is filled by the tokens of decodes first
+        floors = max(highest * self.floor - spread * self._token_rates[-1], highest * self.overhead)
+        self.is_sustainable = self._rates[-1] + floors <= self.safety_factor
+        """Whether all decodes together can keep their targets, if there are no prompts."""
 
     def efficient_step(self, efficiency: float) -> float:
         """Return the seconds of the shortest step whose tokens/s are that fraction of the most that steps can have."""
@@ -100,9 +120,16 @@ class Feasibility:
         return max(self.overhead / (1.0 - efficiency), min(self.at_knee, self.floor / (1.0 - share)))
 
     @property
+    def step_of_decodes(self) -> float:
+        """Return the seconds of a step with a token of every decode."""
+        return self.overhead + self.with_floor(self.decode_seconds)
+
+    @property
     def slack(self) -> float:
-        """Return the seconds until the first deadline of a decode, less the safety factor; infinity without any."""
-        return self.time_until(self._deadlines[0]) if self._deadlines else math.inf
+        """Return the seconds until the first deadline of a decode, less the safety factor and the token that the oldest
+        request gets in any step; infinity without any.
+        """
+        return self.time_until(self._deadlines[0]) - self._per_decode if self._deadlines else math.inf
 
     def time_until(self, deadline: float) -> float:
         """Return the seconds until a deadline, less the safety factor."""
@@ -113,7 +140,7 @@ class Feasibility:
         start, end = max(request.num_scheduled, request.num_expected_cached), request.num_tokens
         count = end + request.num_output_placeholders - start
         return (
-            self._per_token * count
+            self._per_prompt_token * count
             + self._per_chunk
             + self._per_pair * count * (start + (count + 1) / 2)
             + self._per_kv_token * (start + count)
@@ -132,6 +159,31 @@ class Feasibility:
             if (its_steps := (deadline - first) * rate + 1.0) > steps:
                 steps = its_steps
         return self.safety_factor * (deadline - self.now) - decodes - steps * self.overhead
+
+    def spare(self, deadline: float, work: float, num_steps: int) -> float:
+        """Return the seconds that are left before a deadline by prompts of so many seconds, in so many steps besides
+        those which the deadlines of decodes end.
+        """
+        index = bisect_left(self._deadlines, deadline)
+        tokens = deadline * self._token_rates[index] - self._tokens_begun[index]
+        for_decodes = (int((deadline - first) * rate) + 1 for first, rate in self._first if first <= deadline)
+        num_steps += max(for_decodes, default=0)
+        decodes = self._seconds[index] + deadline * self._rates[index] - self._begun[index]
+        unfilled = num_steps * (self.floor - self.overhead) - self._spread * (tokens + work / self._per_token)
+        return self.time_until(deadline) - work - decodes - num_steps * self.overhead - max(unfilled, 0.0)
+
+    def time_for(self, work: float) -> float:
+        """Return the time by which prompts of so many seconds are done; infinity if decodes leave too little for it."""
+        work = self.with_floor(work)
+        short, long = 0.0, self.overhead + work
+        while self.room(self.now + long) < work:
+            if long > MAX_TARGET:
+                return math.inf
+            short, long = long, 2.0 * long
+        for _ in range(20):
+            middle = (short + long) / 2.0
+            short, long = (short, middle) if self.room(self.now + middle) >= work else (middle, long)
+        return self.now + long
 
     def with_floor(self, seconds: float) -> float:
         """Return the seconds of work, and what its last step takes longer if it has fewer tokens than the knee."""
@@ -157,13 +209,14 @@ class Feasibility:
                 work, room = self.seconds(request), share * self.room(request.slo.deadline) - above
                 if self.with_floor(work) > room:
                     continue
-                looked_at.append(Prefill(request, work, room))
+                kept = ON_TIME_ONLY_SHARE * room if request.on_time_only else room
+                looked_at.append(Prefill(request, work, kept))
                 chosen.add(request, work)
                 if request.on_time_only:
                     while chosen.num_yielding and self.with_floor(chosen.work) > ON_TIME_ONLY_SHARE * room:
                         chosen.drop()
                 while self.with_floor(chosen.work) > room:
                     chosen.drop()
-            kept = chosen.requests
-            found += (prefill for prefill in looked_at if prefill.request in kept)
+            in_time = chosen.requests
+            found += (prefill for prefill in looked_at if prefill.request in in_time)
         return found

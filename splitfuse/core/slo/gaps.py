@@ -23,6 +23,9 @@ from splitfuse.core.slo.targets import SloTargets, SloViolation
 SPAN = 16
 """Span of the moving average of gaps, in tokens, as in the paper."""
 
+ROUNDING = 1.0 + 1e-9
+"""Factor by which a sum of gaps may exceed a target: a step may be planned to end exactly at a deadline."""
+
 
 class MovingAverage:
     """Computes the exponential average of values that are added one by one, as pandas' `ewm(span=span).mean()`. The
@@ -90,7 +93,7 @@ class MovingAverageTarget(GapTarget):
     def add(self, gap: float) -> None:
         self._longest = max(self._longest, gap)
         average = self._average.add(gap)
-        if average > self.target:
+        if average > self.target * ROUNDING:
             self.is_missed = True
             self._largest_average = max(self._largest_average, average)
             self._longest_when_missed = self._longest
@@ -150,7 +153,7 @@ class MeanTarget(GapTarget):
     def add(self, gap: float) -> None:
         self._num_gaps += 1
         self._total += gap
-        self.is_missed = self._total > self.target * self._num_gaps
+        self.is_missed = self._total > self.target * self._num_gaps * ROUNDING
 
     def longest_next(self) -> float:
         return self.target * (self._num_gaps + 1) - self._total
