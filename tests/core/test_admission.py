@@ -47,7 +47,7 @@ def request(
 def test_an_idle_engine_rejects_only_what_it_can_never_meet() -> None:
     run = make_run()
     run.add(request("a", 500, SloTargets(1.0, 0.5)))  # 500 tokens take 0.55 s
-    with pytest.raises(SloUnattainableError, match=r"its first token may take 1\.14 s even on an idle engine") as never:
+    with pytest.raises(SloUnattainableError, match=r"its first token may take 1\.13 s even on an idle engine") as never:
         run.scheduler.add(request("b", 1000, SloTargets(1.0, 0.5)))
     with pytest.raises(SloUnattainableError, match=r"its tokens may take 0\.0103 s each even on an") as neither:
         run.scheduler.add(request("c", 10, SloTargets(None, 0.01)))

@@ -84,7 +84,7 @@ def test_without_slos_the_order_is_first_come_first_served(seed: int) -> None:
 
 def test_a_decode_lends_its_time_to_a_prompt_that_needs_it() -> None:
     stream = decode("s", 0.25, token_at=1.0)
-    tight, loose = (request("p", 80, SloTargets(ttft), arrival_time=1.0) for ttft in (0.1017, 0.5))
+    tight, loose = (request("p", 80, SloTargets(ttft), arrival_time=1.0) for ttft in (0.0935, 0.5))
     assert names(make_policy().order([stream], [tight], now=1.0)) == ([], ["p", "s"])
     assert names(make_policy().order([stream], [loose], now=1.0)) == (["s"], ["p"])  # there is time for both
     due = make_policy().order([stream], [tight], now=1.16)  # its deadline is before the end of the next step
@@ -164,7 +164,7 @@ def test_feasible_prompts_come_first_and_late_ones_last() -> None:
     waiting = [
         request("hopeless", 20, SloTargets(0.5), arrival_time=3.0),
         request("any", 20, arrival_time=4.0),
-        request("hopeful", 200, SloTargets(1.2376), arrival_time=5.0),  # it needs 0.23 s
+        request("hopeful", 200, SloTargets(1.2273), arrival_time=5.0),  # it needs 0.23 s
     ]
     for each in waiting:
         each.turn = math.inf

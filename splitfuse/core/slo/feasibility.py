@@ -80,7 +80,7 @@ class Feasibility:
         """Seconds of a full step that no token accounts for."""
         self._slope = beyond * cost.per_token
         self._per_token = max(self._slope + spread, MIN_SECONDS)
-        self._per_prompt_token = self._per_token + self.overhead / token_budget
+        self._token_budget = token_budget
         self._per_chunk = beyond * (cost.per_row + cost.per_request)
         self._per_pair, self._per_kv_token = beyond * cost.per_pair, beyond * cost.per_kv_token
         self._per_decode, self._per_position = self._per_token + self._per_chunk, self._per_pair + self._per_kv_token
@@ -140,7 +140,8 @@ class Feasibility:
         start, end = max(request.num_scheduled, request.num_expected_cached), request.num_tokens
         count = end + request.num_output_placeholders - start
         return (
-            self._per_prompt_token * count
+            self._per_token * count
+            + self.overhead * ((count - 1) // self._token_budget)
             + self._per_chunk
             + self._per_pair * count * (start + (count + 1) / 2)
             + self._per_kv_token * (start + count)
