@@ -451,17 +451,12 @@ def test_bf16_dot_products_come_first_where_fast(
 ) -> None:
     monkeypatch.setattr(bindings, "_load", lambda: cpu_of(*able, prefers=prefers))
     assert supported_variants() == expected
-    assert choose_variant() == next(variant for variant in expected if variant != "avx512_amx")
+    assert choose_variant() == expected[0]
 
 
-@pytest.mark.parametrize(
-    ("by_default", "emulates", "chosen"), [(1, 0, "avx512_amx"), (1, 1, "avx512"), (0, 0, "avx512")]
-)
-def test_amx_by_default_once_measured_but_never_emulated(
-    monkeypatch: pytest.MonkeyPatch, by_default: int, emulates: int, chosen: str
-) -> None:
+@pytest.mark.parametrize(("emulates", "chosen"), [(0, "avx512_amx"), (1, "avx512")])
+def test_amx_is_the_default_unless_emulated(monkeypatch: pytest.MonkeyPatch, emulates: int, chosen: str) -> None:
     monkeypatch.setattr(bindings, "_load", lambda: cpu_of(*VARIANTS, prefers=0, amx_state=0, emulates=emulates))
-    monkeypatch.setattr(bindings, "NOT_BY_DEFAULT", () if by_default else ("avx512_amx",))
     assert choose_variant() == chosen
     assert choose_variant("avx512_amx") == "avx512_amx"
 
@@ -470,7 +465,6 @@ def test_amx_announced_in_vain_is_logged_and_refused_by_name(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(bindings, "_load", lambda: cpu_of(*VARIANTS[1:], prefers=0, amx_state=4))
-    monkeypatch.setattr(bindings, "NOT_BY_DEFAULT", ())
     why = "its instructions fail, as in a virtual machine that does not pass them on"
     assert choose_variant() == "avx512"
     assert caplog.messages == [f"this CPU announces AMX, but {why}: the avx512 kernels run instead"]

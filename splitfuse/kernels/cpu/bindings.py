@@ -47,8 +47,6 @@ SOURCES = Path(__file__).with_name("csrc")
 AMX = "avx512_amx"
 VARIANTS = (AMX, "avx512_bf16", "avx512", "avx2")
 """Instruction sets that the kernels are compiled for, best first. AVX-512 includes VNNI here, AVX2 includes FMA."""
-NOT_BY_DEFAULT = (AMX,)
-"""Variants that `kernels=auto` does not choose: nothing has measured them yet on a CPU that runs their instructions."""
 AMX_OBSTACLES = {
     2: "the system does not save its tile registers",
     3: "the system does not permit its use",
@@ -745,8 +743,8 @@ def choose_variant(wanted: str | None = None) -> str:
     if wanted is not None and wanted not in supported:
         why = f" ({obstacle})" if wanted == AMX and obstacle else ""
         raise ConfigError(f"this CPU cannot run the {wanted} kernels{why}; it can run {' and '.join(supported)}")
-    by_default = [variant for variant in supported if variant not in NOT_BY_DEFAULT and not is_emulated(variant)]
-    if wanted is None and obstacle and AMX not in NOT_BY_DEFAULT:
+    by_default = [variant for variant in supported if not is_emulated(variant)]
+    if wanted is None and obstacle:
         _logger.warning("this CPU announces AMX, but %s: the %s kernels run instead", obstacle, by_default[0])
     return wanted or by_default[0]
 
