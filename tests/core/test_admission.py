@@ -152,6 +152,16 @@ def test_a_short_prompt_takes_less_than_a_full_step() -> None:
     assert short.slo.met
 
 
+def test_a_higher_priority_without_a_deadline_is_no_obstacle() -> None:
+    run = make_run()
+    run.add(request("first", 20, SloTargets(None, 0.5)))
+    run.step()
+    run.add(request("urgent", 200, SloTargets(None, 0.5), priority=Priority.HIGH))
+    run.add(request("timed", 100, SloTargets(5.0)))
+    run.drain()
+    assert run.outcomes.keys() == {"first", "urgent", "timed"}
+
+
 def test_the_wait_is_finite_behind_a_higher_priority() -> None:
     run = make_run(max_num_seqs=2)
     for number in range(6):

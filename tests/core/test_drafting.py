@@ -114,8 +114,8 @@ def test_the_cost_of_a_token_is_found_in_noise(base: float, share: float, steps:
     cost, per_token = TokenCost(), base * share
     for tokens, noise in steps:
         cost.observe(tokens, (base + per_token * tokens) * noise)
-    spread = max(tokens for tokens, _ in steps[-20:]) - min(tokens for tokens, _ in steps[-20:])
-    if spread > 30:
+    newest = sorted(tokens for tokens, _ in steps[-40:])
+    if newest[-10] - newest[9] > 30:  # a few of another size may be taken for steps that were held up
         assert abs(cost.per_token - per_token) < 0.01 * base + 0.1 * per_token
     assert cost.per_token >= 0 and cost.seconds(1) > 0
 

@@ -6,6 +6,7 @@ from random import Random
 
 import pytest
 import tiny_models
+from scheduler_checks import check_scheduler
 from torch import Tensor
 
 from splitfuse.config import EngineConfig
@@ -82,7 +83,7 @@ def answers_of(engine: Engine) -> dict[str, Answer]:
             if output.request_id == STOPPED and answer.reason is None and len(answer.tokens) == 2:
                 assert engine.finish(Finish(STOPPED, FinishReason.STOP, 1)) is not None
                 answer.reason = FinishReason.STOP
-        engine.scheduler.check()
+        check_scheduler(engine.scheduler)
     assert engine.allocator.num_held == 0
     return answers
 
@@ -149,7 +150,7 @@ def test_a_step_that_is_broken_off_ends_all_in_flight(
     with pytest.raises(error, match="broken off"):
         engine.step()
     assert not engine.has_unfinished and engine.allocator.num_held == 0
-    engine.scheduler.check()
+    check_scheduler(engine.scheduler)
     engine.add_request("c", [20] * 6, SamplingParams(max_tokens=2, ignore_eos=True))
     outputs: list[RequestOutput] = []
     while engine.has_unfinished:

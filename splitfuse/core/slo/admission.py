@@ -89,7 +89,8 @@ def _have_time(ahead: Sequence[Request], outlook: Feasibility, *, share: float) 
     work = 0.0
     for number, request in enumerate(ahead, start=1):
         work += outlook.seconds(request) / share
-        if request.on_time_only and outlook.spare(request.slo.deadline, work, num_steps=number) < 0.0:
+        deadline = request.slo.deadline
+        if request.on_time_only and deadline < math.inf and outlook.spare(deadline, work, num_steps=number) < 0.0:
             return False
     return True
 

@@ -736,6 +736,8 @@ def choose_variant(wanted: str | None = None) -> str:
 
     Raises KernelError if this CPU can run none, ConfigError if it cannot run the wanted one.
     """
+    if wanted is not None and wanted != AMX and getattr(_load(), f"sf_supports_{wanted}")():
+        return wanted  # without trying AMX
     supported = supported_variants()
     if not supported:
         raise KernelError("this CPU has neither AVX-512 (with VNNI) nor AVX2 (with FMA)")
@@ -745,8 +747,13 @@ def choose_variant(wanted: str | None = None) -> str:
         raise ConfigError(f"this CPU cannot run the {wanted} kernels{why}; it can run {' and '.join(supported)}")
     by_default = [variant for variant in supported if not is_emulated(variant)]
     if wanted is None and obstacle:
-        _logger.warning("this CPU announces AMX, but %s: the %s kernels run instead", obstacle, by_default[0])
+        _warn_once(f"this CPU announces AMX, but {obstacle}: the {by_default[0]} kernels run instead")
     return wanted or by_default[0]
+
+
+@cache
+def _warn_once(message: str) -> None:
+    _logger.warning(message)
 
 
 def is_emulated(variant: str) -> bool:
