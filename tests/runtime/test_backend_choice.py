@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -148,7 +149,8 @@ def test_named_kernels_contradict_other_settings(
 
 
 def test_variant_that_this_cpu_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bindings, "supported_variants", lambda: ("avx2",))
+    cpu = {f"sf_supports_{name}": lambda name=name: int(name == "avx2") for name in bindings.VARIANTS}
+    monkeypatch.setattr(bindings, "_load", lambda: SimpleNamespace(**cpu, sf_amx_state=lambda: 1))
     with pytest.raises(ConfigError, match="this CPU cannot run the avx512 kernels; it can run avx2"):
         choose(kernels="avx512")
 
