@@ -60,7 +60,7 @@ def tune(
     from tqdm import tqdm
 
     from splitfuse.engine.calibrate import load_or_time
-    from splitfuse.simulator.simulate import SimulationConfig
+    from splitfuse.simulator.simulate import SimulationConfig, refuse_drafts
     from splitfuse.simulator.tune import BUDGETS, MAX_NUM_SEQS, NO_TARGETS, curve
     from splitfuse.simulator.tune import tune as find
 
@@ -76,6 +76,7 @@ def tune(
     config = EngineConfig.from_settings(settings)
     if not config.scheduler.has_targets:
         raise ConfigError(NO_TARGETS)
+    refuse_drafts(config.scheduler)  # before steps are timed
     shown = not quiet and sys.stderr.isatty()
     if cost_model is None and machine is None:
         print("splitfuse: timing steps for about 20 s, unless a cost model is stored", file=sys.stderr)

@@ -69,6 +69,7 @@ class SimulationConfig:
 
     def __post_init__(self) -> None:
         make_baseline(self.policy, self.scheduler)
+        refuse_drafts(self.scheduler)
         if self.calibration.num_blocks > MAX_BLOCKS:
             raise ConfigError(
                 f"num_blocks must be at most {MAX_BLOCKS} in a simulation, not {self.calibration.num_blocks}"
@@ -107,6 +108,15 @@ class SimulationConfig:
         own |= {"num_blocks": self.calibration.num_blocks, "block_size": self.calibration.block_size}
         own |= {"max_num_batched_tokens": self.budget.tokens}
         return {name: value for name, value in own.items() if name not in ("calibration", "scheduler")}
+
+
+def refuse_drafts(config: SchedulerConfig) -> None:
+    """Raise ConfigError if requests would draft tokens: what is simulated has no text that could repeat."""
+    if config.num_speculative_tokens:
+        raise ConfigError(
+            f"num_speculative_tokens must be 0 in a simulation, whose answers have no text to draft from, not "
+            f"{config.num_speculative_tokens}"
+        )
 
 
 def simulate(

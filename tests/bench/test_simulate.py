@@ -200,6 +200,11 @@ def test_invalid_deployment_is_rejected(changes: dict[str, Any], said: str) -> N
         simulation(**changes)
 
 
+def test_drafts_are_refused() -> None:
+    with pytest.raises(ConfigError, match=r"num_speculative_tokens must be 0 in a simulation, .* not 7"):
+        SimulationConfig(calibration=CALIBRATION, scheduler=SchedulerConfig(num_speculative_tokens=7))
+
+
 def test_text_is_rejected() -> None:
     async def main() -> None:
         await closed_loop(
