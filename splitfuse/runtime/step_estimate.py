@@ -65,16 +65,18 @@ def estimate_cost(model: LoadedModel) -> CostModel:
     cost = from_times(times)
     context = min(CONTEXT, spec.max_position)
     start = max(context - MANY, 0)
-    pairs, reads = MANY * start, DECODES * context
-    per_pair = max(seconds((start, MANY)) - seconds((0, MANY)), 0.0) / max(pairs, 1)
-    decodes = seconds(*[(context - 1, 1)] * DECODES) - seconds(*[(0, 1)] * DECODES)
+    per_pair = per_kv_token = 0.0
+    if start >= MANY:  # else the differences are noise
+        per_pair = max(seconds((start, MANY)) - seconds((0, MANY)), 0.0) / (MANY * start)
+        decodes = seconds(*[(context - 1, 1)] * DECODES) - seconds(*[(0, 1)] * DECODES)
+        per_kv_token = max(decodes / (DECODES * context) - per_pair, 0.0)
     share = _head_bytes(model) / layer_bytes
     return replace(
         cost,
         floor=(1.0 + share) * cost.floor + HOST_SECONDS,
         per_row=share * (cost.per_token + cost.per_token_beyond),
         per_pair=per_pair,
-        per_kv_token=max(decodes / reads - per_pair, 0.0),
+        per_kv_token=per_kv_token,
         noise=NOISE,
     )
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,14 +12,14 @@ import pytest
 import tiny_models
 
 from splitfuse.config import EngineConfig
-from splitfuse.core.slo.cost_model import CostModel
+from splitfuse.core.slo.cost_model import CostModel, StepFeatures
 from splitfuse.engine.calibrate import load_or_estimate
 from splitfuse.engine.engine import Engine
 from splitfuse.models.sources.hub import BUNDLED_MODEL
 from splitfuse.runtime import step_estimate
 from splitfuse.runtime.calibration import Calibration, cache_path, identify, save
-from splitfuse.runtime.loading import load_model
-from splitfuse.runtime.step_estimate import LARGE_SIZES, NOISE, SIZES, estimate_cost, from_times, has_long_steps
+from splitfuse.runtime.loading import LoadedModel, load_model
+from splitfuse.runtime.step_estimate import LARGE_SIZES, MANY, NOISE, SIZES, estimate_cost, from_times, has_long_steps
 
 
 @pytest.mark.parametrize(
@@ -50,16 +53,42 @@ def test_some_layers_of_each_kind_can_be_timed(model: str, tmp_path: Path, monke
     monkeypatch.setattr(step_estimate, "WEIGHT_BYTES", 1)
     tiny_models.make(model).save_pretrained(tmp_path)
     loaded = load_model(EngineConfig.from_settings({"model": str(tmp_path), "num_blocks": 64, "dtype": "bfloat16"}))
-    found = estimate_cost(loaded)
-    assert found.floor > 0.0 and found.per_token + found.per_token_beyond > 0.0
+    timed, layers = [], loaded.spec.layers
+
+    def seconds(model: LoadedModel, num_layers: int, chunks: Sequence[tuple[int, int]]) -> float:
+        timed.append(set(layers[:num_layers]))
+        return one_layer(model, num_layers, chunks)
+
+    one_layer = step_estimate._seconds
+    monkeypatch.setattr(step_estimate, "_seconds", seconds)
+    estimate_cost(loaded)
+    assert len(timed) >= len(SIZES) and all(kinds == set(layers) for kinds in timed)
 
 
-def test_contexts_of_all_requests_are_estimated() -> None:
-    """Of the bundled model, a chunk at the end of a context takes longer than one at its beginning."""
+def test_contexts_of_all_requests_are_estimated(monkeypatch: pytest.MonkeyPatch) -> None:
+    cost = CostModel(floor=0.01, per_token=0.0001, per_pair=1e-6, per_kv_token=1e-5)
+
+    def seconds(model: LoadedModel, _: int, chunks: Sequence[tuple[int, int]]) -> float:
+        step = StepFeatures()
+        for start, count in chunks:
+            step = step.plus(start=start, count=count, rows=0)
+        return cost.seconds(step) / len(model.spec.layers)
+
+    monkeypatch.setattr(step_estimate, "_seconds", seconds)
     model = load_model(EngineConfig.from_settings({"num_blocks": 64, "max_num_seqs": 2}))
     found = estimate_cost(model)
-    assert found.per_pair + found.per_kv_token > 0.0 and found.noise == NOISE
+    assert found.per_pair == pytest.approx(cost.per_pair, rel=0.2) and found.noise == NOISE
+    assert found.per_kv_token == pytest.approx(cost.per_kv_token, rel=0.2)
     assert not has_long_steps(model), "so its token budget stays as it is"
+
+
+def test_short_contexts_add_no_noise(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A context of some tokens takes no time that can be told from noise: here each step takes longer than the last."""
+    steps = itertools.count(1)
+    monkeypatch.setattr(step_estimate, "_seconds", lambda *_: 0.01 * next(steps))
+    model = load_model(EngineConfig.from_settings({"num_blocks": 64}))
+    found = estimate_cost(replace(model, spec=replace(model.spec, max_position=MANY)))
+    assert found.per_pair == found.per_kv_token == 0.0
 
 
 def test_a_machine_that_waits_for_memory_is_timed_with_longer_steps(monkeypatch: pytest.MonkeyPatch) -> None:
