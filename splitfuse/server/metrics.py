@@ -86,11 +86,11 @@ FAMILIES = (
         "Time of a lone prompt of 512 tokens / its TTFT target, by the cost model, as all gauges of slo_.",
     ),
     Family(
-        *("splitfuse:slo_lone_stream_ratio", "gauge", "gap_share"),
-        "Time between tokens of a lone stream / its ITL or TPOT target.",
+        *("splitfuse:slo_lone_decode_ratio", "gauge", "gap_share"),
+        "Time between tokens of a lone decode / its ITL or TPOT target.",
     ),
     Family("splitfuse:slo_longest_prompt_tokens", "gauge", "longest_prompt", "Longest prompt in time if it is alone."),
-    Family("splitfuse:slo_max_streams", "gauge", "max_streams", "Streams that keep their ITL and TPOT at once."),
+    Family("splitfuse:slo_max_decodes", "gauge", "max_decodes", "Decodes that keep their ITL and TPOT at once."),
     Family(
         *("splitfuse:slo_max_requests_per_second", "gauge", "requests_per_second"),
         "Upper bound of the requests/s of 512 + 64 tokens in time.",
@@ -333,7 +333,7 @@ def _slo_gauges(engines: Sequence[Attainable]) -> dict[str, float]:
         "ttft_share": alone.ttft_share,
         "gap_share": alone.gap_share,
         "longest_prompt": alone.longest_prompt,
-        "max_streams": sum(engine.max_streams for engine in engines),
+        "max_decodes": sum(engine.max_decodes for engine in engines),
         "requests_per_second": sum(engine.requests_per_second for engine in engines),
         "estimated": any(engine.estimated for engine in engines),
     }

@@ -38,15 +38,15 @@ def test_a_prompt_that_takes_most_of_its_target_is_said() -> None:
     machine = found(SLOW_BF16, SloTargets(ttft_per_token=1 / 512, itl=0.25), estimated=True)
     assert machine.is_concern and machine.ttft_share == pytest.approx(0.867, abs=0.001)
     assert str(machine).startswith(
-        "what this machine keeps of the SLO (estimated), nearly out of reach: all 64 streams that have room keep their "
+        "what this machine keeps of the SLO (estimated), nearly out of reach: all 64 decodes that have room keep their "
         "ITL at once; a prompt of 512 tokens takes 0.87 of its TTFT target alone; at most 1"
     )
     machine = found(SLOW_BF16.slower(2.0), SloTargets(ttft_per_token=1 / 512, itl=0.06))
     assert str(machine) == (
-        "what this machine keeps of the SLO, out of reach: each token of a lone stream takes 1.1 of its ITL target; a "
+        "what this machine keeps of the SLO, out of reach: each token of a lone decode takes 1.1 of its ITL target; a "
         "prompt of 512 tokens takes 1.7 of its TTFT target alone"
     )
-    assert machine.requests_per_second == machine.max_streams == machine.longest_prompt == 0
+    assert machine.requests_per_second == machine.max_decodes == machine.longest_prompt == 0
     assert not found(MACHINES["a100-70b"].cost, SloTargets(ttft=1.0)).is_concern
 
 
@@ -59,7 +59,7 @@ SIZES = ("max_num_seqs", "max_model_len", "kv_tokens", "max_num_batched_tokens")
 
 @pytest.mark.parametrize("targets", SLOS, ids=str)
 @pytest.mark.parametrize("name", MACHINES)
-def test_one_token_or_stream_more_is_too_much(name: str, targets: SloTargets) -> None:
+def test_one_token_or_decode_more_is_too_much(name: str, targets: SloTargets) -> None:
     cost = MACHINES[name].cost
     machine = found(cost, targets, max_num_seqs=4096)
     gap = min(each for each in (targets.itl, targets.tpot) if each is not None)
@@ -67,16 +67,16 @@ def test_one_token_or_stream_more_is_too_much(name: str, targets: SloTargets) ->
     def is_in_time(prompt: int) -> bool:
         return prompt_seconds(cost, prompt, max_num_batched_tokens=2048) <= targets.ttft_target(prompt)
 
-    def keeps(streams: int) -> bool:
-        return cost.seconds(StepFeatures(streams, streams, streams * 576, streams * 576, streams)) <= gap
+    def keeps(decodes: int) -> bool:
+        return cost.seconds(StepFeatures(decodes, decodes, decodes * 576, decodes * 576, decodes)) <= gap
 
     assert machine.ttft_share is not None and (machine.ttft_share <= 1.0) == is_in_time(512)
     if machine.longest_prompt:
         assert is_in_time(machine.longest_prompt)
     if machine.longest_prompt < machine.max_prompt:
         assert not is_in_time(max(machine.longest_prompt + 1, 2))
-    assert machine.max_streams == 0 or keeps(machine.max_streams)
-    assert machine.max_streams == 131_072 // 576 or not keeps(machine.max_streams + 1)
+    assert machine.max_decodes == 0 or keeps(machine.max_decodes)
+    assert machine.max_decodes == 131_072 // 576 or not keeps(machine.max_decodes + 1)
 
 
 @pytest.mark.parametrize("count", [1, 63, 64, 65, 128, 1000, 1024])
@@ -94,13 +94,14 @@ def test_smaller_sizes_keep_less() -> None:
     most = found(cost, targets)
     few = found(cost, targets, max_num_seqs=4)
     small = found(cost, targets, kv_tokens=3 * 576)
-    assert (few.max_streams, small.max_streams) == (4, 3) and most.max_streams == 64
+    assert (few.max_decodes, small.max_decodes) == (4, 3) and most.max_decodes == 64
     assert few.requests_per_second < most.requests_per_second
     short = found(cost, targets, max_model_len=40)
     assert (short.prompt_tokens, short.answer_tokens, short.max_prompt) == (20, 20, 39)
-    assert most.times(2).max_streams == 128 and most.times(2).ttft_share == most.ttft_share
+    assert found(cost, targets, max_model_len=1).answer_tokens == 0, "a context for no answer is not an error"
+    assert most.times(2).max_decodes == 128 and most.times(2).ttft_share == most.ttft_share
     noisy = CostModel(**{**vars(cost), "noise": 0.2})
-    assert found(noisy, SLOS[1], max_num_seqs=512).max_streams < found(cost, SLOS[1], max_num_seqs=512).max_streams
+    assert found(noisy, SLOS[1], max_num_seqs=512).max_decodes < found(cost, SLOS[1], max_num_seqs=512).max_decodes
 
 
 @pytest.mark.parametrize(

@@ -471,7 +471,7 @@ def test_families_have_unique_names_and_a_source() -> None:
     metrics.request_refused("overloaded")
     kept = Attainable(
         estimated=True, prompt_tokens=512, answer_tokens=64, gap_target="ITL", ttft_share=0.5, longest_prompt=9,
-        max_prompt=9, gap_share=0.2, max_streams=3, most_streams=4, requests_per_second=1.5,
+        max_prompt=9, gap_share=0.2, max_decodes=3, most_decodes=4, requests_per_second=1.5,
     )  # fmt: skip
     step_of(client, metrics, 0, EngineStats(1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1.0, 0.9, 2, 2, kept, 1, 1))
     values = Figures(metrics).values
@@ -482,21 +482,21 @@ def test_families_have_unique_names_and_a_source() -> None:
 
 
 def test_what_engines_keep_of_an_slo_together() -> None:
-    def kept(share: float, streams: int) -> EngineStats:
+    def kept(share: float, decodes: int) -> EngineStats:
         found = Attainable(
-            estimated=share > 0.5, prompt_tokens=512, answer_tokens=64, gap_share=share, max_streams=streams,
-            requests_per_second=streams / 4, longest_prompt=100,
+            estimated=share > 0.5, prompt_tokens=512, answer_tokens=64, gap_share=share, max_decodes=decodes,
+            requests_per_second=decodes / 4, longest_prompt=100,
         )  # fmt: skip
         return EngineStats(num_steps=1, attainable=found)
 
     client = Stated(3)
     client.counted[:2] = [kept(0.5, 8), kept(0.75, 4)]  # the third has not said it yet
     text = Metrics(client, model_name="m").render().decode()
-    for name, value in (("lone_stream_ratio", 0.75), ("max_streams", 12.0), ("max_requests_per_second", 3.0)):
+    for name, value in (("lone_decode_ratio", 0.75), ("max_decodes", 12.0), ("max_requests_per_second", 3.0)):
         assert f'splitfuse:slo_{name}{{model_name="m"}} {value}\n' in text
     assert 'splitfuse:slo_estimated{model_name="m"} 1.0\n' in text
     assert "splitfuse:slo_lone_prompt_ratio{" not in text, "there is no TTFT target"
-    assert "splitfuse:slo_max_streams{" not in Metrics(Stated(1), model_name="m").render().decode()
+    assert "splitfuse:slo_max_decodes{" not in Metrics(Stated(1), model_name="m").render().decode()
 
 
 def test_the_metrics_page_lists_every_family() -> None:

@@ -75,7 +75,7 @@ def test_what_the_machine_keeps_is_said(
     said = warning.getMessage()
     assert warning.levelname == "WARNING" and said.startswith("what this machine keeps of the SLO (estimated), out of ")
     metrics = http.get("/metrics").text
-    for name in ("lone_prompt_ratio", "lone_stream_ratio", "longest_prompt_tokens", "max_streams", "estimated"):
+    for name in ("lone_prompt_ratio", "lone_decode_ratio", "longest_prompt_tokens", "max_decodes", "estimated"):
         assert re.search(rf"^splitfuse:slo_{name}{{.*}} [0-9.e+-]+$", metrics, re.MULTILINE), name
     assert slo_met(http, max_tokens=ESTIMATED_STEPS + REFRESH_STEPS) is False
     assert 'splitfuse:slo_estimated{model_name="storyteller"} 0.0\n' in http.get("/metrics").text

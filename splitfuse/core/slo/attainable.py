@@ -1,6 +1,6 @@
 """Says what a machine can keep of an SLO, from its cost model: alone, how many at once, and how many per second.
 
-Nothing is simulated (simulator/tune.py does that). Shares and numbers of streams are what the cost model says of single
+Nothing is simulated (simulator/tune.py does that). Shares and numbers of decodes are what the cost model says of single
 steps. The requests per second are an upper bound: every step is as long as the targets allow and made of prompts and
 decodes as requests need them, and no request waits for another.
 """
@@ -39,11 +39,11 @@ class Attainable:
     max_prompt: int = 0
     """Tokens of the longest prompt that a request can have."""
     gap_share: float | None = None
-    """Time between tokens of a lone stream, as a fraction of its ITL or TPOT target; None without one."""
-    max_streams: int = 0
-    """Streams that keep the ITL and TPOT targets while there are no prompts; `most_streams` at most."""
-    most_streams: int = 0
-    """Streams that there is room for: `max_num_seqs`, or what fits the KV cache."""
+    """Time between tokens of a lone decode, as a fraction of its ITL or TPOT target; None without one."""
+    max_decodes: int = 0
+    """Running decodes that keep the ITL and TPOT targets while there are no prompts; `most_decodes` at most."""
+    most_decodes: int = 0
+    """Running decodes that there is room for: `max_num_seqs`, or what fits the KV cache."""
     requests_per_second: float = 0.0
     """Upper bound of the usual requests per second in time; 0 if not even a lone one is."""
 
@@ -60,11 +60,11 @@ class Attainable:
     def __str__(self) -> str:
         found = []
         if self.gap_share is not None and self.gap_share > NEARLY:
-            found.append(f"each token of a lone stream takes {_short(self.gap_share)} of its {self.gap_target} target")
+            found.append(f"each token of a lone decode takes {_short(self.gap_share)} of its {self.gap_target} target")
         if self.gap_share is not None and self.gap_share <= 1.0:
-            room = self.max_streams == self.most_streams
-            streams = f"all {self.max_streams} streams that have room" if room else f"up to {self.max_streams} streams"
-            found.append(f"{streams} keep their {self.gap_target} at once")
+            room = self.max_decodes == self.most_decodes
+            decodes = f"all {self.max_decodes} decodes that have room" if room else f"up to {self.max_decodes} decodes"
+            found.append(f"{decodes} keep their {self.gap_target} at once")
         if self.ttft_share is not None:
             share = _short(self.ttft_share)
             found.append(f"a prompt of {self.prompt_tokens} tokens takes {share} of its TTFT target alone")
@@ -81,8 +81,8 @@ class Attainable:
         """Return what so many machines can keep together."""
         return replace(
             self,
-            max_streams=replicas * self.max_streams,
-            most_streams=replicas * self.most_streams,
+            max_decodes=replicas * self.max_decodes,
+            most_decodes=replicas * self.most_decodes,
             requests_per_second=replicas * self.requests_per_second,
         )
 
@@ -102,7 +102,7 @@ def attainable(
     >>> cost = CostModel(floor=0.02, per_token=0.0, knee=20, per_token_beyond=0.001)
     >>> sizes = dict(max_num_seqs=64, max_model_len=2048, kv_tokens=10**5, max_num_batched_tokens=2048)
     >>> print(attainable(cost, SloTargets(ttft=1.0, itl=0.05), **sizes))
-    what this machine keeps of the SLO: up to 50 streams keep their ITL at once; a prompt of 512 tokens takes 0.51 of \
+    what this machine keeps of the SLO: up to 50 decodes keep their ITL at once; a prompt of 512 tokens takes 0.51 of \
 its TTFT target alone; prompts of more than 1000 tokens are late even alone; at most 1.7 requests/s of 512 + 64 tokens \
 can be in time
     """
@@ -122,11 +122,11 @@ can be in time
 
         ttft_share = share(prompt)
         longest = _largest(lambda count: share(count) <= 1.0, prompt, max_model_len - 1)
-    most_streams = max(min(max_num_seqs, kv_tokens // context), 1)
-    gap_share, max_streams = None, most_streams
+    most_decodes = max(min(max_num_seqs, kv_tokens // context), 1)
+    gap_share, max_decodes = None, most_decodes
     if gap is not None:
         gap_share = _decodes(cost, 1, context) / gap
-        max_streams = _largest(lambda count: _decodes(cost, count, context) <= gap, 1, most_streams)
+        max_decodes = _largest(lambda count: _decodes(cost, count, context) <= gap, 1, most_decodes)
     found = Attainable(
         estimated=estimated,
         gap_target=" and ".join(name for name, each in (("ITL", targets.itl), ("TPOT", targets.tpot)) if each),
@@ -136,8 +136,8 @@ can be in time
         longest_prompt=max_model_len - 1 if longest is None else longest,
         max_prompt=max_model_len - 1,
         gap_share=gap_share,
-        max_streams=max_streams,
-        most_streams=most_streams,
+        max_decodes=max_decodes,
+        most_decodes=most_decodes,
     )
     if found.largest_share > 1.0:
         return found
@@ -148,7 +148,7 @@ can be in time
             targets,
             prompt=prompt,
             answer=answer,
-            max_streams=most_streams,
+            max_decodes=most_decodes,
             max_num_batched_tokens=max_num_batched_tokens,
         ),
     )
@@ -163,7 +163,7 @@ def prompt_seconds(cost: CostModel, count: int, *, max_num_batched_tokens: int) 
 
 
 def _gap_target(cost: CostModel, targets: SloTargets) -> float | None:
-    """Return the seconds that the steps of a steady stream may take, before noise."""
+    """Return the seconds that the steps of a steady decode may take, before noise."""
     gaps = []
     if targets.itl is not None:
         percentile = targets.itl_percentile
@@ -180,14 +180,14 @@ def _decodes(cost: CostModel, count: int, context: int) -> float:
 
 
 def _requests_per_second(
-    cost: CostModel, targets: SloTargets, *, prompt: int, answer: int, max_streams: int, max_num_batched_tokens: int
+    cost: CostModel, targets: SloTargets, *, prompt: int, answer: int, max_decodes: int, max_num_batched_tokens: int
 ) -> float:
     """Return the most requests/s of which every step has the same number, of their prompts and answers alike.
 
     A step is no longer than the TTFT target. Where gaps have a mean or a moving average, no longer than that; where a
     percentage of them may be longer, that percentage of the steps is.
     """
-    gaps = answer - 1
+    gaps = max(answer - 1, 0)
     reads = sum(range(prompt + 1, prompt + answer))
     whole = StepFeatures().plus(start=0, count=prompt, rows=1)
     whole = StepFeatures(prompt + gaps, 1 + gaps, whole.pairs + reads, prompt + reads, 1 + gaps)
@@ -195,7 +195,7 @@ def _requests_per_second(
     def seconds(requests: float) -> float:
         return cost.seconds(StepFeatures(*(requests * each for each in whole)))  # type: ignore[arg-type]
 
-    most = min(max_streams / max(gaps, 1), max_num_batched_tokens / whole.tokens)
+    most = min(max_decodes / max(gaps, 1), max_num_batched_tokens / whole.tokens)
     ttft = targets.ttft_target(prompt)
     longest = _requests_within(seconds, ttft, most)
     short = longest if targets.itl is None else _requests_within(seconds, min(targets.itl, ttft), most)
