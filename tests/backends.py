@@ -104,7 +104,7 @@ def variants(*values: Any, id: str | None = None) -> list[Any]:  # noqa: A002 - 
 
 
 def emulation_slow(cases: Sequence[Any], *kept: str) -> list[Any]:
-    """The cases, of which those with emulated tiles are for the slow suite unless their id has one of these in it."""
+    """Return the cases; those with emulated tiles are for the slow suite unless their id has one of these in it."""
     return [
         pytest.param(*case.values, id=case.id, marks=[*case.marks, pytest.mark.slow])
         if case.id.startswith("avx512_amx") and not any(part in case.id for part in kept)

@@ -20,7 +20,7 @@ class Guesses(Drafting):
 
     @property
     def accepted(self) -> int:
-        """How many drafts were right."""
+        """Return the number of drafts that were right."""
         return sum(request.drafts.num_accepted for request in self._requests)
 
     @staticmethod

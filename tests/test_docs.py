@@ -99,7 +99,7 @@ TABLES = {
 def _default(name: str, value: object) -> str:
     if value is True:
         return f"on; `--no-{name}`"
-    return "" if value in (None, (), False) else f"`{value}`"
+    return "" if value is False or value in (None, ()) else f"`{value}`"
 
 
 def text_of(page: Path) -> str:

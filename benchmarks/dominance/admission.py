@@ -39,7 +39,7 @@ POINTS = (
 
 @dataclass(frozen=True)
 class Run:
-    """One scenario, which is run once with `on_time_only` and once without."""
+    """Describes a scenario, which is run once with `on_time_only` and once without."""
 
     scenario: Scenario
     noise: float

@@ -1,4 +1,4 @@
-"""The time of one step, operator by operator, each against its own limit: where the rest of a step goes.
+"""Measures one step operator by operator, each against its own limit: it shows where the rest of a step goes.
 
 Each operator runs for all layers, one after the other, as often as a step has it, with a call into the library for
 each; its weights come from memory, since the limits are measured in between. A step is one call, so what the operators
@@ -25,7 +25,7 @@ from splitfuse.runtime.executor import Executor
 
 @dataclass(frozen=True)
 class Operator:
-    """A part of a step: what it does for all layers, and how much it reads and computes."""
+    """Describes a part of a step: what it does for all layers, and how much it reads and computes."""
 
     name: str
     run: Callable[[], object]

@@ -1,4 +1,4 @@
-"""The process of an engine, whose parts are timed: started by step_account.py in place of engine/remote/worker.py.
+"""Runs the process of an engine and times its parts: step_account.py starts it in place of engine/remote/worker.py.
 
 The account is written to the file that SPLITFUSE_ACCOUNT names, of the steps between the times at which FILE.begin and
 FILE.end appear.

@@ -31,7 +31,7 @@ def test_every_workload_ends_as_if_nothing_were_drafted(depth: int, part: int, s
 
 
 def decoding(num_requests: int, *, budget: int = 64, drafting: Drafting | None = None) -> Run:
-    """Requests that decode, whose next 20 tokens are known to be forced."""
+    """Return a run of requests that decode, whose next 20 tokens are known to be forced."""
     run = Run.make(num_blocks=200, block_size=4, budget=budget, drafting=drafting or Drafting(7))
     for number in range(num_requests):
         run.add(Request(f"r{number}", (1, 2, 3), SamplingParams(), max_tokens=50, seed=0))

@@ -22,7 +22,6 @@ class FewestLate:
     def __init__(self) -> None:
         self.work = 0.0
         """Sum of their work, in any unit: seconds, or tokens."""
-        self.num_requests = 0
         self.num_yielding = 0
         """Number of requests which are not `on_time_only`."""
         self._heaps: defaultdict[str, list[tuple[bool, float, int, Request]]] = defaultdict(list)
@@ -37,7 +36,6 @@ class FewestLate:
 
     def add(self, request: Request, work: float) -> None:
         owner, on_time_only = request.owner, request.on_time_only
-        self.num_requests += 1
         self.num_yielding += not on_time_only
         heapq.heappush(self._heaps[owner], (on_time_only, -work, -request.sequence_number, request))
         self._first_key[owner] = min(self._first_key[owner], request.fair_share_key)
@@ -52,7 +50,6 @@ class FewestLate:
             if self._versions[owner] == version:
                 break
         _, negative, _, request = heapq.heappop(self._heaps[owner])
-        self.num_requests -= 1
         self.num_yielding -= not request.on_time_only
         self._change(owner, negative, -request.num_unscheduled / request.scheduling.weight)
 

@@ -69,8 +69,8 @@ class Drafting:
                 step.draft(request, [token for token, _ in drafts[request][:count]])
 
     def _least(self, num_decodes: int) -> float:
-        """Return the chance that a draft is not worth computing with, beside so many decodes: a step has the tokens and
-        the seconds of these, and one more token is to be worth the seconds that it adds.
+        """Return the chance that a draft is not worth computing with so many decodes in the step: it has the tokens
+        and the seconds of these, and one more token is to be worth the seconds that it adds.
         """
         if not num_decodes:
             return 1.0

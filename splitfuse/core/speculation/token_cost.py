@@ -9,7 +9,7 @@ WEIGHT = 8.0
 GAIN = 1 / 64
 """Weight of the newest step."""
 LONGEST = 2.0
-"""Longest that a step is taken to be, relative to what was expected: one held up by the system says little."""
+"""Largest ratio of the time of a step to what was expected that is taken in: one held up by the system says little."""
 
 
 class TokenCost:
