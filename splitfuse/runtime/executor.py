@@ -93,14 +93,20 @@ class Executor:
         self._running: StepProgress | None = None  # of the step that the thread executes
 
     def submit(self, plan: StepPlan) -> StepHandle:
-        """Execute a plan once those submitted before it are done."""
+        """Execute a plan once those submitted before it are done. Raises RuntimeError if no thread can be started."""
         self._num_submitted += 1
-        handle = self._newest = StepHandle(self._num_submitted, plan, before=self._newest)
-        if self.keeps_plans:
-            handle.progress = StepProgress()
-            self._thread.submit(self._run, handle)
-        else:
-            self._run(handle)
+        handle = StepHandle(self._num_submitted, plan, before=self._newest)
+        try:
+            self._newest = handle
+            if self.keeps_plans:
+                handle.progress = StepProgress()
+                self._thread.submit(self._run, handle)
+            else:
+                self._run(handle)
+        except BaseException:  # Ctrl-C too: it may be queued all the same, or run, and is waited for if it does
+            if handle.done.cancel():
+                self._newest = handle.before
+            raise
         return handle
 
     def wait_for_layers(self, handle: StepHandle) -> None:
@@ -135,7 +141,9 @@ class Executor:
             self._newest = None
 
     def _run(self, handle: StepHandle) -> None:
-        """Execute a step, unless the one that it was submitted behind has failed."""
+        """Execute a step, unless `submit` failed or the one that it was submitted behind has."""
+        if not handle.done.set_running_or_notify_cancel():
+            return
         before, handle.before = handle.before, None
         progress = self._running = handle.progress
         try:

@@ -1,8 +1,11 @@
 """Steps that are planned while the one before runs: the same outputs, requests that come in time, clean failures."""
 
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from random import Random
+from threading import Thread
+from typing import Any
 
 import pytest
 import tiny_models
@@ -151,8 +154,61 @@ def test_a_step_that_is_broken_off_ends_all_in_flight(
         engine.step()
     assert not engine.has_unfinished and engine.allocator.num_held == 0
     check_scheduler(engine.scheduler)
-    engine.add_request("c", [20] * 6, SamplingParams(max_tokens=2, ignore_eos=True))
+    assert len(tokens_of(engine, "c")) == 2
+
+
+def tokens_of(engine: Engine, name: str) -> list[int]:
+    engine.add_request(name, [20] * 6, SamplingParams(max_tokens=2, ignore_eos=True))
     outputs: list[RequestOutput] = []
     while engine.has_unfinished:
         outputs += engine.step()
-    assert sum(len(output.token_ids) for output in outputs) == 2
+    return [token for output in outputs for token in output.token_ids]
+
+
+def test_a_thread_that_cannot_be_started_hangs_no_step(
+    make: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wanted = tokens_of(make(), "a")
+    engine = make()
+    computed: list[str] = []
+    hidden = Executor.hidden
+
+    def counting(self: Executor, chunks: Sequence[Chunk]) -> Tensor:
+        computed.extend(chunk.request_id for chunk in chunks)
+        return hidden(self, chunks)
+
+    def failing(_: Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(Executor, "hidden", counting)
+    with monkeypatch.context() as patch:
+        patch.setattr(Thread, "start", failing)
+        with pytest.raises(RuntimeError, match="start new thread"):
+            tokens_of(engine, "a")
+    assert not engine.has_unfinished and engine.allocator.num_held == 0
+    assert tokens_of(engine, "b") == wanted
+    assert computed == ["b", "b"], "what could not be submitted is not run by a later thread"
+
+
+@pytest.mark.parametrize("step", [1, 2])
+def test_ctrl_c_in_submit_hangs_no_step(
+    make: Callable[..., Engine], step: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wanted = tokens_of(make(), "a")
+    engine = make()
+    submit, calls = ThreadPoolExecutor.submit, 0
+
+    def interrupted(self: ThreadPoolExecutor, *arguments: Any) -> Future[Any]:
+        nonlocal calls
+        calls += 1
+        future = submit(self, *arguments)  # it is queued, and may run
+        if calls == step:
+            raise KeyboardInterrupt
+        return future
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ThreadPoolExecutor, "submit", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            tokens_of(engine, "a")
+    assert not engine.has_unfinished and engine.allocator.num_held == 0
+    assert tokens_of(engine, "b") == wanted
