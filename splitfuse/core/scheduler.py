@@ -207,6 +207,13 @@ class Scheduler:
             self._settle(request, now)
         return True
 
+    def retire_again(self, plan: StepPlan) -> None:
+        """Let the next plan retire the requests which `plan`, that was perhaps not executed, should have retired."""
+        for request_id in plan.retired_requests:
+            request = self._requests.get(request_id)  # a later one of that id
+            if request is None or not request.sent_to_executor:  # else it has taken the place of the earlier one
+                self._retired.append(request_id)
+
     def _has_slo(self) -> bool:
         """Return whether any unfinished request has an SLO."""
         return any(request.slo.exists for part in (self.queue.running, self.queue.waiting) for request in part)

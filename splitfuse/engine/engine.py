@@ -321,6 +321,7 @@ class Engine:
             failed = ChunkResult(error=f"the forward step failed: {error!r}")
             while self._in_flight:
                 plan, _ = self._in_flight.popleft()
+                self.scheduler.retire_again(plan)
                 self._update(plan, {chunk.request_id: failed for chunk in plan.chunks})
             raise
         plan, _ = self._in_flight.popleft()
@@ -417,6 +418,7 @@ class Engine:
             return self.executor.collect(handle)
         except Exception:
             self._in_flight = deque((each, None) for each, _ in self._in_flight)
+            self.scheduler.retire_again(plan)
             raise
 
     def _compute(self, plan: StepPlan) -> StepResult:
@@ -425,6 +427,8 @@ class Engine:
         chunks = tuple(chunk for chunk in plan.chunks if self.is_unfinished(chunk.request_id))
         if chunks:
             results |= self.executor.collect(self.executor.submit(replace(plan, chunks=chunks)))
+        else:
+            self.scheduler.retire_again(plan)
         return results
 
     def _collect_isolated(self) -> StepResult:
@@ -461,7 +465,8 @@ class Engine:
         for chunks in filter(None, (again[:middle], again[middle:])):
             ids = {chunk.request_id for chunk in chunks}
             new = tuple(request for request in plan.new_requests if request.request_id in ids)
-            result |= self._compute_halves(replace(plan, chunks=tuple(chunks), new_requests=new), errors)
+            half = replace(plan, chunks=tuple(chunks), new_requests=new, retired_requests=())
+            result |= self._compute_halves(half, errors)
         return result
 
     def _update(self, plan: StepPlan, result: StepResult) -> list[RequestOutput]:

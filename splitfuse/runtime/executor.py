@@ -180,6 +180,7 @@ class Executor:
         for new in plan.new_requests:
             # A plan stays as it was made.
             state = self._states[new.request_id] = replace(new, output_token_ids=[], thought=new.params.thought())
+            self._matchers.pop(new.request_id, None)  # of an earlier request of that id, which has not retired
             if (form := new.params.structured_outputs) is not None:
                 self._matchers[new.request_id] = self._grammars.matcher(form, state)
             self._take_tokens(new.request_id, new.output_token_ids)  # those of a replay that begins in its midst

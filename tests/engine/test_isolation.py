@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from random import Random
@@ -25,6 +26,7 @@ from splitfuse.core.slo.fair_share import FairShare
 from splitfuse.core.slo.request_slo import RequestSlo
 from splitfuse.core.slo.targets import SloTargets
 from splitfuse.core.step_builder import StepBuilder
+from splitfuse.core.structured_outputs import StructuredOutputs
 from splitfuse.engine.engine import MAX_BROKEN_STEPS, Engine
 from splitfuse.engine.messages import Add, Finish
 from splitfuse.engine.thread import AsyncEngine
@@ -278,6 +280,25 @@ def test_a_fault_in_giving_blocks_back_loses_these_blocks_only(
     assert engine.allocator.num_held == len(lost) > 0
     engine.allocator.check([lost])
     assert caplog.messages == [f"some of the {len(lost)} KV blocks of a request are lost until a restart"]
+
+
+def test_an_id_is_used_again_in_a_step_that_is_tried_in_halves(
+    engine: Engine, wanted: dict[str, tuple[int, ...]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    grammar = {"grammars": [{"lark_grammar": "start: /[a-c]{2}/"}]}
+    form = StructuredOutputs("grammar", "two letters", compiled=json.dumps(grammar))
+    engine.add_request("r0", PROMPTS["r0"], replace(PARAMS, structured_outputs=form))
+    run(engine)
+    hidden, failures = Executor.hidden, [RuntimeError("out of memory for two")]
+
+    def failing(self: Executor, chunks: Sequence[Chunk]) -> torch.Tensor:
+        if failures:
+            raise failures.pop()
+        return hidden(self, chunks)
+
+    monkeypatch.setattr(Executor, "hidden", failing)
+    add(engine, {name: PROMPTS[name] for name in ("r0", "r1")})
+    assert run(engine) == {name: (wanted[name], None) for name in ("r0", "r1")}
 
 
 class FaultyExecutor(FakeExecutor):

@@ -212,3 +212,35 @@ def test_ctrl_c_in_submit_hangs_no_step(
             tokens_of(engine, "a")
     assert not engine.has_unfinished and engine.allocator.num_held == 0
     assert tokens_of(engine, "b") == wanted
+
+
+@pytest.mark.parametrize("isolate", [False, True])
+@pytest.mark.parametrize("later", ["c", "a"])
+def test_requests_retire_though_their_plan_is_not_executed(
+    make: Callable[..., Engine], isolate: bool, later: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = make()
+    executor = engine.executor
+    assert isinstance(executor, Executor)
+    hidden, steps = Executor.hidden, 0
+
+    def failing(self: Executor, chunks: Sequence[Chunk]) -> Tensor:
+        nonlocal steps
+        steps += 1
+        if steps == 2:
+            raise RuntimeError("a fault")
+        return hidden(self, chunks)
+
+    monkeypatch.setattr(Executor, "hidden", failing)
+    engine.add_request("a", [20] * 6, SamplingParams(max_tokens=1))
+    engine.add_request("b", [20] * 6, SamplingParams(max_tokens=9, ignore_eos=True))
+    engine.step(isolate=isolate)  # the plan after the next one retires "a", and ends with "b"
+    if isolate:
+        while engine.has_unfinished:
+            engine.step(isolate=True)
+    else:
+        with pytest.raises(RuntimeError, match="a fault"):
+            engine.step()
+    assert steps == 2 and not engine.has_unfinished
+    assert len(tokens_of(engine, later)) == 2
+    assert list(executor._states) == [later]
