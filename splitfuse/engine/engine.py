@@ -290,12 +290,12 @@ class Engine:
             del self.executor.adapters[digest]
 
     @guarded
-    def step(self, *, isolate: bool = False, before_planning: Callable[[], None] = lambda: None) -> list[RequestOutput]:
+    def step(self, *, isolate: bool = False, before_planning: Callable[[], bool] = lambda: True) -> list[RequestOutput]:
         """Run one forward step. Returns what is new of each request in it; an empty list if there is nothing to do.
 
-        If the executor keeps plans, the next step is planned when little of this one is left, after `before_planning`,
-        and runs from the end of this one on, while results are used and requests accepted. One that has ended has a row
-        in it if that was not foreseen, whose result is dropped.
+        If the executor keeps plans, the next step is planned when little of this one is left, unless `before_planning`
+        returns False, and runs from the end of this one on, while results are used and requests accepted. One that has
+        ended has a row in it if that was not foreseen, whose result is dropped.
 
         An exception ends the requests of the step and is raised. With `isolate`, for requests of several callers, it
         ends only the requests that it belongs to, with a reason; it is raised after MAX_BROKEN_STEPS steps in a row of
@@ -386,13 +386,14 @@ class Engine:
         """
         return self.executor.keeps_plans and self.allocator.states is None and self.scheduler.drafting is None
 
-    def _plan_ahead(self, ended: list[RequestOutput], isolate: bool, before_planning: Callable[[], None]) -> None:
+    def _plan_ahead(self, ended: list[RequestOutput], isolate: bool, before_planning: Callable[[], bool]) -> None:
         """Plan the step after the one that runs, when that has little left to do."""
         (_, handle), *_ = self._in_flight
         if handle is None or isinstance(handle, BaseException):
             return
         self.executor.wait_for_layers(handle)
-        before_planning()
+        if not before_planning():
+            return
         try:
             plan = self._plan(ended) if isolate else self.scheduler.schedule(time.monotonic())
         except PlanningError:  # which is raised, if it is still one, when nothing is in flight

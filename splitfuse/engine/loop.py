@@ -114,8 +114,10 @@ class EngineLoop:
         began = self._step_began
         return Alive(time.monotonic() - began if began else 0.0)
 
-    def _take_commands_ahead(self) -> None:
+    def _take_commands_ahead(self) -> bool:
+        """Take commands during a step. Returns whether another one may follow."""
         self._ahead += self._take_commands()
+        return not self._stopped
 
     def _take_commands(self) -> list[RequestOutput]:
         """Execute the commands since the last step; wait for one if there is nothing to compute. Returns the last

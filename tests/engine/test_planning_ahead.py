@@ -18,7 +18,8 @@ from splitfuse.core.plan import Chunk, StepPlan
 from splitfuse.core.request import FinishReason, RequestOutput
 from splitfuse.core.sampling_params import SamplingParams
 from splitfuse.engine.engine import Engine
-from splitfuse.engine.messages import Finish
+from splitfuse.engine.loop import EngineLoop
+from splitfuse.engine.messages import Add, Finish, Stop
 from splitfuse.runtime.executor import Executor
 from splitfuse.runtime.loading import load_model
 
@@ -106,7 +107,12 @@ def test_a_request_that_comes_during_a_step_is_in_the_next_one(make: Callable[..
     plans: list[StepPlan] = []
     engine.events.subscribe(StepScheduled, lambda step: plans.append(step.plan))
     engine.add_request("a", [20] * 3, SamplingParams(max_tokens=8, ignore_eos=True))
-    engine.step(before_planning=lambda: engine.add_request("b", [21] * 3, SamplingParams(max_tokens=2)))
+
+    def add() -> bool:
+        engine.add_request("b", [21] * 3, SamplingParams(max_tokens=2))
+        return True
+
+    engine.step(before_planning=add)
     assert [[chunk.request_id for chunk in plan.chunks] for plan in plans] == [["a"], ["a", "b"]]
     assert engine.ids_in_flight() == ["a", "b"]
 
@@ -244,3 +250,12 @@ def test_requests_retire_though_their_plan_is_not_executed(
     assert steps == 2 and not engine.has_unfinished
     assert len(tokens_of(engine, later)) == 2
     assert list(executor._states) == [later]
+
+
+def test_a_stop_that_comes_during_a_step_ends_planning(make: Callable[..., Engine]) -> None:
+    engine = make()
+    loop = EngineLoop(engine, lambda _: None)
+    engine.events.subscribe(StepScheduled, lambda _: loop.commands.put(Stop()))
+    loop.commands.put(Add("a", (20, 20), SamplingParams(max_tokens=8, ignore_eos=True)))
+    loop.run()
+    assert engine.ids_in_flight() == []
