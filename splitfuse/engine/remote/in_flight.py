@@ -27,7 +27,7 @@ class InFlightRecord:
         self._written: Sequence[str] = ()
 
     def write(self, request_ids: Sequence[str]) -> None:
-        """Replace the record. Called before each step, of which many have the requests of the one before."""
+        """Replace the record. Called before each step and after it; many have the requests of the one before."""
         if request_ids != self._written:
             os.pwrite(self.fd, frame(_encode(request_ids)), 0)
             self._written = request_ids
