@@ -282,21 +282,22 @@ def test_a_fault_in_giving_blocks_back_loses_these_blocks_only(
     assert caplog.messages == [f"some of the {len(lost)} KV blocks of a request are lost until a restart"]
 
 
+@pytest.mark.parametrize("failing", ["submit", "hidden"])
 def test_an_id_is_used_again_in_a_step_that_is_tried_in_halves(
-    engine: Engine, wanted: dict[str, tuple[int, ...]], monkeypatch: pytest.MonkeyPatch
+    engine: Engine, wanted: dict[str, tuple[int, ...]], failing: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     grammar = {"grammars": [{"lark_grammar": "start: /[a-c]{2}/"}]}
     form = StructuredOutputs("grammar", "two letters", compiled=json.dumps(grammar))
     engine.add_request("r0", PROMPTS["r0"], replace(PARAMS, structured_outputs=form))
     run(engine)
-    hidden, failures = Executor.hidden, [RuntimeError("out of memory for two")]
+    method, failures = getattr(Executor, failing), [RuntimeError("out of memory for two")]
 
-    def failing(self: Executor, chunks: Sequence[Chunk]) -> torch.Tensor:
+    def failing_once(*arguments: Any) -> Any:
         if failures:
             raise failures.pop()
-        return hidden(self, chunks)
+        return method(*arguments)
 
-    monkeypatch.setattr(Executor, "hidden", failing)
+    monkeypatch.setattr(Executor, failing, failing_once)
     add(engine, {name: PROMPTS[name] for name in ("r0", "r1")})
     assert run(engine) == {name: (wanted[name], None) for name in ("r0", "r1")}
 
