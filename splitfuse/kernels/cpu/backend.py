@@ -8,8 +8,8 @@ variants.
 from __future__ import annotations
 
 import math
+from array import array
 from collections.abc import Iterable, Sequence
-from ctypes import c_double, c_float, c_int32
 from itertools import chain, groupby
 
 import torch
@@ -342,12 +342,13 @@ class CpuBackend(Backend):
         rows, columns = scores.shape
         k = min(k, columns)
         size = rows * k
-        ids, values = (c_int32 * size)(), (c_float * size)()  # small tensors would cost more than the choice
-        self.library.topk(scores.data_ptr(), rows, columns, k, ids, values)
-        if k == 1:
-            return [[token] for token in ids], [[value] for value in values]
+        # Small tensors would cost more than the choice, and types of ctypes' arrays, one for each size, are cycles.
+        ids, values = array("i", bytes(4 * size)), array("f", bytes(4 * size))
+        self.library.topk(scores.data_ptr(), rows, columns, k, ids.buffer_info()[0], values.buffer_info()[0])
         starts = range(0, size, k)
-        return [ids[start : start + k] for start in starts], [values[start : start + k] for start in starts]
+        return [ids[start : start + k].tolist() for start in starts], [
+            values[start : start + k].tolist() for start in starts
+        ]
 
     def draw(
         self, scores: Tensor, rows: Sequence[int], filters: Sequence[Filter], numbers: Sequence[Sequence[float]]
@@ -357,11 +358,12 @@ class CpuBackend(Backend):
         each = size // max(count, 1)
         assert len(filters) == len(numbers) == count and all(0 <= row < num_scores for row in rows)
         assert all(len(some) == each for some in numbers)
-        places, ids = (c_int32 * count)(*rows), (c_int32 * size)()
-        kept, wanted = (c_double * (4 * count))(*chain(*filters)), (c_double * size)(*chain(*numbers))
+        places, ids = array("i", rows), array("i", bytes(4 * size))
+        kept, wanted = array("d", chain(*filters)), array("d", chain(*numbers))
         in_doubles = scores.dtype == torch.float64
-        self.library.draw(scores.data_ptr(), in_doubles, columns, places, count, kept, wanted, each, ids)
-        return [ids[start : start + each] for start in range(0, size, each)]
+        places_at, ids_at, kept_at, wanted_at = (buffer.buffer_info()[0] for buffer in (places, ids, kept, wanted))
+        self.library.draw(scores.data_ptr(), in_doubles, columns, places_at, count, kept_at, wanted_at, each, ids_at)
+        return [ids[start : start + each].tolist() for start in range(0, size, each)]
 
     # Layers, one operation at a time
 
