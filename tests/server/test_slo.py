@@ -71,9 +71,9 @@ def test_what_the_machine_keeps_is_said(
 ) -> None:
     """The cost model says 2 ms and 0.1 ms a token: 53 ms for a prompt of 512 tokens."""
     _log_slo(EngineConfig.from_settings(SETTINGS).scheduler, server.client)
-    (warning,) = caplog.records
+    (warning,) = [record for record in caplog.records if record.levelname == "WARNING"]  # others may have set INFO
     said = warning.getMessage()
-    assert warning.levelname == "WARNING" and said.startswith("what this machine keeps of the SLO (estimated), out of ")
+    assert said.startswith("what this machine keeps of the SLO (estimated), out of ")
     metrics = http.get("/metrics").text
     for name in ("lone_prompt_ratio", "lone_decode_ratio", "longest_prompt_tokens", "max_decodes", "estimated"):
         assert re.search(rf"^splitfuse:slo_{name}{{.*}} [0-9.e+-]+$", metrics, re.MULTILINE), name
