@@ -229,21 +229,20 @@ class Scheduler:
 
     def _take_result(self, request: Request, chunk: Chunk, result: ChunkResult, now: float) -> RequestOutput:
         """Move a request on by one computed chunk. An exception ends this request, and no other."""
-        reason, error = None, result.error
+        error, before = result.error, len(request.output_token_ids)
         if error is None:
             try:
                 reason = advance(request, chunk, result, self._allocator, now=now)
-                self._fair_share.charge_tokens(request, len(result.token_ids))
+                self._fair_share.charge_tokens(request, len(request.output_token_ids) - before)
+                if reason is not None:
+                    self._finish(request, reason, now)
+                return output_of(request, chunk, result)
             except Exception as failure:
                 logger.exception("a request failed: %s", request.request_id)
                 error = f"the scheduler failed on it: {failure!r}"
-        if error is not None:
-            reason = FinishReason.ERROR
-        if reason is not None:
-            self._finish(request, reason, now)
-        if error is not None:
-            return RequestOutput(request.request_id, finish_reason=reason, error=error)
-        return output_of(request, chunk, result)
+        if not request.is_finished:
+            self._finish(request, FinishReason.ERROR, now)
+        return RequestOutput(request.request_id, finish_reason=FinishReason.ERROR, error=error)
 
     def _finish(self, request: Request, reason: FinishReason, now: float, wanted_until: float | None = None) -> None:
         self.queue.remove(request)

@@ -137,21 +137,27 @@ def held_by(engine: Engine, name: str) -> list[int]:
     return request.kv.blocks
 
 
+def fail_at(monkeypatch: pytest.MonkeyPatch, number: int, error: BaseException) -> list[Sequence[Chunk]]:
+    """Let the forward step of that number raise. Returns a list that gets the chunks of each step."""
+    hidden = Executor.hidden
+    steps: list[Sequence[Chunk]] = []
+
+    def failing(self: Executor, chunks: Sequence[Chunk]) -> Tensor:
+        steps.append(chunks)
+        if len(steps) == number:
+            raise error
+        return hidden(self, chunks)
+
+    monkeypatch.setattr(Executor, "hidden", failing)
+    return steps
+
+
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
 def test_a_step_that_is_broken_off_ends_all_in_flight(
     make: Callable[..., Engine], error: type[BaseException], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     engine = make()
-    hidden, steps = Executor.hidden, 0
-
-    def failing(self: Executor, chunks: Sequence[Chunk]) -> Tensor:
-        nonlocal steps
-        steps += 1
-        if steps == 3:
-            raise error("broken off")
-        return hidden(self, chunks)
-
-    monkeypatch.setattr(Executor, "hidden", failing)
+    fail_at(monkeypatch, 3, error("broken off"))
     for name in "ab":
         engine.add_request(name, [20] * 6, SamplingParams(max_tokens=20, ignore_eos=True))
     engine.step()
@@ -228,16 +234,7 @@ def test_requests_retire_though_their_plan_is_not_executed(
     engine = make()
     executor = engine.executor
     assert isinstance(executor, Executor)
-    hidden, steps = Executor.hidden, 0
-
-    def failing(self: Executor, chunks: Sequence[Chunk]) -> Tensor:
-        nonlocal steps
-        steps += 1
-        if steps == 2:
-            raise RuntimeError("a fault")
-        return hidden(self, chunks)
-
-    monkeypatch.setattr(Executor, "hidden", failing)
+    steps = fail_at(monkeypatch, 2, RuntimeError("a fault"))
     engine.add_request("a", [20] * 6, SamplingParams(max_tokens=1))
     engine.add_request("b", [20] * 6, SamplingParams(max_tokens=9, ignore_eos=True))
     engine.step(isolate=isolate)  # the plan after the next one retires "a", and ends with "b"
@@ -247,7 +244,7 @@ def test_requests_retire_though_their_plan_is_not_executed(
     else:
         with pytest.raises(RuntimeError, match="a fault"):
             engine.step()
-    assert steps == 2 and not engine.has_unfinished
+    assert len(steps) == 2 and not engine.has_unfinished
     assert len(tokens_of(engine, later)) == 2
     assert list(executor._states) == [later]
 

@@ -165,8 +165,7 @@ class DeadlinePolicy(Fcfs):
 
     def _urgent(self, decodes: Sequence[Request], outlook: Feasibility, limit: StepLimit) -> list[Request]:
         """Return the decodes that get their token before any prompt."""
-        next_step = outlook.overhead + outlook.with_floor(outlook.decode_seconds)
-        soon = outlook.now + limit.seconds + next_step / outlook.safety_factor
+        soon = outlook.now + limit.seconds + outlook.step_of_decodes / outlook.safety_factor
         urgent, ahead = [], []
         for request in decodes:
             slo = request.slo

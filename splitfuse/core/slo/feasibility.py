@@ -23,10 +23,7 @@ from typing import NamedTuple
 from splitfuse.config import MAX_TARGET, MAX_TOKEN_BUDGET
 from splitfuse.core.request import Priority, Request
 from splitfuse.core.slo.fewest_late import ON_TIME_ONLY_SHARE, FewestLate
-from splitfuse.core.slo.latency_predictor import LatencyPredictor
-
-MIN_SECONDS = 1e-9
-"""Shortest time of a step: a cost model may say that it takes none."""
+from splitfuse.core.slo.latency_predictor import MIN_SECONDS, LatencyPredictor
 
 TOLERANCE = 1.1
 """Factor by which a token beyond the knee must take longer than one of a step at the knee for steps to end there: a fit
