@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import logging
-import secrets
 from dataclasses import replace
 
 from splitfuse.config import EngineConfig
 from splitfuse.core.events import StepRecord
 from splitfuse.core.kv.block_allocator import BlockAllocator
-from splitfuse.core.kv.names import BlockNamer
+from splitfuse.core.kv.names import BlockNamer, new_key
 from splitfuse.core.kv.state_allocator import StateAllocator
 from splitfuse.core.latency.ledger import LatencyLedger
 from splitfuse.core.policy import SchedulingPolicy
@@ -24,13 +23,21 @@ logger = logging.getLogger(__name__)
 
 
 def build_scheduler(
-    config: EngineConfig, plan: MemoryPlan, *, policy: SchedulingPolicy | None = None, cost: CostModel | None = None
+    config: EngineConfig,
+    plan: MemoryPlan,
+    *,
+    policy: SchedulingPolicy | None = None,
+    cost: CostModel | None = None,
+    name_key: bytes | None = None,
+    kv_fingerprint: bytes = b"",
 ) -> tuple[Scheduler, BlockAllocator, LatencyLedger]:
     """Return the scheduler for a model with that memory plan, its allocator, and the listener that accounts for
-    latencies. With a cost model, and no other policy, it schedules by SLO.
+    latencies. With a cost model, and no other policy, it schedules by SLO. Blocks are named with `name_key`, or one of
+    their own that no other engine has, and `kv_fingerprint`.
     """
     caching = config.cache.enable_prefix_caching
-    namer = BlockNamer(plan.block_size, key=secrets.token_bytes(32)) if caching else None
+    key = name_key or new_key()
+    namer = BlockNamer(plan.block_size, key=key, fingerprint=kv_fingerprint) if caching else None
     states = None
     if plan.num_states:
         interval = plan.snapshot_interval if caching else None

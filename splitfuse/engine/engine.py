@@ -67,7 +67,7 @@ class Engine:
                 print(output.token_ids)
 
     With a cost model it schedules by SLO. `events` tells listeners of every step and request. `policy` is given only
-    where policies are compared (bench/baselines.py).
+    where policies are compared (bench/baselines.py). Engines with the same `name_key` give KV blocks the same names.
     """
 
     def __init__(
@@ -77,6 +77,7 @@ class Engine:
         *,
         policy: SchedulingPolicy | None = None,
         cost: CostModel | None = None,
+        name_key: bytes | None = None,
     ) -> None:
         self._guard = Guard()
         self.config = config
@@ -85,7 +86,9 @@ class Engine:
         plan = model.plan
         self.slo_enabled = cost is not None
         self._targets = SloTargets.parse(**config.scheduler.targets)
-        self.scheduler, self.allocator, self._latencies = build_scheduler(config, plan, policy=policy, cost=cost)
+        self.scheduler, self.allocator, self._latencies = build_scheduler(
+            config, plan, policy=policy, cost=cost, name_key=name_key, kv_fingerprint=model.kv_fingerprint
+        )
         self.events = self.scheduler.events
         if self.scheduler.drafting is not None and isinstance(self.executor, Executor):
             self.executor.num_forced = self.scheduler.drafting.most
@@ -120,6 +123,7 @@ class Engine:
         on_progress: Callable[[float], None] = lambda _: None,
         weight_sharing: WeightSharing | None = None,
         policy: SchedulingPolicy | None = None,
+        name_key: bytes | None = None,
     ) -> Engine:
         """Load the model that `config` names, from `source` if it is open already. With SLOs, a cost model is estimated
         unless one is stored for it.
@@ -135,7 +139,7 @@ class Engine:
         )
         give_back_memory()  # what weights took while they were unpacked
         cost = load_or_estimate(config, model) if config.scheduler.slo_enabled else None
-        return cls(config, model, policy=policy, cost=cost)
+        return cls(config, model, policy=policy, cost=cost, name_key=name_key)
 
     def estimate_budget(self) -> None:
         """Choose a token budget that the settings leave open, without SLOs, by a stored calibration or some hundredths

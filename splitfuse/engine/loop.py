@@ -81,6 +81,7 @@ class EngineLoop:
             adapters=dict(engine.adapters),
             fingerprint=engine.model.fingerprint,
             identity=dict(engine.model.identity),
+            kv_fingerprint=engine.model.kv_fingerprint,
             attainable=self._stats.attainable,
         )
 

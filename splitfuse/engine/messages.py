@@ -110,6 +110,8 @@ class EngineInfo(msgspec.Struct, frozen=True, tag=True):
     """Name of what decides the tokens of a request besides the request: see runtime/fingerprint.py."""
     identity: dict[str, str] = {}
     """Texts that the fingerprint stands for."""
+    kv_fingerprint: bytes = b""
+    """Root of the names of its KV blocks."""
     token_budget: int = 0
     """Token budget of the first steps."""
     num_speculative_tokens: int = 0

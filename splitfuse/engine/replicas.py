@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 
 from splitfuse.config import EngineConfig, ServerConfig
+from splitfuse.core.kv.names import new_key
 from splitfuse.engine.client import EngineClient
 from splitfuse.engine.quarantine import Quarantine
 from splitfuse.engine.remote.supervisor import SubprocessEngine
@@ -26,12 +27,20 @@ def make_replicas(
     if replicas == 1:
         return SubprocessEngine(config, step_timeout=step_timeout)
     weights = WeightSharing(os.memfd_create("splitfuse-weights"), replicas) if hasattr(os, "memfd_create") else None
-    quarantine = Quarantine()
+    quarantine, name_key = Quarantine(), new_key()
     return Router(
         [
-            SubprocessEngine(config, step_timeout=step_timeout, cores=cores, weights=weights, quarantine=quarantine)
+            SubprocessEngine(
+                config,
+                step_timeout=step_timeout,
+                cores=cores,
+                weights=weights,
+                quarantine=quarantine,
+                name_key=name_key,
+            )
             for cores in divide(sorted(os.sched_getaffinity(0)), replicas, paid=min(paid_cores(), default=None))
-        ]
+        ],
+        name_key=name_key,
     )
 
 

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-import secrets
 from collections.abc import Collection, Mapping, Sequence
 
-from splitfuse.core.kv.names import BlockNamer
+from splitfuse.core.kv.names import BlockNamer, new_key
 from splitfuse.core.routing import PrefixMemory, ReplicaLoad, choose_replica
 from splitfuse.engine.client import EngineClient, EngineState, LocalClient, Stream
 from splitfuse.engine.messages import Add, EngineInfo, EngineStats, Loading
@@ -19,10 +18,11 @@ class Router(EngineClient):
     A replica that is dead or starting gets none, one that may be hanging none while another accepts; the others go on.
     """
 
-    def __init__(self, replicas: Sequence[EngineClient]) -> None:
+    def __init__(self, replicas: Sequence[EngineClient], *, name_key: bytes | None = None) -> None:
+        """`name_key` is the key by which the replicas name KV blocks; left out, the router's names are its own."""
         self.replicas = list(replicas)
         self._memories: list[PrefixMemory | None] = [None] * len(self.replicas)
-        self._key = secrets.token_bytes(32)
+        self._key = name_key or new_key()
         self._namer: BlockNamer | None = None  # made for the first request: replicas that are ready have a block size
 
     @property
@@ -124,7 +124,8 @@ class Router(EngineClient):
         names: list[bytes] = []
         if request.params.prompt_logprobs is None:  # those need every position computed, so the cache is not read
             if self._namer is None:
-                self._namer = BlockNamer(self.info.limits.block_size, key=self._key)
+                info = self.info
+                self._namer = BlockNamer(info.limits.block_size, key=self._key, fingerprint=info.kv_fingerprint)
             self._namer.extend(names, request.prompt_token_ids, salt=request.cache_salt)
         return names
 

@@ -529,6 +529,7 @@ class Capabilities:
     max_head_dim: int | None = None
     own_threads: bool = False  # num_threads is honoured
     shares_weights: bool = False  # processes can share one copy of the weights
+    kv_layout: int = 1  # version of what the bytes of a block or a state mean: raise it with every change of that
 
 
 class Backend(ABC):

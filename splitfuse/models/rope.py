@@ -69,8 +69,13 @@ def _frequencies(rope: RopeSpec, positions: Tensor, max_position: int) -> Tensor
         case YarnScaling() as yarn:
             return torch.lerp(plain, plain / yarn.factor, _yarn_ramp(rope, yarn))
         case LongRopeScaling() as long:
-            is_long = max_position > long.original_max_position
+            is_long = has_long_factors(rope, max_position)
             return plain / torch.tensor(long.long_factors if is_long else long.short_factors)
+
+
+def has_long_factors(rope: RopeSpec, max_position: int) -> bool:
+    """Return whether a table of this length has the frequencies of LongRoPE for long texts."""
+    return isinstance(rope.scaling, LongRopeScaling) and max_position > rope.scaling.original_max_position
 
 
 def _yarn_ramp(rope: RopeSpec, yarn: YarnScaling) -> Tensor:

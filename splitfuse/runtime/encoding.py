@@ -112,6 +112,11 @@ class LoadedEncoder:
         """Return a name of its identity."""
         return fingerprint(self.identity)
 
+    @property
+    def kv_fingerprint(self) -> bytes:
+        """Return nothing: its blocks hold nothing, and have no names."""
+        return b""
+
     def make_executor(self) -> EncoderExecutor:
         """Return an executor: each engine makes one."""
         return EncoderExecutor(self.encoder, self.most_tokens)

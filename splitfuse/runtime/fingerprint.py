@@ -1,4 +1,6 @@
-"""Names what decides the tokens of a request besides the request: version, model, and the settings that change them."""
+"""Names what decides the tokens of a request besides the request, and the bytes of a KV block besides its tokens:
+version, model, and the settings that change them.
+"""
 
 from __future__ import annotations
 
@@ -16,6 +18,9 @@ from splitfuse.models.sources.source import ModelSource
 from splitfuse.runtime.machine import gpu
 from splitfuse.runtime.memory_plan import MemoryPlan
 from splitfuse.version import __version__
+
+_NOT_IN_BLOCKS = frozenset({"tokenizer", "llguidance", "max_model_len"})
+"""Parts of an identity that keys and values do not depend on."""
 
 
 def identify(
@@ -46,3 +51,16 @@ def identify(
 def fingerprint(identity: Mapping[str, str]) -> str:
     """Return 12 hexadecimal digits that stand for an identity."""
     return hashlib.sha256(msgspec.json.encode(identity)).hexdigest()[:12]
+
+
+def kv_fingerprint(
+    identity: Mapping[str, str], *, layout: int, block_size: int, long_rope: bool = False, shard: str = "1/1"
+) -> bytes:
+    """Return a digest of all that the bytes of a KV block depend on besides its tokens, its salt and an adapter: the
+    root of its name. `layout` is the version of what the bytes mean, `shard` the part of the heads that a block holds.
+    `long_rope` says that positions are rotated by the frequencies of LongRoPE for long texts: of the model's length,
+    which memory may limit, nothing else is in a block.
+    """
+    parts = {name: text for name, text in identity.items() if name not in _NOT_IN_BLOCKS}
+    parts |= {"kv_layout": str(layout), "block_size": str(block_size), "long_rope": str(long_rope), "shard": shard}
+    return hashlib.sha256(msgspec.json.encode(parts, order="sorted")).digest()

@@ -19,6 +19,7 @@ from splitfuse.models.decoder import Decoder
 from splitfuse.models.families.registry import load_spec
 from splitfuse.models.kv_cache import KVCache
 from splitfuse.models.lora import read_adapter, resolve_adapter
+from splitfuse.models.rope import has_long_factors
 from splitfuse.models.sources.dummy import DummyWeights
 from splitfuse.models.sources.files import MAX_TOKENIZER_BYTES
 from splitfuse.models.sources.hub import adapter_folder, open_model
@@ -36,7 +37,7 @@ from splitfuse.models.weights import (
 )
 from splitfuse.runtime.backend_choice import choose_backend
 from splitfuse.runtime.executor import Executor
-from splitfuse.runtime.fingerprint import fingerprint, identify
+from splitfuse.runtime.fingerprint import fingerprint, identify, kv_fingerprint
 from splitfuse.runtime.machine import available_memory, usable_cores
 from splitfuse.runtime.memory_plan import MemoryPlan, plan_memory
 from splitfuse.runtime.sampling.grammar import Grammars
@@ -64,6 +65,16 @@ class LoadedModel:
     def fingerprint(self) -> str:
         """Return a name of its identity."""
         return fingerprint(self.identity)
+
+    @property
+    def kv_fingerprint(self) -> bytes:
+        """Return the root of the names of its KV blocks."""
+        return kv_fingerprint(
+            self.identity,
+            layout=self.decoder.backend.capabilities.kv_layout,
+            block_size=self.plan.block_size,
+            long_rope=any(has_long_factors(rope, self.spec.max_position) for rope in self.spec.ropes),
+        )
 
     def load_adapter(self, path: str) -> tuple[str, PackedAdapter]:
         """Return the digest of the LoRA adapter in a folder or on the Hub, and the adapter as the backend keeps it.

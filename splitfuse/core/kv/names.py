@@ -11,6 +11,7 @@ docs/decisions/0017-block-names.md.
 
 from __future__ import annotations
 
+import secrets
 from array import array
 from collections.abc import Sequence
 from hashlib import blake2b
@@ -19,13 +20,18 @@ NAME_BYTES = 16
 """Length of a name: two of n blocks share one by accident with probability n^2 / 2^129."""
 
 
+def new_key() -> bytes:
+    """Return a key at random. A deployment has one: its engines, its router and its stores mean the same by a name."""
+    return secrets.token_bytes(32)
+
+
 class BlockNamer:
     """Computes the names of blocks of `block_size` tokens.
 
     `key` is a secret of up to 64 bytes. `fingerprint` stands for everything else that the bytes of a block depend on,
     such as the model's weights and the layout of the cache: namers whose fingerprints differ agree on no name.
 
-        namer = BlockNamer(2, key=secrets.token_bytes(32))
+        namer = BlockNamer(2, key=new_key())
         names = []
         namer.extend(names, [5, 6, 7, 8, 9])  # two names: the fifth token does not fill a block
     """

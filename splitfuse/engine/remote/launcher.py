@@ -12,6 +12,7 @@ from pathlib import Path
 import msgspec
 
 from splitfuse.config import EngineConfig
+from splitfuse.engine.remote.transport import frame
 from splitfuse.kernels.sharing import WeightSharing
 
 WORKER = "splitfuse.engine.remote.worker"
@@ -22,6 +23,8 @@ class WorkerSpec(msgspec.Struct, frozen=True):
     """Holds everything that the process of an engine is started with."""
 
     config: EngineConfig
+    name_key: bytes
+    """Key by which KV blocks are named: it goes through the socket, since any user may read arguments."""
     in_flight: int
     """Descriptor of the InFlightRecord."""
     cores: tuple[int, ...] | None = None
@@ -29,23 +32,21 @@ class WorkerSpec(msgspec.Struct, frozen=True):
     weights: WeightSharing | None = None
 
 
-async def launch(
-    config: EngineConfig, *, in_flight: int, cores: tuple[int, ...] | None, weights: WeightSharing | None
-) -> tuple[asyncio.subprocess.Process, socket.socket]:
+async def launch(spec: WorkerSpec) -> tuple[asyncio.subprocess.Process, socket.socket]:
     """Start an engine's process. Return it with our end of the socket that connects us.
 
     Raises OSError if the machine has no descriptors, memory or processes left.
     """
     ours, theirs = socket.socketpair()
-    spec = WorkerSpec(config, in_flight, cores, weights)
+    shared = [spec.in_flight, *([spec.weights.fd] if spec.weights is not None else [])]
     try:
+        ours.sendall(frame(msgspec.msgpack.encode(spec)))  # it fits into the socket's buffer
         process = await asyncio.create_subprocess_exec(
             sys.executable,
             "-m",
             WORKER,
             str(theirs.fileno()),
-            msgspec.json.encode(spec).decode(),
-            pass_fds=[theirs.fileno(), in_flight, *([weights.fd] if weights is not None else [])],
+            pass_fds=[theirs.fileno(), *shared],
             stdin=asyncio.subprocess.DEVNULL,
             stdout=2,  # what a library prints must not mix with our own output
             cwd=_folder(),

@@ -16,6 +16,7 @@ import msgspec
 
 from splitfuse import errors
 from splitfuse.config import EngineConfig, ServerConfig
+from splitfuse.core.kv.names import new_key
 from splitfuse.core.request import FinishReason
 from splitfuse.engine.client import EngineState, LocalClient, Stream
 from splitfuse.engine.messages import (
@@ -33,7 +34,7 @@ from splitfuse.engine.messages import (
 )
 from splitfuse.engine.quarantine import Quarantine
 from splitfuse.engine.remote.in_flight import InFlightRecord
-from splitfuse.engine.remote.launcher import launch
+from splitfuse.engine.remote.launcher import WorkerSpec, launch
 from splitfuse.engine.remote.transport import HEADER_BYTES, frame, message_length
 from splitfuse.errors import EngineUnavailableError, SplitfuseError
 from splitfuse.kernels.sharing import WeightSharing
@@ -51,8 +52,8 @@ class SubprocessEngine(LocalClient):
     """Runs one engine in a process of its own, and starts it again when it dies.
 
     An engine hangs if a step takes longer than `step_timeout` seconds, or if its process says nothing for
-    `silence_timeout` seconds. It runs on `cores`, if they are given, and shares `weights` and `quarantine` with other
-    engines.
+    `silence_timeout` seconds. It runs on `cores`, if they are given, and shares `weights`, `quarantine` and the key of
+    the names of KV blocks with other engines.
     """
 
     def __init__(
@@ -64,8 +65,10 @@ class SubprocessEngine(LocalClient):
         cores: tuple[int, ...] | None = None,
         weights: WeightSharing | None = None,
         quarantine: Quarantine | None = None,
+        name_key: bytes | None = None,
     ) -> None:
         super().__init__()
+        self._name_key = name_key or new_key()
         self._config = config
         self._step_timeout, self._silence_timeout = step_timeout, silence_timeout
         self._cores, self._weights = cores, weights
@@ -179,7 +182,7 @@ class SubprocessEngine(LocalClient):
             self._in_flight = InFlightRecord()
         self._in_flight.write([])
         process, connection = await launch(
-            self._config, in_flight=self._in_flight.fd, cores=self._cores, weights=self._weights
+            WorkerSpec(self._config, self._name_key, self._in_flight.fd, self._cores, self._weights)
         )
         self._process = process
         reader, self._writer = await asyncio.open_unix_connection(sock=connection, limit=2**22)

@@ -1,8 +1,8 @@
-"""Runs the process of one engine: `python -m splitfuse.engine.remote.worker FD SPEC`, started by launcher.py.
+"""Runs the process of one engine: `python -m splitfuse.engine.remote.worker FD`, started by launcher.py.
 
 FD is a connected socket that it inherits: no other process can reach it, and the engine ends when the other end closes.
-SPEC is a WorkerSpec in JSON. Four threads: the engine's loop, one that receives commands, one that sends reports, and
-one whose heartbeat tells an engine that computes from one that hangs.
+The first message on it is a WorkerSpec, commands follow. Four threads: the engine's loop, one that receives commands,
+one that sends reports, and one whose heartbeat tells an engine that computes from one that hangs.
 """
 
 from __future__ import annotations
@@ -42,10 +42,13 @@ def main() -> None:
     logging.basicConfig(format="%(message)s", stream=LineWriter(sys.stderr))  # which nothing may read
     logging.captureWarnings(True)
     faulthandler.register(signal.SIGUSR1, all_threads=True)  # how the front asks a hung engine where it is
-    spec = msgspec.json.decode(sys.argv[2], type=WorkerSpec)
+    connection = socket.socket(fileno=int(sys.argv[1]))
+    if (message := receive(connection)) is None:  # the front has ended meanwhile
+        return
+    spec = msgspec.msgpack.decode(message, type=WorkerSpec)
     if spec.cores is not None:  # before PyTorch counts them
         os.sched_setaffinity(0, spec.cores)
-    Worker(socket.socket(fileno=int(sys.argv[1]))).run(spec)
+    Worker(connection).run(spec)
 
 
 class Worker:
@@ -75,6 +78,7 @@ class Worker:
                 announce=lambda plan: self._reports.put(Loading("loading", memory_plan=str(plan))),
                 on_progress=lambda fraction: self._reports.put(Loading("loading", fraction)),
                 weight_sharing=spec.weights,
+                name_key=spec.name_key,
             )
             record = InFlightRecord(spec.in_flight)
             events = engine.events  # between two steps the record has those of the last one
