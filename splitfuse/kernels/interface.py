@@ -584,6 +584,14 @@ class Backend(ABC):
     def fill_kv(self, store: Store, byte: int) -> None:
         """Write `byte` everywhere in a store, for timing: `byte` must make a finite number of every dtype."""
 
+    @abstractmethod
+    def read_block(self, store: Store, block: int, out: Tensor) -> None:
+        """Copy all that a store has of a block into `out`, uint8 [kv_bytes] on the CPU."""
+
+    @abstractmethod
+    def write_block(self, store: Store, block: int, data: Tensor) -> None:
+        """Write what `read_block` has copied, of any store of the same spec, block size and dtype, to a block."""
+
     # Recurrent states
 
     @abstractmethod

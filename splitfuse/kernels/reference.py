@@ -99,6 +99,13 @@ class ReferenceBackend(Backend):
     def fill_kv(self, store: Store, byte: int) -> None:
         store.view(torch.uint8).fill_(byte)
 
+    def read_block(self, store: Store, block: int, out: Tensor) -> None:
+        out.copy_(store[:, block].flatten().view(torch.uint8))
+
+    def write_block(self, store: Store, block: int, data: Tensor) -> None:
+        part = store[:, block]
+        part.copy_(data.view(store.dtype).view(part.shape))
+
     def state_bytes(self, spec: RecurrentSpec) -> int:
         return 4 * sum(_state_sizes(spec))
 

@@ -7,6 +7,7 @@ Knows block numbers only as indices: which request owns a block is the allocator
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 from splitfuse.errors import MemoryPlanError
 from splitfuse.kernels.interface import AttentionSpec, Backend, Mixer, RecurrentSpec, Store
@@ -29,6 +30,8 @@ class KVCache:
     """Holds `num_blocks` blocks of `block_size` positions, and `num_states` slots of recurrent states: `layers[i]` is
     the store that layer i reads, which may be that of a layer before it; None if it reads none.
 
+    A block can be copied out of all layers, and into another cache of the same model, dtype, block size and backend.
+
     Raises ConfigError for a block size that the backend does not take, MemoryPlanError if the memory is not there.
     """
 
@@ -49,6 +52,10 @@ class KVCache:
         self.num_blocks = num_blocks
         self.block_size = block_size
         self.num_states = num_states
+        self.block_bytes = 0
+        """Bytes that `read_block` gives."""
+        self._backend = backend
+        self._parts: list[tuple[Store, slice]] = []  # where a layer's bytes lie among those of a block
 
         def allocate(mixer: Mixer | None) -> Store | None:
             if mixer is None:
@@ -56,9 +63,13 @@ class KVCache:
             if isinstance(mixer, AttentionSpec):
                 if mixer.kv_layer is not None:
                     return self.layers[mixer.kv_layer]
-                return backend.allocate_kv(
+                store = backend.allocate_kv(
                     mixer, num_blocks=num_blocks, block_size=block_size, dtype=dtype, device=device
                 )
+                begin = self.block_bytes
+                self.block_bytes += backend.kv_bytes(mixer, block_size=block_size, dtype=dtype)
+                self._parts.append((store, slice(begin, self.block_bytes)))
+                return store
             return backend.allocate_states(mixer, num_slots=num_states, device=device)
 
         self.layers = []
@@ -72,3 +83,13 @@ class KVCache:
                 wanted += f" and {num_states} recurrent states ({size / 2**30:.1f} GiB)"
                 settings += " or max_num_seqs"
             raise MemoryPlanError(f"no memory for {wanted}: choose a smaller {settings}") from error
+
+    def read_block(self, block: int, out: Tensor) -> None:
+        """Copy the keys and values of a block, of all layers, into `out`, uint8 [block_bytes] on the CPU."""
+        for store, part in self._parts:
+            self._backend.read_block(store, block, out[part])
+
+    def write_block(self, block: int, data: Tensor) -> None:
+        """Write what `read_block` has copied to a block."""
+        for store, part in self._parts:
+            self._backend.write_block(store, block, data[part])

@@ -57,6 +57,36 @@ def test_layers_may_keep_keys_and_values_of_unequal_sizes() -> None:
 
 
 @pytest.mark.parametrize("make_backend", [CpuBackend, ReferenceBackend])
+def test_a_block_moves_with_the_keys_and_values_of_all_layers(make_backend: Callable[[], Backend]) -> None:
+    """Those of windows and of unequal heads too; a layer that reads another's has none of its own."""
+    first, second, third, *others = SPEC.layers
+    layers = (
+        replace(first, mixer=replace(first.mixer, num_kv_heads=2, head_dim=8)),
+        replace(second, mixer=replace(second.mixer, window=7)),
+        replace(third, mixer=replace(third.mixer, kv_layer=1)),
+        *others,
+    )
+    spec, backend = replace(SPEC, layers=layers), make_backend()
+    options = {"block_size": 32, "dtype": torch.bfloat16, "device": torch.device("cpu"), "backend": backend}
+    caches = [KVCache(spec, num_blocks=4, **options) for _ in range(2)]
+    for cache, byte in zip(caches, (0, 1), strict=True):
+        for store in cache.layers:
+            backend.fill_kv(store, byte)
+    assert caches[0].block_bytes == block_bytes(spec, block_size=32, dtype=torch.bfloat16, backend=backend)
+    moved = torch.randint(256, (caches[0].block_bytes,), dtype=torch.uint8)
+    caches[1].write_block(2, moved)
+    out = torch.zeros_like(moved)
+    caches[1].read_block(2, out)
+    assert torch.equal(out, moved)
+    caches[0].write_block(3, out)
+    out.zero_()
+    caches[0].read_block(3, out)
+    assert torch.equal(out, moved)
+    caches[1].read_block(1, out)
+    assert out.eq(1).all()
+
+
+@pytest.mark.parametrize("make_backend", [CpuBackend, ReferenceBackend])
 def test_latent_attention_keeps_one_vector_of_a_token(make_backend: Callable[[], Backend]) -> None:
     """512 elements and 64 rotated ones for all heads, in bf16: 1.125 KiB a token and layer."""
     backend = make_backend()

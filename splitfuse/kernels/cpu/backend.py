@@ -159,6 +159,12 @@ class CpuBackend(Backend):
     def fill_kv(self, store: Store, byte: int) -> None:
         store.memory.fill_(byte)
 
+    def read_block(self, store: Store, block: int, out: Tensor) -> None:
+        out.copy_(store.block(block))
+
+    def write_block(self, store: Store, block: int, data: Tensor) -> None:
+        store.block(block).copy_(data)
+
     def _store(self, spec: AttentionSpec, num_blocks: int, block_size: int) -> Store:
         self.check_block_size(block_size)
         self.check_head_dim(spec.head_dim)

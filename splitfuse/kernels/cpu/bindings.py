@@ -168,6 +168,10 @@ class Store(Struct):
         *_fields(c_int32, "block_size", "num_kv_heads", "head_dim", "int8", "value_from"),
     ]
 
+    def block(self, block: int) -> Tensor:
+        """Return the bytes of a block, which lie side by side. Raises IndexError if there is no such block."""
+        return self.memory.view(self.num_blocks, -1)[block]
+
     def fits(self, spec: AttentionSpec) -> bool:
         """Return whether the store has the shape that the attention of a layer reads."""
         return (self.num_kv_heads, self.head_dim, self.value_from) == (
