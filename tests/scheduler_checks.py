@@ -10,13 +10,21 @@ def check_scheduler(scheduler: Scheduler) -> None:
     allocator, unfinished = scheduler._allocator, scheduler._requests
     check_held(allocator, [request.kv for request in unfinished.values()])
     queue = scheduler.queue
-    for requests, status in ((queue.waiting, RequestStatus.WAITING), (queue.running, RequestStatus.RUNNING)):
+    waiting, running = RequestStatus.WAITING, RequestStatus.RUNNING
+    for requests, status in ((queue.waiting, waiting), (queue.running, running), (queue.fetching, waiting)):
         assert requests == sorted(requests, key=by_sequence_number)
         assert all(request.status is status for request in requests)
     assert len(queue.running) <= queue.max_num_seqs
-    for request in queue.waiting:
+    for request in (*queue.waiting, *queue.fetching):
         assert not request.kv.blocks and not request.num_scheduled and not request.num_plans_in_flight
         assert request.kv.state is None
+    assert all((request.kv.fetch is not None) == (request in queue.fetching) for request in queue.unfinished)
+    if (fetching := scheduler.fetching) is not None:
+        held = [each.number for request in queue.unfinished for each in request.kv.arrived]
+        in_flight = set(fetching.inbox._held) - set(held)  # of chunks that are not back
+        assert not in_flight or scheduler._in_flight
+        num_awaited = sum(len(request.kv.fetch.names) for request in queue.fetching if request.kv.fetch is not None)
+        fetching.inbox.check([*held, *in_flight], num_awaited=num_awaited)
     for request in unfinished.values():
         num_slots = len(request.kv.blocks) * allocator.block_size
         assert request.kv.num_computed <= request.num_scheduled <= num_slots

@@ -4,6 +4,9 @@ The executor keeps a cache of token ids instead of keys and values. A next token
 chunk's block table leads to, so a block lost, shared wrongly or written late changes the output. With recurrent states,
 a slot holds a hash of all tokens so far in their order, and the cache that hash at each position, so a wrong slot, an
 overwritten snapshot or a missing load changes the output too. With no torch importable.
+
+Blocks may come from elsewhere: a `FakeTier` has what others computed, and answers late, never, partly, twice, or with
+another's bytes.
 """
 
 from __future__ import annotations
@@ -13,7 +16,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
-from itertools import accumulate
+from itertools import accumulate, takewhile
 from random import Random
 
 from scheduler_checks import check_scheduler
@@ -22,6 +25,7 @@ from splitfuse.bench.baselines import BASELINES
 from splitfuse.config import SchedulerConfig
 from splitfuse.core.events import StepScheduled
 from splitfuse.core.kv.block_allocator import BlockAllocator
+from splitfuse.core.kv.fetching import Fetch, Fetching, Found, Frame, Inbox
 from splitfuse.core.kv.names import BlockNamer
 from splitfuse.core.kv.state_allocator import StateAllocator
 from splitfuse.core.latency.ledger import LatencyLedger
@@ -32,6 +36,7 @@ from splitfuse.core.plan import (
     ZERO_STATE,
     Chunk,
     ChunkResult,
+    Save,
     StateSlots,
     StepPlan,
     StepResult,
@@ -89,6 +94,89 @@ def arrive(request: Request, now: float | Fraction) -> None:
     request.__post_init__()
 
 
+def namer(block_size: int) -> BlockNamer:
+    """Names the blocks of all runs."""
+    return BlockNamer(block_size, key=b"test")
+
+
+class FakeTier:
+    """Has blocks that other engines have computed, and those that this one saves. Its answers are of every kind."""
+
+    ANSWERS = ("at once", "late", "never", "partly", "twice", "another's bytes", "a flipped bit", "short", "nothing")
+
+    def __init__(self, rng: Random, block_size: int) -> None:
+        self.block_size = block_size
+        self.frames: dict[bytes, Frame] = {}
+        self.answers = dict.fromkeys(self.ANSWERS, 0)
+        self.num_landed = self.num_refused = 0
+        self._rng = rng
+        self._moving: list[tuple[int, Fetch, list[Frame]]] = []  # rounds until they are there
+        self._deadlines: dict[int, int] = {}
+
+    def fill(self, requests: Iterable[Request]) -> None:
+        """Have the blocks of some requests, with what they generate, as if another engine had computed them."""
+        for request in requests:
+            tokens = [*request.prompt_token_ids, *reference(request)[0]]
+            names: list[bytes] = []
+            namer(self.block_size).extend(names, tokens, salt=request.scheduling.cache_salt)
+            for index, name in enumerate(names[: self._rng.randint(0, len(names))]):
+                block = tokens[index * self.block_size : (index + 1) * self.block_size]
+                self.save(name, tuple(block), block)
+
+    def save(self, name: bytes, token_ids: tuple[int, ...], content: list[int]) -> None:
+        """Keep a block."""
+        assert content == list(token_ids), "another content was saved than the name says"
+        self.frames[name] = Frame.of(name, token_ids, bytes(content))
+
+    def find(self, names: Sequence[bytes]) -> Found:
+        count = next((n for n, name in enumerate(names) if name not in self.frames), len(names))
+        return Found(count, self._rng.choice((0.0, 0.0, 1.0, 100.0)))
+
+    def ask(self, fetch: Fetch) -> None:
+        """Send off a fetch."""
+        assert 0 <= fetch.seconds <= 2
+        rng, how = self._rng, self._rng.choice(self.ANSWERS)
+        self.answers[how] += 1
+        frames = [self.frames[name] for name in fetch.names]
+        place = rng.randrange(len(frames))
+        frame = frames[place]
+        if how == "partly":
+            del frames[place:]
+        elif how == "another's bytes":
+            other = self.frames[rng.choice([*self.frames])]
+            frames[place] = rng.choice((other, frame._replace(data=other.data), other._replace(name=frame.name)))
+        elif how == "a flipped bit":
+            data = bytearray(frame.data)
+            data[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
+            frames[place] = frame._replace(data=bytes(data))
+        elif how == "short":  # with a checksum that is right
+            frames[place] = Frame.of(frame.name, frame.token_ids, frame.data[:-1])
+        elif how == "nothing":
+            frames = []
+        self._deadlines[fetch.number] = rng.randint(1, 6)
+        if how != "never":
+            self._moving.append((rng.randint(3, 12) if how == "late" else 0, fetch, frames))
+        if how == "twice":
+            self._moving.append((rng.randint(0, 5), fetch, frames))
+
+    def pass_time(self, scheduler: Scheduler) -> None:
+        """Give the answers that have come, and give up fetches whose time is over."""
+        moving, self._moving = self._moving, []
+        for rounds, fetch, frames in moving:
+            if rounds:
+                self._moving.append((rounds - 1, fetch, frames))
+                continue
+            intact = list(takewhile(lambda frame: frame.is_intact, frames))  # as threads of an engine do
+            self.num_refused += len(intact) < len(frames)
+            if scheduler.arrived(fetch.number, intact):
+                del self._deadlines[fetch.number]
+        for number, rounds in list(self._deadlines.items()):
+            self._deadlines[number] = rounds - 1
+            if rounds == 0:
+                del self._deadlines[number]
+                scheduler.arrived(number)
+
+
 class FakeExecutor:
     """Executes plans in the order they are given, as a device would."""
 
@@ -103,6 +191,8 @@ class FakeExecutor:
         self.breaking: Random | None = None
         """Breaks some steps off half way; like an engine, it then computes the chunks that can be repeated."""
         self.states: dict[int, int] = {}
+        self.tier: FakeTier | None = None
+        self.inbox: Inbox | None = None
         self.submitted: deque[tuple[int, StepResult]] = deque()
 
     def submit(self, plan: StepPlan) -> int:
@@ -121,6 +211,12 @@ class FakeExecutor:
         return result
 
     def _execute(self, plan: StepPlan) -> StepResult:
+        for save in plan.saves:
+            self.save(save)
+        for land in plan.lands:
+            assert self.inbox is not None and self.tier is not None
+            self.tier.num_landed += 1
+            self.cache |= {(land.block, place): token for place, token in enumerate(self.inbox[land.number])}
         for retired in plan.retired_requests:
             del self.prompts[retired]
         for new in plan.new_requests:
@@ -132,6 +228,11 @@ class FakeExecutor:
         lost = ChunkResult(state_lost=True)
         return {chunk.request_id: self._run(chunk) if chunk.is_repeatable else lost for chunk in plan.chunks}
 
+    def save(self, save: Save) -> None:
+        assert self.tier is not None
+        content = [self.cache[save.block, place] for place in range(self.block_size)]
+        self.tier.save(save.name, save.token_ids, content)
+
     @staticmethod
     def _check_states(slots: list[StateSlots]) -> None:
         """A slot that is written is neither read nor written by any other chunk of the step."""
@@ -142,6 +243,7 @@ class FakeExecutor:
     def _run(self, chunk: Chunk) -> ChunkResult:
         assert chunk.num_choices <= chunk.num_logits <= len(chunk.token_ids)
         assert chunk.num_drafts == 0 or (chunk.samples and PLACEHOLDER not in chunk.token_ids)
+        assert {land.block for land in chunk.lands} <= {*chunk.block_table[: chunk.start // self.block_size]}
         slots = [(chunk.block_table[p // self.block_size], p % self.block_size) for p in range(chunk.end)]
         # A request that has failed chose nothing; what a plan already in flight makes of it is dropped.
         chosen = self.last_chosen.get(chunk.request_id, 0)
@@ -225,6 +327,7 @@ class Run:
     began: list[float | Fraction] = field(default_factory=list)  # when each plan was made
     ended: list[float | Fraction] = field(default_factory=list)  # when it was back
     num_accepted: int = 0  # drafts that were right
+    asked: set[str] = field(default_factory=set)  # requests that have waited for blocks
 
     @classmethod
     def make(
@@ -240,6 +343,8 @@ class Run:
         spare_states: int | None = None,
         interval: int = 1,
         drafting: Drafting | None = None,
+        tier: FakeTier | None = None,
+        inbox_blocks: int = 1,
     ) -> Run:
         """With recurrent states there are `spare_states` slots more than requests can hold, and snapshots every
         `interval` blocks of a prompt.
@@ -250,14 +355,22 @@ class Run:
             states = StateAllocator(
                 num_slots, interval=interval * block_size if prefix else None, num_reserved=depth * max_num_seqs
             )
-        namer = BlockNamer(block_size, key=b"test") if prefix else None
-        allocator = BlockAllocator(num_blocks, block_size, namer=namer, states=states)
+        allocator = BlockAllocator(
+            *(num_blocks, block_size),
+            namer=namer(block_size) if prefix else None,
+            states=states,
+            saves_blocks=tier is not None,
+        )
         config = SchedulerConfig(max_num_batched_tokens=budget, max_num_seqs=max_num_seqs)
-        scheduler = Scheduler(config, allocator, policy, drafting=drafting)
+        executor, fetching = FakeExecutor(block_size), None
+        if tier is not None:
+            executor.tier, executor.inbox = tier, Inbox(inbox_blocks, block_size)
+            fetching = Fetching(tier, executor.inbox)
+        scheduler = Scheduler(config, allocator, policy, drafting=drafting, fetching=fetching)
         scheduler.events.subscribe(StepScheduled, _check_drafts)
         cost = None if policy is None or policy.predictor is None else policy.predictor.cost
         latencies = LatencyLedger(scheduler.events, cost=cost)
-        return cls(scheduler, latencies, allocator, FakeExecutor(block_size), depth, budget, max_num_seqs)
+        return cls(scheduler, latencies, allocator, executor, depth, budget, max_num_seqs)
 
     def add(self, request: Request) -> None:
         self._tick()
@@ -280,7 +393,9 @@ class Run:
         while len(self.in_flight) < self.depth and (plan := self._schedule()):
             self.in_flight.append((plan, self.executor.submit(plan)))
         if not self.in_flight:
-            assert not self.scheduler.has_unfinished, "no progress: nothing scheduled, nothing in flight"
+            assert self.fetching or not self.scheduler.has_unfinished, "no progress: nothing scheduled, or in flight"
+            for save in self.scheduler.take_saves():
+                self.executor.save(save)
             return []
         running = list(self.running)
         plan, handle = self.in_flight.popleft()
@@ -311,6 +426,7 @@ class Run:
             assert limit, "does not end"
         check_scheduler(self.scheduler)
         assert self.allocator.num_held == 0
+        assert self.executor.inbox is None or self.executor.inbox.num_free == self.executor.inbox.capacity
         assert self.allocator.states is None or self.allocator.states.num_held == 0
 
     @property
@@ -320,6 +436,10 @@ class Run:
     @property
     def running(self) -> list[Request]:
         return self.scheduler.queue.running
+
+    @property
+    def fetching(self) -> list[Request]:
+        return self.scheduler.queue.fetching
 
     def note_breakdown(self, request_id: str) -> None:
         breakdown = self.latencies.pop(request_id)
@@ -331,6 +451,13 @@ class Run:
             self.now = self.now + Fraction(self.ticks.choice((0, 1, 2, 7, 50)), 1000)
 
     def _schedule(self) -> StepPlan | None:
+        if self.executor.tier is not None:
+            self.executor.tier.pass_time(self.scheduler)
+            check_scheduler(self.scheduler)
+            for fetch in self.scheduler.take_fetches():
+                assert fetch.request_id not in self.asked, "a request waits twice"
+                self.asked.add(fetch.request_id)
+                self.executor.tier.ask(fetch)
         waiting, running = list(self.waiting), list(self.running)
         oldest = min(waiting + running, key=lambda r: r.sequence_number, default=None)
         oldest_wants = oldest is not None and oldest.num_unscheduled > 0
@@ -412,10 +539,12 @@ class Workload:
         slo: bool = False,
         ticks: bool = False,
         drafts: bool = False,
+        tier: bool = False,
     ) -> Run:
         """Drive the workload to its end and compare every outcome with the reference. With `slo`, some requests have
         targets, and the scheduler meets them as well as it can. With `ticks` time passes at every call. With `drafts`,
-        tokens are guessed. `recurrent` workloads have states, and with one plan at a time steps that break off.
+        tokens are guessed. With `tier`, blocks are saved and fetched. `recurrent` workloads have states, and with one
+        plan at a time steps that break off.
         """
         rng = Random(self.seed)
         block_size = rng.choice((1, 2, 4, 8))
@@ -428,17 +557,23 @@ class Workload:
             policy = DeadlinePolicy(LatencyPredictor(cost), token_budget=budget)
         of_states = Random(f"states {self.seed}")
         largest = max(-(-(r.num_prompt_tokens + r.max_tokens - 1) // block_size) for r in requests)
+        of_tier = Random(f"tier {self.seed}")
+        fake_tier = FakeTier(of_tier, block_size) if tier else None
+        if fake_tier is not None:
+            fake_tier.fill(request for request in requests if of_tier.random() < 0.6)
         run = Run.make(
             num_blocks=largest + rng.choice((0, 0, 1, 2, 5, 20)),
             block_size=block_size,
             budget=budget,
             max_num_seqs=rng.choice((1, 2, 3, 8)),
             depth=depth,
-            prefix=rng.random() < 0.7,
+            prefix=rng.random() < 0.7 or tier,
             policy=policy,
             spare_states=of_states.choice((0, 1, 5, 50)) if self.recurrent else None,
             interval=of_states.choice((1, 2, 3)),
             drafting=Guessing(Random(f"drafts {self.seed}")) if drafts else None,
+            tier=fake_tier,
+            inbox_blocks=of_tier.choice((1, 2, 5, 20, 100)),
         )
         if self.recurrent and depth == 1 and of_states.random() < 0.3:
             run.executor.breaking = of_states

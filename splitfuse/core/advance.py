@@ -32,7 +32,7 @@ def advance(
     request.output_token_ids += tokens
     if chunk.samples:
         request.slo.observe_tokens(now, max(len(tokens), 1))
-    if end // allocator.block_size > chunk.start // allocator.block_size:  # it has filled a block
+    if chunk.lands or end // allocator.block_size > chunk.start // allocator.block_size:  # it has full blocks more
         kv.publish(allocator, request.tokens(0, end), salt=request.scheduling.cache_salt)
     if state is not None:
         state.computed(chunk, kv.block_names)

@@ -33,6 +33,25 @@ class StateSlots(NamedTuple):
     kept: tuple[tuple[int, int], ...] = ()
 
 
+class Save(NamedTuple):
+    """Copies a full block, whose name and tokens are these, out of the cache, before anything is written there. The
+    plan may write to the block, and after that it must not be saved again.
+    """
+
+    block: int
+    name: bytes
+    token_ids: tuple[int, ...]
+    before: bytes = b""
+    """Name of the block before it in its text; empty: it is the first."""
+
+
+class Land(NamedTuple):
+    """Copies bytes that have arrived, which the inbox holds under `number`, into a block, before it is read."""
+
+    number: int
+    block: int
+
+
 _ID, _VALUE = Struct("i"), Struct("d")
 
 
@@ -59,6 +78,8 @@ class Chunk:
     samples: bool
     state: StateSlots | None = None  # None: the network has no recurrent states
     num_drafts: int = 0
+    lands: tuple[Land, ...] = ()
+    """Blocks of its `block_table` before `start` that have arrived from elsewhere."""
 
     @property
     def drafts(self) -> tuple[int, ...]:
@@ -101,18 +122,27 @@ class SamplingState:
 
 @dataclass(frozen=True)
 class StepPlan:
-    """Describes one forward step: chunks in order. Dynamic SplitFuse keeps their tokens within `token_budget`."""
+    """Describes one forward step: chunks in order. Dynamic SplitFuse keeps their tokens within `token_budget`.
+
+    First the blocks of `saves` are copied out of the cache, then those of `lands` into it, then chunks are computed.
+    """
 
     step: int
     token_budget: int
     chunks: tuple[Chunk, ...]
     new_requests: tuple[SamplingState, ...] = ()
     retired_requests: tuple[str, ...] = ()  # finished since the last plan: the executor forgets them
+    saves: tuple[Save, ...] = ()  # blocks that have been published since the last plan
 
     @cached_property
     def num_tokens(self) -> int:
         """Return how many tokens the step computes."""
         return sum(len(chunk.token_ids) for chunk in self.chunks)
+
+    @property
+    def lands(self) -> tuple[Land, ...]:
+        """Return the copies into the cache, of all chunks."""
+        return tuple(land for chunk in self.chunks for land in chunk.lands)
 
 
 @dataclass(frozen=True)

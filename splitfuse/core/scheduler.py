@@ -14,6 +14,10 @@ without SLOs the budget is filled while runnable work and blocks remain (Holmes 
                          nothing in flight: one is reserved for it. It may preempt any request and is never preempted,
                          and `add` has made sure that it fits the cache alone. So it finishes; then the next one is the
                          oldest.
+    blocks elsewhere     core/kv/fetching.py: what a prompt begins with, and another has computed, may be fetched. A
+                         request is made to wait for at most one answer, once, the oldest too; until then it holds
+                         nothing, and the oldest of the others is the oldest. Answers come in bounded time, or `arrived`
+                         is called without.
     plans in flight      `schedule` may be called before earlier plans have come back. A request in flight is preempted
                          in the `update` of its last plan.
     drafts               core/speculation/drafting.py: tokens that may come next, if nothing is in flight. How many of
@@ -28,6 +32,8 @@ from __future__ import annotations
 
 import logging
 from collections import deque
+from collections.abc import Sequence
+from functools import partial
 from typing import NamedTuple
 
 from splitfuse.config import SchedulerConfig
@@ -42,12 +48,14 @@ from splitfuse.core.events import (
     StepScheduled,
 )
 from splitfuse.core.kv.block_allocator import BlockAllocator
+from splitfuse.core.kv.fetching import Arrived, Fetch, Fetching, Frame, Inbox
 from splitfuse.core.limits import check_blocks
-from splitfuse.core.plan import Chunk, ChunkResult, StepPlan, StepResult
+from splitfuse.core.plan import Chunk, ChunkResult, Save, StepPlan, StepResult
 from splitfuse.core.policy import Fcfs, PlanningError, SchedulingPolicy
 from splitfuse.core.request import FinishReason, Request, RequestOutput, RequestStatus
-from splitfuse.core.slo.cost_model import features_of
+from splitfuse.core.slo.cost_model import StepFeatures, features_of
 from splitfuse.core.slo.fair_share import FairShare
+from splitfuse.core.slo.latency_predictor import LatencyPredictor
 from splitfuse.core.speculation.drafting import Drafting
 from splitfuse.core.step_budget import StepBudget
 from splitfuse.core.step_builder import RequestQueue, StepBuilder
@@ -76,12 +84,15 @@ class Scheduler:
         policy: SchedulingPolicy | None = None,
         budget: StepBudget | None = None,
         drafting: Drafting | None = None,
+        fetching: Fetching | None = None,
     ) -> None:
         events = self.events = EngineEvents()
         self.policy = policy or Fcfs()
         self.budget = budget or StepBudget.of(config)
         self.drafting = drafting
+        self.fetching = fetching
         assert drafting is None or allocator.states is None, "a recurrent state cannot be taken back"
+        assert fetching is None or allocator.states is None, "a recurrent state is not fetched with its blocks"
         self._allocator = allocator
         self.queue = RequestQueue(
             allocator,
@@ -90,6 +101,8 @@ class Scheduler:
         )
         self._requests: dict[str, Request] = {}  # unfinished, or finished and still in flight
         self._retired: list[str] = []  # finished since the last plan
+        self._to_ask: deque[Request] = deque()  # that have not run, and for which nothing was asked
+        self._awaited: dict[int, Request] = {}  # number of a fetch -> its request
         self._fair_share = FairShare()
         self._num_accepted = 0
         self._num_scheduled_steps = 0
@@ -98,7 +111,7 @@ class Scheduler:
 
     @property
     def has_unfinished(self) -> bool:
-        return bool(self.queue.waiting or self.queue.running)
+        return bool(self.queue.waiting or self.queue.running or self.queue.fetching)
 
     def get(self, request_id: str) -> Request | None:
         """Return the request of that id, while it is unfinished or in flight."""
@@ -120,13 +133,17 @@ class Scheduler:
             self.policy.check_admission(request, queue, now=now)
         self.policy.accept(request, queue, now=now)  # which may raise: nothing is changed before
         self._num_accepted += 1
-        request.fair_share_key = self._fair_share.key(request, running=queue.running, waiting=queue.waiting)
+        waiting = [*queue.waiting, *queue.fetching] if queue.fetching else queue.waiting
+        request.fair_share_key = self._fair_share.key(request, running=queue.running, waiting=waiting)
         self._requests[request.request_id] = request
         queue.waiting.append(request)
+        if self.fetching is not None and request.params.prompt_logprobs is None:  # those need all positions computed
+            self._to_ask.append(request)
         self.events.emit(RequestAdded(request, now if sent_time is None else min(sent_time, now), now))
 
     def schedule(self, now: float = 0.0) -> StepPlan | None:
-        """Return the next step; None if nothing can run before an `update`. Blocks are taken for all of it.
+        """Return the next step; None if nothing can run before an `update` or `arrived`. Blocks are taken for all of
+        it.
 
         Raises PlanningError, from the exception that the policy or the builder has raised. Nothing is in flight then.
         """
@@ -152,6 +169,8 @@ class Scheduler:
         except Exception as error:
             raise PlanningError(self.policy.blamed(step)) from error
         self._num_scheduled_steps, self._retired = plan.step, []
+        if self.fetching is not None:
+            self._take_in(plan.chunks, self.fetching.inbox)
         self._in_flight.append(_InFlight(plan.step, now, has_drafts=bool(step.drafts)))
         for new in plan.new_requests:
             self.events.emit(RequestStarted(self._requests[new.request_id], now))
@@ -177,11 +196,46 @@ class Scheduler:
             request.num_output_placeholders -= chunk.samples
             if not request.is_finished:
                 outputs.append(self._take_result(request, chunk, result[chunk.request_id], now))
+        if self.fetching is not None:
+            self.fetching.inbox.discard(land.number for land in plan.lands)
         for chunk in plan.chunks:  # once it is known which have ended, and so which is the oldest
             request = self._requests[chunk.request_id]
             if request.num_plans_in_flight == 0 and (request.is_finished or request.kv.preempt_on_return):
                 self._settle(request, now)
         return outputs
+
+    def take_fetches(self) -> list[Fetch]:
+        """Return what is to be asked for now, of the requests that have not run, in their order and as long as the
+        inbox has room. Each is to be answered by `arrived`, within its seconds; its request waits until then.
+        """
+        fetches: list[Fetch] = []
+        while self._to_ask and self.fetching is not None:
+            request = self._to_ask[0]
+            if request.status is RequestStatus.WAITING and not request.sent_to_executor:
+                if not self.fetching.has_room(request.num_tokens // self._allocator.block_size):
+                    break
+                if (fetch := self._ask_for(request, self.fetching)) is not None:
+                    fetches.append(fetch)
+            self._to_ask.popleft()
+        return fetches
+
+    def arrived(self, number: int, frames: Sequence[Frame] = ()) -> bool:
+        """Take in the answer to a fetch: the leading blocks that were found, which are intact; without any, it has
+        failed. Returns False, and changes nothing, if it was answered before or its request has ended.
+        """
+        request = self._awaited.pop(number, None)
+        if request is None:
+            return False
+        assert self.fetching is not None and request.kv.fetch is not None
+        fetch, inbox = request.kv.fetch, self.fetching.inbox
+        numbers = inbox.put(fetch.matching(frames), reserved=len(fetch.names))
+        request.kv.arrived = tuple(Arrived(index, each) for index, each in enumerate(numbers, start=fetch.first))
+        self.queue.end_fetch(request)
+        return True
+
+    def take_saves(self) -> tuple[Save, ...]:
+        """Return the blocks to save that no plan has: after the last one, while nothing is in flight."""
+        return self._allocator.take_saves()
 
     def finish(
         self,
@@ -213,6 +267,43 @@ class Scheduler:
             request = self._requests.get(request_id)  # a later one of that id
             if request is None or not request.sent_to_executor:  # else it has taken the place of the earlier one
                 self._retired.append(request_id)
+
+    def _ask_for(self, request: Request, fetching: Fetching) -> Fetch | None:
+        """Return what to ask for of a request, which waits for it from here on; None if it need not wait."""
+        tokens, kv, size = request.tokens(0, request.num_tokens), request.kv, self._allocator.block_size
+        first = self._allocator.count_cached(tokens, kv.block_names, salt=request.scheduling.cache_salt) // size
+        limit = (len(tokens) - 1) // size  # a token is left to compute
+        if first >= limit:
+            return None
+        self._allocator.name_blocks(tokens, kv.block_names, limit, salt=request.scheduling.cache_salt)
+        predictor, seconds = self.policy.predictor, None
+        if predictor is not None:
+            seconds = partial(_seconds_to_compute, predictor, first * size, size)
+        blocks = [tokens[start : start + size] for start in range(first * size, limit * size, size)]
+        fetch = fetching.ask(request.request_id, first, kv.block_names[first:limit], blocks, seconds)
+        if fetch is not None:
+            self.queue.begin_fetch(request, fetch)
+            self._awaited[fetch.number] = request
+        return fetch
+
+    def _take_in(self, chunks: Sequence[Chunk], inbox: Inbox) -> None:
+        """Forget what has arrived for the requests that have begun, but for what their chunks bring into the cache."""
+        for chunk in chunks:
+            kv = self._requests[chunk.request_id].kv
+            if kv.arrived:
+                kept = {land.number for land in chunk.lands}
+                inbox.discard(each.number for each in kv.arrived if each.number not in kept)
+                kv.arrived = ()
+
+    def _forget_fetch(self, request: Request, fetching: Fetching) -> None:
+        """Forget what a request that has ended was waiting for, and what has arrived for it."""
+        kv = request.kv
+        if kv.fetch is not None:
+            del self._awaited[kv.fetch.number]
+            fetching.inbox.num_free += len(kv.fetch.names)
+            kv.fetch = None
+        fetching.inbox.discard(each.number for each in kv.arrived)
+        kv.arrived = kv.landing = ()
 
     def _has_slo(self) -> bool:
         """Return whether any unfinished request has an SLO."""
@@ -246,6 +337,8 @@ class Scheduler:
 
     def _finish(self, request: Request, reason: FinishReason, now: float, wanted_until: float | None = None) -> None:
         self.queue.remove(request)
+        if self.fetching is not None:
+            self._forget_fetch(request, self.fetching)
         request.status, request.finish_reason = RequestStatus.FINISHED, reason
         try:
             self._fair_share.refund(request)
@@ -267,3 +360,9 @@ class Scheduler:
                 request.kv.preempt_on_return = False  # those older have ended, and the oldest keeps its blocks
             else:
                 self.queue.preempt(request, now)
+
+
+def _seconds_to_compute(predictor: LatencyPredictor, start: int, block_size: int, num_blocks: int) -> float:
+    """Return by how much longer steps take in all that compute so many blocks from position `start`."""
+    computed = StepFeatures().plus(start=start, count=num_blocks * block_size, rows=0)
+    return predictor.seconds(computed) - predictor.seconds(StepFeatures())

@@ -13,6 +13,7 @@ from operator import attrgetter
 from typing import NamedTuple
 
 from splitfuse.core.kv.block_allocator import BlockAllocator
+from splitfuse.core.kv.fetching import Fetch
 from splitfuse.core.limits import ceil_div
 from splitfuse.core.plan import Chunk, StepPlan
 from splitfuse.core.request import Request, RequestStatus
@@ -44,7 +45,7 @@ class FreeResources(NamedTuple):
 
 class RequestQueue:
     """Holds the unfinished requests, waiting or running, each list in order of acceptance. Only running ones hold
-    blocks.
+    blocks. Those that are `fetching` wait for an answer first, and no policy sees them.
     """
 
     def __init__(
@@ -54,9 +55,15 @@ class RequestQueue:
         self.max_num_seqs = max_num_seqs
         self.waiting: list[Request] = []
         self.running: list[Request] = []
+        self.fetching: list[Request] = []
         self.num_preemptions = 0
         self._allocator = allocator
         self._on_preempt = on_preempt
+
+    @property
+    def unfinished(self) -> list[Request]:
+        """Return all requests."""
+        return [*self.running, *self.waiting, *self.fetching]
 
     @property
     def free(self) -> FreeResources:
@@ -73,8 +80,22 @@ class RequestQueue:
         if request.params.prompt_logprobs is None:  # these need the logits of every position, so all are computed
             tokens = request.tokens(0, request.num_tokens)
             request.kv.reuse_prefix(self._allocator, tokens, salt=request.scheduling.cache_salt)
+            if request.kv.arrived:
+                request.kv.land(self._allocator, spare=len(self.running))
         request.num_scheduled = request.kv.num_computed
         request.num_expected_cached = 0
+
+    def begin_fetch(self, request: Request, fetch: Fetch) -> None:
+        """Let a waiting request wait for blocks first."""
+        request.kv.fetch = fetch
+        self.waiting.remove(request)
+        insort(self.fetching, request, key=by_sequence_number)
+
+    def end_fetch(self, request: Request) -> None:
+        """Let a request run as soon as it may."""
+        request.kv.fetch = None
+        self.fetching.remove(request)
+        insort(self.waiting, request, key=by_sequence_number)
 
     def requeue(self, request: Request) -> None:
         """Send a running request back to waiting: it keeps its tokens and gives its blocks back."""
@@ -102,7 +123,10 @@ class RequestQueue:
 
     def remove(self, request: Request) -> None:
         """Forget a request which has finished."""
-        (self.waiting if request.status is RequestStatus.WAITING else self.running).remove(request)
+        if request.kv.fetch is not None:
+            self.fetching.remove(request)
+        else:
+            (self.waiting if request.status is RequestStatus.WAITING else self.running).remove(request)
 
 
 class StepBuilder:
@@ -307,12 +331,14 @@ class StepBuilder:
             if not request.sent_to_executor:
                 request.sent_to_executor = True
                 request.kv.num_cached_tokens = chunk.start
+            request.kv.landing = ()
             if request.kv.state is not None:
                 request.kv.state.advance(chunk)
             request.num_scheduled = chunk.end - chunk.num_drafts  # which is certain
             request.num_output_placeholders += chunk.samples
             request.num_plans_in_flight += 1
-        return StepPlan(step, self._token_budget, tuple(chunks), tuple(states), retired_requests)
+        saves = self._allocator.take_saves()
+        return StepPlan(step, self._token_budget, tuple(chunks), tuple(states), retired_requests, saves)
 
     def _chunk(self, request: Request, count: int) -> Chunk:
         start, end = request.num_scheduled, request.num_scheduled + count
@@ -326,5 +352,5 @@ class StepBuilder:
         blocks = request.kv.blocks[: self._allocator.blocks_for(end + len(drafts))]
         return Chunk(
             *(request.request_id, start, request.tokens(start, end) + drafts, tuple(blocks), num_logits + len(drafts)),
-            *(samples, request.kv.state_slots, len(drafts)),
+            *(samples, request.kv.state_slots, len(drafts), request.kv.landing),
         )

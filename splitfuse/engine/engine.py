@@ -286,8 +286,7 @@ class Engine:
 
     def _drop_adapters(self) -> None:
         """Forget the adapters that have neither a name nor a request."""
-        queue = self.scheduler.queue
-        used = {request.adapter for request in (*queue.waiting, *queue.running)}
+        used = {request.adapter for request in self.scheduler.queue.unfinished}
         used |= {request.adapter for request, _ in self._held.values()}
         used |= {request.adapter for name in self.ids_in_flight() if (request := self.scheduler.get(name)) is not None}
         for digest in self.executor.adapters.keys() - self.adapters.values() - used:
@@ -470,7 +469,7 @@ class Engine:
         for chunks in filter(None, (again[:middle], again[middle:])):
             ids = {chunk.request_id for chunk in chunks}
             new = tuple(request for request in plan.new_requests if request.request_id in ids)
-            half = replace(plan, chunks=tuple(chunks), new_requests=new, retired_requests=())
+            half = replace(plan, chunks=tuple(chunks), new_requests=new, retired_requests=(), saves=())  # see Save
             result |= self._compute_halves(half, errors)
         return result
 

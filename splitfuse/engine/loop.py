@@ -193,7 +193,7 @@ class EngineLoop:
         return replace(
             self._stats,
             num_running=len(queue.running),
-            num_waiting=len(queue.waiting) + self._engine.num_held,
+            num_waiting=len(queue.waiting) + len(queue.fetching) + self._engine.num_held,
             num_available_blocks=self._engine.allocator.num_available,
             num_preemptions=queue.num_preemptions,
             token_budget=self._engine.scheduler.budget.tokens,

@@ -73,8 +73,7 @@ class EngineTracer:
             return
         if rises:
             self._tables = {}
-            queue = self._engine.scheduler.queue
-            for request in sorted((*queue.running, *queue.waiting), key=lambda each: each.sequence_number):
+            for request in sorted(self._engine.scheduler.queue.unfinished, key=lambda each: each.sequence_number):
                 arrival = request.slo.arrival_time
                 self._trace_request(request, arrival, arrival)
             if level >= TraceLevel.STEPS:

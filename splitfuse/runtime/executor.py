@@ -4,18 +4,32 @@ request holds a block.
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from copy import copy
 from dataclasses import dataclass, field, replace
 from itertools import accumulate
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from splitfuse.core.plan import PLACEHOLDER, Chunk, ChunkResult, SamplingState, StepPlan, StepResult, TokenLogprob
+from splitfuse.core.kv.fetching import Inbox
+from splitfuse.core.plan import (
+    PLACEHOLDER,
+    Chunk,
+    ChunkResult,
+    Land,
+    SamplingState,
+    Save,
+    StepPlan,
+    StepResult,
+    TokenLogprob,
+)
 from splitfuse.core.pooling_params import PoolingParams
 from splitfuse.errors import RequestFailedError
 from splitfuse.kernels.lora import PackedAdapter
@@ -25,6 +39,8 @@ from splitfuse.runtime.batch import build_batch
 from splitfuse.runtime.sampling.grammar import Grammars, Matcher
 from splitfuse.runtime.sampling.pool import pool
 from splitfuse.runtime.sampling.sampler import prompt_logprobs, sample
+
+_logger = logging.getLogger(__name__)
 
 HEAD_ROWS = 64
 """Number of rows that the output head is applied to at once: logits are [rows, vocabulary], never [tokens of a step,
@@ -55,6 +71,16 @@ class StepProgress:
         """Set when what is left of the step is to choose tokens: the time to plan the next one."""
 
 
+class BlockSink(Protocol):
+    """Takes blocks that are copied out of the cache. Called by the thread that executes plans."""
+
+    def buffer(self, name: bytes) -> npt.NDArray[np.uint8] | None:
+        """Return where the block of that name is to be copied; None if it is not wanted."""
+
+    def save(self, save: Save, data: npt.NDArray[np.uint8]) -> None:
+        """Take the block that was copied into a buffer."""
+
+
 class _Row(NamedTuple):
     """Describes a row of hidden states that chooses a token."""
 
@@ -81,6 +107,10 @@ class Executor:
         self.kv_cache = kv_cache
         self.adapters: dict[str, PackedAdapter] = {}
         """LoRA adapters by digest; requests may have those that are here as long as they run."""
+        self.sink: BlockSink | None = None
+        """Takes the blocks that plans save; without it they go nowhere."""
+        self.inbox: Inbox | None = None
+        """Has the blocks that plans land."""
         self._grammars = grammars
         self.num_forced = 0
         """Most tokens that a result says to be forced by the form of the answer."""
@@ -134,6 +164,24 @@ class Executor:
             self._newest = None
         return result
 
+    def save(self, saves: Sequence[Save]) -> None:
+        """Copy blocks out of the cache, while no step runs. What cannot be saved is left out."""
+        if (sink := self.sink) is None:
+            return
+        for save in saves:
+            try:
+                if (buffer := sink.buffer(save.name)) is not None:
+                    self.kv_cache.read_block(save.block, torch.from_numpy(buffer))
+                    sink.save(save, buffer)
+            except Exception:
+                _logger.exception("a KV block was not saved")
+
+    def _land(self, lands: Sequence[Land]) -> None:
+        """Copy blocks into the cache."""
+        for land in lands:
+            assert self.inbox is not None, "blocks land where an inbox has them"
+            self.kv_cache.write_block(land.block, torch.from_numpy(self.inbox[land.number]))
+
     def drain(self) -> None:
         """Wait until nothing runs. Handles that were not collected must be dropped."""
         if self._newest is not None:
@@ -174,6 +222,8 @@ class Executor:
         return self.decoder.forward(batch, self.kv_cache)
 
     def _execute(self, plan: StepPlan) -> StepResult:
+        self.save(plan.saves)
+        self._land(plan.lands)
         for request_id in plan.retired_requests:
             self._states.pop(request_id, None)  # absent if its first step was broken off
             self._matchers.pop(request_id, None)

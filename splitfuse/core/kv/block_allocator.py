@@ -19,6 +19,7 @@ from collections.abc import Iterable, Sequence
 from splitfuse.core.kv.names import BlockNamer
 from splitfuse.core.kv.state_allocator import StateAllocator
 from splitfuse.core.limits import ceil_div
+from splitfuse.core.plan import Save
 
 NAMED_TOGETHER = 16
 """Blocks named per batch: little is wasted after a miss, and batching halves the cost per block."""
@@ -38,8 +39,11 @@ class BlockAllocator:
         *,
         namer: BlockNamer | None = None,
         states: StateAllocator | None = None,
+        saves_blocks: bool = False,
     ) -> None:
-        """`states` are those of a network with recurrent states."""
+        """`states` are those of a network with recurrent states. If it `saves_blocks`, what is published is noted for
+        `take_saves`.
+        """
         assert namer is None or namer.block_size == block_size
         assert states is None or states.interval is None or (namer is not None and states.interval % block_size == 0)
         self.num_blocks = num_blocks
@@ -51,6 +55,7 @@ class BlockAllocator:
         self._cached: OrderedDict[int, None] = OrderedDict()  # least recently used first
         self._contents: dict[int, tuple[bytes, tuple[int, ...]]] = {}  # published block -> its name and tokens
         self._index: dict[bytes, int] = {}  # name -> published block
+        self._saves: list[Save] | None = [] if saves_blocks else None
 
     @property
     def num_available(self) -> int:
@@ -129,6 +134,11 @@ class BlockAllocator:
             blocks.append(block)
         return blocks
 
+    def name_blocks(self, token_ids: Sequence[int], names: list[bytes], num_blocks: int, *, salt: str = "") -> None:
+        """Append the names of the leading `num_blocks` blocks of `token_ids` that are not known yet."""
+        if self._namer is not None:
+            self._namer.extend(names, token_ids, num_blocks, salt=salt)
+
     def publish(
         self, blocks: Sequence[int], token_ids: Sequence[int], names: list[bytes], *, first: int = 0, salt: str = ""
     ) -> int:
@@ -147,9 +157,22 @@ class BlockAllocator:
                 if self.states is None:
                     return index
                 continue
-            self._contents[blocks[index]] = names[index], self._tokens(token_ids, index)
+            content = names[index], self._tokens(token_ids, index)
+            self._contents[blocks[index]] = content
             self._index[names[index]] = blocks[index]
+            if self._saves is not None:
+                self._saves.append(Save(blocks[index], *content, before=names[index - 1] if index else b""))
         return max(first, num_full)
+
+    def take_saves(self) -> tuple[Save, ...]:
+        """Return the blocks that have been published since the last call. Their content is there until the next step
+        writes to the cache, though `allocate` may have given them away since.
+        """
+        if not self._saves:
+            return ()
+        taken = tuple(self._saves)
+        self._saves.clear()
+        return taken
 
     def states_of_blocks(self, stride: int = 1) -> bytes:
         """Return the state of every `stride`-th block, to be shown: 0 free, 1 cached, 2 held by one request, 3 shared.

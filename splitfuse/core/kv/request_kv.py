@@ -7,8 +7,9 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 
 from splitfuse.core.kv.block_allocator import BlockAllocator
+from splitfuse.core.kv.fetching import Arrived, Fetch
 from splitfuse.core.kv.request_state import RequestState
-from splitfuse.core.plan import StateSlots
+from splitfuse.core.plan import Land, StateSlots
 
 logger = logging.getLogger(__name__)
 
@@ -33,6 +34,12 @@ class RequestKv:
     """True if its blocks, and its state, are to be taken when its last plan in flight is back."""
     state: RequestState | None = None
     """Its recurrent state while it runs, in a network that has them."""
+    fetch: Fetch | None = None
+    """Blocks that it waits for."""
+    arrived: tuple[Arrived, ...] = ()
+    """Blocks that have arrived for it, in their order, which no plan has taken in."""
+    landing: tuple[Land, ...] = ()
+    """Those of them that have blocks, the last ones of `blocks`; its next chunk brings them there."""
     repeatable: bool = False
     """True if its chunks are to be such that each can be computed again: see RequestState."""
 
@@ -57,8 +64,21 @@ class RequestKv:
             self.state.shared_until = len(self.blocks) * allocator.block_size
         self._begin_with_blocks(allocator)
 
+    def land(self, allocator: BlockAllocator, *, spare: int) -> None:
+        """Go on with blocks that have arrived, where they continue those of the cache, and leave `spare` blocks."""
+        first = len(self.blocks)
+        usable = [each for each in self.arrived if each.place >= first]
+        count = min(len(usable), allocator.num_available - spare)
+        if count <= 0 or usable[0].place > first:  # the cache has forgotten what they continue
+            return
+        blocks = allocator.allocate(count)
+        self.landing = tuple(each.into(block) for each, block in zip(usable, blocks, strict=False))
+        self.blocks += blocks
+        self.num_computed += count * allocator.block_size
+
     def drop_last_block(self, allocator: BlockAllocator) -> None:
         """Give the last block back, whose tokens are then computed again; with states, all after the next snapshot."""
+        assert not self.landing, "blocks that land leave room"
         allocator.release([self.blocks.pop()])
         self._begin_with_blocks(allocator)
 
@@ -96,6 +116,7 @@ class RequestKv:
         self.blocks, self.state = [], None
         self.num_cached_blocks = self.num_computed = 0
         self.preempt_on_return = False
+        self.landing = ()
         try:
             if state is not None:
                 state.release()

@@ -35,6 +35,8 @@ class LatencyPhase(enum.StrEnum):
     """Transit to the engine."""
     JOINING = "joining", "waiting for the step in flight"
     """Waiting for the end of the step which was in flight when it arrived."""
+    FETCHING = "fetching", "fetching KV blocks"
+    """Waiting for KV blocks that another engine, or this one before, has computed."""
     NO_SLOT = "no_slot", "queued: max_num_seqs reached"
     """Queued: `max_num_seqs` requests were running."""
     NO_BLOCKS = "no_blocks", "queued: no KV blocks"

@@ -25,6 +25,8 @@ def idle_phases(step: StepScheduled) -> Iterator[tuple[Request, LatencyPhase]]:
     """Yield each request which has no chunk in a step, with the reason; not those whose last token is in flight."""
     builder = step.builder
     granted, running, waiting = builder.granted, builder.queue.running, builder.queue.waiting
+    for request in builder.queue.fetching:
+        yield request, LatencyPhase.FETCHING
     left_out = [request for request in running if request not in granted] if len(granted) < len(running) else []
     if not left_out and not waiting:
         return

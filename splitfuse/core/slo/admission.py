@@ -37,7 +37,7 @@ def check_on_time(request: Request, queue: RequestQueue, make_outlook: MakeOutlo
     _check_alone(request, make_outlook)
     make_outlook = partial(make_outlook, now=now, priority=request.priority)
     decodes, prefills = split_running([each for each in queue.running if each.num_unscheduled])
-    prefills += queue.waiting
+    prefills += [*queue.waiting, *queue.fetching]
     share = ON_TIME_ONLY_SHARE if decodes or prefills else 1.0
     before = [each.request for each in make_outlook(decodes).feasible(prefills, share=share)]
     above = [each for each in prefills if each.priority < request.priority and each not in before]

@@ -84,7 +84,7 @@ class DeadlinePolicy(Fcfs):
         """See SchedulingPolicy."""
         queue.expect_cached(request)
         work = self._outlook((), now=now).seconds
-        before = sum(work(other) for other in (*queue.running, *queue.waiting) if not other.output_token_ids)
+        before = sum(work(other) for other in queue.unfinished if not other.output_token_ids)
         self._turns.accept(request, own=work(request), before=before)
 
     def compose(self, step: StepBuilder) -> None:

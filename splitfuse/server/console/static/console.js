@@ -9,7 +9,7 @@ const MAX_STEPS = 40000, MAX_REQUESTS = 6000; // kept, whatever the minutes
 const SPANS = [0.2, 0.5, 1, 2, 5, 10, 20, 30, 60, 120, 300].map((s) => 1000 * s);
 const BUCKET = 5000, RECENT = 30000;
 const GROUPS = { // phases as rows show them
-  queued: ["to_engine", "joining", "no_slot", "no_budget", "outranked"],
+  queued: ["to_engine", "joining", "fetching", "no_slot", "no_budget", "outranked"],
   kv: ["no_blocks", "left_out_no_blocks"],
   prefill: ["prefill"], decode: ["decode"], idle: ["paced", "left_out"],
   preempted: ["preempted"], recomputed: ["recomputed"],
