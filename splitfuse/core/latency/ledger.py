@@ -28,7 +28,7 @@ from splitfuse.core.events import (
     StepScheduled,
 )
 from splitfuse.core.latency.phases import COMPUTING, LatencyBreakdown, LatencyPhase
-from splitfuse.core.latency.reasons import computing_phase, idle_phases
+from splitfuse.core.latency.reasons import IdlePhases, computing_phase
 from splitfuse.core.plan import Chunk
 from splitfuse.core.request import Request
 from splitfuse.core.slo.cost_model import CostModel, StepFeatures
@@ -89,6 +89,7 @@ class LatencyLedger:
         self._latencies: dict[str, RequestLatency] = {}  # of unfinished requests
         self._breakdowns: dict[str, LatencyBreakdown] = {}  # of finished ones, until `pop`
         self._decoding: set[Request] = set()  # the decodes of the last step, and some that have finished
+        self._idle = IdlePhases()
         self._num_steps = 0
         self._in_flight: deque[tuple[Sequence[Transition], float]] = deque()  # with the cost; the first one runs
         self._started: float = 0  # the step which runs, or the last one
@@ -134,7 +135,7 @@ class LatencyLedger:
         transitions: list[Transition] = []
         for index, request in [(n, request) for n, request in enumerate(granted) if request not in self._decoding]:
             transitions.append(self._compute(request, step.plan.chunks[index]))
-        for request, phase in idle_phases(step):
+        for request, phase in self._idle.of(step):
             latency = self._latencies[request.request_id]
             if latency.planned is not phase:
                 latency.planned = phase
