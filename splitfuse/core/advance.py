@@ -48,8 +48,8 @@ def output_of(request: Request, chunk: Chunk, result: ChunkResult) -> RequestOut
     return RequestOutput(
         request.request_id,
         result.token_ids,
-        Logprobs.of(result.logprobs),
-        Logprobs.of(result.prompt_logprobs),
+        Logprobs.of(result.logprobs) if result.logprobs else None,
+        Logprobs.of(result.prompt_logprobs) if result.prompt_logprobs else None,
         result.values,
         request.finish_reason,
         num_cached_tokens=request.kv.num_cached_tokens,

@@ -176,11 +176,13 @@ class Request:
 
     def tokens(self, start: int, end: int) -> tuple[int, ...]:
         """Return the token ids at positions start to end - 1; PLACEHOLDER where one has not been read back yet."""
-        prompt_part = self.prompt_token_ids[start:end]
-        first = max(start - self.num_prompt_tokens, 0)
-        output_part = self.output_token_ids[first : max(end - self.num_prompt_tokens, 0)]
-        missing = end - start - len(prompt_part) - len(output_part)
-        return (*prompt_part, *output_part, *(PLACEHOLDER,) * missing)
+        num_prompt = len(self.prompt_token_ids)
+        tokens = (
+            *self.prompt_token_ids[start:end],
+            *self.output_token_ids[max(start - num_prompt, 0) : max(end - num_prompt, 0)],
+        )
+        missing = end - start - len(tokens)
+        return tokens + (PLACEHOLDER,) * missing if missing else tokens
 
     def sampling_state(self) -> SamplingState:
         """Return what the executor must know of it before its first chunk."""

@@ -157,7 +157,7 @@ class StepBuilder:
         self._choose_victim = choose_victim
         self.predictor = predictor
         self.features = StepFeatures()
-        """Features of all that is granted, without drafts."""
+        """Features of all that is granted, without drafts, if there is a predictor."""
         self.drafts: dict[Request, tuple[int, ...]] = {}
         """Drafts that are computed with the newest token of some requests."""
         self.claimant: Request | None = None
@@ -241,23 +241,26 @@ class StepBuilder:
         The oldest request gets a token even if that makes the step longer than it should be.
         """
         self.claimant = request
-        is_oldest = request is self._oldest
-        if is_oldest:  # what was reserved is for it
+        at_least = 0
+        if request is self._oldest:  # what was reserved is for it
             self.tokens_left += self._reserved_tokens
-            self._reserved_tokens, self._reserved_share = 0, 0.0
+            self._reserved_tokens, self._reserved_share, at_least = 0, 0.0, 1
         if request.status is not RequestStatus.RUNNING:  # it was preempted in this step
             return 0
-        fitting = self.fitting_tokens(request, at_least=int(is_oldest))
-        if not fitting:
-            return 0
-        while not (available := self.available_slots(request)) and self.preempt_for(request):
-            fitting = self.fitting_tokens(request, at_least=int(is_oldest))
-        count = min(fitting, available)
+        count = self.fitting_tokens(request, at_least=at_least)
+        kv, start = request.kv, request.num_scheduled
+        needs_blocks = count > len(kv.blocks) * self._allocator.block_size - start
+        if needs_blocks:
+            while not (available := self.available_slots(request)) and self.preempt_for(request):
+                count = self.fitting_tokens(request, at_least=at_least)
+            count = min(count, available)
         if count:
-            request.kv.grow(self._allocator, request.num_scheduled, request.num_scheduled + count)
+            if needs_blocks or kv.state is not None:
+                kv.grow(self._allocator, start, start + count)
             self.granted[request] = count
             self.tokens_left -= count
-            self.features = self._plus(request, count)
+            if self.predictor is not None:
+                self.features = self._plus(request, count)
         return count
 
     def fitting_tokens(self, request: Request, *, at_least: int = 0) -> int:
@@ -334,7 +337,7 @@ class StepBuilder:
             request.kv.landing = ()
             if request.kv.state is not None:
                 request.kv.state.advance(chunk)
-            request.num_scheduled = chunk.end - chunk.num_drafts  # which is certain
+            request.num_scheduled += self.granted[request]  # which is certain
             request.num_output_placeholders += chunk.samples
             request.num_plans_in_flight += 1
         saves = self._allocator.take_saves()
@@ -342,15 +345,17 @@ class StepBuilder:
 
     def _chunk(self, request: Request, count: int) -> Chunk:
         start, end = request.num_scheduled, request.num_scheduled + count
-        samples = count == request.num_unscheduled
+        samples, kv = count == request.num_unscheduled, request.kv
         num_logits = int(samples)
         if request.params.prompt_logprobs is not None:
             first_wanted = max(start, request.num_prompt_logprobs)
             if first_wanted < request.num_prompt_tokens - 1:
                 num_logits = max(num_logits, end - first_wanted)  # negative if all of the chunk was given out before
-        drafts = self.drafts.get(request, ())
-        blocks = request.kv.blocks[: self._allocator.blocks_for(end + len(drafts))]
+        tokens, num_drafts = request.tokens(start, end), 0
+        if drafts := self.drafts.get(request):
+            num_drafts = len(drafts)
+            tokens, end, num_logits = tokens + drafts, end + num_drafts, num_logits + num_drafts
+        table = tuple(kv.blocks[: ceil_div(end, self._allocator.block_size)])
         return Chunk(
-            *(request.request_id, start, request.tokens(start, end) + drafts, tuple(blocks), num_logits + len(drafts)),
-            *(samples, request.kv.state_slots, len(drafts), request.kv.landing),
+            *(request.request_id, start, tokens, table, num_logits, samples, kv.state_slots, num_drafts, kv.landing)
         )

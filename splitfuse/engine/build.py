@@ -55,5 +55,6 @@ def build_scheduler(
     scheduler.events.subscribe(StepRecord, budget.observe)
     if drafting is not None:
         scheduler.events.subscribe(StepRecord, drafting.observe)
-    latencies = LatencyLedger(scheduler.events, cost=cost)
+    predictor = scheduler.policy.predictor
+    latencies = LatencyLedger(scheduler.events, cost=None if predictor is None else predictor.cost)
     return scheduler, allocator, latencies
