@@ -104,7 +104,7 @@ def main() -> None:
         (engine.Engine, "step", "engine"),
         (scheduler.Scheduler, "schedule", "planning"),
         (scheduler.Scheduler, "update", "update"),
-        (scheduler.Scheduler, "_advance_alone", "update: requests"),
+        (scheduler.Scheduler, "_take_result", "update: requests"),
         (scheduler.EngineEvents, "emit", "events"),
         (executor, "build_batch", "batch"),
         (executor, "sample", "sampling"),
