@@ -53,6 +53,7 @@ def output_of(request: Request, chunk: Chunk, result: ChunkResult) -> RequestOut
         result.values,
         request.finish_reason,
         num_cached_tokens=request.kv.num_cached_tokens,
+        num_computed=request.kv.num_computed,
         num_drafted=chunk.num_drafts,
         slo_met=request.slo.met,
     )

@@ -210,6 +210,7 @@ class RequestOutput:
     error: str | None = None
     retry_after: float | None = None  # rejected; retry after this many seconds (inf: never)
     num_cached_tokens: int = 0
+    num_computed: int = 0  # leading positions whose keys and values are written
     num_drafted: int = 0  # tokens that were guessed; all of `token_ids` but the last were
     slo_met: bool | None = None  # so far; None: it has no SLO
     latency_breakdown: LatencyBreakdown | None = None  # with the last output

@@ -1,55 +1,55 @@
 """Choose the replica for a request: `choose_replica`, used by the router and by the simulator.
 
-For each replica, the names (kv/names.py) of the blocks of the prompts that it was sent are remembered: it need not
-compute a beginning that its prefix cache still holds. That is a guess, and costs little when it is wrong.
+It goes to the replica that would give its first token soonest, of those where it can meet its SLO and makes no other
+request late; if there is none, to where least is broken. What replicas would need is counted in seconds, by the test
+that orders claims and admits requests (core/slo/feasibility.py), from what the front knows of each (replica_view.py).
 """
 
 from __future__ import annotations
 
-from collections import OrderedDict
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from splitfuse.core.replica_view import ReplicaView
+from splitfuse.core.request import Request
 
-class ReplicaLoad(NamedTuple):
-    """State of one replica that accepts requests, as far as the choice depends on it: the least is chosen."""
+MOST_TESTED = 4
+"""Number of replicas, the soonest, for which it is tested what a request would break there."""
 
-    silent: bool
+
+class Candidate(NamedTuple):
+    """Is a replica that accepts requests."""
+
+    view: ReplicaView
+    cached: int = 0
+    """Leading tokens of the prompt that its prefix cache is expected to hold."""
+    silent: bool = False
     """True if it has sent nothing for a while: it may be hanging."""
-    tokens: int
-    """Tokens that it would still have to compute before this request's own, less those of its prompt that its prefix
-    cache is expected to hold.
+
+
+def choose_replica(replicas: Sequence[Candidate | None], request: Request, now: float) -> int | None:
+    """Return the index of the replica for a request, or None if none accepts; None among `replicas` is one that does
+    not. A silent one is chosen only if all are silent.
+
+    Sets `request.num_expected_cached` to what the chosen one has.
     """
-
-
-def choose_replica(loads: Sequence[ReplicaLoad | None]) -> int | None:
-    """Return the index of the replica that would finish a prompt first, or None if none accepts; None among `loads` is
-    one that does not.
-
-    That is the one with the fewest tokens to compute, the lowest index among equals. A silent replica is chosen only if
-    all are silent.
-    """
-    accepting = [(load, index) for index, load in enumerate(loads) if load is not None]
-    return min(accepting)[1] if accepting else None
-
-
-class PrefixMemory:
-    """Remembers the names of the last `num_blocks` blocks of `block_size` tokens that one replica was sent."""
-
-    def __init__(self, num_blocks: int, block_size: int) -> None:
-        self._num_blocks = num_blocks
-        self._block_size = block_size
-        self._known: OrderedDict[bytes, None] = OrderedDict()
-
-    def cached_tokens(self, names: Sequence[bytes]) -> int:
-        """Return how many leading tokens of a prompt whose blocks have these names were sent before."""
-        num_known = next((count for count, name in enumerate(names) if name not in self._known), len(names))
-        return num_known * self._block_size
-
-    def add(self, names: Sequence[bytes]) -> None:
-        """Remember a prompt whose blocks have these names; the blocks sent longest ago are forgotten first."""
-        for name in names:
-            self._known[name] = None
-            self._known.move_to_end(name)
-        while len(self._known) > self._num_blocks:
-            self._known.popitem(last=False)
+    accepting = [(index, each) for index, each in enumerate(replicas) if each is not None]
+    talking = [(index, each) for index, each in accepting if not each.silent] or accepting
+    if not talking:
+        return None
+    times = next((each.view.times for _, each in talking if each.view.times is not None), None)
+    for _, each in talking:  # until it has said its own, those of another; and if none has, all count in tokens
+        each.view.times = each.view.times or times
+    ranked = sorted((each.view.first_token(request, each.cached), index, each) for index, each in talking)
+    _, chosen, candidate = ranked[0]
+    if request.slo.exists and len(ranked) > 1:
+        least = math.inf
+        for _, index, each in ranked[:MOST_TESTED]:
+            harm = (each.view.wait if request.on_time_only else each.view.num_broken)(request, each.cached, now)
+            if harm < least:
+                chosen, candidate, least = index, each, harm
+            if not harm:
+                break
+    request.num_expected_cached = candidate.cached
+    return chosen

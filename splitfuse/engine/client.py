@@ -19,6 +19,7 @@ from functools import partial
 from typing import Self
 
 from splitfuse.core.latency.phases import LatencyBreakdown, LatencyPhase
+from splitfuse.core.replica_view import ReplicaView
 from splitfuse.core.request import FinishReason, RequestOutput
 from splitfuse.engine.guard import check_process
 from splitfuse.engine.messages import (
@@ -267,6 +268,10 @@ class LocalClient(EngineClient):
         self.on_state: Callable[[], None] = lambda: None
         """Listener that is called when `state` has changed."""
         self._trace_level = TraceLevel.OFF
+        self.keeps_view = False
+        """Whether `view` is kept, for a router."""
+        self.view: ReplicaView | None = None
+        """What is known of the open requests, while the engine is ready: whoever opens one adds it."""
 
     @property
     def info(self) -> EngineInfo:
@@ -401,6 +406,10 @@ class LocalClient(EngineClient):
                         self.on_step(report.stats)
                 except Exception:
                     _logger.exception("a listener failed on a step")
+                if self.view is not None:
+                    stats, now = report.stats, time.monotonic()
+                    blocks = stats.num_available_blocks
+                    self.view.take(report.outputs, stats.step_times, available_blocks=blocks, now=now)
                 for output in report.outputs:
                     streams = self._ending if output.request_id in self._ending else self._streams
                     if (stream := streams.get(output.request_id)) is not None:
@@ -415,6 +424,7 @@ class LocalClient(EngineClient):
                     self.on_planned(report.memory_plan)
             case EngineInfo():
                 self._info, self.stage = report, Loading("ready", 1.0)
+                self.view = view_of(report) if self.keeps_view else None
                 self._stats = EngineStats(token_budget=report.token_budget, attainable=report.attainable)
                 self._enter(EngineState.READY)
                 if self._trace_level is not TraceLevel.OFF:  # before any request
@@ -454,13 +464,25 @@ class LocalClient(EngineClient):
         loading, self._loading, self._adapters, self._present = self._loading, {}, {}, set()
         for _, each in loading.values():
             each.set_exception(EngineUnavailableError(f"the engine died while it loaded the adapter: {why}"))
-        self._death = why
+        self._death, self.view = why, None
         self._enter(EngineState.DEAD)
         streams, ending = self._streams, self._ending
         self._streams, self._ending = {}, {}
         self._stats = EngineStats()
         for stream in (*streams.values(), *ending.values()):
             stream.fail(EngineUnavailableError(f"the engine died while the request ran: {why}"))
+
+
+def view_of(info: EngineInfo) -> ReplicaView:
+    """Return what is known of an engine that has just become ready."""
+    view = ReplicaView(
+        num_blocks=info.limits.num_blocks,
+        block_size=info.limits.block_size,
+        max_num_seqs=info.max_num_seqs,
+        token_budget=info.max_num_batched_tokens,
+    )
+    view.times = info.step_times
+    return view
 
 
 def _log_failure(name: str, loading: asyncio.Future[None]) -> None:

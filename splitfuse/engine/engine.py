@@ -23,6 +23,7 @@ from splitfuse.core.request import DEFAULT_SCHEDULING, FinishReason, Request, Re
 from splitfuse.core.sampling_params import SamplingParams
 from splitfuse.core.slo.attainable import Attainable, attainable
 from splitfuse.core.slo.cost_model import CostModel
+from splitfuse.core.slo.latency_predictor import StepTimes
 from splitfuse.core.slo.targets import NO_SLO, SLO_DISABLED, SloTargets
 from splitfuse.engine.build import build_scheduler
 from splitfuse.engine.calibrate import load_or_estimate
@@ -85,7 +86,9 @@ class Engine:
         self.executor = model.make_executor()
         plan = model.plan
         self.slo_enabled = cost is not None
-        self._targets = SloTargets.parse(**config.scheduler.targets)
+        self.targets = SloTargets.parse(**config.scheduler.targets)
+        """SLO of the requests that bring none."""
+        self._estimate: CostModel | None = None  # without SLOs
         self.scheduler, self.allocator, self._latencies = build_scheduler(
             config, plan, policy=policy, cost=cost, name_key=name_key, kv_fingerprint=model.kv_fingerprint
         )
@@ -147,7 +150,15 @@ class Engine:
         """
         budget, model = self.scheduler.budget, self.model
         if budget.is_open and not self.slo_enabled and isinstance(model, LoadedModel) and has_long_steps(model):
-            budget.choose(load_or_estimate(self.config, model))
+            self._estimate = load_or_estimate(self.config, model)
+            budget.choose(self._estimate)
+
+    @property
+    def step_times(self) -> StepTimes | None:
+        """Return by what steps are predicted now; None if nothing is known of them."""
+        if (predictor := self.scheduler.policy.predictor) is not None:
+            return predictor.times
+        return None if self._estimate is None else StepTimes(self._estimate)
 
     def attainable(self) -> Attainable | None:
         """Return what this machine can keep of the SLO of the settings, as far as it is known now; None without one."""
@@ -156,7 +167,7 @@ class Engine:
             return None
         return attainable(
             predictor.corrected,
-            self._targets,
+            self.targets,
             max_num_seqs=plan.max_num_seqs,
             max_model_len=plan.max_model_len,
             kv_tokens=plan.num_blocks * plan.block_size,
@@ -232,7 +243,7 @@ class Engine:
         # SchedulingOptions from outside may leave the default SLO and the arrival time open: here they are settled.
         scheduling = replace(
             scheduling,
-            targets=self._targets if scheduling.targets is None else scheduling.targets,
+            targets=self.targets if scheduling.targets is None else scheduling.targets,
             arrival_time=now if scheduling.arrival_time is None else scheduling.arrival_time,
             cache_salt=request.cache_salt,
         )

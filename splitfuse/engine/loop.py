@@ -78,10 +78,13 @@ class EngineLoop:
             embedding_size=engine.model.spec.hidden_size,
             is_embedder=engine.model.pooling is not None,
             slo_enabled=engine.slo_enabled,
+            targets=engine.targets,
+            max_num_seqs=engine.scheduler.queue.max_num_seqs,
             adapters=dict(engine.adapters),
             fingerprint=engine.model.fingerprint,
             identity=dict(engine.model.identity),
             kv_fingerprint=engine.model.kv_fingerprint,
+            step_times=engine.step_times,
             attainable=self._stats.attainable,
         )
 
@@ -197,4 +200,5 @@ class EngineLoop:
             num_available_blocks=self._engine.allocator.num_available,
             num_preemptions=queue.num_preemptions,
             token_budget=self._engine.scheduler.budget.tokens,
+            step_times=self._engine.step_times,
         )

@@ -16,6 +16,8 @@ from splitfuse.core.pooling_params import PoolingParams
 from splitfuse.core.request import DEFAULT_SCHEDULING, FinishReason, RequestOutput, SchedulingOptions
 from splitfuse.core.sampling_params import SamplingParams
 from splitfuse.core.slo.attainable import Attainable
+from splitfuse.core.slo.latency_predictor import StepTimes
+from splitfuse.core.slo.targets import NO_SLO, SloTargets
 from splitfuse.engine.trace import TraceLevel, TraceRecord
 
 # To the engine -------------------------------------------------------------------------------------------------------
@@ -104,6 +106,10 @@ class EngineInfo(msgspec.Struct, frozen=True, tag=True):
     is_embedder: bool = False
     """True for a model whose folder says how it makes embeddings."""
     slo_enabled: bool = False
+    targets: SloTargets = NO_SLO
+    """SLO of the requests that bring none."""
+    max_num_seqs: int = 1
+    """Most requests that run at once."""
     adapters: dict[str, str] = {}
     """Digests of the LoRA adapters that are loaded from the start, by name."""
     fingerprint: str = ""
@@ -116,6 +122,8 @@ class EngineInfo(msgspec.Struct, frozen=True, tag=True):
     """Token budget of the first steps."""
     num_speculative_tokens: int = 0
     """Most tokens that are drafted for a request in a step; 0 for a model with recurrent states."""
+    step_times: StepTimes | None = None
+    """What steps are predicted by before the first one; None: they are not."""
     attainable: Attainable | None = None
     """What the machine can keep of the SLO, as far as it is known before the first step; None without one."""
 
@@ -139,6 +147,7 @@ class EngineStats:
     step_token_budget: int = 0  # of the last step
     token_budget: int = 0  # of steps that nothing else limits
     attainable: Attainable | None = None  # of the SLO; None without one
+    step_times: StepTimes | None = None  # None: steps are not predicted
     num_draft_tokens: int = 0  # computed tokens that were guesses
     num_accepted_tokens: int = 0  # of those, that were right
 

@@ -1,12 +1,15 @@
-"""Serve several engines as one: each request goes to the replica that would finish it first (core/routing.py)."""
+"""Serve several engines as one: each request goes to the replica that core/routing.py chooses."""
 
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 
 from splitfuse.core.kv.names import BlockNamer, new_key
-from splitfuse.core.routing import PrefixMemory, ReplicaLoad, choose_replica
+from splitfuse.core.request import Request
+from splitfuse.core.routing import Candidate, choose_replica
 from splitfuse.engine.client import EngineClient, EngineState, LocalClient, Stream
 from splitfuse.engine.messages import Add, EngineInfo, EngineStats, Loading
 from splitfuse.errors import EngineUnavailableError
@@ -18,10 +21,11 @@ class Router(EngineClient):
     A replica that is dead or starting gets none, one that may be hanging none while another accepts; the others go on.
     """
 
-    def __init__(self, replicas: Sequence[EngineClient], *, name_key: bytes | None = None) -> None:
+    def __init__(self, replicas: Sequence[LocalClient], *, name_key: bytes | None = None) -> None:
         """`name_key` is the key by which the replicas name KV blocks; left out, the router's names are its own."""
         self.replicas = list(replicas)
-        self._memories: list[PrefixMemory | None] = [None] * len(self.replicas)
+        for replica in self.replicas:
+            replica.keeps_view = True
         self._key = name_key or new_key()
         self._namer: BlockNamer | None = None  # made for the first request: replicas that are ready have a block size
 
@@ -96,16 +100,16 @@ class Router(EngineClient):
 
     def open(self, request: Add) -> Stream:
         names = self._name_blocks(request)
-        index = choose_replica([self._load(i, names, request.adapter) for i in range(len(self.replicas))])
+        candidates = [_candidate(replica, names, request.adapter) for replica in self.replicas]
+        copy, now = _copy_of(request, self.info), time.monotonic()
+        index = choose_replica(candidates, copy, now)
         if index is None:
             which = " that has the adapter of the request: send it again" if request.adapter else ""
             raise EngineUnavailableError(f"no engine is ready{which}")
         stream = self.replicas[index].open(request)
-        memory = self._memories[index]
-        if memory is None:
-            limits = self.replicas[index].info.limits
-            memory = self._memories[index] = PrefixMemory(limits.num_blocks, limits.block_size)
-        memory.add(names)
+        view = self.replicas[index].view
+        assert view is not None, "it is ready"
+        view.add(copy, names)
         return stream
 
     async def start(self) -> None:
@@ -129,15 +133,26 @@ class Router(EngineClient):
             self._namer.extend(names, request.prompt_token_ids, salt=request.cache_salt)
         return names
 
-    def _load(self, index: int, names: Sequence[bytes], adapter: str) -> ReplicaLoad | None:
-        replica, memory = self.replicas[index], self._memories[index]
-        if replica.state is not EngineState.READY:
-            self._memories[index] = None  # when it comes back, its cache is empty
-            return None
-        if adapter and not replica.has_adapter(adapter):  # it is loaded again after a restart
-            return None
-        cached = 0 if memory is None else memory.cached_tokens(names)
-        return ReplicaLoad(replica.silent, replica.outstanding_tokens - cached)
+
+def _candidate(replica: LocalClient, names: Sequence[bytes], adapter: str) -> Candidate | None:
+    """Return what a replica has for a prompt whose blocks have these names; None if it does not accept the request."""
+    if replica.view is None or replica.state is not EngineState.READY:
+        return None
+    if adapter and not replica.has_adapter(adapter):  # it is loaded again after a restart
+        return None
+    return Candidate(replica.view, replica.view.memory.cached_tokens(names), replica.silent)
+
+
+def _copy_of(request: Add, info: EngineInfo) -> Request:
+    """Return a request as an engine would have it, as far as it matters for the choice of a replica."""
+    options, arrival = request.scheduling, request.scheduling.arrival_time
+    scheduling = replace(
+        options,
+        targets=info.targets if options.targets is None else options.targets,
+        arrival_time=time.monotonic() if arrival is None else arrival,
+    )
+    most = info.limits.max_new_tokens(len(request.prompt_token_ids), request.params)
+    return Request(request.request_id, request.prompt_token_ids, request.params, most, seed=0, scheduling=scheduling)
 
 
 def _progress(stage: Loading) -> tuple[int, float]:

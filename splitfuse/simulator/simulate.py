@@ -24,12 +24,14 @@ from splitfuse.core.kv.block_allocator import BlockAllocator
 from splitfuse.core.kv.names import BlockNamer
 from splitfuse.core.kv.request_kv import RequestKv
 from splitfuse.core.plan import ChunkResult, StepPlan
+from splitfuse.core.replica_view import ReplicaView
 from splitfuse.core.request import Request, SchedulingOptions
-from splitfuse.core.routing import PrefixMemory, ReplicaLoad, choose_replica
+from splitfuse.core.routing import Candidate, choose_replica
 from splitfuse.core.sampling_params import SamplingParams
 from splitfuse.core.scheduler import Scheduler
 from splitfuse.core.slo.cost_model import CostModel, StepFeatures, features_of
 from splitfuse.core.slo.deadline_policy import make_policy
+from splitfuse.core.slo.latency_predictor import StepTimes
 from splitfuse.core.slo.targets import SloTargets
 from splitfuse.core.step_budget import StepBudget
 from splitfuse.errors import ConfigError, SplitfuseError
@@ -151,6 +153,7 @@ class SimulatedTarget(Target):
     def __init__(self, simulation: SimulationConfig) -> None:
         self._simulation = simulation
         self._namer = simulation.make_namer()
+        self._targets = SloTargets.parse(**simulation.scheduler.targets)
         self._replicas = [Replica(simulation, seed) for seed in range(simulation.replicas)]
         self._numbers = itertools.count()
         self.vocabulary = self.answer_vocabulary = Bytes(256)
@@ -162,12 +165,29 @@ class SimulatedTarget(Target):
         """Do nothing: there is nothing to load."""
 
     async def ask(self, request: LoadRequest) -> Answer:
+        return await self.answer(request, self._targets)
+
+    async def answer(self, request: LoadRequest, targets: SloTargets) -> Answer:
+        """Answer a request with an SLO of its own."""
         prompt = prompt_ids(request)
         if self._simulation.client_overhead:
             await asyncio.sleep(self._simulation.client_overhead)
+        name, now = str(next(self._numbers)), asyncio.get_running_loop().time()
+        scheduling = SchedulingOptions(targets=targets, arrival_time=now)
+        names: list[bytes] = []
+        replica = self._replicas[0]
+        real, copy = (
+            Request(
+                name, prompt, PARAMS, request.max_tokens, seed=0, scheduling=scheduling, kv=RequestKv(block_names=n)
+            )
+            for n in (names, [])
+        )
+        if len(self._replicas) > 1:
+            if self._namer is not None:
+                self._namer.extend(names, prompt)
+            replica = self._choose(copy, names, now)
         try:
-            replica, names = self._choose(prompt)
-            times = await replica.answer(str(next(self._numbers)), request, names)
+            times = await replica.answer(real, copy, names)
         except SplitfuseError as error:
             return Answer(len(prompt), error=str(error))
         return Answer(len(prompt), tuple(times), (0,) * len(times))
@@ -175,17 +195,12 @@ class SimulatedTarget(Target):
     async def close(self) -> None:
         """Do nothing: there is nothing to release."""
 
-    def _choose(self, prompt: tuple[int, ...]) -> tuple[Replica, list[bytes]]:
-        """Return the replica that the router would choose, and the names of the prompt's blocks computed for that."""
-        names: list[bytes] = []
-        if len(self._replicas) == 1:
-            return self._replicas[0], names
-        if self._namer is not None:
-            self._namer.extend(names, prompt)
-        index = choose_replica([replica.load(names) for replica in self._replicas])
+    def _choose(self, copy: Request, names: list[bytes], now: float) -> Replica:
+        """Return the replica that the router would choose for a prompt whose blocks have these names."""
+        views = [replica.view for replica in self._replicas]
+        index = choose_replica([Candidate(view, view.memory.cached_tokens(names)) for view in views], copy, now)
         assert index is not None, "all replicas accept"
-        self._replicas[index].memory.add(names)
-        return self._replicas[index], names
+        return self._replicas[index]
 
 
 def prompt_ids(request: LoadRequest) -> tuple[int, ...]:
@@ -200,52 +215,47 @@ class Replica:
 
     def __init__(self, simulation: SimulationConfig, seed: int = 0) -> None:
         calibration = simulation.calibration
-        allocator = BlockAllocator(calibration.num_blocks, calibration.block_size, namer=simulation.make_namer())
+        self._allocator = allocator = BlockAllocator(
+            calibration.num_blocks, calibration.block_size, namer=simulation.make_namer()
+        )
         config = simulation.scheduler
         cost = calibration.cost if config.slo_enabled else None
         policy = make_baseline(simulation.policy, config) or make_policy(config, cost)
         self.scheduler = Scheduler(config, allocator, policy, simulation.budget)
-        self._targets = SloTargets.parse(**config.targets)
         self._cost: CostModel = calibration.cost
         self._random = Random(seed)
         self._step_overhead = simulation.step_overhead
         self._waiting: dict[str, tuple[list[float], asyncio.Future[list[float]]]] = {}
-        self._outstanding_tokens = 0
         self._in_step = False
-        self.memory = PrefixMemory(calibration.num_blocks, calibration.block_size)
+        self.view = ReplicaView(
+            num_blocks=calibration.num_blocks,
+            block_size=calibration.block_size,
+            max_num_seqs=config.max_num_seqs,
+            token_budget=simulation.budget.most,
+        )
+        """What the router knows of it."""
+        self._chosen_cost = calibration.cost if simulation.budget.is_open else None
+        self.view.times = self._times
 
-    def load(self, names: list[bytes]) -> ReplicaLoad:
-        """Return its state, for a prompt whose blocks have these names."""
-        return ReplicaLoad(silent=False, tokens=self._outstanding_tokens - self.memory.cached_tokens(names))
-
-    async def answer(self, request_id: str, request: LoadRequest, names: list[bytes] | None = None) -> list[float]:
-        """Return when each token came. `names` are those of the prompt's blocks, if they are known already.
+    async def answer(self, request: Request, copy: Request, names: list[bytes]) -> list[float]:
+        """Return when each token came. `copy` is for the router, which knows the names of the prompt's blocks.
 
         Raises RequestTooLargeError.
         """
-        assert isinstance(request.prompt, tuple)
         loop = asyncio.get_running_loop()
-        self.scheduler.add(
-            Request(
-                request_id,
-                request.prompt,
-                PARAMS,
-                request.max_tokens,
-                seed=0,
-                scheduling=SchedulingOptions(targets=self._targets, arrival_time=loop.time()),
-                kv=RequestKv(block_names=[] if names is None else names),
-            ),
-            loop.time(),
-        )
-        tokens = len(request.prompt) + request.max_tokens
-        self._outstanding_tokens += tokens
+        self.scheduler.add(request, loop.time())
+        self.view.add(copy, names)
         done: asyncio.Future[list[float]] = loop.create_future()
-        self._waiting[request_id] = ([], done)
+        self._waiting[request.request_id] = ([], done)
         if not self._in_step:
             self._begin_step()
-        times = await done
-        self._outstanding_tokens -= len(request.prompt)  # its answer's, one by one, with each step
-        return times
+        return await done
+
+    @property
+    def _times(self) -> StepTimes | None:
+        if (predictor := self.scheduler.policy.predictor) is not None:
+            return predictor.times
+        return None if self._chosen_cost is None else StepTimes(self._chosen_cost)
 
     def _begin_step(self) -> None:
         plan = self.scheduler.schedule(asyncio.get_running_loop().time())
@@ -263,11 +273,12 @@ class Replica:
     def _end_step(self, plan: StepPlan) -> None:
         now = asyncio.get_running_loop().time()
         result = {chunk.request_id: CHOSEN if chunk.samples else NOT_CHOSEN for chunk in plan.chunks}
-        for output in self.scheduler.update(plan, result, now):
+        outputs = self.scheduler.update(plan, result, now)
+        self.view.take(outputs, self._times, available_blocks=self._allocator.num_available, now=now)
+        for output in outputs:
             if output.token_ids:
                 times, done = self._waiting[output.request_id]
                 times.append(now)
-                self._outstanding_tokens -= 1
                 if output.finish_reason is not None:
                     del self._waiting[output.request_id]
                     if not done.cancelled():

@@ -62,7 +62,7 @@ PROMPT = tuple(range(10, 60))
 LONG = SamplingParams(max_tokens=900, ignore_eos=True)
 
 
-def in_thread() -> EngineClient:
+def in_thread() -> AsyncEngine:
     return AsyncEngine(Engine.load(CONFIG))
 
 

@@ -17,20 +17,34 @@ from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from functools import partial
 from operator import attrgetter, itemgetter
+from typing import Protocol
 
 from splitfuse.core.policy import split_running
 from splitfuse.core.request import Priority, Request, RequestStatus
 from splitfuse.core.slo.feasibility import Feasibility
 from splitfuse.core.slo.fewest_late import ON_TIME_ONLY_SHARE
 from splitfuse.core.slo.request_slo import MISSED_ITL_FACTOR
-from splitfuse.core.step_builder import RequestQueue
+from splitfuse.core.step_builder import FreeResources
 from splitfuse.errors import SloUnattainableError, whole_seconds
 
 MakeOutlook = Callable[..., Feasibility]
 """Type of a function that returns the Feasibility of decodes."""
 
 
-def check_on_time(request: Request, queue: RequestQueue, make_outlook: MakeOutlook, *, now: float) -> None:
+class Unfinished(Protocol):
+    """Holds what an engine has to do: its RequestQueue, or what is known of it elsewhere."""
+
+    @property
+    def running(self) -> Sequence[Request]: ...
+    @property
+    def waiting(self) -> Sequence[Request]: ...
+    @property
+    def fetching(self) -> Sequence[Request]: ...
+    @property
+    def free(self) -> FreeResources: ...
+
+
+def check_on_time(request: Request, queue: Unfinished, make_outlook: MakeOutlook, *, now: float) -> None:
     """Raise SloUnattainableError if a new request, which is not in the queue, could not meet its SLO if it were
     admitted now. Its `retry_after` is when it could by what is known now: infinity if it never can.
     """
@@ -111,7 +125,7 @@ def _latest_ends(
 
 
 def _num_to_end(
-    ends: Sequence[tuple[float, Request]], ahead: Sequence[Request], queue: RequestQueue, make_outlook: MakeOutlook
+    ends: Sequence[tuple[float, Request]], ahead: Sequence[Request], queue: Unfinished, make_outlook: MakeOutlook
 ) -> tuple[int, bool]:
     """Return how many of the running requests must end until there are sequence slots and blocks for the waiting ones
     of `ahead`, and time in each step for all of them to decode together with those that still run; and True. If even

@@ -23,7 +23,7 @@ from typing import NamedTuple
 from splitfuse.config import MAX_TARGET, MAX_TOKEN_BUDGET
 from splitfuse.core.request import Priority, Request
 from splitfuse.core.slo.fewest_late import ON_TIME_ONLY_SHARE, FewestLate
-from splitfuse.core.slo.latency_predictor import MIN_SECONDS, LatencyPredictor
+from splitfuse.core.slo.latency_predictor import MIN_SECONDS, LatencyPredictor, StepTimes
 
 TOLERANCE = 1.1
 """Factor by which a token beyond the knee must take longer than one of a step at the knee for steps to end there: a fit
@@ -52,7 +52,7 @@ class Feasibility:
 
     def __init__(
         self,
-        predictor: LatencyPredictor,
+        predictor: LatencyPredictor | StepTimes,
         decodes: Iterable[Request],
         *,
         soon: Iterable[Request] = (),
@@ -134,8 +134,11 @@ class Feasibility:
 
     def seconds(self, request: Request) -> float:
         """Return how much longer a step becomes by all that a request needs."""
-        start, end = max(request.num_scheduled, request.num_expected_cached), request.num_tokens
-        count = end + request.num_output_placeholders - start
+        start = max(request.num_scheduled, request.num_expected_cached)
+        return self.seconds_of(start, request.num_tokens + request.num_output_placeholders - start)
+
+    def seconds_of(self, start: int, count: int) -> float:
+        """Return how much longer a step becomes by `count` tokens from position `start`."""
         return (
             self._per_token * count
             + self.overhead * ((count - 1) // self._token_budget)

@@ -18,7 +18,7 @@ one within (Robbins and Monro, 1951).
 from __future__ import annotations
 
 import math
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from statistics import NormalDist
 
 from splitfuse.core.slo.cost_model import CostModel, StepFeatures
@@ -47,6 +47,17 @@ MIN_SECONDS = 1e-9
 """Shortest time that is predicted of a step: plans divide by it, and a cost model may say that a step takes none."""
 
 
+@dataclass(frozen=True)
+class StepTimes:
+    """Says by what steps are predicted at one moment."""
+
+    cost: CostModel
+    factors: tuple[float, float] = (1.0, 1.0)
+    """How many times longer than the cost model says the floor of a step takes, and the rest of it."""
+    safety_factor: float = 1.0
+    """Fraction of the time until a deadline which a step may be predicted to take."""
+
+
 class LatencyPredictor:
     """Predicts the seconds of steps, and corrects itself by their measured times."""
 
@@ -64,6 +75,11 @@ class LatencyPredictor:
         """Return the cost model with both factors in it."""
         floor, beyond = self.factors
         return replace(self.cost.slower(beyond), floor=floor * self.cost.floor)
+
+    @property
+    def times(self) -> StepTimes:
+        """Return what it predicts by now."""
+        return StepTimes(self.cost, self.factors, self.safety_factor)
 
     @property
     def safety_factor(self) -> float:

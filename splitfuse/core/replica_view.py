@@ -1,0 +1,208 @@
+"""Follows one replica as its front knows it: the requests that it was sent, how far they have come, and the time of its
+steps.
+
+A front counts the tokens of its streams anyway; a replica says besides how much of a prompt is computed, with each of
+its chunks, and by what it predicts its steps (StepTimes). So what is asked here needs no message, and counts requests
+that the replica has not even received.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import OrderedDict
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from splitfuse.core.limits import ceil_div
+from splitfuse.core.request import Request, RequestOutput, RequestStatus
+from splitfuse.core.slo.admission import check_on_time
+from splitfuse.core.slo.cost_model import CostModel
+from splitfuse.core.slo.feasibility import Feasibility
+from splitfuse.core.slo.latency_predictor import StepTimes
+from splitfuse.core.step_builder import FreeResources
+from splitfuse.errors import SloUnattainableError
+
+IN_TOKENS = StepTimes(CostModel(floor=0.0, per_token=1.0))
+"""Times by which a token counts as a second, where no others are known."""
+
+
+class ReplicaView:
+    """Holds the unfinished requests of a replica, and predicts what a new one would find there.
+
+    The requests are copies for this purpose: how many of their tokens are computed is known, not in which blocks.
+    """
+
+    def __init__(self, *, num_blocks: int, block_size: int, max_num_seqs: int, token_budget: int) -> None:
+        self.times: StepTimes | None = None
+        """Times of its steps, as the replica predicts them; None: it has not said any."""
+        self.memory = PrefixMemory(num_blocks, block_size)
+        self._max_num_seqs, self._token_budget, self._block_size = max_num_seqs, token_budget, block_size
+        self._available_blocks = num_blocks
+        self._num_added = 0
+        self._prefills: dict[str, Request] = {}
+        self._decodes: dict[str, Request] = {}
+        self._work: dict[str, float] = {}  # of the prefills
+        self._token_seconds: dict[str, float] = {}  # of the decodes
+        self._alone_of: tuple[StepTimes | None, Feasibility] | None = None
+
+    # What happens -----------------------------------------------------------------------------------------------------
+
+    def add(self, request: Request, names: Sequence[bytes]) -> None:
+        """Take note of a request that is sent, with its `num_expected_cached`; its blocks have these names."""
+        self.memory.add(names)
+        request.sequence_number = self._num_added
+        self._num_added += 1
+        self._begin_prefill(request)
+
+    def take(
+        self, outputs: Iterable[RequestOutput], times: StepTimes | None, *, available_blocks: int, now: float
+    ) -> None:
+        """Take note of what a step has changed."""
+        self.times, self._available_blocks = times, available_blocks
+        for output in outputs:
+            name = output.request_id
+            request = self._decodes.get(name) or self._prefills.get(name)
+            if request is None:
+                continue
+            if output.finish_reason is not None:
+                for part in (self._prefills, self._decodes, self._work, self._token_seconds):
+                    part.pop(name, None)
+                continue
+            if output.token_ids:
+                request.output_token_ids += output.token_ids
+                request.slo.observe_tokens(now, len(output.token_ids))
+            request.num_scheduled, request.num_expected_cached = output.num_computed, 0
+            request.status = RequestStatus.RUNNING
+            if request.num_unscheduled > 1:  # also one that was preempted
+                self._begin_prefill(request)
+            elif name not in self._decodes:
+                self._begin_decode(request)
+
+    def _begin_prefill(self, request: Request) -> None:
+        name = request.request_id
+        self._decodes.pop(name, None)
+        self._token_seconds.pop(name, None)
+        self._prefills[name] = request
+        self._work[name] = self._alone.seconds(request)
+
+    def _begin_decode(self, request: Request) -> None:
+        name = request.request_id
+        self._prefills.pop(name, None)
+        self._work.pop(name, None)
+        self._decodes[name] = request
+        self._token_seconds[name] = self._alone.seconds_of_token(request)
+
+    # What there is, as admission.py asks ------------------------------------------------------------------------------
+
+    @property
+    def running(self) -> list[Request]:
+        """Return the requests of which something is computed."""
+        return [*self._decodes.values(), *(each for each in self._prefills.values() if each.num_scheduled)]
+
+    @property
+    def waiting(self) -> list[Request]:
+        """Return the requests of which nothing is computed."""
+        return [each for each in self._prefills.values() if not each.num_scheduled]
+
+    @property
+    def fetching(self) -> tuple[Request, ...]:
+        """Return nothing: what fetches blocks is taken to wait, as a front does not know."""
+        return ()
+
+    @property
+    def free(self) -> FreeResources:
+        """Return what was free for further requests after its last step."""
+        running = self.running
+        for request in running:  # blocks without numbers
+            request.kv.blocks = [0] * ceil_div(request.num_scheduled, self._block_size)
+        return FreeResources(self._max_num_seqs - len(running), self._available_blocks, self._block_size)
+
+    # What another request would find ----------------------------------------------------------------------------------
+
+    def first_token(self, request: Request, cached: int) -> float:
+        """Return the seconds until the first token of a new request whose first `cached` tokens are in the prefix
+        cache: after all prompts that came before it, in steps that have a token of every decode.
+        """
+        request.num_expected_cached = cached
+        alone, decodes = self._alone, sum(self._token_seconds.values())
+        work = sum(self._work.values()) + alone.seconds(request)
+        return self._seconds_until_room(request, alone.overhead + decodes) + work + alone.overhead + decodes
+
+    def num_broken(self, request: Request, cached: int, now: float) -> int:
+        """Return how many requests would miss their SLO if a new one were sent here, itself included, and would not
+        otherwise.
+        """
+        request.num_expected_cached, request.sequence_number = cached, self._num_added
+        decodes, prefills = list(self._decodes.values()), list(self._prefills.values())
+        outlook = self._outlook(decodes, now=now, priority=min(each.priority for each in (request, *prefills)))
+        kept = {each.request for each in outlook.feasible(prefills)}
+        if request.slo.deadline < math.inf:
+            kept.add(request)
+        late = kept.difference(each.request for each in outlook.feasible([*prefills, request]))
+        together = self._outlook(decodes, soon=[*prefills, request], now=now)
+        return len(late) + (not together.is_sustainable)
+
+    def wait(self, request: Request, cached: int, now: float) -> float:
+        """Return the seconds until a new request with `on_time_only` could be admitted; 0 if it can be now."""
+        request.num_expected_cached, request.sequence_number = cached, self._num_added
+        try:
+            check_on_time(request, self, self._outlook, now=now)
+        except SloUnattainableError as error:
+            return error.retry_after
+        return 0.0
+
+    def _seconds_until_room(self, request: Request, step: float) -> float:
+        """Return the seconds until there are a sequence slot and blocks for a request after those that wait, if running
+        ones end with `max_tokens`.
+        """
+        num_open, tokens = (
+            len(self._prefills) + len(self._decodes) + 1,
+            sum([r.num_tokens for r in self._prefills.values()]),
+        )
+        most_blocks = (tokens + request.num_tokens) // self._block_size + len(self._prefills) + 1 + num_open
+        if num_open <= self._max_num_seqs and most_blocks <= self._available_blocks:
+            return 0.0
+        new, num_running = [*self.waiting, request], len(self.running)
+        slots = len(new) + num_running - self._max_num_seqs
+        blocks = sum(ceil_div(each.num_tokens, self._block_size) for each in new) + num_running - self._available_blocks
+        if slots <= 0 and blocks <= 0:
+            return 0.0
+        left = sorted((each.max_tokens - len(each.output_token_ids), each.num_scheduled) for each in self.running)
+        for tokens, held in left:
+            slots -= 1
+            blocks -= ceil_div(held, self._block_size)
+            if slots <= 0 and blocks <= 0:
+                return tokens * step
+        return left[-1][0] * step if left else 0.0
+
+    def _outlook(self, decodes: Iterable[Request], **how: Any) -> Feasibility:
+        return Feasibility(self.times or IN_TOKENS, decodes, token_budget=self._token_budget, **how)
+
+    @property
+    def _alone(self) -> Feasibility:
+        """Return the outlook without decodes, for the seconds of requests."""
+        if self._alone_of is None or self._alone_of[0] is not self.times:
+            self._alone_of = self.times, self._outlook((), now=0.0)
+        return self._alone_of[1]
+
+
+class PrefixMemory:
+    """Remembers the names of the last `num_blocks` blocks of `block_size` tokens that one replica was sent."""
+
+    def __init__(self, num_blocks: int, block_size: int) -> None:
+        self._num_blocks = num_blocks
+        self._block_size = block_size
+        self._known: OrderedDict[bytes, None] = OrderedDict()
+
+    def cached_tokens(self, names: Sequence[bytes]) -> int:
+        """Return how many leading tokens of a prompt whose blocks have these names were sent before."""
+        num_known = next((count for count, name in enumerate(names) if name not in self._known), len(names))
+        return num_known * self._block_size
+
+    def add(self, names: Sequence[bytes]) -> None:
+        """Remember a prompt whose blocks have these names; the blocks sent longest ago are forgotten first."""
+        for name in names:
+            self._known[name] = None
+            self._known.move_to_end(name)
+        while len(self._known) > self._num_blocks:
+            self._known.popitem(last=False)
