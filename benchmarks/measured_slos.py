@@ -3,11 +3,11 @@
     python -m benchmarks.measured_slos --model DIR [--quantization int8] [--clients 16] [--requests 32] [--turns 3]
 
 In each turn our policy runs under each SLO, and each other policy once, judged by all of them; every second turn in
-reverse order. One model is loaded once, loads are closed loops. The machine is calibrated before each run (`--seconds`),
-and the run simulated with that: a machine that others use is another one after minutes. A target is a time (`250ms`), or
-a multiple of what the first calibration says of a lone prompt of 512 tokens (`ttft=1.15x`, for each token of a prompt) or
-of a step of one decode (`itl=12x`, `itl=10x/p95`, `tpot=8x`). Prints goodput, measured and simulated, the ratio to the
-best other policy, and the median and P95 of first tokens and gaps.
+reverse order. One model is loaded once, loads are closed loops. The machine is calibrated before each run
+(`--seconds`), and the run simulated with that: others use the machine too, and its speed is another one after
+minutes. A target is a time (`250ms`), or a multiple of what the first calibration says of a lone prompt of 512 tokens
+(`ttft=1.15x`, for each token of a prompt) or of a step of one decode (`itl=12x`, `itl=10x/p95`, `tpot=8x`). Prints
+goodput, measured and simulated, the ratio to the best other policy, and the median and P95 of first tokens and gaps.
 """
 
 from __future__ import annotations

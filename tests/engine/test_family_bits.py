@@ -1,5 +1,5 @@
-"""With the C++ kernels a model of each kind gives each request the same bits, whatever is reused, preempted or computed
-in its batch: hybrids of attention with delta nets or Mamba-2, mixtures of experts, shared experts, sinks, windows, latent
+"""With the C++ kernels a model of each kind gives each request the same bits, whatever is reused, preempted or in its
+batch: hybrids of attention with delta nets or Mamba-2, mixtures of experts, shared experts, sinks, windows, latent
 attention.
 """
 
