@@ -31,6 +31,7 @@ MAX_THREADS = 1024
 """Number of threads of the largest machines. Hundreds of thousands end the process."""
 KV_CACHE_DTYPES = ("auto", "int8")
 UNITS = {"ms": 1e-3, "s": 1.0, "min": 60.0}
+SIZES = {"MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
 PER_TOKEN = "/token"
 TARGETS = ("ttft", "itl", "tpot")
 """Names of the settings which are targets of an SLO."""
@@ -197,8 +198,21 @@ class CacheConfig:
         "auto", "Dtype of the KV cache: auto (the activations') or int8 (half the memory, C++ kernels only)."
     )
     enable_prefix_caching: bool = setting(True, "Reuse KV blocks of prompts that begin alike.")
+    kv_memory_tier: str | None = setting(
+        None, "Memory for KV blocks behind the KV cache, shared by all engines, such as 4GiB (default: none)."
+    )
+    kv_disk_tier: str | None = setting(
+        None, "Folder and size of KV blocks on a disk, such as /var/cache/kv:50GiB; they outlive the server."
+    )
 
     def __post_init__(self) -> None:
+        tiers = [name for name in ("kv_memory_tier", "kv_disk_tier") if getattr(self, name) is not None]
+        if self.kv_memory_tier is not None:
+            parse_bytes("kv_memory_tier", self.kv_memory_tier)
+        if self.kv_disk_tier is not None:
+            parse_disk_tier(self.kv_disk_tier)
+        if tiers and not self.enable_prefix_caching:
+            raise ConfigError(f"{tiers[0]} needs enable_prefix_caching: without it no block is found again; set it too")
         _at_least("block_size", self.block_size, 1)
         _choice("kv_cache_dtype", self.kv_cache_dtype, KV_CACHE_DTYPES)
         _at_least("num_blocks", self.num_blocks, 1)
@@ -209,6 +223,16 @@ class CacheConfig:
                 f"num_blocks {self.num_blocks} and kv_cache_memory_gib {self.kv_cache_memory_gib} both set the size of "
                 "the KV cache: give one of them"
             )
+
+    @property
+    def memory_tier_bytes(self) -> int:
+        """Return the size of the memory tier; 0: there is none."""
+        return 0 if self.kv_memory_tier is None else parse_bytes("kv_memory_tier", self.kv_memory_tier)
+
+    @property
+    def has_tiers(self) -> bool:
+        """Return whether KV blocks are kept behind the KV cache."""
+        return self.kv_memory_tier is not None or self.kv_disk_tier is not None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -365,6 +389,30 @@ def parse_seconds(name: str, text: str) -> float:
             f"{name} must be a time from {1e3 * MIN_TARGET:g}ms to {MAX_TARGET:.0f}s, such as 250ms, not {text!r}"
         )
     return seconds
+
+
+def parse_bytes(name: str, text: str) -> int:
+    """Return a size such as `4GiB` in bytes. Raises ConfigError, naming the setting.
+
+    >>> parse_bytes("kv_memory_tier", "1.5MiB")
+    1572864
+    """
+    match = re.fullmatch(r"(\d+(?:\.\d+)?) ?(MiB|GiB|TiB)", text.strip())
+    size = float(match[1]) * SIZES[match[2]] if match else 0.0
+    if not 1 <= size <= MAX_SIZE * SIZES["GiB"]:
+        raise ConfigError(f"{name} must be a size in MiB, GiB or TiB, such as 4GiB, not {text!r:.80}")
+    return int(size)
+
+
+def parse_disk_tier(text: str) -> tuple[str, int]:
+    """Return the folder and the bytes of a disk tier given as `PATH:50GiB`. Raises ConfigError."""
+    path, colon, size = text.rpartition(":")
+    if not colon or not path:
+        raise ConfigError(
+            "kv_disk_tier must be a folder and a size in MiB, GiB or TiB, such as /var/cache/kv:50GiB, not "
+            f"{text!r:.200}"
+        )
+    return path, parse_bytes("the size of kv_disk_tier", size)
 
 
 def parse_itl(text: str) -> tuple[float, float | None]:

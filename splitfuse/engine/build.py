@@ -8,6 +8,7 @@ from dataclasses import replace
 from splitfuse.config import EngineConfig
 from splitfuse.core.events import StepRecord
 from splitfuse.core.kv.block_allocator import BlockAllocator
+from splitfuse.core.kv.fetching import Fetching
 from splitfuse.core.kv.names import BlockNamer, new_key
 from splitfuse.core.kv.state_allocator import StateAllocator
 from splitfuse.core.latency.ledger import LatencyLedger
@@ -30,10 +31,11 @@ def build_scheduler(
     cost: CostModel | None = None,
     name_key: bytes | None = None,
     kv_fingerprint: bytes = b"",
+    fetching: Fetching | None = None,
 ) -> tuple[Scheduler, BlockAllocator, LatencyLedger]:
     """Return the scheduler for a model with that memory plan, its allocator, and the listener that accounts for
     latencies. With a cost model, and no other policy, it schedules by SLO. Blocks are named with `name_key`, or one of
-    their own that no other engine has, and `kv_fingerprint`.
+    their own that no other engine has, and `kv_fingerprint`; with `fetching` they come from tiers, and go there.
     """
     caching = config.cache.enable_prefix_caching
     key = name_key or new_key()
@@ -42,7 +44,9 @@ def build_scheduler(
     if plan.num_states:
         interval = plan.snapshot_interval if caching else None
         states = StateAllocator(plan.num_states, interval=interval, num_reserved=plan.max_num_seqs)
-    allocator = BlockAllocator(plan.num_blocks, plan.block_size, namer=namer, states=states)
+    allocator = BlockAllocator(
+        plan.num_blocks, plan.block_size, namer=namer, states=states, saves_blocks=fetching is not None
+    )
     settings = replace(config.scheduler, max_num_seqs=plan.max_num_seqs)
     budget = StepBudget.of(settings, cost, most=plan.max_num_batched_tokens)
     settings = replace(settings, max_num_batched_tokens=budget.most)
@@ -51,7 +55,7 @@ def build_scheduler(
         logger.warning("no tokens are drafted: the model has a recurrent state, which cannot be taken back")
     elif most:
         drafting = Drafting(most)
-    scheduler = Scheduler(settings, allocator, policy or make_policy(settings, cost), budget, drafting)
+    scheduler = Scheduler(settings, allocator, policy or make_policy(settings, cost), budget, drafting, fetching)
     scheduler.events.subscribe(StepRecord, budget.observe)
     if drafting is not None:
         scheduler.events.subscribe(StepRecord, drafting.observe)

@@ -10,11 +10,13 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import replace
+from hashlib import blake2b
 
 from llguidance import LLMatcher
 
 from splitfuse.config import EngineConfig, parse_adapter
-from splitfuse.core.events import PhasesEntered, RequestFinished
+from splitfuse.core.events import PhasesEntered, RequestFinished, StepRecord
+from splitfuse.core.kv.fetching import Fetching
 from splitfuse.core.limits import EngineLimits
 from splitfuse.core.plan import ChunkResult, StepPlan, StepResult
 from splitfuse.core.policy import PlanningError, SchedulingPolicy
@@ -30,6 +32,8 @@ from splitfuse.engine.calibrate import load_or_estimate
 from splitfuse.engine.guard import Guard, check_process, guarded
 from splitfuse.engine.memory import give_back_memory
 from splitfuse.engine.messages import Add, Finish
+from splitfuse.engine.tier_files import TierFiles, open_tiers
+from splitfuse.engine.tiers import Tiers, make_tiers
 from splitfuse.errors import InvalidRequestError, SloUnattainableError
 from splitfuse.kernels.lora import PackedAdapter
 from splitfuse.kernels.sharing import WeightSharing
@@ -47,7 +51,9 @@ MAX_BROKEN_STEPS = 3
 ESTIMATED_STEPS = 100
 """Number of steps after which an estimated cost model has been corrected by as many that it is not called that."""
 HOLD_SECONDS = 0.01
-"""Longest time that a step waits for the grammar of a request if there is nothing else to do."""
+"""Longest time that a step waits for the grammar or the KV blocks of a request if there is nothing else to do."""
+WAITING_SHARE = 1 / 32
+"""Fraction of the time of a step that others wait for the KV blocks of new requests, which then can be in it too."""
 
 logger = logging.getLogger(__name__)
 
@@ -79,7 +85,9 @@ class Engine:
         policy: SchedulingPolicy | None = None,
         cost: CostModel | None = None,
         name_key: bytes | None = None,
+        tier_files: TierFiles | None = None,
     ) -> None:
+        """`tier_files` are the KV tiers that the settings ask for; they are closed with the engine."""
         self._guard = Guard()
         self.config = config
         self.model = model
@@ -89,10 +97,29 @@ class Engine:
         self.targets = SloTargets.parse(**config.scheduler.targets)
         """SLO of the requests that bring none."""
         self._estimate: CostModel | None = None  # without SLOs
+        self.tiers, self._tier_files, fetching = None, tier_files, None
+        if tier_files is not None and isinstance(self.executor, Executor):
+            self.tiers, inbox = make_tiers(
+                tier_files,
+                config.cache,
+                block_bytes=self.executor.kv_cache.block_bytes,
+                block_size=plan.block_size,
+                fingerprint=blake2b(model.kv_fingerprint, key=name_key or b"", digest_size=32).digest(),
+            )
+            fetching = Fetching(self.tiers, inbox)
+            self.executor.sink, self.executor.inbox = self.tiers, inbox
         self.scheduler, self.allocator, self._latencies = build_scheduler(
-            config, plan, policy=policy, cost=cost, name_key=name_key, kv_fingerprint=model.kv_fingerprint
+            *(config, plan),
+            policy=policy,
+            cost=cost,
+            name_key=name_key,
+            kv_fingerprint=model.kv_fingerprint,
+            fetching=fetching,
         )
         self.events = self.scheduler.events
+        self._step_seconds = 0.0  # of the last step
+        if self.tiers is not None:
+            self.events.subscribe(StepRecord, self._note_step)
         if self.scheduler.drafting is not None and isinstance(self.executor, Executor):
             self.executor.num_forced = self.scheduler.drafting.most
         self._in_flight: deque[tuple[StepPlan, StepHandle | BaseException | None]] = deque()
@@ -127,22 +154,41 @@ class Engine:
         weight_sharing: WeightSharing | None = None,
         policy: SchedulingPolicy | None = None,
         name_key: bytes | None = None,
+        tier_files: TierFiles | None = None,
     ) -> Engine:
         """Load the model that `config` names, from `source` if it is open already. With SLOs, a cost model is estimated
-        unless one is stored for it.
+        unless one is stored for it. KV tiers that the settings ask for are opened unless they are given.
 
         Raises as `runtime.loading.load_model` does.
         """
         check_process()
         source = source or open_source(config)
         if is_encoder(source):
-            return cls(encoder_settings(config), load_encoder(config, source, announce=announce))
+            encoder = load_encoder(config, source, announce=announce)  # first: it refuses settings
+            return cls(encoder_settings(config), encoder)
         model = load_model(
-            config, source, progress=progress, announce=announce, on_progress=on_progress, weight_sharing=weight_sharing
+            *(config, source),
+            progress=progress,
+            announce=announce,
+            on_progress=on_progress,
+            weight_sharing=weight_sharing,
+            tiers_filled=0 if tier_files is None else tier_files.filled,
         )
         give_back_memory()  # what weights took while they were unpacked
         cost = load_or_estimate(config, model) if config.scheduler.slo_enabled else None
-        return cls(config, model, policy=policy, cost=cost, name_key=name_key)
+        if tier_files is None and config.cache.has_tiers:
+            tier_files, name_key = open_tiers(config.cache)
+        return cls(config, model, policy=policy, cost=cost, name_key=name_key, tier_files=tier_files)
+
+    def close(self) -> None:
+        """Let KV tiers have what was computed last. Without tiers there is nothing to do."""
+        if self.tiers is not None:
+            self.executor.drain()
+            self._save_rest()
+            self.tiers.close()
+        if self._tier_files is not None:
+            self._tier_files.close()
+            self._tier_files = None
 
     def estimate_budget(self) -> None:
         """Choose a token budget that the settings leave open, without SLOs, by a stored calibration or some hundredths
@@ -319,8 +365,11 @@ class Engine:
             self._drop_adapters()
         ended = self._accept_held() if self._held else []
         if not self._in_flight:
-            plan = self._plan(ended) if isolate else self.scheduler.schedule(time.monotonic())
+            plan = self._plan(ended) if isolate else self._schedule()
             if plan is None:
+                if self.scheduler.queue.fetching and self.tiers is not None and not ended:
+                    self.tiers.wait(HOLD_SECONDS)
+                    return ended
                 if self._held and not ended:
                     wait((matcher for _, matcher in self._held.values()), HOLD_SECONDS, FIRST_COMPLETED)
                 assert not self.scheduler.has_unfinished, "unfinished requests, and nothing can run"
@@ -339,7 +388,10 @@ class Engine:
                 self._update(plan, {chunk.request_id: failed for chunk in plan.chunks})
             raise
         plan, _ = self._in_flight.popleft()
-        return ended + self._update(plan, result)
+        ended += self._update(plan, result)
+        if self.tiers is not None and not self.has_unfinished:  # no plan would come with them
+            self._save_rest()
+        return ended
 
     @guarded
     def finish(self, command: Finish) -> RequestOutput | None:
@@ -378,11 +430,34 @@ class Engine:
                     outputs.append(rejection(request_id, error))
         return outputs
 
+    def _schedule(self) -> StepPlan | None:
+        """Return the next step, with the KV blocks that have arrived. Raises PlanningError."""
+        if self.tiers is not None:
+            self._take_answers(self.tiers)
+            if fetches := self.scheduler.take_fetches():
+                for fetch in fetches:
+                    self.tiers.ask(fetch)
+                self.tiers.wait(WAITING_SHARE * self._step_seconds)  # else they wait for the whole step
+                self._take_answers(self.tiers)
+        return self.scheduler.schedule(time.monotonic())
+
+    def _save_rest(self) -> None:
+        """Save the blocks of which no plan has said so, while nothing is in flight."""
+        assert isinstance(self.executor, Executor)
+        self.executor.save(self.scheduler.take_saves())
+
+    def _note_step(self, step: StepRecord) -> None:
+        self._step_seconds = step.measured_seconds
+
+    def _take_answers(self, tiers: Tiers) -> None:
+        for number, frames in tiers.answers():
+            self.scheduler.arrived(number, frames)
+
     def _plan(self, ended: list[RequestOutput]) -> StepPlan | None:
         """Return the next step. Requests that it cannot be planned with are ended, and added to `ended`."""
         while True:
             try:
-                return self.scheduler.schedule(time.monotonic())
+                return self._schedule()
             except PlanningError as error:
                 if not error.blamed:
                     raise
@@ -409,7 +484,7 @@ class Engine:
         if not before_planning():
             return
         try:
-            plan = self._plan(ended) if isolate else self.scheduler.schedule(time.monotonic())
+            plan = self._plan(ended) if isolate else self._schedule()
         except PlanningError:  # which is raised, if it is still one, when nothing is in flight
             return
         if plan is not None:

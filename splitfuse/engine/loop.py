@@ -193,6 +193,12 @@ class EngineLoop:
 
     def _stats_now(self) -> EngineStats:
         queue = self._engine.scheduler.queue
+        if (tiers := self._engine.tiers) is not None:
+            stats, done = self._stats, tiers.stats
+            stats.num_tier_blocks, stats.num_saved_blocks = tiers.num_blocks, done.num_saved
+            stats.num_fetched_blocks, stats.num_unsaved_blocks = done.num_fetched, done.num_unsaved
+            stats.num_moved_bytes = (done.num_saved + done.num_fetched) * tiers.block_bytes
+            stats.num_dropped_blocks = done.num_dropped
         return replace(
             self._stats,
             num_running=len(queue.running),

@@ -150,6 +150,12 @@ class EngineStats:
     step_times: StepTimes | None = None  # None: steps are not predicted
     num_draft_tokens: int = 0  # computed tokens that were guesses
     num_accepted_tokens: int = 0  # of those, that were right
+    num_tier_blocks: int = 0  # that the KV tiers have, as far as the engine knows
+    num_saved_blocks: int = 0  # written to the KV tiers
+    num_fetched_blocks: int = 0  # read from there for requests
+    num_moved_bytes: int = 0  # of both
+    num_unsaved_blocks: int = 0  # not written: a tier was full, or behind
+    num_dropped_blocks: int = 0  # false by their checksum, or of another model
 
 
 class StepReport(msgspec.Struct, frozen=True, tag=True):

@@ -18,7 +18,7 @@ from splitfuse.core.kv.state_allocator import StateAllocator
 from splitfuse.core.limits import check_token_ids
 from splitfuse.core.plan import Chunk
 from splitfuse.engine.guard import Guard, check_process, guarded
-from splitfuse.errors import InvalidRequestError, RequestTooLargeError
+from splitfuse.errors import ConfigError, InvalidRequestError, RequestTooLargeError
 from splitfuse.runtime.loading import LoadedModel, load_model
 
 
@@ -43,8 +43,12 @@ class RaggedEngine:
 
     @classmethod
     def load(cls, config: EngineConfig, *, progress: bool = False) -> RaggedEngine:
-        """Load the model that `config` names. Raises as `runtime.loading.load_model` does."""
+        """Load the model that `config` names. Raises as `runtime.loading.load_model` does, and ConfigError for settings
+        that are of no use without a prefix cache.
+        """
         check_process()
+        if config.cache.has_tiers:
+            raise ConfigError("kv_memory_tier and kv_disk_tier need a prefix cache, which RaggedEngine has not")
         return cls(config, load_model(config, progress=progress))
 
     @property

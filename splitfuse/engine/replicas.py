@@ -5,11 +5,11 @@ from __future__ import annotations
 import os
 
 from splitfuse.config import EngineConfig, ServerConfig
-from splitfuse.core.kv.names import new_key
 from splitfuse.engine.client import EngineClient
 from splitfuse.engine.quarantine import Quarantine
 from splitfuse.engine.remote.supervisor import SubprocessEngine
 from splitfuse.engine.router import Router
+from splitfuse.engine.tier_files import open_tiers
 from splitfuse.errors import ConfigError
 from splitfuse.kernels.sharing import WeightSharing
 from splitfuse.runtime.machine import paid_cores
@@ -22,12 +22,15 @@ def make_replicas(
 
     Where a control group's CPU quota is below the number of cores, each engine gets its part of the quota.
 
-    Raises ConfigError if there are fewer cores than replicas.
+    Raises ConfigError if there are fewer cores than replicas, or if a KV tier cannot be used.
     """
     if replicas == 1:
-        return SubprocessEngine(config, step_timeout=step_timeout)
+        tiers, name_key = open_tiers(config.cache)
+        return SubprocessEngine(config, step_timeout=step_timeout, name_key=name_key, tiers=tiers)
+    all_cores = divide(sorted(os.sched_getaffinity(0)), replicas, paid=min(paid_cores(), default=None))
+    tiers, name_key = open_tiers(config.cache)
     weights = WeightSharing(os.memfd_create("splitfuse-weights"), replicas) if hasattr(os, "memfd_create") else None
-    quarantine, name_key = Quarantine(), new_key()
+    quarantine = Quarantine()
     return Router(
         [
             SubprocessEngine(
@@ -37,8 +40,9 @@ def make_replicas(
                 weights=weights,
                 quarantine=quarantine,
                 name_key=name_key,
+                tiers=part,
             )
-            for cores in divide(sorted(os.sched_getaffinity(0)), replicas, paid=min(paid_cores(), default=None))
+            for cores, part in zip(all_cores, tiers.split(replicas) if tiers else [None] * replicas, strict=True)
         ],
         name_key=name_key,
     )

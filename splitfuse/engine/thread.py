@@ -23,6 +23,7 @@ class AsyncEngine(LocalClient):
 
     def __init__(self, engine: Engine) -> None:
         super().__init__()
+        self._engine = engine
         self._event_loop: asyncio.AbstractEventLoop | None = None
         self._engine_loop = EngineLoop(engine, self._report)
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
@@ -36,6 +37,7 @@ class AsyncEngine(LocalClient):
         if self._thread.is_alive():
             self._send(Stop())
             await asyncio.to_thread(self._thread.join)
+            await asyncio.to_thread(self._engine.close)
         self._die("it was closed")
 
     def _send(self, command: Command) -> None:

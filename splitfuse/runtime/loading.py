@@ -39,7 +39,7 @@ from splitfuse.runtime.backend_choice import choose_backend
 from splitfuse.runtime.executor import Executor
 from splitfuse.runtime.fingerprint import fingerprint, identify, kv_fingerprint
 from splitfuse.runtime.machine import available_memory, usable_cores
-from splitfuse.runtime.memory_plan import MemoryPlan, plan_memory
+from splitfuse.runtime.memory_plan import MemoryPlan, plan_memory, tier_bytes
 from splitfuse.runtime.sampling.grammar import Grammars
 
 _logger = logging.getLogger(__name__)
@@ -111,11 +111,13 @@ def load_model(
     announce: Callable[[MemoryPlan], None] = lambda _: None,
     on_progress: Callable[[float], None] = lambda _: None,
     weight_sharing: WeightSharing | None = None,
+    tiers_filled: int = 0,
 ) -> LoadedModel:
     """Load the model that `config` names, from `source` if it is open already.
 
     `announce` is called with the memory plan before anything is loaded, `on_progress` with the fraction that is. With
-    `weight_sharing`, processes share one copy of the weights if the backend can.
+    `weight_sharing`, processes share one copy of the weights if the backend can. `tiers_filled` is how much of the KV
+    tier in memory is taken already.
 
     Raises ModelError, MemoryPlanError or ConfigError.
     """
@@ -134,7 +136,7 @@ def load_model(
         _logger.warning("%s holds an adapter of %s too, which is not applied", source.location, adapter)
     check_quantization(config, source, weights)
     backend = choose_backend(config, dtype)
-    plan = _plan(spec, config, backend, weights, weight_sharing)
+    plan = _plan(spec, config, backend, weights, weight_sharing, tiers_filled)
     remarks = describe_aside(weights, spec) + describe_kept(weights, spec, backend, dtype)
     plan = replace(plan, remarks=(*plan.remarks, *remarks))
     announce(plan)
@@ -198,21 +200,28 @@ def check_quantization(config: EngineConfig, source: ModelSource, weights: Weigh
 
 
 def _plan(
-    spec: ModelSpec, config: EngineConfig, backend: Backend, weights: WeightSource, sharing: WeightSharing | None
+    spec: ModelSpec,
+    config: EngineConfig,
+    backend: Backend,
+    weights: WeightSource,
+    sharing: WeightSharing | None,
+    tiers_filled: int,
 ) -> MemoryPlan:
     """Return the memory plan, and let the backend share weights if it can. Weights that are there already take no more
     memory; what remains is divided among the processes that share them.
     """
+    num_sharers = 1 if sharing is None else sharing.num_sharers
+    tiers = tier_bytes(config.cache, num_sharers=num_sharers, filled=tiers_filled)
+    plan = partial(plan_memory, spec, config, backend=backend, weights=weights, tiers=tiers)
     if sharing is None:
-        return plan_memory(spec, config, backend=backend, weights=weights)
+        return plan()
     free = available_memory(config.model.device)
     if not backend.capabilities.shares_weights:  # each has weights of its own
-        return plan_memory(spec, config, backend=backend, weights=weights, available=free // sharing.num_sharers)
+        return plan(available=free // num_sharers)
     size = weight_bytes(spec, resolve_dtype(config.model.dtype, spec), backend, weights)
-    available = size + (free if sharing.filled else free - size) // sharing.num_sharers
-    plan = plan_memory(spec, config, backend=backend, weights=weights, available=available)
+    shared = plan(available=size + (free if sharing.filled else free - size) // num_sharers)
     backend.share_weights(sharing, size)
-    return plan
+    return shared
 
 
 def end_tokens(source: ModelSource, vocab_size: int) -> tuple[int, ...]:

@@ -10,7 +10,8 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from splitfuse.config import EngineConfig
+from splitfuse.config import CacheConfig, EngineConfig
+from splitfuse.core.kv.fetching import INBOX_BYTES, STAGED_BYTES
 from splitfuse.core.limits import ceil_div
 from splitfuse.core.step_budget import BUDGETS, FIRST_BUDGET
 from splitfuse.errors import ConfigError, MemoryPlanError
@@ -56,6 +57,7 @@ class MemoryPlan:
     state: int = 0  # one recurrent state over all layers; 0: the network has none
     num_states: int = 0
     snapshot_interval: int = 0  # tokens of a prompt between snapshots of its state
+    tiers: int = 0  # KV blocks behind the cache, in memory and on their way
     num_seqs_lowered: bool = False  # more running requests are allowed than there is memory for the states of
     remarks: tuple[str, ...] = ()  # lines at the end
 
@@ -72,7 +74,7 @@ class MemoryPlan:
     @property
     def need(self) -> int:
         """Return the sum of all that is needed, in bytes."""
-        return self.weights + self.activations + self.states + self.kv_cache
+        return self.weights + self.activations + self.states + self.tiers + self.kv_cache
 
     def __str__(self) -> str:
         sizes = f"{self.num_blocks} blocks of {self.block_size}: {self.num_blocks * self.block_size} tokens"
@@ -81,6 +83,7 @@ class MemoryPlan:
             f"weights      {self.weights / GIB:8.3f} GiB",
             f"activations  {self.activations / GIB:8.3f} GiB",
             *([f"states       {self.states / GIB:8.3f} GiB   {self._states_line}"] if self.state else ()),
+            *([f"KV tiers     {self.tiers / GIB:8.3f} GiB   behind the cache"] if self.tiers else ()),
             *([f"KV cache     {self.kv_cache / GIB:8.3f} GiB   {sizes}"] if self.block else ()),
             f"need         {self.need / GIB:8.3f} GiB",
             f"have         {self.available / GIB:8.3f} GiB",
@@ -104,12 +107,13 @@ def plan_memory(
     backend: Backend,
     weights: WeightSource | None = None,
     available: int | None = None,
+    tiers: int | None = None,
 ) -> MemoryPlan:
-    """Return the plan for one model on one device; `available` bytes are measured if not given. Without `weights` those
-    of a quantized checkpoint count as dense ones.
+    """Return the plan for one model on one device; `available` bytes are measured if not given, and `tiers` are those
+    that the settings ask for. Without `weights` those of a quantized checkpoint count as dense ones.
 
     Raises MemoryPlanError, with settings that would fit, if weights, activations and cache do not fit; ConfigError if
-    `max_model_len` exceeds what the model allows.
+    `max_model_len` exceeds what the model allows, or if the model has recurrent states and tiers are asked for.
     """
     dtype = resolve_dtype(config.model.dtype, spec)
     size = config.cache.block_size
@@ -135,7 +139,13 @@ def plan_memory(
         max_num_seqs=config.scheduler.max_num_seqs,
         max_num_batched_tokens=budget,
         state=state_bytes(spec, backend),
+        tiers=tier_bytes(config.cache) if tiers is None else tiers,
     )
+    if plan.state and config.cache.has_tiers:
+        raise ConfigError(
+            "kv_memory_tier and kv_disk_tier keep keys and values, and this model has layers with a recurrent state: "
+            "leave them out"
+        )
     plan = _with_states(plan, config, free=plan.available - plan.need)
     free = plan.available - plan.need
     if free < plan.block:
@@ -155,6 +165,13 @@ def plan_memory(
     raise MemoryPlanError(
         f"the KV cache cannot hold one request of {wanted_len} tokens\n{plan}\n{_longer_cache(plan, free)}"
     )
+
+
+def tier_bytes(cache: CacheConfig, *, num_sharers: int = 1, filled: int = 0) -> int:
+    """Return the memory that each of the engines which share KV tiers leaves for them; `filled` is taken already."""
+    if not cache.has_tiers:
+        return 0
+    return max(cache.memory_tier_bytes - filled, 0) // num_sharers + INBOX_BYTES + STAGED_BYTES
 
 
 def _rope_remarks(spec: ModelSpec, max_model_len: int) -> tuple[str, ...]:

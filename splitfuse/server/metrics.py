@@ -107,6 +107,18 @@ FAMILIES = (
     ),
     Family("splitfuse:draft_tokens", "counter", "num_draft_tokens", "Drafted tokens that steps computed."),
     Family("splitfuse:accepted_tokens", "counter", "num_accepted_tokens", "Drafted tokens that were right."),
+    Family("splitfuse:kv_tier_blocks", "gauge", "num_tier_blocks", "KV blocks in the memory and the disk tier."),
+    Family("splitfuse:kv_tier_saved_blocks", "counter", "num_saved_blocks", "KV blocks written to the tiers."),
+    Family("splitfuse:kv_tier_fetched_blocks", "counter", "num_fetched_blocks", "KV blocks found in the tiers."),
+    Family("splitfuse:kv_tier_moved_bytes", "counter", "num_moved_bytes", "Bytes of both."),
+    Family(
+        *("splitfuse:kv_tier_unsaved_blocks", "counter", "num_unsaved_blocks"),
+        "KV blocks that were not written, since a tier was full or behind.",
+    ),
+    Family(
+        *("splitfuse:kv_tier_dropped_blocks", "counter", "num_dropped_blocks"),
+        "KV blocks in tiers that were not used: their checksum was not theirs, or they were of another model.",
+    ),
     Family("splitfuse:preemptions", "counter", "num_preemptions", "Preempted requests: their KV blocks were taken."),
     Family("splitfuse:requests", "counter", "requests", "Answers, by route and HTTP status.", ("route", "status")),
     Family("splitfuse:choices", "counter", "choices", "Finished choices, by finish reason.", ("finish_reason",)),
@@ -320,6 +332,7 @@ class Metrics(Collector):
             "kv_usage": used / blocks if blocks else 0.0,
             "token_budget": max((engine.token_budget for engine in stats), default=0),
             "num_speculative_tokens": num_speculative,
+            "num_tier_blocks": max((engine.num_tier_blocks for engine in stats), default=0),  # they share the tiers
             **_slo_gauges([engine.attainable for engine in stats if engine.attainable is not None]),
         }
 

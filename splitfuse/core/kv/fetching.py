@@ -19,6 +19,8 @@ from splitfuse.core.plan import Land
 Data: TypeAlias = Any
 """Bytes of a block, in any object with the buffer protocol."""
 
+INBOX_BYTES, STAGED_BYTES = 2**28, 2**27
+"""Most bytes of blocks that have arrived and wait for a step, and of those that are to be written, in an engine."""
 LONGEST_FETCH = 2.0
 """Longest time that a request waits for blocks, in seconds."""
 FEWEST_BLOCKS = 2

@@ -1,5 +1,5 @@
-"""Starts the process of an engine, and says what crosses to it: the parsed configuration and its cores, its weights and
-the record of the step in flight.
+"""Starts the process of an engine, and says what crosses to it: the parsed configuration and its cores, its weights,
+its KV tiers and the record of the step in flight.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import msgspec
 
 from splitfuse.config import EngineConfig
 from splitfuse.engine.remote.transport import frame
+from splitfuse.engine.tier_files import TierFiles
 from splitfuse.kernels.sharing import WeightSharing
 
 WORKER = "splitfuse.engine.remote.worker"
@@ -30,6 +31,7 @@ class WorkerSpec(msgspec.Struct, frozen=True):
     cores: tuple[int, ...] | None = None
     """Cores that it may run on; None: those of the process that starts it."""
     weights: WeightSharing | None = None
+    tiers: TierFiles | None = None
 
 
 async def launch(spec: WorkerSpec) -> tuple[asyncio.subprocess.Process, socket.socket]:
@@ -39,6 +41,7 @@ async def launch(spec: WorkerSpec) -> tuple[asyncio.subprocess.Process, socket.s
     """
     ours, theirs = socket.socketpair()
     shared = [spec.in_flight, *([spec.weights.fd] if spec.weights is not None else [])]
+    shared += spec.tiers.descriptors if spec.tiers is not None else []
     try:
         ours.sendall(frame(msgspec.msgpack.encode(spec)))  # it fits into the socket's buffer
         process = await asyncio.create_subprocess_exec(

@@ -36,6 +36,7 @@ from splitfuse.engine.quarantine import Quarantine
 from splitfuse.engine.remote.in_flight import InFlightRecord
 from splitfuse.engine.remote.launcher import WorkerSpec, launch
 from splitfuse.engine.remote.transport import HEADER_BYTES, frame, message_length
+from splitfuse.engine.tier_files import TierFiles
 from splitfuse.errors import EngineUnavailableError, SplitfuseError
 from splitfuse.kernels.sharing import WeightSharing
 
@@ -66,12 +67,14 @@ class SubprocessEngine(LocalClient):
         weights: WeightSharing | None = None,
         quarantine: Quarantine | None = None,
         name_key: bytes | None = None,
+        tiers: TierFiles | None = None,
     ) -> None:
+        """`tiers` are closed with the engine."""
         super().__init__()
         self._name_key = name_key or new_key()
         self._config = config
         self._step_timeout, self._silence_timeout = step_timeout, silence_timeout
-        self._cores, self._weights = cores, weights
+        self._cores, self._weights, self._tiers = cores, weights, tiers
         self._quarantine = quarantine or Quarantine()
         self._in_flight: InFlightRecord | None = None
         self._process: asyncio.subprocess.Process | None = None
@@ -123,6 +126,9 @@ class SubprocessEngine(LocalClient):
         if self._in_flight is not None:
             self._in_flight.close()
             self._in_flight = None
+        if self._tiers is not None:
+            self._tiers.close()
+            self._tiers = None
 
     def _send(self, command: Command) -> None:
         assert self._writer is not None
@@ -182,7 +188,7 @@ class SubprocessEngine(LocalClient):
             self._in_flight = InFlightRecord()
         self._in_flight.write([])
         process, connection = await launch(
-            WorkerSpec(self._config, self._name_key, self._in_flight.fd, self._cores, self._weights)
+            WorkerSpec(self._config, self._name_key, self._in_flight.fd, self._cores, self._weights, self._tiers)
         )
         self._process = process
         reader, self._writer = await asyncio.open_unix_connection(sock=connection, limit=2**22)

@@ -79,6 +79,7 @@ class Worker:
                 on_progress=lambda fraction: self._reports.put(Loading("loading", fraction)),
                 weight_sharing=spec.weights,
                 name_key=spec.name_key,
+                tier_files=spec.tiers,
             )
             record = InFlightRecord(spec.in_flight)
             events = engine.events  # between two steps the record has those of the last one
@@ -91,6 +92,7 @@ class Worker:
             threading.Thread(target=self._receive_all, daemon=True).start()
             self._reports.put(self._loop.info)
             self._loop.run()
+            engine.close()
             failed = False
         except SplitfuseError as error:
             self._reports.put(Failed(str(error), type(error).__name__))

@@ -1,0 +1,117 @@
+"""Opens the files that KV tiers are kept in. It needs neither torch nor a model: engines are started with them."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import stat
+from dataclasses import dataclass
+from pathlib import Path
+
+from splitfuse.config import CacheConfig, parse_disk_tier
+from splitfuse.core.kv.names import new_key
+from splitfuse.errors import ConfigError
+
+KEY_BYTES = 32
+
+
+@dataclass(frozen=True)
+class TierFiles:
+    """Names the files of the tiers that engines on one machine share, by inherited descriptors."""
+
+    memory: int | None = None
+    disk: int | None = None
+    part: int = 0
+    """Number of the engine, which alone writes its part of the files."""
+    num_parts: int = 1
+
+    @property
+    def descriptors(self) -> list[int]:
+        """Return the descriptors that an engine's process inherits."""
+        return [fd for fd in (self.memory, self.disk) if fd is not None]
+
+    @property
+    def filled(self) -> int:
+        """Return the bytes of memory that the memory tier takes already."""
+        return 0 if self.memory is None else 512 * os.fstat(self.memory).st_blocks
+
+    def split(self, num_parts: int) -> list[TierFiles]:
+        """Return the files for so many engines, each with descriptors of its own, and close these."""
+
+        def again(fd: int | None) -> int | None:
+            return None if fd is None else os.dup(fd)
+
+        parts = [TierFiles(again(self.memory), again(self.disk), part, num_parts) for part in range(num_parts)]
+        self.close()
+        return parts
+
+    def close(self) -> None:
+        """Close the descriptors: with the last of a file, others may use its folder, and memory is given back."""
+        for fd in self.descriptors:
+            os.close(fd)
+
+
+def open_tiers(cache: CacheConfig) -> tuple[TierFiles | None, bytes]:
+    """Open the tiers that the settings ask for, None without, and return the key by which blocks are named: that of the
+    disk tier, which its folder keeps, since names must mean the same after a restart; or one at random.
+
+    Raises ConfigError if a tier cannot be used.
+    """
+    if not cache.has_tiers:
+        return None, new_key()
+    if not hasattr(os, "memfd_create"):
+        raise ConfigError("kv_memory_tier and kv_disk_tier need Linux: leave them out")
+    disk, key = None, new_key()
+    if cache.kv_disk_tier is not None:
+        path, _ = parse_disk_tier(cache.kv_disk_tier)
+        try:
+            disk, key = _open_folder(Path(path).expanduser())
+        except OSError as error:
+            raise ConfigError(
+                f"kv_disk_tier {path} cannot be used: {error.strerror}; name a folder that can"
+            ) from error
+    memory = os.memfd_create("splitfuse-kv") if cache.kv_memory_tier is not None else None
+    return TierFiles(memory, disk), key
+
+
+def _open_folder(folder: Path) -> tuple[int, bytes]:
+    """Return the file of blocks in a folder, which no other server may have open, and its key. Raises ConfigError,
+    OSError.
+    """
+    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    fd = os.open(folder / "blocks", os.O_RDWR | os.O_CREAT, 0o600)
+    try:
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)  # as long as any process has it open
+        except BlockingIOError:
+            raise ConfigError(f"kv_disk_tier {folder} is used by another server: give each its own folder") from None
+        return fd, _read_key(folder / "key")
+    except BaseException:
+        os.close(fd)
+        raise
+
+
+def _read_key(path: Path) -> bytes:
+    """Return the key that a file has, or a new one that is written there for its owner alone."""
+    try:
+        fd = os.open(path, os.O_RDONLY)
+    except FileNotFoundError:
+        pass
+    else:
+        with os.fdopen(fd, "rb") as file:
+            key, mode = file.read(KEY_BYTES + 1), os.fstat(fd).st_mode
+        if stat.S_IMODE(mode) & 0o077:
+            raise ConfigError(
+                f"others may read {path}, and with this key make blocks of their own: set its mode to 600, or delete it"
+            )
+        if len(key) == KEY_BYTES:
+            return key
+    key = new_key()
+    new = path.with_suffix(".new")
+    new.unlink(missing_ok=True)
+    with os.fdopen(os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
+        file.write(key)
+        file.flush()
+        os.fsync(file.fileno())
+    new.replace(path)
+    return key

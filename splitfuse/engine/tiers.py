@@ -1,0 +1,258 @@
+"""Moves KV blocks between an engine and its tiers: files of blocks in memory and on a disk (block_file.py).
+
+What a step computes is copied out of the cache by the next one, and written by a thread; what requests ask for is read
+by another, checked, and waits for the engine's own thread. So no step waits for a file, and a file that hangs, is full
+or lies costs what would have been saved, no more.
+"""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from splitfuse.config import CacheConfig, parse_disk_tier
+from splitfuse.core.kv.fetching import INBOX_BYTES, STAGED_BYTES, Fetch, Found, Frame, Inbox
+from splitfuse.core.plan import Save
+from splitfuse.engine.block_file import BlockFile
+from splitfuse.engine.tier_files import TierFiles
+from splitfuse.errors import ConfigError
+
+FEWEST_BLOCKS = 8
+"""Number of blocks that can be on their way, however large they are."""
+GAIN = 1 / 4
+"""Weight of the newest fetch in the time of a block."""
+FIRST_BANDWIDTH = 2**30
+"""Bytes of a second that are read, until it is measured."""
+LATENCY = 1e-3
+"""Seconds from a request to its answer besides the reading of blocks, about."""
+TIME_TO_FLUSH = 5.0
+"""Longest time that the end of an engine waits for what is to be written, in seconds."""
+
+logger = logging.getLogger(__name__)
+
+
+class Answer(NamedTuple):
+    """Holds the leading blocks of a fetch that were found, all intact."""
+
+    fetch: Fetch
+    frames: list[Frame]
+
+
+@dataclass
+class TierStats:
+    """Counts what tiers have done since the engine began."""
+
+    num_saved: int = 0  # blocks that were written
+    num_fetched: int = 0  # blocks that were read for requests
+    num_unsaved: int = 0  # blocks that were not written: too many at once, or a file was full
+    num_dropped: int = 0  # blocks whose checksum was not theirs, or of another model
+
+
+@dataclass(eq=False)
+class _Tier:
+    name: str
+    file: BlockFile
+    seconds_per_block: float
+    failed: bool = False  # at its last write: it is not said again
+
+
+class _Staged(NamedTuple):
+    save: Save
+    data: npt.NDArray[np.uint8]
+
+
+class Tiers:
+    """Holds the tiers of an engine, the fastest first, by name. `buffer` and `save` are called by the executor's
+    thread, the others by the engine's.
+    """
+
+    def __init__(self, files: dict[str, BlockFile], block_bytes: int) -> None:
+        self.block_bytes = block_bytes
+        first = block_bytes / FIRST_BANDWIDTH
+        self._tiers = [_Tier(name, file, first) for name, file in files.items()]
+        self.stats = TierStats(num_dropped=sum(file.num_foreign for file in files.values()))
+        self._lock = threading.Lock()  # of what follows
+        self._staging: set[bytes] = set()
+        self._most_staged = max(STAGED_BYTES // block_bytes, FEWEST_BLOCKS)
+        self._buffers: list[npt.NDArray[np.uint8]] = []
+        self._fetches: dict[int, float] = {}  # when each is to be given up, by number
+        self._reading_until = 0.0  # after which the reader is taken to hang; 0: it is idle
+        self._to_write: queue.SimpleQueue[_Staged | None] = queue.SimpleQueue()
+        self._to_read: queue.SimpleQueue[Fetch | None] = queue.SimpleQueue()
+        self._answers: queue.SimpleQueue[Answer] = queue.SimpleQueue()
+        self._arrived = threading.Event()
+        self._written = threading.Event()
+        self._written.set()
+        for work in (self._write_all, self._read_all):
+            threading.Thread(target=work, name=f"kv-tiers{work.__name__}", daemon=True).start()
+
+    # What is saved ----------------------------------------------------------------------------------------------------
+
+    def buffer(self, name: bytes) -> npt.NDArray[np.uint8] | None:
+        """Return where a block of that name is to be copied, for `save`; None if it is there already, or if too many
+        blocks are to be written.
+        """
+        with self._lock:
+            if name in self._staging or all(name in tier.file for tier in self._tiers):
+                return None
+            if len(self._staging) >= self._most_staged:
+                self.stats.num_unsaved += 1
+                return None
+            return self._buffers.pop() if self._buffers else np.empty(self.block_bytes, np.uint8)
+
+    def save(self, save: Save, data: npt.NDArray[np.uint8]) -> None:
+        """Write a block that was copied into a `buffer`, some time."""
+        with self._lock:
+            self._staging.add(save.name)
+            self._written.clear()
+        self._to_write.put(_Staged(save, data))
+
+    def _write_all(self) -> None:
+        while (staged := self._to_write.get()) is not None:
+            save = staged.save
+            frame = Frame.of(save.name, save.token_ids, staged.data)
+            for tier in self._tiers:
+                self._write(tier, frame, save.before)
+            with self._lock:
+                self._staging.discard(save.name)
+                self._buffers.append(staged.data)
+                if not self._staging:
+                    self._written.set()
+
+    def _write(self, tier: _Tier, frame: Frame, before: bytes) -> None:
+        try:
+            if tier.file.write(frame, before):
+                self.stats.num_saved += 1
+            tier.failed = False
+        except Exception as error:
+            self.stats.num_unsaved += 1
+            if not tier.failed:
+                logger.warning("KV blocks are not saved to %s now: %s", tier.name, error)
+            tier.failed = True
+
+    # What is fetched --------------------------------------------------------------------------------------------------
+
+    def find(self, names: Sequence[bytes]) -> Found:
+        """See BlockSource. While a read takes longer than requests wait for it, there is nothing."""
+        if 0.0 < self._reading_until < time.monotonic():
+            return Found(0, 0.0)
+        count, seconds = 0, LATENCY
+        for each in self._tiers:
+            each.file.refresh()
+        for name in names:
+            if (tier := self._tier_of(name)) is None:
+                break
+            count, seconds = count + 1, seconds + tier.seconds_per_block
+        return Found(count, seconds)
+
+    def _tier_of(self, name: bytes) -> _Tier | None:
+        return next((tier for tier in self._tiers if name in tier.file), None)
+
+    def ask(self, fetch: Fetch) -> None:
+        """Answer a fetch some time, within its seconds."""
+        self._fetches[fetch.number] = time.monotonic() + fetch.seconds
+        self._to_read.put(fetch)
+
+    def answers(self) -> list[tuple[int, list[Frame]]]:
+        """Return the answers that have come, by the number of the fetch, and empty ones to those whose time is over."""
+        self._arrived.clear()
+        found: list[tuple[int, list[Frame]]] = []
+        while not self._answers.empty():
+            fetch, frames = self._answers.get()
+            if self._fetches.pop(fetch.number, None) is not None:
+                self.stats.num_fetched += len(frames)
+                found.append((fetch.number, frames))
+        now = time.monotonic()
+        overdue = [number for number, until in self._fetches.items() if until < now]
+        for number in overdue:
+            del self._fetches[number]
+        return found + [(number, []) for number in overdue]
+
+    def forget(self, number: int) -> None:
+        """Want no answer to a fetch any more."""
+        self._fetches.pop(number, None)
+
+    def wait(self, seconds: float) -> None:
+        """Wait for an answer."""
+        self._arrived.wait(seconds)
+
+    def _read_all(self) -> None:
+        while (fetch := self._to_read.get()) is not None:
+            until = self._fetches.get(fetch.number)
+            if until is None:
+                continue
+            self._reading_until = until
+            frames = self._read(fetch)
+            self._reading_until = 0.0
+            self._answers.put(Answer(fetch, frames))
+            self._arrived.set()
+
+    def _read(self, fetch: Fetch) -> list[Frame]:
+        """Return the leading blocks that are there and intact."""
+        frames: list[Frame] = []
+        for name in fetch.names:
+            if fetch.number not in self._fetches or (tier := self._tier_of(name)) is None:
+                break
+            began = time.monotonic()
+            try:
+                frame = tier.file.read(name)
+            except OSError as error:
+                logger.warning("a KV block cannot be read from %s: %s", tier.name, error)
+                tier.file.drop(name)
+                break
+            if frame is None:
+                break
+            if not frame.is_intact:
+                logger.warning("a KV block in %s is not what was written there: it is dropped", tier.name)
+                tier.file.drop(name)
+                self.stats.num_dropped += 1
+                break
+            tier.seconds_per_block += GAIN * (time.monotonic() - began - tier.seconds_per_block)
+            frames.append(frame)
+        if frames and (last := self._tier_of(frames[-1].name)) is not None:
+            last.file.touch(frames[-1].name)
+        return frames
+
+    @property
+    def num_blocks(self) -> int:
+        """Return how many blocks the tiers have, as far as this engine knows."""
+        return sum(len(tier.file) for tier in self._tiers)
+
+    def close(self) -> None:
+        """Write what was to be saved, as far as there is time, and end."""
+        self._written.wait(TIME_TO_FLUSH)
+        self._to_write.put(None)
+        self._to_read.put(None)
+        for tier in self._tiers:
+            tier.file.close()
+
+
+def make_tiers(
+    files: TierFiles, cache: CacheConfig, *, block_bytes: int, block_size: int, fingerprint: bytes
+) -> tuple[Tiers, Inbox]:
+    """Return the tiers of an engine whose blocks have these sizes, and the inbox for what comes from there.
+
+    Raises ConfigError for a tier that is too small, or cannot be used.
+    """
+    kinds = {"kv_memory_tier": (files.memory, cache.memory_tier_bytes)}
+    if cache.kv_disk_tier is not None:
+        kinds["kv_disk_tier"] = files.disk, parse_disk_tier(cache.kv_disk_tier)[1]
+    sizes = {"block_bytes": block_bytes, "block_size": block_size, "part": files.part, "num_parts": files.num_parts}
+    tiers: dict[str, BlockFile] = {}
+    for name, (fd, num_bytes) in kinds.items():
+        if fd is not None:
+            try:
+                tiers[name] = BlockFile(fd, num_bytes=num_bytes, fingerprint=fingerprint, **sizes)
+            except OSError as error:
+                raise ConfigError(f"{name} cannot be used: {error.strerror}; choose a smaller size") from error
+            if num_foreign := tiers[name].num_foreign:
+                logger.warning("%s had %d blocks of another model or layout, which are dropped", name, num_foreign)
+    return Tiers(tiers, block_bytes), Inbox(max(INBOX_BYTES // block_bytes, FEWEST_BLOCKS), block_bytes)

@@ -1,0 +1,215 @@
+"""Blocks in a file: found again by every engine and after a restart, and never when a byte of them is wrong."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from random import Random
+from threading import Thread
+from typing import Any
+
+import numpy as np
+import pytest
+
+from splitfuse.core.kv.fetching import Frame
+from splitfuse.engine.block_file import BlockFile
+from splitfuse.errors import ConfigError
+
+BLOCK_BYTES, BLOCK_SIZE = 1000, 4
+SLOT = 1024 + 52
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "blocks"
+
+
+@pytest.fixture
+def fd(path: Path) -> Iterator[int]:
+    fd = os.open(path, os.O_RDWR | os.O_CREAT)
+    yield fd
+    os.close(fd)
+
+
+def open_file(fd: int, *, slots: int = 8, **changes: Any) -> BlockFile:
+    sizes = {"block_bytes": BLOCK_BYTES, "block_size": BLOCK_SIZE, "fingerprint": bytes(32)}
+    return BlockFile(fd, **{"num_bytes": 8192 + SLOT * slots, **sizes, **changes})
+
+
+def frame(number: int) -> Frame:
+    rng = Random(number)
+    data = np.frombuffer(rng.randbytes(BLOCK_BYTES), np.uint8)
+    return Frame.of(rng.randbytes(16), tuple(rng.randrange(50000) for _ in range(BLOCK_SIZE)), data)
+
+
+def equal(one: Frame | None, other: Frame) -> bool:
+    return one is not None and one[:2] == other[:2] and bytes(one.data) == bytes(other.data) and one.is_intact
+
+
+def test_what_is_written_is_read_by_others_and_after_a_restart(fd: int) -> None:
+    writer, reader = (open_file(fd, part=part, num_parts=2) for part in (0, 1))
+    frames = [frame(number) for number in range(3)]
+    for each in frames:
+        assert writer.write(each, b"")
+    assert not writer.write(frames[0], b""), "it is there already"
+    assert reader.count([frames[0].name]) == 0
+    reader.refresh()
+    assert reader.count([each.name for each in frames]) == 3
+    assert reader.count([frames[0].name, b"unknown", frames[1].name]) == 1
+    again = open_file(fd)  # by one engine, of which all slots are
+    for each in frames:
+        assert equal(reader.read(each.name), each) and equal(again.read(each.name), each)
+    assert again.num_foreign == 0
+
+
+def test_the_least_recently_used_goes_first_and_no_other_part_is_written(
+    fd: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = iter(range(10**18, 2 * 10**18, 2 * 10**9))
+    monkeypatch.setattr("time.time_ns", lambda: next(now))
+    mine, others = (open_file(fd, part=part, num_parts=2) for part in (0, 1))  # four slots each
+    frames = [frame(number) for number in range(12)]
+    for each in frames[:4]:
+        mine.write(each, b"")
+        others.write(frames[frames.index(each) + 8], b"")
+    mine.touch(frames[0].name)
+    for each in frames[4:7]:
+        mine.write(each, b"")
+    assert [each.name in mine for each in frames[:8]] == [True, *[False] * 3, *[True] * 3, False]
+    others.refresh()
+    assert all(each.name in others for each in frames[8:])
+
+
+def test_the_use_of_a_block_is_one_of_those_before_it(fd: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = iter(range(10**18, 2 * 10**18, 2 * 10**9))
+    monkeypatch.setattr("time.time_ns", lambda: next(now))
+    file = open_file(fd, slots=3)
+    first, second, other, new = (frame(number) for number in range(4))
+    file.write(first, b"")
+    file.write(other, b"")
+    file.write(second, first.name)
+    file.write(new, b"")
+    assert first.name in file and second.name in file and other.name not in file
+
+
+@pytest.mark.parametrize("place", ["tokens", "data", "name", "checksum"])
+def test_one_flipped_bit_is_never_read(fd: int, place: str) -> None:
+    file, written = open_file(fd, slots=1), frame(0)
+    file.write(written, b"")
+    size = os.fstat(fd).st_size
+    before = os.pread(fd, size, 0)
+    needle = {
+        "tokens": np.array(written.token_ids, np.int32).tobytes(),
+        "data": bytes(written.data),
+        "name": written.name,
+        "checksum": written.checksum.to_bytes(4, "little"),
+    }[place]
+    at = before.index(needle)
+    for bit in (0, 3, 8 * len(needle) - 1):
+        changed = bytearray(before)
+        changed[at + bit // 8] ^= 1 << bit % 8
+        os.pwrite(fd, changed, 0)
+        read = open_file(fd, slots=1).read(written.name)
+        assert read is None or not read.is_intact
+        os.pwrite(fd, before, 0)
+        assert equal(open_file(fd, slots=1).read(written.name), written)
+
+
+def test_a_block_that_is_dropped_is_gone_for_all(fd: int) -> None:
+    file, other, written = open_file(fd), open_file(fd), frame(0)
+    file.write(written, b"")
+    other.refresh()
+    other.drop(written.name)
+    assert written.name not in other and file.read(written.name) is None
+    assert file.write(frame(1), b"") and written.name not in open_file(fd)
+
+
+def test_a_torn_write_is_not_read(fd: int) -> None:
+    file, first, second = open_file(fd, slots=1), frame(0), frame(1)
+    file.write(first, b"")
+    slot = os.pread(fd, 600, file._data_at)
+    file.write(second, b"")
+    os.pwrite(fd, slot, file._data_at)  # its first half did not come to the disk
+    read = open_file(fd, slots=1).read(second.name)
+    assert read is not None and not read.is_intact
+    os.ftruncate(fd, file._data_at + 300)
+    read = open_file(fd, slots=1).read(second.name)
+    assert read is not None and not read.is_intact
+
+
+def test_an_engine_that_died_while_it_wrote_leaves_no_block(fd: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    file, first, second = open_file(fd, slots=1), frame(0), frame(1)
+    file.write(first, b"")
+
+    def die(*_: Any) -> int:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("os.pwritev", die)
+        with pytest.raises(KeyboardInterrupt):
+            file.write(second, b"")
+    again = open_file(fd, slots=1)
+    assert len(again) == 0 and again.read(first.name) is None and again.read(second.name) is None
+    assert again.write(second, b"") and equal(again.read(second.name), second)
+
+
+def test_a_full_disk_costs_the_block_alone(fd: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    file, first, second = open_file(fd), frame(0), frame(1)
+    file.write(first, b"")
+    for write in (lambda *_: 17, lambda *_: os.pread(-1, 1, 0)):  # in part, and not at all
+        with monkeypatch.context() as patch:
+            patch.setattr("os.pwritev", write)
+            with pytest.raises(OSError):
+                file.write(second, b"")
+        assert second.name not in file and equal(file.read(first.name), first)
+    assert file.write(second, b"") and equal(file.read(second.name), second)
+
+
+@pytest.mark.parametrize(
+    "changes", [{"fingerprint": b"1" * 32}, {"block_bytes": 500}, {"block_size": 8}, {"slots": 9}], ids=str
+)
+def test_blocks_of_another_kind_are_counted_and_forgotten(fd: int, changes: dict[str, Any]) -> None:
+    file = open_file(fd)
+    frames = [frame(number) for number in range(3)]
+    for each in frames:
+        file.write(each, b"")
+    other = open_file(fd, **changes)
+    assert other.num_foreign == 3 and len(other) == 0
+    assert all(other.read(each.name) is None for each in frames)
+
+
+def test_a_file_of_something_else_is_overwritten(fd: int) -> None:
+    os.pwrite(fd, Random(1).randbytes(20_000), 0)
+    file, written = open_file(fd), frame(0)
+    assert len(file) == 0 and file.num_foreign == 0
+    assert file.write(written, b"") and equal(file.read(written.name), written)
+
+
+def test_a_tier_that_is_too_small_is_refused(fd: int) -> None:
+    with pytest.raises(ConfigError, match="give it at least"):
+        open_file(fd, slots=1, num_parts=2)
+
+
+def test_readers_see_whole_blocks_while_slots_are_overwritten(fd: int) -> None:
+    """Two slots, ten names: what is read is a block as it was written, or nothing, or not intact."""
+    writer, reader = open_file(fd, slots=2), open_file(fd, slots=2)
+    frames = {each.name: each for each in map(frame, range(10))}
+    ended, seen = [], 0
+
+    def write() -> None:
+        for number in range(2000):
+            writer.write([*frames.values()][number * 7 % 10], b"")
+        ended.append(True)
+
+    thread = Thread(target=write)
+    thread.start()
+    while not ended:
+        reader.refresh()
+        for name, written in frames.items():
+            read = reader.read(name)
+            if read is not None and read.is_intact:
+                assert equal(read, written)
+                seen += 1
+    thread.join()
+    assert seen

@@ -1,0 +1,295 @@
+"""KV blocks that another engine has computed, or this one before a restart, give what computing them gives."""
+
+from __future__ import annotations
+
+import errno
+import os
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import pytest
+import tiny_encoders
+import tiny_models
+from backends import variants
+from scheduler_checks import check_scheduler
+
+from splitfuse.config import EngineConfig
+from splitfuse.core.kv import fetching
+from splitfuse.core.plan import Logprobs
+from splitfuse.core.sampling_params import SamplingParams
+from splitfuse.engine.block_file import BlockFile
+from splitfuse.engine.engine import Engine
+from splitfuse.engine.ragged import RaggedEngine
+from splitfuse.engine.tier_files import open_tiers
+from splitfuse.errors import ConfigError
+from splitfuse.runtime.loading import load_model
+
+SMALL = {"dtype": "float32", "num_blocks": 24, "block_size": 4, "max_num_batched_tokens": 16}
+KINDS = ["llama-gqa", "mistral-window", "gemma3", "deepseek-v3", "gpt-oss", "gemma4-unified-shared-keys"]
+MEMORY = {"kv_memory_tier": "1MiB"}
+
+Answer = tuple[list[int], list[list[tuple[int, float]]], int]
+
+
+@pytest.fixture(scope="module")
+def folder_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], str]:
+    folders: dict[str, str] = {}
+
+    def folder_of(name: str) -> str:
+        if name not in folders:
+            folder = tmp_path_factory.mktemp(name)
+            tiny_models.save(name, folder)
+            folders[name] = str(folder)
+        return folders[name]
+
+    return folder_of
+
+
+@pytest.fixture
+def engines() -> Iterator[list[Engine]]:
+    made: list[Engine] = []
+    yield made
+    for engine in made:
+        engine.close()
+
+
+def make(engines: list[Engine], count: int, **settings: Any) -> list[Engine]:
+    """Engines of one model that share their tiers, if the settings have any."""
+    config = EngineConfig.from_settings(settings)
+    model = load_model(config)
+    files, key = open_tiers(config.cache)
+    parts = [None] * count if files is None else files.split(count)
+    made = [Engine(config, model, name_key=key, tier_files=part) for part in parts]
+    engines += made
+    return made
+
+
+def prompt(number: int, length: int = 50) -> list[int]:
+    rng = Random(number)
+    return [rng.randrange(15, 60) for _ in range(length)]
+
+
+def ask(engine: Engine, *prompts: list[int], **params: Any) -> list[Answer]:
+    """The tokens and logprobs of each prompt's answer, and how many tokens were cached; then all is saved."""
+    for number, each in enumerate(prompts):
+        engine.add_request(f"{number}", each, SamplingParams(**{"max_tokens": 9, "logprobs": 2, **params}))
+    answers: dict[str, Answer] = {f"{number}": ([], [], 0) for number in range(len(prompts))}
+    while engine.has_unfinished:
+        for output in engine.step(isolate=True):
+            assert output.error is None
+            tokens, logprobs, _ = answers[output.request_id]
+            entries = output.logprobs or Logprobs()
+            logprobs += [[(each.token_id, each.logprob), *each.top] for each in entries]
+            answers[output.request_id] = tokens + list(output.token_ids), logprobs, output.num_cached_tokens
+            check_scheduler(engine.scheduler)
+    if engine.tiers is not None:
+        assert engine.tiers._written.wait(10)
+    return [*answers.values()]
+
+
+def without_cached(answers: list[Answer]) -> list[tuple[object, ...]]:
+    return [answer[:2] for answer in answers]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_one_engine_computed_another_fetches(
+    kind: str, folder_of: Callable[[str], str], engines: list[Engine]
+) -> None:
+    first, second, third = make(engines, 3, model=folder_of(kind), **SMALL, **MEMORY)
+    (computed,), (fetched,) = ask(first, prompt(1)), ask(second, prompt(1))
+    assert (computed[2], fetched[2]) == (0, 48)
+    assert fetched[0] == computed[0]
+    turn = prompt(1) + computed[0] + prompt(2, 5)
+    (next_turn,), (alone,) = ask(third, turn), ask(make(engines, 1, model=folder_of(kind), **SMALL)[0], turn)
+    assert next_turn[2] == 56, "the answer's blocks too"
+    assert next_turn[0] == alone[0]
+    assert third.tiers is not None and third.tiers.stats.num_fetched == 14
+
+
+@pytest.mark.parametrize("kv_cache_dtype", ["auto", "int8"])
+@pytest.mark.parametrize("variant", variants())
+def test_fetched_blocks_give_the_same_bits(variant: str, kv_cache_dtype: str, engines: list[Engine]) -> None:
+    settings = {"kernels": variant, "kv_cache_dtype": kv_cache_dtype, "num_threads": 1, "num_blocks": 40}
+    first, second = make(engines, 2, **settings, kv_memory_tier="8MiB", max_num_seqs=4)
+    prompts = [prompt(number, 130 + 40 * number) for number in range(3)]
+    computed, fetched = ask(first, *prompts), ask(second, *prompts)
+    assert [answer[2] for answer in fetched] == [128, 160, 192]
+    assert without_cached(fetched) == without_cached(computed)
+
+
+def test_drafts_are_saved_as_far_as_they_were_right(folder_of: Callable[[str], str], engines: list[Engine]) -> None:
+    settings = {"model": folder_of("llama-gqa"), **SMALL, "num_speculative_tokens": 6}
+    text = prompt(1, 12) * 3
+    first, second = make(engines, 2, **settings, **MEMORY)
+    (computed,) = ask(first, text, max_tokens=30)
+    (fetched,) = ask(second, text + computed[0], max_tokens=9)
+    (alone,) = ask(make(engines, 1, **{**settings, "num_speculative_tokens": 0})[0], text + computed[0], max_tokens=9)
+    assert fetched[2] >= 60 and fetched[0] == alone[0]
+
+
+def test_a_small_cache_is_filled_again_from_the_tier(folder_of: Callable[[str], str], engines: list[Engine]) -> None:
+    settings = {"model": folder_of("llama-gqa"), **SMALL}
+    (engine,), (plain,) = make(engines, 1, **settings, **MEMORY), make(engines, 1, **settings)
+    prompts = [prompt(number) for number in range(4)]
+    wanted = [without_cached(ask(plain, each))[0][0] for each in prompts]
+    for turn in range(3):
+        answers = [ask(engine, each)[0] for each in prompts]
+        assert [tokens for tokens, _, _ in answers] == wanted
+        assert all(cached == (48 if turn else 0) for _, _, cached in answers)
+    crowd = ask(engine, *prompts)
+    assert [tokens for tokens, _, _ in crowd] == wanted
+
+
+@pytest.mark.parametrize("tier", ["memory", "disk"])
+def test_one_flipped_bit_is_never_used_and_is_counted(
+    tier: str, folder_of: Callable[[str], str], engines: list[Engine], tmp_path: Path
+) -> None:
+    tiers = MEMORY if tier == "memory" else {"kv_disk_tier": f"{tmp_path}/kv:1MiB"}
+    first, second = make(engines, 2, model=folder_of("llama-gqa"), **SMALL, **tiers)
+    (computed,) = ask(first, prompt(1))
+    assert first.tiers is not None
+    file = first.tiers._tiers[0].file
+    at = file._data_at + file._slot_bytes * [*file._index.values()][5] + 321
+    (byte,) = os.pread(file._fd, 1, at)
+    os.pwrite(file._fd, bytes([byte ^ 4]), at)
+    (fetched,) = ask(second, prompt(1))
+    assert fetched[0] == computed[0] and fetched[2] == 20
+    assert second.tiers is not None and second.tiers.stats.num_dropped == 1
+    (again,) = ask(second, prompt(1))
+    assert again[0] == computed[0] and again[2] == 48
+
+
+def test_a_restarted_engine_finds_its_blocks_on_the_disk(
+    folder_of: Callable[[str], str], engines: list[Engine], tmp_path: Path
+) -> None:
+    settings = {"model": folder_of("llama-gqa"), **SMALL, "kv_disk_tier": f"{tmp_path}/kv:1MiB"}
+    (computed,) = ask(make(engines, 1, **settings)[0], prompt(1))
+    engines.pop().close()
+    assert (tmp_path / "kv" / "key").stat().st_mode & 0o777 == 0o600
+    (engine,) = make(engines, 1, **settings, kv_memory_tier="1MiB")
+    (fetched,) = ask(engine, prompt(1) + computed[0])
+    assert fetched[2] == 56
+    assert engine.tiers is not None and engine.tiers.stats.num_saved >= 14, "memory has them too now"
+    engines.pop().close()
+    other = {**settings, "model": folder_of("mistral-window")}
+    (engine,) = make(engines, 1, **other)
+    assert engine.tiers is not None and engine.tiers.stats.num_dropped >= 14, "those of another model are forgotten"
+    assert ask(engine, prompt(1))[0][2] == 0
+    engines.pop().close()
+    (tmp_path / "kv" / "key").unlink()
+    (engine,) = make(engines, 1, **other)
+    assert ask(engine, prompt(1))[0][2] == 0, "another key, other names"
+
+
+def test_full_tiers_are_no_errors(
+    folder_of: Callable[[str], str], engines: list[Engine], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    settings = {"model": folder_of("llama-gqa"), **SMALL}
+    (plain,) = make(engines, 1, **settings)
+    prompts = [prompt(number) for number in range(5)]
+    wanted = [ask(plain, each)[0][0] for each in prompts]
+    (tiny,) = make(engines, 1, **settings, kv_memory_tier="0.03MiB")
+    assert [ask(tiny, each)[0][0] for each in prompts * 2] == wanted * 2
+    (disk,) = make(engines, 1, **settings, kv_disk_tier=f"{tmp_path}/kv:1MiB")
+
+    def full(*_: Any) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("os.pwritev", full)
+    assert [ask(disk, each)[0][0] for each in prompts] == wanted
+    assert disk.tiers is not None and disk.tiers.stats.num_saved == 0 and disk.tiers.stats.num_unsaved > 30
+
+
+def test_a_tier_that_hangs_holds_a_request_up_once(
+    folder_of: Callable[[str], str], engines: list[Engine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, second = make(engines, 2, model=folder_of("llama-gqa"), **SMALL, **MEMORY)
+    wanted = [ask(first, prompt(number))[0] for number in range(3)]
+    hang, read = threading.Event(), BlockFile.read
+
+    def slow(self: BlockFile, name: bytes) -> Any:
+        hang.wait()
+        return read(self, name)
+
+    monkeypatch.setattr(BlockFile, "read", slow)
+    monkeypatch.setattr(fetching, "LONGEST_FETCH", 0.05)
+    assert [ask(second, prompt(number))[0] for number in range(3)] == wanted
+    hang.set()
+    assert second.tiers is not None and second.tiers.stats.num_fetched == 0
+
+
+def test_a_request_that_ends_while_it_waits_leaves_nothing(
+    folder_of: Callable[[str], str], engines: list[Engine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, second = make(engines, 2, model=folder_of("llama-gqa"), **SMALL, **MEMORY)
+    (wanted,) = ask(first, prompt(1))
+    hang, read = threading.Event(), BlockFile.read
+
+    def slow(self: BlockFile, name: bytes) -> Any:
+        hang.wait()
+        return read(self, name)
+
+    monkeypatch.setattr(BlockFile, "read", slow)
+    second.add_request("gone", prompt(1), SamplingParams(max_tokens=9))
+    assert second.step() == [] and second.scheduler.queue.fetching
+    assert second.abort("gone") and not second.has_unfinished
+    hang.set()
+    (answer,) = ask(second, prompt(1))
+    assert answer[0] == wanted[0]
+
+
+# --- what cannot be honoured ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"kv_memory_tier": "4"}, "such as 4GiB, not '4'"),
+        ({"kv_memory_tier": "0MiB"}, "such as 4GiB"),
+        ({"kv_disk_tier": "50GiB"}, "such as /var/cache/kv:50GiB, not '50GiB'"),
+        ({"kv_disk_tier": "/tmp/kv:many"}, "the size of kv_disk_tier must be"),
+        ({"kv_memory_tier": "1GiB", "enable_prefix_caching": False}, "kv_memory_tier needs enable_prefix_caching"),
+    ],
+)
+def test_settings_that_say_nothing_are_refused(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        EngineConfig.from_settings(settings)
+
+
+@pytest.mark.parametrize("tier", [MEMORY, {"kv_disk_tier": "/nowhere/kv:1MiB"}], ids=str)
+def test_models_without_blocks_that_can_move_are_refused(
+    tier: dict[str, str], folder_of: Callable[[str], str], tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigError, match="recurrent state"):
+        load_model(EngineConfig.from_settings({"model": folder_of("lfm2"), **SMALL, **tier}))
+    tiny_encoders.save(tmp_path)
+    with pytest.raises(ConfigError, match=f"{next(iter(tier))} cannot be set"):
+        Engine.load(EngineConfig.from_settings({"model": str(tmp_path), **tier}))
+    with pytest.raises(ConfigError, match="RaggedEngine"):
+        RaggedEngine.load(EngineConfig.from_settings(tier))
+
+
+def test_a_tier_that_is_too_small_is_refused(folder_of: Callable[[str], str], engines: list[Engine]) -> None:
+    with pytest.raises(ConfigError, match="too small for blocks of"):
+        make(engines, 4, model=folder_of("llama-gqa"), **SMALL, kv_memory_tier="0.01MiB")
+
+
+def test_a_folder_has_one_server_and_a_secret_key(tmp_path: Path) -> None:
+    cache = EngineConfig.from_settings({"kv_disk_tier": f"{tmp_path}/kv:1MiB"}).cache
+    files, key = open_tiers(cache)
+    assert files is not None
+    with pytest.raises(ConfigError, match="used by another server"):
+        open_tiers(cache)
+    files.close()
+    again, same = open_tiers(cache)
+    assert again is not None and same == key
+    again.close()
+    (tmp_path / "kv" / "key").chmod(0o644)
+    with pytest.raises(ConfigError, match="set its mode to 600"):
+        open_tiers(cache)
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigError, match="cannot be used"):
+        open_tiers(EngineConfig.from_settings({"kv_disk_tier": f"{tmp_path}/file/kv:1MiB"}).cache)
