@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import enum
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from operator import attrgetter
 
@@ -125,6 +126,8 @@ class Request:
     """Tokens being chosen by plans in flight."""
     num_plans_in_flight: int = 0
     sent_to_executor: bool = False
+    is_resumed: bool = False
+    """True if another engine has begun it, which died or was drained."""
     kv: RequestKv = field(default_factory=RequestKv)
     drafts: RequestDrafts = field(default_factory=RequestDrafts)
     slo: RequestSlo = field(init=False)
@@ -140,6 +143,19 @@ class Request:
             num_prompt_tokens=len(self.prompt_token_ids),
         )
         self.priority, self.owner, self.on_time_only = options.priority, options.owner, options.on_time_only
+
+    def resume(self, token_ids: Sequence[int], times: Sequence[float], *, num_prompt_logprobs: int) -> None:
+        """Let a new request go on behind the tokens that another engine has generated, which its client has had since
+        `times`, and behind prompt logprobs given out. They are computed like a prompt, as after a preemption.
+        """
+        assert not self.output_token_ids and len(times) == len(token_ids) < self.max_tokens
+        self.is_resumed = True
+        self.output_token_ids += token_ids
+        self.num_prompt_logprobs = num_prompt_logprobs
+        if token_ids:
+            self.kv.num_lost = self.num_tokens
+        for each in times:
+            self.slo.observe_token(each)
 
     @property
     def num_prompt_tokens(self) -> int:
@@ -188,6 +204,7 @@ class Request:
         """Return what the executor must know of it before its first chunk."""
         return SamplingState(
             *(self.request_id, self.prompt_token_ids, self.params, self.eos_token_ids, self.seed, self.choice),
+            output_token_ids=list(self.output_token_ids),
             pooling=self.pooling,
             adapter=self.adapter,
         )

@@ -114,9 +114,9 @@ class RequestQueue:
         self.requeue(request)
 
     def expect_cached(self, request: Request) -> None:
-        """Look up how much of a new request's prompt the prefix cache has."""
+        """Look up how much of a new request's tokens the prefix cache has."""
         if request.params.prompt_logprobs is None:
-            tokens = request.prompt_token_ids
+            tokens = request.tokens(0, request.num_tokens)
             request.num_expected_cached = self._allocator.count_cached(
                 tokens, request.kv.block_names, salt=request.scheduling.cache_salt
             )

@@ -9,18 +9,15 @@ from __future__ import annotations
 import asyncio
 import enum
 import logging
-import math
 import os
 import time
 from abc import ABC, abstractmethod
-from collections import Counter, deque
-from collections.abc import Callable, Collection, Mapping
+from collections import Counter
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
-from typing import Self
+from typing import ClassVar
 
-from splitfuse.core.latency.phases import LatencyBreakdown, LatencyPhase
 from splitfuse.core.replica_view import ReplicaView
-from splitfuse.core.request import FinishReason, RequestOutput
 from splitfuse.engine.guard import check_process
 from splitfuse.engine.messages import (
     AdapterLoaded,
@@ -38,6 +35,7 @@ from splitfuse.engine.messages import (
     Traced,
     UnloadAdapter,
 )
+from splitfuse.engine.stream import Stream
 from splitfuse.engine.trace import TraceLevel, TraceRecord
 from splitfuse.errors import AdapterError, EngineUnavailableError, InvalidRequestError
 
@@ -50,95 +48,6 @@ class EngineState(enum.StrEnum):
     STARTING = "starting"
     READY = "ready"
     DEAD = "dead"
-
-
-class Stream:
-    """Iterates over the outputs of one request; the last one has a finish_reason.
-
-    Read it to its end or close it: `async with client.open(request) as stream`. Iterating raises EngineUnavailableError
-    if the engine is gone.
-    """
-
-    def __init__(self, request: Add, finish: Callable[[Finish], None]) -> None:
-        self.request = request
-        self.num_tokens = 0  # received so far
-        self.began: float | None = None
-        """Time at which its first step began, on the monotonic clock."""
-        self.ended_at = math.inf
-        """Time at which the request finished or was abandoned."""
-        self.breakdown: asyncio.Future[LatencyBreakdown] = asyncio.get_running_loop().create_future()
-        """Breakdown of its latency, which the engine may report after `ended_at`."""
-        self._finish = finish
-        self._opened = time.monotonic()
-        self._outputs: deque[RequestOutput] = deque()
-        self._error: Exception | None = None
-        self._news = asyncio.Event()
-        self._ended = False  # nothing more will come
-        self._released = False  # nothing more is wanted
-
-    async def __aenter__(self) -> Self:
-        return self
-
-    async def __aexit__(self, *_: object) -> None:
-        self.close()
-
-    def __aiter__(self) -> Self:
-        return self
-
-    async def __anext__(self) -> RequestOutput:
-        while not self._outputs:
-            if self._error is not None:
-                raise self._error
-            if self._ended or self._released:
-                raise StopAsyncIteration
-            self._news.clear()
-            await self._news.wait()
-        return self._outputs.popleft()
-
-    def stop(self, num_tokens: int) -> None:
-        """End the request after its first `num_tokens` tokens, because a stop string was found, and the stream here."""
-        self._release(FinishReason.STOP, num_tokens)
-
-    def close(self) -> None:
-        """Stop reading, and abort the request if it has not ended."""
-        self._release(FinishReason.ABORT, None)
-
-    def push(self, output: RequestOutput, step_seconds: float) -> None:
-        """Add an output; of one that is not wanted any more, only that it has ended counts. Called by the client that
-        opened the stream.
-        """
-        if output.finish_reason is not None:
-            self._ended = True
-            self._settle(output.latency_breakdown)
-        if not self._released:
-            if self.began is None:
-                self.began = max(self._opened, time.monotonic() - step_seconds)
-            self.num_tokens += len(output.token_ids)
-            self._outputs.append(output)
-            self._news.set()
-
-    def fail(self, error: Exception) -> None:
-        """End the stream with an error. Called by the client that opened it."""
-        self._error = error
-        self._ended = True
-        self._settle(None)
-        self._news.set()
-
-    def _settle(self, breakdown: LatencyBreakdown | None) -> None:
-        """Note that no engine holds the request any more."""
-        self.ended_at = min(self.ended_at, time.monotonic())
-        if not self.breakdown.done():
-            failed = {LatencyPhase.FAILED: self.ended_at - self._opened}
-            self.breakdown.set_result(breakdown or LatencyBreakdown(self._opened, self.ended_at, failed))
-
-    def _release(self, reason: FinishReason, num_tokens: int | None) -> None:
-        if not self._released:
-            self._released = True
-            self._outputs.clear()
-            if not self._ended:
-                self.ended_at = time.monotonic()
-                self._finish(Finish(self.request.request_id, reason, num_tokens, self.ended_at))
-        self._news.set()
 
 
 class EngineClient(ABC):
@@ -173,6 +82,11 @@ class EngineClient(ABC):
     def engines(self) -> list[LocalClient]:
         """Return the engines behind this client."""
         return []
+
+    @property
+    def num_resumed(self) -> Mapping[str, int]:
+        """Return how many times requests went on at another engine, or a restarted one, by the cause."""
+        return {}
 
     @property
     @abstractmethod
@@ -244,13 +158,22 @@ class EngineClient(ABC):
 class LocalClient(EngineClient):
     """Manages the streams of one engine on this machine, in a thread or in a process, from its reports."""
 
+    restarts: ClassVar[bool] = False
+    """True if an engine that has died is started again."""
     state = EngineState.STARTING
     stage = Loading("starting")
 
     def __init__(self) -> None:
         self._pid = os.getpid()
+        self.rescue: Callable[[Sequence[Stream], Sequence[Stream], str], None] | None = None
+        """Function that lets the streams of an engine which has died go on elsewhere; of these, the second ones may
+        have caused its death. The third argument says what that was. None: they fail.
+        """
+        self.on_available: Callable[[], None] = lambda: None
+        """Listener that is called when requests can be opened that could not before."""
         self._death = ""
         self._info: EngineInfo | None = None
+        self._identity: tuple[str, ...] = ()
         self._stats = EngineStats()
         self._streams: dict[str, Stream] = {}
         self._ending: dict[str, Stream] = {}  # ended by us, not yet confirmed by the engine
@@ -357,6 +280,51 @@ class LocalClient(EngineClient):
                 self._send(UnloadAdapter(digest))
 
     def open(self, request: Add) -> Stream:
+        request = request.settled
+        self._check(request)
+        stream = Stream(request, self._finish)
+        self._send(request)
+        self._follow(stream)
+        return stream
+
+    def resume(self, stream: Stream) -> None:
+        """Go on with a stream that has left its engine. Raises as `open`."""
+        self._check(stream.request)
+        assert self.can_go_on_with(stream), "an answer would go on as another one"
+        self._send(stream.go_on(self._finish))
+        self._follow(stream)
+
+    def can_go_on_with(self, stream: Stream) -> bool:
+        """Return whether `resume` can be called with a stream now."""
+        adapter = stream.request.adapter
+        return self.state is EngineState.READY and self._suits(stream) and (not adapter or self.has_adapter(adapter))
+
+    def will_go_on_with(self, stream: Stream) -> bool:
+        """Return whether `resume` may be called with a stream at some time, as far as is known."""
+        if self.state is EngineState.READY:
+            return self.can_go_on_with(stream) or (bool(self._loading) and self._suits(stream))
+        return self.state is EngineState.STARTING or self.restarts
+
+    def _suits(self, stream: Stream) -> bool:
+        """Return whether the engine gives the same tokens as the one that a stream has left, and has blocks for it."""
+        if stream.has_output and stream.continuity != self._continuity(stream.request):
+            return False
+        return self.info.limits.fits(len(stream.request.prompt_token_ids), stream.request.params)
+
+    def _continuity(self, request: Add) -> tuple[object, ...]:
+        """Return what is equal at all engines that give a request the same tokens."""
+        model_len = self.info.limits.max_model_len if request.params.max_tokens is None else 0
+        return self.info.kv_fingerprint, model_len, *self._identity
+
+    def absolve(self, request: Add) -> None:
+        """Note that a request has not killed the engine, as was suspected."""
+
+    def _follow(self, stream: Stream) -> None:
+        stream.continuity = self._continuity(stream.request)
+        self._streams[stream.request.request_id] = stream
+
+    def _check(self, request: Add) -> None:
+        """Raise the error for a request that cannot be opened now."""
         check_process(self._pid)
         if self.state is EngineState.DEAD:
             raise EngineUnavailableError(f"the engine is dead: {self._death}")
@@ -368,10 +336,6 @@ class LocalClient(EngineClient):
             raise EngineUnavailableError("the adapter of the request is not loaded any more: send the request again")
         num_prompt = len(request.prompt_token_ids)
         assert self.info.limits.fits(num_prompt, request.params), "call EngineLimits.check() before submitting"
-        stream = Stream(request, self._finish)
-        self._send(request)
-        self._streams[request.request_id] = stream
-        return stream
 
     @abstractmethod
     def _send(self, command: Command) -> None:
@@ -425,6 +389,8 @@ class LocalClient(EngineClient):
             case EngineInfo():
                 self._info, self.stage = report, Loading("ready", 1.0)
                 self.view = view_of(report) if self.keeps_view else None
+                # The model's length, which memory may limit, is heeded where it ends an answer.
+                self._identity = tuple(text for name, text in report.identity.items() if name != "max_model_len")
                 self._stats = EngineStats(token_budget=report.token_budget, attainable=report.attainable)
                 self._enter(EngineState.READY)
                 if self._trace_level is not TraceLevel.OFF:  # before any request
@@ -436,8 +402,10 @@ class LocalClient(EngineClient):
                     if path is not None:
                         self._begin_load(name, path).add_done_callback(partial(_log_failure, name))
                 self._unload_unused()
+                self.on_available()
             case AdapterLoaded():
                 self._take_adapter(report)
+                self.on_available()
             case Failed():
                 self._die(report.error)
 
@@ -459,8 +427,13 @@ class LocalClient(EngineClient):
             loading.set_result(None)
         self._unload_unused()
 
+    def _suspects(self) -> Sequence[Stream]:
+        """Return the streams whose requests may have caused the death of the engine: all, where nothing is known."""
+        return list(self._streams.values())
+
     def _die(self, why: str) -> None:
-        """Fail all requests, since the engine is gone."""
+        """Note that the engine is gone: its requests go on elsewhere, or fail."""
+        suspects = self._suspects()
         loading, self._loading, self._adapters, self._present = self._loading, {}, {}, set()
         for _, each in loading.values():
             each.set_exception(EngineUnavailableError(f"the engine died while it loaded the adapter: {why}"))
@@ -469,8 +442,18 @@ class LocalClient(EngineClient):
         streams, ending = self._streams, self._ending
         self._streams, self._ending = {}, {}
         self._stats = EngineStats()
-        for stream in (*streams.values(), *ending.values()):
-            stream.fail(EngineUnavailableError(f"the engine died while the request ran: {why}"))
+        for stream in ending.values():
+            stream.fail(died(why))
+        if self.rescue is not None:
+            self.rescue(list(streams.values()), suspects, why)
+        else:
+            for stream in streams.values():
+                stream.fail(died(why))
+
+
+def died(why: str) -> EngineUnavailableError:
+    """Return the error of a request whose engine has died."""
+    return EngineUnavailableError(f"the engine died while the request ran: {why}")
 
 
 def view_of(info: EngineInfo) -> ReplicaView:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import math
-import secrets
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -284,6 +283,8 @@ class Engine:
 
     def _accept(self, request: Add, matcher: Future[LLMatcher] | None) -> None:
         """Hand a request to the scheduler. Raises SloUnattainableError."""
+        request = request.settled
+        assert request.seed is not None
         num_prompt, params, scheduling = len(request.prompt_token_ids), request.params, request.scheduling
         now = time.monotonic()
         # SchedulingOptions from outside may leave the default SLO and the arrival time open: here they are settled.
@@ -293,22 +294,21 @@ class Engine:
             arrival_time=now if scheduling.arrival_time is None else scheduling.arrival_time,
             cache_salt=request.cache_salt,
         )
-        self.scheduler.add(
-            Request(
-                request.request_id,
-                request.prompt_token_ids,
-                params,
-                max_tokens=self.limits.max_new_tokens(num_prompt, params),
-                seed=secrets.randbits(64) if params.seed is None else params.seed,
-                eos_token_ids=() if params.ignore_eos else self.model.eos_token_ids,
-                choice=request.choice,
-                scheduling=scheduling,
-                pooling=request.pooling,
-                adapter=request.adapter,
-            ),
-            now,
-            sent_time=request.sent,
+        added = Request(
+            request.request_id,
+            request.prompt_token_ids,
+            params,
+            max_tokens=self.limits.max_new_tokens(num_prompt, params),
+            seed=request.seed,
+            eos_token_ids=() if params.ignore_eos else self.model.eos_token_ids,
+            choice=request.choice,
+            scheduling=scheduling,
+            pooling=request.pooling,
+            adapter=request.adapter,
         )
+        if (point := request.resume_point) is not None:
+            added.resume(point.token_ids, point.token_times, num_prompt_logprobs=point.num_prompt_logprobs)
+        self.scheduler.add(added, now, sent_time=request.sent)
         if matcher is not None:
             self._matchers[request.request_id] = matcher
 

@@ -175,8 +175,9 @@ class EngineLoop:
         plan, counts = step.plan, self._stats
         if plan.new_requests:
             starts = {chunk.request_id: chunk.start for chunk in plan.chunks}
-            counts.num_prompt_tokens += sum(len(each.prompt_token_ids) for each in plan.new_requests)
-            counts.num_cached_tokens += sum(starts[each.request_id] for each in plan.new_requests)
+            new = [each for each in plan.new_requests if not each.output_token_ids]  # others were counted elsewhere
+            counts.num_prompt_tokens += sum(len(each.prompt_token_ids) for each in new)
+            counts.num_cached_tokens += sum(starts[each.request_id] for each in new)
         counts.num_steps += 1
         counts.num_generated_tokens += sum([len(chunk.token_ids) for chunk in step.result.values()])
         counts.num_computed_tokens += plan.num_tokens

@@ -6,6 +6,7 @@ unencoded.
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -23,6 +24,17 @@ from splitfuse.engine.trace import TraceLevel, TraceRecord
 # To the engine -------------------------------------------------------------------------------------------------------
 
 
+class ResumePoint(msgspec.Struct, frozen=True):
+    """Says what a request has been given by other engines: it goes on behind that, and nothing of it is repeated."""
+
+    token_ids: tuple[int, ...] = ()
+    """Tokens that it has generated."""
+    token_times: tuple[float, ...] = ()
+    """Times at which its client was given each of them, on the machine's monotonic clock: its SLO goes on too."""
+    num_prompt_logprobs: int = 0
+    """Number of log-probabilities of its prompt that were reported."""
+
+
 class Add(msgspec.Struct, frozen=True, tag=True):
     """Adds a request that keeps to the engine's limits. `params.n` is ignored: each choice is a message of its own."""
 
@@ -37,6 +49,18 @@ class Add(msgspec.Struct, frozen=True, tag=True):
     """Numbers to give in place of tokens; `params` are NOTHING_GENERATED then."""
     adapter: str = ""
     """Digest of the LoRA adapter that the request is computed with; empty: none."""
+    seed: int | None = None
+    """Seed of its random choices, which a client settles when it opens a request; None: the engine does."""
+    resume_point: ResumePoint | None = None
+    """Where the request goes on that another engine has begun; None: it is new."""
+
+    @property
+    def settled(self) -> Add:
+        """Return the request with a seed: that of its parameters, or a random one."""
+        if self.seed is not None:
+            return self
+        seed = secrets.randbits(64) if self.params.seed is None else self.params.seed
+        return msgspec.structs.replace(self, seed=seed)
 
     @property
     def cache_salt(self) -> str:

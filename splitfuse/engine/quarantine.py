@@ -78,6 +78,14 @@ class Quarantine:
         if 0 < count < NUM_DEATHS:
             del self._deaths[digest]
 
+    def absolve(self, request: Add) -> None:
+        """Clear a request of suspicion, since it has come past the step at which an engine died. One that is refused
+        stays so.
+        """
+        digest = _digest(request)
+        if self._deaths.get(digest, (NUM_DEATHS, 0.0))[0] < NUM_DEATHS:
+            del self._deaths[digest]
+
     def check(self, request: Add) -> None:
         """Raise RequestQuarantinedError if a request is refused."""
         self._forget()

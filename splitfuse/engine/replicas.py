@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 
 from splitfuse.config import EngineConfig, ServerConfig
-from splitfuse.engine.client import EngineClient
 from splitfuse.engine.quarantine import Quarantine
 from splitfuse.engine.remote.supervisor import SubprocessEngine
 from splitfuse.engine.router import Router
@@ -17,8 +16,9 @@ from splitfuse.runtime.machine import paid_cores
 
 def make_replicas(
     config: EngineConfig, *, replicas: int = 1, step_timeout: float = ServerConfig.step_timeout
-) -> EngineClient:
-    """Return a client of `replicas` engines, each in a process of its own, which are not started yet.
+) -> Router:
+    """Return a client of `replicas` engines, each in a process of its own, which are not started yet. Requests of one
+    that dies go on at the others, or once it is restarted.
 
     Where a control group's CPU quota is below the number of cores, each engine gets its part of the quota.
 
@@ -26,7 +26,7 @@ def make_replicas(
     """
     if replicas == 1:
         tiers, name_key = open_tiers(config.cache)
-        return SubprocessEngine(config, step_timeout=step_timeout, name_key=name_key, tiers=tiers)
+        return Router([SubprocessEngine(config, step_timeout=step_timeout, name_key=name_key, tiers=tiers)])
     all_cores = divide(sorted(os.sched_getaffinity(0)), replicas, paid=min(paid_cores(), default=None))
     tiers, name_key = open_tiers(config.cache)
     weights = WeightSharing(os.memfd_create("splitfuse-weights"), replicas) if hasattr(os, "memfd_create") else None

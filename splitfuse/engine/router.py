@@ -6,26 +6,31 @@ import asyncio
 import time
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 
 from splitfuse.core.kv.names import BlockNamer, new_key
 from splitfuse.core.request import Request
 from splitfuse.core.routing import Candidate, choose_replica
-from splitfuse.engine.client import EngineClient, EngineState, LocalClient, Stream
+from splitfuse.engine.client import EngineClient, EngineState, LocalClient
 from splitfuse.engine.messages import Add, EngineInfo, EngineStats, Loading
+from splitfuse.engine.recovery import Choice, Recovery
+from splitfuse.engine.stream import Stream
 from splitfuse.errors import EngineUnavailableError
 
 
 class Router(EngineClient):
     """Spreads requests over replicas of one model.
 
-    A replica that is dead or starting gets none, one that may be hanging none while another accepts; the others go on.
+    A replica that is dead or starting gets none, one that may be hanging none while another accepts; the others go on,
+    also with the requests of one that dies (recovery.py).
     """
 
     def __init__(self, replicas: Sequence[LocalClient], *, name_key: bytes | None = None) -> None:
         """`name_key` is the key by which the replicas name KV blocks; left out, the router's names are its own."""
         self.replicas = list(replicas)
         for replica in self.replicas:
-            replica.keeps_view = True
+            replica.keeps_view = len(self.replicas) > 1  # else there is no choice
+        self._recovery = Recovery(self.replicas, self._choose)
         self._key = name_key or new_key()
         self._namer: BlockNamer | None = None  # made for the first request: replicas that are ready have a block size
 
@@ -55,7 +60,11 @@ class Router(EngineClient):
 
     @property
     def engines(self) -> list[LocalClient]:
-        return [engine for replica in self.replicas for engine in replica.engines]
+        return self.replicas
+
+    @property
+    def num_resumed(self) -> Mapping[str, int]:
+        return self._recovery.num_resumed
 
     @property
     def outstanding_tokens(self) -> int:
@@ -99,17 +108,13 @@ class Router(EngineClient):
             replica.let_go_adapter(digest)
 
     def open(self, request: Add) -> Stream:
-        names = self._name_blocks(request)
-        candidates = [_candidate(replica, names, request.adapter) for replica in self.replicas]
-        copy, now = _copy_of(request, self.info), time.monotonic()
-        index = choose_replica(candidates, copy, now)
-        if index is None:
+        request = request.settled
+        choice = self._choose(request, self.replicas)
+        if choice is None:
             which = " that has the adapter of the request: send it again" if request.adapter else ""
             raise EngineUnavailableError(f"no engine is ready{which}")
-        stream = self.replicas[index].open(request)
-        view = self.replicas[index].view
-        assert view is not None, "it is ready"
-        view.add(copy, names)
+        stream = choice.engine.open(request)
+        choice.taken()
         return stream
 
     async def start(self) -> None:
@@ -121,16 +126,33 @@ class Router(EngineClient):
         await asyncio.gather(*(replica.start() for replica in self.replicas[1:]))
 
     async def close(self) -> None:
+        self._recovery.close()
         await asyncio.gather(*(replica.close() for replica in self.replicas))
 
+    def _choose(self, request: Add, among: Collection[LocalClient]) -> Choice | None:
+        """Choose the replica for a request among some; None if none of these accepts it."""
+        if len(self.replicas) == 1:  # which says why, if it does not
+            return Choice(self.replicas[0], lambda: None)
+        names = self._name_blocks(request)
+        candidates = [_candidate(each, names, request.adapter) if each in among else None for each in self.replicas]
+        copy, now = _copy_of(request, self.info), time.monotonic()
+        index = choose_replica(candidates, copy, now)
+        if index is None:
+            return None
+        view = self.replicas[index].view
+        assert view is not None, "it is ready"
+        return Choice(self.replicas[index], partial(view.add, copy, names))
+
     def _name_blocks(self, request: Add) -> list[bytes]:
-        """Return the names of the prompt's blocks that a prefix cache may hold."""
+        """Return the names of the blocks that a prefix cache may hold of the tokens that are known of a request."""
         names: list[bytes] = []
         if request.params.prompt_logprobs is None:  # those need every position computed, so the cache is not read
             if self._namer is None:
                 info = self.info
                 self._namer = BlockNamer(info.limits.block_size, key=self._key, fingerprint=info.kv_fingerprint)
-            self._namer.extend(names, request.prompt_token_ids, salt=request.cache_salt)
+            point = request.resume_point
+            tokens = request.prompt_token_ids if point is None else request.prompt_token_ids + point.token_ids
+            self._namer.extend(names, tokens, salt=request.cache_salt)
         return names
 
 
@@ -152,7 +174,10 @@ def _copy_of(request: Add, info: EngineInfo) -> Request:
         arrival_time=time.monotonic() if arrival is None else arrival,
     )
     most = info.limits.max_new_tokens(len(request.prompt_token_ids), request.params)
-    return Request(request.request_id, request.prompt_token_ids, request.params, most, seed=0, scheduling=scheduling)
+    copy = Request(request.request_id, request.prompt_token_ids, request.params, most, seed=0, scheduling=scheduling)
+    if (point := request.resume_point) is not None:
+        copy.resume(point.token_ids, point.token_times, num_prompt_logprobs=point.num_prompt_logprobs)
+    return copy
 
 
 def _progress(stage: Loading) -> tuple[int, float]:

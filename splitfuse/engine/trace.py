@@ -47,7 +47,7 @@ class RequestDetail(msgspec.Struct, frozen=True, array_like=True):
     adapter: str
     pooling: PoolingParams | None
     output_token_ids: tuple[int, ...]
-    """Tokens that it had when tracing began."""
+    """Tokens that it had when tracing began, or when it came from another engine."""
 
 
 class RequestTrace(msgspec.Struct, frozen=True, array_like=True, tag="request"):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from splitfuse.core.request import FinishReason
@@ -42,6 +42,13 @@ class RecordedRequest:
         kept = self.end.num_output_tokens - len(self.detail.output_token_ids)
         return min(max(kept, 0), len(self.token_ids))  # a file can say anything
 
+    def go_on(self, output_token_ids: Sequence[int]) -> None:
+        """Note that another engine goes on behind these tokens: what is recorded may have more or fewer of them."""
+        self.token_ids = list(output_token_ids[len(self.detail.output_token_ids) :])
+        last = self.token_times[-1] if self.token_times else self.request.sent_time
+        self.token_times += [last] * (len(self.token_ids) - len(self.token_times))
+        del self.token_times[len(self.token_ids) :]
+
     @property
     def given_up_time(self) -> float | None:
         """Return when its caller gave it up; None if that did not happen."""
@@ -51,15 +58,17 @@ class RecordedRequest:
 
 
 def read_requests(frames: Iterable[Frame]) -> list[RecordedRequest]:
-    """Return all requests in the order in which they were told. Raises RecordingError for frames without plans, or
-    with times that are none.
+    """Return all requests in the order in which they were told; one that went on at another engine is one. Raises
+    RecordingError for frames without plans, or with times that are none.
     """
     found: list[RecordedRequest] = []
     unfinished: dict[tuple[int, int], RecordedRequest] = {}
+    left: dict[str, RecordedRequest] = {}  # by id: their engine has died
     for frame in frames:
         if isinstance(frame, EngineStart | EngineEnd):
             for key in [key for key in unfinished if key[0] == frame.engine]:
-                del unfinished[key]
+                dead = unfinished.pop(key)
+                left[dead.request.request_id] = dead
         elif isinstance(frame, Records):
             for record in frame.records:
                 match record:
@@ -67,6 +76,11 @@ def read_requests(frames: Iterable[Frame]) -> list[RecordedRequest]:
                         if record.detail is None:
                             raise RecordingError(f"the request {record.request_id!r:.80} has no prompt and parameters")
                         _check_times(record.sent_time)
+                        request = left.pop(record.request_id, None)
+                        if request is not None and request.detail.prompt_token_ids == record.detail.prompt_token_ids:
+                            request.go_on(record.detail.output_token_ids)
+                            unfinished[frame.engine, record.number] = request
+                            continue
                         found.append(RecordedRequest(frame.engine, record, record.detail))
                         unfinished[frame.engine, record.number] = found[-1]
                     case StepTrace():

@@ -45,6 +45,8 @@ class RequestRecord:
     """Times between each token and the next of the same choice, in rising order: there may be a hundred thousand."""
     steps: int = 0
     """Number of forward steps that computed a part of it."""
+    resumed: int = 0
+    """Number of times that a choice went on at another engine, or at its own after a restart."""
     slo_met: bool | None = None
     """Flag of a met SLO; None without one."""
     slo_violation: str | None = None

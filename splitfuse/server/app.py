@@ -292,5 +292,6 @@ def record_of(
         time_to_first_token_seconds=timing.first_token,
         inter_token_latency_seconds=tuple(sorted(timing.gaps)),
         steps=timing.steps,
+        resumed=timing.resumed,
         slo_met=timing.slo_met,
     )

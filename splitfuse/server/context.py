@@ -16,7 +16,7 @@ from operator import attrgetter
 from typing import Any, NamedTuple, TypeVar
 
 from splitfuse.core.request import FinishReason
-from splitfuse.engine.client import Stream
+from splitfuse.engine.stream import Stream
 from splitfuse.server.auth import ANONYMOUS
 from splitfuse.server.bodies import SLOWEST, BodyBudget
 from splitfuse.server.dialect import Dialect, encode_json, json_pieces

@@ -39,7 +39,8 @@ class Timing(msgspec.Struct, frozen=True):
     queued: from its arrival until its first step began; first_token: from its arrival to the first token of any choice;
     gaps: between each token and the next of its choice, all choices one after the other; steps: number of steps that
     computed a part of it, those of all choices added up; draft_tokens and accepted_tokens: number of tokens that were
-    drafted, and of those that were right, of all choices; slo_met: whether all choices met their SLO, null without one;
+    drafted, and of those that were right, of all choices; resumed: number of times that a choice went on at another
+    engine, or at its own after a restart; slo_met: whether all choices met their SLO, null without one;
     phases: where the time went.
     """
 
@@ -50,6 +51,7 @@ class Timing(msgspec.Struct, frozen=True):
     cached_tokens: int
     draft_tokens: int
     accepted_tokens: int
+    resumed: int
     slo_met: bool | None
     phases: dict[LatencyPhase, float]
 
@@ -67,6 +69,7 @@ def timing_of(context: RequestContext, phases: dict[LatencyPhase, float] | None 
         cached_tokens=sum(g.num_cached_tokens for g in begun),
         draft_tokens=sum(g.num_drafted_tokens for g in begun),
         accepted_tokens=sum(g.num_accepted_tokens for g in begun),
+        resumed=sum(g.stream.num_resumed for g in begun if g.stream is not None),
         slo_met=all(met) if (met := [g.slo_met for g in begun if g.slo_met is not None]) else None,
         phases=phases or {},
     )

@@ -121,6 +121,11 @@ FAMILIES = (
     ),
     Family("splitfuse:preemptions", "counter", "num_preemptions", "Preempted requests: their KV blocks were taken."),
     Family("splitfuse:requests", "counter", "requests", "Answers, by route and HTTP status.", ("route", "status")),
+    Family(
+        *("splitfuse:resumed_requests", "counter", "resumed"),
+        "Choices that went on at another engine, or at theirs after a restart, by the cause.",
+        ("cause",),
+    ),
     Family("splitfuse:choices", "counter", "choices", "Finished choices, by finish reason.", ("finish_reason",)),
     Family("splitfuse:slo", "counter", "slo", "Requests with an SLO, by whether it was met.", ("met",)),
     Family("splitfuse:errors", "counter", "errors", "Requests that ended with an error, by its kind.", ("kind",)),
@@ -277,6 +282,7 @@ class Metrics(Collector):
         model_name, single = self._label(), {**self._totals.sums(), **self._gauges()}
         single["text_restarts"] = self.num_text_restarts()
         single["dropped_spans"] = self.num_dropped_spans()
+        self._counts["resumed"] = Counter({(cause,): count for cause, count in self._client.num_resumed.items()})
         recorder = self.recorder
         single["recording"] = float(recorder is not None and not recorder.ended)
         single["recorded_bytes"] = 0 if recorder is None else recorder.num_bytes

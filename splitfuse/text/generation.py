@@ -12,7 +12,7 @@ from functools import cached_property
 
 from splitfuse.core.plan import Logprobs
 from splitfuse.core.request import FinishReason, RequestOutput
-from splitfuse.engine.client import Stream
+from splitfuse.engine.stream import Stream
 from splitfuse.text.chat_formats.formats import Channels
 from splitfuse.text.chat_formats.message import AssistantMessage, ContentDelta, MessageEvent, ToolCallStart
 from splitfuse.text.chat_formats.parser import BODY_MARKERS, HEADER_BEGINS, MessageSource

@@ -381,10 +381,8 @@ def test_other_replicas_continue_when_one_dies() -> None:
             assert router.state is EngineState.READY
             params = SamplingParams(max_tokens=3, ignore_eos=True)
             assert len(await answer(router, "next", PROMPT, params)) == 3
-            outcomes = await asyncio.gather(*tasks, return_exceptions=True)
-            died = [outcome for outcome in outcomes if isinstance(outcome, EngineUnavailableError)]
-            assert 0 < len(died) < len(outcomes)
-            assert all(len(tokens) == 900 for tokens in outcomes if isinstance(tokens, tuple))
+            assert all(len(tokens) == 900 for tokens in await asyncio.gather(*tasks))  # test_recovery.py says which
+            assert 0 < router.num_resumed["death"] < len(tasks)
             await until(lambda: mortal.state is EngineState.READY)
 
     run(test())
@@ -461,6 +459,8 @@ def test_replicas_share_their_weights() -> None:
             assert access == ["rw-s", "r--s"]
             suspect = Add("suspect", PROMPT, LONG)
             for pid, replica in zip(pids, router.replicas, strict=True):
+                assert isinstance(replica, SubprocessEngine)
+                replica.rescue = None  # it shall not go on
                 stream = replica.open(suspect)
                 await anext(aiter(stream))
                 os.kill(pid, signal.SIGKILL)  # and when the one that packed them comes back, it finds them

@@ -164,6 +164,8 @@ os.kill(os.getpid(), signal.SIGKILL)
 """
     ended = subprocess.run([sys.executable, "-c", program], pass_fds=[record.fd], check=False)
     assert ended.returncode == -signal.SIGKILL and record.read() == ids
+    record.clear()
+    assert record.read() == []
     os.pwrite(record.fd, b"\xff\xff\xff\xff", 0)  # torn
     assert record.read() == []
     os.pwrite(record.fd, b"\0\0\0\5\x93", 0)

@@ -23,8 +23,8 @@ from splitfuse.core.latency.phases import LatencyBreakdown, LatencyPhase
 from splitfuse.core.sampling_params import SamplingParams
 from splitfuse.core.slo.cost_model import CostModel
 from splitfuse.core.slo.targets import SloViolation
-from splitfuse.engine.client import Stream
 from splitfuse.engine.messages import Add
+from splitfuse.engine.stream import Stream
 from splitfuse.errors import InvalidRequestError
 from splitfuse.models.sources.hub import open_model
 from splitfuse.runtime.calibration import Calibration, cache_path, identify, save

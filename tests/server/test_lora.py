@@ -22,7 +22,7 @@ from tiny_adapters import ATTENTION, module_shapes, save_adapter
 import splitfuse
 from splitfuse.config import EngineConfig, ServerConfig
 from splitfuse.core.sampling_params import SamplingParams
-from splitfuse.engine.client import EngineClient, EngineState, Stream
+from splitfuse.engine.client import EngineClient, EngineState
 from splitfuse.engine.engine import Engine
 from splitfuse.engine.messages import (
     AdapterLoaded,
@@ -35,6 +35,7 @@ from splitfuse.engine.messages import (
 )
 from splitfuse.engine.remote.supervisor import SubprocessEngine
 from splitfuse.engine.router import Router
+from splitfuse.engine.stream import Stream
 from splitfuse.engine.thread import AsyncEngine
 from splitfuse.errors import AdapterError, ConfigError, EngineUnavailableError, InvalidRequestError
 from splitfuse.models.sources.hub import BUNDLED_MODEL

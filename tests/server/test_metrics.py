@@ -2,7 +2,7 @@
 
 import asyncio
 import re
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,9 +19,10 @@ from splitfuse.core.limits import EngineLimits
 from splitfuse.core.request import FinishReason
 from splitfuse.core.sampling_params import SamplingParams
 from splitfuse.core.slo.attainable import Attainable
-from splitfuse.engine.client import EngineClient, EngineState, Stream
+from splitfuse.engine.client import EngineClient, EngineState
 from splitfuse.engine.engine import Engine
 from splitfuse.engine.messages import Add, EngineInfo, EngineStats, Failed, Loading, StepReport
+from splitfuse.engine.stream import Stream
 from splitfuse.engine.thread import AsyncEngine
 from splitfuse.errors import EngineUnavailableError
 from splitfuse.server.access_log import RequestRecord
@@ -99,6 +100,10 @@ class Stated(EngineClient):
     @property
     def state(self) -> EngineState:
         return EngineState.READY if self.is_ready else EngineState.STARTING
+
+    @property
+    def num_resumed(self) -> Mapping[str, int]:
+        return {"death": 2}
 
     @property
     def stage(self) -> Loading:

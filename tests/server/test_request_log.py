@@ -102,6 +102,7 @@ def test_the_fields_of_a_line() -> None:
         "inter_token_latency_max_seconds": 0.6,
         "total_seconds": 2.5,
         "steps": 4,
+        "resumed": 0,
         "slo_met": True,
         "slo_violation": "of 2.5 s, 2 s went into waiting",
     }

@@ -28,7 +28,9 @@ class RequestKv:
     num_computed: int = 0
     """Leading positions whose keys and values are written."""
     num_lost: int = 0
-    """Leading positions which had been computed when the request was preempted, and must be recomputed."""
+    """Leading positions which had been computed when the request was preempted, or lost or left its engine, and must be
+    recomputed.
+    """
     num_preemptions: int = 0
     preempt_on_return: bool = False
     """True if its blocks, and its state, are to be taken when its last plan in flight is back."""

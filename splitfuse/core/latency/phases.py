@@ -60,9 +60,11 @@ class LatencyPhase(enum.StrEnum):
     PREEMPTED = "preempted", "preempted"
     """Queued again after its blocks were taken."""
     RECOMPUTED = "recomputed", "recomputed"
-    """Recomputing tokens whose KV was lost by a preemption."""
+    """Recomputing tokens whose KV was lost by a preemption, or with another engine."""
     BETWEEN_STEPS = "between_steps", "between steps"
     """Engine overhead between two steps."""
+    BETWEEN_ENGINES = "between_engines", "between two engines"
+    """Waiting to go on, after its engine had died or was drained."""
     FROM_ENGINE = "from_engine", "results from the engine"
     """Results in transit from the engine, and waiting for the front end."""
     DETOKENIZING = "detokenizing", "detokenizing, writing the answer"
@@ -70,7 +72,7 @@ class LatencyPhase(enum.StrEnum):
     CLIENT = "client", "sending to the client"
     """Sending the response to the client, which may read slowly."""
     FAILED = "failed", "in an engine that failed"
-    """Time in an engine which died or rejected the request."""
+    """Time in an engine which died, or which rejected the request."""
 
 
 COMPUTING = frozenset({LatencyPhase.PREFILL, LatencyPhase.DECODE, LatencyPhase.RECOMPUTED})

@@ -25,7 +25,11 @@ class FairShare:
         """Service of the least served owner that has requests, for each priority; it never falls."""
 
     def key(self, request: Request, *, running: Sequence[Request], waiting: Sequence[Request]) -> float:
-        """Return the `fair_share_key` of a new request, and charge its whole prompt: a burst is many requests."""
+        """Return the `fair_share_key` of a new request, and charge its whole prompt: a burst is many requests. One that
+        goes on here has had its turn on another engine: it comes first, and its prompt is not charged again.
+        """
+        if request.is_resumed:
+            return 0.0
         service, owner, priority = self._service, request.owner, request.priority
         levels = {each.owner: service[each.owner] for each in running if each.priority == priority}
         for each in waiting:
@@ -44,5 +48,7 @@ class FairShare:
 
     def refund(self, request: Request) -> None:
         """Give back what was charged for the part of a finished request's prompt which was never computed."""
+        if request.is_resumed:
+            return
         computed = max(request.num_scheduled, request.kv.num_lost)
         self._service[request.owner] -= max(request.num_prompt_tokens - computed, 0) / request.scheduling.weight

@@ -32,6 +32,11 @@ class InFlightRecord:
             os.pwrite(self.fd, frame(_encode(request_ids)), 0)
             self._written = request_ids
 
+    def clear(self) -> None:
+        """Empty the record, which another process may have written."""
+        os.pwrite(self.fd, frame(_encode([])), 0)
+        self._written = ()
+
     def read(self) -> list[str]:
         """Return the record; it is empty if it was being written when the process ended."""
         try:

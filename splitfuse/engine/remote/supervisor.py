@@ -10,6 +10,7 @@ import asyncio
 import logging
 import signal
 import time
+from collections.abc import Sequence
 from contextlib import suppress
 
 import msgspec
@@ -18,7 +19,7 @@ from splitfuse import errors
 from splitfuse.config import EngineConfig, ServerConfig
 from splitfuse.core.kv.names import new_key
 from splitfuse.core.request import FinishReason
-from splitfuse.engine.client import EngineState, LocalClient, Stream
+from splitfuse.engine.client import EngineState, LocalClient
 from splitfuse.engine.messages import (
     Add,
     Alive,
@@ -36,6 +37,7 @@ from splitfuse.engine.quarantine import Quarantine
 from splitfuse.engine.remote.in_flight import InFlightRecord
 from splitfuse.engine.remote.launcher import WorkerSpec, launch
 from splitfuse.engine.remote.transport import HEADER_BYTES, frame, message_length
+from splitfuse.engine.stream import Stream
 from splitfuse.engine.tier_files import TierFiles
 from splitfuse.errors import EngineUnavailableError, SplitfuseError
 from splitfuse.kernels.sharing import WeightSharing
@@ -56,6 +58,8 @@ class SubprocessEngine(LocalClient):
     `silence_timeout` seconds. It runs on `cores`, if they are given, and shares `weights`, `quarantine` and the key of
     the names of KV blocks with other engines.
     """
+
+    restarts = True
 
     def __init__(
         self,
@@ -97,10 +101,8 @@ class SubprocessEngine(LocalClient):
         """Return the id of the current process."""
         return None if self._process is None else self._process.pid
 
-    def open(self, request: Add) -> Stream:
-        """See EngineClient. Raises RequestQuarantinedError for a request that was in flight at two deaths."""
-        self._quarantine.check(request)
-        return super().open(request)
+    def absolve(self, request: Add) -> None:
+        self._quarantine.absolve(request)
 
     async def start(self) -> None:
         self._started = asyncio.get_running_loop().create_future()
@@ -143,12 +145,20 @@ class SubprocessEngine(LocalClient):
                     self._quarantine.completed(stream.request)
         super()._take(report)
 
-    def _die(self, why: str) -> None:
-        if self.state is EngineState.READY and self._in_flight is not None and not self._closing:
-            ids = set(self._in_flight.read())
-            streams = (*self._streams.values(), *self._ending.values())
-            self._quarantine.engine_died(s.request for s in streams if s.request.request_id in ids)
-        super()._die(why)
+    def _check(self, request: Add) -> None:
+        """See LocalClient. Raises RequestQuarantinedError for a request that was in flight at two deaths."""
+        self._quarantine.check(request)
+        super()._check(request)
+
+    def _suspects(self) -> Sequence[Stream]:
+        """See LocalClient: those in the step in flight, of which one is on trial mostly if an engine died before."""
+        if self.state is not EngineState.READY or self._in_flight is None or self._closing:
+            return ()
+        ids = set(self._in_flight.read())
+        streams = [s for s in (*self._streams.values(), *self._ending.values()) if s.request.request_id in ids]
+        streams = [s for s in streams if s.on_trial] or streams
+        self._quarantine.engine_died(s.request for s in streams)
+        return streams
 
     async def _supervise(self) -> None:
         """Start the process again and again until the client is closed. If the very first one does not come up, `start`
@@ -186,7 +196,7 @@ class SubprocessEngine(LocalClient):
         self._enter(EngineState.STARTING)
         if self._in_flight is None:
             self._in_flight = InFlightRecord()
-        self._in_flight.write([])
+        self._in_flight.clear()  # of what the process before has died of
         process, connection = await launch(
             WorkerSpec(self._config, self._name_key, self._in_flight.fd, self._cores, self._weights, self._tiers)
         )

@@ -1,0 +1,302 @@
+"""Requests go on when their engine dies: elsewhere, or at the restarted one, with the same tokens and without an error.
+One that kills engines is found, and harms no other.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import signal
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from random import Random
+from typing import Any
+
+import msgspec
+import pytest
+from patience import PATIENCE
+
+from splitfuse.config import EngineConfig
+from splitfuse.core.latency.phases import LatencyPhase
+from splitfuse.core.request import RequestOutput
+from splitfuse.core.sampling_params import SamplingParams
+from splitfuse.engine import recovery
+from splitfuse.engine.client import EngineState, LocalClient
+from splitfuse.engine.engine import Engine
+from splitfuse.engine.messages import Add, Command, Finish, StepReport
+from splitfuse.engine.quarantine import Quarantine
+from splitfuse.engine.remote import supervisor
+from splitfuse.engine.remote.supervisor import SubprocessEngine
+from splitfuse.engine.router import Router
+from splitfuse.engine.stream import Stream
+from splitfuse.engine.thread import AsyncEngine
+from splitfuse.errors import EngineUnavailableError, RequestQuarantinedError
+
+CONFIG = EngineConfig.from_settings({"num_blocks": 600, "num_threads": 1})
+
+
+@pytest.fixture(autouse=True)
+def short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(supervisor, "FIRST_PAUSE", 0.01)
+    monkeypatch.setattr(supervisor, "LONGEST_PAUSE", 0.01)
+
+
+@asynccontextmanager
+async def running(*engines: LocalClient) -> AsyncIterator[Router]:
+    router = Router(engines)
+    await router.start()
+    try:
+        yield router
+    finally:
+        await router.close()
+
+
+def run(test: Any) -> None:
+    asyncio.run(asyncio.wait_for(test, PATIENCE))
+
+
+async def until(condition: Callable[[], Any]) -> None:
+    while not condition():
+        await asyncio.sleep(0.001)
+
+
+def requests(count: int, *, max_tokens: int) -> list[Add]:
+    rng = Random(count)
+    made = []
+    for number in range(count):
+        prompt = tuple(rng.randrange(5, 700) for _ in range(rng.randrange(1, 120)))
+        temperature = 0.9 if number % 2 else 0.0
+        params = SamplingParams(max_tokens=max_tokens, ignore_eos=True, temperature=temperature, seed=number)
+        made.append(Add(str(number), prompt, params))
+    return made
+
+
+async def read(stream: Stream) -> list[int]:
+    async with stream:
+        return [token async for output in stream for token in output.token_ids]
+
+
+def kill(engine: SubprocessEngine) -> None:
+    assert engine.pid is not None
+    os.kill(engine.pid, signal.SIGKILL)
+
+
+def test_streams_of_a_killed_engine_end_as_without_a_kill(caplog: pytest.LogCaptureFixture) -> None:
+    """Three kills at random moments: of one of two engines, of the other, and of one that others wait for."""
+    wanted = requests(16, max_tokens=200)
+
+    async def test() -> None:
+        rng = Random(24)
+        first, second = SubprocessEngine(CONFIG), SubprocessEngine(CONFIG)
+        async with running(first, second) as router:
+            whole = await asyncio.gather(*(read(first.open(request)) for request in wanted))
+            assert all(len(tokens) == 200 for tokens in whole)
+            for number, victim in enumerate((first, second, first)):
+                while victim.state is not EngineState.READY:  # the other may be starting: then all wait for it
+                    await asyncio.sleep(0.001)
+                streams = [router.open(request) for request in wanted]
+                reading = [asyncio.create_task(read(stream)) for stream in streams]
+                moment = rng.randrange(5, 150)
+                while max(stream.num_tokens for stream in streams) <= moment:
+                    await asyncio.sleep(0.001)
+                kill(victim)
+                assert await asyncio.gather(*reading) == whole, f"kill {number}"
+                moved = [stream for stream in streams if stream.num_resumed]
+                assert moved and all(stream.num_resumed == stream.num_deaths == 1 for stream in moved)
+                for stream in moved:
+                    breakdown = await stream.breakdown
+                    phases = breakdown.phases
+                    assert phases[LatencyPhase.FAILED] > 0 and phases[LatencyPhase.BETWEEN_ENGINES] >= 0
+                    assert sum(phases.values()) == pytest.approx(breakdown.closed - breakdown.opened)
+            assert router.num_resumed["death"] >= 3
+
+    with caplog.at_level(logging.WARNING):
+        run(test())
+    assert "requests that go on once an engine is ready" in caplog.text
+
+
+def test_a_request_that_kills_engines_is_found_and_the_others_go_on() -> None:
+    """The front kills an engine whenever it has the request in the step in flight."""
+    wanted = requests(6, max_tokens=200)
+    killer = Add("killer", (5, 6, 7), SamplingParams(max_tokens=900, ignore_eos=True))
+
+    async def test() -> None:
+        quarantine = Quarantine()
+        engine = SubprocessEngine(CONFIG, quarantine=quarantine)
+        async with running(engine) as router:
+            whole = await asyncio.gather(*(read(router.open(request)) for request in wanted))
+            streams = [router.open(request) for request in wanted]
+            reading = [asyncio.create_task(read(stream)) for stream in streams]
+            await until(lambda: all(stream.num_tokens > 5 for stream in streams))
+            deadly = router.open(killer)
+            dead: set[int | None] = set()
+
+            async def watch() -> None:
+                while True:
+                    record = engine._in_flight
+                    if record is not None and engine.pid not in dead and "killer" in record.read():
+                        dead.add(engine.pid)
+                        kill(engine)
+                    await asyncio.sleep(0)
+
+            watching = asyncio.create_task(watch())
+            with pytest.raises(RequestQuarantinedError):
+                await read(deadly)
+            assert await asyncio.gather(*reading) == whole
+            watching.cancel()
+            assert len(dead) == 2
+            assert all(stream.num_deaths == 1 for stream in streams)
+            with pytest.raises(RequestQuarantinedError):
+                router.open(killer)
+            assert await read(router.open(wanted[0])) == whole[0]
+
+    run(test())
+
+
+class Engines(LocalClient):
+    """An engine that is played by the test."""
+
+    restarts = True
+
+    def __init__(self, model: AsyncEngine) -> None:
+        super().__init__()
+        self.sent: list[Command] = []
+        self._model = model
+
+    def come(self) -> None:
+        self._take(self._model._engine_loop.info)
+
+    def go(self) -> None:
+        self._die("it was told to")
+
+    def _send(self, command: Command) -> None:
+        self.sent.append(command)
+
+    async def start(self) -> None:
+        self.come()
+
+    async def close(self) -> None:
+        self._die("it was closed")
+
+    @property
+    def added(self) -> list[str]:
+        return [each.request_id for each in self.sent if isinstance(each, Add)]
+
+    def give(self, request_id: str, *tokens: int) -> None:
+        output = RequestOutput(request_id, tokens)
+        self._take(StepReport((output,), self._stats))
+
+
+@pytest.fixture(scope="module")
+def model() -> AsyncEngine:
+    return AsyncEngine(Engine.load(EngineConfig.from_settings({"num_blocks": 16})))
+
+
+def test_suspects_go_on_one_at_a_time_the_shortest_first(model: AsyncEngine) -> None:
+    async def test() -> None:
+        first, second = Engines(model), Engines(model)
+        async with running(first, second):
+            params = SamplingParams(max_tokens=50)
+            streams = {
+                name: first.open(Add(name, tuple(range(5, 5 + n)), params))
+                for name, n in zip("abc", (9, 3, 6), strict=True)
+            }
+            first.give("b", 7, 7, 7, 7)
+            first.go()
+            assert second.added == ["c"]
+            for token in (1, 2):
+                second.give("c", token)
+            assert second.added == ["c"]
+            second.give("c", 3)
+            assert second.added == ["c", "b"]
+            first.come()  # one at a time for each engine
+            assert first.added[3:] == ["a"]
+            point = second.sent[-1].resume_point  # type: ignore[union-attr]
+            assert point.token_ids == (7,) * 4 and len(point.token_times) == 4
+            assert [stream.num_resumed for stream in streams.values()] == [1, 1, 1]
+
+    run(test())
+
+
+def test_requests_that_cannot_have_caused_it_go_on_at_once_and_use_no_try(model: AsyncEngine) -> None:
+    async def test() -> None:
+        first, second = Engines(model), Engines(model)
+        first._suspects = lambda: [streams[0]]  # type: ignore[method-assign]
+        async with running(first, second):
+            streams = [first.open(Add(name, (5, 6), SamplingParams(max_tokens=50))) for name in "abc"]
+            first.go()
+            assert sorted(second.added) == ["a", "b", "c"]
+            assert [stream.num_deaths for stream in streams] == [1, 0, 0]
+
+    run(test())
+
+
+def test_after_three_times_comes_the_error(model: AsyncEngine) -> None:
+    async def test() -> None:
+        engine = Engines(model)
+        async with running(engine) as router:
+            stream = router.open(Add("a", (5, 6), SamplingParams(max_tokens=50)))
+            for number in range(4):
+                engine.give("a", number)
+                engine.go()
+                engine.come()
+            tokens = []
+            with pytest.raises(EngineUnavailableError, match="the engine died while the request ran: it was told to"):
+                async for output in stream:
+                    tokens += output.token_ids
+            assert tokens == [0, 1, 2, 3] and len(engine.added) == 4
+            assert router.num_resumed == {"death": 3}
+
+    run(test())
+
+
+def test_an_answer_does_not_go_on_with_another_model(model: AsyncEngine) -> None:
+    async def test() -> None:
+        first, second = Engines(model), Engines(model)
+        async with running(first, second):
+            begun, new = (first.open(Add(name, (5, 6), SamplingParams(max_tokens=50))) for name in ("begun", "new"))
+            first.give("begun", 7)
+            assert second._info is not None and first._info is not None
+            for engine in first, second:
+                engine.restarts = False  # type: ignore[misc]
+            second._take(msgspec.structs.replace(second._info, identity={**second._info.identity, "model": "another"}))
+            first.go()
+            with pytest.raises(EngineUnavailableError, match="died"):
+                await read(begun)
+            assert second.added == ["new"] and not new.is_over
+
+    run(test())
+
+
+def test_a_request_whose_client_leaves_while_it_waits_does_not_go_on(model: AsyncEngine) -> None:
+    async def test() -> None:
+        engine = Engines(model)
+        async with running(engine) as router:
+            streams = [router.open(Add(name, (5, 6), SamplingParams(max_tokens=50))) for name in "ab"]
+            engine.go()
+            streams[0].close()
+            breakdown = await streams[0].breakdown
+            assert set(breakdown.phases) == {LatencyPhase.FAILED, LatencyPhase.BETWEEN_ENGINES}
+            engine.come()
+            assert engine.added == ["a", "b", "b"]
+            streams[1].close()
+            assert engine.sent[-1] == Finish(
+                "b", *(getattr(engine.sent[-1], name) for name in ("reason", "num_tokens", "ended"))
+            )
+
+    run(test())
+
+
+def test_requests_fail_if_no_engine_comes(model: AsyncEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(recovery, "MAX_WAIT", 0.01)
+
+    async def test() -> None:
+        engine = Engines(model)
+        async with running(engine) as router:
+            stream = router.open(Add("a", (5, 6), SamplingParams(max_tokens=50)))
+            engine.go()
+            with pytest.raises(EngineUnavailableError, match=r"no engine was ready within 0\.01 s"):
+                await read(stream)
+
+    run(test())
