@@ -35,8 +35,9 @@ from splitfuse.core.slo.targets import SloTargets
 from splitfuse.runtime.calibration import Calibration
 from splitfuse.runtime.step_estimate import NOISE
 from splitfuse.simulator import virtual_time
+from splitfuse.simulator.deployment import SimulationConfig
 from splitfuse.simulator.machines import MACHINES
-from splitfuse.simulator.simulate import SimulatedTarget, SimulationConfig
+from splitfuse.simulator.simulate import SimulatedTarget
 
 MACHINES_AND_LOADS: dict[str, tuple[CostModel, int, dict[str, str]]] = {
     "0.5b, int8, two AVX-512 cores": (

@@ -32,7 +32,8 @@ from splitfuse.engine.client import EngineClient
 from splitfuse.engine.engine import Engine
 from splitfuse.engine.thread import AsyncEngine
 from splitfuse.simulator import virtual_time
-from splitfuse.simulator.simulate import Replica, SimulatedTarget, SimulationConfig
+from splitfuse.simulator.deployment import Machine, SimulationConfig
+from splitfuse.simulator.simulate import Replica, SimulatedTarget
 
 TARGETS = {"ttft": "4ms/token", "itl": "250ms"}
 NOISE = 0.05
@@ -134,7 +135,7 @@ class ChangingReplica(Replica):
     """A simulated engine on a changing machine."""
 
     def __init__(self, simulation: SimulationConfig, machine: Changing) -> None:
-        super().__init__(simulation)
+        super().__init__(Machine(engine=simulation))
         self._machine = machine
 
     def step_seconds(self, step: StepFeatures) -> float:

@@ -36,7 +36,8 @@ from splitfuse.engine.thread import AsyncEngine
 from splitfuse.runtime.calibration import Calibration
 from splitfuse.runtime.loading import LoadedModel, load_model
 from splitfuse.simulator import virtual_time
-from splitfuse.simulator.simulate import SimulatedTarget, SimulationConfig
+from splitfuse.simulator.deployment import SimulationConfig
+from splitfuse.simulator.simulate import SimulatedTarget
 
 SLOS = ("ttft=4x,itl=12x", "ttft=3x,itl=10x/p95", "ttft=4x,tpot=8x", "ttft=1.15x,itl=12x")
 OTHERS = {"by age": ("splitfuse", None), "prefill-first": ("prefill-first", 2048), "orca": ("orca", 2048)}

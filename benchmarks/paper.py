@@ -18,8 +18,9 @@ from splitfuse.bench.summary import Row, rows
 from splitfuse.bench.workload import Independent, Lengths, Loads
 from splitfuse.config import SchedulerConfig
 from splitfuse.runtime.calibration import Calibration
+from splitfuse.simulator.deployment import Deployment, SimulationConfig
 from splitfuse.simulator.machines import MACHINES
-from splitfuse.simulator.simulate import SimulationConfig, simulate
+from splitfuse.simulator.simulate import simulate
 
 CLIENTS = (1, 2, 4, 6, 8, 12, 16, 20, 24, 28, 32)
 PROMPT, GENERATE = 2600, 60
@@ -52,12 +53,11 @@ def curve(calibration: Calibration, policy: str, *, clients: Sequence[int], repl
         calibration=calibration,
         scheduler=SchedulerConfig(max_num_batched_tokens=budget, max_num_seqs=MAX_NUM_SEQS),
         policy=policy,
-        replicas=replicas,
         enable_prefix_caching=False,
     )
     loads = Loads(clients=tuple(clients), requests=512 * replicas, repeat=1)
     results: Results = simulate(
-        simulation,
+        Deployment.of(simulation, replicas=replicas),
         lambda target: Independent(Lengths(PROMPT, GENERATE, room=target.room), target.vocabulary),
         loads,
         system=policy,

@@ -37,8 +37,9 @@ from splitfuse.engine.thread import AsyncEngine
 from splitfuse.runtime.calibration import Calibration, load
 from splitfuse.runtime.environment import environment_info
 from splitfuse.runtime.loading import LoadedModel, load_model
+from splitfuse.simulator.deployment import SimulationConfig
 from splitfuse.simulator.machines import MACHINES
-from splitfuse.simulator.simulate import SimulationConfig, simulate
+from splitfuse.simulator.simulate import simulate
 
 OURS = "splitfuse"
 AS_GOOD = 0.02

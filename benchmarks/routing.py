@@ -26,7 +26,8 @@ from splitfuse.core.replica_view import ReplicaView
 from splitfuse.core.request import Request
 from splitfuse.core.routing import Candidate, choose_replica
 from splitfuse.simulator import simulate, virtual_time
-from splitfuse.simulator.simulate import SimulatedTarget, SimulationConfig
+from splitfuse.simulator.deployment import Deployment, SimulationConfig
+from splitfuse.simulator.simulate import SimulatedTarget
 
 LOADS = ("60%", "90%", "110%")
 POINTS = (
@@ -78,10 +79,9 @@ def run(scenario: Scenario, *, rule: str, replicas: int, requests: int, seed: in
     simulation = SimulationConfig(
         calibration=scenario.calibration,
         scheduler=config,
-        replicas=replicas,
         enable_prefix_caching=workload.caches_prefixes,
     )
-    target = SimulatedTarget(simulation)
+    target = SimulatedTarget(Deployment.of(simulation, replicas=replicas))
     sessions = workload.sessions(requests, seed)
     arrivals = scenario.arrivals(len(sessions), seed)
     assert arrivals is not None

@@ -19,13 +19,14 @@ from random import Random
 
 from splitfuse.bench import metrics
 from splitfuse.bench.results import MeasuredRequest
-from splitfuse.bench.workload import Independent, Lengths, LoadRequest, Loads
+from splitfuse.bench.workload import Independent, Lengths, Loads
 from splitfuse.config import TAIL_SHARE, SchedulerConfig
 from splitfuse.core.slo.cost_model import CostModel
 from splitfuse.core.slo.targets import SloTargets
 from splitfuse.runtime.calibration import Calibration
 from splitfuse.simulator import virtual_time
-from splitfuse.simulator.simulate import Bytes, Replica, SimulationConfig, simulate
+from splitfuse.simulator.deployment import Machine, SimulationConfig
+from splitfuse.simulator.simulate import Bytes, Replica, simulate
 
 MACHINES = {
     "int8": CostModel(floor=0.009, per_token=0.0, knee=8 / 0.42, per_token_beyond=0.42e-3),
@@ -104,11 +105,13 @@ def closed_loops(simulation: SimulationConfig, requests: int) -> None:
 async def long_prompt(simulation: SimulationConfig) -> None:
     """Measure the gaps of 8 decodes with a target of 250 ms, while a prompt of 4,000 tokens is computed."""
     for policy, itl in (("FCFS", None), ("SLO", "250ms")):
-        replica, random = Replica(with_slo(simulation, itl=itl)), Random(1)
+        replica, random = Replica(Machine(engine=with_slo(simulation, itl=itl))), Random(1)
 
         async def ask(number: int, prompt: int, generate: int, replica: Replica = replica) -> list[float]:
             tokens = Bytes(256).draw(random, prompt)  # noqa: B023 - used before the loop goes on
-            return await replica.answer(str(number), LoadRequest("long prompt", number, 0, tokens, generate))
+            times: list[float] = []
+            await replica.answer(str(number), tokens, generate, times, SloTargets.parse(itl=itl))  # noqa: B023
+            return times
 
         decodes = [asyncio.create_task(ask(number, 64, 200)) for number in range(8)]
         await asyncio.sleep(1.0)
@@ -125,7 +128,11 @@ async def long_prompt(simulation: SimulationConfig) -> None:
 async def overload(simulation: SimulationConfig, hours: float) -> None:
     """Send requests at 1.5 times the rate that can be served; refuse those beyond `MAX_NUM_SEQS` at once."""
     ttft, itl = paper_slo(4.0)
-    replica, targets, random = Replica(with_slo(simulation, ttft, itl)), SloTargets.parse(ttft, itl), Random(2)
+    replica, targets, random = (
+        Replica(Machine(engine=with_slo(simulation, ttft, itl))),
+        SloTargets.parse(ttft, itl),
+        Random(2),
+    )
     loop = asyncio.get_running_loop()
     capacity = 1 / (simulation.calibration.cost.per_token_beyond * (512 + 64))
     latencies: list[float] = []
@@ -136,7 +143,8 @@ async def overload(simulation: SimulationConfig, hours: float) -> None:
         nonlocal met
         sent = loop.time()
         prompt = Bytes(256).draw(random, 512)
-        times = await replica.answer(str(number), LoadRequest("overload", number, 0, prompt, 64))
+        times: list[float] = []
+        await replica.answer(str(number), prompt, 64, times, targets)
         latencies.append(times[-1] - sent)
         met += metrics.meets_slo(MeasuredRequest(number, sent, 512, tuple(times)), targets)
 

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from splitfuse.bench.results import Results
     from splitfuse.recording.format import Recording
     from splitfuse.runtime.calibration import Calibration
-    from splitfuse.simulator.simulate import SimulationConfig
+    from splitfuse.simulator.deployment import SimulationConfig
 
 
 @with_flags(also=(WorkloadFlags, Loads))
@@ -57,7 +57,7 @@ def simulate(
     from splitfuse.bench.results import save
     from splitfuse.recording.format import Recording, is_recording
     from splitfuse.runtime.environment import environment_info
-    from splitfuse.simulator.simulate import SimulationConfig
+    from splitfuse.simulator.deployment import Deployment, SimulationConfig
     from splitfuse.simulator.simulate import simulate as run
     from splitfuse.simulator.validate import compare, predict
 
@@ -82,20 +82,20 @@ def simulate(
         known_calibration(config, cost_model, machine),
         config,
         policy=policy or "splitfuse",
-        replicas=1 if replicas is None else replicas,
         step_overhead=step_overhead,
         client_overhead=client_overhead,
     )
+    deployment = Deployment.of(simulation, replicas=1 if replicas is None else replicas)
     about = environment_info()
     if measured is None:
         shown = not quiet and sys.stderr.isatty()
-        system = label or _label(simulation)
-        results = run(simulation, workload.maker(recording), loads, system=system, about=about, progress=shown)
+        system = label or _label(simulation, len(deployment.machines))
+        results = run(deployment, workload.maker(recording), loads, system=system, about=about, progress=shown)
         if recording is not None:
             print_results(recorded_results(recording, prompt_speed=loads.prompt_speed), speeds, targets)
             _print_step_ratio(step_ratios(recording, simulation.calibration.cost))
     else:
-        results = predict(simulation, measured, about=about)
+        results = predict(deployment, measured, about=about)
     print_results(results, speeds, targets)
     if measured is not None:
         _print_comparisons(compare(measured, results))
@@ -161,11 +161,11 @@ def _print_step_ratio(ratios: list[float]) -> None:
         print(f"splitfuse: {what.format(percentile(ratios, 50), percentile(ratios, 95))}", file=sys.stderr)
 
 
-def _label(simulation: SimulationConfig) -> str:
+def _label(simulation: SimulationConfig, replicas: int) -> str:
     parts = [f"{simulation.policy} on {simulation.calibration.name}, simulated"]
     parts.append(f"budget {simulation.budget.tokens}")
-    if simulation.replicas > 1:
-        parts.append(f"{simulation.replicas} replicas")
+    if replicas > 1:
+        parts.append(f"{replicas} replicas")
     return ", ".join(parts)
 
 

@@ -137,6 +137,7 @@ def calibrate(
         num_blocks=plan.num_blocks,
         block_size=plan.block_size,
         max_model_len=plan.max_model_len,
+        kv_bytes_per_token=plan.block / plan.block_size,
         identity=identify(config, model.source),
         about=environment_info(),
         timed=tuple(each.sample for each in timed),

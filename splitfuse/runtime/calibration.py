@@ -29,6 +29,8 @@ class Calibration:
     """Number of blocks of the KV cache."""
     block_size: int
     max_model_len: int
+    kv_bytes_per_token: float = 0.0
+    """Size of the keys and values of a token, which a request takes along to another machine; 0 if it is unknown."""
     identity: dict[str, Any] = field(default_factory=dict)
     """Model, machine and settings that the times depend on."""
     about: dict[str, Any] = field(default_factory=dict)

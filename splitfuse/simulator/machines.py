@@ -69,6 +69,7 @@ def _a100_70b() -> Calibration:
         num_blocks=int(cache / KV_BYTES / block_size),
         block_size=block_size,
         max_model_len=CONTEXT,
+        kv_bytes_per_token=KV_BYTES,
         identity={"model": "meta-llama/Llama-2-70b-hf", "machine": "4 x A100-80GB SXM"},
         about={"from": "published figures: splitfuse/simulator/machines.py"},
     )
@@ -85,9 +86,17 @@ def _vllm_2023(ours: Calibration) -> Calibration:
 
 
 def _published(
-    name: str, cost: CostModel, *, source: str, model: str, machine: str, kv_tokens: int, max_model_len: int
+    name: str,
+    cost: CostModel,
+    *,
+    source: str,
+    model: str,
+    machine: str,
+    kv_tokens: int,
+    kv_bytes_per_token: float,
+    max_model_len: int,
 ) -> Calibration:
-    """Return a calibration with room for `kv_tokens` tokens in the KV cache."""
+    """Return a calibration with room for `kv_tokens` tokens of `kv_bytes_per_token` each in the KV cache."""
     block_size = 32
     return Calibration(
         name=name,
@@ -95,6 +104,7 @@ def _published(
         num_blocks=kv_tokens // block_size,
         block_size=block_size,
         max_model_len=max_model_len,
+        kv_bytes_per_token=kv_bytes_per_token,
         identity={"model": model, "machine": machine},
         about={"from": f"{source}: splitfuse/simulator/machines.py"},
     )
@@ -108,6 +118,8 @@ def _published(
 # the first 64 tokens, and a prompt's for each one beyond. A pair of query and key is half a square. KV cache: 90 % of
 # 80 GB each without the weights.
 DISTSERVE = "DistServe's fitted times (arXiv 2401.09670)"
+OPT_13B_KV_BYTES = 40 * 2 * 5120 * 2
+OPT_66B_KV_BYTES = 64 * 2 * 9216 * 2
 
 
 def _opt_13b() -> Calibration:
@@ -120,9 +132,14 @@ def _opt_13b() -> Calibration:
         per_kv_token=0.63e-6,
     )
     name, machine = "OPT-13B on an A100-80GB", "1 x A100-80GB"
-    kv_tokens = int((0.9 * 80e9 - 26e9) / (40 * 2 * 5120 * 2))
     return _published(
-        *(name, cost), source=DISTSERVE, model="OPT-13B", machine=machine, kv_tokens=kv_tokens, max_model_len=2048
+        *(name, cost),
+        source=DISTSERVE,
+        model="OPT-13B",
+        machine=machine,
+        kv_tokens=int((0.9 * 80e9 - 26e9) / OPT_13B_KV_BYTES),
+        kv_bytes_per_token=OPT_13B_KV_BYTES,
+        max_model_len=2048,
     )
 
 
@@ -136,9 +153,14 @@ def _opt_66b() -> Calibration:
         per_kv_token=0.45e-6,
     )
     name, machine = "OPT-66B on 4 x A100-80GB", "4 x A100-80GB"
-    kv_tokens = int((0.9 * 320e9 - 132e9) / (64 * 2 * 9216 * 2))
     return _published(
-        *(name, cost), source=DISTSERVE, model="OPT-66B", machine=machine, kv_tokens=kv_tokens, max_model_len=2048
+        *(name, cost),
+        source=DISTSERVE,
+        model="OPT-66B",
+        machine=machine,
+        kv_tokens=int((0.9 * 320e9 - 132e9) / OPT_66B_KV_BYTES),
+        kv_bytes_per_token=OPT_66B_KV_BYTES,
+        max_model_len=2048,
     )
 
 
@@ -155,6 +177,7 @@ def _splitwise(gpu: str, cost: CostModel) -> Calibration:
         model="meta-llama/Llama-2-70b-hf",
         machine=f"DGX-{gpu}",
         kv_tokens=int((0.9 * 640e9 - 2 * WEIGHTS) / KV_BYTES),
+        kv_bytes_per_token=KV_BYTES,
         max_model_len=16_384,
     )
 
@@ -179,7 +202,9 @@ SPLITWISE_H100 = CostModel(
 )
 
 
-def _two_cores(name: str, cost: CostModel, *, kernels: str, kv_tokens: int = 131_072) -> Calibration:
+def _two_cores(
+    name: str, cost: CostModel, *, kernels: str, kv_tokens: int = 131_072, kv_bytes: float = 24 * 2 * 128 * 2
+) -> Calibration:
     return _published(
         f"{name} on two cores, {kernels}",
         cost,
@@ -187,6 +212,7 @@ def _two_cores(name: str, cost: CostModel, *, kernels: str, kv_tokens: int = 131
         model=name,
         machine=f"two cores with {kernels}",
         kv_tokens=kv_tokens,
+        kv_bytes_per_token=kv_bytes,
         max_model_len=16_384,
     )
 
@@ -213,6 +239,7 @@ CPUS = {
         *(f"{MISTRAL} in int8", CostModel(floor=0.264, per_token=0.0, knee=264 / 64, per_token_beyond=64e-3)),
         kernels="AVX2",
         kv_tokens=32_768,
+        kv_bytes=32 * 2 * 1024 * 2,
     ),
 }
 

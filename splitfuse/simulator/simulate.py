@@ -1,42 +1,45 @@
 """Simulates engines: the real scheduler, block allocator and routing on a virtual clock, with a cost model.
 
 Loads drive them as any target (bench/load.py), in the event loop of virtual_time.py. The Scheduler composes steps,
-`choose_replica` routes requests, and the CostModel predicts the time of a step. Other time of the machine counts only
-as far as `step_overhead` and `client_overhead` add it.
+`choose_replica` and pools.py route requests, and the CostModel predicts the time of a step. Other time of the machine
+counts only as far as `step_overhead` and `client_overhead` add it.
 """
 
 from __future__ import annotations
 
 import asyncio
 import itertools
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+import math
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from random import Random
-from typing import Any, Self
+from typing import Any
 
 from splitfuse.bench.baselines import make_baseline
 from splitfuse.bench.measure import MakeWorkload, measure
 from splitfuse.bench.results import Results
 from splitfuse.bench.target import Answer, Target
 from splitfuse.bench.workload import LoadRequest, Loads, Prompt, TokenIds
-from splitfuse.config import EngineConfig, SchedulerConfig
 from splitfuse.core.kv.block_allocator import BlockAllocator
-from splitfuse.core.kv.names import BlockNamer
 from splitfuse.core.kv.request_kv import RequestKv
+from splitfuse.core.limits import ceil_div
 from splitfuse.core.plan import ChunkResult, StepPlan
-from splitfuse.core.replica_view import ReplicaView
+from splitfuse.core.replica_view import PrefixMemory, ReplicaView
 from splitfuse.core.request import Request, SchedulingOptions
 from splitfuse.core.routing import Candidate, choose_replica
 from splitfuse.core.sampling_params import SamplingParams
 from splitfuse.core.scheduler import Scheduler
-from splitfuse.core.slo.cost_model import CostModel, StepFeatures, features_of
+from splitfuse.core.slo.cost_model import StepFeatures, features_of
 from splitfuse.core.slo.deadline_policy import make_policy
 from splitfuse.core.slo.latency_predictor import StepTimes
-from splitfuse.core.slo.targets import SloTargets
-from splitfuse.core.step_budget import StepBudget
-from splitfuse.errors import ConfigError, SplitfuseError
-from splitfuse.runtime.calibration import Calibration
+from splitfuse.core.slo.targets import NO_SLO, SloTargets
+from splitfuse.errors import ConfigError, ServerError, SplitfuseError
 from splitfuse.simulator import virtual_time
+from splitfuse.simulator.deployment import Deployment, Failure, Machine, SimulationConfig
+from splitfuse.simulator.landing import LandedKv
+from splitfuse.simulator.links import Network
+from splitfuse.simulator.pools import Pools
 
 CHOSEN = ChunkResult(token_ids=(0,))
 NOT_CHOSEN = ChunkResult()
@@ -51,78 +54,8 @@ class Bytes(TokenIds):
         return tuple(random.randbytes(count))
 
 
-MAX_BLOCKS = 2**24
-"""Number of KV blocks that a simulation can have: it keeps lists of them, for each replica."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class SimulationConfig:
-    """Describes a calibrated model and machine, and how it is run."""
-
-    calibration: Calibration
-    scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
-    policy: str = "splitfuse"
-    replicas: int = 1
-    enable_prefix_caching: bool = True
-    step_overhead: float = 0.0
-    """Seconds between steps, in addition to the cost model."""
-    client_overhead: float = 0.0
-    """Seconds from a client to the engine."""
-
-    def __post_init__(self) -> None:
-        make_baseline(self.policy, self.scheduler)
-        refuse_drafts(self.scheduler)
-        if self.calibration.num_blocks > MAX_BLOCKS:
-            raise ConfigError(
-                f"num_blocks must be at most {MAX_BLOCKS} in a simulation, not {self.calibration.num_blocks}"
-            )
-        if self.replicas < 1:
-            raise ConfigError(f"--replicas {self.replicas} must be at least 1")
-        for name in ("step_overhead", "client_overhead"):
-            if not 0 <= getattr(self, name) < float("inf"):
-                flag = name.replace("_", "-")
-                raise ConfigError(f"--{flag} {getattr(self, name)} must be a number of seconds, at least 0")
-
-    def make_namer(self) -> BlockNamer | None:
-        """Return a namer of blocks; all of them give the same names. None without prefix caching."""
-        return BlockNamer(self.calibration.block_size, key=b"simulation") if self.enable_prefix_caching else None
-
-    @classmethod
-    def of(cls, calibration: Calibration, config: EngineConfig, **how: Any) -> Self:
-        """Return the simulation of a calibrated engine with these settings; `how` are the other fields."""
-        calibration = replace(
-            calibration,
-            num_blocks=config.cache.num_blocks or calibration.num_blocks,
-            max_model_len=config.model.max_model_len or calibration.max_model_len,
-        )
-        cached = config.cache.enable_prefix_caching
-        return cls(calibration=calibration, scheduler=config.scheduler, enable_prefix_caching=cached, **how)
-
-    @property
-    def budget(self) -> StepBudget:
-        """Return the token budget that an engine would have, chosen by the cost model if the settings leave it open."""
-        return StepBudget.of(self.scheduler, self.calibration.cost)
-
-    @property
-    def settings(self) -> dict[str, Any]:
-        """Return the settings by name, for the record."""
-        own = {"cost_model": self.calibration.name, **vars(self), **vars(self.scheduler)}
-        own |= {"num_blocks": self.calibration.num_blocks, "block_size": self.calibration.block_size}
-        own |= {"max_num_batched_tokens": self.budget.tokens}
-        return {name: value for name, value in own.items() if name not in ("calibration", "scheduler")}
-
-
-def refuse_drafts(config: SchedulerConfig) -> None:
-    """Raise ConfigError if requests would draft tokens: what is simulated has no text that could repeat."""
-    if config.num_speculative_tokens:
-        raise ConfigError(
-            f"num_speculative_tokens must be 0 in a simulation, whose answers have no text to draft from, not "
-            f"{config.num_speculative_tokens}"
-        )
-
-
 def simulate(
-    simulation: SimulationConfig,
+    deployment: Deployment | SimulationConfig,
     make_workload: MakeWorkload,
     loads: Loads,
     *,
@@ -131,14 +64,17 @@ def simulate(
     on_point: Callable[[Results], None] = lambda _: None,
     progress: bool = False,
 ) -> Results:
-    """Return the results that `measure` would have. Raises what loads and workload raise."""
+    """Return the results that `measure` would have, of a deployment or an engine alone. Raises what loads and workload
+    raise.
+    """
+    deployment = Deployment.of(deployment) if isinstance(deployment, SimulationConfig) else deployment
     results = virtual_time.run(
         measure(
-            SimulatedTarget(simulation),
+            SimulatedTarget(deployment),
             make_workload,
             loads,
             system=system,
-            replicas=simulation.replicas,
+            replicas=len(deployment.machines),
             about=about,
             on_point=lambda results: on_point(replace(results, simulated=True)),
             progress=progress,
@@ -148,46 +84,50 @@ def simulate(
 
 
 class SimulatedTarget(Target):
-    """Simulates replicas, which generate zeros. Drive it in `virtual_time.run`."""
+    """Simulates a deployment, or an engine alone, which generates zeros. Drive it in `virtual_time.run`."""
 
-    def __init__(self, simulation: SimulationConfig) -> None:
-        self._simulation = simulation
-        self._namer = simulation.make_namer()
-        self._targets = SloTargets.parse(**simulation.scheduler.targets)
-        self._replicas = [Replica(simulation, seed) for seed in range(simulation.replicas)]
+    def __init__(self, deployment: Deployment | SimulationConfig) -> None:
+        deployment = Deployment.of(deployment) if isinstance(deployment, SimulationConfig) else deployment
+        lanes = [(number, lane) for number, machine in enumerate(deployment.machines) for lane in machine.lanes]
+        self._deployment = deployment
+        self._engine = deployment.machines[0].engine
+        self._targets = SloTargets.parse(**self._engine.scheduler.targets)
+        self._namer = self._engine.make_namer()
+        self._replicas = [Replica(lane, seed, machine=number) for seed, (number, lane) in enumerate(lanes)]
+        self._pools = Pools(self._replicas, deployment.long_queue) if deployment.is_split else None
+        self._network = None if deployment.link is None else Network(deployment.link)
         self._numbers = itertools.count()
+        self._fails = bool(deployment.failures)
         self.vocabulary = self.answer_vocabulary = Bytes(256)
-        calibration = simulation.calibration
-        self.room = min(calibration.max_model_len, calibration.num_blocks * calibration.block_size)
-        self.about = {"simulation": simulation.settings}
+        self.room = min(
+            min(each.max_model_len, each.num_blocks * each.block_size)
+            for each in (lane.engine.calibration for _, lane in lanes)
+        )
+        self.about = {"simulation": deployment.settings}
 
     async def start(self) -> None:
-        """Do nothing: there is nothing to load."""
+        """Prepare the failures: there is nothing to load."""
+        for failure in self._deployment.failures:
+            for replica in self._replicas:
+                if replica.machine == failure.machine:
+                    replica.fail_later(failure)
 
     async def ask(self, request: LoadRequest) -> Answer:
         return await self.answer(request, self._targets)
 
     async def answer(self, request: LoadRequest, targets: SloTargets) -> Answer:
-        """Answer a request with an SLO of its own."""
+        """Answer a request with an SLO of its own, where machines schedule by SLOs."""
         prompt = prompt_ids(request)
-        if self._simulation.client_overhead:
-            await asyncio.sleep(self._simulation.client_overhead)
-        name, now = str(next(self._numbers)), asyncio.get_running_loop().time()
-        scheduling = SchedulingOptions(targets=targets, arrival_time=now)
-        names: list[bytes] = []
-        replica = self._replicas[0]
-        real, copy = (
-            Request(
-                name, prompt, PARAMS, request.max_tokens, seed=0, scheduling=scheduling, kv=RequestKv(block_names=n)
-            )
-            for n in (names, [])
-        )
-        if len(self._replicas) > 1:
-            if self._namer is not None:
-                self._namer.extend(names, prompt)
-            replica = self._choose(copy, names, now)
+        if self._engine.client_overhead:
+            await asyncio.sleep(self._engine.client_overhead)
+        times: list[float] = []
         try:
-            times = await replica.answer(real, copy, names)
+            while len(times) < request.max_tokens:
+                known = prompt + (0,) * len(times)
+                try:
+                    await self._continue(known, request.max_tokens - len(times), times, targets)
+                except MachineLostError:  # what was generated is known: it is recomputed elsewhere, and goes on
+                    await asyncio.sleep(0)
         except SplitfuseError as error:
             return Answer(len(prompt), error=str(error))
         return Answer(len(prompt), tuple(times), (0,) * len(times))
@@ -195,12 +135,61 @@ class SimulatedTarget(Target):
     async def close(self) -> None:
         """Do nothing: there is nothing to release."""
 
-    def _choose(self, copy: Request, names: list[bytes], now: float) -> Replica:
-        """Return the replica that the router would choose for a prompt whose blocks have these names."""
-        views = [replica.view for replica in self._replicas]
-        index = choose_replica([Candidate(view, view.memory.cached_tokens(names)) for view in views], copy, now)
-        assert index is not None, "all replicas accept"
+    async def _continue(self, known: tuple[int, ...], max_tokens: int, times: list[float], targets: SloTargets) -> None:
+        """Generate `max_tokens` tokens after those that are known, on one machine or on two, and add their `times`.
+
+        Raises MachineLostError if a machine fails; the times of the tokens before are there.
+        """
+        name = str(next(self._numbers))
+        names: list[bytes] = []
+        if self._namer is not None and len(self._replicas) > 1:
+            self._namer.extend(names, known)
+        copy = None
+        if self._pools is not None:
+            first, second = self._pools.choose(len(known), max_tokens, names)
+        elif len(self._replicas) == 1 and not self._fails:
+            first = second = self._replicas[0]
+        else:
+            copy = new_request(name, known, max_tokens, targets, RequestKv())
+            first = second = self._choose(copy, names)
+        if first is second:
+            kv = RequestKv(block_names=names)
+            await first.answer(name, known, max_tokens, times, targets, kv=kv, copy=copy)
+            return
+        assert self._network is not None
+        transfer = self._network.transfer(self._replicas.index(first), self._replicas.index(second))
+        sent = 0
+
+        def export(end: int) -> None:
+            nonlocal sent
+            transfer.send((min(end, len(known)) - sent) * self._deployment.kv_bytes_per_token)
+            sent = min(end, len(known))
+
+        with second.reserve(len(known) + max_tokens):
+            kv = RequestKv(block_names=list(names))
+            await first.answer(name, known, 1, times, targets, kv=kv, on_chunk=export)
+            if max_tokens > 1:
+                await transfer.received()
+        if max_tokens > 1:
+            landed = LandedKv(block_names=names, num_landed=len(known))
+            await second.answer(name, (*known, 0), max_tokens - 1, times, targets, kv=landed)
+
+    def _choose(self, copy: Request, names: list[bytes]) -> Replica:
+        """Return the replica that the router would choose for a request whose blocks have these names."""
+        candidates = [
+            Candidate(each.view, each.memory.cached_tokens(names)) if each.is_running else None
+            for each in self._replicas
+        ]
+        index = choose_replica(candidates, copy, asyncio.get_running_loop().time())
+        if index is None:
+            raise ServerError("all machines have failed")
         return self._replicas[index]
+
+
+def new_request(name: str, prompt: tuple[int, ...], max_tokens: int, targets: SloTargets, kv: RequestKv) -> Request:
+    """Return a request that comes now."""
+    scheduling = SchedulingOptions(targets=targets, arrival_time=asyncio.get_running_loop().time())
+    return Request(name, prompt, PARAMS, max_tokens, seed=0, scheduling=scheduling, kv=kv)
 
 
 def prompt_ids(request: LoadRequest) -> tuple[int, ...]:
@@ -210,46 +199,69 @@ def prompt_ids(request: LoadRequest) -> tuple[int, ...]:
     return request.prompt
 
 
+class MachineLostError(Exception):
+    """Says that a machine has failed before it had answered."""
+
+
+@dataclass(slots=True)
+class _Waiting:
+    """Holds a request that a replica has not answered yet."""
+
+    times: list[float]
+    done: asyncio.Future[None]
+    num_tokens: int
+    on_chunk: Callable[[int], None] | None
+
+
 class Replica:
     """Simulates an engine: steps one after the other while there is work. `seed` is that of their noise."""
 
-    def __init__(self, simulation: SimulationConfig, seed: int = 0) -> None:
-        calibration = simulation.calibration
-        self._allocator = allocator = BlockAllocator(
-            calibration.num_blocks, calibration.block_size, namer=simulation.make_namer()
-        )
-        config = simulation.scheduler
-        cost = calibration.cost if config.slo_enabled else None
-        policy = make_baseline(simulation.policy, config) or make_policy(config, cost)
-        self.scheduler = Scheduler(config, allocator, policy, simulation.budget)
-        self._cost: CostModel = calibration.cost
+    def __init__(self, lane: Machine, seed: int = 0, *, machine: int = 0) -> None:
+        """`lane` is one of the lanes of machine number `machine`."""
+        self.machine, self.role = machine, lane.role
+        self._engine = lane.engine
+        self._cost = lane.engine.calibration.cost
+        self._step_times = lane.step_times or self._cost
         self._random = Random(seed)
-        self._step_overhead = simulation.step_overhead
-        self._waiting: dict[str, tuple[list[float], asyncio.Future[list[float]]]] = {}
-        self._in_step = False
+        budget = StepFeatures().plus(start=0, count=lane.engine.budget.tokens, rows=1)
+        self._seconds_per_token = self._step_times.seconds(budget) / budget.tokens
+        self._block_size = lane.engine.calibration.block_size
+        self._keeps_slos = lane.engine.scheduler.slo_enabled
+        self.is_running = True
+        self._start_empty()
+
+    def _start_empty(self) -> None:
+        calibration = self._engine.calibration
+        self._allocator = allocator = BlockAllocator(
+            calibration.num_blocks, calibration.block_size, namer=self._engine.make_namer()
+        )
+        config, budget = self._engine.scheduler, self._engine.budget
+        policy = make_baseline(self._engine.policy, config)
+        policy = policy or make_policy(config, calibration.cost if config.slo_enabled else None)
+        self.scheduler = Scheduler(config, allocator, policy, budget)
+        self._chosen_cost = calibration.cost if budget.is_open else None
         self.view = ReplicaView(
             num_blocks=calibration.num_blocks,
             block_size=calibration.block_size,
             max_num_seqs=config.max_num_seqs,
-            token_budget=simulation.budget.most,
+            token_budget=budget.most,
         )
         """What the router knows of it."""
-        self._chosen_cost = calibration.cost if simulation.budget.is_open else None
         self.view.times = self._times
+        self.num_to_compute = 0
+        """Tokens of its requests that are not computed yet."""
+        self.num_reserved = 0
+        """Blocks that its requests, and those which will come, need in the end."""
+        self._waiting: dict[str, _Waiting] = {}
+        self._step: asyncio.TimerHandle | None = None
 
-    async def answer(self, request: Request, copy: Request, names: list[bytes]) -> list[float]:
-        """Return when each token came. `copy` is for the router, which knows the names of the prompt's blocks.
+    @property
+    def is_idle(self) -> bool:
+        return not self._waiting and not self.num_reserved
 
-        Raises RequestTooLargeError.
-        """
-        loop = asyncio.get_running_loop()
-        self.scheduler.add(request, loop.time())
-        self.view.add(copy, names)
-        done: asyncio.Future[list[float]] = loop.create_future()
-        self._waiting[request.request_id] = ([], done)
-        if not self._in_step:
-            self._begin_step()
-        return await done
+    @property
+    def memory(self) -> PrefixMemory:
+        return self.view.memory
 
     @property
     def _times(self) -> StepTimes | None:
@@ -257,31 +269,117 @@ class Replica:
             return predictor.times
         return None if self._chosen_cost is None else StepTimes(self._chosen_cost)
 
+    def seconds_to_compute(self, names: list[bytes]) -> float:
+        """Return about how long its requests take, less what is cached of a prompt whose blocks have these names."""
+        return (self.num_to_compute - self.memory.cached_tokens(names)) * self._seconds_per_token
+
+    def fits(self, num_tokens: int) -> bool:
+        """Return whether its KV cache has room for one more request of so many tokens, when all have come to their end.
+
+        A block is left for each running request, as the scheduler leaves it.
+        """
+        needed = self.num_reserved + self._blocks(num_tokens) + len(self._waiting) + 1
+        return needed <= self._engine.calibration.num_blocks
+
+    def _blocks(self, num_tokens: int) -> int:
+        return ceil_div(num_tokens, self._block_size)
+
+    @contextmanager
+    def reserve(self, num_tokens: int) -> Iterator[None]:
+        """Count a request of so many tokens among those that need room, while it is on its way."""
+        scheduler, blocks = self.scheduler, self._blocks(num_tokens)
+        self.num_reserved += blocks
+        try:
+            yield
+        finally:
+            if self.scheduler is scheduler:  # else it has failed meanwhile
+                self.num_reserved -= blocks
+
+    async def answer(
+        self,
+        request_id: str,
+        prompt: tuple[int, ...],
+        max_tokens: int,
+        times: list[float],
+        targets: SloTargets,
+        *,
+        kv: RequestKv | None = None,
+        copy: Request | None = None,
+        on_chunk: Callable[[int], None] | None = None,
+    ) -> None:
+        """Generate `max_tokens` tokens and add when each came to `times`. `copy` is for the router, and `on_chunk` is
+        called with the end of each chunk that has been computed.
+
+        Raises RequestTooLargeError, and MachineLostError if the machine fails meanwhile.
+        """
+        if not self.is_running:
+            raise MachineLostError
+        loop = asyncio.get_running_loop()
+        kv = RequestKv() if kv is None else kv
+        request = new_request(request_id, prompt, max_tokens, targets if self._keeps_slos else NO_SLO, kv)
+        self.scheduler.add(request, loop.time())
+        if copy is not None:
+            self.view.add(copy, kv.block_names)
+        landed = kv.num_landed if isinstance(kv, LandedKv) else 0
+        waiting = _Waiting(times, loop.create_future(), len(prompt) - landed, on_chunk)
+        self._waiting[request_id] = waiting
+        self.num_to_compute += waiting.num_tokens + max_tokens
+        with self.reserve(len(prompt) + max_tokens):
+            if self._step is None:
+                self._begin_step()
+            await waiting.done
+
+    def fail_later(self, failure: Failure) -> None:
+        """Fail at the time of `failure`, and come back after it."""
+        loop = asyncio.get_running_loop()
+
+        def fail() -> None:
+            self.is_running = False
+            if self._step is not None:
+                self._step.cancel()
+            lost = list(self._waiting.values())
+            self._start_empty()
+            for waiting in lost:
+                if not waiting.done.cancelled():
+                    waiting.done.set_exception(MachineLostError())
+
+        def come_back() -> None:
+            self.is_running = True
+
+        loop.call_later(failure.at, fail)
+        if failure.seconds < math.inf:
+            loop.call_later(failure.at + failure.seconds, come_back)
+
     def _begin_step(self) -> None:
         plan = self.scheduler.schedule(asyncio.get_running_loop().time())
         if plan is None:
             assert not self.scheduler.has_unfinished, "unfinished requests, and nothing can run"
+            self._step = None
             return
-        self._in_step = True
-        asyncio.get_running_loop().call_later(self.step_seconds(features_of(plan)), self._end_step, plan)
+        seconds = self.step_seconds(features_of(plan))
+        self._step = asyncio.get_running_loop().call_later(seconds, self._end_step, plan)
 
     def step_seconds(self, step: StepFeatures) -> float:
         """Return the time of a step: as predicted, times noise as in the calibration."""
         scattered = self._random.lognormvariate(0.0, self._cost.noise)
-        return self._cost.seconds(step) * scattered + self._step_overhead
+        return self._step_times.seconds(step) * scattered + self._engine.step_overhead
 
     def _end_step(self, plan: StepPlan) -> None:
         now = asyncio.get_running_loop().time()
         result = {chunk.request_id: CHOSEN if chunk.samples else NOT_CHOSEN for chunk in plan.chunks}
         outputs = self.scheduler.update(plan, result, now)
         self.view.take(outputs, self._times, available_blocks=self._allocator.num_available, now=now)
+        for chunk in plan.chunks:
+            if (on_chunk := self._waiting[chunk.request_id].on_chunk) is not None:
+                on_chunk(chunk.end)
         for output in outputs:
             if output.token_ids:
-                times, done = self._waiting[output.request_id]
-                times.append(now)
+                waiting = self._waiting[output.request_id]
+                waiting.times.append(now)
+                self.num_to_compute -= 1
                 if output.finish_reason is not None:
                     del self._waiting[output.request_id]
-                    if not done.cancelled():
-                        done.set_result(times)
-        self._in_step = False
+                    self.num_to_compute -= waiting.num_tokens
+                    if not waiting.done.cancelled():
+                        waiting.done.set_result(None)
         self._begin_step()

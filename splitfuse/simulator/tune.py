@@ -10,22 +10,23 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from itertools import islice
 from typing import Any
 
 from splitfuse.bench import metrics
-from splitfuse.bench.load import WARM_UP, closed_loop, open_loop
+from splitfuse.bench.load import closed_loop
 from splitfuse.bench.measure import MakeWorkload
 from splitfuse.bench.results import Point
-from splitfuse.bench.workload import Workload, poisson
-from splitfuse.config import TARGETS, SchedulerConfig, parse_seconds
+from splitfuse.bench.workload import Workload
+from splitfuse.config import SchedulerConfig, parse_seconds
 from splitfuse.core.limits import ceil_div
 from splitfuse.core.slo.cost_model import StepFeatures
 from splitfuse.core.slo.targets import SloTargets
 from splitfuse.errors import ConfigError
 from splitfuse.runtime.calibration import Calibration
 from splitfuse.simulator import virtual_time
-from splitfuse.simulator.simulate import SimulatedTarget, SimulationConfig, prompt_ids
+from splitfuse.simulator.deployment import SimulationConfig, without_targets
+from splitfuse.simulator.rates import PRECISION, keeps_up, largest_load, poisson_load
+from splitfuse.simulator.simulate import SimulatedTarget, prompt_ids
 
 BUDGETS = (32, 64, 128, 256, 512, 1024)
 """Candidates for max_num_batched_tokens."""
@@ -33,14 +34,8 @@ MAX_NUM_SEQS = (8, 16, 32, 64)
 """Candidates for max_num_seqs."""
 USUAL_BUDGET = 256
 """Token budget, or else the largest candidate below it, with which max_num_seqs is chosen."""
-PRECISION = 1.03
-"""Ratio of loads, the one sustained and the other not, at which a search ends; settings within it are equally good."""
-FIRST_STEP, LAST_STEP = 1.06, 2.0
-"""Factors between successive loads of a search."""
 LEAST = 1 / 64
 """Smallest load that is tried, as a fraction of the throughput of a lone client."""
-KEEPS_UP = 0.95
-"""Fraction of the arrivals in the window that must finish in it: a growing queue is not sustained."""
 TTFTS_LONG = 20
 """Duration of a load in TTFT targets: a load that is a twentieth too large has missed them by then."""
 LONGER_AT_MOST = 5
@@ -184,7 +179,7 @@ def tune(
         raise trials.infeasible(replace(largest, max_num_batched_tokens=usual), least)
     best = _smallest_of_the_best(by_seqs)
     by_budget = sustained((replace(best.setting, max_num_batched_tokens=budget) for budget in budgets), best.rate)
-    no_slo = _without_targets(largest)
+    no_slo = without_targets(largest)
     fcfs = sustained((replace(no_slo, max_num_batched_tokens=budget) for budget in budgets), best.rate)
     best = _smallest_of_the_best(by_budget)
     chosen = best.setting
@@ -229,7 +224,7 @@ class _Trials:
     def largest_rate(self, setting: SchedulerConfig, *, start: float, least: float, refined: bool = False) -> float:
         """Return the largest Poisson rate that a setting sustains; 0 if it is below `least`."""
         requests = self.requests * (REFINED if refined else 1)
-        return _largest(lambda rate: self._sustains(setting, rate, requests), start, least)
+        return largest_load(lambda rate: self._sustains(setting, rate, requests), start, least)
 
     def _sustains(self, setting: SchedulerConfig, rate: float, requests: int) -> bool:
         """Return whether a setting sustains a Poisson rate, over `requests` requests and twenty TTFT targets."""
@@ -237,15 +232,8 @@ class _Trials:
         workload = self.make_workload(target)
         lasting = TTFTS_LONG * rate * self._longest_ttft(workload)
         requests = max(requests, math.ceil(min(lasting, LONGER_AT_MOST * requests)))
-        seed = int(workload.settings["seed"])
-        warm_up = math.ceil(WARM_UP * requests)
-        first, last = islice(poisson(1.0, seed=seed, stream="tune"), warm_up, warm_up + requests + 1, requests)
-        scale = requests / rate / (last - first)  # chance must not make the window's rate another
-        arrivals = (scale * at for at in poisson(1.0, seed=seed, stream="tune"))
         self.on_trial()
-        # without its rate, which would give each load other requests
-        loop = open_loop(target, workload, rate=None, arrivals=arrivals, requests=requests)
-        return self._is_sustained(virtual_time.run(loop))
+        return self._is_sustained(virtual_time.run(poisson_load(target, workload, rate, requests)))
 
     def most_clients(self, setting: SchedulerConfig) -> tuple[int, float]:
         """Return the number of clients that a setting sustains, and their throughput.
@@ -283,8 +271,7 @@ class _Trials:
         return metrics.mean([metrics.meets_slo(record, self.targets) for record in metrics.counted(point)])
 
     def _is_sustained(self, point: Point) -> bool:
-        comes = len(metrics.counted(point)) / metrics.seconds(point)
-        return self.attained(point) >= self.required and metrics.throughput(point) >= KEEPS_UP * comes
+        return self.attained(point) >= self.required and keeps_up(point)
 
     def _target(self, setting: SchedulerConfig) -> SimulatedTarget:
         """Return a simulated engine with as many blocks as max_num_seqs can use."""
@@ -302,7 +289,7 @@ class _Trials:
 
     def infeasible(self, setting: SchedulerConfig, least: float) -> ConfigError:
         """Return the error for targets that not even the rate `least` meets: what misses them, and feasible targets."""
-        alone = metrics.counted(self.closed(_without_targets(setting), 1, LONE_REQUESTS))
+        alone = metrics.counted(self.closed(without_targets(setting), 1, LONE_REQUESTS))
         violations = [found for each in alone if (found := metrics.slo_violation(each, self.targets)) is not None]
         missed = []
         if late := [each.ttft for each in violations if each.ttft is not None]:
@@ -340,29 +327,8 @@ class _Trials:
 
             if not is_feasible(1.0 / FAR):
                 return None
-            found = longer(_largest(is_feasible, 1.0, 1.0 / FAR))
+            found = longer(largest_load(is_feasible, 1.0, 1.0 / FAR))
         return _flags(found)
-
-
-def _largest(is_sustained: Callable[[float], bool], start: float, least: float) -> float:
-    """Return the largest sustained load, to PRECISION; 0 if it is below `least`.
-
-    The search moves away from `start` in growing steps until it has bounds, then bisects.
-    """
-    low = high = start
-    step = FIRST_STEP
-    if is_sustained(start):
-        while is_sustained(high := low * step):
-            low, step = high, min(step**2, LAST_STEP)
-    else:
-        while not is_sustained(low := high / step):
-            high, step = low, min(step**2, LAST_STEP)
-            if high < least:
-                return 0.0
-    while high > low * PRECISION:
-        middle = math.sqrt(low * high)
-        low, high = (middle, high) if is_sustained(middle) else (low, middle)
-    return low
 
 
 def _with_target(setting: SchedulerConfig, name: str, target: str, times: float) -> SchedulerConfig:
@@ -372,11 +338,6 @@ def _with_target(setting: SchedulerConfig, name: str, target: str, times: float)
     digit = 10.0 ** (math.floor(math.log10(milliseconds)) - 2)
     rounded = digit * math.ceil(milliseconds / digit - 1e-9)
     changes: dict[str, Any] = {name: f"{rounded:.12g}ms{slash}{measure}"}
-    return replace(setting, **changes)
-
-
-def _without_targets(setting: SchedulerConfig) -> SchedulerConfig:
-    changes: dict[str, Any] = dict.fromkeys(TARGETS)
     return replace(setting, **changes)
 
 

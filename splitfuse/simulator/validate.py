@@ -12,7 +12,8 @@ from splitfuse.bench.results import Point, Results, by_load
 from splitfuse.bench.summary import Row, rows
 from splitfuse.bench.workload import Loads
 from splitfuse.errors import ConfigError
-from splitfuse.simulator.simulate import SimulationConfig, simulate
+from splitfuse.simulator.deployment import Deployment, SimulationConfig
+from splitfuse.simulator.simulate import simulate
 
 TOKEN_PERCENT = 95
 """Percentile of the inter-token latency whose prediction is judged."""
@@ -36,7 +37,7 @@ class Comparison:
         return self.predicted.itl[TOKEN_PERCENT] / self.measured.itl[TOKEN_PERCENT] - 1.0
 
 
-def predict(simulation: SimulationConfig, measured: Results, *, about: dict[str, Any]) -> Results:
+def predict(deployment: Deployment | SimulationConfig, measured: Results, *, about: dict[str, Any]) -> Results:
     """Simulate the measured loads with the same requests and repetitions.
 
     Raises ConfigError for a trace: results do not contain its requests.
@@ -52,7 +53,7 @@ def predict(simulation: SimulationConfig, measured: Results, *, about: dict[str,
             repeat=len(same),
             prompt_speed=measured.prompt_speed,
         )
-        predicted = simulate(simulation, make_workload, loads, system=f"{measured.system}, simulated", about=about)
+        predicted = simulate(deployment, make_workload, loads, system=f"{measured.system}, simulated", about=about)
         points += predicted.points
     return replace(predicted, points=points)
 

@@ -22,7 +22,8 @@ from splitfuse.core.slo.targets import SloTargets
 from splitfuse.errors import ConfigError
 from splitfuse.runtime.calibration import Calibration
 from splitfuse.simulator import virtual_time
-from splitfuse.simulator.simulate import SimulatedTarget, SimulationConfig, simulate
+from splitfuse.simulator.deployment import Deployment, SimulationConfig
+from splitfuse.simulator.simulate import SimulatedTarget, simulate
 from splitfuse.simulator.validate import compare, mean_error, predict, workload_of
 
 COST = CostModel(floor=0.010, per_token=0.0001, knee=64, per_token_beyond=0.0004, per_row=0.0001, per_kv_token=1e-7)
@@ -39,7 +40,7 @@ def independent(prompt: float = 512, generate: float = 32, deviation: float = 0.
     return lambda target: Independent(Lengths(prompt, generate, deviation, target.room), target.vocabulary)
 
 
-def run(simulation: SimulationConfig, make: MakeWorkload | None = None, **loads: Any) -> Results:
+def run(simulation: Deployment | SimulationConfig, make: MakeWorkload | None = None, **loads: Any) -> Results:
     return simulate(simulation, make or independent(), Loads(**{"repeat": 1, **loads}), system="simulated", about={})
 
 
@@ -149,7 +150,7 @@ def test_prompts_stall_decodes_of_prefill_first_only() -> None:
 
 def test_replicas_share_a_load_by_outstanding_tokens() -> None:
     one = metrics.throughput(run(simulation(), clients=(16,), requests=100).points[0])
-    four = metrics.throughput(run(simulation(replicas=4), clients=(64,), requests=400).points[0])
+    four = metrics.throughput(run(Deployment.of(simulation(), replicas=4), clients=(64,), requests=400).points[0])
     assert 3.6 * one < four < 4.4 * one
 
 
@@ -160,7 +161,8 @@ def test_shared_prefixes_are_computed_once(replicas: int) -> None:
 
     first = {}
     for cached in (True, False):
-        (point,) = run(simulation(replicas=replicas, enable_prefix_caching=cached), make, clients=(4,)).points
+        deployment = Deployment.of(simulation(enable_prefix_caching=cached), replicas=replicas)
+        (point,) = run(deployment, make, clients=(4,)).points
         first[cached] = metrics.percentile([metrics.ttft(record) for record in metrics.counted(point)], 50)
     assert first[True] < first[False] / 3
 
@@ -189,7 +191,6 @@ def test_too_large_request_fails_alone() -> None:
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"replicas": 0}, "--replicas 0 must be at least 1"),
         ({"policy": "fifo"}, "no policy 'fifo'"),
         ({"step_overhead": -1.0}, "--step-overhead -1.0 must be"),
         ({"client_overhead": float("nan")}, "--client-overhead nan must be"),

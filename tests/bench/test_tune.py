@@ -19,7 +19,8 @@ from splitfuse.core.slo.cost_model import CostModel, FitError, Sample, StepFeatu
 from splitfuse.core.slo.targets import SloTargets
 from splitfuse.errors import ConfigError
 from splitfuse.runtime.calibration import Calibration, cache_path, identify, save
-from splitfuse.simulator.simulate import SimulationConfig, simulate
+from splitfuse.simulator.deployment import SimulationConfig
+from splitfuse.simulator.simulate import simulate
 from splitfuse.simulator.tune import Tuning, curve, tune
 
 COST = CostModel(floor=0.009, per_token=0.0, knee=19, per_token_beyond=0.42e-3, error=FitError(0.04, 0.1, 30))

@@ -15,8 +15,9 @@ from splitfuse.core.slo.attainable import NEARLY, Attainable, attainable, prompt
 from splitfuse.core.slo.cost_model import CostModel, StepFeatures
 from splitfuse.core.slo.targets import SloTargets
 from splitfuse.simulator import virtual_time
+from splitfuse.simulator.deployment import SimulationConfig
 from splitfuse.simulator.machines import MACHINES
-from splitfuse.simulator.simulate import SimulatedTarget, SimulationConfig
+from splitfuse.simulator.simulate import SimulatedTarget
 
 SLOS = (
     SloTargets(ttft=1.0, itl=0.1),

@@ -1,0 +1,247 @@
+"""Describes what is simulated: engines with their cost models, the machines that run them, and the links between these.
+
+A deployment is a list of machines. The role of each says which part of a request it is given: all of it, its prompt up
+to the first token, or what is generated after that. A request that changes machines takes its KV along over a link.
+"""
+
+from __future__ import annotations
+
+import enum
+import math
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol, Self
+
+from splitfuse.bench.baselines import make_baseline
+from splitfuse.config import TARGETS, EngineConfig, SchedulerConfig
+from splitfuse.core.kv.names import BlockNamer
+from splitfuse.core.slo.cost_model import StepFeatures
+from splitfuse.core.step_budget import StepBudget
+from splitfuse.errors import ConfigError
+from splitfuse.runtime.calibration import Calibration
+
+MAX_BLOCKS = 2**24
+"""Number of KV blocks that a simulation can have: it keeps lists of them, for each machine."""
+LONG_QUEUE = 8192
+"""Number of prompt tokens that wait for a machine from which on another role's machine is borrowed: Splitwise's."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SimulationConfig:
+    """Describes an engine: a calibrated model on a machine, and how it is run."""
+
+    calibration: Calibration
+    scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
+    policy: str = "splitfuse"
+    enable_prefix_caching: bool = True
+    step_overhead: float = 0.0
+    """Seconds between steps, in addition to the cost model."""
+    client_overhead: float = 0.0
+    """Seconds from a client to the engine."""
+
+    def __post_init__(self) -> None:
+        make_baseline(self.policy, self.scheduler)
+        refuse_drafts(self.scheduler)
+        if self.calibration.num_blocks > MAX_BLOCKS:
+            raise ConfigError(
+                f"num_blocks must be at most {MAX_BLOCKS} in a simulation, not {self.calibration.num_blocks}"
+            )
+        for name in ("step_overhead", "client_overhead"):
+            if not 0 <= getattr(self, name) < float("inf"):
+                flag = name.replace("_", "-")
+                raise ConfigError(f"--{flag} {getattr(self, name)} must be a number of seconds, at least 0")
+
+    def make_namer(self) -> BlockNamer | None:
+        """Return a namer of blocks; all of them give the same names. None without prefix caching."""
+        return BlockNamer(self.calibration.block_size, key=b"simulation") if self.enable_prefix_caching else None
+
+    @classmethod
+    def of(cls, calibration: Calibration, config: EngineConfig, **how: Any) -> Self:
+        """Return the simulation of a calibrated engine with these settings; `how` are the other fields."""
+        calibration = replace(
+            calibration,
+            num_blocks=config.cache.num_blocks or calibration.num_blocks,
+            max_model_len=config.model.max_model_len or calibration.max_model_len,
+        )
+        cached = config.cache.enable_prefix_caching
+        return cls(calibration=calibration, scheduler=config.scheduler, enable_prefix_caching=cached, **how)
+
+    @property
+    def budget(self) -> StepBudget:
+        """Return the token budget that an engine would have, chosen by the cost model if the settings leave it open."""
+        return StepBudget.of(self.scheduler, self.calibration.cost)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Return the settings by name, for the record."""
+        own = {"cost_model": self.calibration.name, **vars(self), **vars(self.scheduler)}
+        own |= {"num_blocks": self.calibration.num_blocks, "block_size": self.calibration.block_size}
+        own |= {"max_num_batched_tokens": self.budget.tokens}
+        return {name: value for name, value in own.items() if name not in ("calibration", "scheduler")}
+
+
+def refuse_drafts(config: SchedulerConfig) -> None:
+    """Raise ConfigError if requests would draft tokens: what is simulated has no text that could repeat."""
+    if config.num_speculative_tokens:
+        raise ConfigError(
+            f"num_speculative_tokens must be 0 in a simulation, whose answers have no text to draft from, not "
+            f"{config.num_speculative_tokens}"
+        )
+
+
+def without_targets(config: SchedulerConfig) -> SchedulerConfig:
+    """Return the settings without an SLO: first come, first served."""
+    changes: dict[str, Any] = dict.fromkeys(TARGETS)
+    return replace(config, enable_slo=False, **changes)
+
+
+class Role(enum.StrEnum):
+    """Says which part of a request a machine is given."""
+
+    MIXED = "mixed"
+    PROMPT = "prompt"
+    GENERATION = "generation"
+
+
+class StepClock(Protocol):
+    """Says how long a step takes, as a CostModel does."""
+
+    def seconds(self, step: StepFeatures) -> float:
+        """Return the time of a step."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Machine:
+    """Describes a machine that runs one engine.
+
+    A pipeline of `stages` takes the whole time of a step for each step, and has as many of them under way: it is
+    simulated as that many engines, each with its share of the KV blocks. The stages are taken as equally long.
+    """
+
+    engine: SimulationConfig
+    role: Role = Role.MIXED
+    step_times: StepClock | None = None
+    """Times of its steps if they are others than the cost model's, which its scheduler predicts with."""
+    stages: int = 1
+    gpus: int = 1
+    price: float = 0.0
+    """Price of an hour, in any currency."""
+    watts: float = 0.0
+
+    def __post_init__(self) -> None:
+        for name in ("stages", "gpus"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} of a machine must be at least 1, not {getattr(self, name)}")
+        for name in ("price", "watts"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ConfigError(f"{name} of a machine must be a number, at least 0, not {getattr(self, name)}")
+        if self.engine.calibration.num_blocks < self.stages:
+            raise ConfigError(f"{self.stages} stages need a KV block each, not {self.engine.calibration.num_blocks}")
+
+    @property
+    def lanes(self) -> tuple[Machine, ...]:
+        """Return the engines that it is simulated as: one for each stage."""
+        calibration = self.engine.calibration
+        share = replace(calibration, num_blocks=calibration.num_blocks // self.stages)
+        return (replace(self, engine=replace(self.engine, calibration=share), stages=1),) * self.stages
+
+
+@dataclass(frozen=True)
+class Link:
+    """Connects each machine with all others, in both directions at once: a connection of a machine is shared fairly by
+    the transfers on it.
+    """
+
+    bytes_per_second: float
+    latency: float = 0.0
+    """Seconds from the last byte sent to the request that it belongs to."""
+
+    def __post_init__(self) -> None:
+        if not self.bytes_per_second > 0:
+            raise ConfigError(f"a link must carry a positive number of bytes/s, not {self.bytes_per_second}")
+        if not 0 <= self.latency < math.inf:
+            raise ConfigError(f"the latency of a link must be a number of seconds, at least 0, not {self.latency}")
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Takes a machine away for a while, with all that its cache held. Its requests go on elsewhere, recomputed."""
+
+    machine: int
+    """Index of the machine."""
+    at: float
+    """Time in seconds from the start."""
+    seconds: float = math.inf
+
+
+@dataclass(frozen=True, kw_only=True)
+class Deployment:
+    """Describes the machines that share a load.
+
+        Deployment.of(engine, replicas=4)
+        Deployment(machines=(prompts, prompts, generation), link=Link(25e9), kv_bytes_per_token=327_680)
+
+    Raises ConfigError without machines for both parts of a request, and for parts without a link between them.
+    """
+
+    machines: tuple[Machine, ...]
+    link: Link | None = None
+    kv_bytes_per_token: float = 0.0
+    """Size of the keys and values of a token, which a request takes along."""
+    long_queue: float = LONG_QUEUE
+    """Number of waiting prompt tokens from which on a machine of the other role is borrowed: infinite, none is."""
+    failures: tuple[Failure, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not self.machines:
+            raise ConfigError("a deployment needs at least one machine")
+        roles = {machine.role for machine in self.machines}
+        if Role.MIXED not in roles and len(roles) < 2:
+            raise ConfigError(
+                f"{next(iter(roles))} machines alone compute half of each request: add some of the other role"
+            )
+        if len(roles) > 1 and self.link is None:
+            raise ConfigError("machines of different roles need a link, over which requests take their KV along")
+        if len(roles) > 1 and not 0 < self.kv_bytes_per_token < math.inf:
+            raise ConfigError(
+                f"machines of different roles need the KV bytes of a token, such as 327680, not "
+                f"{self.kv_bytes_per_token}"
+            )
+        for failure in self.failures:
+            if not 0 <= failure.machine < len(self.machines):
+                raise ConfigError(f"machine {failure.machine} fails, of machines 0 to {len(self.machines) - 1}")
+            if not (failure.at >= 0 and failure.seconds > 0):
+                raise ConfigError(f"a machine fails at a time from 0 on, for some time, not as {failure}")
+
+    @classmethod
+    def of(cls, engine: SimulationConfig, *, replicas: int = 1) -> Self:
+        """Return equal machines, each of which computes whole requests."""
+        if replicas < 1:
+            raise ConfigError(f"--replicas {replicas} must be at least 1")
+        return cls(machines=(Machine(engine=engine),) * replicas)
+
+    @property
+    def is_split(self) -> bool:
+        """Return whether there are machines for one part of a request alone."""
+        return any(machine.role is not Role.MIXED for machine in self.machines)
+
+    @property
+    def gpus(self) -> int:
+        return sum(machine.gpus for machine in self.machines)
+
+    @property
+    def price(self) -> float:
+        """Return the price of an hour of all machines."""
+        return sum(machine.price for machine in self.machines)
+
+    @property
+    def watts(self) -> float:
+        return sum(machine.watts for machine in self.machines)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Return the settings by name, for the record: those of the first machine, and of the others by role."""
+        own = dict(self.machines[0].engine.settings)
+        if self.is_split:
+            own["roles"] = ",".join(machine.role for machine in self.machines)
+            own |= {"link": self.link and vars(self.link), "kv_bytes_per_token": self.kv_bytes_per_token}
+        return own

@@ -1,0 +1,36 @@
+"""Computes what a cost model becomes when an engine is spread over several machines by tensor parallelism.
+
+A pipeline needs no cost model of its own: see `Machine.stages`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import fields, replace
+
+from splitfuse.core.slo.cost_model import CostModel
+from splitfuse.errors import ConfigError
+from splitfuse.runtime.calibration import Calibration
+
+
+def tensor_parallel(calibration: Calibration, size: int, *, meeting_seconds: float) -> Calibration:
+    """Return the calibration of an engine over `size` machines such as that of `calibration`.
+
+    Each of them reads and multiplies its share, and in each step all wait for each other for `meeting_seconds`, over
+    all layers together. The KV cache grows with the machines; that they hold the weights once is not counted.
+    """
+    if size < 1:
+        raise ConfigError(f"--tensor-parallel {size} must be at least 1")
+    if not 0 <= meeting_seconds < float("inf"):
+        raise ConfigError(f"--meeting-time {meeting_seconds} must be a number of seconds, at least 0, such as 0.004")
+    if size == 1:
+        return calibration
+    names = [each.name for each in fields(CostModel) if each.name not in ("knee", "noise", "error")]
+    shares = {name: getattr(calibration.cost, name) / size for name in names}
+    cost = replace(calibration.cost, **shares, error=None)
+    return replace(
+        calibration,
+        name=f"{calibration.name}, tensor parallel over {size}",
+        cost=replace(cost, floor=cost.floor + meeting_seconds),
+        num_blocks=size * calibration.num_blocks,
+        timed=(),
+    )
