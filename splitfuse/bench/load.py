@@ -72,6 +72,12 @@ class _Load:
         self.check_end()
         return answer
 
+    async def pause(self, request: LoadRequest) -> bool:
+        """Wait until a request is to come, after the answer before it. Returns False if the load is over by then."""
+        if request.pause and not self.counted.is_set():
+            await _either(self.counted.wait(), asyncio.sleep(request.pause))
+        return not self.counted.is_set()
+
     async def ask_session(self, client: int, *, due: float | None = None) -> None:
         """Send the requests of the next session, one after the other, while the load is on."""
         request: LoadRequest | None = self.begin_session()
@@ -80,6 +86,8 @@ class _Load:
             if answer.error is not None or self.counted.is_set():
                 return
             request, due = self.workload.successor(request, answer.tokens), None
+            if request is not None and not await self.pause(request):
+                return
 
     def check_end(self) -> None:
         """Set `counted` once the window is closed and its requests are done."""
@@ -124,6 +132,8 @@ async def closed_loop(
         while not load.counted.is_set():
             if request is None:
                 request = load.begin_session()
+            if not await load.pause(request):
+                return
             if len(answered) == clients:
                 num_sent += 1
                 if num_sent == 1:

@@ -38,6 +38,8 @@ def workload_maker(settings: Mapping[str, Any]) -> MakeWorkload:
         raise ConfigError(f"--{kinds[0]} and --{kinds[1]} are mutually exclusive workloads")
     if "prefixes" in settings and "prefix" not in settings:
         raise ConfigError("--prefixes requires --prefix, the length of each prefix")
+    if "think" in settings and "turns" not in settings:
+        raise ConfigError("--think requires --turns: it is the time between the turns of a conversation")
     given = {name: settings[name] for name in ("prompt", "generate", "deviation") if name in settings}
     if "trace" in settings and given:
         raise ConfigError(f"--{next(iter(given))} and --trace are mutually exclusive: a trace has lengths")
@@ -48,7 +50,7 @@ def workload_maker(settings: Mapping[str, Any]) -> MakeWorkload:
         if "trace" in settings:
             return Trace.read(settings["trace"], target.vocabulary, seed=seed, room=target.room)
         if "turns" in settings:
-            return Chat(lengths, target.answer_vocabulary, settings["turns"], seed)
+            return Chat(lengths, target.answer_vocabulary, settings["turns"], seed, settings.get("think", 0.0))
         if "prefix" in settings:
             return SharedPrefix(lengths, target.vocabulary, settings["prefix"], settings.get("prefixes", 1), seed)
         return Independent(lengths, target.vocabulary, seed)

@@ -49,6 +49,8 @@ class LoadRequest:
     max_tokens: int
     prefix: int = 0
     """Number of tokens at the beginning that earlier requests may have had, too."""
+    pause: float = 0.0
+    """Seconds between the answer before and this request."""
 
 
 @dataclass(frozen=True)
@@ -194,10 +196,14 @@ class Chat(Workload):
     vocabulary: Vocabulary
     turns: int = 5
     seed: int = 0
+    think: float = 0.0
+    """Mean number of seconds, exponentially distributed, from an answer to the next request."""
 
     def __post_init__(self) -> None:
         if self.turns < 1:
             raise ConfigError(f"--turns {self.turns} must be at least 1")
+        if not 0 <= self.think < float("inf"):
+            raise ConfigError(f"--think {self.think:g} must be a number of seconds, at least 0, such as 60")
 
     def first(self, stream: str, number: int) -> LoadRequest:
         random = Random(f"{self.seed} {stream} {number} 0")
@@ -212,7 +218,8 @@ class Chat(Workload):
         random = Random(f"{self.seed} {request.stream} {request.number} {request.turn + 1}")
         new, generate = self.lengths.draw(random, before=before)
         prompt = joined(history, self.vocabulary.draw(random, new))
-        return replace(request, turn=request.turn + 1, prompt=prompt, max_tokens=generate, prefix=before)
+        pause = random.expovariate(1 / self.think) if self.think else 0.0
+        return replace(request, turn=request.turn + 1, prompt=prompt, max_tokens=generate, prefix=before, pause=pause)
 
 
 class TraceLine(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

@@ -31,6 +31,7 @@ class WorkloadFlags:
     generate: float | None = setting(None, "Mean answer length in tokens (default: 64).")
     deviation: float | None = setting(None, "Standard deviation of both, as a fraction of the mean (default: 0.3).")
     turns: int | None = setting(None, "Turns of each conversation; --prompt is the new part of a turn.")
+    think: float | None = setting(None, "Mean seconds from an answer to the next turn (default: 0).")
     prefix: int | None = setting(None, "Length in tokens of a shared prefix; --prompt follows it.")
     prefixes: int | None = setting(None, "Number of different prefixes (default: 1).")
     trace: Path | None = setting(  # noqa: RUF009 - a field, like the others
@@ -81,3 +82,17 @@ def check_writable(out: Path | None) -> None:
         return
     if out.is_dir() or not out.absolute().parent.is_dir():
         raise ConfigError(f"{out} cannot be written: name a file in an existing folder")
+
+
+def unit(load: WorkloadFlags) -> str:
+    """Return what arrives at a rate of such a load."""
+    return "requests" if load.turns is None else "conversations"
+
+
+def load_text(load: WorkloadFlags) -> str:
+    """Describe the requests of a load."""
+    if load.trace is not None:
+        return f"the prompts and answers of {load.trace.name}"
+    prefix = "" if load.prefix is None else f"a shared prefix of {load.prefix} tokens and "
+    new = "turns of about" if load.turns is not None else "prompts of about"
+    return f"{prefix}{new} {load.prompt or 512:.6g} tokens and answers of {load.generate or 64:.6g}"

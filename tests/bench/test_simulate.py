@@ -11,10 +11,20 @@ from typer.testing import CliRunner
 
 from splitfuse.bench import metrics
 from splitfuse.bench.load import closed_loop
-from splitfuse.bench.measure import MakeWorkload
+from splitfuse.bench.measure import MakeWorkload, workload_maker
 from splitfuse.bench.results import Results, load
 from splitfuse.bench.target import Target
-from splitfuse.bench.workload import Chat, Independent, Lengths, LoadRequest, Loads, SharedPrefix, Trace, TraceLine
+from splitfuse.bench.workload import (
+    Chat,
+    Independent,
+    Lengths,
+    LoadRequest,
+    Loads,
+    SharedPrefix,
+    TokenIds,
+    Trace,
+    TraceLine,
+)
 from splitfuse.cli import app
 from splitfuse.config import SchedulerConfig
 from splitfuse.core.slo.cost_model import CostModel, StepFeatures
@@ -174,6 +184,27 @@ def test_conversations_and_traces() -> None:
     lines = (TraceLine(generate=4, prompt_tokens=50, at=0.0), TraceLine(generate=4, prompt_tokens=50, at=9.0))
     (point,) = run(simulation(), lambda t: Trace(lines, t.vocabulary)).points
     assert [record.sent for record in point.records] == [0.0, 9.0]
+
+
+def test_turns_come_after_a_time_to_think() -> None:
+    pauses = {}
+    for think in (0.0, 60.0):
+        make = lambda t, think=think: Chat(Lengths(50, 4, 0.3, t.room), t.vocabulary, 4, think=think)  # noqa: E731
+        for loads in ({"clients": (3,)}, {"rate": (0.05,)}):
+            (point,) = run(simulation(), make, requests=60, **loads).points
+            answered: dict[int, float] = {}
+            found = []
+            for record in point.records:
+                if record.client in answered and record.num_prompt_tokens > 90:
+                    found.append(record.sent - answered[record.client])
+                answered[record.client] = record.done
+            pauses[think, *loads] = mean(found)
+    assert pauses[0.0, "clients"] < 0.01
+    assert 35 < pauses[60.0, "rate"] < 90 and 35 < pauses[60.0, "clients"] < 90
+    with pytest.raises(ConfigError, match="--think requires --turns"):
+        workload_maker({"think": 1.0, "seed": 0})
+    with pytest.raises(ConfigError, match="--think -1 must be a number of seconds"):
+        Chat(Lengths(1, 1), TokenIds(9), think=-1.0)
 
 
 def test_too_large_request_fails_alone() -> None:
