@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from splitfuse.cli.flags import changed, given, numbers, take, with_flags
-from splitfuse.cli.loads import WorkloadFlags, check_writable
+from splitfuse.cli.loads import WorkloadFlags, check_writable, load_text, unit
 from splitfuse.cli.simulate import known_calibration
 from splitfuse.cli.tables import console, make_table
 from splitfuse.config import EngineConfig
@@ -48,6 +48,23 @@ def tune(
     ] = None,
     machine: Annotated[str | None, typer.Option(help="Published machine instead, such as a100-70b.")] = None,
     measure: Annotated[bool, typer.Option(help="Measure the result on the engine, too.")] = False,
+    place: Annotated[
+        int | None,
+        typer.Option(help="Find the placement of engines on so many machines instead: prompts apart, or not."),
+    ] = None,
+    tensor_parallel: Annotated[
+        str, typer.Option(help="Numbers of machines that an engine of --place may be spread over, such as 1,2.")
+    ] = "1",
+    meeting_time: Annotated[
+        float, typer.Option(help="Seconds of a step in which machines of one engine wait for each other.")
+    ] = 0.0,
+    link: Annotated[
+        float | None,
+        typer.Option(help="Bytes/s of a machine's connection, over which KV is handed over, such as 25e9."),
+    ] = None,
+    kv_bytes_per_token: Annotated[
+        float | None, typer.Option(help="Size of the KV of a token (default: the cost model's).")
+    ] = None,
     out: Annotated[Path | None, typer.Option(help="Write all results to this JSON file.")] = None,
     quiet: Annotated[bool, typer.Option(help="No progress bar.")] = False,
     **flags: Any,
@@ -56,11 +73,11 @@ def tune(
 
     Steps are timed once (as `calibrate` does), loads are simulated. docs/slo.md has an example.
     """
-    import msgspec
     from tqdm import tqdm
 
+    from splitfuse.cli.place import find_placement, read_space
     from splitfuse.engine.calibrate import load_or_time
-    from splitfuse.simulator.simulate import SimulationConfig, refuse_drafts
+    from splitfuse.simulator.deployment import SimulationConfig, refuse_drafts
     from splitfuse.simulator.tune import BUDGETS, MAX_NUM_SEQS, NO_TARGETS, curve
     from splitfuse.simulator.tune import tune as find
 
@@ -71,7 +88,15 @@ def tune(
         raise ConfigError(f"--headroom {headroom} must be a fraction, at least 0, such as 0.1")
     if measure and (machine is not None or cost_model is not None):
         raise ConfigError("--measure runs on this machine: leave out --machine and --cost-model")
-    budgets = numbers("max_num_batched_tokens", max_num_batched_tokens, int) or BUDGETS
+    budgets = numbers("max_num_batched_tokens", max_num_batched_tokens, int)
+    seqs = numbers("max_num_seqs", max_num_seqs, int)
+    space = None
+    if place is not None:
+        space = read_space(place, budgets, tensor_parallel, meeting_time, link)
+        if measure or len(seqs) > 1:
+            raise ConfigError("--place is simulated, with one --max-num-seqs: leave out --measure and other candidates")
+    elif (link, kv_bytes_per_token, tensor_parallel, meeting_time) != (None, None, "1", 0.0):
+        raise ConfigError("--link, --kv-bytes-per-token, --tensor-parallel and --meeting-time are for --place")
     check_writable(out)
     config = EngineConfig.from_settings(settings)
     if not config.scheduler.has_targets:
@@ -83,11 +108,22 @@ def tune(
         calibration = load_or_time(config, seconds=20.0, progress=shown)
     else:
         calibration = known_calibration(config, cost_model, machine)
+    slower = replace(calibration, cost=calibration.cost.slower(1.0 + headroom))
+    if space is not None:
+        if kv_bytes_per_token is not None:
+            slower = replace(slower, kv_bytes_per_token=kv_bytes_per_token)
+        if seqs:
+            config = replace(config, scheduler=replace(config.scheduler, max_num_seqs=seqs[0]))
+        engine = SimulationConfig.of(slower, config)
+        found = find_placement(engine, make_workload, space, load, slo_attainment, requests, progress=shown)
+        if out is not None:
+            _write(out, found)
+        return
+    budgets = budgets or BUDGETS
     measured = curve(calibration, budgets)
     _print_curve(calibration, measured)
-    seqs = numbers("max_num_seqs", max_num_seqs, int) or MAX_NUM_SEQS
+    seqs = seqs or MAX_NUM_SEQS
     _print_attainable(calibration, config, max_num_seqs=max(1, *seqs), max_num_batched_tokens=max(1, *budgets))
-    slower = replace(calibration, cost=calibration.cost.slower(1.0 + headroom))
     with tqdm(desc="simulated loads", unit="load", disable=not shown) as bar:
         tuning = find(
             SimulationConfig.of(slower, config),
@@ -101,10 +137,16 @@ def tune(
     _print_candidates(tuning, measured, load)
     _print_chosen(tuning, settings, load, headroom)
     if out is not None:
-        out.write_bytes(msgspec.json.format(msgspec.json.encode({"curve": measured, "tuning": tuning}), indent=1))
-        print(f"splitfuse: results written to {out}", file=sys.stderr)
+        _write(out, {"curve": measured, "tuning": tuning})
     if measure:
         _measure(tuning, settings, make_workload, progress=shown)
+
+
+def _write(path: Path, results: Any) -> None:
+    import msgspec
+
+    path.write_bytes(msgspec.json.format(msgspec.json.encode(results), indent=1))
+    print(f"splitfuse: results written to {path}", file=sys.stderr)
 
 
 def _print_curve(calibration: Calibration, points: list[CurvePoint]) -> None:
@@ -158,12 +200,8 @@ def _print_candidates(tuning: Tuning, points: list[CurvePoint], load: WorkloadFl
     rows = [row(each) for each in tuning.max_num_seqs]
     rows += [row(each, f"{fcfs.rate:.3g}") for each, fcfs in zip(tuning.budgets, tuning.budgets_fcfs, strict=True)]
     heads = ("max-num-batched-tokens", "step ms", "tokens/s", "max-num-seqs", "SLO scheduling", "FCFS")
-    title = f"{_unit(load)}/s at {100 * tuning.attainment:.4g} % SLO attainment (* is chosen)"
+    title = f"{unit(load)}/s at {100 * tuning.attainment:.4g} % SLO attainment (* is chosen)"
     console().print(make_table(title, heads, rows))
-
-
-def _unit(load: WorkloadFlags) -> str:
-    return "requests" if load.turns is None else "conversations"
 
 
 def _print_chosen(tuning: Tuning, settings: dict[str, Any], load: WorkloadFlags, headroom: float) -> None:
@@ -174,18 +212,10 @@ def _print_chosen(tuning: Tuning, settings: dict[str, Any], load: WorkloadFlags,
     if tuning.clients:
         closed = f"or {tuning.clients} clients in a closed loop ({tuning.clients_rate:.3g} requests/s), "
     print(
-        f"sustains {tuning.rate:.3g} {_unit(load)}/s (Poisson), {closed}with {_load(load)}\n"
+        f"sustains {tuning.rate:.3g} {unit(load)}/s (Poisson), {closed}with {load_text(load)}\n"
         f"at {100 * tuning.attainment:.4g} % SLO attainment (of four times as many requests as in the table), "
         f"if steps take at most {100 * headroom:.3g} % longer than they were timed, with the same noise"
     )
-
-
-def _load(load: WorkloadFlags) -> str:
-    if load.trace is not None:
-        return f"the prompts and answers of {load.trace.name}"
-    prefix = "" if load.prefix is None else f"a shared prefix of {load.prefix} tokens and "
-    new = "turns of about" if load.turns is not None else "prompts of about"
-    return f"{prefix}{new} {load.prompt or 512:.6g} tokens and answers of {load.generate or 64:.6g}"
 
 
 def _measure(tuning: Tuning, settings: dict[str, Any], make_workload: MakeWorkload, *, progress: bool) -> None:

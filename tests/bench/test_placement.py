@@ -1,0 +1,127 @@
+"""`splitfuse tune --place`: the search finds what an exhaustive one finds, and says when not to split."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner, Result
+
+from splitfuse.bench.target import Target
+from splitfuse.bench.workload import Independent, Lengths, Workload
+from splitfuse.cli import app
+from splitfuse.config import SchedulerConfig
+from splitfuse.core.slo.cost_model import CostModel, StepFeatures
+from splitfuse.core.slo.targets import SloTargets
+from splitfuse.errors import ConfigError
+from splitfuse.runtime.calibration import Calibration
+from splitfuse.simulator.deployment import Link, Role, SimulationConfig
+from splitfuse.simulator.parallel import tensor_parallel
+from splitfuse.simulator.placement import Search, Space, placements, search
+from splitfuse.simulator.rates import PRECISION, Goal
+
+COST = CostModel(floor=0.020, per_token=0.00004, knee=64, per_token_beyond=0.0001, per_kv_token=6e-7)
+CALIBRATION = Calibration(
+    name="by hand", cost=COST, num_blocks=4000, block_size=16, max_model_len=4096, kv_bytes_per_token=1000.0
+)
+SPACE = Space(machines=2, budgets=(256, 1024), link=Link(1e9))
+LONE = COST.seconds(StepFeatures().plus(start=0, count=1000, rows=1))
+TIGHT = {"ttft": f"{1.35e3 * LONE:.0f}ms", "tpot": "24ms"}
+LOOSE = {"ttft": "2s", "tpot": "100ms"}
+
+
+def searched(
+    targets: dict[str, str], space: Space = SPACE, calibration: Calibration = CALIBRATION, **how: Any
+) -> Search:
+    def make(target: Target) -> Workload:
+        return Independent(Lengths(1000, 20, 0.1, target.room), target.vocabulary)
+
+    scheduler = SchedulerConfig(max_num_seqs=64, **targets)  # type: ignore[arg-type]
+    engine = SimulationConfig(calibration=calibration, scheduler=scheduler, enable_prefix_caching=False)
+    goal = Goal.of(SloTargets.parse(**targets), 0.9, 24)
+    return search(engine, make, space, goal, **how)
+
+
+@pytest.mark.parametrize(
+    ("targets", "splits"), [(TIGHT, True), pytest.param(LOOSE, False, marks=pytest.mark.slow)], ids=["tight", "loose"]
+)
+def test_search_finds_what_an_exhaustive_one_finds(targets: dict[str, str], splits: bool) -> None:
+    few: list[None] = []
+    many: list[None] = []
+    found = searched(targets, on_trial=lambda: few.append(None))
+    all_of_them = searched(targets, exhaustive=True, on_trial=lambda: many.append(None))
+    assert not any(each.is_bound for each in all_of_them.found)
+    assert [each.placement for each in found.found] == [each.placement for each in all_of_them.found]
+    best = max(each.rate for each in all_of_them.found)
+    assert best / PRECISION <= found.best.rate <= best * PRECISION
+    assert found.best.placement.is_split is all_of_them.best.placement.is_split is splits
+    for pruned, whole in zip(found.found, all_of_them.found, strict=True):
+        if pruned.is_bound:
+            assert whole.rate <= PRECISION * pruned.rate
+        else:
+            assert whole.rate == pytest.approx(pruned.rate, rel=PRECISION - 1)
+    assert len(few) < 0.8 * len(many), "those which are not better are given up after one load"
+
+
+def test_placements_use_all_machines() -> None:
+    space = Space(machines=4, budgets=(256,), tensor_parallel=(1, 2), link=Link(1e9))
+    found = list(placements(space))
+    for placement in found:
+        assert sum(part.engines * part.tensor_parallel for part in placement.parts) == 4
+        roles = [part.role for part in placement.parts]
+        assert roles == ([Role.PROMPT, Role.GENERATION] if placement.is_split else [Role.MIXED])
+    assert len(found) == len({str(each) for each in found}) == 4 + 6
+    assert "2 prompt over 1" not in str(found) and "1 prompt over 2 machines each, budget 256" in str(found[-1])
+    assert not any(each.is_split for each in placements(replace(space, link=None)))
+
+
+def test_tensor_parallel_divides_all_but_the_meetings() -> None:
+    two = tensor_parallel(CALIBRATION, 2, meeting_seconds=0.003)
+    step = StepFeatures().plus(start=100, count=300, rows=1)
+    assert two.cost.seconds(step) == pytest.approx(COST.seconds(step) / 2 + 0.003)
+    assert two.num_blocks == 8000
+    assert tensor_parallel(CALIBRATION, 1, meeting_seconds=0.003) is CALIBRATION
+
+
+@pytest.mark.parametrize(
+    ("make", "said"),
+    [
+        (lambda: replace(SPACE, machines=0), "--place 0 must be a number of machines from 1 to 64"),
+        (lambda: replace(SPACE, budgets=(0,)), "--max-num-batched-tokens must be positive integers, not 0"),
+        (lambda: replace(SPACE, tensor_parallel=(4,)), "--tensor-parallel 4 needs more machines than the 2"),
+        (lambda: searched(LOOSE, calibration=replace(CALIBRATION, kv_bytes_per_token=0.0)), "--kv-bytes-per-token"),
+        (lambda: searched({"ttft": "20ms"}), "no placement meets the SLO"),
+        (lambda: tensor_parallel(CALIBRATION, 2, meeting_seconds=-1.0), "--meeting-time -1.0 must be"),
+    ],
+)
+def test_impossible_search_is_rejected(make: Any, said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        make()
+
+
+def command(*arguments: str) -> Result:
+    return CliRunner().invoke(app, ["tune", "--machine", "opt-13b", "--requests", "12", "--tpot", "60ms", *arguments])
+
+
+def test_command_says_whether_to_split(tmp_path: Path) -> None:
+    out = tmp_path / "places.json"
+    flags = ["--ttft", "1s", "--prompt", "600", "--generate", "8", "--max-num-batched-tokens", "512"]
+    ended = command("--place", "2", "--link", "3e11", *flags, "--slo-attainment", "0.9", "--out", str(out))
+    assert ended.exit_code == 0, ended.output
+    assert "do not split prompts from generation: 2 mixed, budget 512" in ended.output.replace("\n", " ")
+    assert len(json.loads(out.read_text())["found"]) == 3
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--place", "2"], "--place needs --link"),
+        (["--link", "1e9"], "are for --place"),
+        (["--place", "2", "--link", "1e9", "--max-num-seqs", "8,16"], "with one --max-num-seqs"),
+        (["--place", "2", "--link", "-1"], "positive number of bytes/s, not -1"),
+    ],
+)
+def test_command_rejects_flags_that_do_not_belong_together(flags: list[str], said: str) -> None:
+    ended = command("--ttft", "1s", *flags)
+    assert ended.exit_code == 1 and said in ended.output.replace("\n", " ")
