@@ -1,0 +1,1 @@
+"""Simulates figures of papers on disaggregated serving, beside Dynamic SplitFuse on the same machines."""

@@ -1,0 +1,34 @@
+"""Simulate the figures of papers: `python -m benchmarks.papers splitwise`, or `distserve`.
+
+Results are in benchmarks/results/papers.md, sources and licences of the figures in README.md of this folder.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+
+from benchmarks.papers import distserve, splitwise
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    papers = parser.add_subparsers(dest="paper", required=True)
+    first = papers.add_parser("splitwise", help="machines for the Azure code trace")
+    first.add_argument("--machines", default=",".join(splitwise.PAPER), help="kinds of machines")
+    first.add_argument("--systems", default=",".join(splitwise.SYSTEMS), help="rows of the table")
+    second = papers.add_parser("distserve", help="requests/s for each GPU")
+    second.add_argument("--workloads", default=",".join(distserve.WORKLOADS), help="rows of the table")
+    second.add_argument("--requests", type=int, default=distserve.REQUESTS, help="requests that count at each load")
+    arguments = parser.parse_args()
+    began = time.process_time()
+    if arguments.paper == "splitwise":
+        print(splitwise.run(arguments.machines.split(","), arguments.systems.split(",")))
+    else:
+        for table in distserve.run(arguments.workloads.split(","), requests=arguments.requests):
+            print(table, end="\n\n")
+    print(f"simulated in {time.process_time() - began:.0f} s of one core")
+
+
+if __name__ == "__main__":
+    main()

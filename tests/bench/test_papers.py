@@ -1,0 +1,88 @@
+"""The published figures, and the simulations of papers that rest on them."""
+
+from statistics import mean, median
+
+import pytest
+
+from benchmarks.papers import splitwise
+from benchmarks.papers.data import BLOCK_SIZE, LARGE, distserve_engine, splitwise_times, workload
+from benchmarks.papers.distserve import WORKLOADS, split
+from splitfuse.bench.results import MeasuredRequest
+from splitfuse.core.slo.cost_model import StepFeatures
+from splitfuse.core.slo.targets import SloTargets
+from splitfuse.simulator.deployment import Role
+from splitfuse.simulator.rates import Goal, sustains
+
+
+def step(*chunks: tuple[int, int]) -> StepFeatures:
+    made = StepFeatures()
+    for start, count in chunks:
+        made = made.plus(start=start, count=count, rows=1)
+    return made
+
+
+def test_measured_points_are_met() -> None:
+    times = splitwise_times("DGX-A100")
+    assert times.seconds(step((0, 2048))) == pytest.approx((274.22 + 292.28) / 2e3), "one prompt, or four of 512"
+    assert times.seconds(step((0, 8192))) == pytest.approx((1549.82 + 2084.41) / 2e3)
+    assert times.seconds(step((511, 1))) == pytest.approx(45.03e-3)
+    assert times.seconds(step(*[(511, 1)] * 32)) == pytest.approx(53.02e-3)
+    assert times.seconds(step((0, 2047), (511, 1))) == pytest.approx(1.1 * times.seconds(step((0, 2048))))
+    assert splitwise_times("DGX-H100").seconds(step((0, 1024))) == pytest.approx((77.91 + 76.89) / 2e3)
+
+
+def test_fits_are_those_published() -> None:
+    engine = distserve_engine("DistServe", "OPT-13B", 1)
+    times, cost = engine.times, engine.times.cost_model
+    assert times.seconds(step((0, 700), (0, 300))) == pytest.approx(
+        (18.103 + 0.10191 * 1000 + 7.1223e-6 * (700**2 + 300**2)) / 1e3
+    )
+    assert times.seconds(step((699, 1), (499, 1))) == pytest.approx((19.935 + 0.00062694 * 1200 + 0.038507 * 2) / 1e3)
+    many = step(*[(99, 1)] * LARGE)
+    assert times.seconds(many) == pytest.approx((7.1662 + 0.0005798 * 100 * LARGE + 0.15831 * LARGE) / 1e3)
+    for fused in (step((0, 512)), step((512, 256), (99, 1)), step((0, 100), (700, 1), (800, 1))):
+        assert cost.seconds(fused) == pytest.approx(times.seconds(fused))
+    assert cost.seconds(step((699, 1))) <= times.seconds(step((699, 1))) < 1.15 * cost.seconds(step((699, 1)))
+    assert engine.calibration.num_blocks == 66144 // BLOCK_SIZE
+
+
+def test_lengths_have_the_published_medians_and_means() -> None:
+    code, chat, problems = (workload(name, longest=2047) for name in ("azure_code", "sharegpt", "humaneval"))
+    assert median(code.prompts) == pytest.approx(1469, rel=0.01) and median(code.answers) == 13
+    assert mean(problems.prompts) == pytest.approx(171.3, rel=0.01) and mean(problems.answers) == pytest.approx(
+        98.2, 0.01
+    )
+    assert mean(chat.prompts) == pytest.approx(687, rel=0.01)
+    for number in range(200):
+        request = chat.first("", number)
+        assert request.prompt and len(request.prompt) + request.max_tokens <= 2047
+        assert request == chat.first("", number)
+
+
+def test_lone_request_has_no_slowdown() -> None:
+    lone = splitwise_times("DGX-A100")
+    first, gap = lone.prompt_ms(1500) / 1e3, lone.decode_ms(1, 1500) / 1e3
+    record = MeasuredRequest(0, 1.0, 1500, tuple(1.0 + first + gap * number for number in range(10)))
+    assert splitwise.slowdown(record, lone) == pytest.approx((1.0, 1.0, 1.0))
+
+
+def test_splitwise_machines_are_counted() -> None:
+    """A few machines at a small rate: enough of them meet the SLOs, split or not, and too few do not."""
+    kind, requests = splitwise.Kind.of("DGX-H100"), workload("azure_code", longest=splitwise.LONGEST - 1)
+    parts = [kind.machine(role, "orca", 2048) for role in (Role.PROMPT, Role.GENERATION)]
+    met, goal = {}, splitwise.goal(splitwise_times("DGX-A100"), 100)
+    for count in (3, 12):
+        for name, make in (
+            ("mixed", splitwise.mixed(kind.machine(Role.MIXED, "orca", 2048))),
+            ("split", splitwise.split(parts[0], parts[1], count // 3)),
+        ):
+            met[name, count] = sustains(make(count), lambda _: requests, 15.0, goal)
+    assert met == {("mixed", 3): False, ("split", 3): False, ("mixed", 12): True, ("split", 12): True}
+
+
+def test_distserve_placement_has_a_rate() -> None:
+    case = WORKLOADS["chat-13b"]
+    goal, requests = Goal.of(SloTargets(ttft=case.ttft, tpot=case.tpot), 0.9, 40), workload(case.lengths, longest=2047)
+    assert split(case).gpus == 3
+    met = [sustains(split(case), lambda _: requests, 3 * per_gpu, goal) for per_gpu in (0.2, 8.0)]
+    assert met == [True, False]
