@@ -15,7 +15,7 @@ namespace SF_VARIANT {
 struct Operand {
     u32* words;
     float* scales;   // [rows], or null
-    i32* sums;       // [rows][spans]
+    i32* starts;     // [rows][spans]: -QVALUE_BIAS times the sum of x
     XGroup* groups;  // of the first part, of the others after it; of each block [groups][rows]; null if the weight has none
     i64 rows, columns, x_steps, slabs, span_steps, num_spans;
     i64 blocks;
@@ -31,26 +31,29 @@ struct Operand {
     bool scales_rows() const { return quantized && !groups; }  // as whole rows of int8
 };
 
-constexpr i64 WIDENED_BLOCKS = 4;  // from this number on it pays to widen a quantized panel, if tiles are small
-
 #ifdef SF_TILES
 constexpr i64 READ_BEYOND = BLOCK_ROWS / 2 * SLAB_STRIDE * 4;  // bytes: tiles read whole, whatever follows the rows of x
-
-// Returns whether a weight is multiplied in tiles. In groups few rows are not: a sum of whole numbers is the same without.
-SF_INLINE bool in_tiles(const Weight& w, i64 rows) {
-    if (w.format == BF16 || w.format == FP8) return true;
-    const Shape s = shape_of(w);
-    if (w.format == INT8 && s.num_groups == 1) return s.num_spans == 1;
-    return w.format != GROUPED && rows > MAX_ROWS;
-}
 #else
 constexpr i64 READ_BEYOND = 0;
-
-SF_INLINE bool in_tiles(const Weight&, i64) { return false; }
 #endif
 
-// Returns whether a panel of the weight is multiplied in parts, each with all rows, whatever their number.
-SF_INLINE bool in_parts(const Weight& w) { return w.format == GROUPED || w.format == FP8 || in_tiles(w, BLOCK_ROWS); }
+#ifdef SF_PARTS
+constexpr i64 NIBBLE_ROWS = BLOCK_ROWS == MAX_ROWS ? MAX_ROWS - 1 : MAX_ROWS;  // most that are multiplied with int4 as it is; AVX2 has no registers for more
+
+// Returns whether a panel of a row of quantized values is summed to its end as whole numbers.
+SF_INLINE bool in_whole_rows(const Weight& w, const Shape& s) { return w.format == INT8 && s.num_groups == 1 && s.num_spans == 1; }
+
+// Returns whether a panel of the weight is multiplied in parts, each with all rows. In groups few rows are not: a sum of whole
+// numbers is the same without.
+SF_INLINE bool in_parts(const Weight& w, i64 rows) {
+    if (w.format == BF16 || w.format == FP8 || w.format == GROUPED) return true;
+    const Shape s = shape_of(w);
+    if (w.format == INT4) return rows > NIBBLE_ROWS;
+    return s.num_groups == 1 ? in_whole_rows(w, s) : rows > MAX_ROWS;
+}
+#else
+SF_INLINE bool in_parts(const Weight& w, i64) { return w.format == GROUPED || w.format == FP8; }
+#endif
 
 // Returns the bytes that the operand of `rows` rows for this weight needs.
 SF_INLINE i64 operand_bytes(const Weight& w, i64 rows) {
@@ -78,7 +81,9 @@ SF_INLINE Operand make_operand(const Weight& w, i64 rows, u8* memory, float* sum
     x.slabs = ceil_div(s.x_steps, SLAB_STEPS);
     x.span_steps = s.span_steps;
     x.num_spans = s.num_spans;
-    x.block_rows = in_tiles(w, rows) ? BLOCK_ROWS : 0;
+#ifdef SF_TILES
+    x.block_rows = w.format != GROUPED && in_parts(w, rows) ? BLOCK_ROWS : 0;
+#endif
     x.blocks = ceil_div(rows, x.block_rows ? x.block_rows : MAX_ROWS);
     x.quantized = w.format != BF16 && w.format != FP8;
     x.weight = &w;
@@ -89,9 +94,9 @@ SF_INLINE Operand make_operand(const Weight& w, i64 rows, u8* memory, float* sum
         x.groups = reinterpret_cast<XGroup*>(memory);
     } else {
         x.scales = reinterpret_cast<float*>(memory);
-        x.sums = reinterpret_cast<i32*>(memory + align_up(rows * 4));
+        x.starts = reinterpret_cast<i32*>(memory + align_up(rows * 4));
     }
-    x.sums_of_panel = in_parts(w) || (x.quantized && x.blocks >= WIDENED_BLOCKS) ? sums : nullptr;
+    x.sums_of_panel = in_parts(w, rows) ? sums : nullptr;
     return x;
 }
 
@@ -181,9 +186,9 @@ SF_INLINE void put_row(const Operand& x, i64 row, const u16* values) {
         inverse = most > 0.0f ? 127.0f / most : most;  // NaN stays NaN in the scale
     }
     i64 span = x.span_steps * 4;
-    i32* sums = x.quantized ? x.sums + row * x.num_spans : nullptr;
+    i32* starts = x.quantized ? x.starts + row * x.num_spans : nullptr;
     const bool several = x.num_spans > 1;  // of which each lies in one slab; a single one may have several slabs
-    if (x.quantized) *sums = 0;
+    if (x.quantized) *starts = 0;
     for (i64 slab = 0; slab < x.slabs; ++slab, place += rows * SLAB_STRIDE) {
         i64 first = slab * slab_columns;
         i64 count = x.columns - first < slab_columns ? x.columns - first : slab_columns;
@@ -199,9 +204,9 @@ SF_INLINE void put_row(const Operand& x, i64 row, const u16* values) {
 #else
         i8 qvalues[SLAB_STEPS * 4];
 #endif
-        for (i64 k = 0; k < count; k += span, sums += several) {
-            const i32 sum = quantize(values + first + k, count - k < span ? count - k : span, inverse, qvalues + k);
-            *sums = several ? sum : *sums + sum;
+        for (i64 k = 0; k < count; k += span, starts += several) {
+            const i32 start = -QVALUE_BIAS * quantize(values + first + k, count - k < span ? count - k : span, inverse, qvalues + k);
+            *starts = several ? start : *starts + start;
         }
 #ifdef SF_BYTE_DOTS
         std::memset(qvalues + count, 0, padded - count);
@@ -219,9 +224,9 @@ SF_INLINE void shrink_row(const Adapted& adapted, const Operand& x, i64 row, con
     if (!x.scales_rows()) return shrink_bf16(*w, values, x.columns, adapted.row(row));
     const i64 block = x.block_of(row), begin = x.block_begin(block), slab_words = (x.block_begin(block + 1) - begin) * SLAB_STRIDE;
     const u32* words = x.block_words(block) + (row - begin) * SLAB_STRIDE;
-    i32 sum = 0;
-    for (i64 span = 0; span < x.num_spans; ++span) sum += x.sums[row * x.num_spans + span];
-    shrink_qvalues(*w, words, slab_words, x.x_steps, sum, x.scales[row], adapted.row(row));
+    i32 start = 0;
+    for (i64 span = 0; span < x.num_spans; ++span) start += x.starts[row * x.num_spans + span];
+    shrink_qvalues(*w, words, slab_words, x.x_steps, start, x.scales[row], adapted.row(row));
 }
 
 SF_INLINE Floats activate(Floats gate, i32 kind) {
@@ -353,7 +358,7 @@ SF_INLINE void multiply_panel(const Operand& x, const Weight& w, const Shape& s,
     int rows = static_cast<int>(x.block_begin(block + 1) - begin);
     const u8* data = w.data + panel * s.panel_bytes;
     const u32* words = x.block_words(block);
-    if (w.format == BF16) {  // with tiles it does not come here
+    if (w.format == BF16) {  // where panels are multiplied in parts it does not come here
         multiply(rows, words, Segments{&data, &prefetch.from, static_cast<int>(s.x_steps), s.x_steps, STEP_BYTES, prefetch.stride}, tile, PANEL);
     } else {
         const bool whole_rows = s.num_groups == 1;
@@ -371,7 +376,7 @@ SF_INLINE void multiply_panel(const Operand& x, const Weight& w, const Shape& s,
             i64 x_steps = std::min(s.span_steps, in_slab), num_spans = in_slab / x_steps, span = at / s.span_steps;
             i64 steps = num_spans * x_steps / (w.format == INT4 ? 2 : 1);
             const u32* place = words + at / SLAB_STEPS * rows * SLAB_STRIDE + at % SLAB_STEPS;
-            Spans spans{place, data, scales, w.qvalues, num_spans, x_steps, x.sums + begin * s.num_spans + span, s.num_spans, {from, stride}, at > 0};
+            Spans spans{place, data, scales, w.qvalues, num_spans, x_steps, x.starts + begin * s.num_spans + span, s.num_spans, {from, stride}, at > 0};
             if (w.format == INT8) multiply<8>(rows, spans, tile);
             else multiply<4>(rows, spans, tile);
             data += steps * STEP_BYTES + (whole_rows ? 0 : num_spans * SCALE_BYTES);
@@ -381,37 +386,6 @@ SF_INLINE void multiply_panel(const Operand& x, const Weight& w, const Shape& s,
     }
     put_tile(x, w, panel, block, tile, out);
 }
-
-#ifndef SF_BYTE_DOTS
-// Multiplies one quantized panel with the blocks `first` to last - 1. Each span is widened once and multiplied with all of
-// them while it lies in the first cache. The first block prefetches what lies PREFETCH_BYTES ahead.
-SF_INLINE void multiply_widened_panel(const Operand& x, const Weight& w, const Shape& s, i64 panel, i64 first, i64 last, const Output& out) {
-    alignas(64) u8 wide[SPAN_STEPS * 2 * STEP_BYTES];
-    const Packed table = load_qvalues(w.qvalues);
-    const u8* data = w.data + panel * s.panel_bytes;
-    const u16* scales = nullptr;
-    const i64 bytes = w.format == INT4 ? STEP_BYTES / 2 : STEP_BYTES;  // of the panel for a word of x
-    auto tile_of = [&](i64 block) { return x.sums_of_panel + (x.block_begin(block) - x.block_begin(first)) * PANEL; };
-    for (i64 span = 0; span < s.num_spans; ++span) {
-        const i64 at = span * s.span_steps, x_steps = std::min(s.span_steps, s.x_steps - at);
-        if (at % s.group_steps == 0) {
-            scales = reinterpret_cast<const u16*>(data);
-            data += SCALE_BYTES;
-        }
-        widen_span(w, table, data, x_steps, wide);
-        Prefetch prefetch{data + PREFETCH_BYTES, bytes};
-        for (i64 block = first; block < last; ++block, prefetch.stride = 0) {
-            const i64 begin = x.block_begin(block);
-            const int rows = static_cast<int>(x.block_begin(block + 1) - begin);
-            const u32* place = x.block_words(block) + at / SLAB_STEPS * rows * SLAB_STRIDE + at % SLAB_STEPS;
-            const i32* sums = x.sums + begin * s.num_spans + span;
-            multiply_widened(rows, Spans{place, wide, scales, nullptr, 1, x_steps, sums, s.num_spans, prefetch, at > 0}, tile_of(block));
-        }
-        data += x_steps * bytes;
-    }
-    for (i64 block = first; block < last; ++block) put_tile(x, w, panel, block, tile_of(block), out);
-}
-#endif
 
 // Returns what is prefetched while a part of a panel is multiplied: what lies PREFETCH_BYTES ahead, in the next one too.
 SF_INLINE Prefetch prefetch_ahead(const u8* data, const u8* end, const u8* next, i64 stride) {
@@ -479,7 +453,7 @@ SF_INLINE void multiply_fp8_panel(const Operand& x, const Weight& w, const Shape
     });
 }
 
-#ifdef SF_TILES
+#ifdef SF_PARTS
 // Widens quantized values of a panel of int4: words of eight nibbles to two of four bytes.
 SF_INLINE void widen_nibbles(Packed table, const u8* words, i64 bytes, u8* out) {
     for (const u8* end = words + bytes; words < end; words += STEP_BYTES, out += 2 * STEP_BYTES)
@@ -491,10 +465,20 @@ SF_INLINE void widen_nibbles(Packed table, const u8* words, i64 bytes, u8* out) 
 }
 
 // Takes a row's whole sums of quantized values + QVALUE_BIAS, in place, to weights.
-SF_INLINE void scale_sums(const u16* scales, i32 sum_of_x, float* sums) {
-    const Ints start = broadcast(-QVALUE_BIAS * sum_of_x);
+SF_INLINE void scale_sums(const u16* scales, i32 first, float* sums) {
+    const Ints start = broadcast(first);
     for (int at = 0; at < PANEL; at += LANES)
         store(sums + at, to_floats(load_ints(reinterpret_cast<const i32*>(sums + at)) + start) * load_bf16(scales + at));
+}
+
+// Divides what is prefetched while a part of a panel is multiplied with `blocks` blocks of rows: each takes as much, but with the
+// large blocks of AMX the first takes all.
+SF_INLINE Prefetch share_of_block(const Prefetch& all, i64 blocks) {
+    return {all.from, BLOCK_ROWS == MAX_ROWS ? all.stride / blocks : all.stride};
+}
+SF_INLINE void to_next_block(Prefetch& prefetch, i64 steps) {
+    if constexpr (BLOCK_ROWS == MAX_ROWS) prefetch.from += steps * prefetch.stride;
+    else prefetch.stride = 0;
 }
 
 // Calls body(rows, words, begin, tile) for each of the blocks `first` to last - 1: its words of x from `at` on, its first row,
@@ -504,56 +488,56 @@ SF_INLINE void each_block(const Operand& x, i64 first, i64 last, i64 at, Body bo
     for (i64 block = first; block < last; ++block) {
         const i64 begin = x.block_begin(block);
         const int rows = static_cast<int>(x.block_begin(block + 1) - begin);
-        const u32* words = x.block_words(block) + at / SLAB_STEPS * rows * SLAB_STRIDE + at % SLAB_STEPS;
+        const u32* words = x.block_words(block) + at / SLAB_STEPS * rows * SLAB_STRIDE + at % SLAB_STEPS * (x.quantized ? 1 : PAIR_WORDS);
         body(rows, words, begin, x.sums_of_panel + (begin - x.block_begin(first)) * PANEL);
     }
 }
 
-// Multiplies one panel in bf16, or of whole rows in int8, with the blocks `first` to last - 1 in tiles: a part of the panel
+// Multiplies one panel in bf16, or of whole rows in int8, with the blocks `first` to last - 1: a part of the panel
 // with all of them while it lies in the first cache, or at once if there is one block.
-SF_INLINE void multiply_rows_in_tiles(const Operand& x, const Weight& w, const Shape& s, i64 panel, i64 first, i64 last, const u8* next,
+SF_INLINE void multiply_rows_in_parts(const Operand& x, const Weight& w, const Shape& s, i64 panel, i64 first, i64 last, const u8* next,
                                       const Output& out) {
     const u8 *data = w.data + panel * s.panel_bytes, *end = data + s.panel_bytes;
     const u16* scales = reinterpret_cast<const u16*>(data);
     if (x.quantized) data += SCALE_BYTES;
-    const i64 most = last == first + 1 ? s.x_steps : TILED_STEPS;
+    const i64 most = last == first + 1 ? s.x_steps : PART_STEPS;
     for (i64 at = 0; at < s.x_steps; at += most, data += most * STEP_BYTES) {
         const i64 steps = std::min(most, s.x_steps - at);
-        Prefetch prefetch = prefetch_ahead(data, end, next, STEP_BYTES);
+        Prefetch prefetch = share_of_block(prefetch_ahead(data, end, next, STEP_BYTES), last - first);
         each_block(x, first, last, at, [&](int rows, const u32* words, i64, float* tile) {
             const Segments run{&data, &prefetch.from, static_cast<int>(steps), steps, STEP_BYTES, prefetch.stride};
             if (x.quantized) multiply_run<Dot::QVALUES>(rows, words, run, at > 0, tile);
             else multiply_run<Dot::BF16>(rows, words, run, at > 0, tile);
-            prefetch.stride = 0;
+            to_next_block(prefetch, steps);
         });
     }
     each_block(x, first, last, 0, [&](int rows, const u32*, i64 begin, float* tile) {
-        for (int row = 0; row < rows && x.quantized; ++row) scale_sums(scales, x.sums[begin + row], tile + row * PANEL);
+        for (int row = 0; row < rows && x.quantized; ++row) scale_sums(scales, x.starts[begin + row], tile + row * PANEL);
         put_tile(x, w, panel, x.block_of(begin), tile, out);
     });
 }
 
 // Does the same for a quantized panel in groups. Spans of int4 become bytes in the first cache.
-SF_INLINE void multiply_groups_in_tiles(const Operand& x, const Weight& w, const Shape& s, i64 panel, i64 first, i64 last, const u8* next,
+SF_INLINE void multiply_groups_in_parts(const Operand& x, const Weight& w, const Shape& s, i64 panel, i64 first, i64 last, const u8* next,
                                         const Output& out) {
-    alignas(64) u8 widened[TILED_STEPS * STEP_BYTES];
+    alignas(64) u8 widened[GROUPS_PART_STEPS * STEP_BYTES];
     const Packed table = load_qvalues(w.qvalues);
     const u8 *data = w.data + panel * s.panel_bytes, *end = data + s.panel_bytes;
     for (i64 at = 0; at < s.x_steps;) {
-        const i64 left = std::min(TILED_STEPS, s.x_steps - at), x_steps = std::min(s.span_steps, left), count = left / x_steps;
+        const i64 left = std::min(GROUPS_PART_STEPS, s.x_steps - at), x_steps = std::min(s.span_steps, left), count = left / x_steps;
         const i64 bytes = x_steps * STEP_BYTES / (w.format == INT4 ? 2 : 1), stride = SCALE_BYTES + bytes;
-        TileSpans spans{nullptr, data + SCALE_BYTES, data, stride, stride, count, x_steps, nullptr, s.num_spans, {}, at > 0};
+        ByteSpans spans{nullptr, data + SCALE_BYTES, data, stride, stride, count, x_steps, nullptr, s.num_spans, {}, at > 0};
         if (w.format == INT4) {
             for (i64 i = 0; i < count; ++i) widen_nibbles(table, spans.weights + i * stride, bytes, widened + i * x_steps * STEP_BYTES);
             spans.weights = widened;
             spans.weights_stride = x_steps * STEP_BYTES;
         }
-        spans.prefetch = prefetch_ahead(data, end, next, ceil_div(stride, x_steps));
+        spans.prefetch = share_of_block(prefetch_ahead(data, end, next, ceil_div(stride, x_steps)), last - first);
         each_block(x, first, last, at, [&](int rows, const u32* words, i64 begin, float* tile) {
             spans.x = words;
-            spans.sums = x.sums + begin * s.num_spans + at / s.span_steps;
+            spans.starts = x.starts + begin * s.num_spans + at / s.span_steps;
             multiply(rows, spans, tile);
-            spans.prefetch.stride = 0;
+            to_next_block(spans.prefetch, count * x_steps);
         });
         data += count * stride;
         at += count * x_steps;
@@ -568,16 +552,10 @@ SF_INLINE void multiply_panel_by_all(const Operand& x, const Weight& w, const Sh
                                      bool cold, const Output& out) {
     if (w.format == GROUPED) return multiply_grouped_panel(x, w, s, panel, first, last, next, out);
     if (w.format == FP8) return multiply_fp8_panel(x, w, s, panel, first, last, next, out);
-#ifdef SF_TILES
-    if (x.block_rows) {
-        if (w.format != INT4 && s.num_groups <= 1) multiply_rows_in_tiles(x, w, s, panel, first, last, next, out);
-        else multiply_groups_in_tiles(x, w, s, panel, first, last, next, out);
-        return;
-    }
-#endif
-#ifndef SF_BYTE_DOTS
+#ifdef SF_PARTS
     if (x.sums_of_panel) {
-        multiply_widened_panel(x, w, s, panel, first, last, out);
+        if (w.format == BF16 || in_whole_rows(w, s)) multiply_rows_in_parts(x, w, s, panel, first, last, next, out);
+        else multiply_groups_in_parts(x, w, s, panel, first, last, next, out);
         return;
     }
 #endif

@@ -85,9 +85,9 @@ SF_INLINE Ints add_columns(Ints totals, const u8* a, const u32* x) {
 #endif
 }
 
-// Computes the same of a quantized x: `steps` words in slabs, each `slab_words` after the last, with the sum of its values.
-// `scale` is that of x.
-inline void shrink_qvalues(const LoraWeight& w, const u32* x, i64 slab_words, i64 steps, i32 sum, float scale, float* out) {
+// Computes the same of a quantized x: `steps` words in slabs, each `slab_words` after the last. `start` is -QVALUE_BIAS
+// times the sum of its values, `scale` that of x.
+inline void shrink_qvalues(const LoraWeight& w, const u32* x, i64 slab_words, i64 steps, i32 start, float scale, float* out) {
     constexpr i64 BYTES = RANKS * 8;
     const u8* a = static_cast<const u8*>(w.a);
     float most = 0.0f, poison = 0.0f;
@@ -108,7 +108,7 @@ inline void shrink_qvalues(const LoraWeight& w, const u32* x, i64 slab_words, i6
         i32 lanes[LANES];
         std::memcpy(lanes, &totals, sizeof lanes);
         for (int j = 0; j < RANKS; ++j) {
-            const float value = static_cast<float>(lanes[2 * j] + lanes[2 * j + 1] - QVALUE_BIAS * sum) * scale * w.scales[rank + j];
+            const float value = static_cast<float>(lanes[2 * j] + lanes[2 * j + 1] + start) * scale * w.scales[rank + j];
             most = std::max(most, std::fabs(value));
             poison += value * 0.0f;  // NaN if a value is no number or infinite
             out[rank + j] = value;

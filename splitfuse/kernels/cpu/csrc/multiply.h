@@ -7,6 +7,7 @@
 #pragma once
 
 #include <algorithm>
+#include <type_traits>
 #include <utility>
 
 #include "vector.h"
@@ -22,10 +23,15 @@ constexpr int PAIR_WORDS = sizeof(Element) / 2;  // of x for a step in bf16
 constexpr int SLAB_STRIDE = SLAB_STEPS * PAIR_WORDS + 16;  // words from row to row; no power of two: rows share no cache set
 constexpr int RUN_STEPS = 64;             // steps after which the halves of a panel alternate
 constexpr int SPAN_STEPS = WIDE_ROWS == MAX_ROWS ? SLAB_STEPS : RUN_STEPS;  // most words of x that are summed as whole numbers
-#ifdef SF_TILES
+#ifdef SF_PARTS
 constexpr i64 ROW_STEPS = 1 << 14;        // the same of a row whose columns all share a scale: 2^31 is more than their sum
 #else
 constexpr i64 ROW_STEPS = SPAN_STEPS;
+#endif
+#ifdef SF_PARTS
+// Words of x for a part of a panel that all blocks of rows multiply in turn. No longer than what is prefetched ahead.
+constexpr i64 PART_STEPS = SLAB_STEPS / 2;
+constexpr i64 GROUPS_PART_STEPS = BLOCK_ROWS == MAX_ROWS ? RUN_STEPS : PART_STEPS;  // the same of quantized values in groups
 #endif
 constexpr int PREFETCH_BYTES = 128 * STEP_BYTES;   // how far ahead of use weights are prefetched that come from memory
 
@@ -33,7 +39,7 @@ constexpr int PREFETCH_BYTES = 128 * STEP_BYTES;   // how far ahead of use weigh
 #define SF_LEAF static __attribute__((noinline, aligned(64)))
 
 // Vectors of columns in a tile: a panel, or half of a panel, whose halves are then multiplied one after the other.
-constexpr int width_of(int rows) { return rows <= WIDE_ROWS ? 2 : 1; }
+constexpr int width_of(int rows, Dot dot = Dot::QVALUES) { return rows <= (dot == Dot::BF16 ? WIDE_BF16_ROWS : WIDE_ROWS) ? 2 : 1; }
 
 // What to prefetch while a tile is multiplied: at every step as many lines as it is vectors wide, from addresses that
 // advance by `stride` bytes.
@@ -90,6 +96,9 @@ SF_INLINE void add_qvalues(Ints (&acc)[WIDTH], const Packed (&qvalues)[WIDTH], P
 
 template <int ROWS, int WIDTH, int... R>
 SF_INLINE void bf16_step(Floats (&acc)[ROWS][WIDTH], const u8* weights, const u32* x, std::integer_sequence<int, R...>) {
+#ifndef SF_AVX512
+    if constexpr (ROWS == 3 && WIDTH == 2) return add_three_rows(acc, weights, x, SLAB_STRIDE);
+#endif
     Packed words[WIDTH];
     for (int v = 0; v < WIDTH; ++v) words[v] = load_packed(weights + v * VECTOR_BYTES);
 #ifdef SF_BF16_DOTS
@@ -103,34 +112,61 @@ SF_INLINE void bf16_step(Floats (&acc)[ROWS][WIDTH], const u8* weights, const u3
 #endif
 }
 
-template <int WIDTH>
-SF_INLINE void store_row(const Floats (&acc)[WIDTH], float* out) {
+template <class Sum, int WIDTH>
+SF_INLINE void store_row(const Sum (&acc)[WIDTH], float* out) {
     store(out, acc[0]);
     if constexpr (WIDTH == 2) store(out + LANES, acc[1]);
 }
-template <int ROWS, int WIDTH, int... R>
-SF_INLINE void store_tile(const Floats (&acc)[ROWS][WIDTH], float* out, i64 stride, std::integer_sequence<int, R...>) {
+template <class Sum, int ROWS, int WIDTH, int... R>
+SF_INLINE void store_tile(const Sum (&acc)[ROWS][WIDTH], float* out, i64 stride, std::integer_sequence<int, R...>) {
     (store_row(acc[R], out + R * stride), ...);
 }
 
-template <int ROWS, int... R>
-SF_INLINE void load_tile(Floats (&acc)[ROWS][1], const float* out, i64 stride, std::integer_sequence<int, R...>) {
-    ((acc[R][0] = load(out + R * stride)), ...);
+template <int ROWS, int WIDTH, int... R>
+SF_INLINE void load_tile(Floats (&acc)[ROWS][WIDTH], const float* out, i64 stride, std::integer_sequence<int, R...>) {
+    ((acc[R][0] = load(out + R * stride), acc[R][WIDTH - 1] = load(out + R * stride + (WIDTH - 1) * LANES)), ...);
 }
-
+template <int ROWS, int WIDTH, int... R>
+SF_INLINE void load_tile(Ints (&acc)[ROWS][WIDTH], const float* out, i64 stride, std::integer_sequence<int, R...>) {
+    auto at = [&](i64 column) { return reinterpret_cast<const i32*>(out + column); };
+    ((acc[R][0] = load_ints(at(R * stride)), acc[R][WIDTH - 1] = load_ints(at(R * stride + (WIDTH - 1) * LANES))), ...);
+}
 template <int ROWS, int WIDTH, int... R>
 SF_INLINE void clear(Floats (&acc)[ROWS][WIDTH], std::integer_sequence<int, R...>) {
     ((acc[R][0] = broadcast(0.0f), acc[R][WIDTH - 1] = acc[R][0]), ...);
 }
+template <int ROWS, int WIDTH, int... R>
+SF_INLINE void clear(Ints (&acc)[ROWS][WIDTH], std::integer_sequence<int, R...>) {
+    ((acc[R][0] = broadcast(0), acc[R][WIDTH - 1] = acc[R][0]), ...);
+}
 
 #ifndef SF_TILES
-// Computes out[r][0..31] = sum over K of x[r][k] * weights[k][0..31], all bf16, summed in fp32.
-template <int ROWS>
-SF_LEAF void multiply_bf16(const u32* x, const Segments& segments, float* out, i64 out_stride) {
+template <Dot DOT>
+using SumOf = std::conditional_t<DOT == Dot::BF16, Floats, Ints>;
+template <Dot DOT>
+constexpr int WORDS_OF = DOT == Dot::BF16 ? PAIR_WORDS : 1;  // of x for a step
+
+template <Dot DOT, class Sum, int ROWS, int WIDTH, int... R>
+SF_INLINE void add_step(Sum (&acc)[ROWS][WIDTH], const u8* weights, const u32* x, std::integer_sequence<int, R...> rows) {
+    if constexpr (DOT == Dot::BF16) {
+        bf16_step(acc, weights, x, rows);
+    } else {
+        Packed words[WIDTH];
+        for (int v = 0; v < WIDTH; ++v) words[v] = load_packed(weights + v * VECTOR_BYTES);
+        qvalues_step(acc, words, x, rows);
+    }
+}
+
+// Computes out[r][0..31] = or += sum over K of x[r][k] * weights[k][0..31]: bf16 summed in fp32, or quantized values + QVALUE_BIAS
+// summed in int32.
+template <Dot DOT, int ROWS, bool ADDS = false>
+SF_LEAF void multiply_wide(const u32* x, const Segments& segments, float* out, i64 out_stride) {
     constexpr auto rows = std::make_integer_sequence<int, ROWS>{};
+    constexpr int WORDS = WORDS_OF<DOT>;
     const i64 stride = segments.stride;
-    Floats acc[ROWS][2];
-    clear(acc, rows);
+    SumOf<DOT> acc[ROWS][2];
+    if constexpr (ADDS) load_tile(acc, out, out_stride, rows);
+    else clear(acc, rows);
     i64 in_slab = 0, segment = 0;
     for (i64 left = segments.total; left > 0; ++segment) {
         const u8* weights = segments.starts[segment];
@@ -141,12 +177,12 @@ SF_LEAF void multiply_bf16(const u32* x, const Segments& segments, float* out, i
             i64 run = SLAB_STEPS - in_slab < here ? SLAB_STEPS - in_slab : here;
             here -= run;
             in_slab += run;
-            for (const u32* end = x + run * PAIR_WORDS; x < end; x += PAIR_WORDS, weights += stride) {
+            for (const u32* end = x + run * WORDS; x < end; x += WORDS, weights += stride) {
                 prefetch_step<2>(prefetch);
-                bf16_step(acc, weights, x, rows);
+                add_step<DOT>(acc, weights, x, rows);
             }
             if (in_slab == SLAB_STEPS) {
-                x += ROWS * SLAB_STRIDE - SLAB_STEPS * PAIR_WORDS;
+                x += ROWS * SLAB_STRIDE - SLAB_STEPS * WORDS;
                 in_slab = 0;
             }
         }
@@ -154,51 +190,11 @@ SF_LEAF void multiply_bf16(const u32* x, const Segments& segments, float* out, i
     store_tile(acc, out, out_stride, rows);
 }
 
-// Computes the same in tiles half as wide, for more rows than the registers of AVX2 hold sums of a panel for. The halves
-// alternate in runs that stay in the first cache; their sums wait in `out`.
-template <int ROWS>
-SF_LEAF void multiply_bf16_halves(const u32* x, const Segments& segments, float* out, i64 out_stride) {
-    constexpr auto rows = std::make_integer_sequence<int, ROWS>{};
-    i64 in_slab = 0, segment = 0;
-    bool first = true;
-    for (i64 left = segments.total; left > 0; ++segment) {
-        const u8* weights = segments.starts[segment];
-        const u8* from = segments.prefetches[segment];
-        i64 here = std::min<i64>(left, segments.steps);
-        left -= here;
-        while (here > 0) {
-            const i64 run = std::min(std::min<i64>(RUN_STEPS, SLAB_STEPS - in_slab), here);
-            for (int half = 0; half < 2; ++half) {
-                Prefetch prefetch = half_of(Prefetch{from, segments.prefetch_stride}, run, half);
-                const u8* at = weights + half * VECTOR_BYTES;
-                Floats acc[ROWS][1];
-                if (first) clear(acc, rows);
-                else load_tile(acc, out + half * LANES, out_stride, rows);
-                for (const u32 *place = x, *end = x + run * PAIR_WORDS; place < end; place += PAIR_WORDS, at += segments.stride) {
-                    prefetch_step<1>(prefetch);
-                    bf16_step(acc, at, place, rows);
-                }
-                store_tile(acc, out + half * LANES, out_stride, rows);
-            }
-            first = false;
-            weights += run * segments.stride;
-            from += run * segments.prefetch_stride;
-            x += run * PAIR_WORDS;
-            here -= run;
-            in_slab += run;
-            if (in_slab == SLAB_STEPS) {
-                x += ROWS * SLAB_STRIDE - SLAB_STEPS * PAIR_WORDS;
-                in_slab = 0;
-            }
-        }
-    }
-}
-
 // Computes the same for each segment by itself: out[r][32 s ..] for segment s. All have the same steps, of one slab.
 template <int ROWS>
 SF_LEAF void multiply_bf16_each(const u32* x, const Segments& segments, float* out, i64 out_stride) {
     constexpr auto rows = std::make_integer_sequence<int, ROWS>{};
-    constexpr int WIDTH = width_of(ROWS);
+    constexpr int WIDTH = width_of(ROWS, Dot::BF16);
     const i64 count = segments.total / segments.steps;
     for (i64 segment = 0; segment < count; ++segment) {
         for (int part = 0; part < 2; part += WIDTH, out += WIDTH * LANES) {
@@ -280,21 +276,41 @@ struct Spans {
     const u8* qvalues;      // int4: the 16 quantized values, + 128
     i64 count;
     i64 x_steps;           // of each
-    const i32* sums;       // [rows, sums_stride]: the sum of each span of x
-    i64 sums_stride;
+    const i32* starts;     // [rows, starts_stride]: of each span -QVALUE_BIAS times the sum of x
+    i64 starts_stride;
     Prefetch prefetch;
     bool adds;             // to the sums of earlier spans in the tile; the first span does not
 };
 
+#ifdef SF_PARTS
+// Spans of a quantized panel whose quantized values lie there as bytes, and x that lies in one slab. See Spans.
+struct ByteSpans {
+    const u32* x;
+    const u8* weights;
+    const u8* scales;      // of the first span: 32 bf16
+    i64 weights_stride;    // bytes from span to span
+    i64 scales_stride;     // 0: all spans share theirs
+    i64 count;
+    i64 x_steps;
+    const i32* starts;
+    i64 starts_stride;
+    Prefetch prefetch;
+    bool adds;
+};
+#endif
+
 template <int ROWS, int WIDTH, int... R>
-SF_INLINE void start_span(Ints (&acc)[ROWS][WIDTH], const i32* sums, i64 stride, std::integer_sequence<int, R...>) {
-    ((acc[R][0] = broadcast(-QVALUE_BIAS * sums[R * stride]), acc[R][WIDTH - 1] = acc[R][0]), ...);
+SF_INLINE void start_span(Ints (&acc)[ROWS][WIDTH], const i32* starts, i64 stride, std::integer_sequence<int, R...>) {
+    ((acc[R][0] = broadcast(starts[R * stride]), acc[R][WIDTH - 1] = acc[R][0]), ...);
 }
 
 // Adds to each row its word of x times a vector or two of quantized values.
 template <int ROWS, int WIDTH, int... R>
 SF_INLINE void add_qvalues_of_rows(Ints (&acc)[ROWS][WIDTH], const Packed (&qvalues)[WIDTH], const u32* x,
                                   std::integer_sequence<int, R...>) {
+#ifndef SF_AVX512
+    if constexpr (WIDTH == 1) return void(((acc[R][0] = dot_qvalues(acc[R][0], qvalues[0], x[R * SLAB_STRIDE])), ...));
+#endif
     (add_qvalues(acc[R], qvalues, broadcast_packed(x[R * SLAB_STRIDE])), ...);
 }
 
@@ -351,7 +367,7 @@ SF_LEAF void multiply_qvalues(const Spans& spans, float* out) {
             const u8* at = weights + part * VECTOR_BYTES;
             Prefetch lines = WIDTH == 2 ? prefetch : half_of(prefetch, steps, part);
             Ints acc[ROWS][WIDTH];
-            start_span(acc, spans.sums + span, spans.sums_stride, rows);
+            start_span(acc, spans.starts + span, spans.starts_stride, rows);
             for (const u32 *place = x, *end = x + spans.x_steps; place < end; at += STEP_BYTES) {
                 prefetch_step<WIDTH>(lines);
                 Packed words[WIDTH], qvalues[WIDTH];
@@ -376,28 +392,6 @@ SF_LEAF void multiply_qvalues(const Spans& spans, float* out) {
         prefetch.from += steps * prefetch.stride;
     }
 }
-
-#ifndef SF_BYTE_DOTS
-// Computes the same for one span that was widened, in tiles half as wide. `weights` are 16 bits a quantized value: for each
-// half of the panel [x_steps][even, odd][16 columns] words of two of them.
-template <int ROWS>
-SF_LEAF void multiply_widened(const Spans& spans, float* out) {
-    constexpr auto rows = std::make_integer_sequence<int, ROWS>{};
-    const u8* weights = spans.weights;
-    for (int half = 0; half < 2; ++half, out += LANES) {
-        Prefetch prefetch = half_of(spans.prefetch, spans.x_steps, half);
-        Ints acc[ROWS][1];
-        start_span(acc, spans.sums, spans.sums_stride, rows);
-        for (const u32 *x = spans.x, *end = x + spans.x_steps; x < end; ++x, weights += 2 * VECTOR_BYTES) {
-            prefetch_step<1>(prefetch);
-            add_qvalues_of_rows(acc, {load_packed(weights)}, x, rows);
-            add_qvalues_of_rows(acc, {load_packed(weights + VECTOR_BYTES)}, x + SLAB_STEPS, rows);
-        }
-        if (spans.adds) end_span<true>(acc, spans.scales + half * LANES, out, rows);
-        else end_span<false>(acc, spans.scales + half * LANES, out, rows);
-    }
-}
-#endif
 
 // What a weight in groups must know of a group of a row of x.
 struct XGroup {
@@ -521,7 +515,7 @@ SF_LEAF void multiply_fp8(const Fp8Run& run, float* out) {
         put_fp8_rows<0>(a, b, load(run.scales), out, rows);
         put_fp8_rows<1>(a, b, load(run.scales + LANES), out + LANES, rows);
     } else {
-        constexpr int WIDTH = width_of(ROWS);
+        constexpr int WIDTH = width_of(ROWS, Dot::BF16);
         alignas(64) float first[ROWS * PANEL];
         for (int part = 0; part < 2; part += WIDTH) {
             const u8* weights = run.weights + part * VECTOR_BYTES;
@@ -550,16 +544,6 @@ using MultiplyBf16 = void (*)(const u32*, const Segments&, float*, i64);
 
 constexpr auto FEW = std::make_integer_sequence<int, FEW_ROWS>{};
 
-template <int ROWS>
-constexpr MultiplyBf16 multiply_bf16_of() {
-    if constexpr (width_of(ROWS) == 2) return multiply_bf16<ROWS>;
-    else return multiply_bf16_halves<ROWS>;
-}
-template <int... R>
-SF_INLINE MultiplyBf16 choose_bf16(int rows, std::integer_sequence<int, R...>) {
-    static constexpr MultiplyBf16 table[] = {multiply_bf16_of<R + 1>()...};
-    return table[rows - 1];
-}
 template <int... R>
 SF_INLINE MultiplyBf16 choose_two(int rows, std::integer_sequence<int, R...>) {
     static constexpr MultiplyBf16 table[] = {multiply_bf16_two<R + 1>...};
@@ -572,9 +556,16 @@ SF_INLINE MultiplyBf16 choose_each(int rows, std::integer_sequence<int, R...>, s
     return rows <= FEW_ROWS ? of_two[rows - 1] : of_one[rows - 1 - FEW_ROWS];
 }
 
+#ifdef SF_AVX512
+template <int... R>
+SF_INLINE MultiplyBf16 choose_bf16(int rows, std::integer_sequence<int, R...>) {
+    static constexpr MultiplyBf16 table[] = {multiply_wide<Dot::BF16, R + 1>...};
+    return table[rows - 1];
+}
 SF_INLINE void multiply(int rows, const u32* x, const Segments& segments, float* out, i64 out_stride) {
     choose_bf16(rows, ALL_ROWS)(x, segments, out, out_stride);
 }
+#endif
 SF_INLINE void multiply_two(int rows, const u32* x, const Segments& segments, float* out, i64 out_stride) {
     choose_two(rows, FEW)(x, segments, out, out_stride);
 }
@@ -616,18 +607,11 @@ SF_INLINE MultiplyFp8 choose_fp8(int rows, std::integer_sequence<int, R...>) {
 SF_INLINE void multiply(int rows, const Fp8Run& run, float* out) { choose_fp8(rows, ALL_ROWS)(run, out); }
 #endif
 
-#ifndef SF_BYTE_DOTS
-template <int... R>
-SF_INLINE MultiplyQValues choose_widened(int rows, std::integer_sequence<int, R...>) {
-    static constexpr MultiplyQValues table[] = {multiply_widened<R + 1>...};
-    return table[rows - 1];
-}
-SF_INLINE void multiply_widened(int rows, const Spans& spans, float* out) { choose_widened(rows, ALL_ROWS)(spans, out); }
-#endif
-
 }  // namespace SF_VARIANT
 }  // namespace splitfuse
 
-#ifdef SF_TILES
+#if defined(SF_TILES)
 #include "multiply_tiles.h"
+#elif !defined(SF_AVX512)
+#include "multiply_halves.h"
 #endif

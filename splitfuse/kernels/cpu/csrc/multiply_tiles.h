@@ -13,8 +13,6 @@ namespace splitfuse {
 namespace SF_VARIANT {
 
 static_assert(BLOCK_ROWS == 2 * TILE_ROWS);
-constexpr i64 TILED_STEPS = SLAB_STEPS / 2;  // of a panel that all blocks of rows read in turn: a third of the first cache
-
 // Which registers hold what: C, of A (times 16 rows) x B (times 16 columns) tiles, comes first, then A; B takes the last two.
 template <int A, int B>
 struct Registers {
@@ -194,29 +192,14 @@ SF_INLINE void multiply(int rows, const Fp8Run& run, float* out) {
     }
 }
 
-// Spans of a quantized panel whose quantized values lie there as bytes, and x that lies in one slab. See Spans.
-struct TileSpans {
-    const u32* x;
-    const u8* weights;
-    const u8* scales;      // of the first span: 32 bf16
-    i64 weights_stride;    // bytes from span to span
-    i64 scales_stride;     // 0: all spans share theirs
-    i64 count;
-    i64 x_steps;
-    const i32* sums;
-    i64 sums_stride;
-    Prefetch prefetch;
-    bool adds;
-};
-
 // Takes the sums of a span from quantized values + QVALUE_BIAS to weights, `rows` rows of them. The same arithmetic as
 // multiply_qvalues().
 template <bool ADDS>
-SF_INLINE void put_span(int rows, const i32* totals, const i32* sums, i64 sums_stride, const u8* scales, float* out) {
+SF_INLINE void put_span(int rows, const i32* totals, const i32* starts, i64 starts_stride, const u8* scales, float* out) {
     const u16* of_columns = reinterpret_cast<const u16*>(scales);
     const Floats left = load_bf16(of_columns), right = load_bf16(of_columns + LANES);
     for (int row = 0; row < rows; ++row, totals += PANEL, out += PANEL) {
-        const Ints start = broadcast(-QVALUE_BIAS * sums[row * sums_stride]);
+        const Ints start = broadcast(starts[row * starts_stride]);
         put_scaled<ADDS>(load_ints(totals) + start, left, out);
         put_scaled<ADDS>(load_ints(totals + LANES) + start, right, out + LANES);
     }
@@ -224,7 +207,7 @@ SF_INLINE void put_span(int rows, const i32* totals, const i32* sums, i64 sums_s
 
 // Computes the same as multiply_qvalues().
 template <class T, int A>
-SF_LEAF void multiply_spans_in_tiles(int rows, const TileSpans& spans, float* out) {
+SF_LEAF void multiply_spans_in_tiles(int rows, const ByteSpans& spans, float* out) {
     constexpr auto all = std::make_integer_sequence<int, A * 2>{};
     alignas(64) i32 totals[A * TILE_ROWS * PANEL];
     Prefetch prefetches[1] = {spans.prefetch};
@@ -235,15 +218,15 @@ SF_LEAF void multiply_spans_in_tiles(int rows, const TileSpans& spans, float* ou
         zero_sums<T, A, 2>(all);
         add_steps<T, Dot::QVALUES, A, 2>(x, panels, STEP_BYTES, spans.x_steps, prefetches);
         store_sums<T, A, 2>(totals, PANEL * 4, all);
-        if (span || spans.adds) put_span<true>(rows, totals, spans.sums + span, spans.sums_stride, scales, out);
-        else put_span<false>(rows, totals, spans.sums + span, spans.sums_stride, scales, out);
+        if (span || spans.adds) put_span<true>(rows, totals, spans.starts + span, spans.starts_stride, scales, out);
+        else put_span<false>(rows, totals, spans.starts + span, spans.starts_stride, scales, out);
         x += spans.x_steps;
         weights += spans.weights_stride;
         scales += spans.scales_stride;
     }
 }
 
-SF_INLINE void multiply(int rows, const TileSpans& spans, float* out) {
+SF_INLINE void multiply(int rows, const ByteSpans& spans, float* out) {
     with_tiles([&](auto tiles) {
         using T = decltype(tiles);
         if (rows > TILE_ROWS) multiply_spans_in_tiles<T, 2>(rows, spans, out);

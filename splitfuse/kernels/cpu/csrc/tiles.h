@@ -18,8 +18,6 @@ constexpr int TILE_ROWS = 16;       // of A and C, and steps of B
 constexpr int TILE_ROW_BYTES = 64;
 constexpr int NUM_TILES = 8;
 
-enum class Dot { BF16, QVALUES };
-
 #ifdef SF_TILE_INSTRUCTIONS
 // The five instructions. Assembly, since the intrinsics of GCC do not say that they read and write memory.
 struct HardwareTiles {

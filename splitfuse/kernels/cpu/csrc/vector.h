@@ -22,6 +22,9 @@ using i32 = std::int32_t;
 using u32 = std::uint32_t;
 using i64 = std::int64_t;
 
+// What a product multiplies.
+enum class Dot { BF16, QVALUES };
+
 constexpr int LANES = 16;
 constexpr float LOG2E = 1.4426950408889634f;
 constexpr i32 QVALUE_BIAS = 128;    // weights of int8 and int4 are read as quantized value + 128, unsigned: one shift less
@@ -36,9 +39,11 @@ constexpr int MAX_ROWS = 13;       // of a tile: even and odd weights take two r
 using Element = float;
 #endif
 constexpr int WIDE_ROWS = MAX_ROWS;      // of a tile as wide as a panel
+constexpr int WIDE_BF16_ROWS = MAX_ROWS; // of one in bf16
 constexpr int FEW_ROWS = MAX_ROWS / 2;   // of a tile of two panels
 #define SF_BYTE_DOTS
 #ifdef SF_TILES
+#define SF_PARTS
 constexpr int BLOCK_ROWS = 32;           // most rows that are multiplied at once: of two tiles, see tiles.h
 #else
 constexpr int BLOCK_ROWS = MAX_ROWS;
@@ -211,8 +216,10 @@ SF_INLINE Ints add_pairs_i8(Ints a, const i8* pairs, u32 x) {
 
 #else  // AVX2 and FMA
 
+#define SF_PARTS
 constexpr int MAX_ROWS = 6;        // of a tile: 6 x 2 accumulators of eight lanes, two weights, a broadcast, a product
 constexpr int WIDE_ROWS = 2;       // of a tile as wide as a panel; one of more rows is half as wide
+constexpr int WIDE_BF16_ROWS = 3;  // of one in bf16
 constexpr int FEW_ROWS = 1;        // of a tile of two panels
 constexpr int BLOCK_ROWS = MAX_ROWS;  // most rows that are multiplied at once
 using Element = float;
@@ -321,6 +328,13 @@ SF_INLINE void store_i8(i8* p, Floats a) {
 }
 
 SF_INLINE Ints broadcast(i32 a) { return {_mm256_set1_epi32(a), _mm256_set1_epi32(a)}; }
+SF_INLINE Ints load_ints(const i32* p) {
+    return {_mm256_loadu_si256((const __m256i*)p), _mm256_loadu_si256((const __m256i*)p + 1)};
+}
+SF_INLINE void store(float* p, Ints a) {  // whole numbers as they are
+    _mm256_storeu_si256((__m256i*)p, a.lo);
+    _mm256_storeu_si256((__m256i*)p + 1, a.hi);
+}
 SF_INLINE Floats to_floats(Ints a) { return {_mm256_cvtepi32_ps(a.lo), _mm256_cvtepi32_ps(a.hi)}; }
 SF_INLINE Ints operator+(Ints a, Ints b) { return {_mm256_add_epi32(a.lo, b.lo), _mm256_add_epi32(a.hi, b.hi)}; }
 
@@ -417,10 +431,43 @@ SF_INLINE Floats second_of_pairs(Packed a) {
     return {_mm256_castsi256_ps(_mm256_and_si256(a.lo, second)), _mm256_castsi256_ps(_mm256_and_si256(a.hi, second))};
 }
 SF_INLINE Floats as_floats(Packed a) { return {_mm256_castsi256_ps(a.lo), _mm256_castsi256_ps(a.hi)}; }
-SF_INLINE Floats add_product(Floats a, Floats weights, Floats x) {  // not the intrinsic, as above
-    asm("vfmadd231ps %2, %1, %0" : "+x"(a.lo) : "x"(weights.lo), "x"(x.lo));
-    asm("vfmadd231ps %2, %1, %0" : "+x"(a.hi) : "x"(weights.hi), "x"(x.hi));
+SF_INLINE void add_product(__m256& a, __m256 weights, __m256 x) {  // not the intrinsic, as above
+    asm("vfmadd231ps %2, %1, %0" : "+x"(a) : "x"(weights), "x"(x));
+}
+SF_INLINE Floats add_product(Floats a, Floats weights, Floats x) {
+    add_product(a.lo, weights.lo, x.lo);
+    add_product(a.hi, weights.hi, x.hi);
     return a;
+}
+// Adds a step in bf16 to three rows of a panel, whose sums take 12 of the 16 registers: x in three, one vector of weights at a time.
+// All of it is assembly that stays in this order: GCC loads ahead, and spills sums for it.
+SF_INLINE __m256 broadcast_in_order(const u32& x) {
+    __m256 all;
+    asm volatile("vbroadcastss %1, %0" : "=x"(all) : "m"(x));
+    return all;
+}
+template <bool SECOND>
+SF_INLINE void add_three(__m256& a, __m256& b, __m256& c, const __m256i& words, const __m256 (&x)[3]) {
+    alignas(32) static constexpr u32 SECOND_OF_PAIRS[8] = {~0xffffu, ~0xffffu, ~0xffffu, ~0xffffu, ~0xffffu, ~0xffffu, ~0xffffu, ~0xffffu};
+    __m256 w;
+    if constexpr (SECOND)
+        asm volatile("vmovdqa %8, %3\n\tvpand %4, %3, %3\n\tvfmadd231ps %5, %3, %0\n\tvfmadd231ps %6, %3, %1\n\tvfmadd231ps %7, %3, %2"
+                     : "+x"(a), "+x"(b), "+x"(c), "=&x"(w) : "m"(words), "x"(x[0]), "x"(x[1]), "x"(x[2]), "m"(SECOND_OF_PAIRS));
+    else
+        asm volatile("vmovdqu %4, %3\n\tvpslld $16, %3, %3\n\tvfmadd231ps %5, %3, %0\n\tvfmadd231ps %6, %3, %1\n\tvfmadd231ps %7, %3, %2"
+                     : "+x"(a), "+x"(b), "+x"(c), "=&x"(w) : "m"(words), "x"(x[0]), "x"(x[1]), "x"(x[2]));
+}
+template <bool SECOND>
+SF_INLINE void add_half_to_three(Floats (&acc)[3][2], const __m256i* words, const u32* x, i64 stride) {
+    const __m256 each[3] = {broadcast_in_order(x[0]), broadcast_in_order(x[stride]), broadcast_in_order(x[2 * stride])};
+    add_three<SECOND>(acc[0][0].lo, acc[1][0].lo, acc[2][0].lo, words[0], each);
+    add_three<SECOND>(acc[0][0].hi, acc[1][0].hi, acc[2][0].hi, words[1], each);
+    add_three<SECOND>(acc[0][1].lo, acc[1][1].lo, acc[2][1].lo, words[2], each);
+    add_three<SECOND>(acc[0][1].hi, acc[1][1].hi, acc[2][1].hi, words[3], each);
+}
+SF_INLINE void add_three_rows(Floats (&acc)[3][2], const u8* weights, const u32* x, i64 stride) {
+    add_half_to_three<false>(acc, reinterpret_cast<const __m256i*>(weights), x, stride);
+    add_half_to_three<true>(acc, reinterpret_cast<const __m256i*>(weights), x + 1, stride);
 }
 // Return the first and third, and the second and fourth byte of each lane, as 16 bits each.
 SF_INLINE Packed even_bytes(Packed a) {
@@ -437,14 +484,20 @@ SF_INLINE void split_bytes(const i8* bytes, i64 count, u32* even, u32* odd) {
     }
 }
 // Returns a + the products of each lane's two quantized values, + QVALUE_BIAS each, with two integers of 16 bits: exact. (vpmaddubsw
-// multiplies bytes, but its sums of two stop at 16 bits.) Inline assembly: one register for the product, no more.
-SF_INLINE __m256i dot_qvalues_8(__m256i a, __m256i qvalues, __m256i x) {
-    __m256i products;
-    asm("vpmaddwd %3, %2, %1\n\tvpaddd %1, %0, %0" : "+x"(a), "=&x"(products) : "x"(qvalues), "x"(x));
+// multiplies bytes, but its sums of two stop at 16 bits.) Inline assembly: one register for the products, no more.
+SF_INLINE Ints dot_qvalues(Ints a, Packed qvalues, Packed x) {
+    __m256i product;
+    asm("vpmaddwd %3, %2, %1\n\tvpaddd %1, %0, %0" : "+x"(a.lo), "=&x"(product) : "x"(qvalues.lo), "x"(x.lo));
+    asm("vpmaddwd %3, %2, %1\n\tvpaddd %1, %0, %0" : "+x"(a.hi), "=&x"(product) : "x"(qvalues.hi), "x"(x.hi));
     return a;
 }
-SF_INLINE Ints dot_qvalues(Ints a, Packed qvalues, Packed x) {
-    return {dot_qvalues_8(a.lo, qvalues.lo, x.lo), dot_qvalues_8(a.hi, qvalues.hi, x.hi)};
+// Does the same with a word of x: all of a row's work at a step in one statement, or GCC spills sums.
+SF_INLINE Ints dot_qvalues(Ints a, Packed qvalues, const u32& x) {
+    __m256i word, product;
+    asm("vpbroadcastd %6, %2\n\tvpmaddwd %2, %4, %3\n\tvpaddd %3, %0, %0\n\tvpmaddwd %2, %5, %2\n\tvpaddd %2, %1, %1"
+        : "+x"(a.lo), "+x"(a.hi), "=&x"(word), "=&x"(product)
+        : "x"(qvalues.lo), "x"(qvalues.hi), "m"(x));
+    return a;
 }
 SF_INLINE Packed broadcast_two(const u32* x) {
     i64 both;

@@ -247,29 +247,6 @@ inline void pack_stored(Team& team, const Weight& w, const Stored& stored, i64 f
     });
 }
 
-#ifndef SF_BYTE_DOTS
-// Widens quantized values + 128 of `x_steps` words of x from a quantized panel, in 16 bits each, as multiply_widened() reads them.
-SF_INLINE void widen_span(const Weight& w, Packed table, const u8* steps, i64 x_steps, u8* out) {
-    const i64 half_bytes = x_steps * 2 * VECTOR_BYTES;
-    auto widen = [&](Packed qvalues, u8* place) {
-        store_packed(place, even_bytes(qvalues));
-        store_packed(place + VECTOR_BYTES, odd_bytes(qvalues));
-    };
-    for (u8* end = out + half_bytes; out < end; steps += STEP_BYTES) {
-        Packed left = load_packed(steps), right = load_packed(steps + VECTOR_BYTES);
-        if (w.format == INT4) {
-            widen(look_up(table, low_nibbles(left)), out);
-            widen(look_up(table, low_nibbles(right)), out + half_bytes);
-            out += 2 * VECTOR_BYTES;
-            left = look_up(table, high_nibbles(left)), right = look_up(table, high_nibbles(right));
-        }
-        widen(left, out);
-        widen(right, out + half_bytes);
-        out += 2 * VECTOR_BYTES;
-    }
-}
-#endif
-
 // Writes one row of the weight as fp32 [columns]: an embedding reads it from a packed head.
 inline void unpack_row(const Weight& w, i64 row, float* out) {
     Shape s = shape_of(w);

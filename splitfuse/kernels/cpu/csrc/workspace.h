@@ -70,7 +70,7 @@ struct Workspace {
         operand.reserve(operand_bytes(w, rows) + READ_BEYOND);
         for (Own& each : own) {
             each.operand.reserve(operand_bytes(w, 1) + READ_BEYOND);
-            if (WIDE_ROWS < MAX_ROWS || in_parts(w)) each.sums.reserve(ceil_div(rows, BLOCK_ROWS) * BLOCK_ROWS * PANEL * 4);
+            if (in_parts(w, rows)) each.sums.reserve(ceil_div(rows, BLOCK_ROWS) * BLOCK_ROWS * PANEL * 4);
         }
     }
     void reserve_heads(const Weight& w, i64 rows) {  // for linear_heads()
