@@ -77,7 +77,7 @@ def tune(
 
     from splitfuse.cli.place import find_placement, read_space
     from splitfuse.engine.calibrate import load_or_time
-    from splitfuse.simulator.deployment import SimulationConfig, refuse_drafts
+    from splitfuse.simulator.deployment import SimulationConfig, refuse_drafts, refuse_tiers
     from splitfuse.simulator.tune import BUDGETS, MAX_NUM_SEQS, NO_TARGETS, curve
     from splitfuse.simulator.tune import tune as find
 
@@ -102,6 +102,7 @@ def tune(
     if not config.scheduler.has_targets:
         raise ConfigError(NO_TARGETS)
     refuse_drafts(config.scheduler)  # before steps are timed
+    refuse_tiers(config.cache)
     shown = not quiet and sys.stderr.isatty()
     if cost_model is None and machine is None:
         print("splitfuse: timing steps for about 20 s, unless a cost model is stored", file=sys.stderr)

@@ -73,6 +73,7 @@ class EngineLoop:
             limits=engine.limits,
             max_num_batched_tokens=engine.scheduler.budget.most,
             token_budget=engine.scheduler.budget.tokens,
+            num_tier_slots=0 if engine.tiers is None else engine.tiers.num_slots,
             num_speculative_tokens=0 if (drafting := engine.scheduler.drafting) is None else drafting.most,
             memory_plan=str(engine.model.plan),
             embedding_size=engine.model.spec.hidden_size,

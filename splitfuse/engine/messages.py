@@ -144,6 +144,8 @@ class EngineInfo(msgspec.Struct, frozen=True, tag=True):
     """Root of the names of its KV blocks."""
     token_budget: int = 0
     """Token budget of the first steps."""
+    num_tier_slots: int = 0
+    """Most KV blocks that tiers have which all engines share; 0: there are none."""
     num_speculative_tokens: int = 0
     """Most tokens that are drafted for a request in a step; 0 for a model with recurrent states."""
     step_times: StepTimes | None = None

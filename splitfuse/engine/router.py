@@ -9,6 +9,7 @@ from dataclasses import replace
 from functools import partial
 
 from splitfuse.core.kv.names import BlockNamer, new_key
+from splitfuse.core.replica_view import PrefixMemory, ReplicaView
 from splitfuse.core.request import Request
 from splitfuse.core.routing import Candidate, choose_replica
 from splitfuse.engine.client import EngineClient, EngineState, LocalClient
@@ -16,6 +17,11 @@ from splitfuse.engine.messages import Add, EngineInfo, EngineStats, Loading
 from splitfuse.engine.recovery import Choice, Recovery
 from splitfuse.engine.stream import Stream
 from splitfuse.errors import EngineUnavailableError
+
+FETCHED_SHARE = 31 / 32
+"""Fraction of what a token costs that is saved by fetching its keys and values: of two replicas that would compute
+nothing, the one that need not fetch goes first.
+"""
 
 
 class Router(EngineClient):
@@ -32,6 +38,7 @@ class Router(EngineClient):
             replica.keeps_view = len(self.replicas) > 1  # else there is no choice
         self._recovery = Recovery(self.replicas, self._choose)
         self._key = name_key or new_key()
+        self._tiers: PrefixMemory | None = None  # what KV tiers have that all replicas share
         self._namer: BlockNamer | None = None  # made for the first request: replicas that are ready have a block size
 
     @property
@@ -134,14 +141,25 @@ class Router(EngineClient):
         if len(self.replicas) == 1:  # which says why, if it does not
             return Choice(self.replicas[0], lambda: None)
         names = self._name_blocks(request)
-        candidates = [_candidate(each, names, request.adapter) if each in among else None for each in self.replicas]
+        if self._tiers is None and (num_slots := self.info.num_tier_slots):
+            self._tiers = PrefixMemory(num_slots, self.info.limits.block_size)
+        shared = 0 if self._tiers is None else self._tiers.cached_tokens(names)
+        candidates = [
+            _candidate(each, names, request.adapter, shared) if each in among else None for each in self.replicas
+        ]
         copy, now = _copy_of(request, self.info), time.monotonic()
         index = choose_replica(candidates, copy, now)
         if index is None:
             return None
         view = self.replicas[index].view
         assert view is not None, "it is ready"
-        return Choice(self.replicas[index], partial(view.add, copy, names))
+        return Choice(self.replicas[index], partial(self._sent, view, copy, names))
+
+    def _sent(self, view: ReplicaView, request: Request, names: Sequence[bytes]) -> None:
+        """Take note of a request that a replica was sent."""
+        view.add(request, names)
+        if self._tiers is not None:
+            self._tiers.add(names)
 
     def _name_blocks(self, request: Add) -> list[bytes]:
         """Return the names of the blocks that a prefix cache may hold of the tokens that are known of a request."""
@@ -156,13 +174,17 @@ class Router(EngineClient):
         return names
 
 
-def _candidate(replica: LocalClient, names: Sequence[bytes], adapter: str) -> Candidate | None:
-    """Return what a replica has for a prompt whose blocks have these names; None if it does not accept the request."""
+def _candidate(replica: LocalClient, names: Sequence[bytes], adapter: str, shared: int) -> Candidate | None:
+    """Return what a replica has for a prompt whose blocks have these names, of which it can fetch the first `shared`
+    tokens from tiers; None if it does not accept the request.
+    """
     if replica.view is None or replica.state is not EngineState.READY:
         return None
     if adapter and not replica.has_adapter(adapter):  # it is loaded again after a restart
         return None
-    return Candidate(replica.view, replica.view.memory.cached_tokens(names), replica.silent)
+    cached = replica.view.memory.cached_tokens(names)
+    cached += int(FETCHED_SHARE * max(shared - cached, 0))
+    return Candidate(replica.view, cached, replica.silent)
 
 
 def _copy_of(request: Add, info: EngineInfo) -> Request:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import os
 import stat
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +14,8 @@ from splitfuse.core.kv.names import new_key
 from splitfuse.errors import ConfigError
 
 KEY_BYTES = 32
+LOCK_SECONDS = 2.0
+"""Longest wait for a folder that others have, in seconds."""
 
 
 @dataclass(frozen=True)
@@ -81,14 +84,26 @@ def _open_folder(folder: Path) -> tuple[int, bytes]:
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     fd = os.open(folder / "blocks", os.O_RDWR | os.O_CREAT, 0o600)
     try:
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)  # as long as any process has it open
-        except BlockingIOError:
-            raise ConfigError(f"kv_disk_tier {folder} is used by another server: give each its own folder") from None
+        _lock(fd, folder)
         return fd, _read_key(folder / "key")
     except BaseException:
         os.close(fd)
         raise
+
+
+def _lock(fd: int, folder: Path) -> None:
+    """Lock a file for as long as a process has it open. Raises ConfigError if others have it and keep it: the engines
+    of a server that was killed end a moment later.
+    """
+    until = time.monotonic() + LOCK_SECONDS
+    while True:
+        try:
+            return fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() > until:
+                reason = f"kv_disk_tier {folder} is used by another server"
+                raise ConfigError(f"{reason}: give each its own folder") from None
+        time.sleep(0.05)
 
 
 def _read_key(path: Path) -> bytes:

@@ -7,6 +7,7 @@ or lies costs what would have been saved, no more.
 
 from __future__ import annotations
 
+import atexit
 import logging
 import queue
 import threading
@@ -33,7 +34,7 @@ FIRST_BANDWIDTH = 2**30
 """Bytes of a second that are read, until it is measured."""
 LATENCY = 1e-3
 """Seconds from a request to its answer besides the reading of blocks, about."""
-TIME_TO_FLUSH = 5.0
+TIME_TO_FLUSH = 3.0
 """Longest time that the end of an engine waits for what is to be written, in seconds."""
 
 logger = logging.getLogger(__name__)
@@ -91,6 +92,7 @@ class Tiers:
         self._arrived = threading.Event()
         self._written = threading.Event()
         self._written.set()
+        atexit.register(self._written.wait, TIME_TO_FLUSH)
         for work in (self._write_all, self._read_all):
             threading.Thread(target=work, name=f"kv-tiers{work.__name__}", daemon=True).start()
 
@@ -222,6 +224,11 @@ class Tiers:
         return frames
 
     @property
+    def num_slots(self) -> int:
+        """Return how many blocks the largest tier can have."""
+        return max(tier.file.num_slots for tier in self._tiers)
+
+    @property
     def num_blocks(self) -> int:
         """Return how many blocks the tiers have, as far as this engine knows."""
         return sum(len(tier.file) for tier in self._tiers)
@@ -229,6 +236,7 @@ class Tiers:
     def close(self) -> None:
         """Write what was to be saved, as far as there is time, and end."""
         self._written.wait(TIME_TO_FLUSH)
+        atexit.unregister(self._written.wait)
         self._to_write.put(None)
         self._to_read.put(None)
         for tier in self._tiers:

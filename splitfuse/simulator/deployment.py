@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Protocol, Self
 
 from splitfuse.bench.baselines import make_baseline
-from splitfuse.config import TARGETS, EngineConfig, SchedulerConfig
+from splitfuse.config import TARGETS, CacheConfig, EngineConfig, SchedulerConfig
 from splitfuse.core.kv.names import BlockNamer
 from splitfuse.core.slo.cost_model import StepFeatures
 from splitfuse.core.step_budget import StepBudget
@@ -56,7 +56,10 @@ class SimulationConfig:
 
     @classmethod
     def of(cls, calibration: Calibration, config: EngineConfig, **how: Any) -> Self:
-        """Return the simulation of a calibrated engine with these settings; `how` are the other fields."""
+        """Return the simulation of a calibrated engine with these settings; `how` are the other fields. Raises
+        ConfigError for settings that are not simulated.
+        """
+        refuse_tiers(config.cache)
         calibration = replace(
             calibration,
             num_blocks=config.cache.num_blocks or calibration.num_blocks,
@@ -86,6 +89,12 @@ def refuse_drafts(config: SchedulerConfig) -> None:
             f"num_speculative_tokens must be 0 in a simulation, whose answers have no text to draft from, not "
             f"{config.num_speculative_tokens}"
         )
+
+
+def refuse_tiers(config: CacheConfig) -> None:
+    """Raise ConfigError if KV blocks would be kept in tiers: what moving them takes is not simulated."""
+    if config.has_tiers:
+        raise ConfigError("kv_memory_tier and kv_disk_tier are not simulated: leave them out")
 
 
 def without_targets(config: SchedulerConfig) -> SchedulerConfig:

@@ -262,6 +262,7 @@ def test_command_measures_the_found_load(tmp_path: Path, monkeypatch: pytest.Mon
             "tune requires an SLO: give --ttft, such as 1s or 2ms/token, --itl, such as 250ms or 250ms/p99, or --tpot",
         ),
         (("--itl", "250ms", "--num-speculative-tokens", "7"), "num_speculative_tokens must be 0 in a simulation"),
+        (("--itl", "250ms", "--kv-memory-tier", "4GiB"), "kv_memory_tier and kv_disk_tier are not simulated"),
         (("--itl", "250ms", "--headroom", "-1"), "--headroom -1.0 must be a fraction"),
         (("--itl", "250ms", "--machine", "a100-70b", "--measure"), "--measure runs on this machine"),
         (("--itl", "250ms", "--max-num-batched-tokens", "x"), "--max-num-batched-tokens 'x' must be comma-separated"),

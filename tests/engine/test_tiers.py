@@ -8,6 +8,7 @@ import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from random import Random
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,10 +20,13 @@ from scheduler_checks import check_scheduler
 from splitfuse.config import EngineConfig
 from splitfuse.core.kv import fetching
 from splitfuse.core.plan import Logprobs
+from splitfuse.core.replica_view import ReplicaView
 from splitfuse.core.sampling_params import SamplingParams
 from splitfuse.engine.block_file import BlockFile
+from splitfuse.engine.client import EngineState
 from splitfuse.engine.engine import Engine
 from splitfuse.engine.ragged import RaggedEngine
+from splitfuse.engine.router import _candidate
 from splitfuse.engine.tier_files import open_tiers
 from splitfuse.errors import ConfigError
 from splitfuse.runtime.loading import load_model
@@ -241,6 +245,23 @@ def test_a_request_that_ends_while_it_waits_leaves_nothing(
     assert answer[0] == wanted[0]
 
 
+def test_a_router_counts_what_replicas_can_fetch() -> None:
+    view = ReplicaView(num_blocks=10, block_size=32, max_num_seqs=4, token_budget=64)
+    replica: Any = SimpleNamespace(view=view, state=EngineState.READY, silent=False)
+    names = [bytes([number]) * 16 for number in range(4)]
+
+    def cached(shared: int) -> int:
+        candidate = _candidate(replica, names, "", shared)
+        assert candidate is not None
+        return candidate.cached
+
+    assert (cached(0), cached(128)) == (0, 124)
+    view.memory.add(names[:2])
+    assert (cached(0), cached(32), cached(128)) == (64, 64, 126)
+    view.memory.add(names)
+    assert cached(128) == 128
+
+
 # --- what cannot be honoured ------------------------------------------------------------------------------------------
 
 
@@ -277,7 +298,8 @@ def test_a_tier_that_is_too_small_is_refused(folder_of: Callable[[str], str], en
         make(engines, 4, model=folder_of("llama-gqa"), **SMALL, kv_memory_tier="0.01MiB")
 
 
-def test_a_folder_has_one_server_and_a_secret_key(tmp_path: Path) -> None:
+def test_a_folder_has_one_server_and_a_secret_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("splitfuse.engine.tier_files.LOCK_SECONDS", 0.0)
     cache = EngineConfig.from_settings({"kv_disk_tier": f"{tmp_path}/kv:1MiB"}).cache
     files, key = open_tiers(cache)
     assert files is not None
