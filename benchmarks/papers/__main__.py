@@ -17,13 +17,16 @@ def main() -> None:
     first = papers.add_parser("splitwise", help="machines for the Azure code trace")
     first.add_argument("--machines", default=",".join(splitwise.PAPER), help="kinds of machines")
     first.add_argument("--systems", default=",".join(splitwise.SYSTEMS), help="rows of the table")
+    first.add_argument("--rate", type=float, default=splitwise.RATE, help="requests/s")
+    first.add_argument("--seconds", type=float, default=splitwise.SECONDS, help="length of the window")
     second = papers.add_parser("distserve", help="requests/s for each GPU")
     second.add_argument("--workloads", default=",".join(distserve.WORKLOADS), help="rows of the table")
     second.add_argument("--requests", type=int, default=distserve.REQUESTS, help="requests that count at each load")
     arguments = parser.parse_args()
     began = time.process_time()
     if arguments.paper == "splitwise":
-        print(splitwise.run(arguments.machines.split(","), arguments.systems.split(",")))
+        names = arguments.machines.split(","), arguments.systems.split(",")
+        print(splitwise.run(*names, rate=arguments.rate, seconds=arguments.seconds))
     else:
         for table in distserve.run(arguments.workloads.split(","), requests=arguments.requests):
             print(table, end="\n\n")

@@ -25,8 +25,9 @@ from splitfuse.simulator.machines import MACHINES
 from splitfuse.simulator.rates import Criterion, Goal, sustains
 
 RATE = 130.0
+"""Requests/s of the paper's counts."""
 SECONDS = 20.0
-"""Length of the window, which a quarter as many requests precede."""
+"""Length of the window by default, which a quarter as many requests precede."""
 WHOLE_PROMPTS = 2048
 """Number of prompt tokens that are put together: theirs."""
 LINK = Link(bytes_per_second=200 * 2**30)
@@ -40,7 +41,9 @@ WATTS = {"DGX-A100": 6500.0, "DGX-H100": 10_200.0}
 PRICE = {"DGX-A100": 2.21, "DGX-H100": 4.76}
 """Their notebooks/utils.py: an hour of a machine's GPU."""
 PAPER = {"DGX-A100": (113, 54, 10), "DGX-H100": (51, 23, 10)}
-BUDGETS = (512, 1024, 2048)
+BUDGETS = (512, 2048)
+MOST = 1.4
+"""Largest number of machines that is tried, as a multiple of the paper's baseline."""
 SYSTEMS = ("baseline", "split", "splitfuse")
 
 
@@ -93,16 +96,14 @@ def slowdown(record: MeasuredRequest, lone: MeasuredTimes) -> tuple[float, float
 class Count:
     """Counts machines: the least number that meets the SLOs."""
 
-    def __init__(self, requests: Drawn) -> None:
-        self.requests = requests
-        self.goal = goal(splitwise_times("DGX-A100"), round(RATE * SECONDS))
-        self.trials = 0
+    def __init__(self, requests: Drawn, rate: float, seconds: float) -> None:
+        self.requests, self.rate = requests, rate
+        self.goal = goal(splitwise_times("DGX-A100"), round(rate * seconds))
 
     def is_enough(self, deployment: Deployment) -> bool:
         """Return whether a deployment sustains the load."""
-        self.trials += 1
         began = time.process_time()
-        enough = sustains(deployment, lambda _: self.requests, RATE, self.goal)
+        enough = sustains(deployment, lambda _: self.requests, self.rate, self.goal)
         seconds = time.process_time() - began
         print(f"    {len(deployment.machines)} machines: {enough} ({seconds:.0f} s)", flush=True)
         return enough
@@ -133,33 +134,35 @@ def split(prompts: Machine, generation: Machine, tokens: int) -> Callable[[int],
     return make
 
 
-def run(kinds: Sequence[str], systems: Sequence[str]) -> Table:
-    """Simulate all systems and return their table."""
+def run(kinds: Sequence[str], systems: Sequence[str], *, rate: float, seconds: float) -> Table:
+    """Simulate all systems and return their table. `paper` are the counts for RATE requests/s."""
     table = Table(
-        f"Machines for {RATE:g} requests/s of Azure's code trace, Llama-2 70B",
-        ("machine", "system", "paper", "simulated", "machines", "kW", "price an hour"),
+        f"Machines for {rate:g} requests/s of Azure's code trace, Llama-2 70B",
+        ("machine", "system", f"paper, {RATE:g} requests/s", "simulated", "machines", "kW", "price an hour"),
     )
     for name in kinds:
-        kind, count = Kind.of(name), Count(workload("azure_code", longest=LONGEST - 1))
+        kind, count = Kind.of(name), Count(workload("azure_code", longest=LONGEST - 1), rate, seconds)
         baseline, prompts, tokens = PAPER[name]
-        least = math.floor(RATE * 2048 / (2048 / (kind.times.prompt_ms(2048) / 1e3)))  # as fast as prompts can be
+        tokens = max(round(tokens * rate / RATE), 1)
+        least = math.floor(rate * kind.times.prompt_ms(2048) / 1e3)  # as fast as prompts can be
 
         def add(system: str, paper: str, simulated: str, machines: int, kind: Kind = kind) -> None:
             watts, price = machines * WATTS[kind.name] / 1e3, machines * 8 * PRICE[kind.name]
             table.add(kind.name, system, paper, simulated, str(machines), f"{watts:.0f}", f"{price:.0f}")
             print(table.rows[-1], flush=True)
 
-        high = 2 * baseline
+        high = math.ceil(MOST * baseline * rate / RATE)
         if "baseline" in systems:
             found = count.least(mixed(kind.machine(Role.MIXED, "orca", WHOLE_PROMPTS)), low=least, high=high)
             add("mixed batching", str(baseline), str(found), found)
         if "split" in systems:
             both = [kind.machine(role, "orca", WHOLE_PROMPTS) for role in (Role.PROMPT, Role.GENERATION)]
             best, chosen = count.least(split(both[0], both[1], tokens), low=least + tokens, high=high), tokens
-            for fewer in (tokens // 2, tokens // 4):  # fewer that generate, where the mixed pool helps out
+            # fewer that generate, where the mixed pool helps out
+            for fewer in sorted({max(tokens // 2, 1), max(tokens // 4, 1)}, reverse=True):
                 if count.is_enough(split(both[0], both[1], fewer)(best - 1)):
                     best, chosen = count.least(split(both[0], both[1], fewer), low=least, high=best - 1), fewer
-            add("phase splitting", f"{prompts} + {tokens}", f"{best - chosen} + {chosen}", best)
+            add("phase splitting", f"{prompts} + {PAPER[name][2]}", f"{best - chosen} + {chosen}", best)
         if "splitfuse" in systems:
             best = high
             how = ""
