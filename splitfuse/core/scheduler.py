@@ -230,6 +230,9 @@ class Scheduler:
         fetch, inbox = request.kv.fetch, self.fetching.inbox
         numbers = inbox.put(fetch.matching(frames), reserved=len(fetch.names))
         request.kv.arrived = tuple(Arrived(index, each) for index, each in enumerate(numbers, start=fetch.first))
+        if numbers:
+            covered = (fetch.first + len(numbers)) * self._allocator.block_size
+            request.num_expected_cached = max(request.num_expected_cached, covered)
         self.queue.end_fetch(request)
         return True
 

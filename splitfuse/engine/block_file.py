@@ -43,8 +43,9 @@ class BlockFile:
     """Reads and writes blocks in the file behind `fd`. Threads may share it; one of them writes.
 
     It has as many slots as fit `num_bytes`, and writes those of `part` of `num_parts`, the least recently used first. A
-    file with blocks of other sizes or another fingerprint is cleared; `num_foreign` says how many it had. Raises
-    ConfigError if not a single slot for each part fits, OSError if there is no room for the table.
+    file with another number of slots, blocks of other sizes or another fingerprint is cleared, and gives back its room;
+    `num_foreign` says how many blocks it had. Raises ConfigError if not a single slot for each part fits, OSError if
+    there is no room for the table.
     """
 
     def __init__(
@@ -99,9 +100,11 @@ class BlockFile:
         """Forget all blocks. Returns how many there were."""
         num_blocks = 0
         if len(before) == _HEADER.size and before.startswith(_MAGIC):
-            num_before = min(_HEADER.unpack(before)[3], (len(self._map) - _HEADER.size) // _ENTRY_BYTES)
-            names = self._words(_HEADER.size, 2 * num_before).reshape(num_before, 2)
-            num_blocks = int(names.any(axis=1).sum())
+            num_before = min(_HEADER.unpack(before)[3], os.fstat(self._fd).st_size // NAME_BYTES)
+            names = os.pread(self._fd, NAME_BYTES * num_before, _HEADER.size)
+            names = names[: len(names) // NAME_BYTES * NAME_BYTES]
+            num_blocks = int(np.frombuffer(names, np.int64).reshape(-1, 2).any(axis=1).sum())
+        os.ftruncate(self._fd, self._data_at)  # else it would stay as large as it was, with what users wrote
         self._map[_HEADER.size :] = bytes(len(self._map) - _HEADER.size)
         self._map[: _HEADER.size] = header
         return num_blocks

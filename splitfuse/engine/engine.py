@@ -367,8 +367,9 @@ class Engine:
         if not self._in_flight:
             plan = self._plan(ended) if isolate else self._schedule()
             if plan is None:
-                if self.scheduler.queue.fetching and self.tiers is not None and not ended:
-                    self.tiers.wait(HOLD_SECONDS)
+                if self.scheduler.queue.fetching and self.tiers is not None:
+                    if not ended:
+                        self.tiers.wait(HOLD_SECONDS)
                     return ended
                 if self._held and not ended:
                     wait((matcher for _, matcher in self._held.values()), HOLD_SECONDS, FIRST_COMPLETED)

@@ -26,7 +26,8 @@ def make_replicas(
     """
     if replicas == 1:
         tiers, name_key = open_tiers(config.cache)
-        return Router([SubprocessEngine(config, step_timeout=step_timeout, name_key=name_key, tiers=tiers)])
+        engine = SubprocessEngine(config, step_timeout=step_timeout, name_key=name_key, tiers=tiers)
+        return Router([engine], name_key=name_key)
     all_cores = divide(sorted(os.sched_getaffinity(0)), replicas, paid=min(paid_cores(), default=None))
     tiers, name_key = open_tiers(config.cache)
     weights = WeightSharing(os.memfd_create("splitfuse-weights"), replicas) if hasattr(os, "memfd_create") else None

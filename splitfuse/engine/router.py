@@ -37,7 +37,7 @@ class Router(EngineClient):
         for replica in self.replicas:
             replica.keeps_view = len(self.replicas) > 1  # else there is no choice
         self._recovery = Recovery(self.replicas, self._choose)
-        self._key = name_key or new_key()
+        self.name_key = name_key or new_key()
         self._tiers: PrefixMemory | None = None  # what KV tiers have that all replicas share
         self._namer: BlockNamer | None = None  # made for the first request: replicas that are ready have a block size
 
@@ -167,7 +167,7 @@ class Router(EngineClient):
         if request.params.prompt_logprobs is None:  # those need every position computed, so the cache is not read
             if self._namer is None:
                 info = self.info
-                self._namer = BlockNamer(info.limits.block_size, key=self._key, fingerprint=info.kv_fingerprint)
+                self._namer = BlockNamer(info.limits.block_size, key=self.name_key, fingerprint=info.kv_fingerprint)
             point = request.resume_point
             tokens = request.prompt_token_ids if point is None else request.prompt_token_ids + point.token_ids
             self._namer.extend(names, tokens, salt=request.cache_salt)

@@ -262,5 +262,7 @@ def make_tiers(
             except OSError as error:
                 raise ConfigError(f"{name} cannot be used: {error.strerror}; choose a smaller size") from error
             if num_foreign := tiers[name].num_foreign:
-                logger.warning("%s had %d blocks of another model or layout, which are dropped", name, num_foreign)
+                logger.warning(
+                    "%s had %d blocks of another model, block or tier size: they are dropped", name, num_foreign
+                )
     return Tiers(tiers, block_bytes), Inbox(max(INBOX_BYTES // block_bytes, FEWEST_BLOCKS), block_bytes)

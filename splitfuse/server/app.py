@@ -66,8 +66,10 @@ def make_app(
     metrics: Metrics,
     log: RequestLog,
     traces: TraceHub,
+    name_key: bytes | None = None,
 ) -> App:
-    """Return the ASGI application. Raises ConfigError for an api_key_file that cannot be used.
+    """Return the ASGI application. `name_key` is that of ApiKeys. Raises ConfigError for an api_key_file that cannot be
+    used.
 
     It neither starts nor ends the engine client. The caller lets `admission` and `metrics` know of steps.
     """
@@ -76,7 +78,7 @@ def make_app(
     metrics.num_text_restarts = lambda: service.num_ended_processes
     if frames is not None:
         metrics.consoles = lambda: (frames.num_viewers, frames.num_dropped)
-    keys = ApiKeys(config)
+    keys = ApiKeys(config, name_key=name_key)
     routes: dict[str, list[Route]] = {}
     for route in ROUTES:
         routes.setdefault(route.path, []).append(route)

@@ -51,9 +51,13 @@ PROXY_HEADERS = (b"via", b"forwarded", b"x-forwarded", b"x-real-ip", b"x-client-
 class ApiKeys:
     """Holds the keys of a server. Without any, no request needs one."""
 
-    def __init__(self, config: ServerConfig) -> None:
-        """Read the keys. Raises ConfigError for a file that cannot be read or has no key, and for a malformed line."""
-        self._secret = secrets.token_bytes(32)
+    def __init__(self, config: ServerConfig, *, name_key: bytes | None = None) -> None:
+        """Read the keys. `name_key` is the key by which KV blocks are named: where it outlives the server, so do salts,
+        which are in the names. Left out, salts are new.
+
+        Raises ConfigError for a file that cannot be read or has no key, and for a malformed line.
+        """
+        self._secret = hashlib.blake2b(name_key or secrets.token_bytes(32), digest_size=32, person=b"api keys").digest()
         owners = {key.strip(): Owner(f"key {number}") for number, key in enumerate(config.api_key, 1)}
         if config.api_key_file is not None:
             _read(config.api_key_file, owners)
@@ -84,7 +88,7 @@ class ApiKeys:
         return replace(self._owners[matches.index(True)][1], cache_salt=presented.hex())
 
     def _digest(self, key: bytes) -> bytes:
-        """Return a digest under a secret of this process, which is of no use outside of it."""
+        """Return a digest under a secret of the deployment, without which no key can be guessed from it."""
         return hashlib.blake2b(key, key=self._secret, digest_size=32).digest()
 
 

@@ -27,6 +27,7 @@ from splitfuse.engine.line_writer import LineWriter
 from splitfuse.engine.memory import return_large_blocks
 from splitfuse.engine.messages import EngineStats, Loading
 from splitfuse.engine.replicas import make_replicas
+from splitfuse.engine.router import Router
 from splitfuse.errors import ConfigError, RegistryError, ServerError
 from splitfuse.models.sources.hub import BUNDLED_MODEL, open_model
 from splitfuse.server.access_log import note_dropped
@@ -183,7 +184,7 @@ def _bounded(config: ServerConfig, max_connections: int) -> ServerConfig:
 async def _start(
     engine: EngineConfig,
     config: ServerConfig,
-    client: EngineClient,
+    client: Router,
     server: HttpServer,
     write_log: Callable[[str], None],
     recorder: Recorder | None,
@@ -239,7 +240,7 @@ async def _serve(admission: Admission, config: ServerConfig, serving: asyncio.Ta
 def _make_app(
     engine: EngineConfig,
     config: ServerConfig,
-    client: EngineClient,
+    client: Router,
     write_log: Callable[[str], None],
     recorder: Recorder | None,
     spans: RequestSpans | None,
@@ -281,7 +282,14 @@ def _make_app(
     if spans is not None:
         spans.follow(traces)
         metrics.num_dropped_spans = lambda: spans.num_dropped
-    app = make_app(service, config, admission=admission, metrics=metrics, log=log, traces=traces)
+    app = make_app(
+        *(service, config),
+        admission=admission,
+        metrics=metrics,
+        log=log,
+        traces=traces,
+        name_key=client.name_key,
+    )
     return app, admission, service
 
 

@@ -12,9 +12,13 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from scheduler_harness import Run
 
-from splitfuse.config import MAX_TARGET, MIN_TARGET, TAIL_SHARE
+from splitfuse.config import MAX_TARGET, MIN_TARGET, TAIL_SHARE, SchedulerConfig
+from splitfuse.core.kv.block_allocator import BlockAllocator
+from splitfuse.core.kv.fetching import Fetching, Found, Frame, Inbox
+from splitfuse.core.kv.names import BlockNamer
 from splitfuse.core.request import Priority, Request, RequestStatus, SchedulingOptions
 from splitfuse.core.sampling_params import SamplingParams
+from splitfuse.core.scheduler import Scheduler
 from splitfuse.core.slo.cost_model import MAX_COEFFICIENT, CostModel, StepFeatures
 from splitfuse.core.slo.deadline_policy import MAX_SKIPPED_STEPS, ClaimOrder, DeadlinePolicy, Fcfs
 from splitfuse.core.slo.feasibility import Feasibility
@@ -49,6 +53,29 @@ def decode(name: str, itl: float | None, *, token_at: float, arrival_time: float
 
 def make_policy() -> DeadlinePolicy:
     return DeadlinePolicy(LatencyPredictor(COST), token_budget=BUDGET)
+
+
+class Everything:
+    """Has all blocks."""
+
+    def find(self, names: Sequence[bytes]) -> Found:
+        return Found(len(names), 0.001)
+
+
+def test_what_has_arrived_from_a_tier_is_no_work() -> None:
+    policy = make_policy()
+    allocator = BlockAllocator(100, 16, namer=BlockNamer(16, key=b"k"), saves_blocks=True)
+    config = SchedulerConfig(max_num_batched_tokens=BUDGET, max_num_seqs=4)
+    scheduler = Scheduler(config, allocator, policy, fetching=Fetching(Everything(), Inbox(100, 4)))
+    added = request("a", 1000, SloTargets(0.2, None))  # computing it takes 1 s
+    scheduler.add(added, 0.0)
+    (fetch,) = scheduler.take_fetches()
+    assert not policy._outlook([], now=0.0).feasible([added])
+    scheduler.arrived(
+        fetch.number, [Frame.of(*each, b"data") for each in zip(fetch.names, fetch.token_ids, strict=True)]
+    )
+    assert added.num_expected_cached == 992
+    assert [each.request for each in policy._outlook([], now=0.0).feasible([added])] == [added]
 
 
 def names(order: ClaimOrder) -> tuple[list[str], list[str]]:

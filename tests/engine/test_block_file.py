@@ -179,6 +179,18 @@ def test_blocks_of_another_kind_are_counted_and_forgotten(fd: int, changes: dict
     assert all(other.read(each.name) is None for each in frames)
 
 
+@pytest.mark.parametrize("changes", [{"slots": 8}, {"fingerprint": b"1" * 32}], ids=str)
+def test_a_file_that_begins_anew_gives_its_room_back(fd: int, changes: dict[str, Any]) -> None:
+    file = open_file(fd, slots=200)
+    for number in range(200):
+        file.write(frame(number), b"")
+    assert os.fstat(fd).st_blocks * 512 > 200 * BLOCK_BYTES
+    again = open_file(fd, **{"slots": 200, **changes})
+    assert again.num_foreign == 200
+    assert os.fstat(fd).st_size == again._data_at <= 8192 + 52 * 200 + 4096
+    assert again.write(frame(1), b"") and equal(again.read(frame(1).name), frame(1))
+
+
 def test_a_file_of_something_else_is_overwritten(fd: int) -> None:
     os.pwrite(fd, Random(1).randbytes(20_000), 0)
     file, written = open_file(fd), frame(0)

@@ -6,6 +6,7 @@ import errno
 import os
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from pathlib import Path
 from random import Random
 from types import SimpleNamespace
@@ -25,10 +26,11 @@ from splitfuse.core.sampling_params import SamplingParams
 from splitfuse.engine.block_file import BlockFile
 from splitfuse.engine.client import EngineState
 from splitfuse.engine.engine import Engine
+from splitfuse.engine.messages import Add
 from splitfuse.engine.ragged import RaggedEngine
 from splitfuse.engine.router import _candidate
 from splitfuse.engine.tier_files import open_tiers
-from splitfuse.errors import ConfigError
+from splitfuse.errors import ConfigError, InvalidRequestError
 from splitfuse.runtime.loading import load_model
 
 SMALL = {"dtype": "float32", "num_blocks": 24, "block_size": 4, "max_num_batched_tokens": 16}
@@ -260,6 +262,32 @@ def test_a_router_counts_what_replicas_can_fetch() -> None:
     assert (cached(0), cached(32), cached(128)) == (64, 64, 126)
     view.memory.add(names)
     assert cached(128) == 128
+
+
+def test_a_rejected_request_does_not_end_an_engine_that_waits_for_blocks(
+    folder_of: Callable[[str], str], engines: list[Engine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, second = make(engines, 2, model=folder_of("llama-gqa"), **SMALL, **MEMORY)
+    (wanted,) = ask(first, prompt(1))
+    hang, read = threading.Event(), BlockFile.read
+
+    def slow(self: BlockFile, name: bytes) -> Any:
+        hang.wait()
+        return read(self, name)
+
+    monkeypatch.setattr(BlockFile, "read", slow)
+    second.add_request("waits", prompt(1), SamplingParams(max_tokens=9))
+    assert second.step(isolate=True) == [] and second.scheduler.queue.fetching
+    failed: Future[Any] = Future()
+    failed.set_exception(InvalidRequestError("a form that is none"))
+    second._held["rejected"] = Add("rejected", (20, 21), SamplingParams()), failed  # as `add` holds it
+    (output,) = second.step(isolate=True)
+    assert output.request_id == "rejected" and output.error == "a form that is none"
+    hang.set()
+    tokens: list[int] = []
+    while second.has_unfinished:
+        tokens += [token for output in second.step(isolate=True) for token in output.token_ids]
+    assert tokens == wanted[0]
 
 
 # --- what cannot be honoured ------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 import asyncio
 import fcntl
+import hashlib
 import http.server
 import io
 import os
@@ -25,6 +26,7 @@ from splitfuse import cli
 from splitfuse.config import EngineConfig, ServerConfig
 from splitfuse.deploy import health, registry
 from splitfuse.deploy.registry import Deployment
+from splitfuse.engine.tier_files import open_tiers
 from splitfuse.errors import ConfigError, CostModelError, ModelNotFoundError, RegistryError, ServerError
 from splitfuse.runtime.calibration import cache_path
 from splitfuse.server.auth import ApiKeys
@@ -257,6 +259,22 @@ def test_key_files_that_others_can_open_are_refused(mode: int, tmp_path: Path) -
         HttpServer(ServerConfig(tls_certificate="x", tls_key=str(keys)), max_connections=10)
     keys.chmod(0o400)
     assert ApiKeys(ServerConfig(api_key_file=str(keys))).identify(b"k").name == "key 1"
+
+
+def test_salts_of_a_key_outlive_the_server_with_the_folder_of_its_disk_tier(tmp_path: Path) -> None:
+    def salt(folder: str, key: str = "given") -> str:
+        engine = EngineConfig.from_settings({"kv_disk_tier": f"{tmp_path}/{folder}:1MiB"})
+        files, name_key = open_tiers(engine.cache)
+        assert files is not None
+        files.close()
+        return ApiKeys(ServerConfig(api_key=(key,)), name_key=name_key).identify(key.encode()).cache_salt
+
+    assert salt("one") == salt("one")
+    assert len({salt("one"), salt("another"), salt("one", "of another user")}) == 3
+    for alone in (hashlib.blake2b(b"given", digest_size=32), hashlib.sha256(b"given")):
+        assert salt("one") != alone.hexdigest(), "who reads a recording could guess the key"
+    without = [ApiKeys(ServerConfig(api_key=("k",))).identify(b"k").cache_salt for _ in range(2)]
+    assert without[0] != without[1]
 
 
 def test_health_follows_port_and_tls(tmp_path: Path) -> None:
