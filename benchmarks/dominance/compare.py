@@ -25,7 +25,7 @@ OTHERS = (
 )
 OUR_SYSTEM = System(OURS, MAX_TOKEN_BUDGET)
 WARM_UP = 0.1
-"""Fraction of the requests which are sent before the window in which they count."""
+"""Fraction of the requests which are sent before the window in which they count, at least."""
 HALF_WIDTH = 0.02
 """Half of the 95 % interval of a ratio at which no more seeds are run."""
 CLOSE = 0.8
@@ -109,6 +109,8 @@ def key_of(scenario: Scenario, slos: Sequence[Slo], system: System, settings: Se
         [scenario.targets(slo) for slo in slos],
         settings.tag if system.is_ours else "",
     ]
+    if scenario.clients:
+        what.append(scenario.spacing)
     return hashlib.sha256(repr(what).encode()).hexdigest()[:16]
 
 
@@ -122,14 +124,22 @@ def run(scenario: Scenario, slos: Sequence[Slo], system: System, seed: int, sett
     if system.is_ours:
         (slo,) = slos
         targets = scenario.targets(slo)
-    records = drive(scheduler, machine, sessions, arrivals=arrivals, clients=scenario.clients, targets=targets)
+    records = drive(
+        *(scheduler, machine, sessions),
+        arrivals=arrivals,
+        clients=scenario.clients,
+        spacing=scenario.spacing,
+        targets=targets,
+    )
     outcomes = {str(slo): judge(records, scenario.targets(slo), clients=scenario.clients) for slo in slos}
     return Line(key_of(scenario, slos, system, settings), str(scenario), str(system), seed, outcomes)
 
 
 def judge(records: Sequence[tuple[MeasuredRequest, int]], targets: Sequence[SloTargets], *, clients: int) -> Outcome:
-    """Return the outcome: requests that warm up the load or are the last of a closed loop's clients do not count."""
-    first, last = int(WARM_UP * len(records)), max(len(records) - max(clients, 1), 1)
+    """Return the outcome: requests that warm up the load, at least one of each client of a closed loop, and the last of
+    its clients do not count.
+    """
+    first, last = max(int(WARM_UP * len(records)), clients), max(len(records) - max(clients, 1), 1)
     start, end = records[min(first, last - 1)][0].sent, records[last][0].sent if last < len(records) else math.inf
     counted = [(record, targets[kind]) for record, kind in records if start <= record.sent < end]
     met = late_first = 0

@@ -29,8 +29,6 @@ from splitfuse.runtime.calibration import Calibration
 CHOSEN = ChunkResult(token_ids=(0,))
 NOT_CHOSEN = ChunkResult()
 PARAMS = SamplingParams(ignore_eos=True)
-SPACING = 1e-3
-"""Seconds between the starts of two clients of a closed loop."""
 OURS = "ours"
 
 
@@ -86,19 +84,20 @@ def drive(
     *,
     arrivals: Sequence[float] | None = None,
     clients: int = 0,
+    spacing: float = 0.0,
     targets: Sequence[SloTargets] = (),
     max_unfinished: int = 0,
     on_time_only: Sequence[bool] = (),
 ) -> list[tuple[MeasuredRequest, int]]:
     """Return the requests with the times of their tokens and their kinds, in the order in which they were sent.
 
-    With `arrivals` each session begins at its time; without, `clients` take one session after the other. `targets` are
-    given to the requests by their kind; without, they have no SLO. Requests that arrive while `max_unfinished` others
-    are unfinished are refused; 0 refuses none. Sessions for which `on_time_only` says so end when one of theirs is
-    refused. Steps have the noise of the cost model.
+    With `arrivals` each session begins at its time; without, `clients` take one session after the other, each beginning
+    `spacing` seconds after the one before. `targets` are given to the requests by their kind; without, they have no
+    SLO. Requests that arrive while `max_unfinished` others are unfinished are refused; 0 refuses none. Sessions for
+    which `on_time_only` says so end when one of theirs is refused. Steps have the noise of the cost model.
     """
     if arrivals is None:
-        due = [(number * SPACING, number, 0) for number in range(min(clients, len(sessions)))]
+        due = [(number * spacing, number, 0) for number in range(min(clients, len(sessions)))]
     else:
         due = [(time, number, 0) for number, time in enumerate(arrivals)]
     heapq.heapify(due)

@@ -270,6 +270,15 @@ class Scenario:
         return int(self.load.removesuffix(" clients")) if self.load.endswith("clients") else 0
 
     @property
+    def spacing(self) -> float:
+        """Return the seconds between the starts of two clients of a closed loop: what a request takes of a full machine.
+
+        All at once, most of their first requests would be late, and count in the goodput of a policy that lets such
+        wait: they take its time in the window, for no request of the window.
+        """
+        return 1.0 / self.capacity
+
+    @property
     def rate(self) -> float:
         """Return the arrival rate of an open loop in requests/s."""
         return float(self.load.removesuffix("%")) / 100.0 * self.capacity
