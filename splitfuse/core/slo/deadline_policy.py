@@ -113,7 +113,7 @@ class DeadlinePolicy(Fcfs):
             prefills = [request for request in prefills if request not in apart]
             feasible = outlook.feasible(prefills, share=1.0 - share, at_most=MAX_DEADLINES)
             in_time = {prefill.request for prefill in feasible}
-        limit = self._limit(outlook, feasible, [*decodes, *prefills], share=share)
+        limit = self._limit(outlook, feasible, decodes, prefills, share=share)
         if feasible and len(feasible) == len(prefills):
             limit = limit._replace(spare=min(limit.spare, self._spare_for_arrivals(outlook, feasible[0])))
         urgent = self._urgent(decodes, outlook, limit)
@@ -129,17 +129,25 @@ class DeadlinePolicy(Fcfs):
         )
 
     def _limit(
-        self, outlook: Feasibility, feasible: Sequence[Prefill], requests: Sequence[Request], *, share: float
+        self,
+        outlook: Feasibility,
+        feasible: Sequence[Prefill],
+        decodes: Sequence[Request],
+        prefills: Sequence[Request],
+        *,
+        share: float,
     ) -> StepLimit:
         """Return how long a step may be: as short as throughput allows, as long as the deadlines of the `feasible`
         prompts require, and no longer than the slack of the decodes, or of the first of these prompts.
         """
         every = outlook.overhead + outlook.decode_seconds
-        shortest_ttft = min((request.slo.ttft_target for request in requests), default=math.inf)
+        targets = (request.slo.ttft_target for part in (decodes, prefills) for request in part)
+        shortest_ttft = min(targets, default=math.inf)
         usual = max(STEP_PER_TTFT * shortest_ttft, outlook.efficient_step(MIN_EFFICIENCY))
         usual = min(usual, outlook.efficient_step(EFFICIENCY))
-        if outlook.decode_seconds > 0.0 and every < DECODES_PER_STEP * outlook.floor:
-            # A step of decodes alone would waste the time in which prompts are computed: so in many short steps.
+        if 0 < len(decodes) >= len(feasible) and every < DECODES_PER_STEP * outlook.floor:
+            # A step of decodes alone would waste the time in which prompts are computed: so in many short steps. Where
+            # more can be in time, they are done at full throughput: it is further decodes that fill the floor.
             usual = min(usual, outlook.efficient_step(MIN_EFFICIENCY))
         usual = max(usual, every / DECODES_PER_STEP, MIN_STEP * outlook.floor)
         seconds, spare, before = usual, math.inf, 0.0
