@@ -271,7 +271,7 @@ class Scenario:
 
     @property
     def spacing(self) -> float:
-        """Return the seconds between the starts of two clients of a closed loop: what a request takes of a full machine.
+        """Return the seconds between the starts of two clients of a closed loop: a full machine serves one meanwhile.
 
         All at once, most of their first requests would be late, and count in the goodput of a policy that lets such
         wait: they take its time in the window, for no request of the window.
