@@ -13,6 +13,7 @@ from splitfuse.cli.bench_report import bench_report
 from splitfuse.cli.bench_run import bench_run
 from splitfuse.cli.calibrate import calibrate
 from splitfuse.cli.chat import chat
+from splitfuse.cli.drain import drain
 from splitfuse.cli.explain import explain
 from splitfuse.cli.generate import generate
 from splitfuse.cli.models import models
@@ -38,6 +39,7 @@ app.command()(chat)
 app.command()(serve)
 app.command()(ps)
 app.command()(stop)
+app.command()(drain)
 app.command()(explain)
 app.command()(top)
 app.command()(trace)

@@ -137,6 +137,18 @@ class AsyncClient:
         response = await self._send("POST", "/v1/embeddings", {"input": listed, "dimensions": dimensions})
         return [each["embedding"] for each in response.json()["data"]]
 
+    async def drain(self, engine: int | None, *, restart: bool = False, undo: bool = False) -> dict[str, Any]:
+        """Let an engine of the server, by its number, take no more requests, while those that it has go on at others;
+        with `restart` restart it, or all one after the other without a number; with `undo` let it take requests again.
+
+        Returns the numbers `moved`, of requests, and `drained`, of engines. Raises EngineUnavailableError if no other
+        engine is ready.
+        """
+        wanted = {"engine": engine, "restart": restart, "undo": undo}
+        answer = await self._send("POST", "/drain", {name: each for name, each in wanted.items() if each is not None})
+        done: dict[str, Any] = answer.json()
+        return done
+
     async def terminate_server(self, *, now: bool = False) -> None:
         """End the server and wait until it has ended: after its running requests, or with `now` at once.
 

@@ -128,6 +128,7 @@ class Client:
         return in_order(received)
 
     health = _blocking(AsyncClient.health)
+    drain = _blocking(AsyncClient.drain)
     state = _blocking(AsyncClient.state)
     stats = _blocking(AsyncClient.stats)
     explain = _blocking(AsyncClient.explain)

@@ -49,6 +49,8 @@ class FinishReason(enum.StrEnum):
     STOP = "stop"
     LENGTH = "length"
     ABORT = "abort"
+    MOVED = "moved"
+    """It goes on at another engine: no client sees this."""
     ERROR = "error"
 
 

@@ -14,10 +14,13 @@ import time
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import ClassVar
 
+from splitfuse.core.latency.phases import LatencyBreakdown
 from splitfuse.core.replica_view import ReplicaView
+from splitfuse.core.request import FinishReason, RequestOutput
 from splitfuse.engine.guard import check_process
 from splitfuse.engine.messages import (
     AdapterLoaded,
@@ -87,6 +90,25 @@ class EngineClient(ABC):
     def num_resumed(self) -> Mapping[str, int]:
         """Return how many times requests went on at another engine, or a restarted one, by the cause."""
         return {}
+
+    async def drain_engine(self, index: int) -> int:
+        """Let an engine take no more requests, and those that it has go on at others. Returns their number once none is
+        left there.
+
+        Raises InvalidRequestError if there is no such engine, EngineUnavailableError if no other is ready.
+        """
+        raise NotImplementedError
+
+    def undrain_engine(self, index: int) -> None:
+        """Let a drained engine take requests again. Raises InvalidRequestError if there is no such engine."""
+        raise NotImplementedError
+
+    async def restart_engine(self, index: int) -> int:
+        """Drain an engine, restart it, and let it take requests again. Returns how many went on elsewhere.
+
+        Raises as `drain_engine`; EngineUnavailableError if it does not come back.
+        """
+        raise NotImplementedError
 
     @property
     @abstractmethod
@@ -169,6 +191,12 @@ class LocalClient(EngineClient):
         """Function that lets the streams of an engine which has died go on elsewhere; of these, the second ones may
         have caused its death. The third argument says what that was. None: they fail.
         """
+        self.on_moved: Callable[[Stream, LatencyBreakdown | None], None] | None = None
+        """Function that lets a stream go on elsewhere which `drain` has taken from this engine, with the breakdown of
+        its latency here.
+        """
+        self.is_drained = False
+        """True if it takes no requests, since it is to be restarted or left alone."""
         self.on_available: Callable[[], None] = lambda: None
         """Listener that is called when requests can be opened that could not before."""
         self._death = ""
@@ -177,6 +205,7 @@ class LocalClient(EngineClient):
         self._stats = EngineStats()
         self._streams: dict[str, Stream] = {}
         self._ending: dict[str, Stream] = {}  # ended by us, not yet confirmed by the engine
+        self._moving: dict[str, Stream] = {}  # the same, and they go on elsewhere
         self._adapters: dict[str, str] = {}
         self._changed_adapters: dict[str, str | None] = {}  # paths of those loaded since the start, None: unloaded
         self._loading: dict[str, tuple[str, asyncio.Future[None]]] = {}  # paths and ends, by name
@@ -297,10 +326,13 @@ class LocalClient(EngineClient):
     def can_go_on_with(self, stream: Stream) -> bool:
         """Return whether `resume` can be called with a stream now."""
         adapter = stream.request.adapter
-        return self.state is EngineState.READY and self._suits(stream) and (not adapter or self.has_adapter(adapter))
+        is_open = self.state is EngineState.READY and not self.is_drained
+        return is_open and self._suits(stream) and (not adapter or self.has_adapter(adapter))
 
     def will_go_on_with(self, stream: Stream) -> bool:
         """Return whether `resume` may be called with a stream at some time, as far as is known."""
+        if self.is_drained:
+            return False
         if self.state is EngineState.READY:
             return self.can_go_on_with(stream) or (bool(self._loading) and self._suits(stream))
         return self.state is EngineState.STARTING or self.restarts
@@ -316,6 +348,32 @@ class LocalClient(EngineClient):
         model_len = self.info.limits.max_model_len if request.params.max_tokens is None else 0
         return self.info.kv_fingerprint, model_len, *self._identity
 
+    def drain(self) -> int:
+        """Take no more requests, and let those that there are go on elsewhere from the end of the step in flight on.
+        Returns how many there are. A router does this: see Router.drain.
+        """
+        assert self.on_moved is not None, "nothing would take them"
+        self.is_drained = True
+        moving, self._streams = self._streams, {}
+        self._moving |= moving
+        for request_id in moving:
+            self._send(Finish(request_id, FinishReason.MOVED))
+        return len(moving)
+
+    def undrain(self) -> None:
+        """Take requests again."""
+        self.is_drained = False
+        self.on_available()
+
+    @property
+    def num_open(self) -> int:
+        """Return the number of requests that the engine has."""
+        return len(self._streams) + len(self._moving)
+
+    async def restart(self) -> None:
+        """End a drained engine, and return when it is ready again. Raises EngineUnavailableError if it is not soon."""
+        raise NotImplementedError
+
     def absolve(self, request: Add) -> None:
         """Note that a request has not killed the engine, as was suspected."""
 
@@ -330,6 +388,8 @@ class LocalClient(EngineClient):
             raise EngineUnavailableError(f"the engine is dead: {self._death}")
         if self.state is not EngineState.READY:
             raise EngineUnavailableError(f"the engine is {self.state}")
+        if self.is_drained:
+            raise EngineUnavailableError("the engine is drained")
         if request.request_id in self._streams:
             raise InvalidRequestError(f"a request with the id {request.request_id!r} is still running")
         if request.adapter and not self.has_adapter(request.adapter):
@@ -375,7 +435,11 @@ class LocalClient(EngineClient):
                     blocks = stats.num_available_blocks
                     self.view.take(report.outputs, stats.step_times, available_blocks=blocks, now=now)
                 for output in report.outputs:
-                    streams = self._ending if output.request_id in self._ending else self._streams
+                    if output.finish_reason is FinishReason.MOVED:
+                        self._move(output)
+                        continue
+                    parts = (part for part in (self._ending, self._moving) if output.request_id in part)
+                    streams = next(parts, self._streams)
                     if (stream := streams.get(output.request_id)) is not None:
                         stream.push(output, report.stats.step_seconds)
                         if output.finish_reason is not None:
@@ -427,9 +491,19 @@ class LocalClient(EngineClient):
             loading.set_result(None)
         self._unload_unused()
 
+    def _move(self, output: RequestOutput) -> None:
+        """Let a stream go on elsewhere whose request has ended here for that."""
+        stream = self._moving.pop(output.request_id, None)
+        if stream is None:
+            return
+        if stream.is_over or self.on_moved is None:  # its client has left meanwhile
+            stream.push(replace(output, finish_reason=FinishReason.ABORT), 0.0)
+        else:
+            self.on_moved(stream, output.latency_breakdown)
+
     def _suspects(self) -> Sequence[Stream]:
         """Return the streams whose requests may have caused the death of the engine: all, where nothing is known."""
-        return list(self._streams.values())
+        return [*self._streams.values(), *self._moving.values()]
 
     def _die(self, why: str) -> None:
         """Note that the engine is gone: its requests go on elsewhere, or fail."""
@@ -439,8 +513,8 @@ class LocalClient(EngineClient):
             each.set_exception(EngineUnavailableError(f"the engine died while it loaded the adapter: {why}"))
         self._death, self.view = why, None
         self._enter(EngineState.DEAD)
-        streams, ending = self._streams, self._ending
-        self._streams, self._ending = {}, {}
+        streams, ending = self._streams | self._moving, self._ending
+        self._streams, self._ending, self._moving = {}, {}, {}
         self._stats = EngineStats()
         for stream in ending.values():
             stream.fail(died(why))

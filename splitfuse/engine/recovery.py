@@ -18,6 +18,7 @@ from collections.abc import Callable, Collection, Sequence
 from functools import partial
 from typing import NamedTuple
 
+from splitfuse.core.latency.phases import LatencyBreakdown
 from splitfuse.core.request import RequestOutput
 from splitfuse.engine.client import LocalClient, died
 from splitfuse.engine.messages import Add, Finish
@@ -51,7 +52,7 @@ class Recovery:
     """Takes over the streams of `engines` that die. Belongs to the event loop's thread."""
 
     def __init__(self, engines: Sequence[LocalClient], choose: Choose) -> None:
-        self.num_resumed: Counter[str] = Counter(death=0)
+        self.num_resumed: Counter[str] = Counter(death=0, drain=0)
         """Number of times that requests went on, by the cause."""
         self._engines = engines
         self._choose = choose
@@ -59,10 +60,12 @@ class Recovery:
         self._suspects: dict[str, Stream] = {}  # which go on one at a time
         self._trials: dict[LocalClient, Stream] = {}
         self._why: dict[str, str] = {}  # the engine of each died
+        self._drained: set[str] = set()  # those whose engine was drained instead
         self._timer: asyncio.TimerHandle | None = None
         self._closed = False
         for engine in engines:
             engine.rescue = partial(self._take_over, engine)
+            engine.on_moved = self._move
             engine.on_available = self._advance
 
     def close(self) -> None:
@@ -93,6 +96,15 @@ class Recovery:
             )
         self._advance()
 
+    def _move(self, stream: Stream, breakdown: LatencyBreakdown | None) -> None:
+        """Let a request go on that a drained engine had."""
+        request_id = stream.request.request_id
+        stream.leave(self._forget, breakdown)
+        self._why[request_id] = "it was drained"
+        self._drained.add(request_id)
+        self._waiting[request_id] = stream
+        self._advance()
+
     def _advance(self) -> None:
         """Let requests go on for which there is an engine now."""
         if not self._waiting and not self._suspects:
@@ -120,18 +132,17 @@ class Recovery:
         request_id = stream.request.request_id
         if choice is None:
             if not any(each.will_go_on_with(stream) for each in self._engines):
-                self._drop(request_id)
-                stream.fail(died(self._why.pop(request_id)))
+                stream.fail(died(self._drop(request_id)))
             return None
+        cause = "drain" if request_id in self._drained else "death"
         self._drop(request_id)
-        del self._why[request_id]
         try:
             choice.engine.resume(stream)
         except SplitfuseError as error:  # of a request in quarantine
             stream.fail(error)
             return None
         choice.taken()
-        self.num_resumed["death"] += 1
+        self.num_resumed[cause] += 1
         return choice.engine
 
     def _try(self, engine: LocalClient, stream: Stream) -> None:
@@ -155,18 +166,20 @@ class Recovery:
         stream = self._waiting.get(command.request_id) or self._suspects.get(command.request_id)
         if stream is not None:
             self._drop(command.request_id)
-            del self._why[command.request_id]
             stream.push(RequestOutput(command.request_id, finish_reason=command.reason), 0.0)
 
-    def _drop(self, request_id: str) -> None:
+    def _drop(self, request_id: str) -> str:
+        """Forget a request that waits. Returns what its engine died of."""
         self._waiting.pop(request_id, None)
         self._suspects.pop(request_id, None)
+        self._drained.discard(request_id)
+        return self._why.pop(request_id)
 
     def _fail_all(self) -> None:
         """Let all requests fail that wait."""
         waited = "" if self._closed else f"; no engine was ready within {MAX_WAIT:g} s"
         streams, why = [*self._waiting.values(), *self._suspects.values()], self._why
-        self._waiting, self._suspects, self._why, self._timer = {}, {}, {}, None
+        self._waiting, self._suspects, self._why, self._drained, self._timer = {}, {}, {}, set(), None
         for stream in streams:
             stream.fail(died(f"{why[stream.request.request_id]}{waited}"))
 

@@ -16,7 +16,10 @@ from splitfuse.engine.client import EngineClient, EngineState, LocalClient
 from splitfuse.engine.messages import Add, EngineInfo, EngineStats, Loading
 from splitfuse.engine.recovery import Choice, Recovery
 from splitfuse.engine.stream import Stream
-from splitfuse.errors import EngineUnavailableError
+from splitfuse.errors import EngineUnavailableError, InvalidRequestError
+
+POLL_SECONDS = 0.01
+"""Time between looks at how far a drain is."""
 
 FETCHED_SHARE = 31 / 32
 """Fraction of what a token costs that is saved by fetching its keys and values: of two replicas that would compute
@@ -132,6 +135,31 @@ class Router(EngineClient):
         await self.replicas[0].start()
         await asyncio.gather(*(replica.start() for replica in self.replicas[1:]))
 
+    async def drain_engine(self, index: int) -> int:
+        replica = self._replica(index)
+        if not any(each is not replica and _is_open(each) for each in self.replicas):
+            raise EngineUnavailableError(f"engine {index} cannot be drained: no other engine is ready to go on")
+        count = replica.drain()
+        while replica.num_open:
+            await asyncio.sleep(POLL_SECONDS)
+        return count
+
+    def undrain_engine(self, index: int) -> None:
+        self._replica(index).undrain()
+
+    async def restart_engine(self, index: int) -> int:
+        count = await self.drain_engine(index)
+        await self.replicas[index].restart()
+        self.replicas[index].undrain()
+        return count
+
+    def _replica(self, index: int) -> LocalClient:
+        if not 0 <= index < len(self.replicas):
+            raise InvalidRequestError(
+                f"there is no engine {index}: this server has {len(self.replicas)}, the first is 0", parameter="engine"
+            )
+        return self.replicas[index]
+
     async def close(self) -> None:
         self._recovery.close()
         await asyncio.gather(*(replica.close() for replica in self.replicas))
@@ -174,11 +202,15 @@ class Router(EngineClient):
         return names
 
 
+def _is_open(replica: LocalClient) -> bool:
+    return replica.state is EngineState.READY and not replica.is_drained
+
+
 def _candidate(replica: LocalClient, names: Sequence[bytes], adapter: str, shared: int) -> Candidate | None:
     """Return what a replica has for a prompt whose blocks have these names, of which it can fetch the first `shared`
     tokens from tiers; None if it does not accept the request.
     """
-    if replica.view is None or replica.state is not EngineState.READY:
+    if replica.view is None or not _is_open(replica):
         return None
     if adapter and not replica.has_adapter(adapter):  # it is loaded again after a restart
         return None

@@ -91,7 +91,10 @@ def read_requests(frames: Iterable[Frame]) -> list[RecordedRequest]:
                     case FinishTrace():
                         if (request := unfinished.pop((frame.engine, record.number), None)) is not None:
                             _check_times(record.time, record.wanted_until or 0.0)
-                            request.end = record
+                            if record.reason is FinishReason.MOVED:
+                                left[request.request.request_id] = request
+                            else:
+                                request.end = record
     return found
 
 

@@ -74,6 +74,7 @@ FAMILIES = (
         *("splitfuse:ready", "gauge", "ready"),
         "1 while an engine is ready (at the start, /ready also waits for the others), else 0.",
     ),
+    Family("splitfuse:drained_engines", "gauge", "drained", "Engines that take no requests (splitfuse drain)."),
     Family("splitfuse:num_requests_running", "gauge", "running", "Requests that steps compute."),
     Family("splitfuse:num_requests_waiting", "gauge", "waiting", "Requests that wait to be scheduled."),
     Family("splitfuse:outstanding_tokens", "gauge", "outstanding", "Most tokens still to compute for open requests."),
@@ -207,7 +208,7 @@ class Metrics(Collector):
         self._totals = _Totals()
         self._histograms = {source: _Histogram(bounds) for source, bounds in _BOUNDS.items()}
         self._counts: defaultdict[str, Counter[tuple[str, ...]]] = defaultdict(Counter)
-        self._counts["choices"] = Counter({(reason.value,): 0 for reason in FinishReason})
+        self._counts["choices"] = Counter({(each.value,): 0 for each in FinishReason if each is not FinishReason.MOVED})
         self._counts["slo"] = Counter({("true",): 0, ("false",): 0})
         self._registry = CollectorRegistry(auto_describe=False)
         self._registry.register(self)
@@ -330,6 +331,7 @@ class Metrics(Collector):
         used = sum(per_engine - engine.num_available_blocks for engine in stats if engine.num_steps)
         return {
             "ready": client.state is EngineState.READY,
+            "drained": sum(engine.is_drained for engine in client.engines),
             "running": sum(engine.num_running for engine in stats),
             "waiting": sum(engine.num_waiting for engine in stats),
             "outstanding": outstanding,

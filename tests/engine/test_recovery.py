@@ -31,7 +31,7 @@ from splitfuse.engine.remote.supervisor import SubprocessEngine
 from splitfuse.engine.router import Router
 from splitfuse.engine.stream import Stream
 from splitfuse.engine.thread import AsyncEngine
-from splitfuse.errors import EngineUnavailableError, RequestQuarantinedError
+from splitfuse.errors import EngineUnavailableError, InvalidRequestError, RequestQuarantinedError
 
 CONFIG = EngineConfig.from_settings({"num_blocks": 600, "num_threads": 1})
 
@@ -116,6 +116,28 @@ def test_streams_of_a_killed_engine_end_as_without_a_kill(caplog: pytest.LogCapt
     assert "requests that go on once an engine is ready" in caplog.text
 
 
+@pytest.mark.slow
+def test_engines_are_restarted_one_after_the_other_under_load() -> None:
+    wanted = requests(16, max_tokens=400)
+
+    async def test() -> None:
+        engines = [SubprocessEngine(CONFIG), SubprocessEngine(CONFIG)]
+        async with running(*engines) as router:
+            whole = await asyncio.gather(*(read(router.open(request)) for request in wanted))
+            for index, engine in enumerate(engines):
+                streams = [router.open(request) for request in wanted]
+                reading = [asyncio.create_task(read(stream)) for stream in streams]
+                while min(stream.num_tokens for stream in streams) < 20:
+                    await asyncio.sleep(0.001)
+                pid = engine.pid
+                moved = await router.restart_engine(index)
+                assert await asyncio.gather(*reading) == whole
+                assert engine.pid != pid and moved and engine.state is EngineState.READY and not engine.is_drained
+            assert router.num_resumed["death"] == 0
+
+    run(test())
+
+
 def test_a_request_that_kills_engines_is_found_and_the_others_go_on() -> None:
     """The front kills an engine whenever it has the request in the step in flight."""
     wanted = requests(6, max_tokens=200)
@@ -150,6 +172,38 @@ def test_a_request_that_kills_engines_is_found_and_the_others_go_on() -> None:
             with pytest.raises(RequestQuarantinedError):
                 router.open(killer)
             assert await read(router.open(wanted[0])) == whole[0]
+
+    run(test())
+
+
+def test_requests_of_a_drained_engine_go_on_at_another() -> None:
+    wanted = requests(12, max_tokens=120)
+
+    async def test() -> None:
+        config = EngineConfig.from_settings({"num_blocks": 600, "num_threads": 1})
+        first, second = (AsyncEngine(Engine.load(config)) for _ in range(2))
+        async with running(first, second) as router:
+            whole = await asyncio.gather(*(read(first.open(request)) for request in wanted))
+            streams = [router.open(request) for request in wanted]
+            reading = [asyncio.create_task(read(stream)) for stream in streams]
+            while min(stream.num_tokens for stream in streams) < 20:
+                await asyncio.sleep(0.001)
+            count = await router.drain_engine(0)
+            assert count and first.num_open == 0
+            for request in requests(3, max_tokens=2):
+                again = msgspec.structs.replace(request, request_id=f"next {request.request_id}")
+                assert len(await read(router.open(again))) == 2
+            assert await asyncio.gather(*reading) == whole
+            assert router.num_resumed == {"drain": count, "death": 0}
+            phases = (await next(stream for stream in streams if stream.num_resumed).breakdown).phases
+            assert {LatencyPhase.PREFILL, LatencyPhase.DECODE, LatencyPhase.BETWEEN_ENGINES} <= phases.keys()
+            assert LatencyPhase.FAILED not in phases
+            with pytest.raises(EngineUnavailableError, match="engine 1 cannot be drained: no other engine is ready"):
+                await router.drain_engine(1)
+            with pytest.raises(InvalidRequestError, match="there is no engine 2: this server has 2, the first is 0"):
+                await router.drain_engine(2)
+            router.undrain_engine(0)
+            assert await router.drain_engine(1) == 0
 
     run(test())
 
@@ -246,7 +300,7 @@ def test_after_three_times_comes_the_error(model: AsyncEngine) -> None:
                 async for output in stream:
                     tokens += output.token_ids
             assert tokens == [0, 1, 2, 3] and len(engine.added) == 4
-            assert router.num_resumed == {"death": 3}
+            assert router.num_resumed["death"] == 3
 
     run(test())
 

@@ -1,10 +1,10 @@
-"""Kill and stop engines under load: how soon clients get an error, and how soon the server recovers.
+"""Kill and stop engines under load: texts are those without a kill, no stream has an error, and how long they pause.
 
-    python -m tests.soak.engine_deaths [--replicas N] [SERVE FLAGS ...]
+    python -m tests.soak.engine_deaths [--runs N] [--replicas N] [--body JSON] [SERVE FLAGS ...]
 
-Streams run on all engines; then one engine process gets SIGKILL, later SIGSTOP. Times are from the signal: until the
-engine's streams got an error, until /ready returned 503 (with one replica), until a new request was answered, and until
-the engine was back.
+In each run 16 streams are read, greedy and random ones, and at a random moment an engine process gets SIGKILL, with
+--stop SIGSTOP. `--body` adds fields to all requests, such as '{"structured_outputs": {"regex": "[a-c ]+"}}'. The exit
+status is 1 if a text differs or a stream had an error.
 """
 
 from __future__ import annotations
@@ -13,114 +13,124 @@ import argparse
 import json
 import os
 import signal
+import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from dataclasses import dataclass, field
 from pathlib import Path
+from random import Random
+from statistics import median
+from typing import Any
 
 import httpx
 from server_load import children
 from server_process import ServerProcess, server_process
 
-STREAMS = 8  # of each replica
-LIMIT = 120.0
-LONG = {"prompt": "Anna has", "max_tokens": 2000, "ignore_eos": True, "stream": True}
+STREAMS = 16
+LIMIT = 300.0
+TOKENS = 200
+WORDS = ["Anna", "Tom", "has", "a", "little", "dog", "and", "the", "park", "ran", "to", "red", "ball"]
+
+
+@dataclass
+class Answer:
+    """What a stream gave."""
+
+    text: str = ""
+    times: list[float] = field(default_factory=list)
+    error: str = ""
+    resumed: int = 0
+
+    @property
+    def longest_gap(self) -> float:
+        return max((b - a for a, b in zip(self.times, self.times[1:], strict=False)), default=0.0)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--runs", type=int, default=20)
     parser.add_argument("--replicas", type=int, default=1)
+    parser.add_argument("--body", type=json.loads, default={})
+    parser.add_argument("--stop", action="store_true")
     arguments, flags = parser.parse_known_args()
-    folder = Path(tempfile.mkdtemp(prefix="soak-"))
+    folder, rng = Path(tempfile.mkdtemp(prefix="soak-")), Random(arguments.runs)
+    number = signal.SIGSTOP if arguments.stop else signal.SIGKILL
+    bodies = [make_body(rng, seed, arguments.body) for seed in range(STREAMS)]
     own = (f"--replicas={arguments.replicas}", "--num-blocks=2000", *flags)
-    with server_process(folder, f"soak-{folder.name}", *own) as server, server.client() as client:
-        for number in signal.SIGKILL, signal.SIGSTOP:
-            _Drill(server, client.url, arguments.replicas).hold(number)
-        print("log of the server:\n" + "\n".join(line for line in server.said.splitlines() if "engine" in line))
+    equal = errors = resumed = 0
+    pauses: list[float] = []
+    with (
+        server_process(folder, f"soak-{folder.name}", *own) as server,
+        server.client() as client,
+        httpx.Client(base_url=client.url, timeout=LIMIT, trust_env=False) as http,
+    ):
+        whole = stream_all(http, bodies, None, 0.0, number)
+        usual = [answer.longest_gap for answer in whole]
+        seconds = max(answer.times[-1] - answer.times[0] for answer in whole)
+        for run in range(arguments.runs):
+            while len(children(server.process.pid)) < arguments.replicas or http.get("/ready").status_code != 200:
+                time.sleep(0.05)
+            answers = stream_all(http, bodies, server, rng.uniform(0.02, 0.9) * seconds, number)
+            same = [a.text == b.text and not a.error for a, b in zip(answers, whole, strict=True)]
+            equal += sum(same)
+            errors += sum(bool(answer.error) for answer in answers)
+            resumed += sum(answer.resumed for answer in answers)
+            pauses += [answer.longest_gap for answer in answers if answer.resumed]
+            print(f"run {run}: {sum(same)} of {STREAMS} equal, {sum(a.resumed for a in answers)} resumed", flush=True)
+            for answer in answers:
+                if answer.error:
+                    print(f"  {answer.error}", flush=True)
+    print(f"{equal} of {arguments.runs * STREAMS} texts equal, {errors} errors, {resumed} resumed")
+    if pauses:
+        print(
+            f"longest gap of a resumed stream: {min(pauses):.2f} s at least, {median(pauses):.2f} s in the middle, "
+            f"{max(pauses):.2f} s at most; without a kill {max(usual):.2f} s at most"
+        )
+    print("log of the server:\n" + "\n".join(line for line in server.said.splitlines() if "ready again" in line))
+    sys.exit(int(equal < arguments.runs * STREAMS))
 
 
-class _Drill:
-    """A signal to one engine under load."""
-
-    def __init__(self, server: ServerProcess, url: str, replicas: int) -> None:
-        self._server, self._url, self._replicas = server, url, replicas
-        self._ends: list[tuple[float, str]] = []  # of streams: when, and how
-        self._begun = threading.Barrier(STREAMS * replicas + 1)
-
-    def hold(self, number: signal.Signals) -> None:
-        threads = [threading.Thread(target=self._stream, daemon=True) for _ in range(STREAMS * self._replicas)]
-        for thread in threads:
-            thread.start()
-        self._begun.wait(LIMIT)
-        target = children(self._server.process.pid)[0]
-        sent = time.monotonic()
-        os.kill(target, number)
-        times: dict[str, float | str] = {}
-        with httpx.Client(base_url=self._url, timeout=LIMIT, trust_env=False) as http:
-            if self._replicas == 1:
-                times["/ready returns 503"] = _until(lambda: http.get("/ready").status_code == 503) - sent
-            else:
-                times["next request, on the other"] = f"{_ask(http)} after {time.monotonic() - sent:.2f}"
-            _until(lambda: any(how != "whole" for _, how in self._ends))
-            times["/health"] = http.get("/health").status_code
-            if self._replicas == 1:
-                times["next request, at once"] = _ask(http)
-            _until(lambda: len(self._back(target)) == self._replicas)
-            times["new process"] = time.monotonic() - sent
-            _until(lambda: http.get("/ready").status_code == 200)
-            times["/ready returns 200"] = time.monotonic() - sent
-            times["request then"] = _ask(http)
-            for thread in threads:
-                thread.join(LIMIT)
-        broken = [when - sent for when, how in self._ends if how != "whole"]
-        print(f"{number.name} to one of {self._replicas}: {len(self._ends)} of {len(threads)} streams ended,")
-        print(f"  {len(broken)} with an error, after {min(broken):.2f} to {max(broken):.2f} s: {self._how()}")
-        print("\n".join(f"  {what}: {_seconds(value)}" for what, value in times.items()), flush=True)
-
-    def _how(self) -> str:
-        return next(how for _, how in self._ends if how != "whole")
-
-    def _back(self, target: int) -> list[int]:
-        return [pid for pid in children(self._server.process.pid) if pid != target]
-
-    def _stream(self) -> None:
-        how, waits = "broken off", True
-        with (
-            suppress(httpx.HTTPError),
-            httpx.Client(base_url=self._url, timeout=LIMIT, trust_env=False) as http,
-            http.stream("POST", "/v1/completions", json=LONG) as answer,
-        ):
-            for line in answer.iter_lines():
-                if waits:
-                    waits = False
-                    self._begun.wait(LIMIT)
-                if line == "data: [DONE]":
-                    how = "whole"
-                elif '"error"' in line:
-                    how = json.loads(line.removeprefix("data: "))["error"]["message"]
-        self._ends.append((time.monotonic(), how))
+def make_body(rng: Random, seed: int, more: dict[str, Any]) -> dict[str, Any]:
+    prompt = " ".join(rng.choice(WORDS) for _ in range(rng.randint(2, 80)))
+    body = {"prompt": prompt, "max_tokens": TOKENS, "stream": True, "splitfuse_timing": True, "seed": seed}
+    return {**body, "temperature": float(seed % 2), "ignore_eos": True, **more}
 
 
-def _ask(http: httpx.Client) -> str:
-    began = time.monotonic()
-    answer = http.post("/v1/completions", json={"prompt": "Hi", "max_tokens": 2})
-    said = "" if answer.status_code == 200 else f" {answer.json()['error']['message']}"
-    return f"{answer.status_code}{said} in {time.monotonic() - began:.2f} s"
+def stream_all(
+    http: httpx.Client, bodies: list[dict[str, Any]], server: ServerProcess | None, delay: float, number: signal.Signals
+) -> list[Answer]:
+    """Read all streams; meanwhile send a signal to an engine of `server`, after a delay from the first token on."""
+    answers = [Answer() for _ in bodies]
+    threads = [threading.Thread(target=read, args=(http, *each)) for each in zip(bodies, answers, strict=True)]
+    for thread in threads:
+        thread.start()
+    if server is not None:
+        while not any(answer.times for answer in answers):
+            time.sleep(0.001)
+        time.sleep(delay)
+        os.kill(Random(delay).choice(children(server.process.pid)), number)
+    for thread in threads:
+        thread.join(LIMIT)
+    return answers
 
 
-def _until(condition: Callable[[], bool]) -> float:
-    limit = time.monotonic() + LIMIT
-    while not condition():
-        if time.monotonic() > limit:
-            raise TimeoutError("timed out")
-        time.sleep(0.01)
-    return time.monotonic()
-
-
-def _seconds(value: float | str) -> str:
-    return f"{value:.2f} s" if isinstance(value, float) else str(value)
+def read(http: httpx.Client, body: dict[str, Any], answer: Answer) -> None:
+    try:
+        with http.stream("POST", "/v1/completions", json=body) as response:
+            for line in response.iter_lines():
+                if not line.startswith("data: {"):
+                    continue
+                event = json.loads(line.removeprefix("data: "))
+                if "error" in event:
+                    answer.error = event["error"]["message"]
+                if event.get("choices"):
+                    answer.text += event["choices"][0]["text"]
+                    answer.times.append(time.monotonic())
+                if "splitfuse_timing" in event:
+                    answer.resumed = event["splitfuse_timing"]["resumed"]
+    except httpx.HTTPError as error:
+        answer.error = repr(error)
 
 
 if __name__ == "__main__":

@@ -46,6 +46,7 @@ FIRST_PAUSE, LONGEST_PAUSE = 0.5, 30.0  # seconds before a restart; doubled each
 STABLE_SECONDS = 10.0  # for which an engine has been ready if its death is the first of a series again
 TIME_TO_DUMP = 1.0  # seconds that a hung process has to write its stacks
 TIME_TO_STOP = 5.0
+RESTART_SECONDS, POLL_SECONDS = 600.0, 0.05  # for a restart, and between looks at how far it is
 LONG_SILENCE = 1.0  # seconds: of several heartbeats
 
 _logger = logging.getLogger(__name__)
@@ -90,7 +91,7 @@ class SubprocessEngine(LocalClient):
         self._seconds_in_step = 0.0
         self._tasks: list[asyncio.Task[None]] = []
         self._started: asyncio.Future[None] | None = None
-        self._closing = False
+        self._closing = self._restarting = False
 
     @property
     def silent(self) -> bool:
@@ -100,6 +101,17 @@ class SubprocessEngine(LocalClient):
     def pid(self) -> int | None:
         """Return the id of the current process."""
         return None if self._process is None else self._process.pid
+
+    async def restart(self) -> None:
+        assert self.is_drained and not self.num_open, "its requests would be lost"
+        if self.state is EngineState.READY:
+            self._restarting = True
+            self._send(Stop())
+        limit = time.monotonic() + RESTART_SECONDS
+        while self._restarting or self.state is not EngineState.READY:
+            if time.monotonic() > limit or self._closing:
+                raise EngineUnavailableError(f"a drained engine is not ready again after {RESTART_SECONDS:g} s")
+            await asyncio.sleep(POLL_SECONDS)
 
     def absolve(self, request: Add) -> None:
         self._quarantine.absolve(request)
@@ -155,7 +167,8 @@ class SubprocessEngine(LocalClient):
         if self.state is not EngineState.READY or self._in_flight is None or self._closing:
             return ()
         ids = set(self._in_flight.read())
-        streams = [s for s in (*self._streams.values(), *self._ending.values()) if s.request.request_id in ids]
+        known = (*self._streams.values(), *self._moving.values(), *self._ending.values())
+        streams = [s for s in known if s.request.request_id in ids]
         streams = [s for s in streams if s.on_trial] or streams
         self._quarantine.engine_died(s.request for s in streams)
         return streams
@@ -174,6 +187,10 @@ class SubprocessEngine(LocalClient):
                 _logger.exception("an engine could not be followed")
                 why = f"its reports could not be taken in: {error!r}"
             self._die(why)
+            if self._restarting:
+                self._restarting = False
+                _logger.info("a drained engine is restarted")
+                continue
             assert self._started is not None
             if not self._started.done():
                 self._started.set_exception(_as_error(self._failure, why))

@@ -358,7 +358,8 @@ def describe_engine(index: int, engine: LocalClient, time: float, reason: str = 
         numbers = info.max_num_batched_tokens, info.limits.num_blocks, info.limits.block_size
     except EngineUnavailableError:
         pass  # it has not been ready yet
-    return ShownEngine(index, time, engine.state.value, reason, stage.stage, round(stage.fraction, 2), *numbers)
+    state = "drained" if engine.is_drained else engine.state.value
+    return ShownEngine(index, time, state, reason, stage.stage, round(stage.fraction, 2), *numbers)
 
 
 def run_lengths(letters: bytes) -> str:
