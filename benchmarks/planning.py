@@ -23,9 +23,10 @@ from splitfuse.core.latency.ledger import LatencyLedger
 from splitfuse.core.limits import ceil_div
 from splitfuse.core.plan import ChunkResult
 from splitfuse.core.policy import Fcfs, SchedulingPolicy
-from splitfuse.core.request import Request, SchedulingOptions
+from splitfuse.core.request import Request
 from splitfuse.core.sampling_params import SamplingParams
 from splitfuse.core.scheduler import Scheduler
+from splitfuse.core.scheduling_options import SchedulingOptions
 from splitfuse.core.slo.cost_model import StepFeatures, features_of
 from splitfuse.core.slo.deadline_policy import DeadlinePolicy
 from splitfuse.core.slo.latency_predictor import LatencyPredictor

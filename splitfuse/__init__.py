@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from splitfuse.clients.sync import client as client
     from splitfuse.clients.sync import serve as serve
     from splitfuse.config import EngineConfig as EngineConfig
-    from splitfuse.core.request import FinishReason as FinishReason
+    from splitfuse.core.request_output import FinishReason as FinishReason
     from splitfuse.core.sampling_params import SamplingParams as SamplingParams
     from splitfuse.engine.engine import Engine as Engine
     from splitfuse.engine.ragged import RaggedEngine as RaggedEngine
@@ -58,7 +58,7 @@ _HOMES = {
     "splitfuse.clients.client": ("AsyncClient",),
     "splitfuse.clients.sync": ("Client", "async_client", "client", "serve"),
     "splitfuse.config": ("EngineConfig",),
-    "splitfuse.core.request": ("FinishReason",),
+    "splitfuse.core.request_output": ("FinishReason",),
     "splitfuse.core.sampling_params": ("SamplingParams",),
     "splitfuse.engine.engine": ("Engine",),
     "splitfuse.engine.ragged": ("RaggedEngine",),

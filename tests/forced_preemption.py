@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from splitfuse.core.request import RequestOutput
+from splitfuse.core.request_output import RequestOutput
 from splitfuse.engine.engine import Engine
 from splitfuse.runtime.executor import Executor
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from splitfuse.config import EngineConfig
-from splitfuse.core.request import RequestOutput
+from splitfuse.core.request_output import RequestOutput
 from splitfuse.engine.engine import Engine
 from splitfuse.engine.loop import EngineLoop
 from splitfuse.engine.trace import TraceLevel

@@ -43,9 +43,11 @@ from splitfuse.core.plan import (
     TokenLogprob,
 )
 from splitfuse.core.policy import Fcfs, SchedulingPolicy
-from splitfuse.core.request import FinishReason, Request, RequestOutput, SchedulingOptions
+from splitfuse.core.request import Request
+from splitfuse.core.request_output import FinishReason, RequestOutput
 from splitfuse.core.sampling_params import SamplingParams
 from splitfuse.core.scheduler import Scheduler
+from splitfuse.core.scheduling_options import SchedulingOptions
 from splitfuse.core.slo.cost_model import CostModel, features_of
 from splitfuse.core.slo.deadline_policy import DeadlinePolicy
 from splitfuse.core.slo.latency_predictor import LatencyPredictor

@@ -13,7 +13,7 @@ from readable_answers import PROMPT, READABLE, texts
 
 import splitfuse
 from splitfuse.core.events import StepRecord
-from splitfuse.core.request import FinishReason
+from splitfuse.core.request_output import FinishReason
 from splitfuse.errors import ConfigError, InvalidRequestError, ModelError, ModelNotFoundError, TokenizerError
 from splitfuse.models.sources.hub import BUNDLED_MODEL
 from splitfuse.text.kwargs import SAMPLING_KEYWORDS

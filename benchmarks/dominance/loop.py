@@ -17,9 +17,10 @@ from splitfuse.config import TAIL_SHARE, SchedulerConfig
 from splitfuse.core.kv.block_allocator import BlockAllocator
 from splitfuse.core.kv.names import BlockNamer
 from splitfuse.core.plan import ChunkResult, StepPlan
-from splitfuse.core.request import Request, SchedulingOptions
+from splitfuse.core.request import Request
 from splitfuse.core.sampling_params import SamplingParams
 from splitfuse.core.scheduler import Scheduler
+from splitfuse.core.scheduling_options import SchedulingOptions
 from splitfuse.core.slo.cost_model import StepFeatures
 from splitfuse.core.slo.deadline_policy import make_policy
 from splitfuse.core.slo.targets import SloTargets

@@ -19,7 +19,7 @@ from typing import Self
 
 from splitfuse.bench.metrics import percentile
 from splitfuse.config import EngineConfig
-from splitfuse.core.request import FinishReason
+from splitfuse.core.request_output import FinishReason
 from splitfuse.core.slo.targets import SloTargets
 from splitfuse.engine.client import EngineClient
 from splitfuse.engine.messages import Add

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from splitfuse.bench.results import MeasuredRequest, Point, Results
-from splitfuse.core.request import FinishReason
+from splitfuse.core.request_output import FinishReason
 from splitfuse.core.slo.cost_model import CostModel, StepFeatures
 from splitfuse.engine.trace import PLAIN, StepTrace
 from splitfuse.recording.format import Recording, Records

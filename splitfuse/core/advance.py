@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from splitfuse.core.kv.block_allocator import BlockAllocator
 from splitfuse.core.plan import Chunk, ChunkResult, Logprobs
-from splitfuse.core.request import FinishReason, Request, RequestOutput
+from splitfuse.core.request import Request
+from splitfuse.core.request_output import FinishReason, RequestOutput
 
 
 def advance(

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from operator import attrgetter
 from typing import NamedTuple
 
+from splitfuse.core.compiling import mypyc_attr
 from splitfuse.core.request import Request, by_queue_key
 from splitfuse.core.slo.latency_predictor import LatencyPredictor
 from splitfuse.core.step_builder import RequestQueue, StepBuilder
@@ -49,6 +50,7 @@ class ClaimOrder:
     """Fraction of the step reserved for the oldest request until its claim; one token is reserved at least."""
 
 
+@mypyc_attr(allow_interpreted_subclasses=True)
 class SchedulingPolicy(ABC):
     """Decides about steps, requests and blocks. A subclass gives the order of claims and the preemption victim."""
 
@@ -123,6 +125,7 @@ class SchedulingPolicy(ABC):
         raise slo_required()
 
 
+@mypyc_attr(allow_interpreted_subclasses=True)
 class Fcfs(SchedulingPolicy):
     """Serves first come, first served within each priority and fair share: decodes, then prefills in progress, then
     waiting requests.

@@ -14,11 +14,11 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from splitfuse.core.limits import ceil_div
-from splitfuse.core.request import Request, RequestOutput, RequestStatus
+from splitfuse.core.request import Request, RequestStatus
+from splitfuse.core.request_output import RequestOutput
 from splitfuse.core.slo.admission import check_on_time
-from splitfuse.core.slo.cost_model import CostModel
+from splitfuse.core.slo.cost_model import CostModel, StepTimes
 from splitfuse.core.slo.feasibility import Feasibility
-from splitfuse.core.slo.latency_predictor import StepTimes
 from splitfuse.core.step_builder import FreeResources
 from splitfuse.errors import SloUnattainableError
 

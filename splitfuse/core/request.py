@@ -6,23 +6,19 @@ No mode says whether it is a prefill or a decode: it is a prefill while more tha
 from __future__ import annotations
 
 import enum
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from operator import attrgetter
 
 from splitfuse.core.kv.request_kv import RequestKv
-from splitfuse.core.latency.phases import LatencyBreakdown
-from splitfuse.core.plan import PLACEHOLDER, Logprobs, SamplingState
+from splitfuse.core.plan import PLACEHOLDER, SamplingState
 from splitfuse.core.pooling_params import PoolingParams
+from splitfuse.core.request_output import FinishReason
 from splitfuse.core.sampling_params import SamplingParams
+from splitfuse.core.scheduling_options import DEFAULT_SCHEDULING, Priority, SchedulingOptions
 from splitfuse.core.slo.request_slo import RequestSlo
-from splitfuse.core.slo.targets import NO_SLO, SloTargets
+from splitfuse.core.slo.targets import NO_SLO
 from splitfuse.core.speculation.request_drafts import RequestDrafts
-from splitfuse.errors import InvalidRequestError
-
-MIN_WEIGHT, MAX_WEIGHT = 0.001, 1000
-"""Bounds of a weight, beyond which a single request would count for more than all that others ever send."""
 
 
 class RequestStatus(enum.StrEnum):
@@ -31,62 +27,6 @@ class RequestStatus(enum.StrEnum):
     WAITING = "waiting"
     RUNNING = "running"
     FINISHED = "finished"
-
-
-class Priority(enum.IntEnum):
-    """Orders requests before fair shares and age: all claims of a smaller number come first, except after urgent
-    decodes.
-    """
-
-    HIGH = 0
-    NORMAL = 1
-    LOW = 2
-
-
-class FinishReason(enum.StrEnum):
-    """Says why a request ended."""
-
-    STOP = "stop"
-    LENGTH = "length"
-    ABORT = "abort"
-    MOVED = "moved"
-    """It goes on at another engine: no client sees this."""
-    ERROR = "error"
-
-
-@dataclass(frozen=True)
-class SchedulingOptions:
-    """Says how one request is scheduled: its SLO, its share of the machine, its isolation. It is made at the HTTP edge;
-    the engine fills in its default SLO and the arrival time where they are None.
-
-        SchedulingOptions(targets=SloTargets(ttft=1.0, itl=0.1), priority=Priority.HIGH)
-
-    Raises InvalidRequestError for a weight out of bounds, and for an arrival time that is no time.
-    """
-
-    cache_salt: str = ""
-    """Cached blocks are shared only among requests with the same salt."""
-    targets: SloTargets | None = None
-    """SLO of the request; None: the engine's default."""
-    arrival_time: float | None = None
-    """Time of arrival on the engine's monotonic clock, from which the TTFT target counts; None: when it is added."""
-    on_time_only: bool = False
-    """True to reject the request when it is added unless its SLO can be met."""
-    owner: str = ""
-    """Tenant whose fair share the request uses."""
-    weight: float = 1.0
-    """Weight of the owner's fair share, relative to other owners."""
-    priority: Priority = Priority.NORMAL
-
-    def __post_init__(self) -> None:
-        if not MIN_WEIGHT <= self.weight <= MAX_WEIGHT:
-            raise InvalidRequestError(f"weight must be a number from {MIN_WEIGHT} to {MAX_WEIGHT}, not {self.weight!r}")
-        if self.arrival_time is not None and not math.isfinite(self.arrival_time):
-            raise InvalidRequestError(f"arrival_time must be a time in seconds, not {self.arrival_time!r}")
-
-
-DEFAULT_SCHEDULING = SchedulingOptions()
-"""Options of a request which asks for nothing special."""
 
 
 @dataclass(eq=False)
@@ -214,22 +154,3 @@ class Request:
 
 by_queue_key = attrgetter("priority", "fair_share_key", "sequence_number")
 """Returns the position of a request among all unfinished ones: by priority, by fair share, by age."""
-
-
-@dataclass(slots=True)
-class RequestOutput:
-    """Says what one step, or an abort, changed for one request: tokens are new since the last output."""
-
-    request_id: str
-    token_ids: tuple[int, ...] = ()
-    logprobs: Logprobs | None = None
-    prompt_logprobs: Logprobs | None = None
-    values: tuple[float, ...] = ()  # what PoolingParams ask for, with the last output
-    finish_reason: FinishReason | None = None
-    error: str | None = None
-    retry_after: float | None = None  # rejected; retry after this many seconds (inf: never)
-    num_cached_tokens: int = 0
-    num_computed: int = 0  # leading positions whose keys and values are written
-    num_drafted: int = 0  # tokens that were guessed; all of `token_ids` but the last were
-    slo_met: bool | None = None  # so far; None: it has no SLO
-    latency_breakdown: LatencyBreakdown | None = None  # with the last output

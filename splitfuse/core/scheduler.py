@@ -52,7 +52,8 @@ from splitfuse.core.kv.fetching import Arrived, Fetch, Fetching, Frame, Inbox
 from splitfuse.core.limits import check_blocks
 from splitfuse.core.plan import Chunk, ChunkResult, Save, StepPlan, StepResult
 from splitfuse.core.policy import Fcfs, PlanningError, SchedulingPolicy
-from splitfuse.core.request import FinishReason, Request, RequestOutput, RequestStatus
+from splitfuse.core.request import Request, RequestStatus
+from splitfuse.core.request_output import FinishReason, RequestOutput
 from splitfuse.core.slo.cost_model import StepFeatures, features_of
 from splitfuse.core.slo.fair_share import FairShare
 from splitfuse.core.slo.latency_predictor import LatencyPredictor

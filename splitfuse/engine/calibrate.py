@@ -22,8 +22,9 @@ from tqdm import tqdm
 from splitfuse.config import EngineConfig
 from splitfuse.core.limits import ceil_div
 from splitfuse.core.plan import Chunk, SamplingState, StateSlots, StepPlan
-from splitfuse.core.request import Request, SchedulingOptions
+from splitfuse.core.request import Request
 from splitfuse.core.sampling_params import SamplingParams
+from splitfuse.core.scheduling_options import SchedulingOptions
 from splitfuse.core.slo.cost_model import MIN_SAMPLES, CostModel, Sample, StepFeatures, fit
 from splitfuse.core.slo.targets import SloTargets
 from splitfuse.engine.build import build_scheduler

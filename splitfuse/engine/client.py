@@ -20,7 +20,7 @@ from typing import ClassVar
 
 from splitfuse.core.latency.phases import LatencyBreakdown
 from splitfuse.core.replica_view import ReplicaView
-from splitfuse.core.request import FinishReason, RequestOutput
+from splitfuse.core.request_output import FinishReason, RequestOutput
 from splitfuse.engine.guard import check_process
 from splitfuse.engine.messages import (
     AdapterLoaded,

@@ -20,11 +20,12 @@ from splitfuse.core.limits import EngineLimits
 from splitfuse.core.plan import ChunkResult, StepPlan, StepResult
 from splitfuse.core.policy import PlanningError, SchedulingPolicy
 from splitfuse.core.pooling_params import PoolingParams
-from splitfuse.core.request import DEFAULT_SCHEDULING, FinishReason, Request, RequestOutput, SchedulingOptions
+from splitfuse.core.request import Request
+from splitfuse.core.request_output import FinishReason, RequestOutput
 from splitfuse.core.sampling_params import SamplingParams
+from splitfuse.core.scheduling_options import DEFAULT_SCHEDULING, SchedulingOptions
 from splitfuse.core.slo.attainable import Attainable, attainable
-from splitfuse.core.slo.cost_model import CostModel
-from splitfuse.core.slo.latency_predictor import StepTimes
+from splitfuse.core.slo.cost_model import CostModel, StepTimes
 from splitfuse.core.slo.targets import NO_SLO, SLO_DISABLED, SloTargets
 from splitfuse.engine.build import build_scheduler
 from splitfuse.engine.calibrate import load_or_estimate

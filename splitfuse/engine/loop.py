@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from splitfuse.core.events import StepRecord
-from splitfuse.core.request import FinishReason, RequestOutput
+from splitfuse.core.request_output import FinishReason, RequestOutput
 from splitfuse.engine.engine import Engine, rejection
 from splitfuse.engine.messages import (
     AdapterLoaded,

@@ -14,10 +14,11 @@ import msgspec
 
 from splitfuse.core.limits import EngineLimits
 from splitfuse.core.pooling_params import PoolingParams
-from splitfuse.core.request import DEFAULT_SCHEDULING, FinishReason, RequestOutput, SchedulingOptions
+from splitfuse.core.request_output import FinishReason, RequestOutput
 from splitfuse.core.sampling_params import SamplingParams
+from splitfuse.core.scheduling_options import DEFAULT_SCHEDULING, SchedulingOptions
 from splitfuse.core.slo.attainable import Attainable
-from splitfuse.core.slo.latency_predictor import StepTimes
+from splitfuse.core.slo.cost_model import StepTimes
 from splitfuse.core.slo.targets import NO_SLO, SloTargets
 from splitfuse.engine.trace import TraceLevel, TraceRecord
 

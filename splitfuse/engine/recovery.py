@@ -19,7 +19,7 @@ from functools import partial
 from typing import NamedTuple
 
 from splitfuse.core.latency.phases import LatencyBreakdown
-from splitfuse.core.request import RequestOutput
+from splitfuse.core.request_output import RequestOutput
 from splitfuse.engine.client import LocalClient, died
 from splitfuse.engine.messages import Add, Finish
 from splitfuse.engine.stream import Stream

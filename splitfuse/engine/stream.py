@@ -14,7 +14,7 @@ from typing import Self
 import msgspec
 
 from splitfuse.core.latency.phases import LatencyBreakdown, LatencyPhase
-from splitfuse.core.request import FinishReason, RequestOutput
+from splitfuse.core.request_output import FinishReason, RequestOutput
 from splitfuse.engine.messages import Add, Finish, ResumePoint
 
 

@@ -16,8 +16,9 @@ import msgspec
 from splitfuse.core.latency.phases import LatencyPhase
 from splitfuse.core.plan import StateSlots, TokenLogprob
 from splitfuse.core.pooling_params import PoolingParams
-from splitfuse.core.request import FinishReason, SchedulingOptions
+from splitfuse.core.request_output import FinishReason
 from splitfuse.core.sampling_params import SamplingParams
+from splitfuse.core.scheduling_options import SchedulingOptions
 from splitfuse.core.slo.targets import SloTargets, SloViolation
 
 PART_TOKENS = 2**20

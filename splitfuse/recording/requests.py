@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
-from splitfuse.core.request import FinishReason
+from splitfuse.core.request_output import FinishReason
 from splitfuse.engine.trace import FinishTrace, PreemptTrace, RequestDetail, RequestTrace, StepTrace
 from splitfuse.errors import RecordingError
 from splitfuse.recording.format import EngineEnd, EngineStart, Frame, Records

@@ -24,7 +24,7 @@ from starlette.websockets import WebSocketClose
 
 from splitfuse.config import ServerConfig
 from splitfuse.core.latency.phases import LatencyBreakdown
-from splitfuse.core.request import FinishReason
+from splitfuse.core.request_output import FinishReason
 from splitfuse.server import adapters, drain, trace_stream
 from splitfuse.server.access_log import RequestLog, RequestRecord
 from splitfuse.server.admission import Admission

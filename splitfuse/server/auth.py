@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from splitfuse.config import TARGETS, SchedulerConfig, ServerConfig
-from splitfuse.core.request import MAX_WEIGHT, MIN_WEIGHT, Priority
+from splitfuse.core.scheduling_options import MAX_WEIGHT, MIN_WEIGHT, Priority
 from splitfuse.core.slo.targets import SLO_DISABLED, SloTargets
 from splitfuse.deploy.registry import is_loopback
 from splitfuse.errors import ConfigError, did_you_mean, unreadable

@@ -15,7 +15,7 @@ from functools import cached_property
 from operator import attrgetter
 from typing import Any, NamedTuple, TypeVar
 
-from splitfuse.core.request import FinishReason
+from splitfuse.core.request_output import FinishReason
 from splitfuse.engine.stream import Stream
 from splitfuse.server.auth import ANONYMOUS
 from splitfuse.server.bodies import SLOWEST, BodyBudget

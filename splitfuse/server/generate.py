@@ -12,8 +12,9 @@ from functools import partial
 from typing import Any, TypeVar
 
 from splitfuse.core.limits import ENCODER, EngineLimits
-from splitfuse.core.request import FinishReason, SchedulingOptions
+from splitfuse.core.request_output import FinishReason
 from splitfuse.core.sampling_params import SamplingParams
+from splitfuse.core.scheduling_options import SchedulingOptions
 from splitfuse.errors import (
     InvalidRequestError,
     PromptTooLongError,

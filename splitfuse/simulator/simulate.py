@@ -26,13 +26,13 @@ from splitfuse.core.kv.request_kv import RequestKv
 from splitfuse.core.limits import ceil_div
 from splitfuse.core.plan import ChunkResult, StepPlan
 from splitfuse.core.replica_view import PrefixMemory, ReplicaView
-from splitfuse.core.request import Request, SchedulingOptions
+from splitfuse.core.request import Request
 from splitfuse.core.routing import Candidate, choose_replica
 from splitfuse.core.sampling_params import SamplingParams
 from splitfuse.core.scheduler import Scheduler
-from splitfuse.core.slo.cost_model import StepFeatures, features_of
+from splitfuse.core.scheduling_options import SchedulingOptions
+from splitfuse.core.slo.cost_model import StepFeatures, StepTimes, features_of
 from splitfuse.core.slo.deadline_policy import make_policy
-from splitfuse.core.slo.latency_predictor import StepTimes
 from splitfuse.core.slo.targets import NO_SLO, SloTargets
 from splitfuse.errors import ConfigError, ServerError, SplitfuseError
 from splitfuse.simulator import virtual_time

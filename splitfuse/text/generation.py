@@ -11,7 +11,7 @@ from collections.abc import Callable
 from functools import cached_property
 
 from splitfuse.core.plan import Logprobs
-from splitfuse.core.request import FinishReason, RequestOutput
+from splitfuse.core.request_output import FinishReason, RequestOutput
 from splitfuse.engine.stream import Stream
 from splitfuse.text.chat_formats.formats import Channels
 from splitfuse.text.chat_formats.message import AssistantMessage, ContentDelta, MessageEvent, ToolCallStart

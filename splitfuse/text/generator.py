@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from functools import partial
 
-from splitfuse.core.request import FinishReason
+from splitfuse.core.request_output import FinishReason
 from splitfuse.engine.engine import Engine
 from splitfuse.engine.messages import Add, Finish
 from splitfuse.errors import InvalidRequestError

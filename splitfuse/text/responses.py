@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from splitfuse.core.plan import TokenLogprob
-from splitfuse.core.request import FinishReason
+from splitfuse.core.request_output import FinishReason
 from splitfuse.text.chat_formats.message import ToolCall
 
 

@@ -17,8 +17,9 @@ from itertools import islice
 from typing import Any, TypeVar
 from weakref import WeakValueDictionary
 
-from splitfuse.core.request import DEFAULT_SCHEDULING, FinishReason, SchedulingOptions
+from splitfuse.core.request_output import FinishReason
 from splitfuse.core.sampling_params import SamplingParams
+from splitfuse.core.scheduling_options import DEFAULT_SCHEDULING, SchedulingOptions
 from splitfuse.engine.client import EngineClient
 from splitfuse.engine.memory import give_back_memory
 from splitfuse.engine.messages import Add

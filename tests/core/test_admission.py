@@ -7,8 +7,9 @@ from random import Random
 import pytest
 from scheduler_harness import Run
 
-from splitfuse.core.request import Priority, Request, SchedulingOptions
+from splitfuse.core.request import Request
 from splitfuse.core.sampling_params import SamplingParams
+from splitfuse.core.scheduling_options import Priority, SchedulingOptions
 from splitfuse.core.slo.cost_model import CostModel
 from splitfuse.core.slo.deadline_policy import DeadlinePolicy
 from splitfuse.core.slo.latency_predictor import LatencyPredictor

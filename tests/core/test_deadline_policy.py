@@ -16,9 +16,10 @@ from splitfuse.config import MAX_TARGET, MIN_TARGET, TAIL_SHARE, SchedulerConfig
 from splitfuse.core.kv.block_allocator import BlockAllocator
 from splitfuse.core.kv.fetching import Fetching, Found, Frame, Inbox
 from splitfuse.core.kv.names import BlockNamer
-from splitfuse.core.request import Priority, Request, RequestStatus, SchedulingOptions
+from splitfuse.core.request import Request, RequestStatus
 from splitfuse.core.sampling_params import SamplingParams
 from splitfuse.core.scheduler import Scheduler
+from splitfuse.core.scheduling_options import Priority, SchedulingOptions
 from splitfuse.core.slo.cost_model import MAX_COEFFICIENT, CostModel, StepFeatures
 from splitfuse.core.slo.deadline_policy import MAX_SKIPPED_STEPS, ClaimOrder, DeadlinePolicy, Fcfs
 from splitfuse.core.slo.feasibility import Feasibility

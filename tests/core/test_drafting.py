@@ -15,7 +15,7 @@ PARTS = [pytest.param(part, marks=() if part < 1 else pytest.mark.slow) for part
 
 
 @pytest.mark.parametrize("depth", [1, 2])
-@pytest.mark.parametrize("slo", [False, True])
+@pytest.mark.parametrize("slo", [False, pytest.param(True, marks=pytest.mark.interpreted)])
 @pytest.mark.parametrize("part", PARTS)
 def test_every_workload_ends_as_if_nothing_were_drafted(depth: int, part: int, slo: bool) -> None:
     preemptions = drafted = accepted = 0

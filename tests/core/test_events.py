@@ -15,7 +15,8 @@ from splitfuse.core.events import (
     StepScheduled,
 )
 from splitfuse.core.plan import StepPlan, StepResult
-from splitfuse.core.request import FinishReason, Request
+from splitfuse.core.request import Request
+from splitfuse.core.request_output import FinishReason
 from splitfuse.core.sampling_params import SamplingParams
 from splitfuse.core.slo.cost_model import CostModel
 from splitfuse.core.slo.deadline_policy import DeadlinePolicy

@@ -8,8 +8,9 @@ import pytest
 from scheduler_harness import Run
 
 from splitfuse.core.policy import SchedulingPolicy
-from splitfuse.core.request import Priority, Request, SchedulingOptions
+from splitfuse.core.request import Request
 from splitfuse.core.sampling_params import SamplingParams
+from splitfuse.core.scheduling_options import Priority, SchedulingOptions
 from splitfuse.core.slo.cost_model import CostModel
 from splitfuse.core.slo.deadline_policy import DeadlinePolicy
 from splitfuse.core.slo.fair_share import FairShare

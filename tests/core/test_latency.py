@@ -9,13 +9,16 @@ from scheduler_harness import Run, Workload
 
 from splitfuse.core.latency.ledger import MAX_CO_SCHEDULED
 from splitfuse.core.latency.phases import COMPUTING, LatencyPhase
-from splitfuse.core.request import FinishReason, Request, SchedulingOptions
+from splitfuse.core.request import Request
+from splitfuse.core.request_output import FinishReason
 from splitfuse.core.sampling_params import SamplingParams
+from splitfuse.core.scheduling_options import SchedulingOptions
 from splitfuse.core.slo.cost_model import CostModel
 from splitfuse.core.slo.deadline_policy import DeadlinePolicy
 from splitfuse.core.slo.latency_predictor import LatencyPredictor
 from splitfuse.core.slo.targets import NO_SLO, SloTargets
 
+pytestmark = pytest.mark.interpreted  # times are fractions, so that sums are exact
 COST = CostModel(floor=0.01, per_token=0.001)
 
 

@@ -4,8 +4,9 @@ import math
 
 import pytest
 
-from splitfuse.core.request import Request, SchedulingOptions
+from splitfuse.core.request import Request
 from splitfuse.core.sampling_params import SamplingParams
+from splitfuse.core.scheduling_options import SchedulingOptions
 from splitfuse.core.slo.request_slo import MISSED_ITL_FACTOR
 from splitfuse.core.slo.targets import SloTargets, SloViolation
 from splitfuse.errors import InvalidRequestError

@@ -13,12 +13,14 @@ from scheduler_harness import Run
 
 from splitfuse.core.kv.names import BlockNamer
 from splitfuse.core.replica_view import PrefixMemory, ReplicaView
-from splitfuse.core.request import FinishReason, Request, RequestOutput, SchedulingOptions
+from splitfuse.core.request import Request
+from splitfuse.core.request_output import FinishReason, RequestOutput
 from splitfuse.core.routing import Candidate, choose_replica
 from splitfuse.core.sampling_params import SamplingParams
-from splitfuse.core.slo.cost_model import CostModel
+from splitfuse.core.scheduling_options import SchedulingOptions
+from splitfuse.core.slo.cost_model import CostModel, StepTimes
 from splitfuse.core.slo.deadline_policy import DeadlinePolicy
-from splitfuse.core.slo.latency_predictor import LatencyPredictor, StepTimes
+from splitfuse.core.slo.latency_predictor import LatencyPredictor
 from splitfuse.core.slo.targets import NO_SLO, SloTargets
 from splitfuse.errors import SloUnattainableError
 

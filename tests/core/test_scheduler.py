@@ -7,8 +7,10 @@ import pytest
 from scheduler_harness import Run, reference
 
 from splitfuse.core.limits import ceil_div
-from splitfuse.core.request import FinishReason, Request, RequestStatus, SchedulingOptions
+from splitfuse.core.request import Request, RequestStatus
+from splitfuse.core.request_output import FinishReason
 from splitfuse.core.sampling_params import SamplingParams
+from splitfuse.core.scheduling_options import SchedulingOptions
 from splitfuse.errors import InvalidRequestError, RequestTooLargeError
 
 

@@ -11,8 +11,10 @@ from splitfuse.core.kv.names import BlockNamer
 from splitfuse.core.kv.state_allocator import StateAllocator
 from splitfuse.core.plan import ZERO_STATE, Chunk, ChunkResult, StateSlots
 from splitfuse.core.policy import PlanningError
-from splitfuse.core.request import FinishReason, Request, SchedulingOptions
+from splitfuse.core.request import Request
+from splitfuse.core.request_output import FinishReason
 from splitfuse.core.sampling_params import SamplingParams
+from splitfuse.core.scheduling_options import SchedulingOptions
 
 INTERVAL = 4  # blocks
 
@@ -180,6 +182,7 @@ def test_a_state_lost_in_a_failed_step_is_computed_again() -> None:
     assert all(chunk.is_repeatable for chunk in later), "a second failure of its step finds its cause"
 
 
+@pytest.mark.interpreted
 def test_a_step_that_cannot_be_planned_loses_no_slot(monkeypatch: pytest.MonkeyPatch) -> None:
     run = make_run()
     run.add(request("a", (1,) * 43))

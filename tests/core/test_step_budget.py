@@ -11,9 +11,10 @@ from splitfuse.config import MAX_TOKEN_BUDGET, SchedulerConfig
 from splitfuse.core.events import StepRecord
 from splitfuse.core.kv.block_allocator import BlockAllocator
 from splitfuse.core.plan import Chunk, ChunkResult, StepPlan
-from splitfuse.core.request import Request, SchedulingOptions
+from splitfuse.core.request import Request
 from splitfuse.core.sampling_params import SamplingParams
 from splitfuse.core.scheduler import Scheduler
+from splitfuse.core.scheduling_options import SchedulingOptions
 from splitfuse.core.slo.cost_model import CostModel, StepFeatures, features_of
 from splitfuse.core.slo.deadline_policy import make_policy
 from splitfuse.core.slo.targets import NO_SLO, SloTargets

@@ -11,7 +11,7 @@ import splitfuse
 from splitfuse.config import EngineConfig
 from splitfuse.core.events import StepRecord
 from splitfuse.core.latency.ledger import LatencyLedger
-from splitfuse.core.request import FinishReason
+from splitfuse.core.request_output import FinishReason
 from splitfuse.engine.engine import Engine
 from splitfuse.engine.messages import Finish
 from splitfuse.engine.ragged import RaggedEngine

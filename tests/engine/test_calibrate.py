@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from splitfuse.config import EngineConfig
-from splitfuse.core.request import SchedulingOptions
 from splitfuse.core.sampling_params import SamplingParams
+from splitfuse.core.scheduling_options import SchedulingOptions
 from splitfuse.core.slo.cost_model import CostModel, FitError, StepFeatures
 from splitfuse.core.slo.targets import SloTargets
 from splitfuse.engine.calibrate import COARSE, FINE, Case, Grid, Timed, choose_grid, noise, run_calibration

@@ -23,8 +23,9 @@ from patience import PATIENCE
 import splitfuse
 from splitfuse.config import EngineConfig
 from splitfuse.core.plan import Logprobs, TokenLogprob
-from splitfuse.core.request import FinishReason, RequestOutput, SchedulingOptions
+from splitfuse.core.request_output import FinishReason, RequestOutput
 from splitfuse.core.sampling_params import SamplingParams
+from splitfuse.core.scheduling_options import SchedulingOptions
 from splitfuse.core.slo.targets import SloTargets
 from splitfuse.engine.client import EngineClient, EngineState
 from splitfuse.engine.engine import Engine

@@ -13,7 +13,7 @@ from scheduler_checks import check_scheduler
 
 import splitfuse
 from splitfuse.core.pooling_params import NOTHING_GENERATED, PoolingParams
-from splitfuse.core.request import SchedulingOptions
+from splitfuse.core.scheduling_options import SchedulingOptions
 from splitfuse.errors import ConfigError, InvalidRequestError, ModelError, PromptTooLongError, UnsupportedModelError
 from splitfuse.kernels.cpu.bindings import VARIANTS
 

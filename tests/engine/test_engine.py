@@ -20,7 +20,7 @@ from splitfuse.bench.baselines import make_baseline
 from splitfuse.config import EngineConfig, SchedulerConfig
 from splitfuse.core.events import StepRecord
 from splitfuse.core.plan import StepPlan, TokenLogprob
-from splitfuse.core.request import FinishReason, RequestOutput
+from splitfuse.core.request_output import FinishReason, RequestOutput
 from splitfuse.core.sampling_params import SamplingParams
 from splitfuse.engine.engine import Engine
 from splitfuse.engine.loop import EngineLoop

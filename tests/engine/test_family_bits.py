@@ -19,7 +19,7 @@ from guessed_drafts import guess
 from scheduler_checks import check_scheduler
 
 from splitfuse.config import EngineConfig
-from splitfuse.core.request import RequestOutput
+from splitfuse.core.request_output import RequestOutput
 from splitfuse.core.sampling_params import SamplingParams
 from splitfuse.engine.engine import Engine
 from splitfuse.engine.messages import Add

@@ -18,8 +18,10 @@ from scheduler_harness import FakeExecutor, reference
 from splitfuse.config import EngineConfig
 from splitfuse.core.kv.request_kv import RequestKv
 from splitfuse.core.plan import Chunk, ChunkResult, SamplingState, StepPlan
-from splitfuse.core.request import FinishReason, Request, RequestOutput, SchedulingOptions
+from splitfuse.core.request import Request
+from splitfuse.core.request_output import FinishReason, RequestOutput
 from splitfuse.core.sampling_params import SamplingParams
+from splitfuse.core.scheduling_options import SchedulingOptions
 from splitfuse.core.slo.cost_model import CostModel
 from splitfuse.core.slo.deadline_policy import DeadlinePolicy
 from splitfuse.core.slo.fair_share import FairShare

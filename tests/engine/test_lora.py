@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from tiny_adapters import EVERYTHING, module_shapes, save_adapter
 
 from splitfuse.config import EngineConfig
-from splitfuse.core.request import RequestOutput
+from splitfuse.core.request_output import RequestOutput
 from splitfuse.core.sampling_params import SamplingParams
 from splitfuse.engine.engine import Engine
 from splitfuse.errors import AdapterError, ConfigError, InvalidRequestError

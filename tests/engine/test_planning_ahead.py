@@ -15,7 +15,7 @@ from torch import Tensor
 from splitfuse.config import EngineConfig
 from splitfuse.core.events import StepScheduled
 from splitfuse.core.plan import Chunk, StepPlan
-from splitfuse.core.request import FinishReason, RequestOutput
+from splitfuse.core.request_output import FinishReason, RequestOutput
 from splitfuse.core.sampling_params import SamplingParams
 from splitfuse.engine.engine import Engine
 from splitfuse.engine.loop import EngineLoop

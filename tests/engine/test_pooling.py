@@ -16,7 +16,7 @@ from scheduler_checks import check_scheduler
 
 from splitfuse.config import EngineConfig
 from splitfuse.core.pooling_params import NOTHING_GENERATED, PoolingParams
-from splitfuse.core.request import FinishReason, RequestOutput
+from splitfuse.core.request_output import FinishReason, RequestOutput
 from splitfuse.core.sampling_params import SamplingParams
 from splitfuse.engine.engine import Engine
 from splitfuse.engine.messages import Add, EngineStats, StepReport, decode_command, decode_report, encode

@@ -13,8 +13,8 @@ import pytest
 from patience import PATIENCE
 
 from splitfuse.config import EngineConfig
-from splitfuse.core.request import SchedulingOptions
 from splitfuse.core.sampling_params import SamplingParams
+from splitfuse.core.scheduling_options import SchedulingOptions
 from splitfuse.engine.client import EngineState
 from splitfuse.engine.messages import Add, StepReport
 from splitfuse.engine.quarantine import MAX_REMEMBERED, MAX_TOKENS, NUM_COMPLETED, NUM_DEATHS, SECONDS, Quarantine

@@ -16,7 +16,7 @@ from scheduler_checks import check_scheduler
 
 import splitfuse
 from splitfuse.core.reasoning import Reasoning
-from splitfuse.core.request import FinishReason, RequestOutput
+from splitfuse.core.request_output import FinishReason, RequestOutput
 from splitfuse.core.sampling_params import SamplingParams
 from splitfuse.errors import InvalidRequestError
 from splitfuse.models.sources.hub import BUNDLED_MODEL

@@ -19,7 +19,7 @@ from patience import PATIENCE
 
 from splitfuse.config import EngineConfig
 from splitfuse.core.latency.phases import LatencyPhase
-from splitfuse.core.request import RequestOutput
+from splitfuse.core.request_output import RequestOutput
 from splitfuse.core.sampling_params import SamplingParams
 from splitfuse.engine import recovery
 from splitfuse.engine.client import EngineState, LocalClient

@@ -20,8 +20,10 @@ from splitfuse.core.events import StepRecord
 from splitfuse.core.latency.phases import LatencyPhase
 from splitfuse.core.plan import TokenLogprob
 from splitfuse.core.reasoning import Reasoning
-from splitfuse.core.request import FinishReason, Request, SchedulingOptions
+from splitfuse.core.request import Request
+from splitfuse.core.request_output import FinishReason
 from splitfuse.core.sampling_params import SamplingParams
+from splitfuse.core.scheduling_options import SchedulingOptions
 from splitfuse.core.slo.fair_share import FairShare
 from splitfuse.core.slo.targets import SloTargets
 from splitfuse.engine.engine import Engine

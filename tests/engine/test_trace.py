@@ -13,7 +13,7 @@ from splitfuse.config import EngineConfig
 from splitfuse.core.events import StepScheduled
 from splitfuse.core.latency.phases import LatencyPhase
 from splitfuse.core.plan import StepPlan
-from splitfuse.core.request import FinishReason
+from splitfuse.core.request_output import FinishReason
 from splitfuse.core.sampling_params import SamplingParams
 from splitfuse.engine import trace
 from splitfuse.engine import tracer as tracer_module

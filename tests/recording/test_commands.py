@@ -25,7 +25,7 @@ from splitfuse.bench.live import Figures
 from splitfuse.bench.recorded import step_ratios
 from splitfuse.bench.workload import TokenIds, Trace
 from splitfuse.cli.replay import live_table
-from splitfuse.core.request import FinishReason
+from splitfuse.core.request_output import FinishReason
 from splitfuse.core.slo.cost_model import CostModel
 from splitfuse.engine.trace import FinishTrace, RequestTrace, StepTrace
 from splitfuse.recording.format import MAGIC, EngineStart, Recording, Records, encode_frame

@@ -22,8 +22,8 @@ from patience import PATIENCE
 from recorded_engine import SMALL, RecordedEngine, config_of, recorded
 
 from splitfuse.config import ServerConfig
-from splitfuse.core.request import SchedulingOptions
 from splitfuse.core.sampling_params import SamplingParams
+from splitfuse.core.scheduling_options import SchedulingOptions
 from splitfuse.engine.trace import FinishTrace, PreemptTrace, RequestTrace, StepTrace
 from splitfuse.errors import ConfigError, RecordingError
 from splitfuse.recording import recorder as recorder_module

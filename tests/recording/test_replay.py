@@ -22,7 +22,7 @@ from tiny_adapters import ATTENTION, module_shapes, save_adapter
 from splitfuse.core.plan import ZERO_STATE, Chunk, ChunkResult, StateSlots, TokenLogprob
 from splitfuse.core.pooling_params import NOTHING_GENERATED, PoolingParams
 from splitfuse.core.reasoning import Reasoning
-from splitfuse.core.request import FinishReason
+from splitfuse.core.request_output import FinishReason
 from splitfuse.core.sampling_params import SamplingParams
 from splitfuse.core.speculation import drafting
 from splitfuse.core.structured_outputs import StructuredOutputs

@@ -18,7 +18,7 @@ from running_server import PATIENCE, RunningServer
 
 import splitfuse
 from splitfuse import cli
-from splitfuse.core.request import RequestOutput
+from splitfuse.core.request_output import RequestOutput
 from splitfuse.deploy import registry
 from splitfuse.deploy.registry import Deployment
 

@@ -15,7 +15,7 @@ from running_server import RunningServer, running_server
 
 from splitfuse.config import ServerConfig
 from splitfuse.core.latency.phases import LatencyPhase
-from splitfuse.core.request import FinishReason
+from splitfuse.core.request_output import FinishReason
 from splitfuse.engine.client import EngineState
 from splitfuse.engine.trace import BlockMap, ChunkTrace, FinishTrace, PhaseTrace, RequestTrace, StepTrace
 from splitfuse.server.console import endpoints, store

@@ -13,7 +13,7 @@ from running_server import RunningServer, running_server
 
 from splitfuse.config import ServerConfig
 from splitfuse.core.latency.phases import LatencyBreakdown, LatencyPhase
-from splitfuse.core.request import FinishReason
+from splitfuse.core.request_output import FinishReason
 from splitfuse.core.slo.targets import SloTargets, SloViolation
 from splitfuse.engine.trace import BlockMap, ChunkTrace, FinishTrace, PhaseTrace, RequestTrace, StepTrace, TraceRecord
 from splitfuse.server.access_log import RequestRecord

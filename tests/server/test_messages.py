@@ -11,7 +11,7 @@ from running_server import RunningServer, running_server
 
 import splitfuse
 from splitfuse.config import ServerConfig
-from splitfuse.core.request import FinishReason, RequestOutput
+from splitfuse.core.request_output import FinishReason, RequestOutput
 from splitfuse.core.sampling_params import SamplingParams
 from splitfuse.models.sources.hub import open_model
 from splitfuse.server.anthropic.answers import MessagesAnswer, MessagesResponder

@@ -17,7 +17,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from splitfuse.config import EngineConfig
 from splitfuse.core.limits import EngineLimits
-from splitfuse.core.request import FinishReason
+from splitfuse.core.request_output import FinishReason
 from splitfuse.core.sampling_params import SamplingParams
 from splitfuse.core.slo.attainable import Attainable
 from splitfuse.engine.client import EngineClient, EngineState

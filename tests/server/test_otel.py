@@ -11,7 +11,7 @@ import pytest
 from patience import PATIENCE
 from running_server import RunningServer
 
-from splitfuse.core.request import FinishReason
+from splitfuse.core.request_output import FinishReason
 from splitfuse.engine.trace import FinishTrace, PreemptTrace, RequestTrace
 from splitfuse.errors import ConfigError
 from splitfuse.server.otel import RequestSpans

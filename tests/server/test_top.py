@@ -23,7 +23,7 @@ from splitfuse.cli.live_state import SORTS, LiveState
 from splitfuse.cli.live_view import LiveView
 from splitfuse.cli.top import ORDERS
 from splitfuse.core.latency.phases import LatencyPhase
-from splitfuse.core.request import FinishReason
+from splitfuse.core.request_output import FinishReason
 from splitfuse.core.slo.targets import SloTargets
 from splitfuse.engine.client import EngineState
 from splitfuse.engine.trace import ChunkTrace, FinishTrace, PhaseTrace, PreemptTrace, RequestTrace, StepTrace

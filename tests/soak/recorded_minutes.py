@@ -26,7 +26,7 @@ from server_load import metrics, wait_until_idle
 from server_process import server_process
 
 from splitfuse.bench.workload import WORDS
-from splitfuse.core.request import FinishReason
+from splitfuse.core.request_output import FinishReason
 from splitfuse.engine.trace import FinishTrace, PreemptTrace, RequestTrace, StepTrace
 from splitfuse.models.sources.hub import BUNDLED_MODEL
 from splitfuse.recording.format import Recording, Records

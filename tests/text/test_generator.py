@@ -12,7 +12,7 @@ from readable_answers import NO_SPECIAL_TOKENS, PROMPT
 from scheduler_checks import check_scheduler
 
 import splitfuse
-from splitfuse.core.request import FinishReason
+from splitfuse.core.request_output import FinishReason
 from splitfuse.core.sampling_params import SamplingParams
 from splitfuse.errors import InvalidRequestError
 from splitfuse.models.sources.hub import BUNDLED_MODEL

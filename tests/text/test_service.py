@@ -13,7 +13,7 @@ from patience import PATIENCE
 
 import splitfuse
 from splitfuse.config import EngineConfig
-from splitfuse.core.request import FinishReason
+from splitfuse.core.request_output import FinishReason
 from splitfuse.core.sampling_params import SamplingParams
 from splitfuse.engine.engine import Engine
 from splitfuse.engine.thread import AsyncEngine

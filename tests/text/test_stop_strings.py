@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import AddedToken
 
-from splitfuse.core.request import FinishReason, RequestOutput
+from splitfuse.core.request_output import FinishReason, RequestOutput
 from splitfuse.core.sampling_params import SamplingParams
 from splitfuse.text.chat_formats.formats import CHAT_FORMATS
 from splitfuse.text.chat_formats.message import Tool

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 import splitfuse
-from splitfuse.core.request import FinishReason
+from splitfuse.core.request_output import FinishReason
 from splitfuse.models.sources.hub import BUNDLED_MODEL
 from splitfuse.text.generation import Generation
 from splitfuse.text.kwargs import sampling_params

@@ -20,7 +20,8 @@ from operator import attrgetter, itemgetter
 from typing import Protocol
 
 from splitfuse.core.policy import split_running
-from splitfuse.core.request import Priority, Request, RequestStatus
+from splitfuse.core.request import Request, RequestStatus
+from splitfuse.core.scheduling_options import Priority
 from splitfuse.core.slo.feasibility import Feasibility
 from splitfuse.core.slo.fewest_late import ON_TIME_ONLY_SHARE
 from splitfuse.core.slo.request_slo import MISSED_ITL_FACTOR

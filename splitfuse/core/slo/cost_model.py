@@ -153,6 +153,17 @@ class CostModel:
 
 
 @dataclass(frozen=True)
+class StepTimes:
+    """Says by what steps are predicted at one moment."""
+
+    cost: CostModel
+    factors: tuple[float, float] = (1.0, 1.0)
+    """How many times longer than the cost model says the floor of a step takes, and the rest of it."""
+    safety_factor: float = 1.0
+    """Fraction of the time until a deadline which a step may be predicted to take."""
+
+
+@dataclass(frozen=True)
 class Sample:
     """Holds a step and its measured time. Raises CostModelError unless that is a positive number."""
 

@@ -22,7 +22,8 @@ from splitfuse.core.policy import (
     slo_required,
     split_running,
 )
-from splitfuse.core.request import Priority, Request, by_queue_key
+from splitfuse.core.request import Request, by_queue_key
+from splitfuse.core.scheduling_options import Priority
 from splitfuse.core.slo.admission import check_on_time
 from splitfuse.core.slo.cost_model import CostModel
 from splitfuse.core.slo.feasibility import Feasibility, Prefill
@@ -73,12 +74,12 @@ class DeadlinePolicy(Fcfs):
     """
 
     def __init__(self, predictor: LatencyPredictor, *, token_budget: int, tail_share: float = TAIL_SHARE) -> None:
-        self.predictor: LatencyPredictor = predictor
+        self.predictor = self._predictor = predictor
         self._token_budget = token_budget
         self._turns = Turns(tail_share)
 
     def _outlook(self, decodes: Iterable[Request], **how: Any) -> Feasibility:
-        return Feasibility(self.predictor, decodes, token_budget=self._token_budget, **how)
+        return Feasibility(self._predictor, decodes, token_budget=self._token_budget, **how)
 
     def accept(self, request: Request, queue: RequestQueue, *, now: float) -> None:
         """See SchedulingPolicy."""
@@ -92,7 +93,7 @@ class DeadlinePolicy(Fcfs):
         super().compose(step)
         work = self._outlook((), now=step.now).seconds
         decodes = sum(work(request) for request in step.granted if request.output_token_ids)
-        self._turns.advance(max(self.predictor.seconds(step.features) - decodes, 0.0))
+        self._turns.advance(max(self._predictor.seconds(step.features) - decodes, 0.0))
 
     def order(self, running: Sequence[Request], waiting: Sequence[Request], *, now: float) -> ClaimOrder:
         """See SchedulingPolicy."""

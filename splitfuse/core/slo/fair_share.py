@@ -13,7 +13,8 @@ from collections import defaultdict
 from collections.abc import Sequence
 from itertools import chain
 
-from splitfuse.core.request import Priority, Request
+from splitfuse.core.request import Request
+from splitfuse.core.scheduling_options import Priority
 
 
 class FairShare:

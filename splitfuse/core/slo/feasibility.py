@@ -21,9 +21,11 @@ from operator import attrgetter
 from typing import NamedTuple
 
 from splitfuse.config import MAX_TARGET, MAX_TOKEN_BUDGET
-from splitfuse.core.request import Priority, Request
+from splitfuse.core.request import Request
+from splitfuse.core.scheduling_options import Priority
+from splitfuse.core.slo.cost_model import StepTimes
 from splitfuse.core.slo.fewest_late import ON_TIME_ONLY_SHARE, FewestLate
-from splitfuse.core.slo.latency_predictor import MIN_SECONDS, LatencyPredictor, StepTimes
+from splitfuse.core.slo.latency_predictor import MIN_SECONDS, LatencyPredictor
 
 TOLERANCE = 1.1
 """Factor by which a token beyond the knee must take longer than one of a step at the knee for steps to end there: a fit

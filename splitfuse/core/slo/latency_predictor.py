@@ -18,10 +18,10 @@ one within (Robbins and Monro, 1951).
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from statistics import NormalDist
 
-from splitfuse.core.slo.cost_model import CostModel, StepFeatures
+from splitfuse.core.slo.cost_model import CostModel, StepFeatures, StepTimes
 
 GAIN = 1 / 16
 """Fraction of the error which one step corrects."""
@@ -45,17 +45,6 @@ back by a hundredth of that: some 1,600 steps from the smallest factor to the la
 
 MIN_SECONDS = 1e-9
 """Shortest time that is predicted of a step: plans divide by it, and a cost model may say that a step takes none."""
-
-
-@dataclass(frozen=True)
-class StepTimes:
-    """Says by what steps are predicted at one moment."""
-
-    cost: CostModel
-    factors: tuple[float, float] = (1.0, 1.0)
-    """How many times longer than the cost model says the floor of a step takes, and the rest of it."""
-    safety_factor: float = 1.0
-    """Fraction of the time until a deadline which a step may be predicted to take."""
 
 
 class LatencyPredictor:

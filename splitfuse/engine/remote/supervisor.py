@@ -18,7 +18,7 @@ import msgspec
 from splitfuse import errors
 from splitfuse.config import EngineConfig, ServerConfig
 from splitfuse.core.kv.names import new_key
-from splitfuse.core.request import FinishReason
+from splitfuse.core.request_output import FinishReason
 from splitfuse.engine.client import EngineState, LocalClient
 from splitfuse.engine.messages import (
     Add,

@@ -11,7 +11,7 @@ from typing import Any, Literal
 import msgspec
 from msgspec import UNSET, UnsetType
 
-from splitfuse.core.request import FinishReason
+from splitfuse.core.request_output import FinishReason
 from splitfuse.server.anthropic.conversation import sign
 from splitfuse.server.anthropic.protocol import MessagesRequest
 from splitfuse.server.context import TokenCounts

@@ -8,7 +8,8 @@ from dataclasses import replace
 from itertools import pairwise
 
 from splitfuse.core.limits import ONE_LEFT
-from splitfuse.core.request import FinishReason, SchedulingOptions
+from splitfuse.core.request_output import FinishReason
+from splitfuse.core.scheduling_options import SchedulingOptions
 from splitfuse.errors import InvalidRequestError
 from splitfuse.server.context import RequestContext
 from splitfuse.server.generate import failure
