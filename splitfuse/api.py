@@ -6,11 +6,12 @@ Its keywords are in text/kwargs.py; `serve()` and `client()` are in clients/sync
 from __future__ import annotations
 
 import sys
+import weakref
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal, overload
+from typing import Any, Literal, Self, overload
 
 from tqdm import tqdm
 
@@ -106,6 +107,19 @@ class Pipeline:
         self.generator = TextGenerator(engine, tokenizer)
         self._encoder = PromptEncoder(tokenizer)
         self._guard = Guard()
+        self._finalizer = weakref.finalize(self, engine.close)  # at the latest when Python ends
+
+    def close(self) -> None:
+        """Let KV tiers have what was computed last, and give their folder back; nothing is answered from then on. It is
+        done too when the pipeline is gone, or at the end of a `with` block. Without tiers there is nothing to do.
+        """
+        self._finalizer()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     @overload
     def __call__(self, prompts: Prompts, *, stream: Literal[False] = False, **keywords: Any) -> list[Response]: ...

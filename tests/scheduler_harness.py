@@ -134,6 +134,9 @@ class FakeTier:
         count = next((n for n, name in enumerate(names) if name not in self.frames), len(names))
         return Found(count, self._rng.choice((0.0, 0.0, 1.0, 100.0)))
 
+    def forget(self, number: int) -> None:
+        """Some answers come all the same."""
+
     def ask(self, fetch: Fetch) -> None:
         """Send off a fetch."""
         assert 0 <= fetch.seconds <= 2
@@ -161,7 +164,7 @@ class FakeTier:
         if how == "twice":
             self._moving.append((rng.randint(0, 5), fetch, frames))
 
-    def pass_time(self, scheduler: Scheduler) -> None:
+    def pass_time(self, scheduler: Scheduler, now: float) -> None:
         """Give the answers that have come, and give up fetches whose time is over."""
         moving, self._moving = self._moving, []
         for rounds, fetch, frames in moving:
@@ -170,13 +173,13 @@ class FakeTier:
                 continue
             intact = list(takewhile(lambda frame: frame.is_intact, frames))  # as threads of an engine do
             self.num_refused += len(intact) < len(frames)
-            if scheduler.arrived(fetch.number, intact):
+            if scheduler.arrived(fetch.number, intact, now):
                 del self._deadlines[fetch.number]
         for number, rounds in list(self._deadlines.items()):
             self._deadlines[number] = rounds - 1
             if rounds == 0:
                 del self._deadlines[number]
-                scheduler.arrived(number)
+                scheduler.arrived(number, now=now)
 
 
 class FakeExecutor:
@@ -454,9 +457,9 @@ class Run:
 
     def _schedule(self) -> StepPlan | None:
         if self.executor.tier is not None:
-            self.executor.tier.pass_time(self.scheduler)
+            self.executor.tier.pass_time(self.scheduler, self.now)
             check_scheduler(self.scheduler)
-            for fetch in self.scheduler.take_fetches():
+            for fetch in self.scheduler.take_fetches(self.now):
                 assert fetch.request_id not in self.asked, "a request waits twice"
                 self.asked.add(fetch.request_id)
                 self.executor.tier.ask(fetch)

@@ -65,6 +65,20 @@ class RequestAdded(NamedTuple):
     time: float
 
 
+class FetchBegun(NamedTuple):
+    """Tells that a request waits for KV blocks from elsewhere."""
+
+    request: Request
+    time: float
+
+
+class FetchEnded(NamedTuple):
+    """Tells that a request waits for KV blocks no more, whether they have come or not, and has not ended."""
+
+    request: Request
+    time: float
+
+
 class RequestStarted(NamedTuple):
     """Tells that the first chunk of a request has been scheduled: its time in the queue ends. Told once per request."""
 
@@ -100,6 +114,8 @@ Event = TypeVar(
     StepRecord,
     StepScheduled,
     RequestAdded,
+    FetchBegun,
+    FetchEnded,
     RequestStarted,
     RequestPreempted,
     RequestFinished,

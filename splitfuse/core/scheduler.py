@@ -31,6 +31,7 @@ reads no clock.
 from __future__ import annotations
 
 import logging
+import math
 from collections import deque
 from collections.abc import Sequence
 from functools import partial
@@ -40,6 +41,8 @@ from splitfuse.config import SchedulerConfig
 from splitfuse.core.advance import advance, output_of
 from splitfuse.core.events import (
     EngineEvents,
+    FetchBegun,
+    FetchEnded,
     RequestAdded,
     RequestFinished,
     RequestPreempted,
@@ -205,7 +208,7 @@ class Scheduler:
                 self._settle(request, now)
         return outputs
 
-    def take_fetches(self) -> list[Fetch]:
+    def take_fetches(self, now: float = 0.0) -> list[Fetch]:
         """Return what is to be asked for now, of the requests that have not run, in their order and as long as the
         inbox has room. Each is to be answered by `arrived`, within its seconds; its request waits until then.
         """
@@ -215,12 +218,13 @@ class Scheduler:
             if request.status is RequestStatus.WAITING and not request.sent_to_executor:
                 if not self.fetching.has_room(request.num_tokens // self._allocator.block_size):
                     break
-                if (fetch := self._ask_for(request, self.fetching)) is not None:
+                if (fetch := self._ask_for(request, self.fetching, now)) is not None:
                     fetches.append(fetch)
+                    self.events.emit(FetchBegun(request, now))
             self._to_ask.popleft()
         return fetches
 
-    def arrived(self, number: int, frames: Sequence[Frame] = ()) -> bool:
+    def arrived(self, number: int, frames: Sequence[Frame] = (), now: float = 0.0) -> bool:
         """Take in the answer to a fetch: the leading blocks that were found, which are intact; without any, it has
         failed. Returns False, and changes nothing, if it was answered before or its request has ended.
         """
@@ -235,6 +239,7 @@ class Scheduler:
             covered = (fetch.first + len(numbers)) * self._allocator.block_size
             request.num_expected_cached = max(request.num_expected_cached, covered)
         self.queue.end_fetch(request)
+        self.events.emit(FetchEnded(request, now))
         return True
 
     def take_saves(self) -> tuple[Save, ...]:
@@ -272,7 +277,7 @@ class Scheduler:
             if request is None or not request.sent_to_executor:  # else it has taken the place of the earlier one
                 self._retired.append(request_id)
 
-    def _ask_for(self, request: Request, fetching: Fetching) -> Fetch | None:
+    def _ask_for(self, request: Request, fetching: Fetching, now: float) -> Fetch | None:
         """Return what to ask for of a request, which waits for it from here on; None if it need not wait."""
         tokens, kv, size = request.tokens(0, request.num_tokens), request.kv, self._allocator.block_size
         first = self._allocator.count_cached(tokens, kv.block_names, salt=request.scheduling.cache_salt) // size
@@ -280,11 +285,14 @@ class Scheduler:
         if first >= limit:
             return None
         self._allocator.name_blocks(tokens, kv.block_names, limit, salt=request.scheduling.cache_salt)
-        predictor, seconds = self.policy.predictor, None
+        predictor, seconds, patience = self.policy.predictor, None, math.inf
         if predictor is not None:
             seconds = partial(_seconds_to_compute, predictor, first * size, size)
+            if request.on_time_only:  # it was admitted as one that computes all
+                patience = request.slo.deadline - now - seconds(limit - first + 1)
         blocks = [tokens[start : start + size] for start in range(first * size, limit * size, size)]
-        fetch = fetching.ask(request.request_id, first, kv.block_names[first:limit], blocks, seconds)
+        names = kv.block_names[first:limit]
+        fetch = fetching.ask(request.request_id, first, names, blocks, seconds, patience=patience)
         if fetch is not None:
             self.queue.begin_fetch(request, fetch)
             self._awaited[fetch.number] = request
@@ -304,6 +312,7 @@ class Scheduler:
         kv = request.kv
         if kv.fetch is not None:
             del self._awaited[kv.fetch.number]
+            fetching.source.forget(kv.fetch.number)
             fetching.inbox.num_free += len(kv.fetch.names)
             kv.fetch = None
         fetching.inbox.discard(each.number for each in kv.arrived)

@@ -21,7 +21,6 @@ import struct
 import threading
 import time
 from array import array
-from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -134,34 +133,31 @@ class BlockFile:
             self._index[name] = slot
             self._named[slot] = name
 
-    def count(self, names: Sequence[bytes]) -> int:
-        """Return how many leading blocks of these names are there."""
-        return next((number for number, name in enumerate(names) if name not in self._index), len(names))
-
     def write(self, frame: Frame, before: bytes) -> bool:
         """Write a block into the slot that was used least recently; `before` is the name of the block before it, if it
         is not the first. Returns False if it is there already. Raises OSError if there is no room.
         """
+        written = array("i", frame.token_ids).tobytes(), frame.data
+        self.refresh()  # another engine may have computed the same
         with self._lock:
             if frame.name in self._index:
                 return False
             slot = self._part + self._num_parts * int(self._used[self._own].argmin())
-            sequence = int(self._sequences[slot])
-            self._sequences[slot] = sequence + 1
+            writing = int(self._sequences[slot]) + 1 | 1  # odd, whatever was left there
+            self._sequences[slot] = writing
             self._names[slot], self._used[slot] = 0, 0
             self._note(slot)
-        written = array("i", frame.token_ids).tobytes(), frame.data
         try:
             num_written = os.pwritev(self._fd, written, self._data_at + slot * self._slot_bytes)
             if num_written != 4 * self._block_size + self._block_bytes:
                 raise OSError("the block was written in part")
-        except OSError:
-            self._sequences[slot] = sequence + 2
+        except Exception:
+            self._sequences[slot] = writing + 1
             raise
         with self._lock:
             self._names[slot], self._before[slot] = _as_words(frame.name), _as_words(before or _NONE)
             self._checksums[slot] = frame.checksum
-            self._sequences[slot] = sequence + 2
+            self._sequences[slot] = writing + 1
             self._note(slot)
         self.touch(frame.name)
         return True
@@ -178,6 +174,8 @@ class BlockFile:
         tokens, data = array("i", bytes(4 * self._block_size)), np.empty(self._block_bytes, np.uint8)
         num_read = os.preadv(self._fd, [tokens, data.data], self._data_at + slot * self._slot_bytes)
         if sequence % 2 or sequence != int(self._sequences[slot]) or self._names[slot].tobytes() != name:
+            with self._lock:
+                self._note(slot)  # dropped, it would be taken to be there, and not be written again
             return None
         if num_read != 4 * self._block_size + self._block_bytes:
             data = data[:0]  # which has another checksum
@@ -186,9 +184,11 @@ class BlockFile:
     def drop(self, name: bytes) -> None:
         """Forget a block whose bytes are not those that were written."""
         with self._lock:
-            slot = self._index.pop(name, None)
-            if slot is not None and self._names[slot].tobytes() == name:
-                self._names[slot], self._used[slot] = 0, 0
+            slot = self._index.get(name)
+            if slot is not None:
+                if self._names[slot].tobytes() == name:
+                    self._names[slot], self._used[slot] = 0, 0
+                self._note(slot)
 
     def close(self) -> None:
         """Let the file go; the object is of no use then."""

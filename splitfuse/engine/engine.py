@@ -34,7 +34,7 @@ from splitfuse.engine.memory import give_back_memory
 from splitfuse.engine.messages import Add, Finish
 from splitfuse.engine.tier_files import TierFiles, open_tiers
 from splitfuse.engine.tiers import Tiers, make_tiers
-from splitfuse.errors import InvalidRequestError, SloUnattainableError
+from splitfuse.errors import EngineUnavailableError, InvalidRequestError, SloUnattainableError
 from splitfuse.kernels.lora import PackedAdapter
 from splitfuse.kernels.sharing import WeightSharing
 from splitfuse.models.encoder.spec import is_encoder
@@ -166,29 +166,40 @@ class Engine:
         if is_encoder(source):
             encoder = load_encoder(config, source, announce=announce)  # first: it refuses settings
             return cls(encoder_settings(config), encoder)
-        model = load_model(
-            *(config, source),
-            progress=progress,
-            announce=announce,
-            on_progress=on_progress,
-            weight_sharing=weight_sharing,
-            tiers_filled=0 if tier_files is None else tier_files.filled,
-        )
-        give_back_memory()  # what weights took while they were unpacked
-        cost = load_or_estimate(config, model) if config.scheduler.slo_enabled else None
+        opened = None
         if tier_files is None and config.cache.has_tiers:
-            tier_files, name_key = open_tiers(config.cache)
-        return cls(config, model, policy=policy, cost=cost, name_key=name_key, tier_files=tier_files)
+            assert name_key is None, "tiers that are opened here have a key"
+            opened, name_key = open_tiers(config.cache)
+            tier_files = opened
+        try:
+            model = load_model(
+                *(config, source),
+                progress=progress,
+                announce=announce,
+                on_progress=on_progress,
+                weight_sharing=weight_sharing,
+                tiers_filled=0 if tier_files is None else tier_files.filled,
+            )
+            give_back_memory()  # what weights took while they were unpacked
+            cost = load_or_estimate(config, model) if config.scheduler.slo_enabled else None
+            return cls(config, model, policy=policy, cost=cost, name_key=name_key, tier_files=tier_files)
+        except BaseException:
+            if opened is not None:
+                opened.close()  # else nobody could have the folder again
+            raise
 
     def close(self) -> None:
-        """Let KV tiers have what was computed last. Without tiers there is nothing to do."""
-        if self.tiers is not None:
+        """Let KV tiers have what was computed last, and refuse requests from then on. Without tiers there is nothing to
+        do.
+        """
+        files, self._tier_files = self._tier_files, None
+        if self.tiers is not None and files is not None:
             self.executor.drain()
             self._save_rest()
-            self.tiers.close()
-        if self._tier_files is not None:
-            self._tier_files.close()
-            self._tier_files = None
+            if not self.tiers.close():
+                return
+        if files is not None:
+            files.close()
 
     def estimate_budget(self) -> None:
         """Choose a token budget that the settings leave open, without SLOs, by a stored calibration or some hundredths
@@ -270,6 +281,8 @@ class Engine:
         """
         num_prompt, params, scheduling = len(request.prompt_token_ids), request.params, request.scheduling
         assert self.limits.fits(num_prompt, params), "call EngineLimits.check() before submitting"
+        if self.tiers is not None and self._tier_files is None:
+            raise EngineUnavailableError("the engine is closed")
         if (scheduling.targets not in (None, NO_SLO) or scheduling.on_time_only) and not self.slo_enabled:
             raise InvalidRequestError(SLO_DISABLED, parameter="targets")
         if request.adapter and request.adapter not in self.executor.adapters:
@@ -436,7 +449,7 @@ class Engine:
         """Return the next step, with the KV blocks that have arrived. Raises PlanningError."""
         if self.tiers is not None:
             self._take_answers(self.tiers)
-            if fetches := self.scheduler.take_fetches():
+            if fetches := self.scheduler.take_fetches(time.monotonic()):
                 for fetch in fetches:
                     self.tiers.ask(fetch)
                 self.tiers.wait(WAITING_SHARE * self._step_seconds)  # else they wait for the whole step
@@ -449,11 +462,13 @@ class Engine:
         self.executor.save(self.scheduler.take_saves())
 
     def _note_step(self, step: StepRecord) -> None:
+        assert self.tiers is not None
         self._step_seconds = step.measured_seconds
+        self.tiers.stats.num_fetched += len(step.plan.lands)
 
     def _take_answers(self, tiers: Tiers) -> None:
         for number, frames in tiers.answers():
-            self.scheduler.arrived(number, frames)
+            self.scheduler.arrived(number, frames, time.monotonic())
 
     def _plan(self, ended: list[RequestOutput]) -> StepPlan | None:
         """Return the next step. Requests that it cannot be planned with are ended, and added to `ended`."""

@@ -37,7 +37,7 @@ class AsyncEngine(LocalClient):
         if self._thread.is_alive():
             self._send(Stop())
             await asyncio.to_thread(self._thread.join)
-            await asyncio.to_thread(self._engine.close)
+        await asyncio.to_thread(self._engine.close)  # also if it has failed: others may want the folder of a tier
         self._die("it was closed")
 
     def _send(self, command: Command) -> None:

@@ -82,13 +82,30 @@ def _open_folder(folder: Path) -> tuple[int, bytes]:
     OSError.
     """
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-    fd = os.open(folder / "blocks", os.O_RDWR | os.O_CREAT, 0o600)
+    _check_own(folder, folder.stat(), others_may_read=True)
+    fd = os.open(folder / "blocks", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
     try:
+        _check_own(folder / "blocks", os.fstat(fd))
         _lock(fd, folder)
         return fd, _read_key(folder / "key")
     except BaseException:
         os.close(fd)
         raise
+
+
+def _check_own(path: Path, status: os.stat_result, *, others_may_read: bool = False) -> None:
+    """Raise ConfigError if another user owns what is at a path, or may change it or, unless that is allowed, read it:
+    blocks are what users wrote and were answered, and with the key they can be forged.
+    """
+    if status.st_uid != os.geteuid():
+        raise ConfigError(f"{path} belongs to another user: name a folder of your own for kv_disk_tier")
+    forbidden, done, mode = (0o022, "write to", "700") if others_may_read else (0o077, "read", "600")
+    if stat.S_IMODE(status.st_mode) & forbidden:
+        raise ConfigError(
+            f"others may {done} {path}, and KV blocks are what users wrote: set its mode to {mode}, or delete it"
+        )
+    if not others_may_read and not stat.S_ISREG(status.st_mode):
+        raise ConfigError(f"{path} is no regular file: delete it, or name another folder for kv_disk_tier")
 
 
 def _lock(fd: int, folder: Path) -> None:
@@ -109,16 +126,13 @@ def _lock(fd: int, folder: Path) -> None:
 def _read_key(path: Path) -> bytes:
     """Return the key that a file has, or a new one that is written there for its owner alone."""
     try:
-        fd = os.open(path, os.O_RDONLY)
+        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
     except FileNotFoundError:
         pass
     else:
         with os.fdopen(fd, "rb") as file:
-            key, mode = file.read(KEY_BYTES + 1), os.fstat(fd).st_mode
-        if stat.S_IMODE(mode) & 0o077:
-            raise ConfigError(
-                f"others may read {path}, and with this key make blocks of their own: set its mode to 600, or delete it"
-            )
+            _check_own(path, os.fstat(fd))
+            key = file.read(KEY_BYTES + 1)
         if len(key) == KEY_BYTES:
             return key
     key = new_key()

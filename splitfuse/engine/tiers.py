@@ -7,7 +7,6 @@ or lies costs what would have been saved, no more.
 
 from __future__ import annotations
 
-import atexit
 import logging
 import queue
 import threading
@@ -36,6 +35,8 @@ LATENCY = 1e-3
 """Seconds from a request to its answer besides the reading of blocks, about."""
 TIME_TO_FLUSH = 3.0
 """Longest time that the end of an engine waits for what is to be written, in seconds."""
+TIME_TO_END = 0.5
+"""Longest time that it then waits for each of the threads, in seconds."""
 
 logger = logging.getLogger(__name__)
 
@@ -63,6 +64,7 @@ class _Tier:
     file: BlockFile
     seconds_per_block: float
     failed: bool = False  # at its last write: it is not said again
+    unreadable: bool = False  # at its last read
 
 
 class _Staged(NamedTuple):
@@ -72,7 +74,7 @@ class _Staged(NamedTuple):
 
 class Tiers:
     """Holds the tiers of an engine, the fastest first, by name. `buffer` and `save` are called by the executor's
-    thread, the others by the engine's.
+    thread, and by the engine's while no step runs; the others by the engine's.
     """
 
     def __init__(self, files: dict[str, BlockFile], block_bytes: int) -> None:
@@ -92,9 +94,12 @@ class Tiers:
         self._arrived = threading.Event()
         self._written = threading.Event()
         self._written.set()
-        atexit.register(self._written.wait, TIME_TO_FLUSH)
-        for work in (self._write_all, self._read_all):
-            threading.Thread(target=work, name=f"kv-tiers{work.__name__}", daemon=True).start()
+        self._threads = [
+            threading.Thread(target=work, name=f"kv-tiers{work.__name__}", daemon=True)
+            for work in (self._write_all, self._read_all)
+        ]
+        for thread in self._threads:
+            thread.start()
 
     # What is saved ----------------------------------------------------------------------------------------------------
 
@@ -120,24 +125,25 @@ class Tiers:
     def _write_all(self) -> None:
         while (staged := self._to_write.get()) is not None:
             save = staged.save
-            frame = Frame.of(save.name, save.token_ids, staged.data)
             for tier in self._tiers:
-                self._write(tier, frame, save.before)
+                self._write(tier, staged)
             with self._lock:
                 self._staging.discard(save.name)
                 self._buffers.append(staged.data)
                 if not self._staging:
                     self._written.set()
 
-    def _write(self, tier: _Tier, frame: Frame, before: bytes) -> None:
+    def _write(self, tier: _Tier, staged: _Staged) -> None:
+        save = staged.save
         try:
-            if tier.file.write(frame, before):
+            if tier.file.write(Frame.of(save.name, save.token_ids, staged.data), save.before):
                 self.stats.num_saved += 1
             tier.failed = False
         except Exception as error:
-            self.stats.num_unsaved += 1
+            with self._lock:
+                self.stats.num_unsaved += 1
             if not tier.failed:
-                logger.warning("KV blocks are not saved to %s now: %s", tier.name, error)
+                logger.warning("KV blocks are not saved to %s now: %r", tier.name, error)
             tier.failed = True
 
     # What is fetched --------------------------------------------------------------------------------------------------
@@ -170,7 +176,6 @@ class Tiers:
         while not self._answers.empty():
             fetch, frames = self._answers.get()
             if self._fetches.pop(fetch.number, None) is not None:
-                self.stats.num_fetched += len(frames)
                 found.append((fetch.number, frames))
         now = time.monotonic()
         overdue = [number for number, until in self._fetches.items() if until < now]
@@ -179,7 +184,7 @@ class Tiers:
         return found + [(number, []) for number in overdue]
 
     def forget(self, number: int) -> None:
-        """Want no answer to a fetch any more."""
+        """See BlockSource: no more of it is read."""
         self._fetches.pop(number, None)
 
     def wait(self, seconds: float) -> None:
@@ -194,7 +199,8 @@ class Tiers:
             self._reading_until = until
             frames = self._read(fetch)
             self._reading_until = 0.0
-            self._answers.put(Answer(fetch, frames))
+            if fetch.number in self._fetches:
+                self._answers.put(Answer(fetch, frames))
             self._arrived.set()
 
     def _read(self, fetch: Fetch) -> list[Frame]:
@@ -206,10 +212,13 @@ class Tiers:
             began = time.monotonic()
             try:
                 frame = tier.file.read(name)
-            except OSError as error:
-                logger.warning("a KV block cannot be read from %s: %s", tier.name, error)
+            except Exception as error:
+                if not tier.unreadable:
+                    logger.warning("KV blocks cannot be read from %s now: %r", tier.name, error)
+                tier.unreadable = True
                 tier.file.drop(name)
                 break
+            tier.unreadable = False
             if frame is None:
                 break
             if not frame.is_intact:
@@ -233,14 +242,21 @@ class Tiers:
         """Return how many blocks the tiers have, as far as this engine knows."""
         return sum(len(tier.file) for tier in self._tiers)
 
-    def close(self) -> None:
-        """Write what was to be saved, as far as there is time, and end."""
+    def close(self) -> bool:
+        """Write what was to be saved, as far as there is time, and end. Returns False if a file hangs, which must stay
+        open: its descriptor is still used.
+        """
         self._written.wait(TIME_TO_FLUSH)
-        atexit.unregister(self._written.wait)
+        self._fetches.clear()
         self._to_write.put(None)
         self._to_read.put(None)
+        for thread in self._threads:
+            thread.join(TIME_TO_END)
+        if any(thread.is_alive() for thread in self._threads):
+            return False
         for tier in self._tiers:
             tier.file.close()
+        return True
 
 
 def make_tiers(

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from splitfuse.config import CacheConfig, EngineConfig
+from splitfuse.config import CacheConfig, EngineConfig, parse_disk_tier
 from splitfuse.core.kv.fetching import INBOX_BYTES, STAGED_BYTES
 from splitfuse.core.limits import ceil_div
 from splitfuse.core.step_budget import BUDGETS, FIRST_BUDGET
@@ -24,6 +24,8 @@ from splitfuse.models.weights import resolve_dtype, weight_bytes
 from splitfuse.runtime.executor import HEAD_ROWS
 from splitfuse.runtime.machine import GIB, available_memory
 
+INDEX_BYTES = 256
+"""Bytes that each engine takes for a block in a tier: its entry in the file and in the index (241 were measured)."""
 SHORTEST_MODEL_LEN = 2  # a token of prompt and one of output
 LOGIT_BYTES = 16
 """Bytes of each logit while rows are sampled, about: in fp32, adjusted in fp64, and what drawing adds."""
@@ -146,6 +148,7 @@ def plan_memory(
             "kv_memory_tier and kv_disk_tier keep keys and values, and this model has layers with a recurrent state: "
             "leave them out"
         )
+    plan = _with_tiers(plan, config)
     plan = _with_states(plan, config, free=plan.available - plan.need)
     free = plan.available - plan.need
     if free < plan.block:
@@ -172,6 +175,33 @@ def tier_bytes(cache: CacheConfig, *, num_sharers: int = 1, filled: int = 0) -> 
     if not cache.has_tiers:
         return 0
     return max(cache.memory_tier_bytes - filled, 0) // num_sharers + INBOX_BYTES + STAGED_BYTES
+
+
+def _with_tiers(plan: MemoryPlan, config: EngineConfig) -> MemoryPlan:
+    """Return the plan with what each engine knows of the blocks in tiers. All is in the machine's memory: where the KV
+    cache is elsewhere, it is compared with that alone. Raises MemoryPlanError.
+    """
+    if not config.cache.has_tiers:
+        return plan
+    num_bytes = config.cache.memory_tier_bytes + _disk_tier_bytes(config.cache)
+    plan = replace(plan, tiers=plan.tiers + _index_bytes(num_bytes, plan))
+    if torch.device(config.model.device).type == "cpu":
+        return plan
+    if plan.tiers > (free := available_memory("cpu")):
+        raise MemoryPlanError(
+            f"kv_memory_tier and kv_disk_tier take {plan.tiers / GIB:.3f} GiB of the machine's memory, and "
+            f"{free / GIB:.3f} GiB are free: choose a smaller size, or leave them out"
+        )
+    return replace(plan, tiers=0)
+
+
+def _disk_tier_bytes(cache: CacheConfig) -> int:
+    return 0 if cache.kv_disk_tier is None else parse_disk_tier(cache.kv_disk_tier)[1]
+
+
+def _index_bytes(num_bytes: int, plan: MemoryPlan) -> int:
+    """Return the memory that an engine takes to know the blocks in a tier of so many bytes."""
+    return INDEX_BYTES * (num_bytes // max(plan.block, 1))
 
 
 def _rope_remarks(spec: ModelSpec, max_model_len: int) -> tuple[str, ...]:
@@ -257,6 +287,8 @@ def _smaller_model(
     missing = plan.need + plan.block - plan.available
     budget = plan.max_num_batched_tokens - ceil_div(missing, _token_bytes(spec, dtype))
     options = [f"max_num_batched_tokens={budget}"] if budget >= 1 else []
+    if plan.tiers >= missing:
+        options.insert(0, _smaller_tiers(config.cache, plan, missing))
     if plan.weights - weight_bytes(spec, torch.bfloat16, backend, weights) >= missing:
         options.append("dtype=bfloat16")
     quantization = _quantization(spec, backend, plan.weights - missing)
@@ -265,6 +297,18 @@ def _smaller_model(
     if not options:
         return "no setting makes it fit: choose a smaller model or a larger machine"
     return f"{' or '.join(options)} would fit"
+
+
+def _smaller_tiers(cache: CacheConfig, plan: MemoryPlan, missing: int) -> str:
+    """Return a setting of tiers that takes so many bytes less."""
+    if cache.kv_memory_tier is not None:
+        size = cache.memory_tier_bytes
+        share = plan.tiers - INBOX_BYTES - STAGED_BYTES - _index_bytes(_disk_tier_bytes(cache), plan)  # of this engine
+        mib = int(size * (1 - missing / share)) // 2**20 if share > missing else 0
+        if mib >= 1:
+            return f"kv_memory_tier={mib}MiB"
+    given = [name for name in ("kv_memory_tier", "kv_disk_tier") if getattr(cache, name) is not None]
+    return f"leaving out {' and '.join(given)}"
 
 
 def _quantization(spec: ModelSpec, backend: Backend, most: int) -> str | None:

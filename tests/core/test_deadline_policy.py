@@ -62,6 +62,8 @@ class Everything:
     def find(self, names: Sequence[bytes]) -> Found:
         return Found(len(names), 0.001)
 
+    def forget(self, number: int) -> None: ...
+
 
 def test_what_has_arrived_from_a_tier_is_no_work() -> None:
     policy = make_policy()

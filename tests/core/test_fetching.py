@@ -30,6 +30,8 @@ class Source:
         self.asked.append(len(names))
         return self.found
 
+    def forget(self, number: int) -> None: ...
+
 
 def ask(source: Source, capacity: int = 10, *, per_block: float | None = None) -> Fetch | None:
     compute = None if per_block is None else lambda count: per_block * count

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from pathlib import Path
@@ -16,12 +17,17 @@ import pytest
 import tiny_encoders
 import tiny_models
 from backends import variants
+from patience import PATIENCE
 from scheduler_checks import check_scheduler
 
+from splitfuse.api import pipeline
 from splitfuse.config import EngineConfig
+from splitfuse.core.events import PhasesEntered
 from splitfuse.core.kv import fetching
+from splitfuse.core.latency.phases import LatencyPhase
 from splitfuse.core.plan import Logprobs
 from splitfuse.core.replica_view import ReplicaView
+from splitfuse.core.request import RequestOutput
 from splitfuse.core.sampling_params import SamplingParams
 from splitfuse.engine.block_file import BlockFile
 from splitfuse.engine.client import EngineState
@@ -30,7 +36,7 @@ from splitfuse.engine.messages import Add
 from splitfuse.engine.ragged import RaggedEngine
 from splitfuse.engine.router import _candidate
 from splitfuse.engine.tier_files import open_tiers
-from splitfuse.errors import ConfigError, InvalidRequestError
+from splitfuse.errors import ConfigError, EngineUnavailableError, InvalidRequestError
 from splitfuse.runtime.loading import load_model
 
 SMALL = {"dtype": "float32", "num_blocks": 24, "block_size": 4, "max_num_batched_tokens": 16}
@@ -290,6 +296,90 @@ def test_a_rejected_request_does_not_end_an_engine_that_waits_for_blocks(
     assert tokens == wanted[0]
 
 
+def test_what_nobody_waits_for_is_not_read_on(
+    folder_of: Callable[[str], str], engines: list[Engine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, second = make(engines, 2, model=folder_of("llama-gqa"), **SMALL, **MEMORY)
+    ask(first, prompt(1))
+    begun, hang, read, reads = threading.Event(), threading.Event(), BlockFile.read, list[bytes]()
+
+    def slow(self: BlockFile, name: bytes) -> Any:
+        reads.append(name)
+        begun.set()
+        hang.wait()
+        return read(self, name)
+
+    monkeypatch.setattr(BlockFile, "read", slow)
+    second.add_request("gone", prompt(1), SamplingParams(max_tokens=9))
+    assert second.step() == [] and begun.wait(PATIENCE)
+    assert second.abort("gone")
+    hang.set()
+    second.close()  # which waits for the reader
+    assert len(reads) == 1
+    assert second.tiers is not None and second.tiers._answers.empty() and second.tiers.stats.num_fetched == 0
+
+
+def test_a_fetch_of_an_idle_engine_is_a_phase_of_its_own(
+    folder_of: Callable[[str], str], engines: list[Engine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, second = make(engines, 2, model=folder_of("llama-gqa"), **SMALL, **MEMORY)
+    ask(first, prompt(1))
+    read = BlockFile.read
+
+    def slow(self: BlockFile, name: bytes) -> Any:
+        time.sleep(0.02)
+        return read(self, name)
+
+    monkeypatch.setattr(BlockFile, "read", slow)
+    entered: list[LatencyPhase] = []
+    second.events.subscribe(PhasesEntered, lambda event: entered.extend(phase for _, phase in event.phases))
+    second.add_request("a", prompt(1), SamplingParams(max_tokens=2))
+    outputs: list[RequestOutput] = []
+    while second.has_unfinished:
+        outputs += second.step()
+    breakdown = outputs[-1].latency_breakdown
+    assert breakdown is not None and outputs[-1].num_cached_tokens == 48
+    assert breakdown.phases[LatencyPhase.FETCHING] >= 12 * 0.02
+    assert sum(breakdown.phases.values()) == pytest.approx(breakdown.closed - breakdown.opened)
+    assert entered == [LatencyPhase.FETCHING, LatencyPhase.JOINING, LatencyPhase.PREFILL, LatencyPhase.DECODE]
+
+
+@pytest.mark.parametrize("work", ["read", "write"])
+def test_any_exception_of_a_file_costs_its_block_alone(
+    work: str, folder_of: Callable[[str], str], engines: list[Engine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, second = make(engines, 2, model=folder_of("llama-gqa"), **SMALL, **MEMORY)
+
+    def fail(*_: Any) -> Any:
+        raise MemoryError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(BlockFile, work, fail)
+        wanted = ask(first, prompt(1))
+        assert without_cached(ask(second, prompt(1))) == without_cached(wanted)
+    ask(first, prompt(2))
+    assert ask(second, prompt(2))[0][2] == 48, "both threads go on"
+
+
+def test_a_folder_is_given_back_by_what_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("splitfuse.engine.tier_files.LOCK_SECONDS", 0.0)
+    settings = {"kv_disk_tier": f"{tmp_path}/kv:8MiB", "num_threads": 1, "num_blocks": 64}
+    with pytest.raises(ConfigError, match="too small for blocks of"):
+        pipeline(**{**settings, "kv_disk_tier": f"{tmp_path}/kv:0.01MiB"})
+    story = "Once upon a time, there was a little girl named Lily. She had a red ball. " * 4
+    with pipeline(**settings) as pipe:
+        (first,) = pipe(story, max_new_tokens=2, do_sample=False)
+    with pytest.raises(EngineUnavailableError, match="the engine is closed"):
+        pipe(story, max_new_tokens=2)
+    pipe = pipeline(**settings)
+    (second,) = pipe(story, max_new_tokens=2, do_sample=False)
+    assert second.generated_text == first.generated_text and second.num_cached_tokens > 32
+    del pipe
+    files, _ = open_tiers(EngineConfig.from_settings(settings).cache)
+    assert files is not None
+    files.close()
+
+
 # --- what cannot be honoured ------------------------------------------------------------------------------------------
 
 
@@ -337,9 +427,24 @@ def test_a_folder_has_one_server_and_a_secret_key(tmp_path: Path, monkeypatch: p
     again, same = open_tiers(cache)
     assert again is not None and same == key
     again.close()
-    (tmp_path / "kv" / "key").chmod(0o644)
-    with pytest.raises(ConfigError, match="set its mode to 600"):
+    for name, mode in (("key", 0o644), ("blocks", 0o660)):
+        (tmp_path / "kv" / name).chmod(mode)
+        with pytest.raises(ConfigError, match=f"others may read .*/{name}, .* set its mode to 600"):
+            open_tiers(cache)
+        (tmp_path / "kv" / name).chmod(0o600)
+    (tmp_path / "kv").chmod(0o777)
+    with pytest.raises(ConfigError, match=r"others may write to .* set its mode to 700"):
         open_tiers(cache)
+    (tmp_path / "kv").chmod(0o755)
+    (tmp_path / "kv" / "blocks").rename(tmp_path / "elsewhere")
+    (tmp_path / "kv" / "blocks").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(ConfigError, match="cannot be used"):
+        open_tiers(cache)
+    (tmp_path / "kv" / "blocks").unlink()
+    with monkeypatch.context() as patch:
+        patch.setattr("os.geteuid", lambda: 1 + os.getuid())
+        with pytest.raises(ConfigError, match="belongs to another user"):
+            open_tiers(cache)
     (tmp_path / "file").touch()
     with pytest.raises(ConfigError, match="cannot be used"):
         open_tiers(EngineConfig.from_settings({"kv_disk_tier": f"{tmp_path}/file/kv:1MiB"}).cache)

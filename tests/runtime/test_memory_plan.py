@@ -13,6 +13,7 @@ from backends import variants
 from specs import make_experts, make_spec
 
 from splitfuse.config import EngineConfig
+from splitfuse.core.kv.fetching import INBOX_BYTES, STAGED_BYTES
 from splitfuse.errors import ConfigError, MemoryPlanError
 from splitfuse.kernels.interface import ConvSpec
 from splitfuse.kernels.reference import ReferenceBackend
@@ -22,7 +23,7 @@ from splitfuse.runtime import loading
 from splitfuse.runtime.backend_choice import choose_backend
 from splitfuse.runtime.loading import parse_device
 from splitfuse.runtime.machine import GIB, anonymous_bytes, available_memory
-from splitfuse.runtime.memory_plan import MemoryPlan, plan_memory
+from splitfuse.runtime.memory_plan import INDEX_BYTES, MemoryPlan, plan_memory
 
 SIZES: dict[str, Any] = {
     "dtype": "float32",
@@ -72,7 +73,9 @@ def offers(message: str) -> list[dict[str, Any]]:
     last = message.splitlines()[-1]
     assert last.endswith("would fit")
     values: Mapping[str, type] = {"dtype": str, "kv_cache_memory_gib": float}
-    return [{name: values.get(name, int)(value)} for name, value in re.findall(r"(\w+)=([\w.]+)", last)]
+    return [
+        {name: values.get(name, int)(value.removesuffix("MiB"))} for name, value in re.findall(r"(\w+)=([\w.]+)", last)
+    ]
 
 
 def test_sizes_are_those_computed_by_hand() -> None:
@@ -83,6 +86,35 @@ def test_sizes_are_those_computed_by_hand() -> None:
     assert (found.max_model_len, found.model_len_lowered) == (1000, False)
     half = plan(FIXED + 100 * BLOCK, num_blocks=40, dtype="bfloat16")
     assert (half.weights, half.block) == ((WEIGHTS + NORMS) // 2, BLOCK // 2)
+
+
+def test_a_tier_that_is_too_large_is_told_which_would_fit() -> None:
+    have = FIXED + 1000 * BLOCK + 2**29
+    message = refusal(have, kv_memory_tier="500GiB")
+    (offer,) = (each for each in offers(message) if "kv_memory_tier" in each)
+    fitting = plan(have, kv_memory_tier=f"{offer['kv_memory_tier']}MiB", max_model_len=32)
+    assert have - fitting.need < 2**20 + 32 * BLOCK, "not much less than there is room for"
+    with pytest.raises(MemoryPlanError, match="leaving out kv_disk_tier would fit"):
+        plan(FIXED + 1000 * BLOCK, kv_disk_tier="/kv:1GiB")
+    with pytest.raises(MemoryPlanError, match="leaving out kv_memory_tier and kv_disk_tier would fit"):
+        plan(FIXED + 1000 * BLOCK, kv_memory_tier="1GiB", kv_disk_tier="/kv:1GiB")
+
+
+def test_the_index_of_a_tier_is_planned() -> None:
+    without = plan(FIXED + 2**31).tiers
+    memory, disk = 2**30, 10 * 2**30
+    found = plan(FIXED + 2**33, kv_memory_tier="1GiB", kv_disk_tier="/kv:10GiB").tiers
+    assert without == 0
+    assert found == memory + INBOX_BYTES + STAGED_BYTES + INDEX_BYTES * ((memory + disk) // BLOCK)
+
+
+def test_tiers_are_not_in_the_memory_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("splitfuse.runtime.memory_plan.available_memory", lambda _: 2**33)
+    have = FIXED + 1000 * BLOCK
+    with_tier = plan(have, device="cuda", kv_memory_tier="7GiB")
+    assert with_tier == plan(have, device="cuda")
+    with pytest.raises(MemoryPlanError, match=r"of the machine's memory, and 8\.000 GiB are free"):
+        plan(have, device="cuda", kv_memory_tier="8GiB")
 
 
 def test_experts_and_their_activations_are_planned() -> None:

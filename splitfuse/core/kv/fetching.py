@@ -8,6 +8,7 @@ blocks that were allocated for it. So nothing that is late, short or false touch
 
 from __future__ import annotations
 
+import math
 import zlib
 from array import array
 from collections.abc import Callable, Iterable, Sequence
@@ -84,6 +85,9 @@ class BlockSource(Protocol):
     def find(self, names: Sequence[bytes]) -> Found:
         """Return how many leading blocks of these names can be fetched, and how long that is expected to take."""
 
+    def forget(self, number: int) -> None:
+        """Want no answer to a fetch any more."""
+
 
 class Inbox:
     """Holds the bytes of blocks that have arrived, under numbers. It has places for `capacity` blocks, which fetches
@@ -149,24 +153,26 @@ class Fetching:
         names: Sequence[bytes],
         token_ids: Sequence[tuple[int, ...]],
         compute_seconds: Callable[[int], float] | None,
+        *,
+        patience: float = math.inf,
     ) -> Fetch | None:
         """Return what to ask for of blocks with these names, from block `first` of a request on, which it would compute
         otherwise; None if nothing is to be gained. `compute_seconds` says how long computing so many leading ones would
-        take; None: nobody knows.
+        take; None: nobody knows. The request waits for no more than `patience` seconds.
         """
         wanted = names[: self.inbox.num_free]
         found = self.source.find(wanted)
-        num_blocks, longest = min(found.num_blocks, len(wanted)), LONGEST_FETCH
-        if num_blocks == 0:
+        num_blocks, longest = min(found.num_blocks, len(wanted)), min(LONGEST_FETCH, patience)
+        if num_blocks == 0 or longest <= 0.0:
             return None
         if compute_seconds is None:
             if num_blocks < FEWEST_BLOCKS:
                 return None
         else:
             seconds = compute_seconds(num_blocks)
-            if found.seconds >= seconds:
-                return None
             longest = min(longest, seconds)
+            if found.seconds >= longest:
+                return None
         self.inbox.num_free -= num_blocks
         return Fetch(
             *(next(self._numbers), request_id, first),

@@ -20,6 +20,8 @@ from typing import NamedTuple
 
 from splitfuse.core.events import (
     EngineEvents,
+    FetchBegun,
+    FetchEnded,
     PhasesEntered,
     RequestAdded,
     RequestFinished,
@@ -101,6 +103,8 @@ class LatencyLedger:
         self._prompt_tokens = 0
         self._prompt_runs: deque[tuple[int, int, str]] = deque(maxlen=MAX_PROMPT_RUNS)  # of all of them, by request
         events.subscribe(RequestAdded, self._open)
+        events.subscribe(FetchBegun, lambda event: self._change(event.request, LatencyPhase.FETCHING, event.time))
+        events.subscribe(FetchEnded, lambda event: self._change(event.request, LatencyPhase.JOINING, event.time))
         events.subscribe(StepScheduled, self._begin_step)
         events.subscribe(StepRecord, self._end_step)
         events.subscribe(RequestPreempted, lambda event: self._decoding.discard(event.request))
@@ -125,6 +129,14 @@ class LatencyLedger:
         latency.add(LatencyPhase.JOINING, joining)
         latency.add(LatencyPhase.TO_ENGINE, now - sent - joining)
         latency.mark = self._counters
+
+    def _change(self, request: Request, phase: LatencyPhase, now: float) -> None:
+        """Let a request that waits enter another phase at once, whatever runs."""
+        latency = self._latencies[request.request_id]
+        self._advance(now)
+        self._settle(latency)
+        latency.phase = phase
+        self._events.emit(PhasesEntered([(request.request_id, phase)], self._now))
 
     def _begin_step(self, step: StepScheduled) -> None:
         """Find the requests whose phase changes with a step, which starts now, or when those in flight have ended."""
@@ -224,7 +236,8 @@ class LatencyLedger:
             kept = max(1 - unwanted / stretch, 0)
             unwanted = max(unwanted - stretch, 0)
             between, steps, own = between * kept, steps * kept, own * kept
-        latency.add(LatencyPhase.BETWEEN_STEPS, between)
+        is_fetching = latency.phase is LatencyPhase.FETCHING  # which goes on between steps, and without any
+        latency.add(latency.phase if is_fetching else LatencyPhase.BETWEEN_STEPS, between)
         latency.add(latency.phase, own)
         latency.add(LatencyPhase.CO_SCHEDULED, steps - own)
         if unwanted and (total := sum(latency.phases.values())):  # longer than this phase: take it from all alike
