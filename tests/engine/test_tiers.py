@@ -27,7 +27,7 @@ from splitfuse.core.kv import fetching
 from splitfuse.core.latency.phases import LatencyPhase
 from splitfuse.core.plan import Logprobs
 from splitfuse.core.replica_view import ReplicaView
-from splitfuse.core.request import RequestOutput
+from splitfuse.core.request_output import RequestOutput
 from splitfuse.core.sampling_params import SamplingParams
 from splitfuse.engine.block_file import BlockFile
 from splitfuse.engine.client import EngineState
