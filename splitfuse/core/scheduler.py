@@ -218,7 +218,12 @@ class Scheduler:
             if request.status is RequestStatus.WAITING and not request.sent_to_executor:
                 if not self.fetching.has_room(request.num_tokens // self._allocator.block_size):
                     break
-                if (fetch := self._ask_for(request, self.fetching, now)) is not None:
+                try:
+                    fetch = self._ask_for(request, self.fetching, now)
+                except Exception:  # of this request: others have no part in it
+                    logger.exception("no KV blocks are asked for: %s", request.request_id)
+                    fetch = None
+                if fetch is not None:
                     fetches.append(fetch)
                     self.events.emit(FetchBegun(request, now))
             self._to_ask.popleft()

@@ -207,8 +207,17 @@ class Tiers:
         """Return the leading blocks that are there and intact."""
         frames: list[Frame] = []
         for name in fetch.names:
-            if fetch.number not in self._fetches or (tier := self._tier_of(name)) is None:
+            if fetch.number not in self._fetches or (frame := self._read_block(name)) is None:
                 break
+            frames.append(frame)
+        for tier in self._tiers:
+            if (last := next((frame for frame in reversed(frames) if frame.name in tier.file), None)) is not None:
+                tier.file.touch(last.name)
+        return frames
+
+    def _read_block(self, name: bytes) -> Frame | None:
+        """Return a block from the first tier that has it intact; None if none has."""
+        for tier in self._tiers:
             began = time.monotonic()
             try:
                 frame = tier.file.read(name)
@@ -217,20 +226,17 @@ class Tiers:
                     logger.warning("KV blocks cannot be read from %s now: %r", tier.name, error)
                 tier.unreadable = True
                 tier.file.drop(name)
-                break
+                continue
             tier.unreadable = False
             if frame is None:
-                break
-            if not frame.is_intact:
-                logger.warning("a KV block in %s is not what was written there: it is dropped", tier.name)
-                tier.file.drop(name)
-                self.stats.num_dropped += 1
-                break
-            tier.seconds_per_block += GAIN * (time.monotonic() - began - tier.seconds_per_block)
-            frames.append(frame)
-        if frames and (last := self._tier_of(frames[-1].name)) is not None:
-            last.file.touch(frames[-1].name)
-        return frames
+                continue
+            if frame.is_intact:
+                tier.seconds_per_block += GAIN * (time.monotonic() - began - tier.seconds_per_block)
+                return frame
+            logger.warning("a KV block in %s is not what was written there: it is dropped", tier.name)
+            tier.file.drop(name)
+            self.stats.num_dropped += 1
+        return None
 
     @property
     def num_slots(self) -> int:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from random import Random
@@ -183,6 +185,37 @@ def test_an_engine_that_died_while_it_wrote_leaves_no_block(fd: int, monkeypatch
     again = open_file(fd, slots=1)
     assert len(again) == 0 and again.read(first.name) is None and again.read(second.name) is None
     assert again.write(second, b"") and equal(again.read(second.name), second)
+
+
+WRITER = """
+import os, sys
+sys.path[:0] = sys.argv[2:]
+from test_block_file import frame, open_file
+file = open_file(os.open(sys.argv[1], os.O_RDWR), slots=40)
+for number in range(10**9):
+    file.write(frame(number), b"")
+    if number == 100:
+        print("writing", flush=True)
+"""
+
+
+def test_a_process_that_is_killed_while_it_writes_leaves_whole_blocks(fd: int, path: Path) -> None:
+    command = [sys.executable, "-c", WRITER, str(path), str(Path(__file__).parent), *filter(None, sys.path)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE)
+    try:
+        assert process.stdout is not None and process.stdout.readline() == b"writing\n"
+    finally:
+        process.kill()
+        process.communicate()
+    file = open_file(fd, slots=40)
+    names = [*file._index]
+    assert file.num_foreign == 0 and len(names) >= 39, "all but the one that was overwritten"
+    for name in names:
+        read = file.read(name)
+        assert read is not None and read.is_intact
+    for number in range(-60, 0):
+        assert file.write(frame(number), b"") and equal(file.read(frame(number).name), frame(number))
+    assert len(file) == 40
 
 
 def test_a_full_disk_costs_the_block_alone(fd: int, monkeypatch: pytest.MonkeyPatch) -> None:

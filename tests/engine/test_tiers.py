@@ -174,6 +174,34 @@ def test_one_flipped_bit_is_never_used_and_is_counted(
     assert again[0] == computed[0] and again[2] == 48
 
 
+def test_a_block_that_one_tier_has_lost_comes_from_the_other(
+    folder_of: Callable[[str], str], engines: list[Engine], tmp_path: Path
+) -> None:
+    tiers = {**MEMORY, "kv_disk_tier": f"{tmp_path}/kv:1MiB"}
+    first, second = make(engines, 2, model=folder_of("llama-gqa"), **SMALL, **tiers)
+    (computed,) = ask(first, prompt(1))
+    assert first.tiers is not None and second.tiers is not None
+    memory = first.tiers._tiers[0].file
+    at = memory._data_at + memory._slot_bytes * [*memory._index.values()][5] + 321
+    (byte,) = os.pread(memory._fd, 1, at)
+    os.pwrite(memory._fd, bytes([byte ^ 4]), at)
+    assert ask(second, prompt(1)) == [(*computed[:2], 48)]
+    assert second.tiers.stats.num_dropped == 1
+
+
+def test_a_request_for_which_nothing_can_be_asked_is_computed(
+    folder_of: Callable[[str], str], engines: list[Engine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, second = make(engines, 2, model=folder_of("llama-gqa"), **SMALL, **MEMORY)
+    (computed,) = ask(first, prompt(1))
+
+    def fail(*_: Any) -> Any:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(second.scheduler.fetching, "ask", fail)
+    assert ask(second, prompt(1)) == [computed]
+
+
 def test_a_restarted_engine_finds_its_blocks_on_the_disk(
     folder_of: Callable[[str], str], engines: list[Engine], tmp_path: Path
 ) -> None:

@@ -25,13 +25,12 @@ def url_of(server: ServerProcess) -> str:
     return found[1]
 
 
-def complete(server: ServerProcess, prompt: str) -> tuple[str, int]:
+def complete(server: ServerProcess, prompt: str, *, key: str = "") -> tuple[str, int]:
     """The text that follows, and how many tokens of the prompt were not computed."""
     body: dict[str, Any] = {"model": "", "prompt": prompt, "max_tokens": 40, "temperature": 0, "ignore_eos": True}
     del body["model"]
-    request = Request(
-        f"{url_of(server)}/v1/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
-    )
+    headers = {"Content-Type": "application/json", **({"X-Api-Key": key} if key else {})}
+    request = Request(f"{url_of(server)}/v1/completions", json.dumps(body).encode(), headers)
     with urlopen(request, timeout=PATIENCE) as response:
         answer = json.load(response)
     return answer["choices"][0]["text"], answer["usage"]["prompt_tokens_details"]["cached_tokens"]
@@ -62,6 +61,20 @@ def test_a_restarted_server_answers_the_next_turn_from_the_disk(tmp_path: Path) 
     with server_process(tmp_path, "third", *flags, "--quantization", "int8") as server:
         assert complete(server, STORY)[1] == 0, "of other weights"
         assert metric(server, "dropped_blocks_total") >= cached // 32
+
+
+@pytest.mark.slow
+def test_replicas_that_are_started_again_find_the_blocks_of_each_api_key(tmp_path: Path) -> None:
+    flags = ("--replicas", "2", "--kv-disk-tier", f"{tmp_path}/kv:64MiB", "--api-key", "one", "--api-key", "two")
+    with server_process(tmp_path, "first", *flags) as server:
+        answer, cached = complete(server, STORY, key="one")
+        assert cached == 0 and complete(server, STORY, key="two") == (answer, 0), "of others nothing is seen"
+        server.terminate()
+        server.process.wait(PATIENCE)
+    with server_process(tmp_path, "second", *flags) as server:
+        for key in ("one", "two"):
+            again, cached = complete(server, STORY, key=key)
+            assert again == answer and cached > 200
 
 
 @pytest.mark.slow
