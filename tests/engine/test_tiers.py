@@ -283,7 +283,7 @@ def test_a_request_that_ends_while_it_waits_leaves_nothing(
 
 def test_a_router_counts_what_replicas_can_fetch() -> None:
     view = ReplicaView(num_blocks=10, block_size=32, max_num_seqs=4, token_budget=64)
-    replica: Any = SimpleNamespace(view=view, state=EngineState.READY, silent=False)
+    replica: Any = SimpleNamespace(view=view, state=EngineState.READY, silent=False, is_drained=False)
     names = [bytes([number]) * 16 for number in range(4)]
 
     def cached(shared: int) -> int:
@@ -342,9 +342,8 @@ def test_what_nobody_waits_for_is_not_read_on(
     assert second.step() == [] and begun.wait(PATIENCE)
     assert second.abort("gone")
     hang.set()
-    second.close()  # which waits for the reader
-    assert len(reads) == 1
-    assert second.tiers is not None and second.tiers._answers.empty() and second.tiers.stats.num_fetched == 0
+    assert second.tiers is not None and second.tiers._arrived.wait(PATIENCE)
+    assert len(reads) == 1 and second.tiers._answers.empty() and second.tiers.stats.num_fetched == 0
 
 
 def test_a_fetch_of_an_idle_engine_is_a_phase_of_its_own(
