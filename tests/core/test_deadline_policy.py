@@ -81,6 +81,22 @@ def test_what_has_arrived_from_a_tier_is_no_work() -> None:
     assert [each.request for each in policy._outlook([], now=0.0).feasible([added])] == [added]
 
 
+@pytest.mark.parametrize(("ttft", "most"), [(1.5, 0.5), (1.03, 0.03), (0.9, None), (30.0, 1.0)])
+def test_a_request_that_is_to_be_on_time_waits_for_blocks_as_long_as_it_can(ttft: float, most: float | None) -> None:
+    allocator = BlockAllocator(100, 16, namer=BlockNamer(16, key=b"k"), saves_blocks=True)
+    config = SchedulerConfig(max_num_batched_tokens=BUDGET, max_num_seqs=4)
+    scheduler = Scheduler(config, allocator, make_policy(), fetching=Fetching(Everything(), Inbox(100, 4)))
+    added = request("a", 1000, SloTargets(ttft, None))  # computing it takes 1 s
+    change(added, on_time_only=True)
+    added.is_resumed = True  # else it would be refused where it cannot be on time
+    scheduler.add(added, 0.0)
+    fetches = scheduler.take_fetches(0.0)
+    if most is None:
+        assert fetches == []
+    else:
+        assert fetches[0].seconds == pytest.approx(most, abs=0.02)
+
+
 def names(order: ClaimOrder) -> tuple[list[str], list[str]]:
     """The urgent requests, and the others in the order of their claims."""
     urgent, *others = order.tiers
