@@ -25,6 +25,7 @@ from splitfuse.config import SchedulerConfig
 from splitfuse.core.replica_view import ReplicaView
 from splitfuse.core.request import Request
 from splitfuse.core.routing import Candidate, choose_replica
+from splitfuse.core.slo.targets import SloTargets
 from splitfuse.simulator import simulate, virtual_time
 from splitfuse.simulator.deployment import Deployment, SimulationConfig
 from splitfuse.simulator.simulate import SimulatedTarget
@@ -62,6 +63,37 @@ def by_tokens(replicas: Sequence[Candidate | None], request: Request, now: float
 RULES = {"tokens": by_tokens, "seconds": choose_replica}
 
 
+def drive(
+    target: SimulatedTarget,
+    scenario: Scenario,
+    *,
+    requests: int,
+    seed: int,
+    faster: float,
+    targets: Sequence[SloTargets] | None,
+) -> list[tuple[MeasuredRequest, int]]:
+    """Return the requests of a scenario with the times of their tokens and their kinds, whose targets they have.
+
+    They come so many times faster than the scenario says, which is of one machine.
+    """
+    sessions = scenario.requests_of.sessions(requests, seed)
+    arrivals = scenario.arrivals(len(sessions), seed)
+    assert arrivals is not None
+
+    async def send(number: int, at: float) -> tuple[MeasuredRequest, int]:
+        (planned,) = sessions[number]
+        await asyncio.sleep(at)
+        asked = LoadRequest("", number, 0, planned.prompt, planned.max_tokens)
+        answer = await (target.answer(asked, targets[planned.kind]) if targets else target.ask(asked))
+        assert answer.error is None, answer.error
+        return MeasuredRequest(number, at, len(planned.prompt), answer.token_times), planned.kind
+
+    async def send_all() -> list[tuple[MeasuredRequest, int]]:
+        return await asyncio.gather(*(send(number, at / faster) for number, at in enumerate(arrivals)))
+
+    return virtual_time.run(send_all())
+
+
 @dataclass(frozen=True)
 class Result:
     """Holds what one run came to."""
@@ -82,24 +114,9 @@ def run(scenario: Scenario, *, rule: str, replicas: int, requests: int, seed: in
         enable_prefix_caching=workload.caches_prefixes,
     )
     target = SimulatedTarget(Deployment.of(simulation, replicas=replicas))
-    sessions = workload.sessions(requests, seed)
-    arrivals = scenario.arrivals(len(sessions), seed)
-    assert arrivals is not None
     targets = scenario.targets(slo) if slo is not None else None
-
-    async def drive() -> list[tuple[MeasuredRequest, int]]:
-        async def send(number: int, at: float) -> tuple[MeasuredRequest, int]:
-            (planned,) = sessions[number]
-            await asyncio.sleep(at)
-            asked = LoadRequest("", number, 0, planned.prompt, planned.max_tokens)
-            answer = await (target.answer(asked, targets[planned.kind]) if targets else target.ask(asked))
-            assert answer.error is None, answer.error
-            return MeasuredRequest(number, at, len(planned.prompt), answer.token_times), planned.kind
-
-        return await asyncio.gather(*(send(n, at / replicas) for n, at in enumerate(arrivals)))
-
     with patch.object(simulate, "choose_replica", RULES[rule]):
-        records = virtual_time.run(drive())
+        records = drive(target, scenario, requests=requests, seed=seed, faster=replicas, targets=targets)
     counted = records[int(WARM_UP * len(records)) :]
     seconds = counted[-1][0].sent - counted[0][0].sent
     judged = targets or [None] * 9

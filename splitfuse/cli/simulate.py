@@ -97,6 +97,7 @@ def simulate(
     else:
         results = predict(deployment, measured, about=about)
     print_results(results, speeds, targets)
+    _print_needed(results, simulation)
     if measured is not None:
         _print_comparisons(compare(measured, results))
     if out is not None:
@@ -167,6 +168,15 @@ def _label(simulation: SimulationConfig, replicas: int) -> str:
     if replicas > 1:
         parts.append(f"{replicas} replicas")
     return ", ".join(parts)
+
+
+def _print_needed(results: Results, simulation: SimulationConfig) -> None:
+    """Say how many replicas the arrivals of each open loop with an SLO need."""
+    from splitfuse.simulator.simulate import needed
+
+    for point in results.points:
+        if point.rate is not None and (count := needed(point, simulation)) is not None:
+            print(f"{point.rate:g} requests/s need {count} replica{'s' * (count > 1)} to be in time", file=sys.stderr)
 
 
 def _print_comparisons(comparisons: list[Any]) -> None:

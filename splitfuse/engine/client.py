@@ -12,12 +12,13 @@ import logging
 import os
 import time
 from abc import ABC, abstractmethod
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import ClassVar
 
+from splitfuse.core.capacity import MOST_ARRIVALS, Arrival
 from splitfuse.core.latency.phases import LatencyBreakdown
 from splitfuse.core.replica_view import ReplicaView
 from splitfuse.core.request_output import FinishReason, RequestOutput
@@ -220,6 +221,8 @@ class LocalClient(EngineClient):
         self.on_state: Callable[[], None] = lambda: None
         """Listener that is called when `state` has changed."""
         self._trace_level = TraceLevel.OFF
+        self.arrivals: deque[Arrival] = deque(maxlen=MOST_ARRIVALS)
+        """Newest requests, also those that have ended."""
         self.keeps_view = False
         """Whether `view` is kept, for a router."""
         self.view: ReplicaView | None = None
@@ -312,6 +315,7 @@ class LocalClient(EngineClient):
         request = request.settled
         self._check(request)
         stream = Stream(request, self._finish)
+        stream.arrival = self._note_arrival(request)
         self._send(request)
         self._follow(stream)
         return stream
@@ -396,6 +400,17 @@ class LocalClient(EngineClient):
             raise EngineUnavailableError("the adapter of the request is not loaded any more: send the request again")
         num_prompt = len(request.prompt_token_ids)
         assert self.info.limits.fits(num_prompt, request.params), "call EngineLimits.check() before submitting"
+
+    def _note_arrival(self, request: Add) -> Arrival:
+        options, num_prompt = request.scheduling, len(request.prompt_token_ids)
+        arrival = Arrival(
+            time.monotonic() if options.arrival_time is None else options.arrival_time,
+            num_prompt,
+            self.info.limits.max_new_tokens(num_prompt, request.params),
+            self.info.targets if options.targets is None else options.targets,
+        )
+        self.arrivals.append(arrival)
+        return arrival
 
     @abstractmethod
     def _send(self, command: Command) -> None:

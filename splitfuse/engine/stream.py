@@ -13,6 +13,7 @@ from typing import Self
 
 import msgspec
 
+from splitfuse.core.capacity import Arrival
 from splitfuse.core.latency.phases import LatencyBreakdown, LatencyPhase
 from splitfuse.core.request_output import FinishReason, RequestOutput
 from splitfuse.engine.messages import Add, Finish, ResumePoint
@@ -27,6 +28,8 @@ class Stream:
 
     def __init__(self, request: Add, finish: Callable[[Finish], None]) -> None:
         self.request = request
+        self.arrival: Arrival | None = None
+        """Account of the request for the number of replicas, which is kept while it runs."""
         self.continuity: tuple[object, ...] = ()
         """Value that is equal at all engines which would go on with it as its own does."""
         self.num_resumed = 0
@@ -105,6 +108,12 @@ class Stream:
 
     def push(self, output: RequestOutput, step_seconds: float) -> None:
         """Add an output; of one that is not wanted any more, only that it has ended counts."""
+        if self.arrival is not None:
+            self.arrival.num_cached = max(
+                self.arrival.num_cached, min(output.num_cached_tokens, self.arrival.num_prompt)
+            )
+            self.arrival.num_generated += len(output.token_ids)
+            self.arrival.has_ended = output.finish_reason is not None
         if output.finish_reason is not None:
             self._ended = True
             self._settle(output.latency_breakdown)

@@ -21,6 +21,7 @@ from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from splitfuse.core.capacity import replicas_needed
 from splitfuse.core.request_output import FinishReason
 from splitfuse.core.slo.attainable import Attainable
 from splitfuse.engine.client import EngineClient, EngineState
@@ -34,6 +35,9 @@ CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
 RENDER_SECONDS = 0.1
 """Time from one rendering to the next, in seconds."""
+COUNT_SECONDS, COUNTING_SHARE = 10.0, 1 / 20
+"""Seconds from one count of the replicas that are needed to the next, and the fraction of the time that they may take.
+"""
 
 # vLLM's bounds are among these, so that a query for one of its `le` finds it.
 _GAPS = (0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0)
@@ -97,6 +101,10 @@ FAMILIES = (
         "Upper bound of the requests/s of 512 + 64 tokens in time.",
     ),
     Family("splitfuse:slo_estimated", "gauge", "estimated", "1 while these are from an estimate, else 0."),
+    Family(
+        *("splitfuse:replicas_needed", "gauge", "replicas_needed"),
+        "Fewest engines with which 99 % of the requests of each of the last five minutes were in time.",
+    ),
     Family("splitfuse:steps", "counter", "num_steps", "Forward steps."),
     Family("splitfuse:computed_tokens", "counter", "num_computed_tokens", "Tokens that steps computed."),
     Family("splitfuse:prompt_tokens", "counter", "num_prompt_tokens", "Prompt tokens of scheduled requests."),
@@ -214,6 +222,8 @@ class Metrics(Collector):
         self._registry.register(self)
         self._rendering: asyncio.Task[bytes] | None = None
         self._rendered_at = -math.inf
+        self._replicas_needed: int | None = None
+        self._count_replicas_at = -math.inf
         self.num_text_restarts: Callable[[], int] = lambda: 0
         """Function that returns how many processes for texts were ended."""
         self.num_dropped_spans: Callable[[], int] = lambda: 0
@@ -273,9 +283,21 @@ class Metrics(Collector):
     async def _render_soon(self) -> bytes:
         await asyncio.sleep(self._rendered_at + RENDER_SECONDS - time.monotonic())
         try:
+            if time.monotonic() >= self._count_replicas_at:
+                await self._count_replicas()
             return self.render()
         finally:
             self._rendered_at, self._rendering = time.monotonic(), None
+
+    async def _count_replicas(self) -> None:
+        """Count how many replicas the recent arrivals need, in a thread, and at most for COUNTING_SHARE of the time."""
+        began = time.monotonic()
+        times = next((each.step_times for each in self._client.stats if each.step_times is not None), None)
+        arrivals = [arrival for engine in self._client.engines for arrival in engine.arrivals]
+        if times is not None:
+            self._replicas_needed = await asyncio.to_thread(replicas_needed, arrivals, times, now=began)
+        took = time.monotonic() - began
+        self._count_replicas_at = began + max(COUNT_SECONDS, took / COUNTING_SHARE)
 
     def collect(self) -> Iterator[Metric]:
         """Yield every family with its samples."""
@@ -341,6 +363,7 @@ class Metrics(Collector):
             "token_budget": max((engine.token_budget for engine in stats), default=0),
             "num_speculative_tokens": num_speculative,
             "num_tier_blocks": max((engine.num_tier_blocks for engine in stats), default=0),  # they share the tiers
+            **({} if self._replicas_needed is None else {"replicas_needed": self._replicas_needed}),
             **_slo_gauges([engine.attainable for engine in stats if engine.attainable is not None]),
         }
 

@@ -18,9 +18,10 @@ from typing import Any
 
 from splitfuse.bench.baselines import make_baseline
 from splitfuse.bench.measure import MakeWorkload, measure
-from splitfuse.bench.results import Results
+from splitfuse.bench.results import Point, Results
 from splitfuse.bench.target import Answer, Target
 from splitfuse.bench.workload import LoadRequest, Loads, Prompt, TokenIds
+from splitfuse.core.capacity import Arrival, replicas_needed
 from splitfuse.core.kv.block_allocator import BlockAllocator
 from splitfuse.core.kv.request_kv import RequestKv
 from splitfuse.core.limits import ceil_div
@@ -81,6 +82,19 @@ def simulate(
         )
     )
     return replace(results, simulated=True)
+
+
+def needed(point: Point, simulation: SimulationConfig) -> int | None:
+    """Return how many replicas the last minutes of a load need to meet the SLO of the settings; None without one."""
+    targets = SloTargets.parse(**simulation.scheduler.targets)
+    if targets == NO_SLO:
+        return None
+    arrivals = [
+        Arrival(each.sent, each.num_prompt_tokens, count, targets, num_generated=count, has_ended=True)
+        for each in point.records
+        if (count := len(each.token_times))
+    ]
+    return replicas_needed(arrivals, StepTimes(simulation.calibration.cost), now=max(each.at for each in arrivals))
 
 
 class SimulatedTarget(Target):

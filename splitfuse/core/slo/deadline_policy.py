@@ -64,6 +64,12 @@ class StepLimit(NamedTuple):
     """Seconds that decodes may take without need, and all these prompts be in time."""
 
 
+def usual_step(outlook: Feasibility, shortest_ttft: float) -> float:
+    """Return the seconds of a step without deadlines to meet, if that is the shortest TTFT target."""
+    least = max(STEP_PER_TTFT * shortest_ttft, outlook.efficient_step(MIN_EFFICIENCY))
+    return min(least, outlook.efficient_step(EFFICIENCY))
+
+
 class DeadlinePolicy(Fcfs):
     """Lets as many requests as possible meet their SLO.
 
@@ -144,8 +150,7 @@ class DeadlinePolicy(Fcfs):
         every = outlook.overhead + outlook.decode_seconds
         targets = (request.slo.ttft_target for part in (decodes, prefills) for request in part)
         shortest_ttft = min(targets, default=math.inf)
-        usual = max(STEP_PER_TTFT * shortest_ttft, outlook.efficient_step(MIN_EFFICIENCY))
-        usual = min(usual, outlook.efficient_step(EFFICIENCY))
+        usual = usual_step(outlook, shortest_ttft)
         if 0 < len(decodes) >= len(feasible) and every < DECODES_PER_STEP * outlook.floor:
             # A step of decodes alone would waste the time in which prompts are computed: so in many short steps. Where
             # more can be in time, they are done at full throughput: it is further decodes that fill the floor.

@@ -1,0 +1,93 @@
+"""The number of replicas that arrivals need."""
+
+from dataclasses import replace
+from random import Random
+
+import pytest
+
+from splitfuse.core.capacity import LONGEST_WAIT, PART, WINDOW, Arrival, replicas_needed
+from splitfuse.core.slo.cost_model import CostModel
+from splitfuse.core.slo.latency_predictor import StepTimes
+from splitfuse.core.slo.targets import NO_SLO, SloTargets
+
+TIMES = StepTimes(CostModel(floor=0.01, per_token=0.001))
+SOON = SloTargets(ttft=0.25)
+NOW = 1000.0
+
+
+def arrival(at: float, *, prompt: int = 90, generated: int = 1, targets: SloTargets = SOON) -> Arrival:
+    return Arrival(at, prompt, generated, targets, num_generated=generated, has_ended=True)
+
+
+def needed(*arrivals: Arrival, now: float = NOW) -> int:
+    return replicas_needed(arrivals, TIMES, now=now)
+
+
+def test_nothing_needs_nothing() -> None:
+    assert needed() == needed(arrival(NOW - WINDOW - 1.0)) == needed(arrival(NOW + 1.0)) == 0
+    assert needed(arrival(NOW - 1.0)) == 1
+
+
+@pytest.mark.parametrize("count", range(1, 12))
+def test_each_replica_serves_two_at_once(count: int) -> None:
+    """A prompt takes 0.1 s, and half a step may pass before it: the third would be late."""
+    assert needed(*[arrival(NOW - 1.0)] * count) == -(-count // 2)
+    assert needed(*(arrival(NOW - 250.0 + 0.2 * number) for number in range(count))) == 1
+
+
+def test_what_is_cached_is_not_computed() -> None:
+    cached = replace(arrival(NOW - 1.0), num_cached=80)
+    assert needed(*[cached] * 8) == 1
+
+
+def test_a_minute_in_which_slos_break_counts_for_five() -> None:
+    calm = [arrival(float(at)) for at in range(2000)]
+    burst = [arrival(1000.0 + 0.001 * number) for number in range(12)]
+    assert needed(*calm, now=NOW - 1.0) == 1
+    assert needed(*calm, *burst, now=NOW + 1.0) == 7, "13 at once"
+    assert needed(*calm, *burst, now=NOW + WINDOW - 1.0) == 7
+    assert needed(*calm, *burst, now=NOW + WINDOW + 1.0) == 1
+
+
+def test_one_in_a_hundred_may_be_late() -> None:
+    twice = [arrival(NOW - 0.5 * number) for number in range(int(PART / 0.5))]
+    assert needed(*twice, *[arrival(NOW - 10.0)] * 2) == 1, "one of 122 is late"
+    assert needed(*twice, *[arrival(NOW - 10.0), arrival(NOW - 20.0)] * 2) == 2, "two of 124 are"
+
+
+def test_what_is_late_even_alone_counts_for_nothing() -> None:
+    assert needed(*[arrival(NOW - 1.0, prompt=400)] * 5) == 0
+    assert needed(*[arrival(NOW - 1.0, prompt=400)] * 5, arrival(NOW - 2.0)) == 1
+
+
+def test_decodes_that_cannot_keep_their_target_together_need_more() -> None:
+    """A token adds 1 ms to a step of 10 ms: ten are the most within 20 ms."""
+    targets = SloTargets(ttft=5.0, itl=0.02)
+    assert needed(*[arrival(NOW - 60.0, prompt=10, generated=500, targets=targets)] * 6) == 1
+    assert needed(*[arrival(NOW - 60.0, prompt=10, generated=500, targets=targets)] * 30) > 2
+
+
+def test_without_an_slo_the_wait_is_bounded() -> None:
+    prompts = [arrival(NOW - 30.0, prompt=990, targets=NO_SLO)] * 10  # 1 s each
+    assert LONGEST_WAIT == 10.0 and needed(*prompts) == 1
+    assert needed(*prompts * 2) == 2
+
+
+def test_unfinished_requests_are_taken_to_be_as_long_as_others() -> None:
+    ended = [arrival(NOW - 299.0, prompt=10, generated=200, targets=SloTargets(ttft=5.0, itl=0.02))]
+    begun = [
+        Arrival(NOW - 60.0 + 0.5 * number, 10, max_tokens=4000, targets=SloTargets(ttft=5.0, itl=0.02), num_generated=3)
+        for number in range(20)
+    ]
+    assert needed(*ended, *begun) < needed(*begun), "without any that has ended, as long as they may be"
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_more_arrivals_never_need_fewer(seed: int) -> None:
+    random = Random(seed)
+    arrivals = [
+        arrival(NOW - random.uniform(0.0, 60.0), prompt=random.randint(1, 180), generated=random.randint(1, 40))
+        for _ in range(400)
+    ]
+    counts = [needed(*arrivals[:most]) for most in (50, 100, 200, 400)]
+    assert counts == sorted(counts) and counts[0] < counts[-1]
