@@ -18,7 +18,8 @@ from splitfuse.bench import metrics
 from splitfuse.config import SchedulerConfig
 from splitfuse.core.capacity import IN_TIME, PART, Arrival, replicas_needed
 from splitfuse.core.slo.latency_predictor import StepTimes
-from splitfuse.simulator.simulate import SimulatedTarget, SimulationConfig
+from splitfuse.simulator.deployment import Deployment, SimulationConfig
+from splitfuse.simulator.simulate import SimulatedTarget
 
 MACHINE = "0.5b-int8"
 LOADS = ("50%", "150%", "250%", "350%")
@@ -34,11 +35,8 @@ POINTS = (
 def worst_minute(scenario: Scenario, replicas: int, requests: int) -> tuple[float, list[Arrival]]:
     """Return the share of the requests in time in the worst minute of a simulation, and its arrivals."""
     config = SchedulerConfig(max_num_seqs=MAX_NUM_SEQS, enable_slo=True)
-    target = SimulatedTarget(
-        SimulationConfig(
-            calibration=scenario.calibration, scheduler=config, replicas=replicas, enable_prefix_caching=False
-        )
-    )
+    engine = SimulationConfig(calibration=scenario.calibration, scheduler=config, enable_prefix_caching=False)
+    target = SimulatedTarget(Deployment.of(engine, replicas=replicas))
     targets = scenario.targets(scenario.slos[0])
     records = drive(target, scenario, requests=requests, seed=1, faster=1.0, targets=targets)
     sent, met = Counter[int](), Counter[int]()

@@ -94,7 +94,9 @@ def needed(point: Point, simulation: SimulationConfig) -> int | None:
         for each in point.records
         if (count := len(each.token_times))
     ]
-    return replicas_needed(arrivals, StepTimes(simulation.calibration.cost), now=max(each.at for each in arrivals))
+    return replicas_needed(
+        arrivals, StepTimes(simulation.calibration.cost), now=max((each.at for each in arrivals), default=0.0)
+    )
 
 
 class SimulatedTarget(Target):

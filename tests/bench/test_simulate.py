@@ -33,7 +33,8 @@ from splitfuse.errors import ConfigError
 from splitfuse.runtime.calibration import Calibration
 from splitfuse.simulator import virtual_time
 from splitfuse.simulator.deployment import Deployment, SimulationConfig
-from splitfuse.simulator.simulate import SimulatedTarget, simulate
+from splitfuse.simulator.machines import MACHINES
+from splitfuse.simulator.simulate import SimulatedTarget, needed, simulate
 from splitfuse.simulator.validate import compare, mean_error, predict, workload_of
 
 COST = CostModel(floor=0.010, per_token=0.0001, knee=64, per_token_beyond=0.0004, per_row=0.0001, per_kv_token=1e-7)
@@ -158,10 +159,30 @@ def test_prompts_stall_decodes_of_prefill_first_only() -> None:
     assert usual["static"] < usual["orca"] / 3, "no prompt joins while a batch generates"
 
 
-def test_replicas_share_a_load_by_outstanding_tokens() -> None:
+def test_replicas_share_a_load() -> None:
     one = metrics.throughput(run(simulation(), clients=(16,), requests=100).points[0])
     four = metrics.throughput(run(Deployment.of(simulation(), replicas=4), clients=(64,), requests=400).points[0])
     assert 3.6 * one < four < 4.4 * one
+
+
+def test_as_many_replicas_as_are_needed_are_enough_and_one_fewer_is_not() -> None:
+    config = SchedulerConfig(ttft="2s", itl="250ms")
+    targets = SloTargets.parse(**config.targets)
+
+    def simulated(replicas: int) -> tuple[float, int | None]:
+        settings = SimulationConfig(
+            calibration=MACHINES["0.5b-int8-avx2"], scheduler=config, enable_prefix_caching=False
+        )
+        (point,) = run(
+            Deployment.of(settings, replicas=replicas), independent(128, 48), rate=(4.0,), requests=120
+        ).points
+        met = sum(metrics.meets_slo(record, targets) for record in point.records)
+        return met / len(point.records), needed(point, settings)
+
+    met, count = simulated(4)
+    assert met > 0.99 and count is not None
+    assert count == 4 or simulated(count)[0] > 0.99
+    assert simulated(count - 1)[0] < 0.99
 
 
 @pytest.mark.parametrize("replicas", [1, 3])

@@ -62,6 +62,7 @@ def test_the_slo_of_the_server_and_of_a_request(http: httpx.Client, server: Runn
     metrics = http.get("/metrics").text
     assert 'splitfuse:slo_total{met="true",model_name="storyteller"} 4.0' in metrics
     assert 'splitfuse:slo_total{met="false",model_name="storyteller"} 4.0' in metrics
+    assert 'splitfuse:replicas_needed{model_name="storyteller"} 1.0\n' in metrics
     counted = [re.search(rf"^splitfuse:{name}_count.* (\S+)$", metrics, re.MULTILINE) for name in STEPS]
     assert len({each[1] for each in counted if each}) == 1 and None not in counted, "each step was predicted"
 
