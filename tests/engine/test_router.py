@@ -1,0 +1,141 @@
+"""The router between a front and its replicas, which are told by hand what they would report."""
+
+import asyncio
+from typing import Any
+
+from splitfuse.core.limits import EngineLimits
+from splitfuse.core.request import FinishReason, RequestOutput, SchedulingOptions
+from splitfuse.core.sampling_params import SamplingParams
+from splitfuse.core.slo.cost_model import CostModel
+from splitfuse.core.slo.latency_predictor import StepTimes
+from splitfuse.core.slo.targets import SloTargets
+from splitfuse.engine.client import LocalClient
+from splitfuse.engine.messages import Add, Command, EngineInfo, EngineStats, Report, StepReport, decode_report, encode
+from splitfuse.engine.router import Router
+
+TIMES = StepTimes(CostModel(floor=1.0, per_token=0.1))  # so slow that the time of a test is nothing
+INFO = EngineInfo(
+    model="test",
+    limits=EngineLimits(max_model_len=4096, vocab_size=256, num_blocks=500, block_size=16),
+    max_num_batched_tokens=100,
+    memory_plan="",
+    slo_enabled=True,
+    targets=SloTargets(ttft=100.0, itl=50.0),
+    max_num_seqs=16,
+    step_times=TIMES,
+)
+
+
+class Told(LocalClient):
+    """A replica that computes nothing: it notes what it is sent, and takes what it is told."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sent: list[str] = []
+
+    def _send(self, command: Command) -> None:
+        if isinstance(command, Add):
+            self.sent.append(command.request_id)
+
+    def tell(self, report: Report) -> None:
+        self._take(decode_report(encode(report)))
+
+    async def start(self) -> None:
+        self.tell(INFO)
+
+    async def close(self) -> None:
+        self._die("it was closed")
+
+
+def add(name: str, prompt: int, **scheduling: Any) -> Add:
+    options = SchedulingOptions(**scheduling)
+    return Add(name, tuple(ord(name[-1]) for _ in range(prompt)), SamplingParams(max_tokens=10), scheduling=options)
+
+
+def step(*outputs: RequestOutput, times: StepTimes | None = TIMES) -> StepReport:
+    return StepReport(outputs, EngineStats(num_steps=1, num_available_blocks=400, step_times=times))
+
+
+async def two_replicas() -> tuple[Router, Told, Told]:
+    first, second = Told(), Told()
+    router = Router([first, second])
+    await router.start()
+    return router, first, second
+
+
+def test_streams_and_reports_tell_what_a_replica_has_to_do() -> None:
+    async def test() -> None:
+        router, first, second = await two_replicas()
+        for name, prompt in (("a", 300), ("b", 200), ("c", 50)):
+            router.open(add(name, prompt))
+        assert (first.sent, second.sent) == (["a"], ["b", "c"])
+        router.open(add("d", 100))
+        assert second.sent[-1] == "d", "250 tokens before it, not 300"
+        first.tell(step(RequestOutput("a", num_computed=280)))
+        router.open(add("e", 100))
+        assert first.sent[-1] == "e", "20 tokens are left of the prompt"
+        second.tell(step(*(RequestOutput(name, (7,), num_computed=9, finish_reason=None) for name in "bcd")))
+        assert first.view is not None and second.view is not None
+        assert [each.num_scheduled for each in second.view.running] == [9, 9, 9]
+        second.tell(step(RequestOutput("b"), RequestOutput("c")))
+        assert len(second.view.running) == 1 and len(second.view.waiting) == 2, "their states were lost"
+
+    asyncio.run(test())
+
+
+def test_a_replica_that_died_is_followed_anew() -> None:
+    async def test() -> None:
+        router, first, second = await two_replicas()
+        router.open(add("a", 300))
+        await first.close()
+        assert first.view is None
+        router.open(add("b", 10))
+        assert second.sent == ["b"]
+        await first.start()
+        router.open(add("c", 10))
+        assert first.sent == ["a", "c"], "nothing is left there"
+
+    asyncio.run(test())
+
+
+def test_a_request_that_no_replica_can_serve_in_time_is_told_the_least_wait() -> None:
+    async def test() -> None:
+        router, first, second = await two_replicas()
+        for name, prompt in (("a", 700), ("b", 600)):
+            router.open(add(name, prompt))
+        tight = SloTargets(ttft=50.0, itl=50.0)
+        router.open(add("c", 300, targets=tight, on_time_only=True))
+        assert (first.sent, second.sent) == (["a"], ["b", "c"])
+        second.tell(step(*(RequestOutput(name, finish_reason="error") for name in "bc")))  # type: ignore[arg-type]
+        router.open(add("d", 300, targets=tight, on_time_only=True))
+        assert second.sent[-1] == "d", "it is admitted"
+
+    asyncio.run(test())
+
+
+def test_what_steps_take_crosses_to_the_front() -> None:
+    async def test() -> None:
+        router, first, _ = await two_replicas()
+        assert first.view is not None and first.view.times == TIMES
+        slower = StepTimes(CostModel(floor=2.0, per_token=0.1, noise=0.05), (1.5, 0.5), 0.9)
+        router.open(add("a", 10))
+        first.tell(step(RequestOutput("a", num_computed=5), times=slower))
+        assert first.view.times == slower
+
+    asyncio.run(test())
+
+
+def test_arrivals_are_accounted_for() -> None:
+    async def test() -> None:
+        router, first, _ = await two_replicas()
+        router.open(add("a", 64, targets=SloTargets(ttft=1.0)))
+        stream = router.open(add("b", 32))
+        first.tell(step(RequestOutput("a", (7, 7), num_cached_tokens=48)))
+        (arrival,) = first.arrivals
+        assert (arrival.num_prompt, arrival.num_cached, arrival.num_generated) == (64, 48, 2)
+        assert not arrival.has_ended and arrival.targets == SloTargets(ttft=1.0)
+        first.tell(step(RequestOutput("a", (7,), finish_reason=FinishReason.LENGTH)))
+        assert arrival.has_ended and arrival.num_generated == 3
+        assert stream.arrival is not None and stream.arrival.targets == INFO.targets
+
+    asyncio.run(test())
