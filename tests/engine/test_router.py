@@ -85,7 +85,7 @@ def test_streams_and_reports_tell_what_a_replica_has_to_do() -> None:
 
 def test_a_replica_that_died_is_followed_anew() -> None:
     async def test() -> None:
-        router, first, second = await two_replicas()
+        router, first, _ = await two_replicas()
         router.open(add("a", 300))
         assert first.view is not None and len(first.view.waiting) == 1
         await first.close()
