@@ -58,7 +58,7 @@ class Arrival:
 class _Job:
     """Holds what a request takes of a virtual replica."""
 
-    __slots__ = ("deadline", "gap", "part", "seconds", "tokens", "work")
+    __slots__ = ("deadline", "gap", "keeps_alone", "part", "seconds", "tokens", "work")
 
     def __init__(self, arrival: Arrival, tokens: float, outlook: Feasibility, *, start: float) -> None:
         count = arrival.num_prompt - arrival.num_cached
@@ -70,6 +70,11 @@ class _Job:
         gaps = [each for each in (arrival.targets.itl, arrival.targets.tpot) if each is not None]
         self.gap = min(gaps, default=None)
         self.part = int((arrival.at - start) // PART)
+        step = outlook.overhead + outlook.with_floor(self.seconds)
+        self.keeps_alone = arrival.at + self.work <= self.deadline and (
+            self.gap is None or step <= (1.0 - LEAST_SPEED) * self.gap
+        )
+        """Whether it would be in time on an idle replica."""
 
 
 class _VirtualReplica:
@@ -176,7 +181,7 @@ def replicas_needed(arrivals: Iterable[Arrival], times: StepTimes, *, now: float
 
     def jobs() -> list[tuple[float, _Job]]:
         made = ((each.at, _Job(each, count, outlook, start=start)) for each, count in zip(recent, tokens, strict=True))
-        return [(at, job) for at, job in made if at + job.work <= job.deadline]
+        return [(at, job) for at, job in made if job.keeps_alone]
 
     counted = Counter(job.part for _, job in jobs())
     if not counted:

@@ -58,6 +58,7 @@ def test_one_in_a_hundred_may_be_late() -> None:
 def test_what_is_late_even_alone_counts_for_nothing() -> None:
     assert needed(*[arrival(NOW - 1.0, prompt=400)] * 5) == 0
     assert needed(*[arrival(NOW - 1.0, prompt=400)] * 5, arrival(NOW - 2.0)) == 1
+    assert needed(arrival(NOW - 1.0, generated=9, targets=SloTargets(tpot=0.01))) == 0
 
 
 def test_decodes_that_cannot_keep_their_target_together_need_more() -> None:
