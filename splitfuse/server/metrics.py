@@ -222,7 +222,8 @@ class Metrics(Collector):
         self._registry.register(self)
         self._rendering: asyncio.Task[bytes] | None = None
         self._rendered_at = -math.inf
-        self._replicas_needed: int | None = None
+        self.replicas_needed: int | None = None
+        """Engines that the recent arrivals need, as last counted; None: not counted."""
         self._count_replicas_at = -math.inf
         self.num_text_restarts: Callable[[], int] = lambda: 0
         """Function that returns how many processes for texts were ended."""
@@ -295,7 +296,7 @@ class Metrics(Collector):
         times = next((each.step_times for each in self._client.stats if each.step_times is not None), None)
         arrivals = [arrival for engine in self._client.engines for arrival in engine.arrivals]
         if times is not None:
-            self._replicas_needed = await asyncio.to_thread(replicas_needed, arrivals, times, now=began)
+            self.replicas_needed = await asyncio.to_thread(replicas_needed, arrivals, times, now=began)
         took = time.monotonic() - began
         self._count_replicas_at = began + max(COUNT_SECONDS, took / COUNTING_SHARE)
 
@@ -363,7 +364,7 @@ class Metrics(Collector):
             "token_budget": max((engine.token_budget for engine in stats), default=0),
             "num_speculative_tokens": num_speculative,
             "num_tier_blocks": max((engine.num_tier_blocks for engine in stats), default=0),  # they share the tiers
-            **({} if self._replicas_needed is None else {"replicas_needed": self._replicas_needed}),
+            **({} if self.replicas_needed is None else {"replicas_needed": self.replicas_needed}),
             **_slo_gauges([engine.attainable for engine in stats if engine.attainable is not None]),
         }
 

@@ -477,6 +477,7 @@ def test_families_have_unique_names_and_a_source() -> None:
     metrics.num_text_restarts = lambda: 3
     metrics.consoles = lambda: (2, 5)
     metrics.num_dropped_spans = lambda: 3
+    metrics.replicas_needed = 2
     metrics.recorder = SimpleNamespace(ended=False, num_bytes=7, num_dropped=1)  # type: ignore[assignment]
     metrics.request_refused("overloaded")
     kept = Attainable(
