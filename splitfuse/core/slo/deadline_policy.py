@@ -40,6 +40,8 @@ STEP_PER_TTFT = 1 / 4
 """Longest such step, as a fraction of the shortest TTFT target: a new request waits for the step in flight."""
 DECODES_PER_STEP = 1 / 2
 """Largest fraction of such a step that a token of every decode takes."""
+MIN_STEP = 1.25
+"""Shortest such step, relative to one of a single decode: the rest is for prompts."""
 AIM = 1 / 2
 """Fraction of the time to its deadline in which a prompt is to be done, if decodes have the slack for it: the rest is
 for requests that arrive meanwhile."""
@@ -153,7 +155,7 @@ class DeadlinePolicy(Fcfs):
             # A step of decodes alone would waste the time in which prompts are computed: so in many short steps. Where
             # more can be in time, they are done at full throughput: it is further decodes that fill the floor.
             usual = min(usual, outlook.efficient_step(MIN_EFFICIENCY))
-        usual = max(usual, outlook.step_of_decodes / DECODES_PER_STEP)
+        usual = max(usual, every / DECODES_PER_STEP, MIN_STEP * outlook.floor)
         seconds, spare, before = usual, math.inf, 0.0
         for request, work, room in feasible:
             before += work
