@@ -17,7 +17,7 @@ from benchmarks.routing import drive
 from splitfuse.bench import metrics
 from splitfuse.config import SchedulerConfig
 from splitfuse.core.capacity import IN_TIME, PART, Arrival, replicas_needed
-from splitfuse.core.slo.latency_predictor import StepTimes
+from splitfuse.core.slo.cost_model import StepTimes
 from splitfuse.simulator.deployment import Deployment, SimulationConfig
 from splitfuse.simulator.simulate import SimulatedTarget
 

@@ -19,9 +19,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from statistics import fmean
 
+from splitfuse.core.slo.cost_model import StepTimes
 from splitfuse.core.slo.deadline_policy import usual_step
 from splitfuse.core.slo.feasibility import Feasibility
-from splitfuse.core.slo.latency_predictor import StepTimes
 from splitfuse.core.slo.targets import NO_SLO, SloTargets
 
 WINDOW = 300.0

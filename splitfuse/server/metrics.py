@@ -294,8 +294,8 @@ class Metrics(Collector):
         """Count how many replicas the recent arrivals need, in a thread, and at most for COUNTING_SHARE of the time."""
         began = time.monotonic()
         times = next((each.step_times for each in self._client.stats if each.step_times is not None), None)
-        arrivals = [arrival for engine in self._client.engines for arrival in engine.arrivals]
         if times is not None:
+            arrivals = [arrival for engine in self._client.engines for arrival in engine.arrivals]
             self.replicas_needed = await asyncio.to_thread(replicas_needed, arrivals, times, now=began)
         took = time.monotonic() - began
         self._count_replicas_at = began + max(COUNT_SECONDS, took / COUNTING_SHARE)

@@ -6,8 +6,7 @@ from random import Random
 import pytest
 
 from splitfuse.core.capacity import LONGEST_WAIT, PART, WINDOW, Arrival, replicas_needed
-from splitfuse.core.slo.cost_model import CostModel
-from splitfuse.core.slo.latency_predictor import StepTimes
+from splitfuse.core.slo.cost_model import CostModel, StepTimes
 from splitfuse.core.slo.targets import NO_SLO, SloTargets
 
 TIMES = StepTimes(CostModel(floor=0.01, per_token=0.001))

@@ -4,10 +4,10 @@ import asyncio
 from typing import Any
 
 from splitfuse.core.limits import EngineLimits
-from splitfuse.core.request import FinishReason, RequestOutput, SchedulingOptions
+from splitfuse.core.request import SchedulingOptions
+from splitfuse.core.request_output import FinishReason, RequestOutput
 from splitfuse.core.sampling_params import SamplingParams
-from splitfuse.core.slo.cost_model import CostModel
-from splitfuse.core.slo.latency_predictor import StepTimes
+from splitfuse.core.slo.cost_model import CostModel, StepTimes
 from splitfuse.core.slo.targets import SloTargets
 from splitfuse.engine.client import LocalClient
 from splitfuse.engine.messages import Add, Command, EngineInfo, EngineStats, Report, StepReport, decode_report, encode
