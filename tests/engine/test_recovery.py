@@ -138,8 +138,9 @@ def test_engines_are_restarted_one_after_the_other_under_load() -> None:
     run(test())
 
 
-def test_a_request_that_kills_engines_is_found_and_the_others_go_on() -> None:
+def test_a_request_that_kills_engines_is_found_and_the_others_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
     """The front kills an engine whenever it has the request in the step in flight."""
+    monkeypatch.setattr(recovery, "TRIAL_OUTPUTS", 50)  # a busy front may look only some steps later
     wanted = requests(6, max_tokens=200)
     killer = Add("killer", (5, 6, 7), SamplingParams(max_tokens=900, ignore_eos=True))
 
