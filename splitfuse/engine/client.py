@@ -16,7 +16,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import ClassVar
+from typing import ClassVar, TypeVarTuple
 
 from splitfuse.core.capacity import MOST_ARRIVALS, Arrival
 from splitfuse.core.latency.phases import LatencyBreakdown
@@ -43,6 +43,7 @@ from splitfuse.engine.stream import Stream
 from splitfuse.engine.trace import TraceLevel, TraceRecord
 from splitfuse.errors import AdapterError, EngineUnavailableError, InvalidRequestError
 
+_Ts = TypeVarTuple("_Ts")
 _logger = logging.getLogger(__name__)
 
 
@@ -367,7 +368,7 @@ class LocalClient(EngineClient):
     def undrain(self) -> None:
         """Take requests again."""
         self.is_drained = False
-        self.on_available()
+        _call("an engine that is ready", self.on_available)
 
     @property
     def num_open(self) -> int:
@@ -426,25 +427,19 @@ class LocalClient(EngineClient):
         """Change the state, and tell of it."""
         if state is not self.state:
             self.state = state
-            try:
-                self.on_state()
-            except Exception:
-                _logger.exception("a listener failed on a state")
+            _call("a state", self.on_state)
 
     def _take(self, report: Report) -> None:
         """Process a report of the engine, in the event loop."""
         match report:
             case StepReport():
                 if report.traced:
-                    self._tell(report.traced)
+                    _call("a trace", self.on_trace, report.traced)
                 before, self._stats = self._stats, report.stats
                 if 0 < before.token_budget != report.stats.token_budget > 0:
                     _logger.info("token budget of a step: %d, not %d", report.stats.token_budget, before.token_budget)
-                try:
-                    if report.stats.num_steps != before.num_steps:  # else it tells of requests that ended between steps
-                        self.on_step(report.stats)
-                except Exception:
-                    _logger.exception("a listener failed on a step")
+                if report.stats.num_steps != before.num_steps:  # else it tells of requests that ended between steps
+                    _call("a step", self.on_step, report.stats)
                 if self.view is not None:
                     stats, now = report.stats, time.monotonic()
                     blocks = stats.num_available_blocks
@@ -460,7 +455,7 @@ class LocalClient(EngineClient):
                         if output.finish_reason is not None:
                             del streams[output.request_id]
             case Traced():
-                self._tell(report.records)
+                _call("a trace", self.on_trace, report.records)
             case Loading():
                 self.stage = report
                 if report.memory_plan:
@@ -481,18 +476,12 @@ class LocalClient(EngineClient):
                     if path is not None:
                         self._begin_load(name, path).add_done_callback(partial(_log_failure, name))
                 self._unload_unused()
-                self.on_available()
+                _call("an engine that is ready", self.on_available)
             case AdapterLoaded():
                 self._take_adapter(report)
-                self.on_available()
+                _call("an adapter", self.on_available)
             case Failed():
                 self._die(report.error)
-
-    def _tell(self, records: tuple[TraceRecord, ...]) -> None:
-        try:
-            self.on_trace(records)
-        except Exception:
-            _logger.exception("a listener failed on a trace")
 
     def _take_adapter(self, report: AdapterLoaded) -> None:
         if report.name not in self._loading:  # the engine has died since
@@ -513,8 +502,8 @@ class LocalClient(EngineClient):
             return
         if stream.is_over or self.on_moved is None:  # its client has left meanwhile
             stream.push(replace(output, finish_reason=FinishReason.ABORT), 0.0)
-        else:
-            self.on_moved(stream, output.latency_breakdown)
+        elif not _call("a request that moves", self.on_moved, stream, output.latency_breakdown):
+            stream.fail(died("it was drained"))
 
     def _suspects(self) -> Sequence[Stream]:
         """Return the streams whose requests may have caused the death of the engine: all, where nothing is known."""
@@ -522,7 +511,11 @@ class LocalClient(EngineClient):
 
     def _die(self, why: str) -> None:
         """Note that the engine is gone: its requests go on elsewhere, or fail."""
-        suspects = self._suspects()
+        try:
+            suspects = self._suspects()
+        except Exception:
+            _logger.exception("it is not known which requests may have caused the death of an engine")
+            suspects = [*self._streams.values(), *self._moving.values()]
         loading, self._loading, self._adapters, self._present = self._loading, {}, {}, set()
         for _, each in loading.values():
             each.set_exception(EngineUnavailableError(f"the engine died while it loaded the adapter: {why}"))
@@ -533,11 +526,20 @@ class LocalClient(EngineClient):
         self._stats = EngineStats()
         for stream in ending.values():
             stream.fail(died(why))
-        if self.rescue is not None:
-            self.rescue(list(streams.values()), suspects, why)
-        else:
-            for stream in streams.values():
+        rescued = list(streams.values())
+        if self.rescue is None or not _call("a death", self.rescue, rescued, suspects, why):
+            for stream in rescued:
                 stream.fail(died(why))
+
+
+def _call(what: str, listener: Callable[[*_Ts], object], *arguments: *_Ts) -> bool:
+    """Call a listener, whose failure must not end the engine. Returns whether it did not fail."""
+    try:
+        listener(*arguments)
+    except Exception:
+        _logger.exception("a listener failed on %s", what)
+        return False
+    return True
 
 
 def died(why: str) -> EngineUnavailableError:

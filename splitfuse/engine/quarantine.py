@@ -8,11 +8,12 @@ from __future__ import annotations
 import hashlib
 import logging
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 
 import msgspec
 
 from splitfuse.engine.messages import Add
+from splitfuse.engine.stream import Stream
 from splitfuse.errors import RequestQuarantinedError
 
 NUM_DEATHS = 2
@@ -44,7 +45,7 @@ class Quarantine:
         self._completed: dict[bytes, tuple[int, float]] = {}  # how many ran to their end, and when; the oldest first
 
     def engine_died(self, in_flight: Iterable[Add]) -> None:
-        """Note the requests that were in the step in flight when an engine died."""
+        """Note the requests to which the death of an engine is put down: see `find_suspects`."""
         self._forget()
         now = self._clock()
         for digest, request in {_digest(request): request for request in in_flight}.items():  # choices count once
@@ -79,9 +80,7 @@ class Quarantine:
             del self._deaths[digest]
 
     def absolve(self, request: Add) -> None:
-        """Clear a request of suspicion, since it has come past the step at which an engine died. One that is refused
-        stays so.
-        """
+        """Forget the death at which a request was, since it has come past that step. One that is refused stays so."""
         digest = _digest(request)
         if self._deaths.get(digest, (NUM_DEATHS, 0.0))[0] < NUM_DEATHS:
             del self._deaths[digest]
@@ -102,6 +101,22 @@ class Quarantine:
         oldest = self._clock() - SECONDS
         for digest in [digest for digest, (_, last) in self._deaths.items() if last <= oldest]:
             del self._deaths[digest]
+
+
+def find_suspects(streams: Iterable[Stream], in_flight: Collection[str]) -> tuple[list[Stream], list[Stream]]:
+    """Return which of the streams of an engine that has died may have caused it, and to which it is put down; the ids
+    `in_flight` were in its last step.
+
+    A request that kills before its first step is in none. So one that has had no output of this engine is a suspect
+    wherever it was. While one is on trial, that one and the new ones are all; among several of them the cause is not
+    known, and is put down to none.
+    """
+    streams, in_flight = list(streams), set(in_flight)
+    in_step = [stream for stream in streams if stream.request.request_id in in_flight]
+    candidates = [stream for stream in streams if stream.on_trial or not stream.num_outputs_here]
+    if any(stream.on_trial for stream in candidates):
+        return candidates, candidates if len(candidates) == 1 else []
+    return list(dict.fromkeys([*in_step, *candidates])), in_step
 
 
 def _digest(request: Add) -> bytes:

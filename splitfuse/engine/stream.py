@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import math
 import time
 from array import array
@@ -17,6 +18,8 @@ from splitfuse.core.capacity import Arrival
 from splitfuse.core.latency.phases import LatencyBreakdown, LatencyPhase
 from splitfuse.core.request_output import FinishReason, RequestOutput
 from splitfuse.engine.messages import Add, Finish, ResumePoint
+
+_logger = logging.getLogger(__name__)
 
 
 class Stream:
@@ -35,10 +38,14 @@ class Stream:
         self.num_resumed = 0
         """Number of times that it went on at another engine, or at its own after that was restarted."""
         self.num_deaths = 0
-        """Number of deaths of an engine that it may have caused: it was in the step in flight."""
+        """Number of deaths of an engine that it may have caused."""
+        self.num_lost = 0
+        """Number of deaths of an engine that had it, whatever caused them."""
+        self.num_outputs_here = 0
+        """Number of outputs with tokens that its present engine has given."""
         self.on_trial = False
-        """True while an engine computes nothing but this of what may have killed another."""
-        self.on_output: Callable[[], object] = lambda: None
+        """True while its engine has no other request that may have killed an engine before."""
+        self.on_output: Callable[[RequestOutput], object] = lambda _: None
         """Listener that is called after each output."""
         self.began: float | None = None
         """Time at which its first step began, on the monotonic clock."""
@@ -114,6 +121,7 @@ class Stream:
             )
             self.arrival.num_generated += len(output.token_ids)
             self.arrival.has_ended = output.finish_reason is not None
+        self.num_outputs_here += bool(output.token_ids)
         if output.finish_reason is not None:
             self._ended = True
             self._settle(output.latency_breakdown)
@@ -130,7 +138,10 @@ class Stream:
             output.num_cached_tokens = self._num_cached  # of its prompt, as its first engine has found it
             self._outputs.append(output)
             self._news.set()
-        self.on_output()
+        try:
+            self.on_output(output)
+        except Exception:
+            _logger.exception("a listener failed on an output")
 
     def fail(self, error: Exception) -> None:
         """End the stream with an error."""
@@ -153,6 +164,7 @@ class Stream:
         self._charge(None, until=now)
         self._finish, self._is_between = finish, False
         self.num_resumed += 1
+        self.num_outputs_here = 0
         return self.resumption(now)
 
     def resumption(self, now: float) -> Add:

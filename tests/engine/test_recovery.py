@@ -19,19 +19,19 @@ from patience import PATIENCE
 
 from splitfuse.config import EngineConfig
 from splitfuse.core.latency.phases import LatencyPhase
-from splitfuse.core.request_output import RequestOutput
+from splitfuse.core.request_output import FinishReason, RequestOutput
 from splitfuse.core.sampling_params import SamplingParams
 from splitfuse.engine import recovery
 from splitfuse.engine.client import EngineState, LocalClient
 from splitfuse.engine.engine import Engine
 from splitfuse.engine.messages import Add, Command, Finish, StepReport
-from splitfuse.engine.quarantine import Quarantine
+from splitfuse.engine.quarantine import Quarantine, find_suspects
 from splitfuse.engine.remote import supervisor
 from splitfuse.engine.remote.supervisor import SubprocessEngine
 from splitfuse.engine.router import Router
 from splitfuse.engine.stream import Stream
 from splitfuse.engine.thread import AsyncEngine
-from splitfuse.errors import EngineUnavailableError, InvalidRequestError, RequestQuarantinedError
+from splitfuse.errors import EngineUnavailableError, InvalidRequestError, RequestQuarantinedError, SplitfuseError
 
 CONFIG = EngineConfig.from_settings({"num_blocks": 600, "num_threads": 1})
 
@@ -238,9 +238,32 @@ class Engines(LocalClient):
     def added(self) -> list[str]:
         return [each.request_id for each in self.sent if isinstance(each, Add)]
 
-    def give(self, request_id: str, *tokens: int) -> None:
-        output = RequestOutput(request_id, tokens)
+    def give(self, request_id: str, *tokens: int, reason: FinishReason | None = None) -> None:
+        output = RequestOutput(request_id, tokens, finish_reason=reason)
         self._take(StepReport((output,), self._stats))
+
+
+class Quarantined(Engines):
+    """An engine that tells a quarantine of its deaths, as one in a process does; `in_flight` is its last step."""
+
+    def __init__(self, model: AsyncEngine, quarantine: Quarantine) -> None:
+        super().__init__(model)
+        self.in_flight: list[str] = []
+        self.absolved: list[str] = []
+        self._quarantine = quarantine
+
+    def absolve(self, request: Add) -> None:
+        self.absolved.append(request.request_id)
+        self._quarantine.absolve(request)
+
+    def _check(self, request: Add) -> None:
+        self._quarantine.check(request)
+        super()._check(request)
+
+    def _suspects(self) -> list[Stream]:
+        suspects, causes = find_suspects(self._streams.values(), self.in_flight)
+        self._quarantine.engine_died(stream.request for stream in causes)
+        return suspects
 
 
 @pytest.fixture(scope="module")
@@ -355,3 +378,177 @@ def test_requests_fail_if_no_engine_comes(model: AsyncEngine, monkeypatch: pytes
                 await read(stream)
 
     run(test())
+
+
+PARAMS = SamplingParams(max_tokens=50)
+
+
+def test_a_request_that_kills_before_its_first_step_is_found(model: AsyncEngine) -> None:
+    async def test() -> None:
+        quarantine = Quarantine()
+        engines = [Quarantined(model, quarantine) for _ in range(2)]
+        async with running(*engines):
+            innocents = []
+            for number, engine in enumerate(engines):
+                streams = [engine.open(Add(f"{number}{n}", (5, 6, 7, number, n + 8), PARAMS)) for n in range(3)]
+                for stream in streams:
+                    engine.give(stream.request.request_id, 1)
+                innocents += streams
+            killer, num_deaths = engines[0].open(Add("killer", (9, 9), PARAMS)), 0
+            while any(not stream.is_over for stream in (killer, *innocents)):
+                for engine in engines:
+                    if "killer" in engine._streams:
+                        num_deaths += 1
+                        engine.go()
+                        engine.come()
+                    engine.in_flight = list(engine._streams)
+                    for name in engine.in_flight if "killer" not in engine._streams else ():
+                        reason = FinishReason.LENGTH if engine._streams[name].num_tokens >= 30 else None
+                        engine.give(name, 1, reason=reason)
+            assert num_deaths <= recovery.MAX_RESUMES + 1
+            with pytest.raises(SplitfuseError):
+                await read(killer)
+            assert {len(await read(stream)) for stream in innocents} == {31}
+
+    run(test())
+
+
+def test_a_new_request_that_kills_during_trials_makes_no_other_refused(model: AsyncEngine) -> None:
+    async def test() -> None:
+        engine = Quarantined(model, Quarantine())
+        async with running(engine) as router:
+            innocents = [router.open(Add(f"i{n}", (5, 6, 7 + n), PARAMS)) for n in range(4)]
+            engine.in_flight = list(engine._streams)
+            engine.go()
+            engine.come()
+            killer = router.open(Add("killer", (9,) * 8, PARAMS))
+            while not killer.is_over:
+                engine.in_flight = list(engine._streams)
+                if "killer" in engine._streams:
+                    engine.go()
+                    engine.come()
+                else:
+                    for name in engine.in_flight:
+                        engine.give(name, 1)
+            assert not any(stream.is_over for stream in innocents)
+            assert killer.num_deaths <= recovery.MAX_RESUMES + 1
+            with pytest.raises(SplitfuseError):
+                await read(killer)
+
+    run(test())
+
+
+def test_however_often_engines_die_the_error_comes(model: AsyncEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(recovery, "MAX_LOST", 5)
+
+    async def test() -> None:
+        engine = Engines(model)
+        async with running(engine) as router:
+            one, other = (router.open(Add(name, (5, 6), PARAMS)) for name in ("one", "other"))
+            engine._suspects = lambda: [other]  # type: ignore[method-assign]
+            for number in range(6):
+                engine.give("one", number)
+                engine.go()
+                engine.come()
+            assert other.num_deaths > 0 == one.num_deaths
+            with pytest.raises(EngineUnavailableError, match="it was told to"):
+                await read(one)
+
+    run(test())
+
+
+def test_a_request_on_trial_is_tried_elsewhere_if_its_engine_is_drained(model: AsyncEngine) -> None:
+    async def test() -> None:
+        first, second = Engines(model), Engines(model)
+        async with running(first, second):
+            second.drain()
+            stream = first.open(Add("a", (5, 6), PARAMS))
+            first.go()
+            first.come()
+            assert stream.on_trial
+            second.undrain()
+            first.drain()
+            first.give("a", reason=FinishReason.MOVED)
+            assert second.added == ["a"] and stream.on_trial
+            first.go()
+            first.come()
+            for token in range(3):
+                second.give("a", token)
+            assert not stream.on_trial and not stream.is_over
+            second.go()
+            first.undrain()
+            assert first.added == ["a", "a", "a"] and stream.on_trial
+
+    run(test())
+
+
+def test_a_request_whose_client_leaves_during_its_trial_is_not_cleared(model: AsyncEngine) -> None:
+    async def test() -> None:
+        engine = Quarantined(model, Quarantine())
+        async with running(engine) as router:
+            streams = [router.open(Add(name, (5, 6, n), PARAMS)) for n, name in enumerate("ab")]
+            engine.go()
+            engine.come()
+            streams[0].close()
+            assert engine.added == ["a", "b", "a"]
+            engine.give("a", reason=FinishReason.ABORT)
+            assert engine.added == ["a", "b", "a", "b"] and engine.absolved == []
+            engine.give("b", 1, reason=FinishReason.STOP)
+            assert engine.absolved == ["b"]
+
+    run(test())
+
+
+def test_each_request_waits_for_itself(model: AsyncEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(recovery, "MAX_WAIT", 1000.0)
+
+    async def test() -> None:
+        engine = Engines(model)
+        async with running(engine) as router:
+            first = router.open(Add("first", (5, 6), PARAMS))
+            engine.go()
+            timer = router._recovery._timer
+            assert timer is not None
+            first.close()
+            assert timer.cancelled() and router._recovery._timer is None
+            engine.come()
+            streams = [router.open(Add(name, (5, 6), PARAMS)) for name in "ab"]
+            engine.go()
+            timer = router._recovery._timer
+            assert timer is not None
+            router._recovery._waiting["b"].until += 1.0
+            router._recovery._fail_late(timer.when())
+            assert [stream.is_over for stream in streams] == [True, False]
+        assert router._recovery._timer is None
+
+    run(test())
+
+
+def test_a_failure_of_what_lets_requests_go_on_ends_only_these(model: AsyncEngine, caplog: Any) -> None:
+    async def test() -> None:
+        first, second = Engines(model), Engines(model)
+        async with running(first, second) as router:
+            lost, moved, other = (
+                first.open(Add("lost", (5, 6), PARAMS)),
+                *(second.open(Add(name, (5, 6), PARAMS)) for name in ("moved", "other")),
+            )
+            router._recovery._choose = lambda *_: 1 / 0  # type: ignore[assignment, return-value]
+            first.go()
+            with pytest.raises(EngineUnavailableError, match="it was told to; it cannot go on: ZeroDivisionError"):
+                await read(lost)
+            other.on_output = lambda _: 1 / 0
+            second.give("other", 1)
+            assert not other.is_over and second.state is EngineState.READY
+            for name in "rescue", "on_moved", "on_available":
+                monkey = lambda *_: 1 / 0  # noqa: E731
+                setattr(second, name, monkey)
+            second.drain()
+            second.give("moved", reason=FinishReason.MOVED)
+            second.undrain()
+            second.go()
+            for stream in moved, other:
+                with pytest.raises(EngineUnavailableError):
+                    await read(stream)
+
+    run(test())
+    assert caplog.text.count("ZeroDivisionError") >= 5

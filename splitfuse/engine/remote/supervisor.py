@@ -1,7 +1,7 @@
 """Runs an engine in a process of its own.
 
-When it dies, its requests fail and it is started again. When it hangs, it is made to write its stacks, and killed. The
-front and its event loop continue meanwhile.
+When it dies, it is started again, and its requests go on (engine/recovery.py). When it hangs, it is made to write its
+stacks, and killed. The front and its event loop continue meanwhile.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from splitfuse.engine.messages import (
     decode_report,
     encode,
 )
-from splitfuse.engine.quarantine import Quarantine
+from splitfuse.engine.quarantine import Quarantine, find_suspects
 from splitfuse.engine.remote.in_flight import InFlightRecord
 from splitfuse.engine.remote.launcher import WorkerSpec, launch
 from splitfuse.engine.remote.transport import HEADER_BYTES, frame, message_length
@@ -163,15 +163,13 @@ class SubprocessEngine(LocalClient):
         super()._check(request)
 
     def _suspects(self) -> Sequence[Stream]:
-        """See LocalClient: those in the step in flight, of which one is on trial mostly if an engine died before."""
+        """See LocalClient. A death counts for the quarantine where it can be put down to its requests."""
         if self.state is not EngineState.READY or self._in_flight is None or self._closing:
             return ()
-        ids = set(self._in_flight.read())
         known = (*self._streams.values(), *self._moving.values(), *self._ending.values())
-        streams = [s for s in known if s.request.request_id in ids]
-        streams = [s for s in streams if s.on_trial] or streams
-        self._quarantine.engine_died(s.request for s in streams)
-        return streams
+        suspects, causes = find_suspects(known, self._in_flight.read())
+        self._quarantine.engine_died(stream.request for stream in causes)
+        return suspects
 
     async def _supervise(self) -> None:
         """Start the process again and again until the client is closed. If the very first one does not come up, `start`
@@ -230,9 +228,9 @@ class SubprocessEngine(LocalClient):
         finally:
             watch.cancel()
             await asyncio.gather(watch, return_exceptions=True)
-            self._disconnect()
             _signal(process, signal.SIGKILL)
             await process.wait()
+            self._disconnect()  # last: while the state is READY there is something to send to
         return why or f"its process ended with {_exit(process.returncode)}"
 
     async def _listen(self, reader: asyncio.StreamReader) -> str:
