@@ -141,8 +141,8 @@ class AsyncClient:
         """Let an engine of the server, by its number, take no more requests, while those that it has go on at others;
         with `restart` restart it, or all one after the other without a number; with `undo` let it take requests again.
 
-        Returns the numbers `moved`, of requests, and `drained`, of engines. Raises EngineUnavailableError if no other
-        engine is ready.
+        Returns how many requests have `moved`, and the numbers of the engines that are `drained` now. Raises
+        EngineUnavailableError if no other engine is ready.
         """
         wanted = {"engine": engine, "restart": restart, "undo": undo}
         answer = await self._send("POST", "/drain", {name: each for name, each in wanted.items() if each is not None})
