@@ -98,7 +98,7 @@ def why_not(variant: str) -> str | None:
 def variants(*values: Any, id: str | None = None) -> list[Any]:  # noqa: A002 - pytest's name for it
     """Parameters (variant, *values) for all C++ variants."""
     return [
-        pytest.param(*(variant, *values), id=variant if id is None else f"{variant}-{id}", marks=_runnable(variant))
+        pytest.param(*(variant, *values), id=variant if id is None else f"{variant}-{id}", marks=runnable(variant))
         for variant in VARIANTS
     ]
 
@@ -113,14 +113,15 @@ def emulation_slow(cases: Sequence[Any], *kept: str) -> list[Any]:
     ]
 
 
-def _runnable(name: str) -> list[pytest.MarkDecorator]:
+def runnable(name: str) -> list[pytest.MarkDecorator]:
+    """Return the marks of a test of a backend or variant: it is skipped where that cannot run."""
     why = why_not(name) if name in VARIANTS else None
     if name == "torch" and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
         why = "PyTorch's oneDNN does not multiply bf16 on this CPU"
     return [pytest.mark.skip(reason=why)] if why else []
 
 
-BACKENDS = [pytest.param(name, id=name, marks=_runnable(name)) for name in MAKERS]
+BACKENDS = [pytest.param(name, id=name, marks=runnable(name)) for name in MAKERS]
 
 
 def pack_experts(backend: Backend, w13: Tensor, w2: Tensor, *biases: Tensor) -> LayerWeights:

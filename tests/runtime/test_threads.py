@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 
 import pytest
 import torch
+from backends import runnable
 
 from splitfuse.config import EngineConfig
 from splitfuse.runtime import loading
@@ -40,7 +41,7 @@ def _two_threads() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("_two_threads")
-@pytest.mark.parametrize("kernels", ["auto", "torch", "reference"])
+@pytest.mark.parametrize("kernels", ["auto", pytest.param("torch", marks=runnable("torch")), "reference"])
 def test_a_quota_of_one_core_gives_one_thread(kernels: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loading, "usable_cores", lambda: 1)
     dtype = "float32" if kernels == "reference" else "bfloat16"

@@ -221,6 +221,7 @@ class Engines:
     """Stands for an engine, of which only the traces count."""
 
     state = EngineState.READY
+    is_drained = False
     death = ""
 
     def __init__(self) -> None:
