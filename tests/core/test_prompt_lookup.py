@@ -19,8 +19,9 @@ ANSWERS = st.lists(st.integers(0, 3), max_size=60)
 class Search:
     """The same by searching: the newest earlier occurrence of the last pair, followed while it is right."""
 
-    def __init__(self) -> None:
-        self.tokens: list[int] = []
+    def __init__(self, prompt: list[int]) -> None:
+        """Nothing is followed within a prompt: it is looked up at its end."""
+        self.tokens = prompt[:-1]
         self.source = self.length = 0
 
     def push(self, token: int) -> None:
@@ -46,9 +47,8 @@ class Search:
 
 @given(PROMPTS, ANSWERS, st.integers(0, 9))
 def test_drafts_are_those_that_a_search_finds(prompt: list[int], answer: list[int], most: int) -> None:
-    lookup, search = PromptLookup(prompt, max_tokens=len(answer)), Search()
-    for token in prompt:
-        search.push(token)
+    lookup, search = PromptLookup(prompt, max_tokens=len(answer)), Search(prompt)
+    search.push(prompt[-1])
     for token in answer:
         assert [each for each, _ in lookup.draft(most)] == search.draft(most)
         lookup.extend([token])
