@@ -68,8 +68,8 @@ class Request:
     """Tokens being chosen by plans in flight."""
     num_plans_in_flight: int = 0
     sent_to_executor: bool = False
-    is_resumed: bool = False
-    """True if another engine has begun it, which died or was drained."""
+    is_new: bool = True
+    """False if another engine has begun it, which died or was drained."""
     kv: RequestKv = field(default_factory=RequestKv)
     drafts: RequestDrafts = field(default_factory=RequestDrafts)
     slo: RequestSlo = field(init=False)
@@ -91,7 +91,7 @@ class Request:
         `times`, and behind prompt logprobs given out. They are computed like a prompt, as after a preemption.
         """
         assert not self.output_token_ids and len(times) == len(token_ids) < self.max_tokens
-        self.is_resumed = True
+        self.is_new = False
         self.output_token_ids += token_ids
         self.num_prompt_logprobs = num_prompt_logprobs
         if token_ids:
@@ -152,5 +152,5 @@ class Request:
         )
 
 
-by_queue_key = attrgetter("priority", "fair_share_key", "sequence_number")
+by_queue_key = attrgetter("priority", "is_new", "fair_share_key", "sequence_number")
 """Returns the position of a request among all unfinished ones: by priority, by fair share, by age."""

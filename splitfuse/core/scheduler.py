@@ -133,7 +133,7 @@ class Scheduler:
         num_blocks, block_size = allocator.num_blocks, allocator.block_size
         check_blocks(request.num_prompt_tokens, request.max_tokens, num_blocks=num_blocks, block_size=block_size)
         request.sequence_number = self._num_accepted
-        if request.on_time_only and not request.is_resumed:  # else it was admitted once
+        if request.on_time_only and request.is_new:  # else it was admitted once
             self.policy.check_admission(request, queue, now=now)
         self.policy.accept(request, queue, now=now)  # which may raise: nothing is changed before
         self._num_accepted += 1

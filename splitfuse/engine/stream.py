@@ -168,7 +168,9 @@ class Stream:
         return self.resumption(now)
 
     def resumption(self, now: float) -> Add:
-        """Return the request as it goes on at another engine from `now` on."""
+        """Return the request as it goes on at another engine from `now` on: as a new one if it had not begun."""
+        if self.began is None:
+            return msgspec.structs.replace(self.request, sent=now)
         point = ResumePoint(tuple(self._token_ids), tuple(self._token_times), self._num_prompt_logprobs)
         return msgspec.structs.replace(self.request, sent=now, resume_point=point)
 

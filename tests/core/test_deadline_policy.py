@@ -88,7 +88,7 @@ def test_a_request_that_is_to_be_on_time_waits_for_blocks_as_long_as_it_can(ttft
     scheduler = Scheduler(config, allocator, make_policy(), fetching=Fetching(Everything(), Inbox(100, 4)))
     added = request("a", 1000, SloTargets(ttft, None))  # computing it takes 1 s
     change(added, on_time_only=True)
-    added.is_resumed = True  # else it would be refused where it cannot be on time
+    added.is_new = False  # else it would be refused where it cannot be on time
     scheduler.add(added, 0.0)
     fetches = scheduler.take_fetches(0.0)
     if most is None:

@@ -552,3 +552,19 @@ def test_a_failure_of_what_lets_requests_go_on_ends_only_these(model: AsyncEngin
 
     run(test())
     assert caplog.text.count("ZeroDivisionError") >= 5
+
+
+def test_a_request_that_had_not_begun_goes_on_as_a_new_one(model: AsyncEngine) -> None:
+    async def test() -> None:
+        first, second = Engines(model), Engines(model)
+        async with running(first, second):
+            for name in "ab":
+                first.open(Add(name, (5, 6), PARAMS))
+            first.give("a", 7)
+            first.drain()
+            for name in "ab":
+                first.give(name, reason=FinishReason.MOVED)
+            points = {each.request_id: each.resume_point for each in second.sent if isinstance(each, Add)}
+            assert points["a"] is not None and points["a"].token_ids == (7,) and points["b"] is None
+
+    run(test())

@@ -20,7 +20,7 @@ from splitfuse.core.events import StepRecord
 from splitfuse.core.latency.phases import LatencyPhase
 from splitfuse.core.plan import TokenLogprob
 from splitfuse.core.reasoning import Reasoning
-from splitfuse.core.request import Request
+from splitfuse.core.request import Request, by_queue_key
 from splitfuse.core.request_output import FinishReason
 from splitfuse.core.sampling_params import SamplingParams
 from splitfuse.core.scheduling_options import SchedulingOptions
@@ -249,7 +249,7 @@ def test_a_request_that_goes_on_comes_first_and_is_not_charged_again() -> None:
     first, resumed = request("first", "x"), request("resumed", "x")
     resumed.resume((4, 5), (0.0, 0.0), num_prompt_logprobs=0)
     keys = [share.key(each, running=(), waiting=()) for each in (first, resumed)]
-    assert keys == [0.0, 0.0]
+    assert keys == [0.0, 50.0] and by_queue_key(resumed) < by_queue_key(first)
     assert share.key(request("next", "x"), running=(), waiting=()) == 50.0
     share.refund(resumed)
     assert share.key(request("last", "x"), running=(), waiting=()) == 100.0

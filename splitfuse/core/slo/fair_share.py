@@ -26,11 +26,10 @@ class FairShare:
         """Service of the least served owner that has requests, for each priority; it never falls."""
 
     def key(self, request: Request, *, running: Sequence[Request], waiting: Sequence[Request]) -> float:
-        """Return the `fair_share_key` of a new request, and charge its whole prompt: a burst is many requests. One that
-        goes on here has had its turn on another engine: it comes first, and its prompt is not charged again.
+        """Return the `fair_share_key` of a new request, and charge its whole prompt: a burst is many requests. The
+        prompt of one that goes on here was charged on another engine; it comes first by its `is_new`, and its key is no
+        less than if it were new, so that its owner's other prompts gain nothing.
         """
-        if request.is_resumed:
-            return 0.0
         service, owner, priority = self._service, request.owner, request.priority
         levels = {each.owner: service[each.owner] for each in running if each.priority == priority}
         for each in waiting:
@@ -40,7 +39,8 @@ class FairShare:
         level = min(levels.values()) if levels else max(service.values(), default=0.0)
         self._levels[priority] = max(self._levels[priority], level)
         key = max(service[owner], self._levels[priority], max((each.fair_share_key for each in same), default=0.0))
-        service[owner] = key + request.num_prompt_tokens / request.scheduling.weight
+        if request.is_new:
+            service[owner] = key + request.num_prompt_tokens / request.scheduling.weight
         return key
 
     def charge_tokens(self, request: Request, count: int) -> None:
@@ -49,7 +49,7 @@ class FairShare:
 
     def refund(self, request: Request) -> None:
         """Give back what was charged for the part of a finished request's prompt which was never computed."""
-        if request.is_resumed:
+        if not request.is_new:
             return
         computed = max(request.num_scheduled, request.kv.num_lost)
         self._service[request.owner] -= max(request.num_prompt_tokens - computed, 0) / request.scheduling.weight
