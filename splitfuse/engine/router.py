@@ -149,8 +149,10 @@ class Router(EngineClient):
 
     async def restart_engine(self, index: int) -> int:
         count = await self.drain_engine(index)
-        await self.replicas[index].restart()
-        self.replicas[index].undrain()
+        try:
+            await self.replicas[index].restart()
+        finally:  # it may come back later
+            self.replicas[index].undrain()
         return count
 
     def _replica(self, index: int) -> LocalClient:

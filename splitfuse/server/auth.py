@@ -103,7 +103,7 @@ def check_admin(owner: Owner, what: str) -> None:
 
 
 def check_observer(owner: Owner, scope: Mapping[str, Any], what: str, *, may_follow_link: bool = False) -> None:
-    """Raise RefusedError (403) unless a request may see those of all keys, as `what` shows them: it has an
+    """Raise RefusedError (403) unless a request may do for all keys what `what` says: it has an
     administrator's key or, where no key is required, comes from this machine. `scope` is its ASGI scope.
 
     One that names another host, that a page of another origin sends, or that a proxy says it has passed on, does not
@@ -111,7 +111,7 @@ def check_observer(owner: Owner, scope: Mapping[str, Any], what: str, *, may_fol
     allows, and any page could hold a stream open. With `may_follow_link`, a link on another page may lead here.
     """
     if owner is not ANONYMOUS:
-        check_admin(owner, f"{what} are shown")
+        check_admin(owner, what)
         return
     client = scope.get("client")
     headers = dict(scope["headers"])
@@ -123,9 +123,9 @@ def check_observer(owner: Owner, scope: Mapping[str, Any], what: str, *, may_fol
     is_foreign |= headers.get(b"sec-fetch-site", b"none") not in (b"same-origin", b"none") and not is_link
     if client is None or is_foreign or not (is_loopback(client[0]) and is_loopback(_without_port(host))):
         message = (
-            f"{what} are shown to clients on this machine only, at http://127.0.0.1:PORT, as this server requires no "
-            "key: call it from there (through ssh -L from elsewhere), or start it with --api-key-file and a key with "
-            "admin=yes"
+            f"{what} at the request of clients on this machine only, at http://127.0.0.1:PORT, as this server requires "
+            "no key: call it from there (through ssh -L from elsewhere), or start it with --api-key-file and a key "
+            "with admin=yes"
         )
         raise RefusedError(403, message, code="no_administrator")
 

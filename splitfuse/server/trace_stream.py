@@ -39,7 +39,7 @@ STATUS_SECONDS = 1.0
 
 async def trace(state: AppState, context: RequestContext) -> None:
     """Answer GET /v1/splitfuse/trace."""
-    check_observer(context.owner, context.scope, "traces")
+    check_observer(context.owner, context.scope, "traces are shown")
     seconds = _seconds(query_of(context, QUERY).get("seconds"))
     if context.scope["method"] == "HEAD":
         await context.answer(b"", content_type=TRACE.stream_type)

@@ -568,3 +568,14 @@ def test_a_request_that_had_not_begun_goes_on_as_a_new_one(model: AsyncEngine) -
             assert points["a"] is not None and points["a"].token_ids == (7,) and points["b"] is None
 
     run(test())
+
+
+def test_an_engine_whose_restart_fails_is_not_left_drained(model: AsyncEngine) -> None:
+    async def test() -> None:
+        first, second = Engines(model), Engines(model)
+        async with running(first, second) as router:
+            with pytest.raises(NotImplementedError):
+                await router.restart_engine(0)
+            assert not first.is_drained
+
+    run(test())

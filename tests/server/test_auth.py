@@ -11,10 +11,11 @@ LOCAL = ("127.0.0.1", 5000)
 def sees(owner: Owner, client: tuple[str, int] | None, **headers: str) -> bool:
     sent = [(name.replace("_", "-").encode(), value.encode()) for name, value in headers.items()]
     try:
-        check_observer(owner, {"client": client, "headers": sent}, "traces")
+        check_observer(owner, {"client": client, "headers": sent}, "traces are shown")
     except RefusedError as error:
         assert (error.status, error.code) == (403, "no_administrator")
         assert "admin=yes" in str(error)
+        assert str(error).startswith(("traces are shown with an", "traces are shown at the request of clients on this"))
         return False
     return True
 

@@ -52,7 +52,7 @@ async def file(state: AppState, context: RequestContext) -> None:
 async def events(state: AppState, context: RequestContext) -> None:
     """Answer GET /console/events: a stream of server-sent events, a Start and then Frames."""
     store = _store_of(state)
-    check_observer(context.owner, context.scope, "the requests of the console")
+    check_observer(context.owner, context.scope, "the requests of the console are shown")
     query_of(context, ())
     if context.scope["method"] == "HEAD":
         await context.answer(b"", content_type=context.dialect.stream_type)
@@ -66,7 +66,7 @@ async def events(state: AppState, context: RequestContext) -> None:
 async def _answer_file(state: AppState, context: RequestContext, name: str) -> None:
     _store_of(state)
     if not (state.config.api_key or state.config.api_key_file):  # else the page asks for a key
-        check_observer(context.owner, context.scope, "the requests of the console", may_follow_link=True)
+        check_observer(context.owner, context.scope, "the requests of the console are shown", may_follow_link=True)
     if name not in FILES:
         raise RefusedError(404, f"there is no file {name!r:.200} of the console", code="no_such_route")
     await context.answer(read_file(name), content_type=FILES[name], headers=HEADERS)
