@@ -44,9 +44,9 @@ class BuildLibrary(build_ext):
     """Gives the library its plain name: it is not a Python module."""
 
     def get_ext_filename(self, fullname: str) -> str:
-        if fullname != LIBRARY:
-            return super().get_ext_filename(fullname)
         *folders, name = fullname.split(".")
+        if name != LIBRARY.rpartition(".")[2]:  # setuptools asks with and without the package
+            return super().get_ext_filename(fullname)
         return os.path.join(*folders, f"{name}.so")  # noqa: PTH118 - setuptools wants a string
 
     def get_export_symbols(self, ext: Extension) -> list[str]:
