@@ -114,9 +114,7 @@ class SamplingState:
     eos_token_ids: tuple[int, ...]  # with params.stop_token_ids, the tokens that min_tokens forbids
     seed: int
     choice: int  # which of params.n
-    output_token_ids: list[int] = field(
-        default_factory=list
-    )  # those that it has already: of another engine, or of a replay
+    output_token_ids: list[int] = field(default_factory=list)  # of another engine, or of a replay: it has them already
     pooling: PoolingParams | None = None
     thought: Thought | None = None  # which these tokens are in; kept by the executor if the request has `reasoning`
     adapter: str = ""  # digest of the LoRA adapter that it is computed with; empty: none

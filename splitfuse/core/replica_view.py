@@ -155,11 +155,9 @@ class ReplicaView:
         """Return the seconds until there are a sequence slot and blocks for a request after those that wait, if running
         ones end with `max_tokens`.
         """
-        num_open, tokens = (
-            len(self._prefills) + len(self._decodes) + 1,
-            sum([r.num_tokens for r in self._prefills.values()]),
-        )
-        most_blocks = (tokens + request.num_tokens) // self._block_size + len(self._prefills) + 1 + num_open
+        num_open = len(self._prefills) + len(self._decodes) + 1
+        tokens = sum([each.num_tokens for each in self._prefills.values()]) + request.num_tokens
+        most_blocks = tokens // self._block_size + len(self._prefills) + 1 + num_open
         if num_open <= self._max_num_seqs and most_blocks <= self._available_blocks:
             return 0.0
         new, num_running = [*self.waiting, request], len(self.running)
@@ -168,11 +166,11 @@ class ReplicaView:
         if slots <= 0 and blocks <= 0:
             return 0.0
         left = sorted((each.max_tokens - len(each.output_token_ids), each.num_scheduled) for each in self.running)
-        for tokens, held in left:
+        for num_left, held in left:
             slots -= 1
             blocks -= ceil_div(held, self._block_size)
             if slots <= 0 and blocks <= 0:
-                return tokens * step
+                return num_left * step
         return left[-1][0] * step if left else 0.0
 
     def _outlook(self, decodes: Iterable[Request], **how: Any) -> Feasibility:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import enum
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from splitfuse.core.slo.targets import SloTargets
 from splitfuse.errors import InvalidRequestError
@@ -26,7 +26,7 @@ class Priority(enum.IntEnum):
 @dataclass(frozen=True)
 class SchedulingOptions:
     """Says how one request is scheduled: its SLO, its share of the machine, its isolation. It is made at the HTTP edge;
-    the engine fills in its default SLO and the arrival time where they are None.
+    `settled` fills in the engine's SLO and the arrival time where they are None.
 
         SchedulingOptions(targets=SloTargets(ttft=1.0, itl=0.1), priority=Priority.HIGH)
 
@@ -52,6 +52,14 @@ class SchedulingOptions:
             raise InvalidRequestError(f"weight must be a number from {MIN_WEIGHT} to {MAX_WEIGHT}, not {self.weight!r}")
         if self.arrival_time is not None and not math.isfinite(self.arrival_time):
             raise InvalidRequestError(f"arrival_time must be a time in seconds, not {self.arrival_time!r}")
+
+    def settled(self, targets: SloTargets, now: float) -> SchedulingOptions:
+        """Return these options with an SLO and an arrival time: where they have none, `targets` and `now`."""
+        return replace(
+            self,
+            targets=targets if self.targets is None else self.targets,
+            arrival_time=now if self.arrival_time is None else self.arrival_time,
+        )
 
 
 DEFAULT_SCHEDULING = SchedulingOptions()

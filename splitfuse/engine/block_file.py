@@ -5,7 +5,7 @@
     slots     tokens and bytes of a block each
 
 Each engine writes the slots of its own part, and reads all: there is nothing to lock, and an engine that is stopped or
-dies holds nobody up. What is written to a slot comes before its entry in the table, whose sequence number is odd
+dies makes no other wait. What is written to a slot comes before its entry in the table, whose sequence number is odd
 meanwhile. A reader copies the slot, looks at the entry again, and compares the checksum: a block that was overwritten,
 torn or changed is not there.
 
@@ -27,6 +27,7 @@ import numpy.typing as npt
 
 from splitfuse.core.kv.fetching import Frame
 from splitfuse.core.kv.names import NAME_BYTES
+from splitfuse.core.limits import ceil_div
 from splitfuse.errors import ConfigError
 
 _MAGIC = b"sfblock1"
@@ -60,15 +61,15 @@ class BlockFile:
     ) -> None:
         self._fd = fd
         self._block_bytes, self._block_size = block_bytes, block_size
-        self._slot_bytes = -(-(4 * block_size + block_bytes) // 64) * 64
+        self._slot_bytes = ceil_div(4 * block_size + block_bytes, 64) * 64
         self.num_slots = max(num_bytes - 2 * _PAGE, 0) // (self._slot_bytes + _ENTRY_BYTES)
         if self.num_slots < num_parts:
             least = 2 * _PAGE + num_parts * (self._slot_bytes + _ENTRY_BYTES)
             raise ConfigError(
                 f"a KV tier of {num_bytes} bytes is too small for blocks of {block_bytes} bytes: give it at least "
-                f"{-(-least // 2**20)}MiB"
+                f"{ceil_div(least, 2**20)}MiB"
             )
-        self._data_at = -(-(_HEADER.size + self.num_slots * _ENTRY_BYTES) // _PAGE) * _PAGE
+        self._data_at = ceil_div(_HEADER.size + self.num_slots * _ENTRY_BYTES, _PAGE) * _PAGE
         self._own = slice(part, None, num_parts)
         self._part, self._num_parts = part, num_parts
         self._lock = threading.Lock()

@@ -227,7 +227,7 @@ class LocalClient(EngineClient):
         self.keeps_view = False
         """Whether `view` is kept, for a router."""
         self.view: ReplicaView | None = None
-        """What is known of the open requests, while the engine is ready: whoever opens one adds it."""
+        """What is known of the open requests, while the engine is ready: the router adds those that it opens."""
 
     @property
     def info(self) -> EngineInfo:
@@ -515,7 +515,7 @@ class LocalClient(EngineClient):
             suspects = self._suspects()
         except Exception:
             _logger.exception("it is not known which requests may have caused the death of an engine")
-            suspects = [*self._streams.values(), *self._moving.values()]
+            suspects = LocalClient._suspects(self)
         loading, self._loading, self._adapters, self._present = self._loading, {}, {}, set()
         for _, each in loading.values():
             each.set_exception(EngineUnavailableError(f"the engine died while it loaded the adapter: {why}"))

@@ -185,7 +185,7 @@ class Engine:
             return cls(config, model, policy=policy, cost=cost, name_key=name_key, tier_files=tier_files)
         except BaseException:
             if opened is not None:
-                opened.close()  # else nobody could have the folder again
+                opened.close()  # else no later start could have the folder
             raise
 
     def close(self) -> None:
@@ -299,15 +299,8 @@ class Engine:
         """Hand a request to the scheduler. Raises SloUnattainableError."""
         request = request.settled
         assert request.seed is not None
-        num_prompt, params, scheduling = len(request.prompt_token_ids), request.params, request.scheduling
-        now = time.monotonic()
-        # SchedulingOptions from outside may leave the default SLO and the arrival time open: here they are settled.
-        scheduling = replace(
-            scheduling,
-            targets=self.targets if scheduling.targets is None else scheduling.targets,
-            arrival_time=now if scheduling.arrival_time is None else scheduling.arrival_time,
-            cache_salt=request.cache_salt,
-        )
+        num_prompt, params, now = len(request.prompt_token_ids), request.params, time.monotonic()
+        scheduling = replace(request.scheduling.settled(self.targets, now), cache_salt=request.cache_salt)
         added = Request(
             request.request_id,
             request.prompt_token_ids,

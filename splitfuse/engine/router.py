@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import replace
 from functools import partial
 
 from splitfuse.core.kv.names import BlockNamer, new_key
@@ -223,12 +222,7 @@ def _candidate(replica: LocalClient, names: Sequence[bytes], adapter: str, share
 
 def _copy_of(request: Add, info: EngineInfo) -> Request:
     """Return a request as an engine would have it, as far as it matters for the choice of a replica."""
-    options, arrival = request.scheduling, request.scheduling.arrival_time
-    scheduling = replace(
-        options,
-        targets=info.targets if options.targets is None else options.targets,
-        arrival_time=time.monotonic() if arrival is None else arrival,
-    )
+    scheduling = request.scheduling.settled(info.targets, time.monotonic())
     most = info.limits.max_new_tokens(len(request.prompt_token_ids), request.params)
     copy = Request(request.request_id, request.prompt_token_ids, request.params, most, seed=0, scheduling=scheduling)
     if (point := request.resume_point) is not None:

@@ -121,7 +121,7 @@ def test_an_slo_is_met_where_it_can_be() -> None:
     assert chosen(request("a", 100), strained, queued) == 0
 
 
-def test_nobody_else_is_made_late() -> None:
+def test_no_other_request_is_made_late() -> None:
     """A prompt that is due at once, and leaves another one no time, goes where none is due."""
     due, other = with_prompts(300, targets=SloTargets(ttft=0.4)), with_prompts(400, targets=SloTargets(ttft=4.0))
     assert chosen(request("a", 100), due, other) == 0

@@ -243,21 +243,27 @@ def test_full_tiers_are_no_errors(
     assert disk.tiers is not None and disk.tiers.stats.num_saved == 0 and disk.tiers.stats.num_unsaved > 30
 
 
+def hang_reads(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
+    """Let no block be read until the event that is returned."""
+    go_on, read = threading.Event(), BlockFile.read
+
+    def slow(self: BlockFile, name: bytes) -> Any:
+        go_on.wait()
+        return read(self, name)
+
+    monkeypatch.setattr(BlockFile, "read", slow)
+    return go_on
+
+
 def test_a_tier_that_hangs_holds_a_request_up_once(
     folder_of: Callable[[str], str], engines: list[Engine], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first, second = make(engines, 2, model=folder_of("llama-gqa"), **SMALL, **MEMORY)
     wanted = [ask(first, prompt(number))[0] for number in range(3)]
-    hang, read = threading.Event(), BlockFile.read
-
-    def slow(self: BlockFile, name: bytes) -> Any:
-        hang.wait()
-        return read(self, name)
-
-    monkeypatch.setattr(BlockFile, "read", slow)
+    go_on = hang_reads(monkeypatch)
     monkeypatch.setattr(fetching, "LONGEST_FETCH", 0.05)
     assert [ask(second, prompt(number))[0] for number in range(3)] == wanted
-    hang.set()
+    go_on.set()
     assert second.tiers is not None and second.tiers.stats.num_fetched == 0
 
 
@@ -266,17 +272,11 @@ def test_a_request_that_ends_while_it_waits_leaves_nothing(
 ) -> None:
     first, second = make(engines, 2, model=folder_of("llama-gqa"), **SMALL, **MEMORY)
     (wanted,) = ask(first, prompt(1))
-    hang, read = threading.Event(), BlockFile.read
-
-    def slow(self: BlockFile, name: bytes) -> Any:
-        hang.wait()
-        return read(self, name)
-
-    monkeypatch.setattr(BlockFile, "read", slow)
+    go_on = hang_reads(monkeypatch)
     second.add_request("gone", prompt(1), SamplingParams(max_tokens=9))
     assert second.step() == [] and second.scheduler.queue.fetching
     assert second.abort("gone") and not second.has_unfinished
-    hang.set()
+    go_on.set()
     (answer,) = ask(second, prompt(1))
     assert answer[0] == wanted[0]
 
@@ -303,13 +303,7 @@ def test_a_rejected_request_does_not_end_an_engine_that_waits_for_blocks(
 ) -> None:
     first, second = make(engines, 2, model=folder_of("llama-gqa"), **SMALL, **MEMORY)
     (wanted,) = ask(first, prompt(1))
-    hang, read = threading.Event(), BlockFile.read
-
-    def slow(self: BlockFile, name: bytes) -> Any:
-        hang.wait()
-        return read(self, name)
-
-    monkeypatch.setattr(BlockFile, "read", slow)
+    go_on = hang_reads(monkeypatch)
     second.add_request("waits", prompt(1), SamplingParams(max_tokens=9))
     assert second.step(isolate=True) == [] and second.scheduler.queue.fetching
     failed: Future[Any] = Future()
@@ -317,14 +311,14 @@ def test_a_rejected_request_does_not_end_an_engine_that_waits_for_blocks(
     second._held["rejected"] = Add("rejected", (20, 21), SamplingParams()), failed  # as `add` holds it
     (output,) = second.step(isolate=True)
     assert output.request_id == "rejected" and output.error == "a form that is none"
-    hang.set()
+    go_on.set()
     tokens: list[int] = []
     while second.has_unfinished:
         tokens += [token for output in second.step(isolate=True) for token in output.token_ids]
     assert tokens == wanted[0]
 
 
-def test_what_nobody_waits_for_is_not_read_on(
+def test_what_no_request_waits_for_is_not_read_on(
     folder_of: Callable[[str], str], engines: list[Engine], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first, second = make(engines, 2, model=folder_of("llama-gqa"), **SMALL, **MEMORY)

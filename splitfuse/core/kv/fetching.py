@@ -158,7 +158,7 @@ class Fetching:
     ) -> Fetch | None:
         """Return what to ask for of blocks with these names, from block `first` of a request on, which it would compute
         otherwise; None if nothing is to be gained. `compute_seconds` says how long computing so many leading ones would
-        take; None: nobody knows. The request waits for no more than `patience` seconds.
+        take; None: there is no cost model. The request waits for no more than `patience` seconds.
         """
         wanted = names[: self.inbox.num_free]
         found = self.source.find(wanted)
