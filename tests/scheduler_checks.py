@@ -7,7 +7,7 @@ from splitfuse.core.step_builder import by_sequence_number
 
 
 def check_scheduler(scheduler: Scheduler) -> None:
-    allocator, unfinished = scheduler._allocator, scheduler._requests
+    allocator, unfinished = scheduler._allocator, scheduler.requests.by_id
     check_held(allocator, [request.kv for request in unfinished.values()])
     queue = scheduler.queue
     waiting, running = RequestStatus.WAITING, RequestStatus.RUNNING
@@ -19,12 +19,13 @@ def check_scheduler(scheduler: Scheduler) -> None:
         assert not request.kv.blocks and not request.num_scheduled and not request.num_plans_in_flight
         assert request.kv.state is None
     assert all((request.kv.fetch is not None) == (request in queue.fetching) for request in queue.unfinished)
-    if (fetching := scheduler.fetching) is not None:
+    if scheduler.fetches is not None:
+        inbox = scheduler.fetches.fetching.inbox
         held = [each.number for request in queue.unfinished for each in request.kv.arrived]
-        in_flight = set(fetching.inbox._held) - set(held)  # of chunks that are not back
+        in_flight = set(inbox._held) - set(held)  # of chunks that are not back
         assert not in_flight or scheduler._in_flight
         num_awaited = sum(len(request.kv.fetch.names) for request in queue.fetching if request.kv.fetch is not None)
-        fetching.inbox.check([*held, *in_flight], num_awaited=num_awaited)
+        inbox.check([*held, *in_flight], num_awaited=num_awaited)
     for request in unfinished.values():
         num_slots = len(request.kv.blocks) * allocator.block_size
         assert request.kv.num_computed <= request.num_scheduled <= num_slots

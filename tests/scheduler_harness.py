@@ -25,6 +25,7 @@ from splitfuse.bench.baselines import BASELINES
 from splitfuse.config import SchedulerConfig
 from splitfuse.core.events import StepScheduled
 from splitfuse.core.kv.block_allocator import BlockAllocator
+from splitfuse.core.kv.fetch_queue import FetchQueue
 from splitfuse.core.kv.fetching import Fetch, Fetching, Found, Frame, Inbox
 from splitfuse.core.kv.names import BlockNamer
 from splitfuse.core.kv.state_allocator import StateAllocator
@@ -164,7 +165,7 @@ class FakeTier:
         if how == "twice":
             self._moving.append((rng.randint(0, 5), fetch, frames))
 
-    def pass_time(self, scheduler: Scheduler, now: float) -> None:
+    def pass_time(self, fetches: FetchQueue, now: float) -> None:
         """Give the answers that have come, and give up fetches whose time is over."""
         moving, self._moving = self._moving, []
         for rounds, fetch, frames in moving:
@@ -173,13 +174,13 @@ class FakeTier:
                 continue
             intact = list(takewhile(lambda frame: frame.is_intact, frames))  # as threads of an engine do
             self.num_refused += len(intact) < len(frames)
-            if scheduler.arrived(fetch.number, intact, now):
+            if fetches.arrived(fetch.number, intact, now):
                 del self._deadlines[fetch.number]
         for number, rounds in list(self._deadlines.items()):
             self._deadlines[number] = rounds - 1
             if rounds == 0:
                 del self._deadlines[number]
-                scheduler.arrived(number, now=now)
+                fetches.arrived(number, now=now)
 
 
 class FakeExecutor:
@@ -399,7 +400,7 @@ class Run:
             self.in_flight.append((plan, self.executor.submit(plan)))
         if not self.in_flight:
             assert self.fetching or not self.scheduler.has_unfinished, "no progress: nothing scheduled, or in flight"
-            for save in self.scheduler.take_saves():
+            for save in self.allocator.take_saves():
                 self.executor.save(save)
             return []
         running = list(self.running)
@@ -457,9 +458,11 @@ class Run:
 
     def _schedule(self) -> StepPlan | None:
         if self.executor.tier is not None:
-            self.executor.tier.pass_time(self.scheduler, self.now)
+            fetches = self.scheduler.fetches
+            assert fetches is not None
+            self.executor.tier.pass_time(fetches, self.now)
             check_scheduler(self.scheduler)
-            for fetch in self.scheduler.take_fetches(self.now):
+            for fetch in fetches.take(self.now):
                 assert fetch.request_id not in self.asked, "a request waits twice"
                 self.asked.add(fetch.request_id)
                 self.executor.tier.ask(fetch)

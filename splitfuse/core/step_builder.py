@@ -66,6 +66,11 @@ class RequestQueue:
         return [*self.running, *self.waiting, *self.fetching]
 
     @property
+    def has_slo(self) -> bool:
+        """Return whether any request has an SLO, of those that may run."""
+        return any(request.slo.exists for part in (self.running, self.waiting) for request in part)
+
+    @property
     def free(self) -> FreeResources:
         """Return what is free for further requests."""
         slots = self.max_num_seqs - len(self.running)
@@ -122,11 +127,8 @@ class RequestQueue:
             )
 
     def remove(self, request: Request) -> None:
-        """Forget a request which has finished."""
-        if request.kv.fetch is not None:
-            self.fetching.remove(request)
-        else:
-            (self.waiting if request.status is RequestStatus.WAITING else self.running).remove(request)
+        """Forget a request which has finished, and waits for no blocks."""
+        (self.waiting if request.status is RequestStatus.WAITING else self.running).remove(request)
 
 
 class StepBuilder:

@@ -15,6 +15,7 @@ from llguidance import LLMatcher
 
 from splitfuse.config import EngineConfig, parse_adapter
 from splitfuse.core.events import PhasesEntered, RequestFinished, StepRecord
+from splitfuse.core.kv.fetch_queue import FetchQueue
 from splitfuse.core.kv.fetching import Fetching
 from splitfuse.core.limits import EngineLimits
 from splitfuse.core.plan import ChunkResult, StepPlan, StepResult
@@ -392,7 +393,7 @@ class Engine:
             failed = ChunkResult(error=f"the forward step failed: {error!r}")
             while self._in_flight:
                 plan, _ = self._in_flight.popleft()
-                self.scheduler.retire_again(plan)
+                self.scheduler.requests.retire_again(plan)
                 self._update(plan, {chunk.request_id: failed for chunk in plan.chunks})
             raise
         plan, _ = self._in_flight.popleft()
@@ -440,28 +441,28 @@ class Engine:
 
     def _schedule(self) -> StepPlan | None:
         """Return the next step, with the KV blocks that have arrived. Raises PlanningError."""
-        if self.tiers is not None:
-            self._take_answers(self.tiers)
-            if fetches := self.scheduler.take_fetches(time.monotonic()):
-                for fetch in fetches:
+        if self.tiers is not None and (fetches := self.scheduler.fetches) is not None:
+            self._take_answers(self.tiers, fetches)
+            if asked := fetches.take(time.monotonic()):
+                for fetch in asked:
                     self.tiers.ask(fetch)
                 self.tiers.wait(WAITING_SHARE * self._step_seconds)  # else they wait for the whole step
-                self._take_answers(self.tiers)
+                self._take_answers(self.tiers, fetches)
         return self.scheduler.schedule(time.monotonic())
 
     def _save_rest(self) -> None:
         """Save the blocks of which no plan has said so, while nothing is in flight."""
         assert isinstance(self.executor, Executor)
-        self.executor.save(self.scheduler.take_saves())
+        self.executor.save(self.allocator.take_saves())
 
     def _note_step(self, step: StepRecord) -> None:
         assert self.tiers is not None
         self._step_seconds = step.measured_seconds
         self.tiers.stats.num_fetched += len(step.plan.lands)
 
-    def _take_answers(self, tiers: Tiers) -> None:
+    def _take_answers(self, tiers: Tiers, fetches: FetchQueue) -> None:
         for number, frames in tiers.answers():
-            self.scheduler.arrived(number, frames, time.monotonic())
+            fetches.arrived(number, frames, time.monotonic())
 
     def _plan(self, ended: list[RequestOutput]) -> StepPlan | None:
         """Return the next step. Requests that it cannot be planned with are ended, and added to `ended`."""
@@ -518,7 +519,7 @@ class Engine:
             return self.executor.collect(handle)
         except Exception:
             self._in_flight = deque((each, None) for each, _ in self._in_flight)
-            self.scheduler.retire_again(plan)
+            self.scheduler.requests.retire_again(plan)
             raise
 
     def _compute(self, plan: StepPlan) -> StepResult:
@@ -528,7 +529,7 @@ class Engine:
         if chunks:
             results |= self.executor.collect(self.executor.submit(replace(plan, chunks=chunks)))
         else:
-            self.scheduler.retire_again(plan)
+            self.scheduler.requests.retire_again(plan)
         return results
 
     def _collect_isolated(self) -> StepResult:

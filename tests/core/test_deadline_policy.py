@@ -72,9 +72,10 @@ def test_what_has_arrived_from_a_tier_is_no_work() -> None:
     scheduler = Scheduler(config, allocator, policy, fetching=Fetching(Everything(), Inbox(100, 4)))
     added = request("a", 1000, SloTargets(0.2, None))  # computing it takes 1 s
     scheduler.add(added, 0.0)
-    (fetch,) = scheduler.take_fetches()
+    assert scheduler.fetches is not None
+    (fetch,) = scheduler.fetches.take()
     assert not policy._outlook([], now=0.0).feasible([added])
-    scheduler.arrived(
+    scheduler.fetches.arrived(
         fetch.number, [Frame.of(*each, b"data") for each in zip(fetch.names, fetch.token_ids, strict=True)]
     )
     assert added.num_expected_cached == 992
@@ -90,7 +91,8 @@ def test_a_request_that_is_to_be_on_time_waits_for_blocks_as_long_as_it_can(ttft
     change(added, on_time_only=True)
     added.is_new = False  # else it would be refused where it cannot be on time
     scheduler.add(added, 0.0)
-    fetches = scheduler.take_fetches(0.0)
+    assert scheduler.fetches is not None
+    fetches = scheduler.fetches.take(0.0)
     if most is None:
         assert fetches == []
     else:

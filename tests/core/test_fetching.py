@@ -124,6 +124,7 @@ def test_fetches_follow_the_cost_model_of_the_policy() -> None:
         run = Run.make(num_blocks=16, block_size=4, budget=64, policy=policy, tier=tier, inbox_blocks=10)
         tier.find = lambda names, seconds=seconds: Found(len(names), seconds)  # type: ignore[method-assign, misc]
         run.scheduler.add(request("a", (1,) * 30), 0.0)
-        fetches = run.scheduler.take_fetches()
+        assert run.scheduler.fetches is not None
+        fetches = run.scheduler.fetches.take()
         assert [len(fetch.names) for fetch in fetches] == [7] * is_fetched
         assert all(fetch.seconds == 2.0 for fetch in fetches)

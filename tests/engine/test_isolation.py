@@ -213,14 +213,14 @@ def test_an_engine_whose_steps_stay_broken_raises(engine: Engine, monkeypatch: p
 
 
 def test_a_request_that_cannot_be_added_fails_alone(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
-    key = engine.scheduler._fair_share.key
+    key = engine.scheduler.requests.fair_share.key
 
     def failing(request: Request, **others: Any) -> float:
         if BAD in request.prompt_token_ids:
             raise ZeroDivisionError("float division by zero")
         return key(request, **others)
 
-    monkeypatch.setattr(engine.scheduler._fair_share, "key", failing)
+    monkeypatch.setattr(engine.scheduler.requests.fair_share, "key", failing)
 
     async def outcome(client: AsyncEngine, name: str, prompt: tuple[int, ...]) -> RequestOutput:
         async with client.open(Add(name, prompt, PARAMS)) as stream:
@@ -246,7 +246,7 @@ def test_a_fault_in_ending_a_request_harms_no_other(
     def failing(_: Request) -> None:
         raise ZeroDivisionError("float division by zero")
 
-    monkeypatch.setattr(engine.scheduler._fair_share, "refund", failing)
+    monkeypatch.setattr(engine.scheduler.requests.fair_share, "refund", failing)
     add(engine, PROMPTS)
     engine.step(isolate=True)
     output = engine.finish(Finish("r3", FinishReason.ABORT, num_tokens=kept))

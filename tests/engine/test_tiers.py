@@ -198,7 +198,8 @@ def test_a_request_for_which_nothing_can_be_asked_is_computed(
     def fail(*_: Any) -> Any:
         raise ZeroDivisionError
 
-    monkeypatch.setattr(second.scheduler.fetching, "ask", fail)
+    assert second.scheduler.fetches is not None
+    monkeypatch.setattr(second.scheduler.fetches.fetching, "ask", fail)
     assert ask(second, prompt(1)) == [computed]
 
 

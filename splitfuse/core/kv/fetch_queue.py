@@ -1,0 +1,140 @@
+"""Lets requests wait for KV blocks from elsewhere, before they run.
+
+A request is made to wait for at most one answer, once, and holds nothing meanwhile. Answers come in bounded time, or
+`FetchQueue.arrived` is called without.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections import deque
+from collections.abc import Iterable, Sequence
+from functools import partial
+
+from splitfuse.core.events import EngineEvents, FetchBegun, FetchEnded
+from splitfuse.core.kv.block_allocator import BlockAllocator
+from splitfuse.core.kv.fetching import Arrived, Fetch, Fetching, Frame
+from splitfuse.core.plan import Land
+from splitfuse.core.request import Request, RequestStatus
+from splitfuse.core.slo.cost_model import StepFeatures
+from splitfuse.core.slo.latency_predictor import LatencyPredictor
+from splitfuse.core.step_builder import RequestQueue
+
+logger = logging.getLogger(__name__)
+
+
+class FetchQueue:
+    """Follows the blocks of requests from the question to the step that brings them into the cache."""
+
+    def __init__(
+        self,
+        fetching: Fetching,
+        queue: RequestQueue,
+        allocator: BlockAllocator,
+        events: EngineEvents,
+        predictor: LatencyPredictor | None,
+    ) -> None:
+        """`predictor` says how long computing blocks would take, if there is one."""
+        assert allocator.states is None, "a recurrent state is not fetched with its blocks"
+        self.fetching = fetching
+        self._queue = queue
+        self._allocator = allocator
+        self._events = events
+        self._predictor = predictor
+        self._to_ask: deque[Request] = deque()  # that have not run, and for which nothing was asked
+        self._awaited: dict[int, Request] = {}  # number of a fetch -> its request
+
+    def add(self, request: Request) -> None:
+        """Ask for the blocks of a waiting request as soon as there is room for them."""
+        if request.params.prompt_logprobs is None:  # those need all positions computed
+            self._to_ask.append(request)
+
+    def take(self, now: float = 0.0) -> list[Fetch]:
+        """Return what is to be asked for now, of the requests that have not run, in their order and as long as the
+        inbox has room. Each is to be answered by `arrived`, within its seconds; its request waits until then.
+        """
+        fetches: list[Fetch] = []
+        while self._to_ask:
+            request = self._to_ask[0]
+            if request.status is RequestStatus.WAITING and not request.sent_to_executor:
+                if not self.fetching.has_room(request.num_tokens // self._allocator.block_size):
+                    break
+                try:
+                    fetch = self._ask_for(request, now)
+                except Exception:  # of this request: others have no part in it
+                    logger.exception("no KV blocks are asked for: %s", request.request_id)
+                    fetch = None
+                if fetch is not None:
+                    fetches.append(fetch)
+                    self._events.emit(FetchBegun(request, now))
+            self._to_ask.popleft()
+        return fetches
+
+    def arrived(self, number: int, frames: Sequence[Frame] = (), now: float = 0.0) -> bool:
+        """Take in the answer to a fetch: the leading blocks that were found, which are intact; without any, it has
+        failed. Returns False, and changes nothing, if it was answered before or its request has ended.
+        """
+        request = self._awaited.pop(number, None)
+        if request is None:
+            return False
+        fetch = request.kv.fetch
+        assert fetch is not None
+        numbers = self.fetching.inbox.put(fetch.matching(frames), reserved=len(fetch.names))
+        request.kv.arrived = tuple(Arrived(index, each) for index, each in enumerate(numbers, start=fetch.first))
+        if numbers:
+            covered = (fetch.first + len(numbers)) * self._allocator.block_size
+            request.num_expected_cached = max(request.num_expected_cached, covered)
+        self._queue.end_fetch(request)
+        self._events.emit(FetchEnded(request, now))
+        return True
+
+    def begin(self, requests: Iterable[Request], lands: Sequence[Land]) -> None:
+        """Let a step have what has arrived for its requests: `lands` bring it into the cache, the rest is forgotten."""
+        kept = {land.number for land in lands}
+        for request in requests:
+            if request.kv.arrived:
+                self.fetching.inbox.discard(each.number for each in request.kv.arrived if each.number not in kept)
+                request.kv.arrived = ()
+
+    def end(self, lands: Sequence[Land]) -> None:
+        """Forget the bytes that a step has brought into the cache."""
+        self.fetching.inbox.discard(land.number for land in lands)
+
+    def forget(self, request: Request) -> None:
+        """Forget what a request that is about to end waits for, and what has arrived for it."""
+        kv, inbox = request.kv, self.fetching.inbox
+        if kv.fetch is not None:
+            del self._awaited[kv.fetch.number]
+            self.fetching.source.forget(kv.fetch.number)
+            inbox.num_free += len(kv.fetch.names)
+            self._queue.end_fetch(request)
+        inbox.discard(each.number for each in kv.arrived)
+        kv.arrived = kv.landing = ()
+
+    def _ask_for(self, request: Request, now: float) -> Fetch | None:
+        """Return what to ask for of a request, which waits for it from here on; None if it need not wait."""
+        tokens, kv, size = request.tokens(0, request.num_tokens), request.kv, self._allocator.block_size
+        first = self._allocator.count_cached(tokens, kv.block_names, salt=request.scheduling.cache_salt) // size
+        limit = (len(tokens) - 1) // size  # a token is left to compute
+        if first >= limit:
+            return None
+        self._allocator.name_blocks(tokens, kv.block_names, limit, salt=request.scheduling.cache_salt)
+        seconds, patience = None, math.inf
+        if self._predictor is not None:
+            seconds = partial(_seconds_to_compute, self._predictor, first * size, size)
+            if request.on_time_only:  # it was admitted as one that computes all
+                patience = request.slo.deadline - now - seconds(limit - first + 1)
+        blocks = [tokens[start : start + size] for start in range(first * size, limit * size, size)]
+        names = kv.block_names[first:limit]
+        fetch = self.fetching.ask(request.request_id, first, names, blocks, seconds, patience=patience)
+        if fetch is not None:
+            self._queue.begin_fetch(request, fetch)
+            self._awaited[fetch.number] = request
+        return fetch
+
+
+def _seconds_to_compute(predictor: LatencyPredictor, start: int, block_size: int, num_blocks: int) -> float:
+    """Return by how much longer steps take in all that compute so many blocks from position `start`."""
+    computed = StepFeatures().plus(start=start, count=num_blocks * block_size, rows=0)
+    return predictor.seconds(computed) - predictor.seconds(StepFeatures())

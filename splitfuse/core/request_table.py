@@ -1,0 +1,103 @@
+"""Holds the requests of a scheduler by id, from their acceptance until the executor can forget them."""
+
+from __future__ import annotations
+
+import logging
+
+from splitfuse.core.advance import advance, output_of
+from splitfuse.core.events import EngineEvents, RequestAdded, RequestFinished
+from splitfuse.core.kv.block_allocator import BlockAllocator
+from splitfuse.core.kv.fetch_queue import FetchQueue
+from splitfuse.core.plan import Chunk, ChunkResult, StepPlan
+from splitfuse.core.request import Request, RequestStatus
+from splitfuse.core.request_output import FinishReason, RequestOutput
+from splitfuse.core.slo.fair_share import FairShare
+from splitfuse.core.step_builder import RequestQueue
+
+logger = logging.getLogger(__name__)
+
+
+class RequestTable:
+    """Leads each request through its life: accepted, moved on by the results of its chunks, finished, and settled once
+    none of its plans is in flight. Then its blocks are free, and the next plan retires it from the executor.
+    """
+
+    def __init__(
+        self, queue: RequestQueue, allocator: BlockAllocator, events: EngineEvents, fetches: FetchQueue | None
+    ) -> None:
+        self.by_id: dict[str, Request] = {}
+        """Requests that are unfinished, or finished and still in flight."""
+        self.retired: list[str] = []
+        """Ids of the requests that the next plan retires."""
+        self.fair_share = FairShare()
+        self.num_accepted = 0
+        self._queue = queue
+        self._allocator = allocator
+        self._events = events
+        self._fetches = fetches
+
+    def accept(self, request: Request, *, sent_time: float, now: float) -> None:
+        """Let a new request wait, behind what its owner has used."""
+        queue = self._queue
+        request.sequence_number = self.num_accepted
+        self.num_accepted += 1
+        waiting = [*queue.waiting, *queue.fetching] if queue.fetching else queue.waiting
+        request.fair_share_key = self.fair_share.key(request, running=queue.running, waiting=waiting)
+        self.by_id[request.request_id] = request
+        queue.waiting.append(request)
+        if self._fetches is not None:
+            self._fetches.add(request)
+        self._events.emit(RequestAdded(request, min(sent_time, now), now))
+
+    def take_result(self, request: Request, chunk: Chunk, result: ChunkResult, now: float) -> RequestOutput:
+        """Move a request on by one computed chunk. An exception ends this request, and no other."""
+        error, before = result.error, len(request.output_token_ids)
+        if error is None:
+            try:
+                reason = advance(request, chunk, result, self._allocator, now=now)
+                self.fair_share.charge_tokens(request, len(request.output_token_ids) - before)
+                if reason is not None:
+                    self.finish(request, reason, now)
+                return output_of(request, chunk, result)
+            except Exception as failure:
+                logger.exception("a request failed: %s", request.request_id)
+                error = f"the scheduler failed on it: {failure!r}"
+        if not request.is_finished:
+            self.finish(request, FinishReason.ERROR, now)
+        return RequestOutput(request.request_id, finish_reason=FinishReason.ERROR, error=error)
+
+    def finish(self, request: Request, reason: FinishReason, now: float, wanted_until: float | None = None) -> None:
+        """Take an unfinished request from the queue. It is to be settled."""
+        if self._fetches is not None:
+            self._fetches.forget(request)
+        self._queue.remove(request)
+        request.status, request.finish_reason = RequestStatus.FINISHED, reason
+        try:
+            self.fair_share.refund(request)
+        except Exception:
+            logger.exception("a request ended without a refund to its owner: %s", request.request_id)
+        self._events.emit(RequestFinished(request, now, wanted_until))
+
+    def settle(self, request: Request, now: float) -> None:
+        """Release a request that has finished, or preempt one that is to be, unless one of its plans is in flight."""
+        if request.num_plans_in_flight:
+            return
+        if request.is_finished:
+            request.kv.release(self._allocator)
+            request.num_scheduled = 0
+            del self.by_id[request.request_id]
+            if request.sent_to_executor:
+                self.retired.append(request.request_id)
+        elif request.kv.preempt_on_return:
+            state_lost = request.kv.state is not None and request.kv.state.is_lost
+            if request is self._queue.running[0] and not state_lost:
+                request.kv.preempt_on_return = False  # those older have ended, and the oldest keeps its blocks
+            else:
+                self._queue.preempt(request, now)
+
+    def retire_again(self, plan: StepPlan) -> None:
+        """Let the next plan retire the requests which `plan`, that was perhaps not executed, should have retired."""
+        for request_id in plan.retired_requests:
+            request = self.by_id.get(request_id)  # a later one of that id
+            if request is None or not request.sent_to_executor:  # else it has taken the place of the earlier one
+                self.retired.append(request_id)
