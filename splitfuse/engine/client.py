@@ -202,6 +202,7 @@ class LocalClient(EngineClient):
         self.on_available: Callable[[], None] = lambda: None
         """Listener that is called when requests can be opened that could not before."""
         self._death = ""
+        self._news = asyncio.Event()  # of a report, or of a state
         self._info: EngineInfo | None = None
         self._identity: tuple[str, ...] = ()
         self._stats = EngineStats()
@@ -375,6 +376,12 @@ class LocalClient(EngineClient):
         """Return the number of requests that the engine has."""
         return len(self._streams) + len(self._moving)
 
+    async def wait_until(self, condition: Callable[[], bool]) -> None:
+        """Return once a condition holds, which changes with what the engine reports and with its state."""
+        while not condition():
+            self._news.clear()
+            await self._news.wait()
+
     async def restart(self) -> None:
         """End a drained engine, and return when it is ready again. Raises EngineUnavailableError if it is not soon."""
         raise NotImplementedError
@@ -403,13 +410,11 @@ class LocalClient(EngineClient):
         assert self.info.limits.fits(num_prompt, request.params), "call EngineLimits.check() before submitting"
 
     def _note_arrival(self, request: Add) -> Arrival:
-        options, num_prompt = request.scheduling, len(request.prompt_token_ids)
-        arrival = Arrival(
-            time.monotonic() if options.arrival_time is None else options.arrival_time,
-            num_prompt,
-            self.info.limits.max_new_tokens(num_prompt, request.params),
-            self.info.targets if options.targets is None else options.targets,
-        )
+        options = request.scheduling.settled(self.info.targets, time.monotonic())
+        num_prompt = len(request.prompt_token_ids)
+        assert options.arrival_time is not None and options.targets is not None, "they are settled"
+        most = self.info.limits.max_new_tokens(num_prompt, request.params)
+        arrival = Arrival(options.arrival_time, num_prompt, most, options.targets)
         self.arrivals.append(arrival)
         return arrival
 
@@ -427,10 +432,12 @@ class LocalClient(EngineClient):
         """Change the state, and tell of it."""
         if state is not self.state:
             self.state = state
+            self._news.set()
             _call("a state", self.on_state)
 
     def _take(self, report: Report) -> None:
         """Process a report of the engine, in the event loop."""
+        self._news.set()
         match report:
             case StepReport():
                 if report.traced:
@@ -520,6 +527,7 @@ class LocalClient(EngineClient):
         for _, each in loading.values():
             each.set_exception(EngineUnavailableError(f"the engine died while it loaded the adapter: {why}"))
         self._death, self.view = why, None
+        self._news.set()
         self._enter(EngineState.DEAD)
         streams, ending = self._streams | self._moving, self._ending
         self._streams, self._ending, self._moving = {}, {}, {}

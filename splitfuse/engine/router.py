@@ -17,9 +17,6 @@ from splitfuse.engine.recovery import Choice, Recovery
 from splitfuse.engine.stream import Stream
 from splitfuse.errors import EngineUnavailableError, InvalidRequestError
 
-POLL_SECONDS = 0.01
-"""Time between looks at how far a drain is."""
-
 FETCHED_SHARE = 31 / 32
 """Fraction of what a token costs that is saved by fetching its keys and values: of two replicas that would compute
 nothing, the one that need not fetch goes first.
@@ -42,10 +39,11 @@ class Router(EngineClient):
         self.name_key = name_key or new_key()
         self._tiers: PrefixMemory | None = None  # what KV tiers have that all replicas share
         self._namer: BlockNamer | None = None  # made for the first request: replicas that are ready have a block size
+        self._restarting: set[int] = set()
 
     @property
     def state(self) -> EngineState:
-        states = [replica.state for replica in self.replicas]
+        states = [replica.state for replica in self.replicas if not replica.is_drained]
         return next((s for s in (EngineState.READY, EngineState.STARTING) if s in states), EngineState.DEAD)
 
     @property
@@ -139,20 +137,32 @@ class Router(EngineClient):
         if not any(each is not replica and _is_open(each) for each in self.replicas):
             raise EngineUnavailableError(f"engine {index} cannot be drained: no other engine is ready to go on")
         count = replica.drain()
-        while replica.num_open:
-            await asyncio.sleep(POLL_SECONDS)
+        await replica.wait_until(lambda: not replica.num_open)
         return count
 
     def undrain_engine(self, index: int) -> None:
-        self._replica(index).undrain()
+        replica = self._replica(index)
+        self._check_not_restarting(index)
+        replica.undrain()
 
     async def restart_engine(self, index: int) -> int:
-        count = await self.drain_engine(index)
+        replica = self._replica(index)
+        self._check_not_restarting(index)
+        self._restarting.add(index)
         try:
-            await self.replicas[index].restart()
-        finally:  # it may come back later
-            self.replicas[index].undrain()
+            count = await self.drain_engine(index)
+            try:
+                await replica.restart()
+            finally:  # it may come back later
+                replica.undrain()
+        finally:
+            self._restarting.remove(index)
         return count
+
+    def _check_not_restarting(self, index: int) -> None:
+        """Raise EngineUnavailableError while an engine is being restarted."""
+        if index in self._restarting:
+            raise EngineUnavailableError(f"engine {index} is being restarted: it takes requests again once it is ready")
 
     def _replica(self, index: int) -> LocalClient:
         if not 0 <= index < len(self.replicas):

@@ -579,3 +579,48 @@ def test_an_engine_whose_restart_fails_is_not_left_drained(model: AsyncEngine) -
             assert not first.is_drained
 
     run(test())
+
+
+def test_undo_and_another_restart_are_refused_while_an_engine_is_restarted(model: AsyncEngine) -> None:
+    async def test() -> None:
+        first, second = Engines(model), Engines(model)
+        async with running(first, second) as router:
+            is_back = asyncio.Event()
+
+            async def restart() -> None:
+                first.go()
+                await is_back.wait()
+                first.come()
+
+            first.restart = restart  # type: ignore[method-assign]
+            first.open(Add("a", (5, 6), PARAMS))
+            restarting = asyncio.create_task(router.restart_engine(0))
+            for moved in False, True:  # while requests leave it, and while it is away
+                await asyncio.sleep(0)
+                with pytest.raises(EngineUnavailableError, match="engine 0 is being restarted: it takes requests"):
+                    router.undrain_engine(0)
+                with pytest.raises(EngineUnavailableError, match="engine 0 is being restarted"):
+                    await router.restart_engine(0)
+                if not moved:
+                    first.give("a", reason=FinishReason.MOVED)
+            assert first.is_drained and second.added == ["a"]
+            is_back.set()
+            assert await restarting == 1 and not first.is_drained
+            await router.drain_engine(0)
+            router.undrain_engine(0)
+
+    run(test())
+
+
+def test_no_engine_is_ready_if_those_which_are_ready_are_drained(model: AsyncEngine) -> None:
+    async def test() -> None:
+        first, second = Engines(model), Engines(model)
+        async with running(first, second) as router:
+            await router.drain_engine(0)
+            assert router.state is EngineState.READY
+            second.go()
+            assert first.state is EngineState.READY and router.state is EngineState.DEAD
+            router.undrain_engine(0)
+            assert router.state is EngineState.READY
+
+    run(test())

@@ -46,7 +46,7 @@ FIRST_PAUSE, LONGEST_PAUSE = 0.5, 30.0  # seconds before a restart; doubled each
 STABLE_SECONDS = 10.0  # for which an engine has been ready if its death is the first of a series again
 TIME_TO_DUMP = 1.0  # seconds that a hung process has to write its stacks
 TIME_TO_STOP = 5.0
-RESTART_SECONDS, POLL_SECONDS = 600.0, 0.05  # for a restart, and between looks at how far it is
+RESTART_SECONDS = 600.0
 LONG_SILENCE = 1.0  # seconds: of several heartbeats
 
 _logger = logging.getLogger(__name__)
@@ -107,11 +107,17 @@ class SubprocessEngine(LocalClient):
         if self.state is EngineState.READY:
             self._restarting = True
             self._send(Stop())
-        limit = time.monotonic() + RESTART_SECONDS
-        while self._restarting or self.state is not EngineState.READY:
-            if time.monotonic() > limit or self._closing:
-                raise EngineUnavailableError(f"a drained engine is not ready again after {RESTART_SECONDS:g} s")
-            await asyncio.sleep(POLL_SECONDS)
+        try:
+            async with asyncio.timeout(RESTART_SECONDS):
+                await self.wait_until(self._has_restarted)
+        except TimeoutError:
+            message = f"a drained engine is not ready again after {RESTART_SECONDS:g} s"
+            raise EngineUnavailableError(message) from None
+        if self._closing:
+            raise EngineUnavailableError("the server was closed while an engine was restarted")
+
+    def _has_restarted(self) -> bool:
+        return self._closing or (self.state is EngineState.READY and not self._restarting)
 
     def absolve(self, request: Add) -> None:
         self._quarantine.absolve(request)
@@ -186,7 +192,7 @@ class SubprocessEngine(LocalClient):
                 why = f"its reports could not be taken in: {error!r}"
             self._die(why)
             if self._restarting:
-                self._restarting = False
+                self._restarting = False  # while it is DEAD, so that the old process is not taken for the new one
                 _logger.info("a drained engine is restarted")
                 continue
             assert self._started is not None
