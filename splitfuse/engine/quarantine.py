@@ -108,7 +108,7 @@ def find_suspects(streams: Iterable[Stream], in_flight: Collection[str]) -> tupl
     `in_flight` were in its last step.
 
     A request that kills before its first step is in none. So one that has had no output of this engine is a suspect
-    wherever it was. While one is on trial, that one and the new ones are all; among several of them the cause is not
+    wherever it was. While some are on trial, these and the new ones are all; among several of them the cause is not
     known, and is put down to none.
     """
     streams, in_flight = list(streams), set(in_flight)

@@ -4,9 +4,9 @@ Their tokens are in the front, and the rest is a function of them: what another 
 would have been. The client sees a pause.
 
 One of the requests that were in the step in flight, or new at the engine, may have killed it, and would kill the next
-one with all the others. So these go on one at a time for each engine, the shortest first: each is on trial until it has
-come past that step. One that kills another engine meanwhile is put into quarantine (quarantine.py), and the others have
-used up none of their MAX_RESUMES for it. docs/decisions/0047 says more.
+one with all the others. So these are suspects, and on trial until they have come past that step: at each engine first
+one, the shortest, then with each that has passed one more at once. If an engine dies of several, each of them is tried
+alone, and one that kills another engine then is put into quarantine (quarantine.py). docs/decisions/0047 says more.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import logging
 import math
 from collections import Counter
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import NamedTuple
 
@@ -27,7 +27,7 @@ from splitfuse.engine.messages import Add, Finish
 from splitfuse.engine.stream import Stream
 from splitfuse.errors import SplitfuseError
 
-MAX_RESUMES = 3
+MAX_RESUMES = 4
 """Largest number of deaths that a request may have caused and still go on."""
 MAX_LOST = 10
 """Largest number of deaths, whatever caused them, after which a request goes on."""
@@ -35,6 +35,8 @@ TRIAL_OUTPUTS = 3
 """Number of outputs with tokens after which a trial ends. At its death an engine may have planned a step ahead, and the
 output of the one before may not have arrived.
 """
+TRIAL_SECONDS = 30.0
+"""Seconds for which requests on trial keep others from being tried at their engine, from when the last of them began."""
 MAX_WAIT = 120.0
 """Seconds that a request waits for an engine before it fails."""
 
@@ -61,9 +63,30 @@ class _Wait:
     """What its engine died of."""
     cause: str
     is_suspect: bool
-    """True if it goes on as the only one of its kind at an engine."""
+    """True if it goes on trial."""
     until: float = math.inf
     """Time of the event loop at which it fails."""
+
+
+@dataclass
+class _Trial:
+    """Holds the streams that are on trial at an engine and keep others from it."""
+
+    streams: list[Stream] = field(default_factory=list)
+    most: int = 1
+    """Number of streams that may be tried at once."""
+    until: float = math.inf
+    """Time of the event loop from which on they keep others no more."""
+
+    def has_place(self, stream: Stream) -> bool:
+        """Return whether a stream can be tried too."""
+        if any(_is_tried_alone(each) for each in (stream, *self.streams)):
+            return not self.streams
+        return len(self.streams) < self.most
+
+    def end(self, stream: Stream) -> None:
+        if stream in self.streams:
+            self.streams.remove(stream)
 
 
 class Recovery:
@@ -75,7 +98,7 @@ class Recovery:
         self._engines = engines
         self._choose = choose
         self._waiting: dict[str, _Wait] = {}
-        self._trials: dict[LocalClient, Stream] = {}
+        self._trials = {engine: _Trial() for engine in engines}
         self._timer: asyncio.TimerHandle | None = None
         self._closed = False
         for engine in engines:
@@ -92,11 +115,12 @@ class Recovery:
 
     def _take_over(self, engine: LocalClient, streams: Sequence[Stream], suspects: Sequence[Stream], why: str) -> None:
         """Take over the streams of an engine that has died."""
-        self._end_trial(engine)
+        self._trials[engine] = _Trial()
         suspicious = {id(stream) for stream in suspects}
         for stream in suspects or streams:
             stream.num_deaths += 1
         for stream in streams:
+            stream.end_trial()
             stream.num_lost += 1
             if stream.num_deaths > MAX_RESUMES or stream.num_lost > MAX_LOST:
                 stream.fail(died(why))
@@ -105,17 +129,16 @@ class Recovery:
         self._advance()
         if streams and self._waiting:
             _logger.warning(
-                "requests that go on once an engine is ready: %d, of which %d one at a time, since it may have died of "
-                "them",
+                "requests that go on once an engine is ready: %d, of which %d a few at a time, since it may have died "
+                "of them",
                 len(self._waiting),
                 sum(wait.is_suspect for wait in self._waiting.values()),
             )
 
     def _move(self, engine: LocalClient, stream: Stream, breakdown: LatencyBreakdown | None) -> None:
         """Let a request go on that a drained engine had; one on trial is tried elsewhere."""
-        is_suspect = self._trials.get(engine) is stream
-        if is_suspect:
-            self._end_trial(engine)
+        is_suspect = stream.on_trial
+        self._end_trial(engine, stream)
         self._wait(_Wait(stream, "it was drained", "drain", is_suspect), breakdown)
         self._advance()
 
@@ -130,11 +153,15 @@ class Recovery:
         """Let requests go on for which there is an engine now."""
         waits = sorted(self._waiting.values(), key=_rank)
         for wait in waits:
-            free = [engine for engine in self._engines if not (wait.is_suspect and engine in self._trials)]
+            trials = self._trials.items()
+            free = [engine for engine, trial in trials if not wait.is_suspect or trial.has_place(wait.stream)]
             if not free:
-                break
+                break  # those of a higher rank have their places
             if (engine := self._place(wait, free)) is not None and wait.is_suspect:
                 self._try(engine, wait.stream)
+        if not self._suspects:
+            for trial in self._trials.values():
+                trial.most = 1  # for the next death of another engine
         self._set_timer()
 
     def _place(self, wait: _Wait, engines: Collection[LocalClient]) -> LocalClient | None:
@@ -165,6 +192,7 @@ class Recovery:
 
     def _try(self, engine: LocalClient, stream: Stream) -> None:
         """Put a request on trial, which has gone on at an engine."""
+        trial = self._trials[engine]
 
         def heard(output: RequestOutput) -> None:
             is_past = stream.num_outputs_here >= TRIAL_OUTPUTS or output.finish_reason in (
@@ -172,17 +200,19 @@ class Recovery:
                 FinishReason.LENGTH,
             )
             if is_past or output.finish_reason is not None:
-                self._end_trial(engine)
+                self._end_trial(engine, stream)
                 if is_past:
+                    trial.most += 1
                     engine.absolve(stream.request)
                 self._advance()
 
-        self._trials[engine] = stream
+        trial.streams.append(stream)
+        trial.until = asyncio.get_running_loop().time() + TRIAL_SECONDS
         stream.on_trial, stream.on_output = True, heard
 
-    def _end_trial(self, engine: LocalClient) -> None:
-        if (stream := self._trials.pop(engine, None)) is not None:
-            stream.on_trial, stream.on_output = False, lambda _: None
+    def _end_trial(self, engine: LocalClient, stream: Stream) -> None:
+        self._trials[engine].end(stream)
+        stream.end_trial()
 
     def _forget(self, command: Finish) -> None:
         """End a request that waits, since its client is gone or has enough."""
@@ -197,28 +227,49 @@ class Recovery:
         self._drop(wait.stream)
         wait.stream.fail(died(why))
 
+    @property
+    def _suspects(self) -> list[Stream]:
+        """Return the streams that wait for a trial, or are on one."""
+        waiting = [wait.stream for wait in self._waiting.values() if wait.is_suspect]
+        return [*waiting, *(stream for trial in self._trials.values() for stream in trial.streams)]
+
     def _set_timer(self) -> None:
-        """Let each request fail that waits for MAX_WAIT. While one is on trial there is an engine, for which the others
-        wait.
+        """Let each request fail that waits for MAX_WAIT, and trials keep others no longer than TRIAL_SECONDS. While one
+        is on trial there is an engine, for which the others wait.
         """
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
+        if not self._waiting:
+            return
+        trials = [trial.until for trial in self._trials.values() if trial.streams]
+        limit = asyncio.get_running_loop().time() + MAX_WAIT
         for wait in self._waiting.values():
-            limit = asyncio.get_running_loop().time() + MAX_WAIT
-            wait.until = math.inf if self._trials else min(wait.until, limit)
-        if self._waiting and not self._trials:
-            first = min(wait.until for wait in self._waiting.values())
-            self._timer = asyncio.get_running_loop().call_at(first, self._fail_late, first)
+            wait.until = math.inf if trials else min(wait.until, limit)
+        first = min(trials or [wait.until for wait in self._waiting.values()])
+        self._timer = asyncio.get_running_loop().call_at(first, self._end_late, first)
 
-    def _fail_late(self, now: float) -> None:
+    def _end_late(self, now: float) -> None:
+        """Let requests fail that have waited for too long, and others be tried beside those that take too long."""
         for wait in [wait for wait in self._waiting.values() if wait.until <= now]:
             self._fail(wait, f"{wait.why}; no engine was ready within {MAX_WAIT:g} s")
-        self._set_timer()
+        for trial in self._trials.values():
+            if trial.until <= now:
+                trial.streams.clear()  # they stay on trial: a death may be theirs
+        self._advance()
 
 
-def _rank(wait: _Wait) -> tuple[bool, int, int]:
-    """Return a key: suspects come last, and of these the shortest of the highest priority first."""
-    request = wait.stream.request
-    length = len(request.prompt_token_ids) + wait.stream.num_tokens
-    return (True, request.scheduling.priority, length) if wait.is_suspect else (False, 0, 0)
+def _is_tried_alone(stream: Stream) -> bool:
+    """Return whether a request was on trial with others when an engine died, or alone."""
+    return stream.num_deaths > 1
+
+
+def _rank(wait: _Wait) -> tuple[bool, bool, int, int]:
+    """Return a key: suspects come last, of these the ones that are tried alone, and before that the shortest of the
+    highest priority.
+    """
+    if not wait.is_suspect:
+        return False, False, 0, 0
+    stream, request = wait.stream, wait.stream.request
+    length = len(request.prompt_token_ids) + stream.num_tokens
+    return True, _is_tried_alone(stream), request.scheduling.priority, length

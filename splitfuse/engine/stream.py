@@ -44,7 +44,7 @@ class Stream:
         self.num_outputs_here = 0
         """Number of outputs with tokens that its present engine has given."""
         self.on_trial = False
-        """True while its engine has no other request that may have killed an engine before."""
+        """True while it may be what has killed an engine before, until it has come past that step at its present one."""
         self.on_output: Callable[[RequestOutput], object] = lambda _: None
         """Listener that is called after each output."""
         self.began: float | None = None
@@ -173,6 +173,10 @@ class Stream:
             return msgspec.structs.replace(self.request, sent=now)
         point = ResumePoint(tuple(self._token_ids), tuple(self._token_times), self._num_prompt_logprobs)
         return msgspec.structs.replace(self.request, sent=now, resume_point=point)
+
+    def end_trial(self) -> None:
+        """Note that it is not on trial any more."""
+        self.on_trial, self.on_output = False, lambda _: None
 
     def _charge(self, breakdown: LatencyBreakdown | None, *, until: float) -> None:
         """Add up the phases from `_since` on: those of a breakdown, as far as there is one."""

@@ -271,28 +271,81 @@ def model() -> AsyncEngine:
     return AsyncEngine(Engine.load(EngineConfig.from_settings({"num_blocks": 16})))
 
 
-def test_suspects_go_on_one_at_a_time_the_shortest_first(model: AsyncEngine) -> None:
+def test_suspects_go_on_alone_the_shortest_first_then_more_at_once(model: AsyncEngine) -> None:
     async def test() -> None:
         first, second = Engines(model), Engines(model)
         async with running(first, second):
-            params = SamplingParams(max_tokens=50)
-            streams = {
-                name: first.open(Add(name, tuple(range(5, 5 + n)), params))
-                for name, n in zip("abc", (9, 3, 6), strict=True)
-            }
+            names = {"a": 9, "b": 3, "c": 6, "d": 12, "e": 11, "f": 10, "g": 13, "h": 14}
+            streams = {name: first.open(Add(name, tuple(range(5, 5 + n)), PARAMS)) for name, n in names.items()}
             first.give("b", 7, 7, 7, 7)
             first.go()
+
+            def clear(name: str) -> str:
+                """Give a request what ends its trial, and return who goes on then."""
+                assert streams[name].on_trial
+                before = second.added
+                for token in range(recovery.TRIAL_OUTPUTS):
+                    assert second.added == before
+                    second.give(name, token)
+                return "".join(second.added[len(before) :])
+
             assert second.added == ["c"]
-            for token in (1, 2):
-                second.give("c", token)
-            assert second.added == ["c"]
-            second.give("c", 3)
-            assert second.added == ["c", "b"]
-            first.come()  # one at a time for each engine
-            assert first.added[3:] == ["a"]
-            point = second.sent[-1].resume_point  # type: ignore[union-attr]
-            assert point.token_ids == (7,) * 4 and len(point.token_times) == 4
-            assert [stream.num_resumed for stream in streams.values()] == [1, 1, 1]
+            assert [clear(name) for name in "cba"] == ["ba", "fe", "dg"]
+            point = next(each for each in second.sent if isinstance(each, Add) and each.request_id == "b").resume_point
+            assert point is not None and point.token_ids == (7,) * 4 and len(point.token_times) == 4
+            first.come()  # it has seen none of them pass
+            assert first.added[8:] == ["h"]
+            assert [stream.num_resumed for stream in streams.values()] == [1] * 8
+
+    run(test())
+
+
+def test_those_of_which_an_engine_died_together_are_tried_alone(model: AsyncEngine) -> None:
+    async def test() -> None:
+        engine = Quarantined(model, Quarantine())
+        async with running(engine) as router:
+            innocents = [router.open(Add(f"i{n}", (5, 6, 7, n), PARAMS)) for n in range(12)]
+            killer, num_deaths = router.open(Add("killer", (9,) * 8, PARAMS)), 0
+            engine.in_flight = [stream.request.request_id for stream in innocents[:3]]
+            engine.go()
+            engine.come()
+            while not killer.is_over:
+                if "killer" in engine._streams:
+                    num_deaths += 1
+                    is_alone = sum(stream.on_trial for stream in engine._streams.values()) == 1
+                    assert is_alone == (num_deaths > 1)
+                    engine.in_flight = list(engine._streams)
+                    engine.go()
+                    engine.come()
+                for name in list(engine._streams) if "killer" not in engine._streams else ():
+                    engine.give(name, 1)
+            assert num_deaths == 3
+            with pytest.raises(RequestQuarantinedError):
+                await read(killer)
+            assert not any(stream.is_over for stream in innocents)
+            assert max(stream.num_deaths for stream in innocents) == 2
+
+    run(test())
+
+
+def test_a_trial_that_does_not_end_keeps_the_others_for_some_time(
+    model: AsyncEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(recovery, "TRIAL_SECONDS", 0.01)
+
+    async def test() -> None:
+        engine = Quarantined(model, Quarantine())
+        async with running(engine) as router:
+            stuck, other, third = (router.open(Add(name, (5,) * n, PARAMS)) for n, name in enumerate("abc", start=1))
+            engine.go()
+            engine.come()
+            assert engine.added[3:] == ["a"]
+            await until(lambda: engine.added[3:] == ["a", "b", "c"])
+            assert all(stream.on_trial for stream in (stuck, other, third))
+            engine.in_flight = ["a", "b", "c"]
+            engine.go()
+            for stream in stuck, other, third:
+                engine._quarantine.check(stream.request)  # it is not known which it was
 
     run(test())
 
@@ -310,12 +363,12 @@ def test_requests_that_cannot_have_caused_it_go_on_at_once_and_use_no_try(model:
     run(test())
 
 
-def test_after_three_times_comes_the_error(model: AsyncEngine) -> None:
+def test_after_four_times_comes_the_error(model: AsyncEngine) -> None:
     async def test() -> None:
         engine = Engines(model)
         async with running(engine) as router:
             stream = router.open(Add("a", (5, 6), SamplingParams(max_tokens=50)))
-            for number in range(4):
+            for number in range(5):
                 engine.give("a", number)
                 engine.go()
                 engine.come()
@@ -323,8 +376,8 @@ def test_after_three_times_comes_the_error(model: AsyncEngine) -> None:
             with pytest.raises(EngineUnavailableError, match="the engine died while the request ran: it was told to"):
                 async for output in stream:
                     tokens += output.token_ids
-            assert tokens == [0, 1, 2, 3] and len(engine.added) == 4
-            assert router.num_resumed["death"] == 3
+            assert tokens == [0, 1, 2, 3, 4] and len(engine.added) == 5
+            assert router.num_resumed["death"] == 4
 
     run(test())
 
@@ -517,7 +570,7 @@ def test_each_request_waits_for_itself(model: AsyncEngine, monkeypatch: pytest.M
             timer = router._recovery._timer
             assert timer is not None
             router._recovery._waiting["b"].until += 1.0
-            router._recovery._fail_late(timer.when())
+            router._recovery._end_late(timer.when())
             assert [stream.is_over for stream in streams] == [True, False]
         assert router._recovery._timer is None
 
