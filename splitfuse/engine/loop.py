@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from splitfuse.core.events import StepRecord
+from splitfuse.core.plan import StepPlan
 from splitfuse.core.request_output import FinishReason, RequestOutput
 from splitfuse.engine.engine import Engine, rejection
 from splitfuse.engine.messages import (
@@ -61,6 +62,7 @@ class EngineLoop:
         self._step_began = 0.0  # 0: none runs
         self._stats = EngineStats(attainable=engine.attainable())
         self._ahead: list[RequestOutput] = []  # of commands that were taken during a step
+        self._prompts: dict[str, tuple[int, int | None]] = {}  # lengths of prompts in work, and how much was cached
         self._tracer = EngineTracer(engine)
         engine.events.subscribe(StepRecord, self._count)
 
@@ -174,11 +176,7 @@ class EngineLoop:
 
     def _count(self, step: StepRecord) -> None:
         plan, counts = step.plan, self._stats
-        if plan.new_requests:
-            starts = {chunk.request_id: chunk.start for chunk in plan.chunks}
-            new = [each for each in plan.new_requests if not each.output_token_ids]  # others were counted elsewhere
-            counts.num_prompt_tokens += sum(len(each.prompt_token_ids) for each in new)
-            counts.num_cached_tokens += sum(starts[each.request_id] for each in new)
+        self._count_prompts(plan)
         counts.num_steps += 1
         counts.num_generated_tokens += sum([len(chunk.token_ids) for chunk in step.result.values()])
         counts.num_computed_tokens += plan.num_tokens
@@ -192,6 +190,23 @@ class EngineLoop:
         counts.step_token_budget = plan.token_budget
         if counts.num_steps % REFRESH_STEPS == 1:
             counts.attainable = self._engine.attainable()
+
+    def _count_prompts(self, plan: StepPlan) -> None:
+        """Count each prompt with its first token, so that one of a request that goes on elsewhere counts once."""
+        for request_id in plan.retired_requests:
+            self._prompts.pop(request_id, None)
+        for new in plan.new_requests:
+            if not new.output_token_ids:  # else it was counted elsewhere
+                self._prompts[new.request_id] = len(new.prompt_token_ids), None
+        for chunk in plan.chunks if self._prompts else ():
+            if (prompt := self._prompts.get(chunk.request_id)) is not None:
+                num_tokens, num_cached = prompt
+                num_cached = chunk.start if num_cached is None else num_cached
+                self._prompts[chunk.request_id] = num_tokens, num_cached
+                if chunk.samples:
+                    del self._prompts[chunk.request_id]
+                    self._stats.num_prompt_tokens += num_tokens
+                    self._stats.num_cached_tokens += num_cached
 
     def _stats_now(self) -> EngineStats:
         queue = self._engine.scheduler.queue

@@ -163,7 +163,7 @@ class EngineStats:
     num_running: int = 0
     num_waiting: int = 0
     num_available_blocks: int = 0
-    num_prompt_tokens: int = 0  # of requests that were begun
+    num_prompt_tokens: int = 0  # of requests whose first token was chosen
     num_cached_tokens: int = 0  # of those, found in the prefix cache
     num_generated_tokens: int = 0
     num_computed_tokens: int = 0  # of all steps

@@ -27,7 +27,8 @@ from splitfuse.core.scheduling_options import SchedulingOptions
 from splitfuse.core.slo.fair_share import FairShare
 from splitfuse.core.slo.targets import SloTargets
 from splitfuse.engine.engine import Engine
-from splitfuse.engine.messages import Add, ResumePoint, decode_command, encode
+from splitfuse.engine.loop import EngineLoop
+from splitfuse.engine.messages import Add, Finish, ResumePoint, decode_command, encode
 from splitfuse.models.sources.hub import BUNDLED_MODEL
 from splitfuse.runtime.loading import load_model
 
@@ -220,6 +221,25 @@ def test_tokens_given_are_computed_in_chunks_and_not_counted_again() -> None:
     (found,) = run(other, [cut(request, answer, 80)]).values()
     assert steps == [48, 48, 44, *[1] * 19]
     assert found.phases[LatencyPhase.RECOMPUTED] > 0 and LatencyPhase.PREFILL not in found.phases
+
+
+def test_a_prompt_counts_once_where_its_first_token_is() -> None:
+    pipe, other = two_engines(max_num_batched_tokens=16)
+    loops = [EngineLoop(engine, lambda _: None) for engine in (pipe.engine, other)]
+    request = Add("a", tuple(range(10, 70)), SamplingParams(max_tokens=3, ignore_eos=True), seed=1)
+    pipe.engine.add(request)
+    for _ in range(2):
+        pipe.engine.step()
+    pipe.engine.finish(Finish("a", FinishReason.MOVED))
+    run(other, [request])
+    assert [loop._stats.num_prompt_tokens for loop in loops] == [0, 60]
+    run(other, [request])
+    assert loops[1]._stats.num_prompt_tokens == 120 and loops[1]._stats.num_cached_tokens == 48
+    answer = run(pipe.engine, [request])["a"]  # the first 32 of its tokens are cached
+    assert loops[0]._stats.num_prompt_tokens == 60 and loops[0]._stats.num_cached_tokens == 32
+    run(other, [cut(request, answer, 1)])
+    assert loops[1]._stats.num_prompt_tokens == 120
+    assert not any(loop._prompts for loop in loops)
 
 
 def test_an_slo_goes_on_from_the_times_that_the_client_has() -> None:
