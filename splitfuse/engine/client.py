@@ -43,6 +43,9 @@ from splitfuse.engine.stream import Stream
 from splitfuse.engine.trace import TraceLevel, TraceRecord
 from splitfuse.errors import AdapterError, EngineUnavailableError, InvalidRequestError
 
+NAMELESS = " "
+"""Beginning of what stands for the name of an adapter that has lost its own; no name begins with it."""
+
 _Ts = TypeVarTuple("_Ts")
 _logger = logging.getLogger(__name__)
 
@@ -213,6 +216,7 @@ class LocalClient(EngineClient):
         self._changed_adapters: dict[str, str | None] = {}  # paths of those loaded since the start, None: unloaded
         self._loading: dict[str, tuple[str, asyncio.Future[None]]] = {}  # paths and ends, by name
         self._present: set[str] = set()  # digests of the adapters that the engine has
+        self._paths: dict[str, str] = {}  # of those loaded since the start, by digest
         self._holds: Counter[str] = Counter()  # digests -> requests that hold them
         self.on_step: Callable[[EngineStats], None] = lambda _: None
         """Listener that is called with every step, for metrics."""
@@ -311,6 +315,7 @@ class LocalClient(EngineClient):
         if self.state is EngineState.READY and not self._loading:
             for digest in self._present - set(self._adapters.values()) - self._holds.keys():
                 self._present.remove(digest)
+                self._paths.pop(digest, None)
                 self._send(UnloadAdapter(digest))
 
     def open(self, request: Add) -> Stream:
@@ -482,6 +487,12 @@ class LocalClient(EngineClient):
                     self._adapters.pop(name, None)
                     if path is not None:
                         self._begin_load(name, path).add_done_callback(partial(_log_failure, name))
+                self._paths = {digest: path for digest, path in self._paths.items() if digest in self._holds}
+                paths = [path for path, _ in self._loading.values()]
+                for digest, path in self._paths.items():
+                    if digest not in self._present and path not in paths:  # it is held, and has lost its name
+                        load = self._begin_load(NAMELESS + digest, path)
+                        load.add_done_callback(partial(_log_failure, f"at {path}"))
                 self._unload_unused()
                 _call("an engine that is ready", self.on_available)
             case AdapterLoaded():
@@ -497,8 +508,10 @@ class LocalClient(EngineClient):
         if report.error:
             loading.set_exception(AdapterError(report.error))
         else:
-            self._adapters[report.name], self._changed_adapters[report.name] = report.digest, path
+            if not report.name.startswith(NAMELESS):
+                self._adapters[report.name], self._changed_adapters[report.name] = report.digest, path
             self._present.add(report.digest)
+            self._paths[report.digest] = path
             loading.set_result(None)
         self._unload_unused()
 

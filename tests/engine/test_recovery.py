@@ -24,7 +24,15 @@ from splitfuse.core.sampling_params import SamplingParams
 from splitfuse.engine import recovery
 from splitfuse.engine.client import EngineState, LocalClient
 from splitfuse.engine.engine import Engine
-from splitfuse.engine.messages import Add, Command, Finish, StepReport
+from splitfuse.engine.messages import (
+    AdapterLoaded,
+    Add,
+    Command,
+    Finish,
+    LoadAdapter,
+    StepReport,
+    UnloadAdapter,
+)
 from splitfuse.engine.quarantine import Quarantine, find_suspects
 from splitfuse.engine.remote import supervisor
 from splitfuse.engine.remote.supervisor import SubprocessEngine
@@ -675,5 +683,35 @@ def test_no_engine_is_ready_if_those_which_are_ready_are_drained(model: AsyncEng
             assert first.state is EngineState.READY and router.state is EngineState.DEAD
             router.undrain_engine(0)
             assert router.state is EngineState.READY
+
+    run(test())
+
+
+def test_an_adapter_that_only_requests_have_is_loaded_again(model: AsyncEngine) -> None:
+    async def test() -> None:
+        engine = Engines(model)
+        async with running(engine) as router:
+            for path, digest in ("/one", "first"), ("/two", "second"):  # the second takes the name of the first
+                load = asyncio.create_task(router.load_adapter("a", path))
+                await until(lambda path=path: LoadAdapter("a", path) in engine.sent)  # type: ignore[misc]
+                engine._take(AdapterLoaded("a", digest))
+                await load
+                router.hold_adapter("first")
+            stream = router.open(Add("r", (5, 6), PARAMS, adapter="first"))
+            for found in "first", "changed since":
+                engine.give("r", 7)
+                engine.go()
+                engine.sent.clear()
+                engine.come()
+                nameless = LoadAdapter(" first", "/one")
+                assert engine.sent == [LoadAdapter("a", "/two"), nameless]
+                engine._take(AdapterLoaded("a", "second"))
+                assert not engine.added and router.adapters == {"a": "second"}
+                engine._take(AdapterLoaded(nameless.name, found))
+                assert engine.added == (["r"] if found == "first" else [])
+                assert router.adapters == {"a": "second"} and not router.loading_adapters
+            assert engine.sent[-1] == UnloadAdapter("changed since")
+            with pytest.raises(EngineUnavailableError, match="died"):
+                await read(stream)
 
     run(test())
