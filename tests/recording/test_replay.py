@@ -73,6 +73,7 @@ def request(rng: Random, case: Case, name: str, vocab_size: int, prompts: list[l
     if not case.generates or rng.random() < 0.1:
         pooling = PoolingParams(() if not case.generates or rng.random() < 0.5 else (5, 6))
         return [Add(name, prompt, NOTHING_GENERATED, pooling=pooling)]
+    seed = rng.getrandbits(32)
     params = SamplingParams(
         max_tokens=rng.randrange(1, 20),
         temperature=rng.choice((0.0, 1.0)),
@@ -90,7 +91,8 @@ def request(rng: Random, case: Case, name: str, vocab_size: int, prompts: list[l
             reasoning = Reasoning(start_token_ids=(1,), end_token_ids=(2,), is_open=True, max_tokens=rng.randrange(9))
             params = replace(params, reasoning=reasoning)
     adapter = digest if rng.random() < 0.5 else ""
-    return [Add(f"{name}-{n}", prompt, params, choice=n, adapter=adapter) for n in range(rng.choice((1, 1, 3)))]
+    choices = range(rng.choice((1, 1, 3)))
+    return [Add(f"{name}-{n}", prompt, params, choice=n, adapter=adapter, seed=seed) for n in choices]
 
 
 def drive(engine: RecordedEngine, case: Case, rng: Random, *, num_requests: int = 18, digest: str = "") -> None:
@@ -98,6 +100,9 @@ def drive(engine: RecordedEngine, case: Case, rng: Random, *, num_requests: int 
     vocab_size = engine.engine.limits.vocab_size
     lengths = (0, 34, 65, 85) if case.generates else (0, 9, 30)
     prompts = [[rng.randrange(5, vocab_size) for _ in range(length)] for length in lengths]
+    if case.generates:  # what it generates is drafted, whatever the model says
+        same = SamplingParams(max_tokens=19, ignore_eos=True, logit_bias={7: 100.0})
+        engine.engine.add(Add("same", (5, 6, 7), same))
     sent = 0
     while sent < num_requests or engine.engine.has_unfinished:
         if sent < num_requests and rng.random() < 0.5:
@@ -106,7 +111,7 @@ def drive(engine: RecordedEngine, case: Case, rng: Random, *, num_requests: int 
                 engine.engine.add(each)
             sent += 1
         engine.step()
-        running = engine.engine.scheduler.queue.running
+        running = [each for each in engine.engine.scheduler.queue.running if each.request_id != "same"]
         if running and rng.random() < 0.12:
             given_up = rng.choice(running)
             kept = max(len(given_up.output_token_ids) - 1, 0)
