@@ -108,12 +108,12 @@ def find_suspects(streams: Iterable[Stream], in_flight: Collection[str]) -> tupl
     `in_flight` were in its last step.
 
     A request that kills before its first step is in none. So one that has had no output of this engine is a suspect
-    wherever it was. While some are on trial, these and the new ones are all; among several of them the cause is not
-    known, and is put down to none.
+    wherever it was, unless a trial has cleared it. While some are on trial, these and the new ones are all; among
+    several of them the cause is not known, and is put down to none.
     """
     streams, in_flight = list(streams), set(in_flight)
     in_step = [stream for stream in streams if stream.request.request_id in in_flight]
-    candidates = [stream for stream in streams if stream.on_trial or not stream.num_outputs_here]
+    candidates = [each for each in streams if each.on_trial or not (each.num_outputs_here or each.is_cleared)]
     if any(stream.on_trial for stream in candidates):
         return candidates, candidates if len(candidates) == 1 else []
     return list(dict.fromkeys([*in_step, *candidates])), in_step

@@ -36,7 +36,7 @@ TRIAL_OUTPUTS = 3
 output of the one before may not have arrived.
 """
 TRIAL_SECONDS = 30.0
-"""Seconds for which requests on trial keep others from being tried at their engine, from when the last of them began."""
+"""Seconds for which requests on trial keep others from a trial at their engine, from the beginning of the last one."""
 MAX_WAIT = 120.0
 """Seconds that a request waits for an engine before it fails."""
 
@@ -119,6 +119,7 @@ class Recovery:
         suspicious = {id(stream) for stream in suspects}
         for stream in suspects or streams:
             stream.num_deaths += 1
+            stream.is_cleared = False
         for stream in streams:
             stream.end_trial()
             stream.num_lost += 1
@@ -202,6 +203,7 @@ class Recovery:
             if is_past or output.finish_reason is not None:
                 self._end_trial(engine, stream)
                 if is_past:
+                    stream.is_cleared = True
                     trial.most += 1
                     engine.absolve(stream.request)
                 self._advance()

@@ -44,7 +44,9 @@ class Stream:
         self.num_outputs_here = 0
         """Number of outputs with tokens that its present engine has given."""
         self.on_trial = False
-        """True while it may be what has killed an engine before, until it has come past that step at its present one."""
+        """True while it may be what killed an engine, until it has come past that step at its present one."""
+        self.is_cleared = False
+        """True once it has come past that step, until it may be what has killed another engine."""
         self.on_output: Callable[[RequestOutput], object] = lambda _: None
         """Listener that is called after each output."""
         self.began: float | None = None

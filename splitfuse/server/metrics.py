@@ -107,7 +107,7 @@ FAMILIES = (
     ),
     Family("splitfuse:steps", "counter", "num_steps", "Forward steps."),
     Family("splitfuse:computed_tokens", "counter", "num_computed_tokens", "Tokens that steps computed."),
-    Family("splitfuse:prompt_tokens", "counter", "num_prompt_tokens", "Prompt tokens of requests that have got a token."),
+    Family("splitfuse:prompt_tokens", "counter", "num_prompt_tokens", "Prompt tokens of requests with a first token."),
     Family("splitfuse:cached_tokens", "counter", "num_cached_tokens", "Prompt tokens found in the prefix cache."),
     Family("splitfuse:generated_tokens", "counter", "num_generated_tokens", "Generated tokens."),
     Family(
