@@ -230,6 +230,11 @@ class CacheConfig:
         return 0 if self.kv_memory_tier is None else parse_bytes("kv_memory_tier", self.kv_memory_tier)
 
     @property
+    def disk_tier_bytes(self) -> int:
+        """Return the size of the disk tier; 0: there is none."""
+        return 0 if self.kv_disk_tier is None else parse_disk_tier(self.kv_disk_tier)[1]
+
+    @property
     def has_tiers(self) -> bool:
         """Return whether KV blocks are kept behind the KV cache."""
         return self.kv_memory_tier is not None or self.kv_disk_tier is not None

@@ -21,6 +21,10 @@ if TYPE_CHECKING:
 CLIENTS = "1,2,4,8,16,32"
 SPEEDS = "2,4,6"
 SloFlag = Annotated[str, typer.Option(help="SLOs in tokens/s for which goodput is shown.")]
+MemorySpeedFlag = Annotated[
+    float, typer.Option(help="Bytes/s of a simulated --kv-memory-tier, and of copies into and out of the KV cache.")
+]
+DiskSpeedFlag = Annotated[float, typer.Option(help="Bytes/s of a simulated --kv-disk-tier.")]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,9 +10,19 @@ import typer
 
 from splitfuse.bench.workload import Loads
 from splitfuse.cli.flags import changed, given, take, with_flags
-from splitfuse.cli.loads import SPEEDS, SloFlag, WorkloadFlags, check_writable, parse_speeds, take_loads
+from splitfuse.cli.loads import (
+    SPEEDS,
+    DiskSpeedFlag,
+    MemorySpeedFlag,
+    SloFlag,
+    WorkloadFlags,
+    check_writable,
+    parse_speeds,
+    take_loads,
+)
 from splitfuse.cli.tables import console, make_table, print_results
 from splitfuse.config import EngineConfig, change_settings
+from splitfuse.core.kv.fetching import FIRST_BANDWIDTH
 from splitfuse.errors import ConfigError, did_you_mean
 
 if TYPE_CHECKING:
@@ -42,6 +52,8 @@ def simulate(
     repeat: Annotated[int, typer.Option(help="Repetitions of each load, with other requests.")] = 1,
     step_overhead: Annotated[float, typer.Option(help="Seconds between steps, in addition to the cost model.")] = 0.0,
     client_overhead: Annotated[float, typer.Option(help="Seconds from a client to the engine.")] = 0.0,
+    kv_memory_speed: MemorySpeedFlag = FIRST_BANDWIDTH,
+    kv_disk_speed: DiskSpeedFlag = FIRST_BANDWIDTH,
     out: Annotated[Path | None, typer.Option(help="Write all results to this JSON file, as `bench run` does.")] = None,
     label: Annotated[str | None, typer.Option(help="Name in legends.")] = None,
     slo: SloFlag = SPEEDS,
@@ -84,6 +96,8 @@ def simulate(
         policy=policy or "splitfuse",
         step_overhead=step_overhead,
         client_overhead=client_overhead,
+        kv_memory_speed=kv_memory_speed,
+        kv_disk_speed=kv_disk_speed,
     )
     deployment = Deployment.of(simulation, replicas=1 if replicas is None else replicas)
     about = environment_info()

@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from splitfuse.cli.flags import changed, given, numbers, take, with_flags
-from splitfuse.cli.loads import WorkloadFlags, check_writable, load_text, unit
+from splitfuse.cli.loads import DiskSpeedFlag, MemorySpeedFlag, WorkloadFlags, check_writable, load_text, unit
 from splitfuse.cli.simulate import known_calibration
 from splitfuse.cli.tables import console, make_table
 from splitfuse.config import EngineConfig
+from splitfuse.core.kv.fetching import FIRST_BANDWIDTH
 from splitfuse.deploy import daemon
 from splitfuse.errors import ConfigError
 
@@ -65,6 +66,8 @@ def tune(
     kv_bytes_per_token: Annotated[
         float | None, typer.Option(help="Size of the KV of a token (default: the cost model's).")
     ] = None,
+    kv_memory_speed: MemorySpeedFlag = FIRST_BANDWIDTH,
+    kv_disk_speed: DiskSpeedFlag = FIRST_BANDWIDTH,
     out: Annotated[Path | None, typer.Option(help="Write all results to this JSON file.")] = None,
     quiet: Annotated[bool, typer.Option(help="No progress bar.")] = False,
     **flags: Any,
@@ -95,14 +98,17 @@ def tune(
         space = read_space(place, budgets, tensor_parallel, meeting_time, link)
         if measure or len(seqs) > 1:
             raise ConfigError("--place is simulated, with one --max-num-seqs: leave out --measure and other candidates")
-    elif (link, kv_bytes_per_token, tensor_parallel, meeting_time) != (None, None, "1", 0.0):
-        raise ConfigError("--link, --kv-bytes-per-token, --tensor-parallel and --meeting-time are for --place")
+    elif (link, tensor_parallel, meeting_time) != (None, "1", 0.0):
+        raise ConfigError("--link, --tensor-parallel and --meeting-time are for --place")
     check_writable(out)
     config = EngineConfig.from_settings(settings)
     if not config.scheduler.has_targets:
         raise ConfigError(NO_TARGETS)
     refuse_drafts(config.scheduler)  # before steps are timed
-    refuse_tiers(config.cache)
+    if space is not None:
+        refuse_tiers(config.cache)
+    elif kv_bytes_per_token is not None and not config.cache.has_tiers:
+        raise ConfigError("--kv-bytes-per-token is for --place, --kv-memory-tier and --kv-disk-tier")
     shown = not quiet and sys.stderr.isatty()
     if cost_model is None and machine is None:
         print("splitfuse: timing steps for about 20 s, unless a cost model is stored", file=sys.stderr)
@@ -110,12 +116,13 @@ def tune(
     else:
         calibration = known_calibration(config, cost_model, machine)
     slower = replace(calibration, cost=calibration.cost.slower(1.0 + headroom))
+    speeds = {"kv_memory_speed": kv_memory_speed, "kv_disk_speed": kv_disk_speed}
+    if kv_bytes_per_token is not None:
+        slower = replace(slower, kv_bytes_per_token=kv_bytes_per_token)
     if space is not None:
-        if kv_bytes_per_token is not None:
-            slower = replace(slower, kv_bytes_per_token=kv_bytes_per_token)
         if seqs:
             config = replace(config, scheduler=replace(config.scheduler, max_num_seqs=seqs[0]))
-        engine = SimulationConfig.of(slower, config)
+        engine = SimulationConfig.of(slower, config, **speeds)
         found = find_placement(engine, make_workload, space, load, slo_attainment, requests, progress=shown)
         if out is not None:
             _write(out, found)
@@ -127,7 +134,7 @@ def tune(
     _print_attainable(calibration, config, max_num_seqs=max(1, *seqs), max_num_batched_tokens=max(1, *budgets))
     with tqdm(desc="simulated loads", unit="load", disable=not shown) as bar:
         tuning = find(
-            SimulationConfig.of(slower, config),
+            SimulationConfig.of(slower, config, **speeds),
             make_workload,
             attainment=slo_attainment,
             requests=requests,

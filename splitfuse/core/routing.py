@@ -17,6 +17,11 @@ from splitfuse.core.request import Request
 MOST_TESTED = 4
 """Number of replicas, the soonest, for which it is tested what a request would break there."""
 
+FETCHED_SHARE = 31 / 32
+"""Fraction of what a token costs that is saved by fetching its keys and values: of two replicas that would compute
+nothing, the one that need not fetch goes first.
+"""
+
 
 class Candidate(NamedTuple):
     """Is a replica that accepts requests."""
@@ -26,6 +31,16 @@ class Candidate(NamedTuple):
     """Leading tokens of the prompt that its prefix cache is expected to hold."""
     silent: bool = False
     """True if it has sent nothing for a while: it may be hanging."""
+
+
+def expected_tokens(cached: int, shared: int) -> int:
+    """Return how many leading tokens count as there at a replica whose cache holds `cached`, where tiers that all
+    replicas share have `shared`.
+
+    >>> expected_tokens(64, 320), expected_tokens(320, 64)
+    (312, 320)
+    """
+    return cached + int(FETCHED_SHARE * max(shared - cached, 0))
 
 
 def choose_replica(replicas: Sequence[Candidate | None], request: Request, now: float) -> int | None:

@@ -16,7 +16,7 @@ from llguidance import LLMatcher
 from splitfuse.config import EngineConfig, parse_adapter
 from splitfuse.core.events import PhasesEntered, RequestFinished, StepRecord
 from splitfuse.core.kv.fetch_queue import FetchQueue
-from splitfuse.core.kv.fetching import Fetching
+from splitfuse.core.kv.fetching import WAITING_SHARE, Fetching
 from splitfuse.core.limits import EngineLimits
 from splitfuse.core.plan import ChunkResult, StepPlan, StepResult
 from splitfuse.core.policy import PlanningError, SchedulingPolicy
@@ -53,8 +53,6 @@ ESTIMATED_STEPS = 100
 """Number of steps after which an estimated cost model has been corrected by as many that it is not called that."""
 HOLD_SECONDS = 0.01
 """Longest time that a step waits for the grammar or the KV blocks of a request if there is nothing else to do."""
-WAITING_SHARE = 1 / 32
-"""Fraction of the time of a step that others wait for the KV blocks of new requests, which then can be in it too."""
 
 logger = logging.getLogger(__name__)
 

@@ -10,17 +10,12 @@ from functools import partial
 from splitfuse.core.kv.names import BlockNamer, new_key
 from splitfuse.core.replica_view import PrefixMemory, ReplicaView
 from splitfuse.core.request import Request
-from splitfuse.core.routing import Candidate, choose_replica
+from splitfuse.core.routing import Candidate, choose_replica, expected_tokens
 from splitfuse.engine.client import EngineClient, EngineState, LocalClient
 from splitfuse.engine.messages import Add, EngineInfo, EngineStats, Loading
 from splitfuse.engine.recovery import Choice, Recovery
 from splitfuse.engine.stream import Stream
 from splitfuse.errors import EngineUnavailableError, InvalidRequestError
-
-FETCHED_SHARE = 31 / 32
-"""Fraction of what a token costs that is saved by fetching its keys and values: of two replicas that would compute
-nothing, the one that need not fetch goes first.
-"""
 
 
 class Router(EngineClient):
@@ -226,8 +221,7 @@ def _candidate(replica: LocalClient, names: Sequence[bytes], adapter: str, share
     if adapter and not replica.has_adapter(adapter):  # it is loaded again after a restart
         return None
     cached = replica.view.memory.cached_tokens(names)
-    cached += int(FETCHED_SHARE * max(shared - cached, 0))
-    return Candidate(replica.view, cached, replica.silent)
+    return Candidate(replica.view, expected_tokens(cached, shared), replica.silent)
 
 
 def _copy_of(request: Add, info: EngineInfo) -> Request:

@@ -19,20 +19,24 @@ import numpy as np
 import numpy.typing as npt
 
 from splitfuse.config import CacheConfig, parse_disk_tier
-from splitfuse.core.kv.fetching import INBOX_BYTES, STAGED_BYTES, Fetch, Found, Frame, Inbox
+from splitfuse.core.kv.fetching import (
+    FIRST_BANDWIDTH,
+    INBOX_BYTES,
+    LATENCY,
+    STAGED_BYTES,
+    Fetch,
+    Found,
+    Frame,
+    Inbox,
+    places,
+)
 from splitfuse.core.plan import Save
 from splitfuse.engine.block_file import BlockFile
 from splitfuse.engine.tier_files import TierFiles
 from splitfuse.errors import ConfigError
 
-FEWEST_BLOCKS = 8
-"""Number of blocks that can be on their way, however large they are."""
 GAIN = 1 / 4
 """Weight of the newest fetch in the time of a block."""
-FIRST_BANDWIDTH = 2**30
-"""Bytes of a second that are read, until it is measured."""
-LATENCY = 1e-3
-"""Seconds from a request to its answer besides the reading of blocks, about."""
 TIME_TO_FLUSH = 3.0
 """Longest time that the end of an engine waits for what is to be written, in seconds."""
 TIME_TO_END = 0.5
@@ -84,7 +88,7 @@ class Tiers:
         self.stats = TierStats(num_dropped=sum(file.num_foreign for file in files.values()))
         self._lock = threading.Lock()  # of what follows
         self._staging: set[bytes] = set()
-        self._most_staged = max(STAGED_BYTES // block_bytes, FEWEST_BLOCKS)
+        self._most_staged = places(STAGED_BYTES, block_bytes)
         self._buffers: list[npt.NDArray[np.uint8]] = []
         self._fetches: dict[int, float] = {}  # when each is to be given up, by number
         self._reading_until = 0.0  # after which the reader is taken to hang; 0: it is idle
@@ -287,4 +291,4 @@ def make_tiers(
                 logger.warning(
                     "%s had %d blocks of another model, block or tier size: they are dropped", name, num_foreign
                 )
-    return Tiers(tiers, block_bytes), Inbox(max(INBOX_BYTES // block_bytes, FEWEST_BLOCKS), block_bytes)
+    return Tiers(tiers, block_bytes), Inbox(places(INBOX_BYTES, block_bytes), block_bytes)

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from splitfuse.config import CacheConfig, EngineConfig, parse_disk_tier
+from splitfuse.config import CacheConfig, EngineConfig
 from splitfuse.core.kv.fetching import INBOX_BYTES, STAGED_BYTES
 from splitfuse.core.limits import ceil_div
 from splitfuse.core.step_budget import BUDGETS, FIRST_BUDGET
@@ -183,7 +183,7 @@ def _with_tiers(plan: MemoryPlan, config: EngineConfig) -> MemoryPlan:
     """
     if not config.cache.has_tiers:
         return plan
-    num_bytes = config.cache.memory_tier_bytes + _disk_tier_bytes(config.cache)
+    num_bytes = config.cache.memory_tier_bytes + config.cache.disk_tier_bytes
     plan = replace(plan, tiers=plan.tiers + _index_bytes(num_bytes, plan))
     if torch.device(config.model.device).type == "cpu":
         return plan
@@ -193,10 +193,6 @@ def _with_tiers(plan: MemoryPlan, config: EngineConfig) -> MemoryPlan:
             f"{free / GIB:.3f} GiB are free: choose a smaller size, or leave them out"
         )
     return replace(plan, tiers=0)
-
-
-def _disk_tier_bytes(cache: CacheConfig) -> int:
-    return 0 if cache.kv_disk_tier is None else parse_disk_tier(cache.kv_disk_tier)[1]
 
 
 def _index_bytes(num_bytes: int, plan: MemoryPlan) -> int:
@@ -303,7 +299,7 @@ def _smaller_tiers(cache: CacheConfig, plan: MemoryPlan, missing: int) -> str:
     """Return a setting of tiers that takes so many bytes less."""
     if cache.kv_memory_tier is not None:
         size = cache.memory_tier_bytes
-        share = plan.tiers - INBOX_BYTES - STAGED_BYTES - _index_bytes(_disk_tier_bytes(cache), plan)  # of this engine
+        share = plan.tiers - INBOX_BYTES - STAGED_BYTES - _index_bytes(cache.disk_tier_bytes, plan)  # of this engine
         mib = int(size * (1 - missing / share)) // 2**20 if share > missing else 0
         if mib >= 1:
             return f"kv_memory_tier={mib}MiB"

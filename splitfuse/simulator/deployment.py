@@ -13,11 +13,13 @@ from typing import Any, Protocol, Self
 
 from splitfuse.bench.baselines import make_baseline
 from splitfuse.config import TARGETS, CacheConfig, EngineConfig, SchedulerConfig
+from splitfuse.core.kv.fetching import FIRST_BANDWIDTH
 from splitfuse.core.kv.names import BlockNamer
 from splitfuse.core.slo.cost_model import StepFeatures
 from splitfuse.core.step_budget import StepBudget
 from splitfuse.errors import ConfigError
 from splitfuse.runtime.calibration import Calibration
+from splitfuse.simulator.tiers import SharedTiers, TierStore
 
 MAX_BLOCKS = 2**24
 """Number of KV blocks that a simulation can have: it keeps lists of them, for each machine."""
@@ -37,6 +39,16 @@ class SimulationConfig:
     """Seconds between steps, in addition to the cost model."""
     client_overhead: float = 0.0
     """Seconds from a client to the engine."""
+    kv_memory_tier: int = 0
+    """Size in bytes of the memory for KV blocks that all engines share; 0: there is none."""
+    kv_disk_tier: int = 0
+    """The same on a disk."""
+    kv_memory_speed: float = FIRST_BANDWIDTH
+    """Bytes per second that are read from the memory tier, and written to it; in a step, those that are copied into the
+    cache and out of it.
+    """
+    kv_disk_speed: float = FIRST_BANDWIDTH
+    """Bytes per second that are read from the disk tier, and written to it."""
 
     def __post_init__(self) -> None:
         make_baseline(self.policy, self.scheduler)
@@ -49,24 +61,73 @@ class SimulationConfig:
             if not 0 <= getattr(self, name) < float("inf"):
                 flag = name.replace("_", "-")
                 raise ConfigError(f"--{flag} {getattr(self, name)} must be a number of seconds, at least 0")
+        for name in ("kv_memory_speed", "kv_disk_speed"):
+            if not 0 < getattr(self, name) < float("inf"):
+                flag = name.replace("_", "-")
+                raise ConfigError(f"--{flag} {getattr(self, name)} must be a number of bytes/s above 0, such as 25e9")
+        if not (self.has_tiers or self.kv_memory_speed == FIRST_BANDWIDTH):
+            raise ConfigError("--kv-memory-speed needs --kv-memory-tier or --kv-disk-tier, whose blocks are copied")
+        if not (self.kv_disk_tier or self.kv_disk_speed == FIRST_BANDWIDTH):
+            raise ConfigError("--kv-disk-speed needs --kv-disk-tier")
+        if self.has_tiers:
+            if not self.enable_prefix_caching:
+                raise ConfigError("KV tiers need enable_prefix_caching: without it no block is found again")
+            if not self.calibration.kv_bytes_per_token:
+                raise ConfigError(
+                    "the cost model does not say how many KV bytes a token has, which a KV tier keeps: give "
+                    "--kv-bytes-per-token, or calibrate again"
+                )
 
     def make_namer(self) -> BlockNamer | None:
         """Return a namer of blocks; all of them give the same names. None without prefix caching."""
         return BlockNamer(self.calibration.block_size, key=b"simulation") if self.enable_prefix_caching else None
+
+    @property
+    def has_tiers(self) -> bool:
+        return bool(self.kv_memory_tier or self.kv_disk_tier)
+
+    @property
+    def block_bytes(self) -> float:
+        """Return the size of a KV block."""
+        return self.calibration.kv_bytes_per_token * self.calibration.block_size
+
+    def make_tiers(self, num_engines: int) -> SharedTiers | None:
+        """Return the empty tiers of so many engines; None without any. Raises ConfigError for one that is too small."""
+        kinds = {
+            "kv_memory_tier": (self.kv_memory_tier, self.kv_memory_speed),
+            "kv_disk_tier": (self.kv_disk_tier, self.kv_disk_speed),
+        }
+        tiers = []
+        for name, (num_bytes, speed) in kinds.items():
+            if num_bytes:
+                num_slots = int(num_bytes / self.block_bytes)
+                if num_slots < num_engines:
+                    raise ConfigError(
+                        f"{name} of {num_bytes} bytes has no KV block of {self.block_bytes:.0f} bytes for each of "
+                        f"{num_engines} engines: choose a larger size"
+                    )
+                tiers.append(TierStore(num_slots, num_parts=num_engines, seconds_per_block=self.block_bytes / speed))
+        return SharedTiers(tiers, num_engines) if tiers else None
 
     @classmethod
     def of(cls, calibration: Calibration, config: EngineConfig, **how: Any) -> Self:
         """Return the simulation of a calibrated engine with these settings; `how` are the other fields. Raises
         ConfigError for settings that are not simulated.
         """
-        refuse_tiers(config.cache)
         calibration = replace(
             calibration,
             num_blocks=config.cache.num_blocks or calibration.num_blocks,
             max_model_len=config.model.max_model_len or calibration.max_model_len,
         )
-        cached = config.cache.enable_prefix_caching
-        return cls(calibration=calibration, scheduler=config.scheduler, enable_prefix_caching=cached, **how)
+        cache = config.cache
+        return cls(
+            calibration=calibration,
+            scheduler=config.scheduler,
+            enable_prefix_caching=cache.enable_prefix_caching,
+            kv_memory_tier=cache.memory_tier_bytes,
+            kv_disk_tier=cache.disk_tier_bytes,
+            **how,
+        )
 
     @property
     def budget(self) -> StepBudget:
@@ -92,9 +153,9 @@ def refuse_drafts(config: SchedulerConfig) -> None:
 
 
 def refuse_tiers(config: CacheConfig) -> None:
-    """Raise ConfigError if KV blocks would be kept in tiers: what moving them takes is not simulated."""
+    """Raise ConfigError if KV blocks would be kept in tiers: of machines with roles that is not simulated."""
     if config.has_tiers:
-        raise ConfigError("kv_memory_tier and kv_disk_tier are not simulated: leave them out")
+        raise ConfigError("--place does not simulate kv_memory_tier and kv_disk_tier: leave them out")
 
 
 def without_targets(config: SchedulerConfig) -> SchedulerConfig:
@@ -215,6 +276,11 @@ class Deployment:
                 f"machines of different roles need the KV bytes of a token, such as 327680, not "
                 f"{self.kv_bytes_per_token}"
             )
+        tiers = {(each.engine.kv_memory_tier, each.engine.kv_disk_tier) for each in self.machines}
+        if len(tiers) > 1 or (tiers != {(0, 0)} and len({each.engine.block_bytes for each in self.machines}) > 1):
+            raise ConfigError("all machines share their KV tiers: give all the same, and blocks of the same size")
+        if tiers != {(0, 0)} and self.is_split:
+            raise ConfigError("KV tiers of machines with roles are not simulated: leave out the tiers or the roles")
         for failure in self.failures:
             if not 0 <= failure.machine < len(self.machines):
                 raise ConfigError(f"machine {failure.machine} fails, of machines 0 to {len(self.machines) - 1}")

@@ -23,12 +23,13 @@ from splitfuse.bench.target import Answer, Target
 from splitfuse.bench.workload import LoadRequest, Loads, Prompt, TokenIds
 from splitfuse.core.capacity import Arrival, replicas_needed
 from splitfuse.core.kv.block_allocator import BlockAllocator
+from splitfuse.core.kv.fetching import INBOX_BYTES, WAITING_SHARE, Fetching, Inbox, places
 from splitfuse.core.kv.request_kv import RequestKv
 from splitfuse.core.limits import ceil_div
 from splitfuse.core.plan import ChunkResult, StepPlan
 from splitfuse.core.replica_view import PrefixMemory, ReplicaView
 from splitfuse.core.request import Request
-from splitfuse.core.routing import Candidate, choose_replica
+from splitfuse.core.routing import Candidate, choose_replica, expected_tokens
 from splitfuse.core.sampling_params import SamplingParams
 from splitfuse.core.scheduler import Scheduler
 from splitfuse.core.scheduling_options import SchedulingOptions
@@ -41,6 +42,7 @@ from splitfuse.simulator.deployment import Deployment, Failure, Machine, Simulat
 from splitfuse.simulator.landing import LandedKv
 from splitfuse.simulator.links import Network
 from splitfuse.simulator.pools import Pools
+from splitfuse.simulator.tiers import SharedTiers, SimulatedTiers
 
 CHOSEN = ChunkResult(token_ids=(0,))
 NOT_CHOSEN = ChunkResult()
@@ -109,7 +111,11 @@ class SimulatedTarget(Target):
         self._engine = deployment.machines[0].engine
         self._targets = SloTargets.parse(**self._engine.scheduler.targets)
         self._namer = self._engine.make_namer()
-        self._replicas = [Replica(lane, seed, machine=number) for seed, (number, lane) in enumerate(lanes)]
+        shared = self._engine.make_tiers(len(lanes))
+        self._replicas = [
+            Replica(lane, seed, machine=number, tiers=shared) for seed, (number, lane) in enumerate(lanes)
+        ]
+        self._tiers = None if shared is None else PrefixMemory(shared.num_slots, self._engine.calibration.block_size)
         self._pools = Pools(self._replicas, deployment.long_queue) if deployment.is_split else None
         self._network = None if deployment.link is None else Network(deployment.link)
         self._numbers = itertools.count()
@@ -192,13 +198,16 @@ class SimulatedTarget(Target):
 
     def _choose(self, copy: Request, names: list[bytes]) -> Replica:
         """Return the replica that the router would choose for a request whose blocks have these names."""
+        shared = 0 if self._tiers is None else self._tiers.cached_tokens(names)
         candidates = [
-            Candidate(each.view, each.memory.cached_tokens(names)) if each.is_running else None
+            Candidate(each.view, expected_tokens(each.memory.cached_tokens(names), shared)) if each.is_running else None
             for each in self._replicas
         ]
         index = choose_replica(candidates, copy, asyncio.get_running_loop().time())
         if index is None:
             raise ServerError("all machines have failed")
+        if self._tiers is not None:
+            self._tiers.add(names)
         return self._replicas[index]
 
 
@@ -232,9 +241,12 @@ class _Waiting:
 class Replica:
     """Simulates an engine: steps one after the other while there is work. `seed` is that of their noise."""
 
-    def __init__(self, lane: Machine, seed: int = 0, *, machine: int = 0) -> None:
-        """`lane` is one of the lanes of machine number `machine`."""
+    def __init__(self, lane: Machine, seed: int = 0, *, machine: int = 0, tiers: SharedTiers | None = None) -> None:
+        """`lane` is one of the lanes of machine number `machine`. With `tiers`, `seed` is its number among the engines
+        that share them.
+        """
         self.machine, self.role = machine, lane.role
+        self._shared, self._part = tiers, seed
         self._engine = lane.engine
         self._cost = lane.engine.calibration.cost
         self._step_times = lane.step_times or self._cost
@@ -243,18 +255,30 @@ class Replica:
         self._seconds_per_token = self._step_times.seconds(budget) / budget.tokens
         self._block_size = lane.engine.calibration.block_size
         self._keeps_slos = lane.engine.scheduler.slo_enabled
+        self._copy_seconds = lane.engine.block_bytes / lane.engine.kv_memory_speed
+        self._newest_seconds = 0.0  # of the newest step
         self.is_running = True
         self._start_empty()
 
     def _start_empty(self) -> None:
         calibration = self._engine.calibration
         self._allocator = allocator = BlockAllocator(
-            calibration.num_blocks, calibration.block_size, namer=self._engine.make_namer()
+            calibration.num_blocks,
+            calibration.block_size,
+            namer=self._engine.make_namer(),
+            saves_blocks=self._shared is not None,
         )
+        self._tiers, fetching = None, None
+        if self._shared is not None:
+            block_bytes = self._engine.block_bytes
+            self._tiers = SimulatedTiers(
+                self._shared, part=self._part, block_bytes=block_bytes, clock=lambda: asyncio.get_running_loop().time()
+            )
+            fetching = Fetching(self._tiers, Inbox(places(INBOX_BYTES, block_bytes), 0))  # bytes are not simulated
         config, budget = self._engine.scheduler, self._engine.budget
         policy = make_baseline(self._engine.policy, config)
         policy = policy or make_policy(config, calibration.cost if config.slo_enabled else None)
-        self.scheduler = Scheduler(config, allocator, policy, budget)
+        self.scheduler = Scheduler(config, allocator, policy, budget, fetching=fetching)
         self._chosen_cost = calibration.cost if budget.is_open else None
         self.view = ReplicaView(
             num_blocks=calibration.num_blocks,
@@ -270,6 +294,7 @@ class Replica:
         """Blocks that its requests, and those which will come, need in the end."""
         self._waiting: dict[str, _Waiting] = {}
         self._step: asyncio.TimerHandle | None = None
+        self._fetched: asyncio.TimerHandle | None = None  # when there is nothing to do before
 
     @property
     def is_idle(self) -> bool:
@@ -351,8 +376,9 @@ class Replica:
 
         def fail() -> None:
             self.is_running = False
-            if self._step is not None:
-                self._step.cancel()
+            for handle in (self._step, self._fetched):
+                if handle is not None:
+                    handle.cancel()
             lost = list(self._waiting.values())
             self._start_empty()
             for waiting in lost:
@@ -367,13 +393,49 @@ class Replica:
             loop.call_later(failure.at + failure.seconds, come_back)
 
     def _begin_step(self) -> None:
-        plan = self.scheduler.schedule(asyncio.get_running_loop().time())
+        """Begin the next step, or wait a little for KV blocks that are asked for."""
+        if self._tiers is not None and self._ask(self._tiers):
+            loop = asyncio.get_running_loop()
+            at = min(loop.time() + WAITING_SHARE * self._newest_seconds, self._tiers.next_answer)
+            self._step = loop.call_at(at, self._plan_step)
+        else:
+            self._plan_step()
+
+    def _ask(self, tiers: SimulatedTiers) -> bool:
+        """Ask for KV blocks of new requests. Returns whether there were any to ask for."""
+        if self._fetched is not None:
+            self._fetched.cancel()
+            self._fetched = None
+        self._take_answers(tiers)
+        assert self.scheduler.fetches is not None
+        fetches = self.scheduler.fetches.take(asyncio.get_running_loop().time())
+        for fetch in fetches:
+            tiers.ask(fetch)
+        return bool(fetches)
+
+    def _take_answers(self, tiers: SimulatedTiers) -> None:
+        assert self.scheduler.fetches is not None
+        for number, frames in tiers.answers():
+            self.scheduler.fetches.arrived(number, frames, asyncio.get_running_loop().time())
+
+    def _plan_step(self) -> None:
+        loop, tiers, num_copied = asyncio.get_running_loop(), self._tiers, 0
+        if tiers is not None:
+            self._take_answers(tiers)
+        plan = self.scheduler.schedule(loop.time())
         if plan is None:
-            assert not self.scheduler.has_unfinished, "unfinished requests, and nothing can run"
             self._step = None
+            if tiers is not None and self.scheduler.queue.fetching:
+                self._fetched = loop.call_at(tiers.next_answer, self._begin_step)
+                return
+            assert not self.scheduler.has_unfinished, "unfinished requests, and nothing can run"
+            if tiers is not None:
+                tiers.save(self.scheduler.take_saves())
             return
-        seconds = self.step_seconds(features_of(plan))
-        self._step = asyncio.get_running_loop().call_later(seconds, self._end_step, plan)
+        if tiers is not None:
+            num_copied = tiers.save(plan.saves) + len(plan.lands)
+        self._newest_seconds = self.step_seconds(features_of(plan)) + num_copied * self._copy_seconds
+        self._step = loop.call_later(self._newest_seconds, self._end_step, plan)
 
     def step_seconds(self, step: StepFeatures) -> float:
         """Return the time of a step: as predicted, times noise as in the calibration."""

@@ -276,8 +276,9 @@ class _Trials:
     def _target(self, setting: SchedulerConfig) -> SimulatedTarget:
         """Return a simulated engine with as many blocks as max_num_seqs can use."""
         calibration = self.simulation.calibration
-        useful = setting.max_num_seqs * ceil_div(calibration.max_model_len, calibration.block_size)
-        calibration = replace(calibration, num_blocks=min(calibration.num_blocks, useful))
+        if not self.simulation.has_tiers:  # behind which the cache keeps what requests have left
+            useful = setting.max_num_seqs * ceil_div(calibration.max_model_len, calibration.block_size)
+            calibration = replace(calibration, num_blocks=min(calibration.num_blocks, useful))
         return SimulatedTarget(replace(self.simulation, scheduler=setting, calibration=calibration))
 
     def _longest_ttft(self, workload: Workload) -> float:

@@ -26,6 +26,14 @@ LONGEST_FETCH = 2.0
 """Longest time that a request waits for blocks, in seconds."""
 FEWEST_BLOCKS = 2
 """Number of blocks that are worth asking for where no cost model says what computing them takes."""
+FEWEST_PLACES = 8
+"""Number of blocks that can be on their way, however large they are."""
+FIRST_BANDWIDTH = 2**30
+"""Number of bytes that a tier is expected to move in a second, until it is measured."""
+LATENCY = 1e-3
+"""Seconds from a request to the answer of a tier besides the reading of blocks, about."""
+WAITING_SHARE = 1 / 32
+"""Fraction of the time of a step that others wait for the KV blocks of new requests, which then can be in it too."""
 
 
 class Frame(NamedTuple):
@@ -87,6 +95,15 @@ class BlockSource(Protocol):
 
     def forget(self, number: int) -> None:
         """Want no answer to a fetch any more."""
+
+
+def places(num_bytes: int, block_bytes: float) -> int:
+    """Return for how many blocks on their way there is room in so many bytes.
+
+    >>> places(INBOX_BYTES, 2**20), places(INBOX_BYTES, 2**26)
+    (256, 8)
+    """
+    return max(int(num_bytes // block_bytes), FEWEST_PLACES)
 
 
 class Inbox:
