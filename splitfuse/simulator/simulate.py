@@ -430,7 +430,7 @@ class Replica:
                 return
             assert not self.scheduler.has_unfinished, "unfinished requests, and nothing can run"
             if tiers is not None:
-                tiers.save(self.scheduler.take_saves())
+                tiers.save(self._allocator.take_saves())
             return
         if tiers is not None:
             num_copied = tiers.save(plan.saves) + len(plan.lands)
