@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cached_property
 
 from torch import Tensor
 
+from splitfuse.kernels.loans import RequestLoan
 from splitfuse.kernels.lora import StepAdapters
 
 
@@ -31,6 +32,8 @@ class RaggedBatch:
         """Called by networks of one call just before it: other threads can have Python until it returns."""
         self.adapters = adapters
         """Adapters of rows; None: no row has one."""
+        self.loans: Sequence[RequestLoan] = ()
+        """Loans of requests: for networks that a backend computes in one call, if it `lends`."""
         self.packed = packed
         self.num_tokens = num_tokens
         self.num_requests = num_requests

@@ -20,6 +20,7 @@ from torch import Tensor
 from splitfuse.errors import ConfigError, ModelError
 from splitfuse.kernels.batch import RaggedBatch
 from splitfuse.kernels.drawing import Filter
+from splitfuse.kernels.loans import Channel
 from splitfuse.kernels.lora import Adapter, LoraRows, PackedAdapter
 from splitfuse.kernels.quantized import QuantizedFormat, QuantizedWeight
 from splitfuse.kernels.sharing import WeightSharing
@@ -529,6 +530,7 @@ class Capabilities:
     max_head_dim: int | None = None
     own_threads: bool = False  # num_threads is honoured
     shares_weights: bool = False  # processes can share one copy of the weights
+    lends: bool = False  # another process can hold the leading keys and values of a request
     kv_layout: int = 1  # version of what the bytes of a block or a state mean: raise it with every change of that
 
 
@@ -811,6 +813,24 @@ class Backend(ABC):
         """
         del plan
         return None
+
+    # Loans, of networks in one call. Only for a backend whose capabilities say `lends`.
+
+    def channel_bytes(self, network: Network, stores: Sequence[Store], num_tokens: int) -> int:
+        """Return the bytes that a loan's channel needs for steps of `num_tokens` tokens of its request."""
+        raise NotImplementedError(f"{self.capabilities.name} cannot lend")
+
+    def lend(self, network: Network, stores: Sequence[Store], channel: Channel, blocks: Sequence[int]) -> None:
+        """Hold keys and values of a debtor in these blocks, and attend to them for it, until the channel is closed.
+        Nothing else may use the blocks meanwhile; steps may run.
+        """
+        raise NotImplementedError(f"{self.capabilities.name} cannot lend")
+
+    def deposit(self, channel: Channel, index: int, data: Tensor) -> bool:
+        """Let a creditor hold a block as block `index` of the loan: what `KVCache.read_block` gives of it. Returns
+        False if the loan is lost.
+        """
+        raise NotImplementedError(f"{self.capabilities.name} cannot lend")
 
 
 def exact_topk(scores: Tensor, k: int) -> tuple[list[list[int]], list[list[float]]]:

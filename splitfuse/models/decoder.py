@@ -5,7 +5,7 @@ Knows neither where weights come from (weights.py) nor which requests a batch se
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial, reduce
 from typing import TypeAlias
 
@@ -31,6 +31,7 @@ from splitfuse.kernels.interface import (
     Store,
     TokenInputSpec,
 )
+from splitfuse.kernels.loans import Channel
 from splitfuse.kernels.lora import LoraRows
 from splitfuse.models.kv_cache import KVCache
 from splitfuse.models.latent import compressed
@@ -95,6 +96,22 @@ class Decoder:
             if weights.output_scale is not None:
                 x = (x * weights.output_scale).to(x.dtype)
         return self._norm(x.index_select(0, batch.logit_rows), self.weights.norm, self.weights.norm_bias)
+
+    @property
+    def lends(self) -> bool:
+        """Return whether it can hold the leading keys and values of requests for other processes, and they for it."""
+        has_states = any(not isinstance(layer.mixer, AttentionSpec) for layer in self.spec.layers)
+        return self._fused is not None and self.backend.capabilities.lends and not has_states
+
+    def channel_bytes(self, kv_cache: KVCache, num_tokens: int) -> int:
+        """See `Backend.channel_bytes`."""
+        assert self._fused is not None
+        return self.backend.channel_bytes(self._fused, kv_cache.layers, num_tokens)
+
+    def lend(self, kv_cache: KVCache, channel: Channel, blocks: Sequence[int]) -> None:
+        """See `Backend.lend`."""
+        assert self._fused is not None
+        self.backend.lend(self._fused, kv_cache.layers, channel, blocks)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Apply the output head to rows of hidden states: [rows, C] -> [rows, vocabulary] in fp32."""

@@ -6,9 +6,7 @@ import dataclasses
 import gc
 import random
 import weakref
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -16,6 +14,7 @@ import pytest
 import torch
 from backends import CPU, emulation_slow, variants
 from ragged_requests import Chunk, Request, Runner
+from random_networks import OWN, OwnNames, RandomWeights
 from specs import make_delta, make_experts, make_mamba, make_spec
 from torch import Tensor
 
@@ -42,15 +41,12 @@ from splitfuse.kernels.reference import ReferenceBackend
 from splitfuse.models.decoder import Decoder
 from splitfuse.models.families import registry
 from splitfuse.models.families.common import Family
-from splitfuse.models.sources.dummy import SCALE, DummyWeights
-from splitfuse.models.sources.source import Piece
 from splitfuse.models.spec import ModelSpec, RopeSpec
 from splitfuse.models.weights import load_decoder
 from splitfuse.runtime.batch import build_batch
 
 FORMATS = [(None, None), ("int8", None), ("int8", 128), ("int4", 64), ("int4", 128)]
 CASES = [case for f in FORMATS for case in variants(*f, id="-".join(str(x) for x in f))]
-OWN = "OwnForCausalLM"
 SIZES: dict[str, Any] = {
     "architecture": OWN,
     "vocab_size": 70,
@@ -288,27 +284,6 @@ class OneByOne(CpuBackend):
 
     def compile_network(self, plan: NetworkPlan) -> None:
         del plan
-
-
-class OwnNames(dict[str, tuple[str, ...]]):
-    """Names of weights: each is stored as one tensor, under our name of it."""
-
-    def __missing__(self, name: str) -> tuple[str, ...]:
-        return (f"{name} of {{layer}} {{expert}}",)
-
-
-class RandomWeights(DummyWeights):
-    """The same at every call: rows of products of about the size of what they multiply, of norms and biases of 1."""
-
-    def __init__(self) -> None:
-        super().__init__(torch.bfloat16, CPU)
-
-    @contextmanager
-    def read(self, piece: Piece) -> Iterator[Tensor]:
-        with super().read(piece) as tensor:
-            is_table = piece.name.startswith(("embed", "positions", "conv")) or len(piece.shape) == 1
-            scaled = tensor / SCALE / (1 if is_table else piece.shape[1] ** 0.5)
-            yield scaled.abs() if piece.name.startswith("decay of") else scaled
 
 
 @pytest.fixture(autouse=True)

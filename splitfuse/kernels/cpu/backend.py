@@ -22,6 +22,7 @@ from splitfuse.kernels.cpu.bindings import (
     Delta,
     Heads,
     Library,
+    Loan,
     Lora,
     Mamba,
     Mixture,
@@ -73,6 +74,7 @@ from splitfuse.kernels.interface import (
     RopeTable,
     RouterSpec,
 )
+from splitfuse.kernels.loans import Channel
 from splitfuse.kernels.lora import Adapter, LoraRows
 from splitfuse.kernels.quantized import (
     Fp8Format,
@@ -112,6 +114,7 @@ class CpuBackend(Backend):
         max_head_dim=MAX_HEAD_DIM,
         own_threads=True,
         shares_weights=True,
+        lends=True,
     )
 
     def __init__(
@@ -531,6 +534,21 @@ class CpuBackend(Backend):
         if (reason := uncovered(plan)) is not None:
             raise UnsupportedModelError(f"the C++ kernels do not compute {reason}: set kernels=reference")
         return FusedNetwork(self.library, plan)
+
+    # Loans
+
+    def channel_bytes(self, network: Network, stores: Sequence[Store], num_tokens: int) -> int:
+        assert isinstance(network, FusedNetwork)
+        return network.channel_bytes(stores, num_tokens)
+
+    def lend(self, network: Network, stores: Sequence[Store], channel: Channel, blocks: Sequence[int]) -> None:
+        assert isinstance(network, FusedNetwork)
+        network.lend(Library(self.variant, self.num_threads), stores, channel, blocks)
+
+    def deposit(self, channel: Channel, index: int, data: Tensor) -> bool:
+        check(data, torch.uint8)
+        loan = Loan.of(channel)
+        return not self.library.deposit(loan.address, index, data.data_ptr(), data.nbytes)
 
 
 def _lora(lora: LoraRows | None, num_tokens: int) -> tuple[Lora | None, int]:

@@ -12,7 +12,8 @@ import logging
 import math
 import os
 import threading
-from collections.abc import Callable
+from array import array
+from collections.abc import Callable, Sequence
 from ctypes import c_double, c_float, c_int32, c_int64, c_uint8, c_uint64, c_void_p
 from functools import cache
 from pathlib import Path
@@ -39,6 +40,7 @@ from splitfuse.kernels.interface import (
     RouterSpec,
     TokenInputSpec,
 )
+from splitfuse.kernels.loans import TILE, Channel, RequestLoan
 
 _logger = logging.getLogger(__name__)
 
@@ -209,6 +211,44 @@ class Lora(Struct):
     _fields_ = [*_fields(c_void_p, "of_row", "order", "tables"), *_fields(c_int64, "num_adapters", "most_ranks")]
 
 
+class Loan(Struct):
+    """Describes the loan of a request of a step."""
+
+    _fields_ = [
+        *_fields(c_int32, "request", "tiles"),
+        ("channel", c_void_p),
+        *_fields(c_int32, "lost", "asked", "awaits", "patience"),
+    ]
+
+    @classmethod
+    def of(cls, channel: Channel, request: int = 0, num_tokens: int = 0) -> Loan:
+        """Return the loan of `num_tokens` leading tokens; the caller keeps the channel alive."""
+        return cls(request, num_tokens // TILE, channel.address, 0, 0, 0, int(1000 * channel.patience))
+
+
+class Loans(Struct):
+    """Lists the loans of a step, which it keeps alive."""
+
+    array: Any
+    numbers: Any
+    _fields_ = [*_fields(c_void_p, "of", "of_request"), ("count", c_int64)]
+
+    @classmethod
+    def of_step(cls, loans: Sequence[RequestLoan], starts: Sequence[int]) -> Loans:
+        """Return the loans of requests, of which each begins in the step at one of the positions `starts`. Raises
+        IndexError for a loan that C++ cannot compute with.
+        """
+        numbers = array("i", [-1] * len(starts))
+        for place, loan in enumerate(loans):
+            if numbers[loan.request] >= 0 or not 0 < loan.num_tokens <= starts[loan.request] or loan.num_tokens % TILE:
+                raise IndexError("a step that cannot be computed: a loan that is not of leading tiles of its request")
+            numbers[loan.request] = place
+        each = (Loan * len(loans))(*(Loan.of(loan.channel, loan.request, loan.num_tokens) for loan in loans))
+        struct = cls(ctypes.addressof(each), numbers.buffer_info()[0], len(loans))
+        struct.array, struct.numbers = each, numbers
+        return struct
+
+
 class Step(Struct):
     """Points to the arrays of a step; null where an operation does not need one."""
 
@@ -216,7 +256,7 @@ class Step(Struct):
     _fields_ = [
         *_fields(c_int32, "tokens", "requests", "table_width", "num_rows"),
         *_fields(c_void_p, "ids", "positions", "slots", "query_start", "seq_lens"),
-        *_fields(c_void_p, "state_reads", "state_writes", "tables", "rows", "lora"),
+        *_fields(c_void_p, "state_reads", "state_writes", "tables", "rows", "lora", "loans"),
     ]
 
     @classmethod
@@ -586,8 +626,8 @@ class Mixture(Struct):
             for biases, weights in ((layer.w1_bias, up), (layer.w2_bias, down)):
                 assert len(biases) == num_experts
                 mixture.arrays.append((c_void_p * num_experts)(*(vector_address(b, weights[0].rows) for b in biases)))
-        for name, array in zip(("up", "down", "up_bias", "down_bias"), mixture.arrays, strict=False):
-            setattr(mixture, name, ctypes.addressof(array))
+        for name, each in zip(("up", "down", "up_bias", "down_bias"), mixture.arrays, strict=False):
+            setattr(mixture, name, ctypes.addressof(each))
         return mixture
 
     def set_block(self, layer: LayerWeights, spec: ExpertsSpec, hidden: int) -> None:
@@ -662,6 +702,8 @@ FUNCTIONS: dict[str, tuple[list[Any], Any]] = {
     "conv": ([c_void_p] * 6, None),
     "mamba": ([c_void_p] * 7, c_int32),
     "network": ([c_void_p] * 4, c_int32),
+    "lend": ([c_void_p, c_void_p, c_void_p, c_int64, c_void_p, c_int64], c_int32),
+    "deposit": ([c_void_p, c_int64, c_void_p, c_int64], c_int32),
     "route": ([c_void_p, c_void_p, c_void_p, c_int64, c_void_p, c_void_p], None),
     "experts": ([c_void_p, c_void_p, c_void_p, c_int64, c_void_p, c_void_p, c_void_p], c_int32),
     "read_all": ([c_void_p, c_void_p, c_int64], None),
@@ -674,9 +716,9 @@ FUNCTIONS: dict[str, tuple[list[Any], Any]] = {
 }
 
 
-NEEDS_MEMORY = {"linear", "linear_heads", "activated", "attend", "delta", "mamba", "network", "experts", "draw"}
+NEEDS_MEMORY = {"linear", "linear_heads", "activated", "attend", "delta", "mamba", "network", "lend", "experts", "draw"}
 """Functions that return 1 without it."""
-PURE = {"weight_bytes", "store_bytes", "delta_floats", "conv_floats", "mamba_floats"}
+PURE = {"weight_bytes", "store_bytes", "delta_floats", "conv_floats", "mamba_floats", "deposit"}
 """Functions that need no workspace."""
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import weakref
+from array import array
 from collections.abc import Sequence
 from itertools import accumulate
 
@@ -19,6 +20,7 @@ from splitfuse.kernels.cpu.bindings import (
     Latent,
     Layer,
     Library,
+    Loans,
     Mixture,
     Mlp,
     Network,
@@ -44,6 +46,10 @@ from splitfuse.kernels.interface import (
     RecurrentSpec,
     RopeTable,
 )
+from splitfuse.kernels.loans import Channel
+
+PANEL = 32
+"""Number of elements that sizes of values are padded to. It is in csrc/weights.h too."""
 
 
 def uncovered(plan: NetworkPlan) -> str | None:
@@ -175,7 +181,13 @@ class FusedNetwork:
         assert end == begin + batch.packed.nbytes
         lora = None if batch.adapters is None else step_lora(batch.adapters, batch.num_tokens)
         sizes = (batch.num_tokens, batch.num_requests, batch.table_width, batch.num_rows)
-        arrays = Step(*sizes, *addresses, None if lora is None else lora.address)
+        loans = None
+        if batch.loans:
+            bounds, lengths = batch.query_start.tolist(), batch.seq_lens.tolist()
+            starts = [end - last + first for end, first, last in zip(lengths, bounds, bounds[1:], strict=False)]
+            loans = Loans.of_step(batch.loans, starts)
+        extras = (None if each is None else each.address for each in (lora, loans))
+        arrays = Step(*sizes, *addresses, *extras)
         store, states = (None if layer is None else stores[layer] for layer in (self._attention, self._recurrent))
         assert isinstance(store, Store | None) and isinstance(states, States | None)
         arrays.check(
@@ -190,16 +202,45 @@ class FusedNetwork:
         rows = torch.empty(batch.num_rows, self._network.hidden, dtype=torch.bfloat16)
         with self._library.lock:  # engines that share a network take turns with its table
             if self._first_store is None or self._first_store() is not first:
-                for entry, mixer, each in zip(self._layers, self._mixers, stores, strict=True):
-                    if isinstance(each, States):
-                        entry.recurrent.states = each
-                    elif each is not None:
-                        assert isinstance(mixer, AttentionSpec) and each.fits(mixer)
-                        entry.store = each
+                self._set_stores(self._layers, stores)
                 self._first_store = weakref.ref(first)
             batch.on_start()
             self._library.network(arrays.address, self._network.address, rows.data_ptr())
+        for loan, done in zip(batch.loans, () if loans is None else loans.array, strict=True):
+            loan.is_lost = bool(done.lost)
         return rows
+
+    def _set_stores(self, layers: ctypes.Array[Layer], stores: Sequence[Store | States | None]) -> None:
+        for entry, mixer, each in zip(layers, self._mixers, stores, strict=True):
+            if isinstance(each, States):
+                entry.recurrent.states = each
+            elif each is not None:
+                assert isinstance(mixer, AttentionSpec) and each.fits(mixer)
+                entry.store = each
+
+    def lend(self, library: Library, stores: Sequence[Store], channel: Channel, blocks: Sequence[int]) -> None:
+        """Attend to the blocks of a loan for its debtor until the channel is closed. `library` is one of its own: its
+        workspace is in use as long.
+        """
+        layers = (Layer * len(self._layers)).from_buffer_copy(self._layers)
+        self._set_stores(layers, stores)
+        num_blocks = min(store.num_blocks for store in stores)
+        assert all(0 <= block < num_blocks for block in blocks)
+        table = array("i", blocks)
+        address = table.buffer_info()[0]
+        library.lend(channel.address, ctypes.addressof(layers), len(layers), address, len(blocks))
+
+    def channel_bytes(self, stores: Sequence[Store], num_tokens: int) -> int:
+        """Return the bytes of the data of a loan's channel: queries of `num_tokens` tokens in one layer with their
+        answer, or one block of all layers.
+        """
+        most = 0
+        for mixer in self._mixers:
+            assert isinstance(mixer, AttentionSpec)
+            values = 2 + -(-mixer.value_dim // PANEL) * PANEL
+            most = max(most, num_tokens * mixer.num_heads * (2 * mixer.head_dim + 4 * values))
+        own: dict[int, int] = {store.address: store.nbytes // store.num_blocks for store in stores}
+        return max(most, sum(own.values())) + 64
 
 
 def _norm(spec: NormSpec, layer: LayerWeights, name: str, hidden: int) -> Norm:

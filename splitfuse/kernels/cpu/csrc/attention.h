@@ -3,17 +3,20 @@
 // Keys are taken in tiles of 512 at absolute positions. Each tile gives a row its own maximum, sum and weighted values
 // from scratch; tiles are merged in their order. So a row's bits do not depend on the chunk it came in, on the thread that
 // computed a tile, or on the other rows. (Merging of partial softmaxes: Milakov and Gimelshein, arXiv 1805.02867.)
+//
+// A creditor may hold the leading tiles of a request (loans.h). It merges them in their order, and this process goes on from
+// its result: the same merges in the same order, so the same bits.
 #pragma once
 
 #include <algorithm>
 #include <vector>
 
-#include "kv_store.h"
+#include "loans.h"
 
 namespace splitfuse {
 namespace SF_VARIANT {
 
-constexpr int TILE = 2 * SLAB_STEPS;            // Keys: their weights fill one slab.
+static_assert(TILE == 2 * SLAB_STEPS, "the weights of a tile fill one slab");
 constexpr int TILE_PIECES = TILE / PIECE;
 constexpr int SCORE_STRIDE = TILE + LANES;
 constexpr float NOTHING = -1e30f;               // The maximum of no scores.
@@ -38,7 +41,10 @@ struct Item {
     i32 request, head, rows;
     i64 first;
     i64 begin_tile, end_tile;
-    i64 partial;  // Where the tiles' results go, to be merged later; -1: they are merged at once.
+    i64 partial;    // Where the tiles' results go, to be merged later; -1: they are merged at once.
+    i32 loan;       // Place of the request's loan, -1: it has none.
+    i64 own_tiles;  // The first tile that no creditor holds.
+    i64 num_partials;  // Of this item and its other parts together.
 };
 
 // The result of one tile, or of several merged, for the rows of an item.
@@ -54,6 +60,9 @@ struct Attention {
     const u16* q;               // [T, H, D]
     u16* out;                   // [T, H, D], or [T, H, value_dim]
     u8* widened;                // int8 only: this thread's buffer for one tile
+    i64 layer = 0;
+    float* lent = nullptr;      // for a debtor: where merged tiles go rather than to out, [T, H] of lent_floats()
+    Channel* channel = nullptr; // to the debtor
 
     // Position of the item's request's first row.
     i64 start(const Item& item) const {
@@ -71,43 +80,60 @@ struct Attention {
     }
 };
 
+// Number of floats of one tile's result that is kept for merging: maxima, totals, values.
+SF_INLINE i64 partial_floats(const Layout& kv) { return item_rows(kv) * (2 + kv.value_padded); }
+
+// Most bytes of own tiles that a request with a loan computes before its creditor answers. With more it waits first.
+constexpr i64 DEFERRED_BYTES = 1 << 24;
+
 // Makes the items of all requests, longest first; if there are few, long ones in parts. Returns how many tiles get partials.
-inline i64 make_items(const Step& step, i64 num_heads, const Layout& kv, int num_threads, std::vector<Item>& items) {
+// Only the first `most_tiles` of a request are computed.
+inline i64 make_items(const Step& step, i64 num_heads, const Layout& kv, int num_threads, i64 most_tiles, std::vector<Item>& items) {
     items.clear();
     const i64 group = num_heads / kv.num_kv_heads;
     for (i32 request = 0; request < step.requests; ++request) {
         i64 tokens = step.query_start[request + 1] - step.query_start[request];
         i64 rows = tokens * group, blocks = ceil_div(rows, item_rows(kv));
+        const i32 loan = step.loans ? step.loans->of_request[request] : -1;
+        const i64 own_tiles = loan < 0 ? 0 : step.loans->of[loan].tiles;
         for (i32 head = 0; head < kv.num_kv_heads; ++head)
             for (i64 block = 0; block < blocks; ++block) {
                 i64 first = rows * block / blocks, end = rows * (block + 1) / blocks;
                 i64 last_position = step.seq_lens[request] - tokens + (end - 1) / group;
-                items.push_back({request, head, static_cast<i32>(end - first), first, 0, last_position / TILE + 1, -1});
+                i64 end_tile = std::min(last_position / TILE + 1, most_tiles);
+                items.push_back({request, head, static_cast<i32>(end - first), first, own_tiles, end_tile, -1, loan, own_tiles, 0});
             }
     }
     i64 partials = 0;
-    if (static_cast<int>(items.size()) < 2 * num_threads && num_threads > 1) {
+    const bool few = static_cast<int>(items.size()) < 2 * num_threads && num_threads > 1;
+    if (few || step.loans) {
         i64 tiles = 0;
-        for (const Item& item : items) tiles += item.end_tile;
-        i64 most = std::max<i64>(1, tiles / (3 * num_threads));
+        for (const Item& item : items) tiles += item.end_tile - item.begin_tile;
+        const i64 most = few ? std::max<i64>(1, tiles / (3 * num_threads)) : tiles;
         std::vector<Item> parts;
         for (Item item : items) {
-            i64 tiles_left = item.end_tile;
-            if (tiles_left <= most) {
+            const i64 count = item.end_tile - item.begin_tile;
+            const i64 tokens = step.query_start[item.request + 1] - step.query_start[item.request];
+            const bool deferred = item.loan >= 0 && tokens * num_heads * count * (2 + kv.value_padded) * 4 <= DEFERRED_BYTES;
+            if (count <= most && !deferred) {
                 parts.push_back(item);
                 continue;
             }
             item.partial = partials;
-            partials += tiles_left;
-            for (i64 begin = 0; begin < tiles_left; begin += most) {
+            item.num_partials = count;
+            partials += count;
+            const i64 end_tile = item.end_tile;
+            for (i64 begin = item.own_tiles; begin < end_tile; begin += most) {
                 item.begin_tile = begin;
-                item.end_tile = std::min(begin + most, tiles_left);
+                item.end_tile = std::min(begin + most, end_tile);
                 parts.push_back(item);
             }
         }
         items.swap(parts);
     }
-    std::stable_sort(items.begin(), items.end(), [](const Item& a, const Item& b) {
+    auto waits = [](const Item& item) { return item.loan >= 0 && item.partial < 0; };
+    std::stable_sort(items.begin(), items.end(), [&](const Item& a, const Item& b) {
+        if (waits(a) != waits(b)) return waits(b);
         return a.end_tile - a.begin_tile > b.end_tile - b.begin_tile;
     });
     return partials;
@@ -347,7 +373,34 @@ SF_INLINE void begin_rows(const Attention& a, const Item& item, i64 group, i64 p
     }
 }
 
+// Begins with what the creditor of the item's request gives, if there is one that has tiles which the request sees.
+SF_INLINE void begin_with_loan(const Attention& a, const Layout& kv, const Item& item, i64 group, Partial& all) {
+    Loan* loan = item.loan < 0 ? nullptr : a.step.loans->of + item.loan;
+    if (!loan || !loan->awaits || !wait_for_answer(*loan)) return begin_rows(a, item, group, kv.value_padded, all);
+    const i64 tokens = a.step.query_start[item.request + 1] - a.step.query_start[item.request];
+    const float* given = answers(*loan->channel, tokens * a.heads.num_heads * kv.head_dim);
+    for (i32 r = 0; r < item.rows; ++r) {
+        const i64 row = item.first + r;
+        const float* from = given + (row / group * a.heads.num_heads + item.head * group + row % group) * lent_floats(kv);
+        all.maximum[r] = from[0];
+        all.total[r] = from[1];
+        std::memcpy(all.values + r * kv.value_padded, from + 2, kv.value_padded * sizeof(float));
+    }
+}
+
+// Writes the merged tiles of an item as begin_with_loan() reads them.
+SF_INLINE void lend_rows(const Attention& a, const Layout& kv, const Item& item, i64 group, const Partial& all) {
+    for (i32 r = 0; r < item.rows; ++r) {
+        const i64 row = item.first + r;
+        float* to = a.lent + (row / group * a.heads.num_heads + item.head * group + row % group) * lent_floats(kv);
+        to[0] = all.maximum[r];
+        to[1] = all.total[r];
+        std::memcpy(to + 2, all.values + r * kv.value_padded, kv.value_padded * sizeof(float));
+    }
+}
+
 SF_INLINE void end_rows(const Attention& a, const Layout& kv, const Item& item, i64 group, const Partial& all) {
+    if (a.lent) return lend_rows(a, kv, item, group, all);
     for (i32 r = 0; r < item.rows; ++r) {
         i64 row = item.first + r;
         i64 token = a.step.query_start[item.request] + row / group;
@@ -361,14 +414,29 @@ SF_INLINE void end_rows(const Attention& a, const Layout& kv, const Item& item, 
     }
 }
 
-// Number of floats of one tile's result that is kept for merging: maxima, totals, values.
-SF_INLINE i64 partial_floats(const Layout& kv) { return item_rows(kv) * (2 + kv.value_padded); }
-
 // Writes the result of a tile that no row sees.
 SF_INLINE void forget(const Layout& kv, float* place) {
     const int rows = item_rows(kv);
     for (int r = 0; r < rows; ++r) place[r] = NOTHING;
     std::memset(place + rows, 0, (partial_floats(kv) - rows) * sizeof(float));
+}
+
+// Sends the queries of the requests with loans to the creditors that have tiles which these see.
+inline void ask_creditors(Team& team, const Attention& a, const Layout& kv) {
+    if (!a.step.loans) return;
+    team.split(a.step.loans->count, [&](i64 begin, i64 end) {
+        for (i64 i = begin; i < end; ++i) {
+            Loan& loan = a.step.loans->of[i];
+            const i64 first = a.step.query_start[loan.request], tokens = a.step.query_start[loan.request + 1] - first;
+            const i64 position = a.step.seq_lens[loan.request] - tokens, token_queries = a.heads.num_heads * kv.head_dim;
+            loan.awaits = tokens && a.first_seen(position) < loan.tiles * i64{TILE};
+            if (!loan.awaits) continue;
+            const i64 needed = answer_offset(tokens * token_queries) + tokens * a.heads.num_heads * lent_floats(kv) * 4;
+            ask(loan, {ATTEND, static_cast<i32>(a.layer), static_cast<i32>(tokens), loan.tiles, position}, needed, [&](u8* data) {
+                std::memcpy(data, a.q + first * token_queries, tokens * token_queries * 2);
+            });
+        }
+    });
 }
 
 // Computes all items; `partials` has room for the number of tiles that make_items() returned. Returns when all are done.
@@ -378,6 +446,7 @@ inline void attend(Team& team, const Attention& a, const std::vector<Item>& item
     const int most_rows = item_rows(kv);
     bool split = false;
     for (const Item& item : items) split |= item.partial >= 0;
+    ask_creditors(team, a, kv);
 
     team.share(static_cast<i64>(items.size()), [&](i64 begin, i64 end, i64) {
         alignas(64) u32 queries[ROWS_READ * (MOST_HEAD_DIM / 2 / SLAB_STEPS) * SLAB_STRIDE];
@@ -388,9 +457,10 @@ inline void attend(Team& team, const Attention& a, const std::vector<Item>& item
             copy_queries(a, kv, item, queries);
             const i64 first_tile = std::min(a.first_tile(item), item.end_tile);
             // Without sinks the first tile merged with nothing is itself.
-            const bool alone = item.partial < 0 && !a.heads.sinks;
-            if (item.partial < 0 && a.heads.sinks) begin_rows(a, item, group, kv.value_padded, all);
-            for (i64 t = item.begin_tile; t < first_tile && item.partial >= 0; ++t) forget(kv, partials + (item.partial + t) * stride);
+            const bool alone = item.partial < 0 && !a.heads.sinks && item.loan < 0 && first_tile < item.end_tile;
+            if (item.partial < 0 && !alone) begin_with_loan(a, kv, item, group, all);
+            float* places = partials + (item.partial - item.own_tiles) * stride;  // of the results by tile
+            for (i64 t = item.begin_tile; t < first_tile && item.partial >= 0; ++t) forget(kv, places + t * stride);
             Pieces pieces{0, 0, 0, {}};
             if (first_tile < item.end_tile) pieces = pieces_of(a, kv, item, first_tile);
             for (i64 t = first_tile; t < item.end_tile; ++t) {
@@ -404,7 +474,7 @@ inline void attend(Team& team, const Attention& a, const std::vector<Item>& item
                     attend_tile(a, kv, item, t, pieces, following, queries, tile);
                     merge(tile, kv.value_padded, item.rows, all);
                 } else {
-                    float* place = partials + (item.partial + t) * stride;
+                    float* place = places + t * stride;
                     Partial part{{}, {}, place + 2 * most_rows};
                     attend_tile(a, kv, item, t, pieces, following, queries, part);
                     std::copy_n(part.maximum, most_rows, place);
@@ -413,6 +483,7 @@ inline void attend(Team& team, const Attention& a, const std::vector<Item>& item
                 pieces = following;
             }
             if (item.partial < 0) end_rows(a, kv, item, group, all);
+            if (a.channel) beat(*a.channel);
         }
     });
     if (!split) return;
@@ -421,11 +492,9 @@ inline void attend(Team& team, const Attention& a, const std::vector<Item>& item
         Partial all{{}, {}, all_values};
         for (i64 i = begin; i < end; ++i) {
             const Item& item = items[i];
-            if (item.partial < 0 || item.begin_tile > 0) continue;  // the first part of each stands for the whole
-            i64 tokens = a.step.query_start[item.request + 1] - a.step.query_start[item.request];
-            i64 last_position = a.step.seq_lens[item.request] - tokens + (item.first + item.rows - 1) / group;
-            begin_rows(a, item, group, kv.value_padded, all);
-            for (i64 t = 0; t <= last_position / TILE; ++t) {
+            if (item.partial < 0 || item.begin_tile > item.own_tiles) continue;  // the first part of each stands for the whole
+            begin_with_loan(a, kv, item, group, all);
+            for (i64 t = 0; t < item.num_partials; ++t) {
                 float* place = partials + (item.partial + t) * stride;
                 Partial part{{}, {}, place + 2 * most_rows};
                 std::copy_n(place, most_rows, part.maximum);

@@ -79,6 +79,24 @@ struct Lora {
 };
 enum LoraTarget : std::int32_t { LORA_QKV = 0, LORA_GATE = 1, LORA_O = 2, LORA_UP = 3, LORA_DOWN = 4, LORA_TARGETS = 5 };
 
+// A request whose leading keys and values, whole tiles of 512, a creditor holds: another process on this machine, which gives
+// the merged result of these tiles through memory that both share. See loans.h.
+struct Channel;
+struct Loan {
+    std::int32_t request;      // of the step
+    std::int32_t tiles;
+    Channel* channel;
+    std::int32_t lost;         // set if the creditor does not answer: what the step computes of the request is of no use
+    std::uint32_t asked;       // number of the message that was sent last
+    std::int32_t awaits;       // whether its answer is still to be read
+    std::int32_t patience;     // milliseconds that the creditor may take without any progress
+};
+struct Loans {
+    Loan* of;
+    const std::int32_t* of_request;  // [S], the place of the request's loan, -1: it has none
+    std::int64_t count;
+};
+
 // One step: T tokens of S requests, whose hidden states are wanted in R rows. The arrays are those of RaggedBatch; a kernel
 // that does not need one may be given null.
 struct Step {
@@ -96,6 +114,7 @@ struct Step {
     const std::int32_t* tables;       // [S, table_width]
     const std::int32_t* rows;         // [R]
     const Lora* lora;                 // or null: no row has an adapter
+    const Loans* loans;               // or null: each request has all of its keys and values here
 };
 
 // A norm of vectors, RMS or layer norm; without a weight there is none.

@@ -142,7 +142,7 @@ inline void attention_block(Team& team, Workspace& work, const Step& step, const
         }
         rope_store(team, step, layer.heads, layer.store, qkv.y, queries);
     }
-    Attention attention{step, layer.heads, layer.store, queries, attn_out, work.own[team.rank].tile.data()};
+    Attention attention{step, layer.heads, layer.store, queries, attn_out, work.own[team.rank].tile.data(), place / LORA_TARGETS};
     attend(team, attention, work.find_items(layer.heads, layer.store)->items, reinterpret_cast<float*>(work.partials.data()));
 
     out.bias = layer.o_bias;

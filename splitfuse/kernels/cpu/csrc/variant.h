@@ -3,6 +3,7 @@
 
 #include "draw.h"
 #include "layers.h"
+#include "lending.h"
 #include "limits.h"
 
 #define SF_JOIN_(a, b, c) a##b##_##c
@@ -135,6 +136,17 @@ SF_EXPORT(void, conv)(Workspace* work, const Step* step, const ShortConv* conv, 
 
 SF_EXPORT(i32, network)(Workspace* work, const Step* step, const Network* network, u16* rows) {
     return guarded([&] { run_network(*work, *step, *network, rows); });
+}
+
+// Answers the debtor of a loan until it is closed: see lending.h.
+SF_EXPORT(i32, lend)(Workspace* work, Channel* channel, const Layer* layers, i64 num_layers, const i32* blocks, i64 num_blocks) {
+    return guarded([&] { lend(*work, *channel, layers, num_layers, blocks, num_blocks); });
+}
+
+// Lets a creditor keep a block whose bytes, of all layers, lie side by side. Returns 0, or 1 if it does not answer.
+SF_EXPORT(i32, deposit)(Loan* loan, i64 index, const u8* data, i64 bytes) {
+    ask(*loan, {DEPOSIT, static_cast<i32>(index), 0, 0, 0}, bytes, [&](u8* to) { std::memcpy(to, data, bytes); });
+    return !wait_for_answer(*loan);
 }
 
 SF_EXPORT(void, route)(Workspace* work, const Router* router, float* logits, i64 tokens, i32* ids, float* weights) {

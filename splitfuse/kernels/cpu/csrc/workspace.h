@@ -99,7 +99,7 @@ struct Workspace {
             if (items[i].num_heads == heads.num_heads && items[i].num_kv_heads == store.num_kv_heads && items[i].rows == rows) return &items[i];
         return nullptr;
     }
-    void reserve_attention(const Step& step, const Heads& heads, const Store& store) {
+    void reserve_attention(const Step& step, const Heads& heads, const Store& store, i64 most_tiles = INT64_MAX) {
         Layout kv(store);
         HeadItems* found = find_items(heads, store);
         if (!found) {
@@ -108,7 +108,7 @@ struct Workspace {
             found->num_heads = heads.num_heads;
             found->num_kv_heads = store.num_kv_heads;
             found->rows = item_rows(kv);
-            found->tiles = make_items(step, heads.num_heads, kv, num_threads, found->items);
+            found->tiles = make_items(step, heads.num_heads, kv, num_threads, most_tiles, found->items);
         }
         partials.reserve(found->tiles * partial_floats(kv) * 4);
         if (store.int8)

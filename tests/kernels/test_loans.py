@@ -1,0 +1,229 @@
+"""A request whose leading tiles another cache holds gets the bits of one whose cache has them all."""
+
+from __future__ import annotations
+
+import os
+import random
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from typing import Any
+
+import pytest
+import torch
+from backends import CPU, emulation_slow, poison, variants
+from ragged_requests import Chunk, Request, Runner
+from random_networks import OWN, OwnNames, RandomWeights
+from specs import make_spec
+from torch import Tensor
+
+from splitfuse.kernels.cpu.backend import CpuBackend
+from splitfuse.kernels.interface import AttentionSpec, LatentSpec, LayerSpec, MlpSpec, NormSpec
+from splitfuse.kernels.loans import TILE, Channel, RequestLoan, make_channel
+from splitfuse.models.decoder import Decoder
+from splitfuse.models.families import registry
+from splitfuse.models.families.common import Family
+from splitfuse.models.kv_cache import KVCache
+from splitfuse.models.spec import ModelSpec, RopeSpec
+from splitfuse.models.weights import load_decoder
+from splitfuse.runtime.batch import build_batch
+
+BLOCK, VOCABULARY, LENGTH, NUM_BLOCKS = 64, 70, 1601, 40
+CHUNK, STREAMED = 24, 5
+"""Numbers of tokens that follow the first ones of the request: in a chunk, and then one by one."""
+
+
+def network(**fields: Any) -> ModelSpec:
+    attention = fields.pop("attention", {})
+    sizes = {"num_layers": 2, "intermediate_size": 64, "num_heads": 4, "num_kv_heads": 2, "head_dim": 16}
+    whole = {"architecture": OWN, "vocab_size": VOCABULARY, "hidden_size": 48, "max_position": 2 * LENGTH}
+    return make_spec(**(sizes | whole | fields), attention=attention)
+
+
+def latent_network() -> ModelSpec:
+    norm = NormSpec(eps=1e-5)
+    latent = LatentSpec(norm=norm, q_rank=None, kv_rank=32, rope_dim=8, nope_dim=16, v_dim=16)
+    layer = LayerSpec(
+        mixer=AttentionSpec(num_heads=4, num_kv_heads=1, head_dim=40, latent=latent),
+        mlp=MlpSpec(intermediate_size=64, activation="silu"),
+    )
+    sizes = {"vocab_size": VOCABULARY, "hidden_size": 48, "max_position": 2 * LENGTH}
+    ropes = (RopeSpec(theta=10000.0, rotary_dim=8),)
+    return ModelSpec(architecture=OWN, dtype="bfloat16", norm=norm, layers=(layer,) * 2, ropes=ropes, **sizes)
+
+
+NETWORKS = {
+    "plain": network(),
+    "window": network(windows=(700, None)),  # which sees a part of the loan, or nothing
+    "small window": network(windows=(None, 30)),
+    "sinks and softcap": network(attention={"sinks": True, "softcap": 20.0}),
+    "alibi": network(attention={"alibi": 8.0, "rope": None}),
+    "latent": latent_network(),
+}
+CASES = [(name, kv_int8) for name in NETWORKS for kv_int8 in (False, True) if not (kv_int8 and name == "latent")]
+
+
+@pytest.fixture(autouse=True)
+def own_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(registry.FAMILIES, OWN, Family("own", lambda _: NETWORKS["plain"], OwnNames()))
+
+
+def make_decoder(variant: str, name: str, *, threads: int = 1, kv_int8: bool = False) -> Decoder:
+    backend = CpuBackend(variant=variant, num_threads=threads, kv_int8=kv_int8)
+    return load_decoder(RandomWeights(), NETWORKS[name], dtype=torch.bfloat16, device=CPU, backend=backend)
+
+
+def make_cache(decoder: Decoder) -> KVCache:
+    sizes = {"num_blocks": NUM_BLOCKS, "block_size": BLOCK, "dtype": torch.bfloat16, "device": decoder.device}
+    cache = KVCache(decoder.spec, backend=decoder.backend, **sizes)
+    for store in cache.layers:
+        poison(store)
+    return cache
+
+
+@contextmanager
+def lending(decoder: Decoder, cache: KVCache, blocks: Sequence[int], *, answers: bool = True) -> Iterator[Channel]:
+    """A channel to a creditor that holds a loan in these blocks, in a thread."""
+    fd = make_channel(5, decoder.channel_bytes(cache, CHUNK))
+    channel, theirs = Channel(fd, 5, patience=60.0 if answers else 0.05), Channel(fd, 5)
+    os.close(fd)
+    thread = threading.Thread(target=decoder.lend, args=(cache, theirs, blocks))
+    if answers:
+        thread.start()
+    try:
+        yield channel
+    finally:
+        channel.close()
+        if answers:
+            thread.join()
+
+
+class Whole:
+    """A request computed by one cache that has it all, beside another one, and the logits of its last tokens."""
+
+    def __init__(self, decoder: Decoder) -> None:
+        self.decoder = decoder
+        rng = random.Random(3)
+        self.tokens = [rng.randrange(VOCABULARY) for _ in range(LENGTH)]
+        self.runner = Runner(decoder, block_size=BLOCK, num_blocks=NUM_BLOCKS)
+        self.request = Request(list(self.tokens))
+        self.first = LENGTH - CHUNK - STREAMED
+        while (left := self.first - self.request.num_computed) > 0:
+            self.runner.step([(self.request, min(left, 600))])
+        self.request.logits.clear()
+        self.steps = [CHUNK, *[1] * STREAMED]
+        for length in self.steps:
+            self.runner.step([(self.request, length)])
+        self.logits = torch.stack(self.request.logits)
+
+    def block(self, index: int) -> Tensor:
+        data = torch.empty(self.runner.cache.block_bytes, dtype=torch.uint8)
+        self.runner.cache.read_block(self.request.blocks[index], data)
+        return data
+
+
+def with_loan(whole: Whole, cache: KVCache, channel: Channel, tiles: int) -> tuple[Tensor, Tensor, bool]:
+    """Return the logits of the same steps in a cache that has all but the leading tiles, those of a neighbour, and
+    whether the loan was lost.
+    """
+    decoder, held = whole.decoder, tiles * TILE // BLOCK
+    blocks = list(range(1, -(-LENGTH // BLOCK) - held + 1))
+    for index, block in enumerate(blocks, start=held):
+        cache.write_block(block, whole.block(index))  # those that are computed again are overwritten
+    table = [0] * held + blocks
+    start, rows, others, lost = whole.first, [], [], False
+    for length in whole.steps:
+        neighbour = Chunk(0, whole.tokens[:3], [NUM_BLOCKS - 1], 3)
+        chunk = Chunk(start, whole.tokens[start : start + length], table[: -(-(start + length) // BLOCK)], length)
+        batch = build_batch([neighbour, chunk], block_size=BLOCK, device=decoder.device)
+        batch.loans = [RequestLoan(1, tiles * TILE, channel)]
+        logits = decoder.logits(decoder.forward(batch, cache))
+        others.append(logits[:3])
+        rows.append(logits[3:])
+        lost |= batch.loans[0].is_lost
+        start += length
+    return torch.cat(rows), torch.stack(others), lost
+
+
+@pytest.mark.parametrize(("name", "kv_int8"), CASES)
+@pytest.mark.parametrize("variant", emulation_slow(variants()))
+def test_bits_do_not_depend_on_who_holds_leading_tiles(variant: str, name: str, kv_int8: bool) -> None:
+    whole = Whole(make_decoder(variant, name, threads=2, kv_int8=kv_int8))
+    for threads, tiles in ((1, 1), (1, 3), (2, 2)):
+        whole.decoder = make_decoder(variant, name, threads=threads, kv_int8=kv_int8)
+        theirs = make_cache(whole.decoder)
+        lent = random.Random(tiles).sample(range(NUM_BLOCKS), tiles * TILE // BLOCK)
+        with lending(whole.decoder, theirs, lent) as channel:
+            for index in range(len(lent)):
+                assert whole.decoder.backend.deposit(channel, index, whole.block(index))
+            logits, _, lost = with_loan(whole, make_cache(whole.decoder), channel, tiles)
+        assert not lost
+        assert torch.equal(logits, whole.logits)
+
+
+@pytest.mark.parametrize("variant", variants())
+def test_two_requests_have_creditors_of_their_own(variant: str) -> None:
+    decoder = make_decoder(variant, "plain")
+    whole, cache = Whole(decoder), make_cache(decoder)
+    first, second = (lending(decoder, make_cache(decoder), range(held)) for held in (16, 8))
+    with first as one, second as two:
+        chunks = []
+        for place, (channel, held) in enumerate(((one, 16), (two, 8))):
+            for index in range(held):
+                assert decoder.backend.deposit(channel, index, whole.block(index))
+            table = [0] * held + [1 + 18 * place + number for number in range(26 - held)]
+            for index in range(held, 25):
+                cache.write_block(table[index], whole.block(index))
+            chunks.append(Chunk(LENGTH - 2, whole.tokens[LENGTH - 2 :], table, 2))
+        batch = build_batch(chunks, block_size=BLOCK, device=decoder.device)
+        batch.loans = [RequestLoan(0, 16 * BLOCK, one), RequestLoan(1, 8 * BLOCK, two)]
+        logits = decoder.logits(decoder.forward(batch, cache))
+    assert torch.equal(logits[:2], whole.logits[-2:]) and torch.equal(logits[2:], whole.logits[-2:])
+
+
+@pytest.mark.parametrize("how", ["no answer", "closed"])
+@pytest.mark.parametrize("variant", variants())
+def test_a_lost_creditor_is_noticed_and_harms_no_other(variant: str, how: str) -> None:
+    decoder = make_decoder(variant, "plain")
+    whole = Whole(decoder)
+    with lending(decoder, make_cache(decoder), range(8), answers=False) as channel:
+        if how == "closed":
+            channel.close()
+        _, others, lost = with_loan(whole, make_cache(decoder), channel, 1)
+        assert lost
+        assert not decoder.backend.deposit(channel, 0, whole.block(0))
+    alone = Request(whole.tokens[:3])
+    Runner(decoder, block_size=BLOCK).step([(alone, 3)])
+    for each in others:
+        assert torch.equal(each, torch.stack(alone.logits))
+
+
+@pytest.mark.parametrize("variant", variants())
+def test_a_message_that_makes_no_sense_is_refused(variant: str) -> None:
+    decoder = make_decoder(variant, "plain")
+    cache = make_cache(decoder)
+    with lending(decoder, cache, range(8)) as channel:
+        assert not decoder.backend.deposit(channel, 8, torch.zeros(cache.block_bytes, dtype=torch.uint8))
+
+
+@pytest.mark.parametrize(("num_tokens", "start"), [(TILE + 1, 1500), (TILE, 500), (0, 500)])
+@pytest.mark.parametrize("variant", variants())
+def test_a_loan_is_of_tiles_before_the_chunk(variant: str, num_tokens: int, start: int) -> None:
+    decoder = make_decoder(variant, "plain")
+    cache = make_cache(decoder)
+    with lending(decoder, cache, range(8), answers=False) as channel:
+        batch = build_batch([Chunk(start, [1], range(30), 1)], block_size=BLOCK, device=decoder.device)
+        batch.loans = [RequestLoan(0, num_tokens, channel)]
+        with pytest.raises(IndexError, match="leading tiles"):
+            decoder.forward(batch, cache)
+
+
+def test_a_channel_is_of_one_loan() -> None:
+    fd = make_channel(7, 1000)
+    with pytest.raises(ValueError, match="loan 8"):
+        Channel(fd, 8)
+    os.ftruncate(fd, 100)
+    with pytest.raises(ValueError, match="100 bytes"):
+        Channel(fd, 7)
+    with suppress(OSError):
+        os.close(fd)
