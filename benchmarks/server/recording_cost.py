@@ -26,7 +26,8 @@ from benchmarks.server.front_cost import make_prompts, parsed, settings_of
 from splitfuse.config import EngineConfig
 from splitfuse.core.sampling_params import SamplingParams
 from splitfuse.engine.messages import Add, EngineStats
-from splitfuse.engine.remote.supervisor import SubprocessEngine
+from splitfuse.engine.remote.launcher import SubprocessLauncher
+from splitfuse.engine.remote.supervisor import SupervisedEngine
 from splitfuse.engine.trace import TraceLevel
 from splitfuse.recording.recorder import Recorder
 from splitfuse.server.console.store import ConsoleStore, Viewer
@@ -58,7 +59,7 @@ async def measure() -> None:
     flags = [flag for flag in flags if flag != "--console"]
     config = EngineConfig.from_settings({"num_blocks": 400, **settings_of(flags)})
     path = Path(tempfile.mkdtemp(prefix="bench-")) / "engine.rec"
-    client, recorder = SubprocessEngine(config), Recorder(path, config, max_mib=1024)
+    client, recorder = SupervisedEngine(SubprocessLauncher(config)), Recorder(path, config, max_mib=1024)
     hub, num_sent = TraceHub(client.engines), 0
 
     def take(event: TraceEvent) -> None:
@@ -95,7 +96,7 @@ async def measure() -> None:
 
 
 async def compare(
-    client: SubprocessEngine,
+    client: SupervisedEngine,
     arguments: argparse.Namespace,
     word: str,
     watched: Callable[[], AbstractContextManager[None]],
@@ -133,7 +134,7 @@ async def compare(
 class Meter:
     """Counts the steps of an engine, and the time that they take."""
 
-    def __init__(self, client: SubprocessEngine) -> None:
+    def __init__(self, client: SupervisedEngine) -> None:
         self._client = client
         self._wanted = 0
         self._steps: list[tuple[float, float]] = []
@@ -159,7 +160,7 @@ class Meter:
         return sum(int(each.read_text().split()[0]) for each in threads) / 1e9, time.process_time()
 
 
-async def ask_on(client: SubprocessEngine, arguments: argparse.Namespace, number: int) -> None:
+async def ask_on(client: SupervisedEngine, arguments: argparse.Namespace, number: int) -> None:
     """Ask for one answer after the other; the first ones have different lengths, so that they end one by one."""
     for each in count():
         (prompt,) = make_prompts(number + arguments.streams * each, 1, arguments.prompt)

@@ -26,7 +26,8 @@ from splitfuse.config import EngineConfig
 from splitfuse.core.sampling_params import SamplingParams
 from splitfuse.engine.messages import Add
 from splitfuse.engine.remote import launcher
-from splitfuse.engine.remote.supervisor import SubprocessEngine
+from splitfuse.engine.remote.launcher import SubprocessLauncher
+from splitfuse.engine.remote.supervisor import SupervisedEngine
 
 WARM_SECONDS = 5.0
 """Time until requests end one by one and all is warm; what runs then is not counted."""
@@ -42,7 +43,7 @@ async def measure() -> None:
     launcher.WORKER = "benchmarks.server.timed_worker"
     with tempfile.TemporaryDirectory() as folder:
         out = os.environ["SPLITFUSE_ACCOUNT"] = str(Path(folder, "account.json"))
-        client = SubprocessEngine(EngineConfig.from_settings({"num_blocks": 1200, **settings_of(flags)}))
+        client = SupervisedEngine(SubprocessLauncher(EngineConfig.from_settings({"num_blocks": 1200, **settings_of(flags)})))
         await client.start()
         async with asyncio.TaskGroup() as group:
             load = [
@@ -76,7 +77,7 @@ def show(account: dict[str, dict[str, float]], front: float) -> None:
     print(f"outside kernels: {1e6 * (wall - kernels) / steps:.0f} us a step, {100 * (1 - kernels / wall):.2f} %")
 
 
-async def ask_on(client: SubprocessEngine, arguments: argparse.Namespace, number: int, temperature: float) -> None:
+async def ask_on(client: SupervisedEngine, arguments: argparse.Namespace, number: int, temperature: float) -> None:
     """Ask for one answer after the other; the first ones have different lengths, so that they end one by one."""
     for each in count():
         (prompt,) = make_prompts(number + arguments.streams * each, 1, arguments.prompt)

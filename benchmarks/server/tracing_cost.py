@@ -15,7 +15,8 @@ from contextlib import contextmanager
 from benchmarks.server.front_cost import parsed, settings_of
 from benchmarks.server.recording_cost import compare
 from splitfuse.config import EngineConfig
-from splitfuse.engine.remote.supervisor import SubprocessEngine
+from splitfuse.engine.remote.launcher import SubprocessLauncher
+from splitfuse.engine.remote.supervisor import SupervisedEngine
 from splitfuse.server.trace_feed import TraceFeed, TraceQueue
 from splitfuse.server.trace_stream import SEND_SECONDS
 from splitfuse.server.traces import TraceHub
@@ -24,7 +25,7 @@ from splitfuse.server.traces import TraceHub
 async def measure() -> None:
     """Print each pair of turns, and the ratios of all."""
     arguments, flags = parsed(__doc__, prompt=16, generate=64)
-    client = SubprocessEngine(EngineConfig.from_settings({"num_blocks": 400, **settings_of(flags)}))
+    client = SupervisedEngine(SubprocessLauncher(EngineConfig.from_settings({"num_blocks": 400, **settings_of(flags)})))
     feed, num_bytes = TraceFeed(TraceHub(client.engines)), 0
 
     async def send(queue: TraceQueue) -> None:

@@ -6,7 +6,8 @@ import os
 
 from splitfuse.config import EngineConfig, ServerConfig
 from splitfuse.engine.quarantine import Quarantine
-from splitfuse.engine.remote.supervisor import SubprocessEngine
+from splitfuse.engine.remote.launcher import SubprocessLauncher
+from splitfuse.engine.remote.supervisor import SupervisedEngine
 from splitfuse.engine.router import Router
 from splitfuse.engine.tier_files import open_tiers
 from splitfuse.errors import ConfigError
@@ -26,22 +27,18 @@ def make_replicas(
     """
     if replicas == 1:
         tiers, name_key = open_tiers(config.cache)
-        engine = SubprocessEngine(config, step_timeout=step_timeout, name_key=name_key, tiers=tiers)
-        return Router([engine], name_key=name_key)
+        launcher = SubprocessLauncher(config, name_key=name_key, tiers=tiers)
+        return Router([SupervisedEngine(launcher, step_timeout=step_timeout)], name_key=name_key)
     all_cores = divide(sorted(os.sched_getaffinity(0)), replicas, paid=min(paid_cores(), default=None))
     tiers, name_key = open_tiers(config.cache)
     weights = WeightSharing(os.memfd_create("splitfuse-weights"), replicas) if hasattr(os, "memfd_create") else None
     quarantine = Quarantine()
     return Router(
         [
-            SubprocessEngine(
-                config,
+            SupervisedEngine(
+                SubprocessLauncher(config, cores=cores, weights=weights, name_key=name_key, tiers=part),
                 step_timeout=step_timeout,
-                cores=cores,
-                weights=weights,
                 quarantine=quarantine,
-                name_key=name_key,
-                tiers=part,
             )
             for cores, part in zip(all_cores, tiers.split(replicas) if tiers else [None] * replicas, strict=True)
         ],

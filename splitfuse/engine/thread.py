@@ -14,7 +14,7 @@ from splitfuse.engine.messages import Command, Failed, Report, Stop
 class AsyncEngine(LocalClient):
     """Runs an engine in a thread of this process.
 
-    What the engine does with the GIL held delays the event loop, so a server uses SubprocessEngine; this
+    What the engine does with the GIL held delays the event loop, so a server uses SupervisedEngine; this
     is for programs that want both in one process, and for tests.
 
     >>> client = AsyncEngine(Engine.load(EngineConfig()))

@@ -41,8 +41,9 @@ from splitfuse.engine.messages import (
     decode_report,
     encode,
 )
-from splitfuse.engine.remote import supervisor
-from splitfuse.engine.remote.supervisor import SubprocessEngine
+from splitfuse.engine.remote import launcher
+from splitfuse.engine.remote.launcher import SubprocessLauncher
+from splitfuse.engine.remote.supervisor import SupervisedEngine
 from splitfuse.engine.remote.transport import MAX_MESSAGE, frame, receive
 from splitfuse.engine.replicas import divide, make_replicas
 from splitfuse.engine.router import Router
@@ -68,7 +69,7 @@ def in_thread() -> AsyncEngine:
 
 
 def in_process() -> EngineClient:
-    return SubprocessEngine(CONFIG)
+    return SupervisedEngine(SubprocessLauncher(CONFIG))
 
 
 def behind_router() -> EngineClient:
@@ -235,7 +236,7 @@ def test_closing_ends_what_runs_with_an_error(make: Callable[[], EngineClient]) 
 # --- a process --------------------------------------------------------------------------------------------------------
 
 
-async def die_and_come_back(client: SubprocessEngine, harm: Callable[[int], None]) -> None:
+async def die_and_come_back(client: SupervisedEngine, harm: Callable[[int], None]) -> None:
     tasks = [asyncio.create_task(answer(client, str(i), PROMPT, LONG)) for i in range(8)]
     await until(lambda: client.stats[0].num_running == 8)
     pid = client.pid
@@ -261,8 +262,8 @@ def test_a_killed_process_fails_its_requests_and_comes_back(
         os.kill(pid, signal.SIGKILL)
 
     async def test() -> None:
-        async with running(SubprocessEngine(CONFIG)) as client:
-            assert isinstance(client, SubprocessEngine)
+        async with running(SupervisedEngine(SubprocessLauncher(CONFIG))) as client:
+            assert isinstance(client, SupervisedEngine)
             await die_and_come_back(client, kill)
 
     run(test())
@@ -274,7 +275,7 @@ def test_a_killed_process_fails_its_requests_and_comes_back(
 def test_a_hanging_process_is_found_and_its_stacks_logged(
     capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    send, shown = supervisor._signal, ""
+    send, shown = launcher._signal, ""
 
     def kill_once_it_has_written(process: asyncio.subprocess.Process, number: signal.Signals) -> None:
         nonlocal shown
@@ -282,11 +283,11 @@ def test_a_hanging_process_is_found_and_its_stacks_logged(
             shown += capfd.readouterr().err
         send(process, number)
 
-    monkeypatch.setattr(supervisor, "_signal", kill_once_it_has_written)
+    monkeypatch.setattr(launcher, "_signal", kill_once_it_has_written)
 
     async def test() -> None:
-        async with running(SubprocessEngine(CONFIG, silence_timeout=PATIENCE)) as client:
-            assert isinstance(client, SubprocessEngine)
+        async with running(SupervisedEngine(SubprocessLauncher(CONFIG), silence_timeout=PATIENCE)) as client:
+            assert isinstance(client, SupervisedEngine)
             live = client._live
 
             async def live_patiently() -> str:  # a process that imports PyTorch is silent for long
@@ -302,12 +303,12 @@ def test_a_hanging_process_is_found_and_its_stacks_logged(
             await die_and_come_back(client, stop)
 
     run(test())
-    assert "the engine hangs: its process has been silent for" in caplog.text
+    assert "the engine hangs: it has been silent for" in caplog.text
 
 
 def test_a_step_that_does_not_end_is_a_hang() -> None:
     async def test() -> None:
-        async with running(SubprocessEngine(CONFIG, step_timeout=1e-9)) as client:  # any step is too long
+        async with running(SupervisedEngine(SubprocessLauncher(CONFIG), step_timeout=1e-9)) as client:  # any step is too long
             with pytest.raises(EngineUnavailableError, match="a step has taken"):
                 while True:  # a heartbeat must fall into a step
                     await asyncio.gather(*(answer(client, str(i), PROMPT, LONG) for i in range(8)))
@@ -324,7 +325,7 @@ def test_a_step_that_does_not_end_is_a_hang() -> None:
 )
 def test_start_raises_what_prevents_it(settings: dict[str, Any], error: type[Exception], message: str) -> None:
     async def test() -> None:
-        client = SubprocessEngine(EngineConfig.from_settings(settings))
+        client = SupervisedEngine(SubprocessLauncher(EngineConfig.from_settings(settings)))
         with pytest.raises(error, match=message):
             await client.start()
         assert client.state is EngineState.DEAD
@@ -336,7 +337,7 @@ def test_start_raises_what_prevents_it(settings: dict[str, Any], error: type[Exc
 def test_a_process_leaves_nothing_behind() -> None:
     async def test() -> None:
         files, tasks = set(Path("/proc/self/fd").iterdir()), len(asyncio.all_tasks())
-        client = SubprocessEngine(CONFIG)
+        client = SupervisedEngine(SubprocessLauncher(CONFIG))
         await client.start()
         pid = client.pid
         await client.close()
@@ -350,7 +351,7 @@ def test_a_process_leaves_nothing_behind() -> None:
 
 def test_closing_a_starting_process_logs_nothing() -> None:
     async def start_and_close() -> None:
-        client = SubprocessEngine(CONFIG)
+        client = SupervisedEngine(SubprocessLauncher(CONFIG))
         starting = asyncio.create_task(client.start())
         await until(lambda: client.pid is not None)
         starting.cancel()
@@ -372,7 +373,7 @@ def test_closing_a_starting_process_logs_nothing() -> None:
 
 def test_other_replicas_continue_when_one_dies() -> None:
     async def test() -> None:
-        mortal, other = SubprocessEngine(CONFIG), in_thread()
+        mortal, other = SupervisedEngine(SubprocessLauncher(CONFIG)), in_thread()
         async with running(Router([mortal, other])) as router:
             tasks = [asyncio.create_task(answer(router, str(i), PROMPT[i:], LONG)) for i in range(8)]
             await until(lambda: all(stats.num_running for stats in router.stats))
@@ -390,7 +391,7 @@ def test_other_replicas_continue_when_one_dies() -> None:
 
 
 def test_a_router_tells_the_stage_of_those_not_ready() -> None:
-    first, second = (SubprocessEngine(CONFIG) for _ in range(2))
+    first, second = (SupervisedEngine(SubprocessLauncher(CONFIG)) for _ in range(2))
     router = Router([first, second])
     first.stage, second.stage = Loading("loading", 0.98), Loading("starting")
     assert router.stage == first.stage
@@ -402,7 +403,7 @@ def test_a_router_tells_the_stage_of_those_not_ready() -> None:
 
 def test_a_silent_replica_gets_no_requests() -> None:
     async def test() -> None:
-        stopped, other = SubprocessEngine(CONFIG), in_thread()
+        stopped, other = SupervisedEngine(SubprocessLauncher(CONFIG)), in_thread()
         async with running(Router([stopped, other])) as router:
             assert stopped.pid is not None
             os.kill(stopped.pid, signal.SIGSTOP)
@@ -446,7 +447,7 @@ def test_replicas_share_their_weights() -> None:
             make_replicas(EngineConfig.from_settings({**SETTINGS, "quantization": "int8"}), replicas=2)
         ) as router:
             assert isinstance(router, Router)
-            pids = [replica.pid for replica in router.replicas if isinstance(replica, SubprocessEngine) and replica.pid]
+            pids = [replica.pid for replica in router.replicas if isinstance(replica, SupervisedEngine) and replica.pid]
             assert len(pids) == 2
             assert set.union(*(os.sched_getaffinity(pid) for pid in pids)) == cores
             asked = requests(8)
@@ -460,7 +461,7 @@ def test_replicas_share_their_weights() -> None:
             assert access == ["rw-s", "r--s"]
             suspect = Add("suspect", PROMPT, LONG)
             for pid, replica in zip(pids, router.replicas, strict=True):
-                assert isinstance(replica, SubprocessEngine)
+                assert isinstance(replica, SupervisedEngine)
                 replica.rescue = None  # it shall not go on
                 stream = replica.open(suspect)
                 await anext(aiter(stream))

@@ -23,7 +23,8 @@ from splitfuse.core.sampling_params import SamplingParams
 from splitfuse.engine.calibrate import run_calibration
 from splitfuse.engine.engine import Engine
 from splitfuse.engine.messages import Add
-from splitfuse.engine.remote.supervisor import SubprocessEngine
+from splitfuse.engine.remote.launcher import SubprocessLauncher
+from splitfuse.engine.remote.supervisor import SupervisedEngine
 from splitfuse.errors import ConfigError, MemoryPlanError
 from splitfuse.kernels.reference import ReferenceBackend
 from splitfuse.models.decoder import Decoder
@@ -132,7 +133,7 @@ def test_settings_that_need_the_cpu_are_refused_on_a_gpu() -> None:
 
 def test_an_engine_in_a_process_of_its_own() -> None:
     async def test() -> None:
-        client = SubprocessEngine(EngineConfig.from_settings({"device": "cuda", "num_blocks": 64, "dtype": "float32"}))
+        client = SupervisedEngine(SubprocessLauncher(EngineConfig.from_settings({"device": "cuda", "num_blocks": 64, "dtype": "float32"})))
         await client.start()
         try:
             tokens: list[int] = []

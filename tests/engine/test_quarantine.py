@@ -20,7 +20,8 @@ from splitfuse.engine.messages import Add, StepReport
 from splitfuse.engine.quarantine import MAX_REMEMBERED, MAX_TOKENS, NUM_COMPLETED, NUM_DEATHS, SECONDS, Quarantine
 from splitfuse.engine.remote import supervisor
 from splitfuse.engine.remote.in_flight import InFlightRecord
-from splitfuse.engine.remote.supervisor import SubprocessEngine
+from splitfuse.engine.remote.launcher import SubprocessLauncher
+from splitfuse.engine.remote.supervisor import SupervisedEngine
 from splitfuse.errors import EngineUnavailableError, RequestQuarantinedError
 
 PARAMS = SamplingParams(max_tokens=5, temperature=0.5, logit_bias={5: 1.0, 600: -1.0})
@@ -179,9 +180,8 @@ def test_a_request_that_kills_twice_is_refused_alone(
     monkeypatch.setattr(supervisor, "FIRST_PAUSE", 0.01)
     monkeypatch.setattr(supervisor, "STABLE_SECONDS", 0.0)
     long = SamplingParams(max_tokens=900, ignore_eos=True)
-    engine = SubprocessEngine(
-        EngineConfig.from_settings({"num_blocks": 256, "max_num_seqs": 1, "num_threads": 1}), quarantine=quarantine
-    )
+    config = EngineConfig.from_settings({"num_blocks": 256, "max_num_seqs": 1, "num_threads": 1})
+    engine = SupervisedEngine(SubprocessLauncher(config), quarantine=quarantine)
 
     def fail(_: StepReport) -> None:
         raise KeyError("a bug in the listener")
@@ -203,9 +203,9 @@ def test_a_request_that_kills_twice_is_refused_alone(
         waiting = engine.open(Add(f"waiting {number}", (5, 6, 7), long))
         while not engine.stats[0].num_waiting:
             await asyncio.sleep(0.01)
-        assert engine.pid is not None and engine._writer is not None
+        assert engine.pid is not None and engine._link is not None
         if number:  # an engine that cannot read a command does not go on without it
-            engine._writer.write(b"\0\0\0\2\xc1\xc1")
+            engine._link._writer.write(b"\0\0\0\2\xc1\xc1")
         else:
             os.kill(engine.pid, signal.SIGKILL)
         for stream in (running, waiting):

@@ -35,7 +35,8 @@ from splitfuse.engine.messages import (
 )
 from splitfuse.engine.quarantine import Quarantine, find_suspects
 from splitfuse.engine.remote import supervisor
-from splitfuse.engine.remote.supervisor import SubprocessEngine
+from splitfuse.engine.remote.launcher import SubprocessLauncher
+from splitfuse.engine.remote.supervisor import SupervisedEngine
 from splitfuse.engine.router import Router
 from splitfuse.engine.stream import Stream
 from splitfuse.engine.thread import AsyncEngine
@@ -85,7 +86,7 @@ async def read(stream: Stream) -> list[int]:
         return [token async for output in stream for token in output.token_ids]
 
 
-def kill(engine: SubprocessEngine) -> None:
+def kill(engine: SupervisedEngine) -> None:
     assert engine.pid is not None
     os.kill(engine.pid, signal.SIGKILL)
 
@@ -96,7 +97,7 @@ def test_streams_of_a_killed_engine_end_as_without_a_kill(caplog: pytest.LogCapt
 
     async def test() -> None:
         rng = Random(24)
-        first, second = SubprocessEngine(CONFIG), SubprocessEngine(CONFIG)
+        first, second = SupervisedEngine(SubprocessLauncher(CONFIG)), SupervisedEngine(SubprocessLauncher(CONFIG))
         async with running(first, second) as router:
             whole = await asyncio.gather(*(read(first.open(request)) for request in wanted))
             assert all(len(tokens) == 200 for tokens in whole)
@@ -129,7 +130,7 @@ def test_engines_are_restarted_one_after_the_other_under_load() -> None:
     wanted = requests(16, max_tokens=400)
 
     async def test() -> None:
-        engines = [SubprocessEngine(CONFIG), SubprocessEngine(CONFIG)]
+        engines = [SupervisedEngine(SubprocessLauncher(CONFIG)), SupervisedEngine(SubprocessLauncher(CONFIG))]
         async with running(*engines) as router:
             whole = await asyncio.gather(*(read(router.open(request)) for request in wanted))
             for index, engine in enumerate(engines):
@@ -154,7 +155,7 @@ def test_a_request_that_kills_engines_is_found_and_the_others_go_on(monkeypatch:
 
     async def test() -> None:
         quarantine = Quarantine()
-        engine = SubprocessEngine(CONFIG, quarantine=quarantine)
+        engine = SupervisedEngine(SubprocessLauncher(CONFIG), quarantine=quarantine)
         async with running(engine) as router:
             whole = await asyncio.gather(*(read(router.open(request)) for request in wanted))
             streams = [router.open(request) for request in wanted]
@@ -165,8 +166,8 @@ def test_a_request_that_kills_engines_is_found_and_the_others_go_on(monkeypatch:
 
             async def watch() -> None:
                 while True:
-                    record = engine._in_flight
-                    if record is not None and engine.pid not in dead and "killer" in record.read():
+                    link = engine._link
+                    if link is not None and link.pid not in dead and "killer" in link.in_flight():
                         dead.add(engine.pid)
                         kill(engine)
                     await asyncio.sleep(0)

@@ -33,7 +33,8 @@ from splitfuse.engine.messages import (
     decode_report,
     encode,
 )
-from splitfuse.engine.remote.supervisor import SubprocessEngine
+from splitfuse.engine.remote.launcher import SubprocessLauncher
+from splitfuse.engine.remote.supervisor import SupervisedEngine
 from splitfuse.engine.router import Router
 from splitfuse.engine.stream import Stream
 from splitfuse.engine.thread import AsyncEngine
@@ -255,7 +256,7 @@ def test_adapters_come_back_with_a_process(folders: list[Path]) -> None:
     config = EngineConfig.from_settings({"num_blocks": 64, "num_threads": 1, "lora": f"first={folders[0]}"})
 
     async def scenario() -> None:
-        engine = SubprocessEngine(config)
+        engine = SupervisedEngine(SubprocessLauncher(config))
         client = Router([engine])
         await client.start()
         try:

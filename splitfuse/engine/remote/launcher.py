@@ -1,23 +1,103 @@
-"""Starts the process of an engine, and says what crosses to it: the parsed configuration and its cores, its weights,
-its KV tiers and the record of the step in flight.
+"""Says how an engine comes to be: a launcher brings one up, again and again, and gives the link that connects us to it.
+
+SubprocessLauncher starts a process on this machine. What an engine does, wherever it runs, is the supervisor's matter.
 """
 
 from __future__ import annotations
 
 import asyncio
+import signal
 import socket
 import sys
+from abc import ABC, abstractmethod
+from collections.abc import Collection
+from contextlib import suppress
 from pathlib import Path
 
 import msgspec
 
 from splitfuse.config import EngineConfig
-from splitfuse.engine.remote.transport import frame
+from splitfuse.core.kv.names import new_key
+from splitfuse.engine.messages import Command, EngineInfo, Report, Stop, decode_report, encode
+from splitfuse.engine.remote.in_flight import InFlightRecord
+from splitfuse.engine.remote.transport import HEADER_BYTES, frame, message_length
 from splitfuse.engine.tier_files import TierFiles
+from splitfuse.errors import EngineUnavailableError, SplitfuseError
 from splitfuse.kernels.sharing import WeightSharing
 
 WORKER = "splitfuse.engine.remote.worker"
 """Module which the process of an engine runs."""
+READ_AHEAD = 2**22
+"""Bytes of reports that are read before they are taken in."""
+TIME_TO_DUMP = 1.0
+"""Seconds that a hung process has to write its stacks."""
+
+
+class Link(ABC):
+    """Connects us to an engine, for one life of it. Belongs to the event loop."""
+
+    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self._reader, self._writer = reader, writer
+
+    @property
+    def pid(self) -> int | None:
+        """Return the id of the engine's process, if it is one of this machine."""
+        return None
+
+    def send(self, command: Command) -> None:
+        """Send a command without waiting."""
+        self._writer.write(frame(encode(command)))
+
+    async def receive(self) -> Report | None:
+        """Return the next report; None if the other side has closed. Raises ValueError for what is none."""
+        try:
+            length = message_length(await self._reader.readexactly(HEADER_BYTES))
+            message = await self._reader.readexactly(length)
+        except (asyncio.IncompleteReadError, ConnectionError):
+            return None
+        try:
+            return decode_report(message)
+        except (msgspec.DecodeError, SplitfuseError) as error:
+            raise ValueError(str(error)) from error
+
+    @abstractmethod
+    def in_flight(self) -> Collection[str]:
+        """Return the ids of the requests in the engine's last step, as far as is known."""
+
+    @abstractmethod
+    def leave(self) -> None:
+        """Tell an engine that is ready that it is not needed any more."""
+
+    @abstractmethod
+    async def end(self, seconds: float) -> str:
+        """Wait for the engine to end by itself, at most some seconds, and close the link. Returns how it ended."""
+
+    @abstractmethod
+    async def end_hung(self) -> None:
+        """End an engine that hangs, and let it write where it is, if that is possible."""
+
+
+class Launcher(ABC):
+    """Brings up one engine."""
+
+    name = "the engine"
+    """Name of the engine in messages."""
+    begins = "starting it"
+    """Words for what `launch` does, in messages."""
+
+    @abstractmethod
+    async def launch(self) -> Link:
+        """Bring the engine up; it reports by itself how far it has come. Raises EngineUnavailableError if that cannot
+        be done now, ConfigError if it never can.
+        """
+
+    @abstractmethod
+    def accept(self, info: EngineInfo) -> None:
+        """Take note of what an engine says of itself once it is ready. Raises ConfigError if it cannot be used."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Release what the launcher keeps between two lives of its engine."""
 
 
 class WorkerSpec(msgspec.Struct, frozen=True):
@@ -34,7 +114,93 @@ class WorkerSpec(msgspec.Struct, frozen=True):
     tiers: TierFiles | None = None
 
 
-async def launch(spec: WorkerSpec) -> tuple[asyncio.subprocess.Process, socket.socket]:
+class SubprocessLauncher(Launcher):
+    """Starts an engine in a process of its own on this machine.
+
+    It runs on `cores`, if they are given, and shares `weights` and the key of the names of KV blocks with other
+    engines.
+    """
+
+    def __init__(
+        self,
+        config: EngineConfig,
+        *,
+        cores: tuple[int, ...] | None = None,
+        weights: WeightSharing | None = None,
+        name_key: bytes | None = None,
+        tiers: TierFiles | None = None,
+    ) -> None:
+        """`tiers` are closed with the launcher."""
+        self._config, self._name_key = config, name_key or new_key()
+        self._cores, self._weights, self._tiers = cores, weights, tiers
+        self._in_flight: InFlightRecord | None = None
+
+    async def launch(self) -> Link:
+        try:
+            if self._in_flight is None:
+                self._in_flight = InFlightRecord()
+            self._in_flight.clear()  # of what the process before has died of
+            spec = WorkerSpec(
+                self._config, self._name_key, self._in_flight.fd, self._cores, self._weights, self._tiers
+            )
+            process, connection = await _start(spec)
+        except OSError as error:  # no descriptors, memory or processes now: there may be later
+            raise EngineUnavailableError(f"its process could not be started: {error.strerror}") from error
+        reader, writer = await asyncio.open_unix_connection(sock=connection, limit=READ_AHEAD)
+        return _SubprocessLink(reader, writer, process, self._in_flight)
+
+    def accept(self, info: EngineInfo) -> None:
+        if self._weights is not None:
+            self._weights.filled = True
+
+    def close(self) -> None:
+        if self._in_flight is not None:
+            self._in_flight.close()
+            self._in_flight = None
+        if self._tiers is not None:
+            self._tiers.close()
+            self._tiers = None
+
+
+class _SubprocessLink(Link):
+    def __init__(
+        self,
+        reader: asyncio.StreamReader,
+        writer: asyncio.StreamWriter,
+        process: asyncio.subprocess.Process,
+        in_flight: InFlightRecord,
+    ) -> None:
+        super().__init__(reader, writer)
+        self._process, self._in_flight = process, in_flight
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    def in_flight(self) -> Collection[str]:
+        return self._in_flight.read()
+
+    def leave(self) -> None:
+        self.send(Stop())
+
+    async def end(self, seconds: float) -> str:
+        try:
+            with suppress(TimeoutError):
+                await asyncio.wait_for(self._process.wait(), seconds)
+        finally:
+            _signal(self._process, signal.SIGKILL)
+            await self._process.wait()
+            self._writer.close()
+        return f"its process ended with {_exit(self._process.returncode)}"
+
+    async def end_hung(self) -> None:
+        _signal(self._process, signal.SIGUSR1)
+        _signal(self._process, signal.SIGCONT)  # it can only write when it runs
+        await asyncio.sleep(TIME_TO_DUMP)
+        _signal(self._process, signal.SIGKILL)
+
+
+async def _start(spec: WorkerSpec) -> tuple[asyncio.subprocess.Process, socket.socket]:
     """Start an engine's process. Return it with our end of the socket that connects us.
 
     Raises OSError if the machine has no descriptors, memory or processes left.
@@ -69,3 +235,14 @@ def _folder() -> str | None:
     except FileNotFoundError:
         return "/"
     return None
+
+
+def _signal(process: asyncio.subprocess.Process, number: signal.Signals) -> None:
+    with suppress(ProcessLookupError):
+        process.send_signal(number)
+
+
+def _exit(code: int | None) -> str:
+    if code is not None and code < 0:
+        return f"signal {-code} ({signal.Signals(-code).name})"
+    return f"status {code}"
