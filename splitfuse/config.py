@@ -281,7 +281,16 @@ class ServerConfig:
     host: str = setting("127.0.0.1", "Address to listen on; the default accepts connections from this machine only.")
     port: int = setting(8000, "Port to listen on; 0 picks a free one.")
     name: str = setting("splitfuse", "Name of the deployment, for client(), ps and stop.")
-    replicas: int = setting(1, "Number of engine processes, which divide the cores of this machine.")
+    replicas: int | None = setting(
+        None, "Number of engine processes, which divide the cores of this machine (default: 1, with engine 0)."
+    )
+    engine: tuple[str, ...] = setting(
+        (), "Engine to use that runs elsewhere (splitfuse engine), as host:port; may be repeated."
+    )
+    key_file: str | None = setting(
+        None, "File with the secret that engines elsewhere have too, readable by its owner only; needed with engine."
+    )
+    engine_tls: bool = setting(False, "Speak TLS with engines elsewhere, which need a certificate for that.")
     api_key: tuple[str, ...] = setting((), "API key that requests must send; may be repeated.")
     api_key_file: str | None = setting(
         None,
@@ -335,8 +344,19 @@ class ServerConfig:
             raise ConfigError(f"port must be from 0 to 65535, not {self.port}")
         if not self.name or not all(c.isalnum() or c in "-_." for c in self.name) or self.name.startswith("."):
             raise ConfigError(f"name must be made of letters, digits, '-', '_' and '.', not {self.name!r}")
-        for name in ("replicas", "max_queued_requests", "max_queued_tokens", "max_prompts"):
+        for name in ("max_queued_requests", "max_queued_tokens", "max_prompts"):
             _at_least(name, getattr(self, name), 1)
+        _at_least("replicas", self.replicas, 0 if self.engine else 1)
+        for name, text in (("engine", each) for each in self.engine):
+            if parse_address(name, text)[1] == 0:
+                raise ConfigError(f"engine {text} must have the port that the engine listens on, such as 9000")
+        if twice := next((each for each in self.engine if self.engine.count(each) > 1), None):
+            raise ConfigError(f"engine {twice} is given twice: give each once")
+        if self.engine and self.key_file is None:
+            raise ConfigError("engine needs key_file: the secret that its engine was started with")
+        if not self.engine and (self.key_file is not None or self.engine_tls):
+            name = "engine_tls" if self.key_file is None else "key_file"
+            raise ConfigError(f"{name} is for engines elsewhere: name one with engine, or leave it out")
         _at_least("max_stored_responses", self.max_stored_responses, 0)
         _size("max_body_mib", self.max_body_mib)
         _size("max_stored_mib", self.max_stored_mib)
@@ -346,11 +366,7 @@ class ServerConfig:
         if self.record is not None and not self.record.strip():
             raise ConfigError(f"record {self.record!r} must be the path of a file, such as server.rec")
         for name in ("step_timeout", "drain_timeout", "client_timeout", "keep_alive_timeout"):
-            if not MIN_TIMEOUT <= getattr(self, name) <= MAX_TIMEOUT:
-                raise ConfigError(
-                    f"{name} must be a number of seconds from {MIN_TIMEOUT:g} to {MAX_TIMEOUT:.0f}, not "
-                    f"{getattr(self, name)}"
-                )
+            _timeout(name, getattr(self, name))
         if (self.tls_certificate is None) != (self.tls_key is None):
             raise ConfigError("tls_certificate and tls_key go together: give both or none")
         if any(not key.strip() for key in self.api_key):
@@ -358,11 +374,46 @@ class ServerConfig:
         if not all(key.isprintable() for key in self.api_key):
             raise ConfigError("api_key must have no line end, nor any other control character, in it")
 
+    @property
+    def num_replicas(self) -> int:
+        """Return the number of engines on this machine that belong to the server."""
+        return self.replicas if self.replicas is not None else int(not self.engine)
+
+    @property
+    def num_engines(self) -> int:
+        """Return the number of all its engines."""
+        return self.num_replicas + len(self.engine)
+
     @classmethod
     def from_settings(cls, settings: Mapping[str, Any]) -> ServerConfig:
         """Return the configuration from flat settings. Raises ConfigError for an unknown name or a wrong type."""
         refuse_unknown(settings, [each.name for each in dataclasses.fields(cls)])
         return _parse(cls, settings)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ListenConfig:
+    """Says how an engine is reached that serves servers on other machines (splitfuse engine)."""
+
+    listen: str | None = setting(None, "Address and port to listen on, such as 10.0.0.2:9000; 0.0.0.0 for any address.")
+    key_file: str | None = setting(
+        None, "File with the secret that servers and other engines have too, readable by its owner only."
+    )
+    tls_certificate: str | None = setting(None, "PEM certificate file; with tls_key, all connections are TLS.")
+    tls_key: str | None = setting(None, "PEM key file.")
+    step_timeout: float = setting(60.0, "Seconds after which an engine that is stuck in a step ends itself.")
+
+    def __post_init__(self) -> None:
+        if self.listen is None:
+            raise ConfigError("listen is missing: give the address to listen on, such as --listen 10.0.0.2:9000")
+        parse_address("listen", self.listen)
+        if self.key_file is None:
+            raise ConfigError(
+                "key_file is missing: give a file with a secret, which (umask 077; openssl rand -hex 32 > FILE) makes"
+            )
+        if (self.tls_certificate is None) != (self.tls_key is None):
+            raise ConfigError("tls_certificate and tls_key go together: give both or none")
+        _timeout("step_timeout", self.step_timeout)
 
 
 def change_settings(settings: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
@@ -378,6 +429,18 @@ def parse_adapter(text: str) -> tuple[str, str]:
     if not ADAPTER_NAME.fullmatch(name) or not path:
         raise ConfigError(f"lora must be name=path, such as sql=adapters/sql, not {text!r}")
     return name, path
+
+
+def parse_address(name: str, text: str) -> tuple[str, int]:
+    """Return the host and the port of an address. Raises ConfigError, naming the setting.
+
+    >>> parse_address("engine", "10.0.0.2:9000"), parse_address("engine", "[::1]:9000")
+    (('10.0.0.2', 9000), ('::1', 9000))
+    """
+    match = re.fullmatch(r"(\[[0-9a-fA-F:.%\w]+\]|[^:\s/\[\]]+):(\d{1,5})", text, re.ASCII)
+    if match is None or int(match[2]) > 65535:
+        raise ConfigError(f"{name} must be an address and a port, such as 10.0.0.2:9000, not {text!r:.200}")
+    return match[1].strip("[]"), int(match[2])
 
 
 def parse_seconds(name: str, text: str) -> float:
@@ -484,6 +547,11 @@ def _size(name: str, value: float) -> None:
         raise ConfigError(f"{name} must be a positive number, not {value}")
     if value > MAX_SIZE:
         raise ConfigError(f"{name} must be at most {MAX_SIZE:.0f}, not {value}")
+
+
+def _timeout(name: str, value: float) -> None:
+    if not MIN_TIMEOUT <= value <= MAX_TIMEOUT:
+        raise ConfigError(f"{name} must be a number of seconds from {MIN_TIMEOUT:g} to {MAX_TIMEOUT:.0f}, not {value}")
 
 
 def _at_least(name: str, value: int | None, least: int) -> None:

@@ -22,7 +22,7 @@ LAYERS: dict[str, tuple[str, ...]] = {
     "kernels": ("errors",),
     "models": ("kernels", "errors"),
     "runtime": ("models", "kernels", "core", "config", "errors", "version"),
-    "engine": ("runtime", "models", "kernels", "core", "config", "errors"),
+    "engine": ("runtime", "models", "kernels", "core", "config", "errors", "version"),
     "recording": ("engine", "runtime", "models", "core", "config", "errors"),
     "text": ("engine", "models", "core", "errors"),
     "deploy": ("config", "errors"),

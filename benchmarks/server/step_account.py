@@ -43,7 +43,9 @@ async def measure() -> None:
     launcher.WORKER = "benchmarks.server.timed_worker"
     with tempfile.TemporaryDirectory() as folder:
         out = os.environ["SPLITFUSE_ACCOUNT"] = str(Path(folder, "account.json"))
-        client = SupervisedEngine(SubprocessLauncher(EngineConfig.from_settings({"num_blocks": 1200, **settings_of(flags)})))
+        client = SupervisedEngine(
+            SubprocessLauncher(EngineConfig.from_settings({"num_blocks": 1200, **settings_of(flags)}))
+        )
         await client.start()
         async with asyncio.TaskGroup() as group:
             load = [

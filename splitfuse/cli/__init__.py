@@ -14,6 +14,7 @@ from splitfuse.cli.bench_run import bench_run
 from splitfuse.cli.calibrate import calibrate
 from splitfuse.cli.chat import chat
 from splitfuse.cli.drain import drain
+from splitfuse.cli.engine import engine
 from splitfuse.cli.explain import explain
 from splitfuse.cli.generate import generate
 from splitfuse.cli.models import models
@@ -37,6 +38,7 @@ app = typer.Typer(
 app.command()(generate)
 app.command()(chat)
 app.command()(serve)
+app.command()(engine)
 app.command()(ps)
 app.command()(stop)
 app.command()(drain)

@@ -15,11 +15,12 @@ def ps() -> None:
     from splitfuse.deploy.registry import deployments
 
     running = deployments()
-    rows = [("NAME", "MODEL", "URL", "PID", "UP SINCE", "STATE")]
+    rows = [("NAME", "MODEL", "URL", "PID", "UP SINCE", "STATE", "ENGINES")]
     with ThreadPoolExecutor(16) as pool:
         for deployment, state in zip(running, pool.map(server_state, running), strict=True):
             since = datetime.fromtimestamp(deployment.started).strftime("%Y-%m-%d %H:%M:%S")
-            row = (deployment.name, deployment.model, deployment.url, str(deployment.pid), since, state)
+            engines = ", ".join([f"{deployment.replicas} here"] * bool(deployment.replicas) + [*deployment.engines])
+            row = (deployment.name, deployment.model, deployment.url, str(deployment.pid), since, state, engines)
             rows.append(row)
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     for row in rows:

@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 import os
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from splitfuse.cli.flags import given, with_flags
+from splitfuse.cli.log import CLEAR_LINE, logging_to_stderr
 from splitfuse.config import EngineConfig, ServerConfig
 from splitfuse.deploy.daemon import KEY_VARIABLES
-from splitfuse.engine.line_writer import LineWriter
 from splitfuse.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -45,11 +43,8 @@ def serve(
     config, engine = ServerConfig.from_settings(given(flags)), EngineConfig.from_settings(engine_settings)
     from splitfuse.server.lifecycle import run_server
 
-    with _logging_to_stderr() as write:
+    with logging_to_stderr() as write:
         asyncio.run(run_server(engine, config, show_stage=_shown_by(write) if sys.stderr.isatty() else None))
-
-
-CLEAR_LINE = "\r\033[K"
 
 
 def _shown_by(write: Callable[[str], None]) -> ShowStage:
@@ -57,30 +52,3 @@ def _shown_by(write: Callable[[str], None]) -> ShowStage:
     from splitfuse.server.lifecycle import describe
 
     return lambda stage: write(f"{CLEAR_LINE}{'' if stage.stage == 'ready' else describe(stage)}")
-
-
-@contextmanager
-def _logging_to_stderr() -> Iterator[Callable[[str], None]]:
-    """Write what a server and its libraries log to standard error while the context lasts, in place of a stage shown
-    there. Yield the function that writes.
-    """
-    root = logging.getLogger()
-    with LineWriter(sys.stderr) as writer:
-        handler = logging.StreamHandler(writer)
-        handler.setFormatter(_Formatter(f"{CLEAR_LINE if sys.stderr.isatty() else ''}%(level)s%(message)s"))
-        root.addHandler(handler)
-        logging.getLogger("splitfuse").setLevel(logging.INFO)
-        logging.captureWarnings(True)
-        try:
-            yield writer.write
-        finally:
-            logging.captureWarnings(False)
-            root.removeHandler(handler)
-
-
-class _Formatter(logging.Formatter):
-    """Puts the level before warnings and errors."""
-
-    def format(self, record: logging.LogRecord) -> str:
-        record.level = "" if record.levelno < logging.WARNING else f"{record.levelname.lower()}: "
-        return super().format(record)

@@ -183,10 +183,14 @@ class EngineClient(ABC):
 
 
 class LocalClient(EngineClient):
-    """Manages the streams of one engine on this machine, in a thread or in a process, from its reports."""
+    """Manages the streams of one engine, in a thread, in a process or on another machine, from its reports."""
 
     restarts: ClassVar[bool] = False
     """True if an engine that has died is started again."""
+    address = ""
+    """Address of an engine on another machine; empty for one of this machine."""
+    keeps_trying = False
+    """True if an engine that could not be reached at the start may be reached later."""
     state = EngineState.STARTING
     stage = Loading("starting")
 

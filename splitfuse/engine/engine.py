@@ -205,7 +205,9 @@ class Engine:
         of a second of timing. Steps that run correct it. A small model or a GPU keeps the first one.
         """
         budget, model = self.scheduler.budget, self.model
-        if budget.is_open and not self.slo_enabled and isinstance(model, LoadedModel) and has_long_steps(model):
+        if not budget.is_open or self.slo_enabled or self._estimate is not None:
+            return
+        if isinstance(model, LoadedModel) and has_long_steps(model):
             self._estimate = load_or_estimate(self.config, model)
             budget.choose(self._estimate)
 
@@ -347,6 +349,15 @@ class Engine:
         self.adapters = {name: each for name, each in self.adapters.items() if each != digest}
         self._drop_adapters()
 
+    def reset_adapters(self) -> None:
+        """Have the adapters of the settings again, and no others. Raises AdapterError if one cannot be read."""
+        of_settings = dict(map(parse_adapter, self.config.model.lora))
+        for name in self.adapters.keys() - of_settings.keys():
+            self.unload_adapter(name)
+        for name, path in of_settings.items():
+            if name not in self.adapters:
+                self.load_adapter(name, path)
+
     def _drop_adapters(self) -> None:
         """Forget the adapters that have neither a name nor a request."""
         used = {request.adapter for request in self.scheduler.queue.unfinished}
@@ -423,6 +434,14 @@ class Engine:
     def abort(self, request_id: str) -> bool:
         """End a request whose output is not wanted any more. Returns False if it has ended already."""
         return self.finish(Finish(request_id, FinishReason.ABORT)) is not None
+
+    @guarded
+    def abort_all(self) -> None:
+        """End all requests, and what is in flight."""
+        for request_id in [*self._held, *(each.request_id for each in self.scheduler.queue.unfinished)]:
+            self.abort(request_id)
+        while self.has_unfinished:  # steps in flight come back
+            self.step(isolate=True)
 
     def _accept_held(self) -> list[RequestOutput]:
         """Accept the requests whose grammar is ready. Returns the last output of each that is rejected."""

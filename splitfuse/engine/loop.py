@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 from splitfuse.core.events import StepRecord
 from splitfuse.core.plan import StepPlan
@@ -29,7 +30,7 @@ from splitfuse.engine.messages import (
     Traced,
     UnloadAdapter,
 )
-from splitfuse.engine.trace import in_parts
+from splitfuse.engine.trace import TraceLevel, in_parts
 from splitfuse.engine.tracer import EngineTracer
 from splitfuse.errors import InvalidRequestError, SloUnattainableError, SplitfuseError
 from splitfuse.kernels.lora import PackedAdapter
@@ -54,8 +55,11 @@ class EngineLoop:
     on the loop's thread and must not block.
     """
 
-    def __init__(self, engine: Engine, report: Callable[[Report], None]) -> None:
-        self.commands: queue.SimpleQueue[Command | _Loaded] = queue.SimpleQueue()
+    def __init__(
+        self, engine: Engine, report: Callable[[Report], None], *, commands: queue.SimpleQueue[Any] | None = None
+    ) -> None:
+        """`commands` are those that have come already; left out, a queue of its own is made."""
+        self.commands: queue.SimpleQueue[Command | _Loaded] = commands or queue.SimpleQueue()
         self._engine = engine
         self._report = report
         self._stopped = False
@@ -64,7 +68,8 @@ class EngineLoop:
         self._ahead: list[RequestOutput] = []  # of commands that were taken during a step
         self._prompts: dict[str, tuple[int, int | None]] = {}  # lengths of prompts in work, and how much was cached
         self._tracer = EngineTracer(engine)
-        engine.events.subscribe(StepRecord, self._count)
+        self._num_preemptions = engine.scheduler.queue.num_preemptions  # of loops before
+        self._unsubscribe = engine.events.subscribe(StepRecord, self._count)
 
     @property
     def info(self) -> EngineInfo:
@@ -86,6 +91,7 @@ class EngineLoop:
             adapters=dict(engine.adapters),
             fingerprint=engine.model.fingerprint,
             identity=dict(engine.model.identity),
+            model_files=engine.model.source.digest(weights=False),
             kv_fingerprint=engine.model.kv_fingerprint,
             step_times=engine.step_times,
             attainable=self._stats.attainable,
@@ -115,6 +121,15 @@ class EngineLoop:
         finally:  # the step that an engine dies of is the one to see
             for part in in_parts(self._tracer.take()):
                 self._report(Traced(part))
+
+    def close(self) -> None:
+        """End what is unfinished, and leave the engine as another loop may have it: nothing of this one's requests,
+        adapters and traces is left but the blocks that the engine's cache and tiers keep.
+        """
+        self._tracer.level = TraceLevel.OFF
+        self._unsubscribe()
+        self._engine.abort_all()
+        self._engine.reset_adapters()
 
     def alive(self) -> Alive:
         """Return a heartbeat. May be called from another thread."""
@@ -221,7 +236,7 @@ class EngineLoop:
             num_running=len(queue.running),
             num_waiting=len(queue.waiting) + len(queue.fetching) + self._engine.num_held,
             num_available_blocks=self._engine.allocator.num_available,
-            num_preemptions=queue.num_preemptions,
+            num_preemptions=queue.num_preemptions - self._num_preemptions,
             token_budget=self._engine.scheduler.budget.tokens,
             step_times=self._engine.step_times,
         )

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import msgspec
 
+from splitfuse.config import EngineConfig
 from splitfuse.core.limits import EngineLimits
 from splitfuse.core.pooling_params import PoolingParams
 from splitfuse.core.request_output import FinishReason, RequestOutput
@@ -103,7 +104,13 @@ class Stop(msgspec.Struct, frozen=True, tag=True):
     """Ends the engine, whatever is unfinished."""
 
 
-Command = Add | Finish | LoadAdapter | UnloadAdapter | SetTracing | Stop
+class Beat(msgspec.Struct, frozen=True, tag=True):
+    """Tells an engine on another machine that its front lives, and at which time on the front's monotonic clock."""
+
+    sent: float
+
+
+Command = Add | Finish | LoadAdapter | UnloadAdapter | SetTracing | Stop | Beat
 
 # From the engine -----------------------------------------------------------------------------------------------------
 
@@ -141,6 +148,8 @@ class EngineInfo(msgspec.Struct, frozen=True, tag=True):
     """Name of what decides the tokens of a request besides the request: see runtime/fingerprint.py."""
     identity: dict[str, str] = {}
     """Texts that the fingerprint stands for."""
+    model_files: str = ""
+    """Digest of the model's small files, which front and engines must have alike: its tokenizer is among them."""
     kv_fingerprint: bytes = b""
     """Root of the names of its KV blocks."""
     token_budget: int = 0
@@ -213,6 +222,18 @@ class Alive(msgspec.Struct, frozen=True, tag=True):
 
     seconds_in_step: float
     """Seconds since the current step began; 0 if none runs."""
+    beat: Beat | None = None
+    """Newest one that has come from the front."""
+    beat_age: float = 0.0
+    """Seconds since it came."""
+    now: float = 0.0
+    """Time on the engine's monotonic clock."""
+
+
+class InFlight(msgspec.Struct, frozen=True, tag=True):
+    """Reports which requests are in the step in flight, if these are others than before: of an engine elsewhere."""
+
+    request_ids: tuple[str, ...]
 
 
 class Failed(msgspec.Struct, frozen=True, tag=True):
@@ -222,9 +243,21 @@ class Failed(msgspec.Struct, frozen=True, tag=True):
     """Message of the error; its traceback went to standard error."""
     kind: str = ""
     """Name of its class, if it is one of errors.py."""
+    is_planned: bool = False
+    """True if it was told to end, which no request can have caused."""
 
 
-Report = Loading | EngineInfo | StepReport | Traced | AdapterLoaded | Alive | Failed
+Report = Loading | EngineInfo | StepReport | Traced | AdapterLoaded | Alive | InFlight | Failed
+
+
+class Welcome(msgspec.Struct, frozen=True):
+    """Tells a front of the engine that it has reached, before any report."""
+
+    config: EngineConfig
+    """Settings that the engine was started with."""
+    front: str = ""
+    """Address of another front that it serves; then it closes the connection. Empty: it takes this one."""
+
 
 encode: Callable[[Command | Report], bytes] = msgspec.msgpack.Encoder().encode
 """Function that returns a message as MessagePack."""

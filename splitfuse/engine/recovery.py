@@ -117,7 +117,7 @@ class Recovery:
         """Take over the streams of an engine that has died."""
         self._trials[engine] = _Trial()
         suspicious = {id(stream) for stream in suspects}
-        for stream in suspects or streams:
+        for stream in suspects:
             stream.num_deaths += 1
             stream.is_cleared = False
         for stream in streams:

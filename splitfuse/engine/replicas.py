@@ -1,49 +1,72 @@
-"""Engine processes on this machine as one client: the cores are divided, a decoder's weights are in memory once."""
+"""Makes the engines of a server one client: processes on this machine, which divide its cores and have a decoder's
+weights in memory once, and engines that run elsewhere.
+"""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 
 from splitfuse.config import EngineConfig, ServerConfig
 from splitfuse.engine.quarantine import Quarantine
-from splitfuse.engine.remote.launcher import SubprocessLauncher
+from splitfuse.engine.remote.connector import Agreement, ConnectLauncher
+from splitfuse.engine.remote.launcher import Launcher, SubprocessLauncher
+from splitfuse.engine.remote.secret import read_secret
 from splitfuse.engine.remote.supervisor import SupervisedEngine
 from splitfuse.engine.router import Router
-from splitfuse.engine.tier_files import open_tiers
+from splitfuse.engine.tier_files import TierFiles, open_tiers
 from splitfuse.errors import ConfigError
 from splitfuse.kernels.sharing import WeightSharing
 from splitfuse.runtime.machine import paid_cores
 
 
 def make_replicas(
-    config: EngineConfig, *, replicas: int = 1, step_timeout: float = ServerConfig.step_timeout
+    config: EngineConfig,
+    *,
+    replicas: int = 1,
+    step_timeout: float = ServerConfig.step_timeout,
+    engines: Sequence[str] = (),
+    key_file: str | None = None,
+    engine_tls: bool = False,
 ) -> Router:
-    """Return a client of `replicas` engines, each in a process of its own, which are not started yet. Requests of one
-    that dies go on at the others, or once it is restarted.
+    """Return a client of `replicas` engines, each in a process of its own, and of those at the addresses `engines`,
+    which have the secret of `key_file`. They are not started yet. Requests of one that dies go on at the others, or
+    once it is there again.
 
     Where a control group's CPU quota is below the number of cores, each engine gets its part of the quota.
 
-    Raises ConfigError if there are fewer cores than replicas, or if a KV tier cannot be used.
+    Raises ConfigError if there are fewer cores than replicas, or if a KV tier or the key cannot be used.
     """
-    if replicas == 1:
-        tiers, name_key = open_tiers(config.cache)
-        launcher = SubprocessLauncher(config, name_key=name_key, tiers=tiers)
-        return Router([SupervisedEngine(launcher, step_timeout=step_timeout)], name_key=name_key)
-    all_cores = divide(sorted(os.sched_getaffinity(0)), replicas, paid=min(paid_cores(), default=None))
-    tiers, name_key = open_tiers(config.cache)
-    weights = WeightSharing(os.memfd_create("splitfuse-weights"), replicas) if hasattr(os, "memfd_create") else None
+    agreement = Agreement(config, has_local=replicas > 0)
+    secret = None if key_file is None else read_secret(key_file)
+    all_cores = None
+    if replicas > 1:
+        all_cores = divide(sorted(os.sched_getaffinity(0)), replicas, paid=min(paid_cores(), default=None))
+    tiers, name_key = open_tiers(config.cache) if replicas else (None, b"")
+    if secret is not None:
+        name_key = secret.name_key
+    weights = None
+    if replicas > 1 and hasattr(os, "memfd_create"):
+        weights = WeightSharing(os.memfd_create("splitfuse-weights"), replicas)
+    parts: list[TierFiles | None] = [tiers]
+    if replicas > 1:
+        parts = [*tiers.split(replicas)] if tiers else [None] * replicas
+    launchers: list[Launcher] = [
+        SubprocessLauncher(
+            config,
+            cores=None if all_cores is None else all_cores[index],
+            weights=weights,
+            name_key=name_key,
+            tiers=parts[index],
+            on_ready=agreement.note,
+        )
+        for index in range(replicas)
+    ]
+    if secret is not None:
+        launchers += [ConnectLauncher(each, secret.link_key, agreement, tls=engine_tls) for each in engines]
     quarantine = Quarantine()
-    return Router(
-        [
-            SupervisedEngine(
-                SubprocessLauncher(config, cores=cores, weights=weights, name_key=name_key, tiers=part),
-                step_timeout=step_timeout,
-                quarantine=quarantine,
-            )
-            for cores, part in zip(all_cores, tiers.split(replicas) if tiers else [None] * replicas, strict=True)
-        ],
-        name_key=name_key,
-    )
+    supervised = [SupervisedEngine(each, step_timeout=step_timeout, quarantine=quarantine) for each in launchers]
+    return Router(supervised, name_key=name_key, agreement=agreement)
 
 
 def divide(cores: list[int], parts: int, *, paid: int | None = None) -> list[tuple[int, ...]]:

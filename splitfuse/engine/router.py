@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections.abc import Collection, Mapping, Sequence
 from functools import partial
@@ -14,8 +15,11 @@ from splitfuse.core.routing import Candidate, choose_replica, expected_tokens
 from splitfuse.engine.client import EngineClient, EngineState, LocalClient
 from splitfuse.engine.messages import Add, EngineInfo, EngineStats, Loading
 from splitfuse.engine.recovery import Choice, Recovery
+from splitfuse.engine.remote.connector import Agreement
 from splitfuse.engine.stream import Stream
 from splitfuse.errors import EngineUnavailableError, InvalidRequestError
+
+_logger = logging.getLogger(__name__)
 
 
 class Router(EngineClient):
@@ -25,9 +29,18 @@ class Router(EngineClient):
     also with the requests of one that dies (recovery.py).
     """
 
-    def __init__(self, replicas: Sequence[LocalClient], *, name_key: bytes | None = None) -> None:
-        """`name_key` is the key by which the replicas name KV blocks; left out, the router's names are its own."""
+    def __init__(
+        self,
+        replicas: Sequence[LocalClient],
+        *,
+        name_key: bytes | None = None,
+        agreement: Agreement | None = None,
+    ) -> None:
+        """`name_key` is the key by which the replicas name KV blocks; left out, the router's names are its own.
+        `agreement` is that of engines which run elsewhere.
+        """
         self.replicas = list(replicas)
+        self.agreement = agreement
         for replica in self.replicas:
             replica.keeps_view = len(self.replicas) > 1  # else there is no choice
         self._recovery = Recovery(self.replicas, self._choose)
@@ -113,6 +126,11 @@ class Router(EngineClient):
         request = request.settled
         choice = self._choose(request, self.replicas)
         if choice is None:
+            num_prompt = len(request.prompt_token_ids)
+            is_ready = self.state is EngineState.READY
+            assert not is_ready or self.info.limits.fits(num_prompt, request.params), (
+                "call EngineLimits.check() before submitting"
+            )
             which = " that has the adapter of the request: send it again" if request.adapter else ""
             raise EngineUnavailableError(f"no engine is ready{which}")
         stream = choice.engine.open(request)
@@ -120,12 +138,17 @@ class Router(EngineClient):
         return stream
 
     async def start(self) -> None:
-        """Return when all replicas are ready; raise the error of the first that failed.
+        """Return when all replicas are ready; raise the error of the first that failed. One on another machine that
+        cannot be reached now is not waited for if another is ready.
 
         The first replica is started alone: if it packs weights that all share, the others find them.
         """
-        await self.replicas[0].start()
-        await asyncio.gather(*(replica.start() for replica in self.replicas[1:]))
+        first, *others = self.replicas
+        errors = [await _start(first), *await asyncio.gather(*map(_start, others))]
+        if None not in errors:
+            raise next(filter(None, errors))
+        for error in filter(None, errors):
+            _logger.warning("%s; it is used as soon as it can be", error)
 
     async def drain_engine(self, index: int) -> int:
         replica = self._replica(index)
@@ -178,9 +201,7 @@ class Router(EngineClient):
         if self._tiers is None and (num_slots := self.info.num_tier_slots):
             self._tiers = PrefixMemory(num_slots, self.info.limits.block_size)
         shared = 0 if self._tiers is None else self._tiers.cached_tokens(names)
-        candidates = [
-            _candidate(each, names, request.adapter, shared) if each in among else None for each in self.replicas
-        ]
+        candidates = [_candidate(each, names, request, shared) if each in among else None for each in self.replicas]
         copy, now = _copy_of(request, self.info), time.monotonic()
         index = choose_replica(candidates, copy, now)
         if index is None:
@@ -208,17 +229,30 @@ class Router(EngineClient):
         return names
 
 
+async def _start(replica: LocalClient) -> EngineUnavailableError | None:
+    """Start a replica. Returns the error of one that may be ready later."""
+    try:
+        await replica.start()
+    except EngineUnavailableError as error:
+        if not replica.keeps_trying:
+            raise
+        return error
+    return None
+
+
 def _is_open(replica: LocalClient) -> bool:
     return replica.state is EngineState.READY and not replica.is_drained
 
 
-def _candidate(replica: LocalClient, names: Sequence[bytes], adapter: str, shared: int) -> Candidate | None:
+def _candidate(replica: LocalClient, names: Sequence[bytes], request: Add, shared: int) -> Candidate | None:
     """Return what a replica has for a prompt whose blocks have these names, of which it can fetch the first `shared`
     tokens from tiers; None if it does not accept the request.
     """
     if replica.view is None or not _is_open(replica):
         return None
-    if adapter and not replica.has_adapter(adapter):  # it is loaded again after a restart
+    if request.adapter and not replica.has_adapter(request.adapter):  # it is loaded again after a restart
+        return None
+    if not replica.info.limits.fits(len(request.prompt_token_ids), request.params):  # machines differ in memory
         return None
     cached = replica.view.memory.cached_tokens(names)
     return Candidate(replica.view, expected_tokens(cached, shared), replica.silent)

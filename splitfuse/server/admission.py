@@ -31,7 +31,7 @@ class Admission:
         self.bodies = BodyBudget.of(config)
         self._max_requests = config.max_queued_requests
         self._max_tokens = config.max_queued_tokens
-        self._replicas = config.replicas
+        self._replicas = config.num_engines
         self._clock = clock
         self._empty = asyncio.Event()
         self._empty.set()

@@ -91,12 +91,21 @@ async def run_server(engine: EngineConfig, config: ServerConfig, *, show_stage: 
             needs_key=bool(config.api_key or config.api_key_file),
             drain_timeout=config.drain_timeout,
             tls_certificate=None if config.tls_certificate is None else str(Path(config.tls_certificate).resolve()),
+            replicas=config.num_replicas,
+            engines=config.engine,
         )
         is_listed = _register(deployment)
         if not deployment.needs_key and not registry.is_loopback(address):
             _logger.warning("listening on %s without authentication; set SPLITFUSE_API_KEY or --api-key-file", address)
         try:
-            client = make_replicas(engine, replicas=config.replicas, step_timeout=config.step_timeout)
+            client = make_replicas(
+                engine,
+                replicas=config.num_replicas,
+                step_timeout=config.step_timeout,
+                engines=config.engine,
+                key_file=config.key_file,
+                engine_tls=config.engine_tls,
+            )
             config = _bounded(config, max_connections)
             serving = asyncio.create_task(server.serve([listener]))
             try:
@@ -256,8 +265,11 @@ def _make_app(
 
     model = engine.model
     # Fetched once, before several engines ask for it.
-    source = open_model(model.model, model.revision, gguf_file=model.gguf_file, weights=model.load_format != "dummy")
+    needs_weights = config.num_replicas > 0 and model.load_format != "dummy"
+    source = open_model(model.model, model.revision, gguf_file=model.gguf_file, weights=needs_weights)
     source.config()  # before the tokenizer: a folder that is no model should be called that
+    if client.agreement is not None:
+        client.agreement.model_files = source.digest(weights=False)
     if model.tokenizer is not None:
         source = open_model(model.tokenizer, model.revision, weights=False)
     tokenizer = Tokenizer.from_source(source)

@@ -78,6 +78,11 @@ FAMILIES = (
         *("splitfuse:ready", "gauge", "ready"),
         "1 while an engine is ready (at the start, /ready also waits for the others), else 0.",
     ),
+    Family(
+        *("splitfuse:engine_ready", "gauge", "engine_ready"),
+        "1 while an engine is ready, else 0, by its number and the address of one on another machine.",
+        ("engine", "address"),
+    ),
     Family("splitfuse:drained_engines", "gauge", "drained", "Engines that take no requests (splitfuse drain)."),
     Family("splitfuse:num_requests_running", "gauge", "running", "Requests that steps compute."),
     Family("splitfuse:num_requests_waiting", "gauge", "waiting", "Requests that wait to be scheduled."),
@@ -306,6 +311,12 @@ class Metrics(Collector):
         model_name, single = self._label(), {**self._totals.sums(), **self._gauges()}
         single["text_restarts"] = self.num_text_restarts()
         single["dropped_spans"] = self.num_dropped_spans()
+        self._counts["engine_ready"] = Counter(
+            {
+                (str(number), engine.address): int(engine.state is EngineState.READY)
+                for number, engine in enumerate(self._client.engines)
+            }
+        )
         self._counts["resumed"] = Counter({(cause,): count for cause, count in self._client.num_resumed.items()})
         recorder = self.recorder
         single["recording"] = float(recorder is not None and not recorder.ended)
@@ -345,13 +356,17 @@ class Metrics(Collector):
     def _gauges(self) -> dict[str, float]:
         client, stats = self._client, self._client.stats
         try:
-            per_engine, outstanding = client.info.limits.num_blocks, client.outstanding_tokens
-            num_speculative = client.info.num_speculative_tokens
+            outstanding, num_speculative = client.outstanding_tokens, client.info.num_speculative_tokens
         except EngineUnavailableError:  # it has not been ready yet
-            per_engine = outstanding = num_speculative = 0
-        blocks = per_engine * len(stats)
+            outstanding = num_speculative = 0
+        sizes = [_num_blocks(engine) for engine in client.engines]
+        blocks = sum(sizes)
         # An engine that has made no step has not said how many of its blocks are free: all.
-        used = sum(per_engine - engine.num_available_blocks for engine in stats if engine.num_steps)
+        used = sum(size - each.num_available_blocks for size, each in zip(sizes, stats, strict=True) if each.num_steps)
+        # Engines on one machine share their tiers.
+        tiers = Counter[str]()
+        for engine, each in zip(client.engines, stats, strict=True):
+            tiers[engine.address] = max(tiers[engine.address], each.num_tier_blocks)
         return {
             "ready": client.state is EngineState.READY,
             "drained": sum(engine.is_drained for engine in client.engines),
@@ -363,10 +378,18 @@ class Metrics(Collector):
             "kv_usage": used / blocks if blocks else 0.0,
             "token_budget": max((engine.token_budget for engine in stats), default=0),
             "num_speculative_tokens": num_speculative,
-            "num_tier_blocks": max((engine.num_tier_blocks for engine in stats), default=0),  # they share the tiers
+            "num_tier_blocks": tiers.total(),
             **({} if self.replicas_needed is None else {"replicas_needed": self.replicas_needed}),
             **_slo_gauges([engine.attainable for engine in stats if engine.attainable is not None]),
         }
+
+
+def _num_blocks(engine: EngineClient) -> int:
+    """Return the number of an engine's KV blocks; 0 if it has not been ready yet."""
+    try:
+        return engine.info.limits.num_blocks
+    except EngineUnavailableError:
+        return 0
 
 
 def _slo_gauges(engines: Sequence[Attainable]) -> dict[str, float]:

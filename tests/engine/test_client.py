@@ -308,7 +308,9 @@ def test_a_hanging_process_is_found_and_its_stacks_logged(
 
 def test_a_step_that_does_not_end_is_a_hang() -> None:
     async def test() -> None:
-        async with running(SupervisedEngine(SubprocessLauncher(CONFIG), step_timeout=1e-9)) as client:  # any step is too long
+        async with running(
+            SupervisedEngine(SubprocessLauncher(CONFIG), step_timeout=1e-9)
+        ) as client:  # any step is too long
             with pytest.raises(EngineUnavailableError, match="a step has taken"):
                 while True:  # a heartbeat must fall into a step
                     await asyncio.gather(*(answer(client, str(i), PROMPT, LONG) for i in range(8)))

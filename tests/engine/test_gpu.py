@@ -133,7 +133,9 @@ def test_settings_that_need_the_cpu_are_refused_on_a_gpu() -> None:
 
 def test_an_engine_in_a_process_of_its_own() -> None:
     async def test() -> None:
-        client = SupervisedEngine(SubprocessLauncher(EngineConfig.from_settings({"device": "cuda", "num_blocks": 64, "dtype": "float32"})))
+        client = SupervisedEngine(
+            SubprocessLauncher(EngineConfig.from_settings({"device": "cuda", "num_blocks": 64, "dtype": "float32"}))
+        )
         await client.start()
         try:
             tokens: list[int] = []

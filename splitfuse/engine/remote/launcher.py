@@ -10,7 +10,7 @@ import signal
 import socket
 import sys
 from abc import ABC, abstractmethod
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from contextlib import suppress
 from pathlib import Path
 
@@ -20,7 +20,7 @@ from splitfuse.config import EngineConfig
 from splitfuse.core.kv.names import new_key
 from splitfuse.engine.messages import Command, EngineInfo, Report, Stop, decode_report, encode
 from splitfuse.engine.remote.in_flight import InFlightRecord
-from splitfuse.engine.remote.transport import HEADER_BYTES, frame, message_length
+from splitfuse.engine.remote.transport import frame, read_message
 from splitfuse.engine.tier_files import TierFiles
 from splitfuse.errors import EngineUnavailableError, SplitfuseError
 from splitfuse.kernels.sharing import WeightSharing
@@ -36,8 +36,13 @@ TIME_TO_DUMP = 1.0
 class Link(ABC):
     """Connects us to an engine, for one life of it. Belongs to the event loop."""
 
+    is_local = True
+    """True if silence can have no other cause than the engine."""
+
     def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self._reader, self._writer = reader, writer
+        self.is_blameless = False
+        """True if the end of the link was caused by no request, as far as is known."""
 
     @property
     def pid(self) -> int | None:
@@ -51,9 +56,11 @@ class Link(ABC):
     async def receive(self) -> Report | None:
         """Return the next report; None if the other side has closed. Raises ValueError for what is none."""
         try:
-            length = message_length(await self._reader.readexactly(HEADER_BYTES))
-            message = await self._reader.readexactly(length)
+            message = await read_message(self._reader)
         except (asyncio.IncompleteReadError, ConnectionError):
+            return None
+        except OSError:  # of a network
+            self.is_blameless = True
             return None
         try:
             return decode_report(message)
@@ -82,8 +89,15 @@ class Launcher(ABC):
 
     name = "the engine"
     """Name of the engine in messages."""
-    begins = "starting it"
-    """Words for what `launch` does, in messages."""
+    ends, begins = "died", "starting it"
+    """Words for the end of an engine, and for what `launch` does."""
+    address = ""
+    """Address of an engine on another machine; empty for one of this machine."""
+
+    @property
+    def keeps_trying(self) -> bool:
+        """Return whether an engine that cannot be used now is waited for at the start too."""
+        return bool(self.address)
 
     @abstractmethod
     async def launch(self) -> Link:
@@ -129,9 +143,10 @@ class SubprocessLauncher(Launcher):
         weights: WeightSharing | None = None,
         name_key: bytes | None = None,
         tiers: TierFiles | None = None,
+        on_ready: Callable[[EngineInfo], None] = lambda _: None,
     ) -> None:
-        """`tiers` are closed with the launcher."""
-        self._config, self._name_key = config, name_key or new_key()
+        """`tiers` are closed with the launcher. `on_ready` is called with what the engine says of itself."""
+        self._config, self._name_key, self._on_ready = config, name_key or new_key(), on_ready
         self._cores, self._weights, self._tiers = cores, weights, tiers
         self._in_flight: InFlightRecord | None = None
 
@@ -140,9 +155,7 @@ class SubprocessLauncher(Launcher):
             if self._in_flight is None:
                 self._in_flight = InFlightRecord()
             self._in_flight.clear()  # of what the process before has died of
-            spec = WorkerSpec(
-                self._config, self._name_key, self._in_flight.fd, self._cores, self._weights, self._tiers
-            )
+            spec = WorkerSpec(self._config, self._name_key, self._in_flight.fd, self._cores, self._weights, self._tiers)
             process, connection = await _start(spec)
         except OSError as error:  # no descriptors, memory or processes now: there may be later
             raise EngineUnavailableError(f"its process could not be started: {error.strerror}") from error
@@ -152,6 +165,7 @@ class SubprocessLauncher(Launcher):
     def accept(self, info: EngineInfo) -> None:
         if self._weights is not None:
             self._weights.filled = True
+        self._on_ready(info)
 
     def close(self) -> None:
         if self._in_flight is not None:

@@ -50,6 +50,7 @@ class SupervisedEngine(LocalClient):
         """The launcher is closed with the engine."""
         super().__init__()
         self._launcher = launcher
+        self.address, self.keeps_trying = launcher.address, launcher.keeps_trying
         self._step_timeout, self._silence_timeout = step_timeout, silence_timeout
         self._quarantine = quarantine or Quarantine()
         self._link: Link | None = None
@@ -129,16 +130,18 @@ class SupervisedEngine(LocalClient):
 
     def _suspects(self) -> Sequence[Stream]:
         """See LocalClient. A death counts for the quarantine where it can be put down to its requests."""
-        if self.state is not EngineState.READY or self._link is None or self._closing:
+        link = self._link
+        if self.state is not EngineState.READY or link is None or link.is_blameless or self._closing:
             return ()
         known = (*self._streams.values(), *self._moving.values(), *self._ending.values())
-        suspects, causes = find_suspects(known, self._link.in_flight())
+        suspects, causes = find_suspects(known, link.in_flight())
         self._quarantine.engine_died(stream.request for stream in causes)
         return suspects
 
     async def _supervise(self) -> None:
         """Bring the engine up again and again until the client is closed. If it does not come up the very first time,
-        `start` raises and there is no second one: a wrong setting stays wrong.
+        `start` raises, and there is no second one: a wrong setting stays wrong. An engine that cannot be reached may be
+        later.
         """
         pause = FIRST_PAUSE
         while not self._closing:
@@ -157,16 +160,19 @@ class SupervisedEngine(LocalClient):
                 continue
             assert self._started is not None
             if not self._started.done():
-                self._started.set_exception(_as_error(self._failure, why))
+                prevented = self._as_error(why)
+                self._started.set_exception(prevented)
                 self._started.exception()  # the waiting caller may be gone: else asyncio would complain
-                return
+                if not (self.keeps_trying and isinstance(prevented, EngineUnavailableError)):
+                    return
             if self._closing:
                 return
             if self._died_at is None:  # else it died again before it was ready
                 self._died_at = time.monotonic()
             if self._ready_at is not None and time.monotonic() - self._ready_at >= STABLE_SECONDS:
                 pause = FIRST_PAUSE
-            _logger.error("%s died: %s; %s again in %g s", self._launcher.name, why, self._launcher.begins, pause)
+            made = self._launcher
+            _logger.error("%s %s: %s; %s again in %g s", made.name, made.ends, why, made.begins, pause)
             await asyncio.sleep(pause)
             pause = min(2 * pause, LONGEST_PAUSE)
 
@@ -204,7 +210,7 @@ class SupervisedEngine(LocalClient):
                 case Alive():
                     self._seconds_in_step = report.seconds_in_step
                 case Failed():
-                    self._failure = report
+                    self._failure, link.is_blameless = report, report.is_planned
                     self._die(report.error)
                 case EngineInfo():
                     self._launcher.accept(report)
@@ -232,6 +238,7 @@ class SupervisedEngine(LocalClient):
             silent = time.monotonic() - self._last_heard
             if silent > self._silence_timeout:
                 why = f"it has been silent for {silent:.0f} s"
+                link.is_blameless = not link.is_local
             elif self._seconds_in_step > self._step_timeout:
                 why = f"a step has taken {self._seconds_in_step:.0f} s"
             else:
@@ -242,10 +249,12 @@ class SupervisedEngine(LocalClient):
             await link.end_hung()
             return
 
-
-def _as_error(failure: Failed | None, why: str) -> SplitfuseError:
-    """Return the error that the engine died of, of the class that it had there."""
-    kind = getattr(errors, failure.kind, None) if failure is not None and failure.kind else None
-    if isinstance(kind, type) and issubclass(kind, SplitfuseError):
-        return kind(why)
-    return EngineUnavailableError(f"the engine could not be started: {why}")
+    def _as_error(self, why: str) -> SplitfuseError:
+        """Return the error that the engine died of before it was ready, of the class that it had there."""
+        if self.address:
+            why = f"{self._launcher.name} cannot be used: {why}"
+        failure = self._failure
+        kind = getattr(errors, failure.kind, None) if failure is not None and failure.kind else None
+        if isinstance(kind, type) and issubclass(kind, SplitfuseError):
+            return kind(why)
+        return EngineUnavailableError(why if self.address else f"the engine could not be started: {why}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import socket
 import struct
 
@@ -16,12 +17,18 @@ def frame(message: bytes) -> bytes:
     return _LENGTH.pack(len(message)) + message
 
 
-def message_length(header: bytes) -> int:
+def message_length(header: bytes, *, most: int = MAX_MESSAGE) -> int:
     """Return the length of the message behind this header. Raises ValueError if it is longer than any message."""
     length: int = _LENGTH.unpack(header)[0]
-    if length > MAX_MESSAGE:
-        raise ValueError(f"the message has {length} bytes, more than the {MAX_MESSAGE} allowed")
+    if length > most:
+        raise ValueError(f"the message has {length} bytes, more than the {most} allowed")
     return length
+
+
+async def read_message(reader: asyncio.StreamReader, *, most: int = MAX_MESSAGE) -> bytes:
+    """Return the next message. Raises ValueError if it is too long, asyncio.IncompleteReadError if there is none."""
+    length = message_length(await reader.readexactly(HEADER_BYTES), most=most)
+    return await reader.readexactly(length)
 
 
 def receive(connection: socket.socket) -> bytes | None:

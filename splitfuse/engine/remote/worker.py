@@ -24,7 +24,7 @@ import msgspec
 from splitfuse.engine import garbage
 from splitfuse.engine.line_writer import LineWriter
 from splitfuse.engine.messages import Alive, Failed, Loading, Report, decode_command, encode
-from splitfuse.engine.remote.in_flight import InFlightRecord
+from splitfuse.engine.remote.in_flight import InFlightRecord, follow
 from splitfuse.engine.remote.launcher import WorkerSpec
 from splitfuse.engine.remote.transport import frame, receive
 from splitfuse.errors import SplitfuseError
@@ -68,7 +68,6 @@ class Worker:
         try:
             self._reports.put(Loading("importing"))
             with garbage.paused():
-                from splitfuse.core.events import StepRecord, StepScheduled
                 from splitfuse.engine.engine import Engine
                 from splitfuse.engine.loop import EngineLoop
 
@@ -81,12 +80,7 @@ class Worker:
                 name_key=spec.name_key,
                 tier_files=spec.tiers,
             )
-            record = InFlightRecord(spec.in_flight)
-            events = engine.events  # between two steps the record has those of the last one
-            events.subscribe(StepScheduled, lambda step: record.write(engine.ids_in_flight(step.plan)))
-            events.subscribe(
-                StepRecord, lambda step: record.write(engine.ids_in_flight() or engine.ids_in_flight(step.plan))
-            )
+            follow(engine, InFlightRecord(spec.in_flight).write)
             self._loop = EngineLoop(engine, self._reports.put)
             garbage.freeze()
             threading.Thread(target=self._receive_all, daemon=True).start()

@@ -1,0 +1,232 @@
+"""Connects a server to engines that run elsewhere (standalone.py), and looks whether they belong together."""
+
+from __future__ import annotations
+
+import asyncio
+import ssl
+import time
+from collections.abc import Collection, Mapping
+from contextlib import suppress
+from typing import Any
+
+import msgspec
+
+from splitfuse.config import EngineConfig, parse_adapter, parse_address
+from splitfuse.core.slo.targets import SloTargets
+from splitfuse.engine.messages import Alive, Beat, Command, EngineInfo, InFlight, Report, Welcome, encode
+from splitfuse.engine.remote.clock import ClockDifference, shift_command, shift_report
+from splitfuse.engine.remote.handshake import HandshakeError, Purpose, client_context, greet_server
+from splitfuse.engine.remote.launcher import READ_AHEAD, Launcher, Link
+from splitfuse.engine.remote.listener import BEAT_SECONDS, HANDSHAKE_SECONDS
+from splitfuse.engine.remote.transport import frame, read_message
+from splitfuse.errors import ConfigError, EngineUnavailableError
+from splitfuse.version import __version__
+
+CONNECT_SECONDS = 5.0
+"""Longest time until a connection is there."""
+MOST_VERSION, MOST_WELCOME = 256, 2**20
+"""Most bytes of the first two messages of an engine."""
+_ANYWHERE = ("model", "revision", "gguf_file", "lora")
+"""Settings that say where files are, which are compared by what they say."""
+
+
+class Agreement:
+    """Holds what all engines of a server must have in common, since requests go from one to another: those of the
+    first one that was ready.
+    """
+
+    def __init__(self, config: EngineConfig, *, has_local: bool) -> None:
+        """`config` are the settings of the server, for its engines on this machine, if it has any."""
+        self._config, self._has_local = config, has_local
+        self._first: EngineInfo | None = None
+        self.model_files: str | None = None
+        """Digest of the model's small files on this machine, where texts are tokenized; None: not known yet."""
+
+    def note(self, info: EngineInfo) -> None:
+        """Take in what an engine of this machine says of itself."""
+        self._first = self._first or info
+
+    def check_settings(self, theirs: EngineConfig) -> None:
+        """Raise ConfigError if settings that were given to the server would have no effect at an engine elsewhere."""
+        if self._has_local:
+            return
+        known, own = EngineConfig.setting_fields(), theirs.settings
+        for name, value in self._config.settings.items():
+            if name not in _ANYWHERE and value not in (known[name][1].default, own.get(name)):
+                raise ConfigError(
+                    f"it was started with {_say(name, own.get(name))}, and this server with {_say(name, value)}: give "
+                    "both the same, or leave it out here"
+                )
+
+    def check(self, info: EngineInfo) -> None:
+        """Raise ConfigError if an engine elsewhere does not answer as the others, or as the server expects."""
+        if self.model_files is not None and info.model_files != self.model_files:
+            raise ConfigError(
+                f"it has another model or tokenizer, in {info.model}: start it with the files that the server has"
+            )
+        scheduler = self._config.scheduler
+        if (info.slo_enabled, info.targets) != (scheduler.slo_enabled, SloTargets.parse(**scheduler.targets)):
+            raise ConfigError("it has another SLO than this server: give both the same ttft, itl, tpot and enable_slo")
+        if lacking := {parse_adapter(each)[0] for each in self._config.model.lora} - info.adapters.keys():
+            raise ConfigError(f"it lacks the LoRA adapter {min(lacking)}: start it with lora too")
+        first = self._first or info
+        for name, text in _in_common(first.identity).items():
+            if info.identity.get(name) != text:
+                raise ConfigError(
+                    f"its answers may differ from those of other engines: {name} is {info.identity.get(name)!r:.200}, "
+                    f"not {text!r:.200}; start it as the others"
+                )
+        if info.kv_fingerprint != first.kv_fingerprint:
+            raise ConfigError("its KV blocks differ from those of other engines: give all the same block_size")
+        self._first = first
+
+
+class ConnectLauncher(Launcher):
+    """Connects to an engine that runs elsewhere, and has been started there by hand or by systemd."""
+
+    ends, begins = "is gone", "connecting"
+
+    def __init__(self, address: str, key: bytes, agreement: Agreement, *, tls: bool = False) -> None:
+        self.address, self.name = address, f"the engine {address}"
+        self._key, self._agreement = key, agreement
+        self._tls = client_context() if tls else None
+
+    async def launch(self) -> Link:
+        reader, writer = await connect(self.address, self._key, Purpose.FRONT, tls=self._tls)
+        try:
+            async with asyncio.timeout(HANDSHAKE_SECONDS):
+                welcome = await read_welcome(reader)
+            if welcome.front:
+                raise EngineUnavailableError(f"the server at {welcome.front} has it: end that, or use another engine")
+            self._agreement.check_settings(welcome.config)
+            return _SocketLink(reader, writer)
+        except TimeoutError:
+            writer.close()
+            raise EngineUnavailableError(f"it has said nothing for {HANDSHAKE_SECONDS:g} s") from None
+        except (asyncio.IncompleteReadError, OSError) as error:
+            writer.close()
+            raise EngineUnavailableError("it has closed the connection") from error
+        except BaseException:
+            writer.close()
+            raise
+
+    def accept(self, info: EngineInfo) -> None:
+        self._agreement.check(info)
+
+    def close(self) -> None:
+        pass
+
+
+async def connect(
+    address: str, key: bytes, purpose: Purpose, *, tls: ssl.SSLContext | None
+) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+    """Return a connection to an engine that has let us in.
+
+    Raises EngineUnavailableError if it cannot be reached now, ConfigError if it is none, or has another key.
+    """
+    host, port = parse_address("engine", address)
+    try:
+        async with asyncio.timeout(CONNECT_SECONDS):
+            reader, writer = await asyncio.open_connection(host, port, ssl=tls, limit=READ_AHEAD)
+    except ssl.SSLError as error:
+        raise ConfigError(
+            "it speaks no TLS: start it with tls_certificate and tls_key, or leave out engine_tls"
+        ) from error
+    except ConnectionRefusedError as error:
+        raise EngineUnavailableError("nothing listens there: start it with splitfuse engine") from error
+    except TimeoutError as error:
+        raise EngineUnavailableError(f"no connection within {CONNECT_SECONDS:g} s") from error
+    except OSError as error:
+        raise EngineUnavailableError(f"it cannot be reached: {error.strerror or error}") from error
+    try:
+        async with asyncio.timeout(HANDSHAKE_SECONDS):
+            await greet_server(reader, writer, key, purpose)
+    except HandshakeError as error:
+        writer.close()
+        raise ConfigError(f"it {error}") from error
+    except TimeoutError as error:
+        writer.close()
+        hint = "" if tls is not None else "; if it speaks TLS, set engine_tls"
+        raise EngineUnavailableError(
+            f"it accepts connections, but has said nothing for {HANDSHAKE_SECONDS:g} s{hint}"
+        ) from error
+    except (asyncio.IncompleteReadError, OSError) as error:
+        writer.close()
+        hint = "" if tls is not None else ": if it speaks TLS, set engine_tls"
+        raise EngineUnavailableError(f"it has closed the connection within the handshake{hint}") from error
+    except BaseException:
+        writer.close()
+        raise
+    return reader, writer
+
+
+async def read_welcome(reader: asyncio.StreamReader) -> Welcome:
+    """Return what an engine says of itself. Raises ConfigError if it is of another version."""
+    try:
+        version = (await read_message(reader, most=MOST_VERSION)).decode("ascii", "replace")
+        if version != __version__:
+            raise ConfigError(f"it is splitfuse {version}, and this is {__version__}: use the same version")
+        return msgspec.msgpack.decode(await read_message(reader, most=MOST_WELCOME), type=Welcome)
+    except (ValueError, msgspec.DecodeError) as error:
+        raise ConfigError(f"what it says is malformed: {error}") from error
+
+
+class _SocketLink(Link):
+    """Connects us to an engine elsewhere, whose clock differs from ours."""
+
+    is_local = False
+
+    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        super().__init__(reader, writer)
+        self._clocks = ClockDifference()
+        self._in_flight: Collection[str] = ()
+        self._beating = asyncio.create_task(self._send_beats())
+
+    def send(self, command: Command) -> None:
+        super().send(shift_command(command, self._clocks.seconds))
+
+    async def receive(self) -> Report | None:
+        while True:
+            match report := await super().receive():
+                case None:
+                    return None
+                case InFlight(request_ids=ids):
+                    self._in_flight = ids
+                case Alive(beat=beat):
+                    if beat is not None:
+                        received = report.now - report.beat_age
+                        self._clocks.note(sent=beat.sent, received=received, answered=report.now, back=time.monotonic())
+                    return report
+                case _:
+                    return shift_report(report, -self._clocks.seconds)
+
+    def in_flight(self) -> Collection[str]:
+        return self._in_flight
+
+    def leave(self) -> None:
+        pass  # it waits for the next server
+
+    async def end(self, seconds: float) -> str:
+        self._beating.cancel()
+        self._writer.close()
+        with suppress(OSError, TimeoutError):
+            async with asyncio.timeout(min(seconds, 1.0)):
+                await self._writer.wait_closed()
+        return "the connection has ended"
+
+    async def end_hung(self) -> None:
+        self._writer.transport.abort()
+
+    async def _send_beats(self) -> None:
+        while True:
+            self._writer.write(frame(encode(Beat(time.monotonic()))))
+            await asyncio.sleep(BEAT_SECONDS)
+
+
+def _in_common(identity: Mapping[str, str]) -> dict[str, str]:
+    """Return the parts of an identity that all engines share. Memory may limit the model's length at one."""
+    return {name: text for name, text in identity.items() if name != "max_model_len"}
+
+
+def _say(name: str, value: Any) -> str:
+    return f"no {name}" if value is None else f"{name} {value}"

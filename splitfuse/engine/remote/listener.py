@@ -1,0 +1,287 @@
+"""Lets servers on other machines reach an engine: accepts connections, lets those in that have the key, and serves one
+front at a time.
+
+All of it runs in the event loop of one thread, apart from the engine's: a front is heard, and hears of the engine,
+while a step runs.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import queue
+import ssl
+import threading
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Any
+
+import msgspec
+
+from splitfuse.config import EngineConfig, parse_address
+from splitfuse.engine.messages import Alive, Beat, Loading, Report, Stop, Welcome, decode_command, encode
+from splitfuse.engine.remote.handshake import NO_CERTIFICATE, HandshakeError, Purpose, greet_client
+from splitfuse.engine.remote.transport import MAX_MESSAGE, frame, read_message
+from splitfuse.errors import ConfigError, SplitfuseError
+from splitfuse.version import __version__
+
+HEARTBEAT = 0.25
+"""Seconds between two signs of life of an engine."""
+BEAT_SECONDS = 0.5
+"""Seconds between two signs of life of a front."""
+SILENCE_SECONDS = 10.0
+"""Seconds of silence after which the other end of a connection is taken to be gone."""
+HANDSHAKE_SECONDS = 5.0
+"""Longest time of a handshake."""
+MOST_STRANGERS = 32
+"""Most connections that have not proved anything yet; further ones are closed."""
+STRANGER_BYTES = 2**16
+"""Bytes that are read ahead of a connection, about."""
+LOG_SECONDS = 60.0
+"""Least time between two lines in the log about connections of one host that are refused for one reason."""
+MOST_LOGGED = 256
+"""Number of hosts and reasons that are remembered for that."""
+
+_logger = logging.getLogger(__name__)
+
+
+class FrontSession:
+    """Connects one front with the engine. `report` may be called from any thread, the rest runs in the listener's."""
+
+    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, address: str) -> None:
+        self.address = address
+        self.commands: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        """Commands that have come, for an EngineLoop. The last one is Stop: the front has left, or asks for it."""
+        self.asks_restart = False
+        """True if the front has asked for the engine to begin anew."""
+        self.alive: Callable[[], Alive] = lambda: Alive(0.0)
+        """Function that returns a heartbeat of the engine."""
+        self._reader, self._writer = reader, writer
+        self._loop = asyncio.get_running_loop()
+        self._beat: Beat | None = None  # the newest, and when it came
+        self._beat_came = 0.0
+        self._held: list[Report] = []  # until the front has said what its clock says
+        self._ended = False
+
+    def report(self, report: Report) -> None:
+        """Send a report, some time."""
+        with suppress(RuntimeError):  # the event loop has ended
+            self._loop.call_soon_threadsafe(self._report, report)
+
+    def _report(self, report: Report) -> None:
+        if self._ended:
+            return
+        if self._beat is None:
+            self._held.append(report)
+            return
+        self._writer.write(frame(encode(report)))
+        if self._writer.transport.get_write_buffer_size() > MAX_MESSAGE:  # it reads no more
+            self._writer.transport.abort()
+
+    async def run(self) -> str:
+        """Take the commands of the front until it leaves, or stops or says nothing for long. Returns what it has done,
+        as what follows "it".
+        """
+        beating = asyncio.create_task(self._send_heartbeats())
+        try:
+            while True:
+                async with asyncio.timeout(SILENCE_SECONDS):
+                    command = decode_command(await read_message(self._reader))
+                if isinstance(command, Beat):
+                    self._take_beat(command)
+                    continue
+                self.commands.put(command)
+                if isinstance(command, Stop):
+                    self.asks_restart = True
+                    return "asks for a restart"
+        except TimeoutError:
+            return f"has been silent for {SILENCE_SECONDS:g} s"
+        except (asyncio.IncompleteReadError, OSError):
+            return "has left"
+        except (ValueError, msgspec.DecodeError, SplitfuseError) as error:
+            return f"sent a malformed message: {error}"
+        finally:
+            beating.cancel()
+            self.commands.put(Stop())
+
+    async def close(self) -> None:
+        """Send what is to be sent, as far as the front reads it, and close the connection."""
+        await asyncio.sleep(0)  # reports of this moment come first
+        self._ended = True
+        self._writer.close()
+        with suppress(OSError, TimeoutError, asyncio.CancelledError):
+            async with asyncio.timeout(HANDSHAKE_SECONDS):
+                await self._writer.wait_closed()
+
+    def _take_beat(self, beat: Beat) -> None:
+        is_first = self._beat is None
+        self._beat, self._beat_came = beat, time.monotonic()
+        if is_first:
+            self._report(self._heartbeat())
+            held, self._held = self._held, []
+            for report in held:
+                self._report(report)
+
+    def _heartbeat(self) -> Alive:
+        now = time.monotonic()
+        return msgspec.structs.replace(self.alive(), beat=self._beat, beat_age=now - self._beat_came, now=now)
+
+    async def _send_heartbeats(self) -> None:
+        while True:
+            await asyncio.sleep(HEARTBEAT)
+            if self._beat is not None:
+                self._report(self._heartbeat())
+
+
+class Listener:
+    """Accepts the connections of an engine, in a thread of its own.
+
+    listener = Listener("0.0.0.0:9000", key, config)
+    listener.start()
+    session = listener.next_front()
+    """
+
+    def __init__(
+        self,
+        address: str,
+        key: bytes,
+        config: EngineConfig,
+        *,
+        tls: ssl.SSLContext | None = None,
+        certificate: bytes = NO_CERTIFICATE,
+    ) -> None:
+        """`certificate` is the digest of that of `tls`, `config` what fronts are told that the engine has."""
+        self.address = address
+        """Address to listen on; once it has started, with the port that it has."""
+        self._host, self._port = parse_address("listen", address)
+        self._key, self._config, self._tls, self._certificate = key, config, tls, certificate
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="listener", daemon=True)
+        self._server: asyncio.Server | None = None
+        self._session: FrontSession | None = None
+        self._stage: Report = Loading("starting")
+        self._fronts: queue.SimpleQueue[FrontSession] = queue.SimpleQueue()
+        self._num_strangers = 0
+        self._logged: dict[tuple[str, str], float] = {}  # hosts and reasons, and when a line was last written of them
+
+    def start(self) -> None:
+        """Listen. Raises ConfigError if that cannot be done."""
+        self._thread.start()
+        try:
+            asyncio.run_coroutine_threadsafe(self._listen(), self._loop).result()
+        except OSError as error:
+            raise ConfigError(f"listen {self.address} cannot be listened on: {error.strerror or error}") from error
+
+    def stop(self) -> None:
+        """Stop listening, and close all connections."""
+
+        async def stop() -> None:
+            if self._server is not None:
+                self._server.close()
+            for task in asyncio.all_tasks() - {asyncio.current_task()}:
+                task.cancel()
+            self._loop.call_soon(self._loop.stop)
+
+        asyncio.run_coroutine_threadsafe(stop(), self._loop)
+        self._thread.join()
+        self._loop.close()
+
+    def next_front(self) -> FrontSession:
+        """Return the next front, once there is one."""
+        return self._fronts.get()
+
+    def show(self, stage: Loading) -> None:
+        """Report a stage of start-up to the front that there is, or that comes."""
+        self._stage = stage
+        if (session := self._session) is not None:
+            session.report(stage)
+
+    def end(self, session: FrontSession) -> None:
+        """Send a front what is left to be sent, and close its connection."""
+        asyncio.run_coroutine_threadsafe(session.close(), self._loop).result()
+
+    async def _listen(self) -> None:
+        server = self._server = await asyncio.start_server(
+            self._meet,
+            self._host,
+            self._port,
+            limit=STRANGER_BYTES,
+            ssl=self._tls,
+            ssl_handshake_timeout=HANDSHAKE_SECONDS if self._tls is not None else None,
+            reuse_address=True,
+        )
+        self.address = format_address(*server.sockets[0].getsockname()[:2])
+
+    async def _meet(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        """Let a connection in, and serve it."""
+        try:
+            if await self._greet(reader, writer) is Purpose.FRONT:
+                await self._serve_front(reader, writer)
+        except OSError:  # it has left
+            pass
+        finally:
+            writer.close()
+
+    async def _greet(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> Purpose | None:
+        """Return what a connection is for; None if it is refused."""
+        if self._num_strangers >= MOST_STRANGERS:
+            return None
+        self._num_strangers += 1
+        try:
+            async with asyncio.timeout(HANDSHAKE_SECONDS):
+                purpose = await greet_client(reader, writer, self._key, self._certificate)
+                writer.write(frame(__version__.encode()) + frame(msgspec.msgpack.encode(self._welcome(purpose))))
+                await writer.drain()
+                return purpose
+        except HandshakeError as error:
+            self._log_refused(writer, f"it {error}")
+        except TimeoutError:
+            self._log_refused(writer, "it says too little")
+        except asyncio.IncompleteReadError:
+            self._log_refused(writer, "it has left within the handshake")
+        finally:
+            self._num_strangers -= 1
+        return None
+
+    def _welcome(self, purpose: Purpose) -> Welcome:
+        front = self._session.address if self._session is not None and purpose is Purpose.FRONT else ""
+        return Welcome(self._config, front)
+
+    async def _serve_front(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        """Serve a front until it leaves, unless another one is served."""
+        address = _peer(writer)
+        if self._session is not None:
+            self._log_refused(writer, f"the server at {self._session.address} has the engine")
+            return
+        session = self._session = FrontSession(reader, writer, address)
+        session.report(self._stage)
+        self._fronts.put(session)
+        _logger.info("the server at %s has come", address)
+        try:
+            _logger.info("the server at %s %s", address, await session.run())
+        finally:
+            self._session = None  # the next one waits while the engine ends the requests of this one
+
+    def _log_refused(self, writer: asyncio.StreamWriter, why: str) -> None:
+        address, now = _peer(writer), time.monotonic()
+        what = address.rpartition(":")[0], why
+        if now - self._logged.get(what, -LOG_SECONDS) >= LOG_SECONDS:
+            if len(self._logged) >= MOST_LOGGED:
+                self._logged.clear()
+            self._logged[what] = now
+            _logger.warning("a connection from %s is refused: %s", address, why)
+
+
+def format_address(host: str, port: int) -> str:
+    """Return an address as it is written in settings.
+
+    >>> format_address("::1", 9000)
+    '[::1]:9000'
+    """
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def _peer(writer: asyncio.StreamWriter) -> str:
+    name = writer.get_extra_info("peername")
+    return format_address(*name[:2]) if name else "an unknown address"

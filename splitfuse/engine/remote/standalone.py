@@ -1,0 +1,160 @@
+"""Runs an engine by itself, which servers on other machines use: `splitfuse engine`.
+
+The model is loaded once. A server comes, has its requests computed, and goes; what it has left behind is ended, and the
+engine waits for the next one. One that hangs, or whose loop fails, ends with its process: systemd, or whatever has
+started it, starts it again, and its server's requests go on elsewhere meanwhile.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import logging
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from splitfuse.config import EngineConfig, ListenConfig
+from splitfuse.engine import garbage
+from splitfuse.engine.messages import Failed, InFlight, Loading, Stop
+from splitfuse.engine.remote.handshake import NO_CERTIFICATE, server_context
+from splitfuse.engine.remote.in_flight import follow
+from splitfuse.engine.remote.listener import FrontSession, Listener
+from splitfuse.engine.remote.secret import read_secret
+from splitfuse.engine.tier_files import open_tiers
+from splitfuse.errors import ConfigError
+
+if TYPE_CHECKING:
+    from splitfuse.engine.engine import Engine
+    from splitfuse.engine.loop import EngineLoop
+
+WATCH_SECONDS = 1.0
+"""Seconds between two looks at how long a step has taken."""
+
+_logger = logging.getLogger(__name__)
+
+
+class StandaloneEngine:
+    """Serves servers on other machines, one after the other, until a signal. Belongs to the main thread."""
+
+    def __init__(self, config: EngineConfig, listen: ListenConfig) -> None:
+        """Raises ConfigError if the key or the certificate cannot be used."""
+        assert listen.listen is not None and listen.key_file is not None, "ListenConfig has checked it"
+        self._config, self._step_timeout = config, listen.step_timeout
+        self._secret = read_secret(listen.key_file)
+        tls, certificate = None, NO_CERTIFICATE
+        if listen.tls_certificate is not None and listen.tls_key is not None:
+            try:
+                tls, certificate = server_context(listen.tls_certificate, listen.tls_key)
+            except (OSError, ValueError) as error:
+                raise ConfigError(
+                    f"tls_certificate {listen.tls_certificate} and tls_key {listen.tls_key} cannot be used: {error}; "
+                    "they must be a certificate and its private key, in PEM files"
+                ) from error
+        self._listener = Listener(listen.listen, self._secret.link_key, config, tls=tls, certificate=certificate)
+        self._loop: EngineLoop | None = None
+        self._ending = False
+
+    def run(self) -> None:
+        """Load the model and serve. Returns after SIGTERM or SIGINT; a server that asks for it has the program begin
+        anew. Raises what prevents loading, and what the engine fails of.
+        """
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._end)
+        faulthandler.register(signal.SIGUSR1, all_threads=True)
+        self._listener.start()
+        _logger.info("splitfuse engine listens on %s", self._listener.address)
+        try:
+            engine = self._load()
+            threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
+            try:
+                while not self._ending:
+                    if self._serve(engine, self._listener.next_front()):
+                        engine.close()
+                        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+            finally:
+                engine.close()
+        except _Ended:
+            pass
+
+    def _load(self) -> Engine:
+        self._listener.show(Loading("importing"))
+        with garbage.paused():
+            from splitfuse.engine.engine import Engine
+        self._listener.show(Loading("loading"))
+        tiers, _ = open_tiers(self._config.cache)
+        planned = ""
+
+        def announce(plan: object) -> None:
+            nonlocal planned
+            planned = str(plan)
+            _logger.info("%s", planned)
+            self._listener.show(Loading("loading", memory_plan=planned))
+
+        engine = Engine.load(
+            self._config,
+            announce=announce,
+            on_progress=lambda fraction: self._listener.show(Loading("loading", fraction, planned)),
+            name_key=self._secret.name_key,
+            tier_files=tiers,
+        )
+        garbage.freeze()
+        return engine
+
+    def _serve(self, engine: Engine, session: FrontSession) -> bool:
+        """Run the engine for a front until that leaves. Returns whether it asks for a restart."""
+        from splitfuse.engine.loop import EngineLoop
+
+        last: Sequence[str] = ()
+
+        def note(ids: Sequence[str]) -> None:
+            nonlocal last
+            if ids != last:
+                last = ids
+                session.report(InFlight(tuple(ids)))
+
+        loop = EngineLoop(engine, session.report, commands=session.commands)
+        unfollow = follow(engine, note)
+        try:
+            session.alive = loop.alive
+            self._loop = loop
+            if self._ending:
+                raise _Ended
+            session.report(loop.info)
+            loop.run()
+            if self._ending:
+                session.report(Failed("it was stopped", is_planned=True))
+            loop.close()
+        except Exception as error:
+            session.report(Failed(repr(error)))
+            raise
+        finally:
+            self._loop = None
+            unfollow()
+            self._listener.end(session)
+        return session.asks_restart and not self._ending
+
+    def _end(self, *_: object) -> None:
+        """End at a signal: after the step in flight, or at once if there is none."""
+        self._ending = True
+        if self._loop is None:
+            raise _Ended
+        self._loop.commands.put(Stop())
+
+    def _watch(self) -> None:
+        """End the process if a step does not end, and write where it is."""
+        while True:
+            time.sleep(WATCH_SECONDS)
+            loop = self._loop
+            if loop is not None and (seconds := loop.alive().seconds_in_step) > self._step_timeout:
+                _logger.error("the engine hangs: a step has taken %.0f s; its stacks follow", seconds)
+                time.sleep(WATCH_SECONDS / 2)  # for the line to be written
+                faulthandler.dump_traceback(all_threads=True)
+                os._exit(1)
+
+
+class _Ended(BaseException):
+    """Ends what waits or loads, at a signal."""

@@ -1,0 +1,292 @@
+"""Engines that run by themselves, used over sockets: the same tokens, whatever happens to them, to their servers and to
+the connection.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import signal
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import msgspec
+import pytest
+from engine_process import EngineProcess, engine_process, make_key
+from patience import PATIENCE
+
+from splitfuse.config import EngineConfig
+from splitfuse.core.sampling_params import SamplingParams
+from splitfuse.engine.client import EngineState, LocalClient
+from splitfuse.engine.engine import Engine
+from splitfuse.engine.messages import Add
+from splitfuse.engine.quarantine import Quarantine
+from splitfuse.engine.remote import connector, supervisor
+from splitfuse.engine.remote.connector import Agreement, ConnectLauncher
+from splitfuse.engine.remote.secret import read_secret
+from splitfuse.engine.remote.supervisor import SupervisedEngine
+from splitfuse.engine.replicas import make_replicas
+from splitfuse.engine.router import Router
+from splitfuse.engine.stream import Stream
+from splitfuse.engine.thread import AsyncEngine
+from splitfuse.errors import ConfigError, EngineUnavailableError
+
+SETTINGS = {"num_blocks": 600, "num_threads": 1}
+FLAGS = ("--num-blocks=600",)
+CONFIG = EngineConfig.from_settings(SETTINGS)
+LONG = SamplingParams(max_tokens=900, ignore_eos=True)
+
+
+@pytest.fixture(autouse=True)
+def short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(supervisor, "FIRST_PAUSE", 0.01)
+    monkeypatch.setattr(supervisor, "LONGEST_PAUSE", 0.05)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    made = tmp_path_factory.mktemp("engines")
+    make_key(made)
+    return made
+
+
+@pytest.fixture(scope="module")
+def engine(folder: Path) -> Iterator[EngineProcess]:
+    """An engine that the tests leave as it was."""
+    with engine_process(folder / "first", "--key-file", str(folder / "key"), *FLAGS) as made:
+        yield made
+
+
+def run(test: Awaitable[None]) -> None:
+    asyncio.run(asyncio.wait_for(test, PATIENCE))
+
+
+async def until(condition: Callable[[], Any]) -> None:
+    while not condition():
+        await asyncio.sleep(0.001)
+
+
+def requests(count: int, *, max_tokens: int) -> list[Add]:
+    rng = Random(count)
+    made = []
+    for number in range(count):
+        prompt = tuple(rng.randrange(5, 700) for _ in range(rng.randrange(1, 120)))
+        temperature = 0.9 if number % 2 else 0.0
+        params = SamplingParams(max_tokens=max_tokens, ignore_eos=True, temperature=temperature, seed=number)
+        made.append(Add(str(number), prompt, params))
+    return made
+
+
+async def read(stream: Stream) -> list[int]:
+    async with stream:
+        return [token async for output in stream for token in output.token_ids]
+
+
+def elsewhere(
+    engine: EngineProcess, folder: Path, *, agreement: Agreement | None = None, **more: Any
+) -> SupervisedEngine:
+    key = read_secret(str(folder / "key")).link_key
+    agreement = agreement or Agreement(CONFIG, has_local=True)
+    return SupervisedEngine(ConnectLauncher(engine.address, key, agreement), **more)
+
+
+@asynccontextmanager
+async def running(*engines: LocalClient) -> AsyncIterator[Router]:
+    router = Router(engines)
+    await router.start()
+    try:
+        yield router
+    finally:
+        await router.close()
+
+
+@pytest.fixture(scope="module")
+def whole() -> list[list[int]]:
+    """What an engine of this process gives for `requests(8, max_tokens=120)`."""
+
+    async def test() -> list[list[int]]:
+        async with running(AsyncEngine(Engine.load(CONFIG))) as router:
+            return await asyncio.gather(*(read(router.open(each)) for each in requests(8, max_tokens=120)))
+
+    return asyncio.run(asyncio.wait_for(test(), PATIENCE))
+
+
+def test_an_engine_serves_one_server_after_the_other(
+    engine: EngineProcess, folder: Path, whole: list[list[int]], caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "splitfuse")
+    wanted = requests(8, max_tokens=120)
+
+    async def first() -> None:
+        client = make_replicas(CONFIG, replicas=0, engines=[engine.address], key_file=str(folder / "key"))
+        await client.start()
+        try:
+            assert await asyncio.gather(*(read(client.open(each)) for each in wanted)) == whole
+            other = elsewhere(engine, folder)
+            with pytest.raises(EngineUnavailableError, match=r"cannot be used: the server at .* has it"):
+                await Router([other]).start()
+            await other.close()
+            left = [client.open(msgspec.structs.replace(each, request_id=f"left {each.request_id}")) for each in wanted]
+            await until(lambda: client.stats[0].num_running == len(left))
+        finally:
+            await client.close()  # with requests that run
+
+    async def second() -> None:
+        async with running(elsewhere(engine, folder)) as router:
+            assert router.stats[0].num_steps == 0  # counters begin anew
+            stream = router.open(wanted[1])
+            assert await read(stream) == whole[1]
+            assert router.stats[0].num_running == 0  # what the first has left is gone
+            assert router.stats[0].num_available_blocks == SETTINGS["num_blocks"]
+            breakdown = await stream.breakdown
+            assert sum(breakdown.phases.values()) == pytest.approx(breakdown.closed - breakdown.opened)
+
+    run(first())
+    run(second())
+    assert "the server at 127.0.0.1:" in engine.said and "has left" in engine.said
+
+
+def test_an_engine_elsewhere_that_is_stopped_loses_its_streams_which_no_request_is_blamed_for(
+    engine: EngineProcess, folder: Path, whole: list[list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wanted = requests(8, max_tokens=120)
+
+    async def test() -> None:
+        quarantine = Quarantine()
+        remote = elsewhere(engine, folder, silence_timeout=PATIENCE, quarantine=quarantine)
+        local = AsyncEngine(Engine.load(CONFIG))
+        async with running(local, remote) as router:
+            streams = [router.open(each) for each in wanted]
+            reading = [asyncio.create_task(read(each)) for each in streams]
+            await until(lambda: all(each.num_running for each in router.stats))
+            await until(lambda: min(each.num_tokens for each in streams) > 20)
+            engine.send(signal.SIGSTOP)
+            try:
+                await until(lambda: remote.silent)
+                remote._silence_timeout = 0.0
+                monkeypatch.setattr(connector, "HANDSHAKE_SECONDS", 0.1)  # it says nothing to the next one either
+                assert await asyncio.gather(*reading) == whole
+                moved = [each for each in streams if each.num_resumed]
+                assert moved and all((each.num_deaths, each.num_lost) == (0, 1) for each in moved)
+                remote._silence_timeout = PATIENCE
+            finally:
+                engine.send(signal.SIGCONT)
+            monkeypatch.undo()
+            await until(lambda: remote.state is EngineState.READY)
+            again = msgspec.structs.replace(wanted[3], request_id="again")
+            assert await read(remote.open(again)) == whole[3]
+
+    run(test())
+
+
+def test_a_server_starts_without_an_engine_that_cannot_be_reached(
+    engine: EngineProcess, folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def test() -> None:
+        key = str(folder / "key")
+        client = make_replicas(CONFIG, replicas=0, engines=["127.0.0.1:1", engine.address], key_file=key)
+        await client.start()
+        assert [each.state for each in client.replicas] == [EngineState.DEAD, EngineState.READY]
+        await client.close()
+        client = make_replicas(CONFIG, replicas=0, engines=["127.0.0.1:1"], key_file=key)
+        with pytest.raises(
+            EngineUnavailableError, match=r"the engine 127.0.0.1:1 cannot be used: nothing listens there"
+        ):
+            await client.start()
+        await client.close()
+        other = make_key(folder / "first", "another secret of many characters")
+        client = make_replicas(CONFIG, replicas=0, engines=["127.0.0.1:1", engine.address], key_file=other)
+        with pytest.raises(ConfigError, match=r"the engine .* cannot be used: it has another key"):
+            await client.start()
+        await client.close()
+        client = make_replicas(
+            EngineConfig.from_settings({"quantization": "int8"}), replicas=0, engines=[engine.address], key_file=key
+        )
+        with pytest.raises(ConfigError, match=r"it was started with no quantization, and this server with"):
+            await client.start()
+        await client.close()
+
+    run(test())
+    assert "nothing listens there: start it with splitfuse engine; it is used as soon as it can be" in caplog.text
+    assert "is refused: it has another key" in engine.said
+
+
+def test_streams_go_on_when_an_engine_elsewhere_is_killed(
+    engine: EngineProcess, folder: Path, whole: list[list[int]]
+) -> None:
+    """The last test that uses the engine."""
+    wanted = requests(8, max_tokens=120)
+
+    async def test() -> None:
+        remote, local = elsewhere(engine, folder), AsyncEngine(Engine.load(CONFIG))
+        async with running(local, remote) as router:
+            streams = [router.open(each) for each in wanted]
+            reading = [asyncio.create_task(read(each)) for each in streams]
+            await until(lambda: all(each.num_running for each in router.stats))
+            await until(lambda: min(each.num_tokens for each in streams) > 20)
+            engine.send(signal.SIGKILL)
+            assert await asyncio.gather(*reading) == whole
+            moved = [each for each in streams if each.num_resumed]
+            assert moved and len(moved) == router.num_resumed["death"]
+            assert all(each.num_deaths == 1 for each in moved)  # suspected, as at any death
+
+    run(test())
+
+
+@pytest.mark.slow
+def test_an_engine_that_comes_back_is_found_again(
+    folder: Path, whole: list[list[int]], caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "splitfuse")
+    wanted = requests(8, max_tokens=120)
+    flags = ("--key-file", str(folder / "key"), *FLAGS)
+
+    async def test() -> None:
+        with engine_process(folder / "second", *flags) as victim:
+            remote = elsewhere(victim, folder)
+            async with running(remote) as router:
+                streams = [router.open(each) for each in wanted]
+                reading = [asyncio.create_task(read(each)) for each in streams]
+                await until(lambda: min(each.num_tokens for each in streams) > 20)
+                victim.send(signal.SIGKILL)
+                await until(lambda: remote.state is EngineState.DEAD)
+                with engine_process(folder / "second", *flags, listen=victim.address):
+                    assert await asyncio.gather(*reading) == whole
+                    assert await restart(remote)
+                    assert await read(remote.open(wanted[2])) == whole[2]
+
+    async def restart(remote: SupervisedEngine) -> bool:
+        """Drained, the program there begins anew."""
+        remote.drain()
+        await remote.restart()
+        remote.undrain()
+        return remote.state is EngineState.READY
+
+    run(test())
+    assert "is gone: the connection has ended; connecting again in 0.01 s" in caplog.text
+    assert "nothing listens there: start it with splitfuse engine; connecting again in 0.05 s" in caplog.text
+    assert "is ready again after" in caplog.text
+
+
+@pytest.mark.slow
+def test_an_engine_that_is_told_to_end_lets_its_requests_go_on(folder: Path, whole: list[list[int]]) -> None:
+    wanted = requests(8, max_tokens=120)
+
+    async def test() -> None:
+        with engine_process(folder / "third", "--key-file", str(folder / "key"), *FLAGS) as ending:
+            remote, local = elsewhere(ending, folder), AsyncEngine(Engine.load(CONFIG))
+            async with running(local, remote) as router:
+                streams = [router.open(each) for each in wanted]
+                reading = [asyncio.create_task(read(each)) for each in streams]
+                await until(lambda: all(each.num_running for each in router.stats))
+                ending.send(signal.SIGTERM)
+                assert await asyncio.gather(*reading) == whole
+                assert all(each.num_deaths == 0 for each in streams)
+                assert any(each.num_resumed for each in streams)
+                assert remote.death != "the connection has ended"
+            assert ending.process.wait(PATIENCE) == 0
+
+    run(test())
