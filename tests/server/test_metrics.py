@@ -90,6 +90,23 @@ class Figures:
         return {float(labels["le"]) for key, pairs in self.values if key == name for labels in [dict(pairs)]}
 
 
+class StatedEngine:
+    """One of the engines of a client that says what it is told."""
+
+    address = "10.0.0.2:9000"
+
+    def __init__(self, client: "Stated", number: int) -> None:
+        self._client, self.is_drained = client, number == 0
+
+    @property
+    def state(self) -> EngineState:
+        return self._client.state
+
+    @property
+    def info(self) -> EngineInfo:
+        return self._client.info
+
+
 class Stated(EngineClient):
     """Engines that stand as the test says."""
 
@@ -104,7 +121,7 @@ class Stated(EngineClient):
 
     @property
     def engines(self) -> list[Any]:
-        return [SimpleNamespace(is_drained=True)]
+        return [StatedEngine(self, number) for number in range(len(self.counted))]
 
     @property
     def num_resumed(self) -> Mapping[str, int]:
