@@ -8,7 +8,8 @@ from splitfuse.core.step_builder import by_sequence_number
 
 def check_scheduler(scheduler: Scheduler) -> None:
     allocator, unfinished = scheduler._allocator, scheduler.requests.by_id
-    check_held(allocator, [request.kv for request in unfinished.values()])
+    landing = [] if scheduler.fetches is None else scheduler.fetches.ahead.blocks
+    check_held(allocator, [request.kv for request in unfinished.values()], landing)
     queue = scheduler.queue
     waiting, running = RequestStatus.WAITING, RequestStatus.RUNNING
     for requests, status in ((queue.waiting, waiting), (queue.running, running), (queue.fetching, waiting)):
@@ -20,11 +21,13 @@ def check_scheduler(scheduler: Scheduler) -> None:
         assert request.kv.state is None
     assert all((request.kv.fetch is not None) == (request in queue.fetching) for request in queue.unfinished)
     if scheduler.fetches is not None:
-        inbox = scheduler.fetches.fetching.inbox
+        inbox, ahead = scheduler.fetches.fetching.inbox, scheduler.fetches.ahead._wanted.values()
         held = [each.number for request in queue.unfinished for each in request.kv.arrived]
+        held += [each.number for wanted in ahead for each in wanted.arrived]
         in_flight = set(inbox._held) - set(held)  # of chunks that are not back
         assert not in_flight or scheduler._in_flight
         num_awaited = sum(len(request.kv.fetch.names) for request in queue.fetching if request.kv.fetch is not None)
+        num_awaited += sum(len(each.fetch.names) for each in ahead if each.fetch is not None)
         inbox.check([*held, *in_flight], num_awaited=num_awaited)
     for request in unfinished.values():
         num_slots = len(request.kv.blocks) * allocator.block_size

@@ -37,6 +37,7 @@ from splitfuse.core.plan import (
     ZERO_STATE,
     Chunk,
     ChunkResult,
+    Land,
     Save,
     StateSlots,
     StepPlan,
@@ -129,9 +130,9 @@ class FakeTier:
     def save(self, name: bytes, token_ids: tuple[int, ...], content: list[int]) -> None:
         """Keep a block."""
         assert content == list(token_ids), "another content was saved than the name says"
-        self.frames[name] = Frame.of(name, token_ids, bytes(content))
+        self.frames[name] = Frame.of(name, token_ids, bytes(content).ljust(self.block_size, b"\0"))
 
-    def find(self, names: Sequence[bytes]) -> Found:
+    def find(self, names: Sequence[bytes], _: Sequence[str] = ()) -> Found:
         count = next((n for n, name in enumerate(names) if name not in self.frames), len(names))
         return Found(count, self._rng.choice((0.0, 0.0, 1.0, 100.0)))
 
@@ -219,10 +220,7 @@ class FakeExecutor:
     def _execute(self, plan: StepPlan) -> StepResult:
         for save in plan.saves:
             self.save(save)
-        for land in plan.lands:
-            assert self.inbox is not None and self.tier is not None
-            self.tier.num_landed += 1
-            self.cache |= {(land.block, place): token for place, token in enumerate(self.inbox[land.number])}
+        self.land(plan.lands)
         for retired in plan.retired_requests:
             del self.prompts[retired]
         for new in plan.new_requests:
@@ -234,9 +232,15 @@ class FakeExecutor:
         lost = ChunkResult(state_lost=True)
         return {chunk.request_id: self._run(chunk) if chunk.is_repeatable else lost for chunk in plan.chunks}
 
+    def land(self, lands: Iterable[Land]) -> None:
+        for land in lands:
+            assert self.inbox is not None and self.tier is not None
+            self.tier.num_landed += 1
+            self.cache |= {(land.block, place): token for place, token in enumerate(self.inbox[land.number])}
+
     def save(self, save: Save) -> None:
         assert self.tier is not None
-        content = [self.cache[save.block, place] for place in range(self.block_size)]
+        content = [self.cache[save.block, place] for place in range(len(save.token_ids))]
         self.tier.save(save.name, save.token_ids, content)
 
     @staticmethod
@@ -249,7 +253,7 @@ class FakeExecutor:
     def _run(self, chunk: Chunk) -> ChunkResult:
         assert chunk.num_choices <= chunk.num_logits <= len(chunk.token_ids)
         assert chunk.num_drafts == 0 or (chunk.samples and PLACEHOLDER not in chunk.token_ids)
-        assert {land.block for land in chunk.lands} <= {*chunk.block_table[: chunk.start // self.block_size]}
+        assert {land.block for land in chunk.lands} <= {*chunk.block_table[: ceil_div(chunk.start, self.block_size)]}
         slots = [(chunk.block_table[p // self.block_size], p % self.block_size) for p in range(chunk.end)]
         # A request that has failed chose nothing; what a plan already in flight makes of it is dropped.
         chosen = self.last_chosen.get(chunk.request_id, 0)
@@ -334,6 +338,9 @@ class Run:
     ended: list[float | Fraction] = field(default_factory=list)  # when it was back
     num_accepted: int = 0  # drafts that were right
     asked: set[str] = field(default_factory=set)  # requests that have waited for blocks
+    coming: set[str] = field(default_factory=set)  # names under which blocks are fetched ahead
+    moving: dict[str, Request] = field(default_factory=dict)  # requests that leave
+    num_moved: int = 0
 
     @classmethod
     def make(
@@ -394,6 +401,33 @@ class Run:
             del outcome.tokens[num_tokens if num_tokens is not None else len(outcome.tokens) :]
         check_scheduler(self.scheduler)
 
+    def move(self, request: Request) -> None:
+        """Let a request leave, and come again as it would come to another engine with the same tiers."""
+        self._tick()
+        self.moving[request.request_id] = request
+        if self.scheduler.finish(request.request_id, FinishReason.MOVED, now=self.now):
+            self._come_again(request.request_id)
+
+    def _come_again(self, request_id: str) -> None:
+        self._save_departing()
+        self.latencies.pop(request_id)
+        left = self.moving.pop(request_id)
+        again = Request(
+            *(request_id, left.prompt_token_ids, left.params, left.max_tokens, left.seed, left.eos_token_ids),
+            scheduling=left.scheduling,
+            block_sources=("memory:test",),
+        )
+        times = [self.now] * len(left.output_token_ids)
+        again.resume(left.output_token_ids, times, num_prompt_logprobs=left.num_prompt_logprobs)
+        self.asked.discard(request_id)
+        self.num_moved += 1
+        self.scheduler.add(again, self.now)
+        check_scheduler(self.scheduler)
+
+    def _save_departing(self) -> None:
+        for save in self.scheduler.requests.take_departing():
+            self.executor.save(save)
+
     def step(self) -> list[RequestOutput]:
         """One cycle of the loop: schedule as far ahead as the depth allows, then take in the oldest plan."""
         while len(self.in_flight) < self.depth and (plan := self._schedule()):
@@ -402,6 +436,11 @@ class Run:
             assert self.fetching or not self.scheduler.has_unfinished, "no progress: nothing scheduled, or in flight"
             for save in self.allocator.take_saves():
                 self.executor.save(save)
+            if (fetches := self.scheduler.fetches) is not None:
+                lands = fetches.take_lands_ahead()
+                self.executor.land(lands)
+                fetches.ahead.landed(lands, is_there=True)
+            check_scheduler(self.scheduler)
             return []
         running = list(self.running)
         plan, handle = self.in_flight.popleft()
@@ -412,10 +451,14 @@ class Run:
         self._tick()
         self.ended.append(self.now)
         outputs = self.scheduler.update(plan, result, self.now)
+        self._save_departing()
         if self.waiting and not self.running and not any(each.state_lost for each in result.values()):
             assert self.waiting[0] not in running, "the oldest request was preempted"
         check_scheduler(self.scheduler)
         for output in outputs:
+            if output.finish_reason is FinishReason.MOVED:
+                self._come_again(output.request_id)
+                continue
             outcome = self.outcomes[output.request_id]
             assert outcome.finish_reason is None, "an output after the end"
             if output.finish_reason is not None:
@@ -426,7 +469,7 @@ class Run:
         return outputs
 
     def drain(self, limit: int = 100_000) -> None:
-        while self.scheduler.has_unfinished or self.in_flight:
+        while self.scheduler.has_unfinished or self.in_flight or self.is_prefetching:
             self.step()
             limit -= 1
             assert limit, "does not end"
@@ -434,6 +477,10 @@ class Run:
         assert self.allocator.num_held == 0
         assert self.executor.inbox is None or self.executor.inbox.num_free == self.executor.inbox.capacity
         assert self.allocator.states is None or self.allocator.states.num_held == 0
+
+    @property
+    def is_prefetching(self) -> bool:
+        return self.scheduler.fetches is not None and self.scheduler.fetches.ahead.is_busy
 
     @property
     def waiting(self) -> list[Request]:
@@ -463,8 +510,11 @@ class Run:
             self.executor.tier.pass_time(fetches, self.now)
             check_scheduler(self.scheduler)
             for fetch in fetches.take(self.now):
-                assert fetch.request_id not in self.asked, "a request waits twice"
-                self.asked.add(fetch.request_id)
+                if fetch.request_id in self.coming:
+                    assert fetch.names, "a fetch of nothing"
+                else:
+                    assert fetch.request_id not in self.asked, "a request waits twice"
+                    self.asked.add(fetch.request_id)
                 self.executor.tier.ask(fetch)
         waiting, running = list(self.waiting), list(self.running)
         oldest = min(waiting + running, key=lambda r: r.sequence_number, default=None)
@@ -595,6 +645,8 @@ class Workload:
                 run.add(coming.popleft())
             if rng.random() < 0.04:
                 meddled |= self._meddle(rng, run)
+            if tier:
+                self._move_about(of_tier, run, requests)
             run.step()
         run.drain()
         for request in requests:
@@ -636,6 +688,27 @@ class Workload:
         else:
             run.finish(name, FinishReason.STOP, rng.randint(0, len(run.outcomes[name].tokens)))
         return {name: len(run.outcomes[name].tokens)}
+
+    @staticmethod
+    def _move_about(rng: Random, run: Run, requests: Sequence[Request]) -> None:
+        """Let a request leave and come again, save some of its blocks before that, or fetch some ahead."""
+        scheduler, each = run.scheduler, rng.choice(requests)
+        request = scheduler.get(each.request_id)
+        if request is not None and not request.is_finished and request.request_id not in run.moving:
+            if rng.random() < 0.1:
+                run.move(request)
+            elif rng.random() < 0.1:
+                scheduler.requests.save_blocks(request.request_id, rng.randint(1, 9), rng.randint(1, 3))
+        if rng.random() < 0.2 and scheduler.fetches is not None:
+            tokens, size = [*each.prompt_token_ids, *reference(each)[0]], run.allocator.block_size
+            names: list[bytes] = []
+            namer(size).extend(names, tokens, salt=each.scheduling.cache_salt)
+            blocks = [tuple(tokens[size * index : size * index + size]) for index in range(len(names))]
+            first, last = sorted((rng.randint(0, len(names)), rng.randint(0, len(names))))
+            name = f"{each.request_id} to come"
+            run.coming.add(name)
+            scheduler.fetches.ahead.add(name, names[first:last], blocks[first:last], ("memory:test",))
+        check_scheduler(scheduler)
 
     def _compare(self, request: Request, run: Run, meddled: dict[str, int]) -> None:
         outcome = run.outcomes[request.request_id]

@@ -132,7 +132,8 @@ class StepPlan:
     chunks: tuple[Chunk, ...]
     new_requests: tuple[SamplingState, ...] = ()
     retired_requests: tuple[str, ...] = ()  # finished since the last plan: the executor forgets them
-    saves: tuple[Save, ...] = ()  # blocks that have been published since the last plan
+    saves: tuple[Save, ...] = ()  # blocks that have been published since the last plan, or are asked for elsewhere
+    prefetched: tuple[Land, ...] = ()  # blocks for requests that will come: see core/kv/prefetching.py
 
     @cached_property
     def num_tokens(self) -> int:
@@ -141,8 +142,8 @@ class StepPlan:
 
     @property
     def lands(self) -> tuple[Land, ...]:
-        """Return the copies into the cache, of all chunks."""
-        return tuple(land for chunk in self.chunks for land in chunk.lands)
+        """Return the copies into the cache: what is prefetched, and those of all chunks."""
+        return (*self.prefetched, *(land for chunk in self.chunks for land in chunk.lands))
 
 
 @dataclass(frozen=True)

@@ -49,6 +49,10 @@ class Request:
     """Digest of the LoRA adapter that it is computed with; empty: none. What depends on it is salted with it."""
     pooling: PoolingParams | None = None
     """Numbers that its last step gives in place of a token; `max_tokens` is 1 then."""
+    block_sources: tuple[str, ...] = ()
+    """Addresses, the best first, where the engine that it has left has laid its blocks ready."""
+    most_here: int = -1
+    """Number of generated tokens after which it leaves this engine; -1: it stays until it ends."""
 
     sequence_number: int = -1
     """Order of acceptance, given by the scheduler."""
@@ -100,6 +104,11 @@ class Request:
             self.slo.observe_token(each)
 
     @property
+    def is_leaving(self) -> bool:
+        """Return whether it goes on elsewhere once no plan of it is in flight."""
+        return 0 <= self.most_here <= len(self.output_token_ids)
+
+    @property
     def num_prompt_tokens(self) -> int:
         return len(self.prompt_token_ids)
 
@@ -111,10 +120,10 @@ class Request:
     @property
     def num_unscheduled(self) -> int:
         """Return how many tokens are known or being chosen, and not yet scheduled; 0 if the plans in flight bring its
-        last token, or if it is about to lose its blocks.
+        last token here, or if it is about to lose its blocks.
         """
         generated = len(self.output_token_ids) + self.num_output_placeholders
-        if self.kv.preempt_on_return or generated >= self.max_tokens:
+        if self.kv.preempt_on_return or generated >= self.max_tokens or 0 <= self.most_here <= generated:
             return 0
         return len(self.prompt_token_ids) + generated - self.num_scheduled
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 
 from splitfuse.core.advance import advance, output_of
 from splitfuse.core.events import EngineEvents, RequestAdded, RequestFinished
 from splitfuse.core.kv.block_allocator import BlockAllocator
 from splitfuse.core.kv.fetch_queue import FetchQueue
-from splitfuse.core.plan import Chunk, ChunkResult, StepPlan
+from splitfuse.core.plan import Chunk, ChunkResult, Save, StepPlan
 from splitfuse.core.request import Request, RequestStatus
 from splitfuse.core.request_output import FinishReason, RequestOutput
 from splitfuse.core.slo.fair_share import FairShare
@@ -29,6 +30,7 @@ class RequestTable:
         """Requests that are unfinished, or finished and still in flight."""
         self.retired: list[str] = []
         """Ids of the requests that the next plan retires."""
+        self._departing: list[Save] = []
         self.fair_share = FairShare()
         self.num_accepted = 0
         self._queue = queue
@@ -78,6 +80,38 @@ class RequestTable:
             logger.exception("a request ended without a refund to its owner: %s", request.request_id)
         self._events.emit(RequestFinished(request, now, wanted_until))
 
+    def leave(self, request: Request, now: float, wanted_until: float | None = None) -> RequestOutput:
+        """End a request of which nothing is in flight, since it goes on elsewhere. It is to be settled."""
+        if self._fetches is not None and request.kv.blocks:
+            self._departing += self._save(request, request.kv.num_computed, part=True)
+        self.finish(request, FinishReason.MOVED, now, wanted_until)
+        return RequestOutput(request.request_id, finish_reason=FinishReason.MOVED)
+
+    def take_departing(self) -> tuple[Save, ...]:
+        """Return the blocks of the requests that have left since the last call, which are to be saved before the next
+        plan is made.
+        """
+        taken = tuple(self._departing)
+        self._departing.clear()
+        return taken
+
+    def save_blocks(self, request_id: str, num_blocks: int, most: int) -> Sequence[bytes]:
+        """Save the first `num_blocks` blocks of a request with the next plan, as far as they are computed and were not
+        saved so before, and at most `most` of them. Returns the names of all that are saved now.
+        """
+        request = self.by_id.get(request_id)
+        if request is None or request.is_finished:
+            return ()
+        size, kv = self._allocator.block_size, request.kv
+        count = min(num_blocks, kv.num_computed // size, kv.num_saved_blocks + most)
+        self._allocator.save(self._save(request, count * size))
+        return request.kv.block_names[: request.kv.num_saved_blocks]
+
+    def _save(self, request: Request, num_tokens: int, *, part: bool = False) -> tuple[Save, ...]:
+        """Return the saves of the blocks with the first `num_tokens` tokens of a request: see RequestKv.save."""
+        tokens = request.tokens(0, num_tokens)
+        return request.kv.save(self._allocator, tokens, part=part, salt=request.scheduling.cache_salt)
+
     def settle(self, request: Request, now: float) -> None:
         """Release a request that has finished, or preempt one that is to be, unless one of its plans is in flight."""
         if request.num_plans_in_flight:
@@ -96,7 +130,11 @@ class RequestTable:
                 self._queue.preempt(request, now)
 
     def retire_again(self, plan: StepPlan) -> None:
-        """Let the next plan retire the requests which `plan`, that was perhaps not executed, should have retired."""
+        """Let the next plan retire the requests which `plan`, that was perhaps not executed, should have retired, and
+        use nothing that it should have landed for others.
+        """
+        if self._fetches is not None:
+            self._fetches.ahead.distrust(plan.prefetched)
         for request_id in plan.retired_requests:
             request = self.by_id.get(request_id)  # a later one of that id
             if request is None or not request.sent_to_executor:  # else it has taken the place of the earlier one

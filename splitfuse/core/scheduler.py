@@ -16,6 +16,10 @@ without SLOs the budget is filled while runnable work and blocks remain (Holmes 
                          oldest.
     blocks elsewhere     core/kv/fetch_queue.py: what a prompt begins with, and another has computed, may be fetched.
                          Until the answer a request holds nothing, the oldest too; the oldest of the others counts then.
+                         What is fetched ahead (core/kv/prefetching.py) lands in blocks that a plan has left, and holds
+                         them until it is back.
+    moves                A request that goes on at another engine leaves when no plan of it is in flight: with its
+                         newest token, and all its blocks saved.
     plans in flight      `schedule` may be called before earlier plans have come back. A request in flight is preempted
                          in the `update` of its last plan.
     drafts               core/speculation/drafting.py: tokens that may come next, if nothing is in flight. How many of
@@ -29,6 +33,7 @@ reads no clock.
 from __future__ import annotations
 
 from collections import deque
+from dataclasses import replace
 from typing import NamedTuple
 
 from splitfuse.config import SchedulerConfig
@@ -145,6 +150,8 @@ class Scheduler:
         self._num_scheduled_steps, self.requests.retired = plan.step, []
         if self.fetches is not None:
             self.fetches.begin(step.granted, plan.lands)
+            if lands := self.fetches.take_lands_ahead():
+                plan = replace(plan, prefetched=lands)
         self._in_flight.append(_InFlight(plan.step, now, has_drafts=bool(step.drafts)))
         for new in plan.new_requests:
             self.events.emit(RequestStarted(self.requests.by_id[new.request_id], now))
@@ -170,8 +177,10 @@ class Scheduler:
             request.num_output_placeholders -= chunk.samples
             if not request.is_finished:
                 outputs.append(self.requests.take_result(request, chunk, result[chunk.request_id], now))
+                if request.is_leaving and not request.is_finished and not request.num_plans_in_flight:
+                    outputs.append(self.requests.leave(request, now))
         if self.fetches is not None:
-            self.fetches.end(plan.lands)
+            self.fetches.end(plan, is_done=all(each.error is None for each in result.values()))
         for request in requests:  # once it is known which have ended, and so which is the oldest
             if request.is_finished or request.kv.preempt_on_return:
                 self.requests.settle(request, now)
@@ -189,11 +198,19 @@ class Scheduler:
         """End a request from outside, keeping only its first `num_tokens` generated tokens if that is given.
 
         `wanted_until` is when its caller gave it up, if that was earlier. Its blocks come back at once, or with the
-        last of its plans in flight. Returns False if there is no such unfinished request.
+        last of its plans in flight. Returns False if there is no such unfinished request; and with MOVED if it has
+        plans in flight: it leaves in the `update` of the last one.
         """
         request = self.get(request_id)
         if request is None or request.is_finished:
             return False
+        if reason is FinishReason.MOVED:
+            request.most_here = 0
+            if request.num_plans_in_flight:
+                return False
+            self.requests.leave(request, now, wanted_until)
+            self.requests.settle(request, now)
+            return True
         if num_tokens is not None:
             del request.output_token_ids[num_tokens:]
         self.requests.finish(request, reason, now, wanted_until)

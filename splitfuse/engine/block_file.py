@@ -25,9 +25,10 @@ from array import array
 import numpy as np
 import numpy.typing as npt
 
-from splitfuse.core.kv.fetching import Frame
+from splitfuse.core.kv.fetching import Data, Frame
 from splitfuse.core.kv.names import NAME_BYTES
 from splitfuse.core.limits import ceil_div
+from splitfuse.core.plan import PLACEHOLDER
 from splitfuse.errors import ConfigError
 
 _MAGIC = b"sfblock1"
@@ -40,7 +41,7 @@ _NONE = bytes(NAME_BYTES)
 
 
 class BlockFile:
-    """Reads and writes blocks in the file behind `fd`. Threads may share it; one of them writes.
+    """Reads and writes blocks in the file behind `fd`. Threads may share it.
 
     It has as many slots as fit `num_bytes`, and writes those of `part` of `num_parts`, the least recently used first. A
     file with another number of slots, blocks of other sizes or another fingerprint is cleared, and gives back its room;
@@ -71,8 +72,10 @@ class BlockFile:
             )
         self._data_at = ceil_div(_HEADER.size + self.num_slots * _ENTRY_BYTES, _PAGE) * _PAGE
         self._own = slice(part, None, num_parts)
+        self.num_own_slots = len(range(self.num_slots)[self._own])
         self._part, self._num_parts = part, num_parts
         self._lock = threading.Lock()
+        self._writing = threading.Lock()
         self._index: dict[bytes, int] = {}  # name -> slot
         header = _HEADER.pack(_MAGIC, block_bytes, block_size, self.num_slots, fingerprint)
         before = os.pread(fd, _HEADER.size, 0)
@@ -138,7 +141,12 @@ class BlockFile:
         """Write a block into the slot that was used least recently; `before` is the name of the block before it, if it
         is not the first. Returns False if it is there already. Raises OSError if there is no room.
         """
-        written = array("i", frame.token_ids).tobytes(), frame.data
+        missing = self._block_size - len(frame.token_ids)  # of a block that is not full
+        written = array("i", [*frame.token_ids, *[PLACEHOLDER] * missing]).tobytes(), frame.data
+        with self._writing:
+            return self._write(frame, before, written)
+
+    def _write(self, frame: Frame, before: bytes, written: tuple[bytes, Data]) -> bool:
         self.refresh()  # another engine may have computed the same
         with self._lock:
             if frame.name in self._index:
@@ -180,7 +188,8 @@ class BlockFile:
             return None
         if num_read != 4 * self._block_size + self._block_bytes:
             data = data[:0]  # which has another checksum
-        return Frame(name, tuple(tokens), data, checksum)
+        num_tokens = tokens.index(PLACEHOLDER) if tokens[-1] == PLACEHOLDER else self._block_size
+        return Frame(name, tuple(tokens[:num_tokens]), data, checksum)
 
     def drop(self, name: bytes) -> None:
         """Forget a block whose bytes are not those that were written."""

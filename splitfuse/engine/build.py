@@ -32,10 +32,12 @@ def build_scheduler(
     name_key: bytes | None = None,
     kv_fingerprint: bytes = b"",
     fetching: Fetching | None = None,
+    saves_blocks: bool = False,
 ) -> tuple[Scheduler, BlockAllocator, LatencyLedger]:
     """Return the scheduler for a model with that memory plan, its allocator, and the listener that accounts for
     latencies. With a cost model, and no other policy, it schedules by SLO. Blocks are named with `name_key`, or one of
-    their own that no other engine has, and `kv_fingerprint`; with `fetching` they come from tiers, and go there.
+    their own that no other engine has, and `kv_fingerprint`; with `fetching` they come from tiers, and go there, all
+    of them if it `saves_blocks`, or those of requests that move.
     """
     caching = config.cache.enable_prefix_caching
     key = name_key or new_key()
@@ -44,9 +46,8 @@ def build_scheduler(
     if plan.num_states:
         interval = plan.snapshot_interval if caching else None
         states = StateAllocator(plan.num_states, interval=interval, num_reserved=plan.max_num_seqs)
-    allocator = BlockAllocator(
-        plan.num_blocks, plan.block_size, namer=namer, states=states, saves_blocks=fetching is not None
-    )
+    saves_blocks = saves_blocks and fetching is not None
+    allocator = BlockAllocator(plan.num_blocks, plan.block_size, namer=namer, states=states, saves_blocks=saves_blocks)
     settings = replace(config.scheduler, max_num_seqs=plan.max_num_seqs)
     budget = StepBudget.of(settings, cost, most=plan.max_num_batched_tokens)
     settings = replace(settings, max_num_batched_tokens=budget.most)

@@ -29,10 +29,13 @@ from splitfuse.engine.messages import (
     Command,
     EngineInfo,
     EngineStats,
+    Export,
     Failed,
     Finish,
     LoadAdapter,
     Loading,
+    Prefetch,
+    Prefetched,
     Report,
     SetTracing,
     StepReport,
@@ -216,6 +219,8 @@ class LocalClient(EngineClient):
         self._streams: dict[str, Stream] = {}
         self._ending: dict[str, Stream] = {}  # ended by us, not yet confirmed by the engine
         self._moving: dict[str, Stream] = {}  # the same, and they go on elsewhere
+        self._exported: dict[str, int] = {}  # answers to Export and Prefetch
+        self._prefetched: dict[str, int] = {}
         self._adapters: dict[str, str] = {}
         self._changed_adapters: dict[str, str | None] = {}  # paths of those loaded since the start, None: unloaded
         self._loading: dict[str, tuple[str, asyncio.Future[None]]] = {}  # paths and ends, by name
@@ -363,17 +368,45 @@ class LocalClient(EngineClient):
         model_len = self.info.limits.max_model_len if request.params.max_tokens is None else 0
         return self.info.kv_fingerprint, model_len, *self._identity
 
-    def drain(self) -> int:
-        """Take no more requests, and let those that there are go on elsewhere from the end of the step in flight on.
-        Returns how many there are. A router does this: see Router.drain.
-        """
+    def drain(self) -> list[Stream]:
+        """Take no more requests. Returns the streams of those that there are, for `move`."""
         assert self.on_moved is not None, "nothing would take them"
         self.is_drained = True
-        moving, self._streams = self._streams, {}
-        self._moving |= moving
-        for request_id in moving:
+        return [*self._streams.values(), *self._moving.values()]
+
+    def move(self, stream: Stream) -> None:
+        """Let a stream go on elsewhere from the end of the step in flight on, if it is here."""
+        request_id = stream.request.request_id
+        if self.has(stream):
+            self._moving[request_id] = self._streams.pop(request_id)
             self._send(Finish(request_id, FinishReason.MOVED))
-        return len(moving)
+
+    def has(self, stream: Stream) -> bool:
+        """Return whether a stream is here, and does not leave."""
+        return self._streams.get(stream.request.request_id) is stream
+
+    async def export(self, stream: Stream, num_blocks: int) -> int:
+        """Have the first `num_blocks` blocks of a stream laid ready for another engine, and return how many are; 0 if
+        it has left.
+        """
+        request_id = stream.request.request_id
+        self._exported.pop(request_id, None)
+        if self.has(stream):
+            self._send(Export(request_id, num_blocks))
+            await self.wait_until(lambda: request_id in self._exported or not self.has(stream))
+        return self._exported.pop(request_id, 0)
+
+    async def prefetch(
+        self, request_id: str, names: Sequence[bytes], blocks: Sequence[tuple[int, ...]], sources: tuple[str, ...]
+    ) -> int:
+        """Let the engine fetch blocks of these names and tokens for a request that will come, and return how many of
+        them it has then; 0 if it has died.
+        """
+        self._prefetched.pop(request_id, None)
+        if self.state is EngineState.READY:
+            self._send(Prefetch(request_id, tuple(names), tuple(blocks), sources))
+            await self.wait_until(lambda: request_id in self._prefetched or self.state is not EngineState.READY)
+        return self._prefetched.pop(request_id, 0)
 
     def undrain(self) -> None:
         """Take requests again."""
@@ -449,6 +482,7 @@ class LocalClient(EngineClient):
         self._news.set()
         match report:
             case StepReport():
+                self._exported |= report.exported
                 if report.traced:
                     _call("a trace", self.on_trace, report.traced)
                 before, self._stats = self._stats, report.stats
@@ -470,6 +504,8 @@ class LocalClient(EngineClient):
                         stream.push(output, report.stats.step_seconds)
                         if output.finish_reason is not None:
                             del streams[output.request_id]
+            case Prefetched():
+                self._prefetched[report.request_id] = report.num_blocks
             case Traced():
                 _call("a trace", self.on_trace, report.records)
             case Loading():
@@ -524,6 +560,7 @@ class LocalClient(EngineClient):
         stream = self._moving.pop(output.request_id, None)
         if stream is None:
             return
+        stream.block_sources = self.info.block_sources
         if stream.is_over or self.on_moved is None:  # its client has left meanwhile
             stream.push(replace(output, finish_reason=FinishReason.ABORT), 0.0)
         elif not _call("a request that moves", self.on_moved, stream, output.latency_breakdown):
@@ -546,6 +583,7 @@ class LocalClient(EngineClient):
         self._death, self.view = why, None
         self._news.set()
         self._enter(EngineState.DEAD)
+        self._exported, self._prefetched = {}, {}
         streams, ending = self._streams | self._moving, self._ending
         self._streams, self._ending, self._moving = {}, {}, {}
         self._stats = EngineStats()

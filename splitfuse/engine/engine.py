@@ -16,7 +16,7 @@ from llguidance import LLMatcher
 from splitfuse.config import EngineConfig, parse_adapter
 from splitfuse.core.events import PhasesEntered, RequestFinished, StepRecord
 from splitfuse.core.kv.fetch_queue import FetchQueue
-from splitfuse.core.kv.fetching import WAITING_SHARE, Fetching
+from splitfuse.core.kv.fetching import FIRST_BANDWIDTH, WAITING_SHARE, Fetching
 from splitfuse.core.limits import EngineLimits
 from splitfuse.core.plan import ChunkResult, StepPlan, StepResult
 from splitfuse.core.policy import PlanningError, SchedulingPolicy
@@ -32,7 +32,7 @@ from splitfuse.engine.build import build_scheduler
 from splitfuse.engine.calibrate import load_or_estimate
 from splitfuse.engine.guard import Guard, check_process, guarded
 from splitfuse.engine.memory import give_back_memory
-from splitfuse.engine.messages import Add, Finish
+from splitfuse.engine.messages import Add, Export, Finish, Prefetch
 from splitfuse.engine.tier_files import TierFiles, open_tiers
 from splitfuse.engine.tiers import Tiers, make_tiers
 from splitfuse.errors import EngineUnavailableError, InvalidRequestError, SloUnattainableError
@@ -53,6 +53,13 @@ ESTIMATED_STEPS = 100
 """Number of steps after which an estimated cost model has been corrected by as many that it is not called that."""
 HOLD_SECONDS = 0.01
 """Longest time that a step waits for the grammar or the KV blocks of a request if there is nothing else to do."""
+
+MOVING_SHARE = 1 / 8
+"""Fraction of the time of a step that copying blocks of requests which move may take, of one on its way out and of all
+on their way in.
+"""
+FEWEST_MOVED = 4
+"""Number of blocks that are copied at a time, whatever time they take."""
 
 logger = logging.getLogger(__name__)
 
@@ -97,16 +104,18 @@ class Engine:
         """SLO of the requests that bring none."""
         self._estimate: CostModel | None = None  # without SLOs
         self.tiers, self._tier_files, fetching = None, tier_files, None
-        if tier_files is not None and isinstance(self.executor, Executor):
-            self.tiers, inbox = make_tiers(
+        if tier_files is not None and isinstance(self.executor, Executor) and not plan.num_states:
+            made = make_tiers(
                 tier_files,
                 config.cache,
                 block_bytes=self.executor.kv_cache.block_bytes,
                 block_size=plan.block_size,
                 fingerprint=blake2b(model.kv_fingerprint, key=name_key or b"", digest_size=32).digest(),
             )
-            fetching = Fetching(self.tiers, inbox)
-            self.executor.sink, self.executor.inbox = self.tiers, inbox
+            if made is not None:
+                self.tiers, inbox = made
+                fetching = Fetching(self.tiers, inbox)
+                self.executor.sink, self.executor.inbox = self.tiers, inbox
         self.scheduler, self.allocator, self._latencies = build_scheduler(
             *(config, plan),
             policy=policy,
@@ -114,6 +123,7 @@ class Engine:
             name_key=name_key,
             kv_fingerprint=model.kv_fingerprint,
             fetching=fetching,
+            saves_blocks=tier_files is not None and not tier_files.for_moves,
         )
         self.events = self.scheduler.events
         self._step_seconds = 0.0  # of the last step
@@ -125,6 +135,8 @@ class Engine:
         """Plans that are not back, the first of which runs: what was submitted, or failed to be; None: it must be."""
         self._num_broken_steps = 0
         self._held: dict[str, tuple[Add, Future[LLMatcher]]] = {}
+        self._exporting: dict[str, tuple[bytes, ...]] = {}  # names of blocks that are to be saved, by request
+        self._exported: dict[str, int] = {}
         # Of the accepted requests: while they are referred to, no step has to wait until one is made again.
         matchers = self._matchers = dict[str, Future[LLMatcher]]()
         self.events.subscribe(RequestFinished, lambda event: matchers.pop(event.request.request_id, None))
@@ -178,6 +190,7 @@ class Engine:
                 on_progress=on_progress,
                 weight_sharing=weight_sharing,
                 tiers_filled=0 if tier_files is None else tier_files.filled,
+                tiers_for_moves=tier_files is not None and tier_files.for_moves,
             )
             give_back_memory()  # what weights took while they were unpacked
             cost = load_or_estimate(config, model) if config.scheduler.slo_enabled else None
@@ -241,7 +254,9 @@ class Engine:
     @property
     def has_unfinished(self) -> bool:
         """Return whether any request is waiting or running, or a step is, though all its requests have ended."""
-        return bool(self._held) or self.scheduler.has_unfinished or bool(self._in_flight)
+        fetches = self.scheduler.fetches
+        is_computing = bool(self._held) or self.scheduler.has_unfinished or bool(self._in_flight)
+        return is_computing or (fetches is not None and fetches.ahead.is_busy)
 
     def ids_in_flight(self, *more: StepPlan) -> list[str]:
         """Return the ids of the requests in the steps that have been planned and are not back, and in `more`."""
@@ -313,6 +328,7 @@ class Engine:
             scheduling=scheduling,
             pooling=request.pooling,
             adapter=request.adapter,
+            block_sources=request.block_sources,
         )
         if (point := request.resume_point) is not None:
             added.resume(point.token_ids, point.token_times, num_prompt_logprobs=point.num_prompt_logprobs)
@@ -384,7 +400,9 @@ class Engine:
         if not self._in_flight:
             plan = self._plan(ended) if isolate else self._schedule()
             if plan is None:
-                if self.scheduler.queue.fetching and self.tiers is not None:
+                if self.tiers is not None and self._land_ahead():
+                    return ended
+                if self.tiers is not None and self.tiers.is_asked:
                     if not ended:
                         self.tiers.wait(HOLD_SECONDS)
                     return ended
@@ -407,14 +425,17 @@ class Engine:
             raise
         plan, _ = self._in_flight.popleft()
         ended += self._update(plan, result)
-        if self.tiers is not None and not self.has_unfinished:  # no plan would come with them
-            self._save_rest()
+        if self.tiers is not None:
+            if not self.has_unfinished:  # no plan would come with them
+                self._save_rest()
+            if self._exporting:
+                self._note_exports(self.tiers)
         return ended
 
     @guarded
     def finish(self, command: Finish) -> RequestOutput | None:
         """End a request. Returns its last output, which accounts for its time until `command.ended`, or until now; None
-        if it has ended already.
+        if it has ended already, or if it moves and a step gives that output.
         """
         request_id, reason, now = command.request_id, command.reason, time.monotonic()
         if self._held.pop(request_id, None) is not None:
@@ -422,7 +443,39 @@ class Engine:
         kept, until = command.num_tokens, command.ended
         if not self.scheduler.finish(request_id, reason, num_tokens=kept, now=now, wanted_until=until):
             return None
+        self._save_departing()
         return RequestOutput(request_id, finish_reason=reason, latency_breakdown=self._latencies.pop(request_id))
+
+    @guarded
+    def export(self, command: Export) -> None:
+        """Have blocks of a request laid ready for another engine: `take_exported` tells when they are there."""
+        assert self.tiers is not None, "blocks go to tiers"
+        most = self._movable_blocks(self.tiers)
+        if names := self.scheduler.requests.save_blocks(command.request_id, command.num_blocks, most):
+            self._exporting[command.request_id] = tuple(names)
+        else:
+            self._exported[command.request_id] = 0
+
+    @guarded
+    def prefetch(self, command: Prefetch) -> bool:
+        """Bring blocks into the prefix cache for a request that will come: `take_prefetched` tells when it is done.
+        Returns False if blocks cannot come from elsewhere.
+        """
+        if (fetches := self.scheduler.fetches) is None:
+            return False
+        fetches.ahead.add(command.request_id, command.names, command.token_ids, command.block_sources)
+        return True
+
+    def take_exported(self) -> dict[str, int]:
+        """Return for which requests leading blocks can be fetched now, and how many, since the last call."""
+        taken, self._exported = self._exported, {}
+        return taken
+
+    def take_prefetched(self) -> list[tuple[str, int]]:
+        """Return for which requests what was wanted ahead has come, as far as it will, and how many leading blocks of
+        it there are, since the last call.
+        """
+        return [] if self.scheduler.fetches is None else self.scheduler.fetches.ahead.take_ended()
 
     def is_unfinished(self, request_id: str) -> bool:
         """Return whether a request of that id is waiting or running."""
@@ -460,10 +513,13 @@ class Engine:
         """Return the next step, with the KV blocks that have arrived. Raises PlanningError."""
         if self.tiers is not None and (fetches := self.scheduler.fetches) is not None:
             self._take_answers(self.tiers, fetches)
+            if fetches.ahead.is_busy:
+                fetches.ahead.most_at_once = self._movable_blocks(self.tiers)
             if asked := fetches.take(time.monotonic()):
                 for fetch in asked:
                     self.tiers.ask(fetch)
-                self.tiers.wait(WAITING_SHARE * self._step_seconds)  # else they wait for the whole step
+                if self.scheduler.queue.fetching:
+                    self.tiers.wait(WAITING_SHARE * self._step_seconds)  # else they wait for the whole step
                 self._take_answers(self.tiers, fetches)
         return self.scheduler.schedule(time.monotonic())
 
@@ -471,6 +527,36 @@ class Engine:
         """Save the blocks of which no plan has said so, while nothing is in flight."""
         assert isinstance(self.executor, Executor)
         self.executor.save(self.allocator.take_saves())
+
+    def _movable_blocks(self, tiers: Tiers) -> int:
+        """Return how many blocks may be copied for requests that move: as many as there are if nothing else runs."""
+        if not self.scheduler.queue.running:
+            return tiers.num_slots
+        return max(int(MOVING_SHARE * self._step_seconds * FIRST_BANDWIDTH / tiers.block_bytes), FEWEST_MOVED)
+
+    def _save_departing(self) -> None:
+        """Save the blocks of requests that have left, before others write to them."""
+        if (saves := self.scheduler.requests.take_departing()) and isinstance(self.executor, Executor):
+            self.executor.save(saves, at_once=True)
+
+    def _land_ahead(self) -> bool:
+        """Land the blocks that were fetched ahead while no step runs. Returns whether there were any."""
+        fetches = self.scheduler.fetches
+        if fetches is None or self._in_flight or not (lands := fetches.take_lands_ahead()):
+            return False
+        assert isinstance(self.executor, Executor) and self.tiers is not None
+        self.executor.land(lands)
+        self.tiers.stats.num_fetched += len(lands)
+        fetches.ahead.landed(lands, is_there=True)
+        return True
+
+    def _note_exports(self, tiers: Tiers) -> None:
+        """Note which exports are written."""
+        for request_id, names in list(self._exporting.items()):
+            if tiers.count_written(names[-1:]):  # they are written in order
+                self._exported[request_id] = len(names)
+            if request_id in self._exported or not self.is_unfinished(request_id):
+                del self._exporting[request_id]
 
     def _note_step(self, step: StepRecord) -> None:
         assert self.tiers is not None
@@ -583,13 +669,14 @@ class Engine:
         for chunks in filter(None, (again[:middle], again[middle:])):
             ids = {chunk.request_id for chunk in chunks}
             new = tuple(request for request in plan.new_requests if request.request_id in ids)
-            half = replace(plan, chunks=tuple(chunks), new_requests=new, retired_requests=(), saves=())  # see Save
+            half = replace(plan, chunks=tuple(chunks), new_requests=new, retired_requests=(), saves=(), prefetched=())
             result |= self._compute_halves(half, errors)
         return result
 
     def _update(self, plan: StepPlan, result: StepResult) -> list[RequestOutput]:
         """Take in the result of a step, and add to the last output of each request where its time went."""
         outputs = self.scheduler.update(plan, result, time.monotonic())
+        self._save_departing()
         for index, output in enumerate(outputs):
             if output.finish_reason is not None:
                 outputs[index] = replace(output, latency_breakdown=self._latencies.pop(output.request_id))

@@ -21,8 +21,11 @@ from splitfuse.engine.messages import (
     Command,
     EngineInfo,
     EngineStats,
+    Export,
     Finish,
     LoadAdapter,
+    Prefetch,
+    Prefetched,
     Report,
     SetTracing,
     StepReport,
@@ -80,7 +83,9 @@ class EngineLoop:
             limits=engine.limits,
             max_num_batched_tokens=engine.scheduler.budget.most,
             token_budget=engine.scheduler.budget.tokens,
-            num_tier_slots=0 if engine.tiers is None else engine.tiers.num_slots,
+            num_tier_slots=engine.tiers.num_slots if engine.tiers is not None and engine.config.cache.has_tiers else 0,
+            block_sources=() if engine.tiers is None else engine.tiers.block_sources,
+            num_export_slots=0 if engine.tiers is None else engine.tiers.num_export_slots,
             num_speculative_tokens=0 if (drafting := engine.scheduler.drafting) is None else drafting.most,
             memory_plan=str(engine.model.plan),
             embedding_size=engine.model.spec.hidden_size,
@@ -114,8 +119,10 @@ class EngineLoop:
                 *parts, last = in_parts(self._tracer.take()) if self._tracer.is_due else [()]
                 for part in parts:
                     self._report(Traced(part))
+                for request_id, num_blocks in self._engine.take_prefetched():
+                    self._report(Prefetched(request_id, num_blocks))
                 if outputs:
-                    self._report(StepReport(tuple(outputs), self._stats_now(), last))
+                    self._report(StepReport(tuple(outputs), self._stats_now(), last, self._engine.take_exported()))
                 elif last:
                     self._report(Traced(last))
         finally:  # the step that an engine dies of is the one to see
@@ -165,6 +172,11 @@ class EngineLoop:
                 case Finish():
                     if (output := self._engine.finish(command)) is not None:
                         outputs.append(output)
+                case Export():
+                    self._engine.export(command)
+                case Prefetch():
+                    if not self._engine.prefetch(command):
+                        self._report(Prefetched(command.request_id, 0))
                 case LoadAdapter():  # files are read on a thread, and steps go on meanwhile
                     threading.Thread(target=self._load_adapter, args=(command,), daemon=True).start()
                 case _Loaded():  # named by its digest: the front knows which names have it, and when none does

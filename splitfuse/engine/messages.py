@@ -55,6 +55,8 @@ class Add(msgspec.Struct, frozen=True, tag=True):
     """Seed of its random choices, which a client settles when it opens a request; None: the engine does."""
     resume_point: ResumePoint | None = None
     """Where the request goes on that another engine has begun; None: it is new."""
+    block_sources: tuple[str, ...] = ()
+    """Addresses, the best first, where that engine has laid its blocks ready: see EngineInfo.block_sources."""
 
     @property
     def settled(self) -> Add:
@@ -63,6 +65,13 @@ class Add(msgspec.Struct, frozen=True, tag=True):
             return self
         seed = secrets.randbits(64) if self.params.seed is None else self.params.seed
         return msgspec.structs.replace(self, seed=seed)
+
+    @property
+    def known_tokens(self) -> tuple[int, ...]:
+        """Return the tokens of its prompt, and those that it has generated."""
+        return (
+            self.prompt_token_ids if self.resume_point is None else self.prompt_token_ids + self.resume_point.token_ids
+        )
 
     @property
     def cache_salt(self) -> str:
@@ -79,6 +88,25 @@ class Finish(msgspec.Struct, frozen=True, tag=True):
     num_tokens: int | None = None
     ended: float | None = None
     """Time at which the client finished it (monotonic clock); None: on receipt."""
+
+
+class Export(msgspec.Struct, frozen=True, tag=True):
+    """Has the first `num_blocks` blocks of a request laid ready for another engine, on which it will go on; it runs on
+    meanwhile. StepReport.exported tells how far that is.
+    """
+
+    request_id: str
+    num_blocks: int
+
+
+class Prefetch(msgspec.Struct, frozen=True, tag=True):
+    """Brings full blocks into the prefix cache for a request that will come. Prefetched is the answer."""
+
+    request_id: str
+    names: tuple[bytes, ...]
+    token_ids: tuple[tuple[int, ...], ...]
+    block_sources: tuple[str, ...]
+    """Addresses, the best first, where they are: see EngineInfo.block_sources."""
 
 
 class LoadAdapter(msgspec.Struct, frozen=True, tag=True):
@@ -110,7 +138,7 @@ class Beat(msgspec.Struct, frozen=True, tag=True):
     sent: float
 
 
-Command = Add | Finish | LoadAdapter | UnloadAdapter | SetTracing | Stop | Beat
+Command = Add | Finish | Export | Prefetch | LoadAdapter | UnloadAdapter | SetTracing | Stop | Beat
 
 # From the engine -----------------------------------------------------------------------------------------------------
 
@@ -156,6 +184,12 @@ class EngineInfo(msgspec.Struct, frozen=True, tag=True):
     """Token budget of the first steps."""
     num_tier_slots: int = 0
     """Most KV blocks that tiers have which all engines share; 0: there are none."""
+    block_sources: tuple[str, ...] = ()
+    """Addresses, the best first, where others can fetch the blocks that this engine lays ready: `memory:ID` for memory
+    that engines of a machine share. Empty: KV does not move from it.
+    """
+    num_export_slots: int = 0
+    """Number of blocks that it can lay ready at a time."""
     num_speculative_tokens: int = 0
     """Most tokens that are drafted for a request in a step; 0 for a model with recurrent states."""
     step_times: StepTimes | None = None
@@ -201,6 +235,8 @@ class StepReport(msgspec.Struct, frozen=True, tag=True):
     stats: EngineStats
     traced: tuple[TraceRecord, ...] = ()
     """As in Traced: one message wakes the front once."""
+    exported: dict[str, int] = {}
+    """Numbers of leading blocks that Export asked for and that can be fetched now, by request."""
 
 
 class Traced(msgspec.Struct, frozen=True, tag=True):
@@ -215,6 +251,13 @@ class AdapterLoaded(msgspec.Struct, frozen=True, tag=True):
     name: str
     digest: str = ""
     error: str = ""
+
+
+class Prefetched(msgspec.Struct, frozen=True, tag=True):
+    """Reports that what Prefetch asked for has come, as far as it will: its first `num_blocks` blocks are there."""
+
+    request_id: str
+    num_blocks: int
 
 
 class Alive(msgspec.Struct, frozen=True, tag=True):
@@ -247,7 +290,7 @@ class Failed(msgspec.Struct, frozen=True, tag=True):
     """True if it was told to end, which no request can have caused."""
 
 
-Report = Loading | EngineInfo | StepReport | Traced | AdapterLoaded | Alive | InFlight | Failed
+Report = Loading | EngineInfo | StepReport | Traced | Prefetched | AdapterLoaded | Alive | InFlight | Failed
 
 
 class Welcome(msgspec.Struct, frozen=True):

@@ -15,7 +15,7 @@ import asyncio
 import logging
 import math
 from collections import Counter
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, MutableMapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import NamedTuple
@@ -92,11 +92,19 @@ class _Trial:
 class Recovery:
     """Takes over the streams of `engines` that die. Belongs to the event loop's thread."""
 
-    def __init__(self, engines: Sequence[LocalClient], choose: Choose) -> None:
+    def __init__(
+        self,
+        engines: Sequence[LocalClient],
+        choose: Choose,
+        *,
+        receivers: MutableMapping[Stream, LocalClient] | None = None,
+    ) -> None:
+        """`receivers` are engines to which the blocks of some streams were brought, which go there."""
         self.num_resumed: Counter[str] = Counter(death=0, drain=0)
         """Number of times that requests went on, by the cause."""
         self._engines = engines
         self._choose = choose
+        self._receivers = {} if receivers is None else receivers
         self._waiting: dict[str, _Wait] = {}
         self._trials = {engine: _Trial() for engine in engines}
         self._timer: asyncio.TimerHandle | None = None
@@ -172,6 +180,8 @@ class Recovery:
         stream = wait.stream
         try:
             able = [engine for engine in engines if engine.can_go_on_with(stream)]
+            if (receiver := self._receivers.pop(stream, None)) in able:
+                able = [receiver]
             choice = self._choose(stream.resumption(0.0), able) if able else None
             if choice is None:
                 if not any(each.will_go_on_with(stream) for each in self._engines):

@@ -14,6 +14,7 @@ from splitfuse.core.request import Request
 from splitfuse.core.routing import Candidate, choose_replica, expected_tokens
 from splitfuse.engine.client import EngineClient, EngineState, LocalClient
 from splitfuse.engine.messages import Add, EngineInfo, EngineStats, Loading
+from splitfuse.engine.moving import Mover
 from splitfuse.engine.recovery import Choice, Recovery
 from splitfuse.engine.remote.connector import Agreement
 from splitfuse.engine.stream import Stream
@@ -43,7 +44,8 @@ class Router(EngineClient):
         self.agreement = agreement
         for replica in self.replicas:
             replica.keeps_view = len(self.replicas) > 1  # else there is no choice
-        self._recovery = Recovery(self.replicas, self._choose)
+        self._mover = Mover(self._choose_receiver, self._name_blocks)
+        self._recovery = Recovery(self.replicas, self._choose, receivers=self._mover.receivers)
         self.name_key = name_key or new_key()
         self._tiers: PrefixMemory | None = None  # what KV tiers have that all replicas share
         self._namer: BlockNamer | None = None  # made for the first request: replicas that are ready have a block size
@@ -154,9 +156,10 @@ class Router(EngineClient):
         replica = self._replica(index)
         if not any(each is not replica and _is_open(each) for each in self.replicas):
             raise EngineUnavailableError(f"engine {index} cannot be drained: no other engine is ready to go on")
-        count = replica.drain()
-        await replica.wait_until(lambda: not replica.num_open)
-        return count
+        streams = replica.drain()
+        await self._mover.drain(replica, streams)
+        await replica.wait_until(lambda: not (replica.num_open and replica.is_drained))
+        return len(streams)
 
     def undrain_engine(self, index: int) -> None:
         replica = self._replica(index)
@@ -210,6 +213,12 @@ class Router(EngineClient):
         assert view is not None, "it is ready"
         return Choice(self.replicas[index], partial(self._sent, view, copy, names))
 
+    def _choose_receiver(self, stream: Stream, source: LocalClient) -> LocalClient | None:
+        """Choose the engine that a stream is to go to from its present one; None if none can have it now."""
+        able = [each for each in self.replicas if each is not source and each.can_go_on_with(stream)]
+        choice = self._choose(stream.resumption(0.0), able) if able else None
+        return None if choice is None else choice.engine
+
     def _sent(self, view: ReplicaView, request: Request, names: Sequence[bytes]) -> None:
         """Take note of a request that a replica was sent."""
         view.add(request, names)
@@ -223,9 +232,7 @@ class Router(EngineClient):
             if self._namer is None:
                 info = self.info
                 self._namer = BlockNamer(info.limits.block_size, key=self.name_key, fingerprint=info.kv_fingerprint)
-            point = request.resume_point
-            tokens = request.prompt_token_ids if point is None else request.prompt_token_ids + point.token_ids
-            self._namer.extend(names, tokens, salt=request.cache_salt)
+            self._namer.extend(names, request.known_tokens, salt=request.cache_salt)
         return names
 
 

@@ -43,6 +43,10 @@ class Stream:
         """Number of deaths of an engine that had it, whatever caused them."""
         self.num_outputs_here = 0
         """Number of outputs with tokens that its present engine has given."""
+        self.num_computed = 0
+        """Number of its leading tokens whose keys and values its present engine has."""
+        self.block_sources: tuple[str, ...] = ()
+        """Addresses where the engine that it has just left has laid its blocks ready."""
         self.on_trial = False
         """True while it may be what killed an engine, until it has come past that step at its present one."""
         self.is_cleared = False
@@ -124,6 +128,7 @@ class Stream:
             self.arrival.num_generated += len(output.token_ids)
             self.arrival.has_ended = output.finish_reason is not None
         self.num_outputs_here += bool(output.token_ids)
+        self.num_computed = output.num_computed or self.num_computed
         if output.finish_reason is not None:
             self._ended = True
             self._settle(output.latency_breakdown)
@@ -166,15 +171,17 @@ class Stream:
         self._charge(None, until=now)
         self._finish, self._is_between = finish, False
         self.num_resumed += 1
-        self.num_outputs_here = 0
-        return self.resumption(now)
+        self.num_outputs_here = self.num_computed = 0
+        request, self.block_sources = self.resumption(now), ()
+        return request
 
     def resumption(self, now: float) -> Add:
         """Return the request as it goes on at another engine from `now` on: as a new one if it had not begun."""
+        sources = self.block_sources
         if self.began is None:
-            return msgspec.structs.replace(self.request, sent=now)
+            return msgspec.structs.replace(self.request, sent=now, block_sources=sources)
         point = ResumePoint(tuple(self._token_ids), tuple(self._token_times), self._num_prompt_logprobs)
-        return msgspec.structs.replace(self.request, sent=now, resume_point=point)
+        return msgspec.structs.replace(self.request, sent=now, resume_point=point, block_sources=sources)
 
     def end_trial(self) -> None:
         """Note that it is not on trial any more."""

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import fcntl
 import os
+import secrets
 import stat
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from splitfuse.config import CacheConfig, parse_disk_tier
@@ -27,6 +28,10 @@ class TierFiles:
     part: int = 0
     """Number of the engine, which alone writes its part of the files."""
     num_parts: int = 1
+    memory_id: str = ""
+    """Random name of the memory, by which engines know that they share it."""
+    for_moves: bool = False
+    """True if no tier was asked for: the memory is for requests that go on at another engine."""
 
     @property
     def descriptors(self) -> list[int]:
@@ -44,7 +49,10 @@ class TierFiles:
         def again(fd: int | None) -> int | None:
             return None if fd is None else os.dup(fd)
 
-        parts = [TierFiles(again(self.memory), again(self.disk), part, num_parts) for part in range(num_parts)]
+        parts = [
+            replace(self, memory=again(self.memory), disk=again(self.disk), part=part, num_parts=num_parts)
+            for part in range(num_parts)
+        ]
         self.close()
         return parts
 
@@ -54,14 +62,18 @@ class TierFiles:
             os.close(fd)
 
 
-def open_tiers(cache: CacheConfig) -> tuple[TierFiles | None, bytes]:
-    """Open the tiers that the settings ask for, None without, and return the key by which blocks are named: that of the
-    disk tier, which its folder keeps, since names must mean the same after a restart; or one at random.
+def open_tiers(cache: CacheConfig, *, for_moves: bool = False) -> tuple[TierFiles | None, bytes]:
+    """Open the tiers that the settings ask for, and return the key by which blocks are named: that of the disk tier,
+    which its folder keeps, since names must mean the same after a restart; or one at random. Without tiers there is
+    None, or with `for_moves` some memory for requests that go on at another engine, where that can be.
 
     Raises ConfigError if a tier cannot be used.
     """
     if not cache.has_tiers:
-        return None, new_key()
+        if not for_moves or not cache.enable_prefix_caching or not hasattr(os, "memfd_create"):
+            return None, new_key()
+        moves = os.memfd_create("splitfuse-kv-moves")
+        return TierFiles(moves, memory_id=secrets.token_hex(8), for_moves=True), new_key()
     if not hasattr(os, "memfd_create"):
         raise ConfigError("kv_memory_tier and kv_disk_tier need Linux: leave them out")
     disk, key = None, new_key()
@@ -74,7 +86,7 @@ def open_tiers(cache: CacheConfig) -> tuple[TierFiles | None, bytes]:
                 f"kv_disk_tier {path} cannot be used: {error.strerror}; name a folder that can"
             ) from error
     memory = os.memfd_create("splitfuse-kv") if cache.kv_memory_tier is not None else None
-    return TierFiles(memory, disk), key
+    return TierFiles(memory, disk, memory_id=secrets.token_hex(8)), key
 
 
 def _open_folder(folder: Path) -> tuple[int, bytes]:

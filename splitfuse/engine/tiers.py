@@ -20,9 +20,12 @@ import numpy.typing as npt
 
 from splitfuse.config import CacheConfig, parse_disk_tier
 from splitfuse.core.kv.fetching import (
+    FEWEST_PLACES,
     FIRST_BANDWIDTH,
     INBOX_BYTES,
     LATENCY,
+    MOVES_BYTES,
+    MOVES_INBOX_BYTES,
     STAGED_BYTES,
     Fetch,
     Found,
@@ -81,14 +84,19 @@ class Tiers:
     thread, and by the engine's while no step runs; the others by the engine's.
     """
 
-    def __init__(self, files: dict[str, BlockFile], block_bytes: int) -> None:
+    def __init__(
+        self, files: dict[str, BlockFile], block_bytes: int, *, staged_bytes: int = STAGED_BYTES, memory_id: str = ""
+    ) -> None:
+        """`memory_id` names the memory tier."""
         self.block_bytes = block_bytes
+        self.block_sources = (f"memory:{memory_id}",) if memory_id else ()
+        """Addresses at which others can fetch what it has."""
         first = block_bytes / FIRST_BANDWIDTH
         self._tiers = [_Tier(name, file, first) for name, file in files.items()]
         self.stats = TierStats(num_dropped=sum(file.num_foreign for file in files.values()))
         self._lock = threading.Lock()  # of what follows
         self._staging: set[bytes] = set()
-        self._most_staged = places(STAGED_BYTES, block_bytes)
+        self._most_staged = places(staged_bytes, block_bytes)
         self._buffers: list[npt.NDArray[np.uint8]] = []
         self._fetches: dict[int, float] = {}  # when each is to be given up, by number
         self._reading_until = 0.0  # after which the reader is taken to hang; 0: it is idle
@@ -119,12 +127,21 @@ class Tiers:
                 return None
             return self._buffers.pop() if self._buffers else np.empty(self.block_bytes, np.uint8)
 
-    def save(self, save: Save, data: npt.NDArray[np.uint8]) -> None:
-        """Write a block that was copied into a `buffer`, some time."""
+    def save(self, save: Save, data: npt.NDArray[np.uint8], *, at_once: bool = False) -> None:
+        """Write a block that was copied into a `buffer`: some time, or with `at_once` now, to the first tier alone."""
+        if at_once:
+            self._write(self._tiers[0], _Staged(save, data))
+            with self._lock:
+                self._buffers.append(data)
+            return
         with self._lock:
             self._staging.add(save.name)
             self._written.clear()
         self._to_write.put(_Staged(save, data))
+
+    def count_written(self, names: Sequence[bytes]) -> int:
+        """Return how many leading blocks of these names some tier has."""
+        return next((count for count, name in enumerate(names) if self._tier_of(name) is None), len(names))
 
     def _write_all(self) -> None:
         while (staged := self._to_write.get()) is not None:
@@ -152,8 +169,10 @@ class Tiers:
 
     # What is fetched --------------------------------------------------------------------------------------------------
 
-    def find(self, names: Sequence[bytes]) -> Found:
-        """See BlockSource. While a read takes longer than requests wait for it, there is nothing."""
+    def find(self, names: Sequence[bytes], _: Sequence[str] = ()) -> Found:
+        """See BlockSource; engines of this machine lay blocks ready in the tiers. While a read takes longer than
+        requests wait for it, there is nothing.
+        """
         if 0.0 < self._reading_until < time.monotonic():
             return Found(0, 0.0)
         count, seconds = 0, LATENCY
@@ -190,6 +209,11 @@ class Tiers:
     def forget(self, number: int) -> None:
         """See BlockSource: no more of it is read."""
         self._fetches.pop(number, None)
+
+    @property
+    def is_asked(self) -> bool:
+        """Return whether an answer is to come."""
+        return bool(self._fetches)
 
     def wait(self, seconds: float) -> None:
         """Wait for an answer."""
@@ -248,6 +272,11 @@ class Tiers:
         return max(tier.file.num_slots for tier in self._tiers)
 
     @property
+    def num_export_slots(self) -> int:
+        """Return how many blocks this engine can lay ready at a time."""
+        return self._tiers[0].file.num_own_slots
+
+    @property
     def num_blocks(self) -> int:
         """Return how many blocks the tiers have, as far as this engine knows."""
         return sum(len(tier.file) for tier in self._tiers)
@@ -271,12 +300,20 @@ class Tiers:
 
 def make_tiers(
     files: TierFiles, cache: CacheConfig, *, block_bytes: int, block_size: int, fingerprint: bytes
-) -> tuple[Tiers, Inbox]:
-    """Return the tiers of an engine whose blocks have these sizes, and the inbox for what comes from there.
+) -> tuple[Tiers, Inbox] | None:
+    """Return the tiers of an engine whose blocks have these sizes, and the inbox for what comes from there; None if
+    they are for moves alone, and blocks are too large for that.
 
     Raises ConfigError for a tier that is too small, or cannot be used.
     """
-    kinds = {"kv_memory_tier": (files.memory, cache.memory_tier_bytes)}
+    if files.for_moves:
+        most = files.num_parts * MOVES_BYTES
+        if FEWEST_PLACES * block_bytes > MOVES_BYTES // 2:
+            logger.warning(
+                "KV does not move with requests: a block has %d bytes, and there is memory for few", block_bytes
+            )
+            return None
+    kinds = {"kv_memory_tier": (files.memory, most if files.for_moves else cache.memory_tier_bytes)}
     if cache.kv_disk_tier is not None:
         kinds["kv_disk_tier"] = files.disk, parse_disk_tier(cache.kv_disk_tier)[1]
     sizes = {"block_bytes": block_bytes, "block_size": block_size, "part": files.part, "num_parts": files.num_parts}
@@ -291,4 +328,6 @@ def make_tiers(
                 logger.warning(
                     "%s had %d blocks of another model, block or tier size: they are dropped", name, num_foreign
                 )
-    return Tiers(tiers, block_bytes), Inbox(places(INBOX_BYTES, block_bytes), block_bytes)
+    inbox_bytes, staged_bytes = (MOVES_INBOX_BYTES,) * 2 if files.for_moves else (INBOX_BYTES, STAGED_BYTES)
+    made = Tiers(tiers, block_bytes, staged_bytes=staged_bytes, memory_id=files.memory_id)
+    return made, Inbox(places(inbox_bytes, block_bytes), block_bytes)

@@ -77,8 +77,8 @@ class BlockSink(Protocol):
     def buffer(self, name: bytes) -> npt.NDArray[np.uint8] | None:
         """Return where the block of that name is to be copied; None if it is not wanted."""
 
-    def save(self, save: Save, data: npt.NDArray[np.uint8]) -> None:
-        """Take the block that was copied into a buffer."""
+    def save(self, save: Save, data: npt.NDArray[np.uint8], *, at_once: bool = False) -> None:
+        """Take the block that was copied into a buffer; with `at_once`, others can have it when this returns."""
 
 
 class _Row(NamedTuple):
@@ -164,20 +164,22 @@ class Executor:
             self._newest = None
         return result
 
-    def save(self, saves: Sequence[Save]) -> None:
-        """Copy blocks out of the cache, while no step runs. What cannot be saved is left out."""
+    def save(self, saves: Sequence[Save], *, at_once: bool = False) -> None:
+        """Copy blocks out of the cache, while no step runs, or to which none that runs writes. What cannot be saved is
+        left out. With `at_once`, others can have them when this returns.
+        """
         if (sink := self.sink) is None:
             return
         for save in saves:
             try:
                 if (buffer := sink.buffer(save.name)) is not None:
                     self.kv_cache.read_block(save.block, torch.from_numpy(buffer))
-                    sink.save(save, buffer)
+                    sink.save(save, buffer, at_once=at_once)
             except Exception:
                 _logger.exception("a KV block was not saved")
 
-    def _land(self, lands: Sequence[Land]) -> None:
-        """Copy blocks into the cache."""
+    def land(self, lands: Sequence[Land]) -> None:
+        """Copy blocks into the cache, while no step runs."""
         for land in lands:
             assert self.inbox is not None, "blocks land where an inbox has them"
             self.kv_cache.write_block(land.block, torch.from_numpy(self.inbox[land.number]))
@@ -223,7 +225,7 @@ class Executor:
 
     def _execute(self, plan: StepPlan) -> StepResult:
         self.save(plan.saves)
-        self._land(plan.lands)
+        self.land(plan.lands)
         for request_id in plan.retired_requests:
             self._states.pop(request_id, None)  # absent if its first step was broken off
             self._matchers.pop(request_id, None)

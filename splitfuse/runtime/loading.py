@@ -112,12 +112,14 @@ def load_model(
     on_progress: Callable[[float], None] = lambda _: None,
     weight_sharing: WeightSharing | None = None,
     tiers_filled: int = 0,
+    tiers_for_moves: bool = False,
 ) -> LoadedModel:
     """Load the model that `config` names, from `source` if it is open already.
 
     `announce` is called with the memory plan before anything is loaded, `on_progress` with the fraction that is. With
     `weight_sharing`, processes share one copy of the weights if the backend can. `tiers_filled` is how much of the KV
-    tier in memory is taken already.
+    tier in memory is taken already; with `tiers_for_moves` there is some for requests that move, if no tier was asked
+    for.
 
     Raises ModelError, MemoryPlanError or ConfigError.
     """
@@ -136,7 +138,9 @@ def load_model(
         _logger.warning("%s holds an adapter of %s too, which is not applied", source.location, adapter)
     check_quantization(config, source, weights)
     backend = choose_backend(config, dtype)
-    plan = _plan(spec, config, backend, weights, weight_sharing, tiers_filled)
+    num_sharers = 1 if weight_sharing is None else weight_sharing.num_sharers
+    tiers = tier_bytes(config.cache, num_sharers=num_sharers, filled=tiers_filled, for_moves=tiers_for_moves)
+    plan = _plan(spec, config, backend, weights, weight_sharing, tiers)
     remarks = describe_aside(weights, spec) + describe_kept(weights, spec, backend, dtype)
     plan = replace(plan, remarks=(*plan.remarks, *remarks))
     announce(plan)
@@ -205,17 +209,16 @@ def _plan(
     backend: Backend,
     weights: WeightSource,
     sharing: WeightSharing | None,
-    tiers_filled: int,
+    tiers: int,
 ) -> MemoryPlan:
     """Return the memory plan, and let the backend share weights if it can. Weights that are there already take no more
     memory; what remains is divided among the processes that share them.
     """
-    num_sharers = 1 if sharing is None else sharing.num_sharers
-    tiers = tier_bytes(config.cache, num_sharers=num_sharers, filled=tiers_filled)
     plan = partial(plan_memory, spec, config, backend=backend, weights=weights, tiers=tiers)
     if sharing is None:
         return plan()
     free = available_memory(config.model.device)
+    num_sharers = sharing.num_sharers
     if not backend.capabilities.shares_weights:  # each has weights of its own
         return plan(available=free // num_sharers)
     size = weight_bytes(spec, resolve_dtype(config.model.dtype, spec), backend, weights)

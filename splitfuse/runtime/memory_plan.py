@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from splitfuse.config import CacheConfig, EngineConfig
-from splitfuse.core.kv.fetching import INBOX_BYTES, STAGED_BYTES
+from splitfuse.core.kv.fetching import INBOX_BYTES, MOVES_BYTES, MOVES_INBOX_BYTES, STAGED_BYTES
 from splitfuse.core.limits import ceil_div
 from splitfuse.core.step_budget import BUDGETS, FIRST_BUDGET
 from splitfuse.errors import ConfigError, MemoryPlanError
@@ -60,6 +60,7 @@ class MemoryPlan:
     num_states: int = 0
     snapshot_interval: int = 0  # tokens of a prompt between snapshots of its state
     tiers: int = 0  # KV blocks behind the cache, in memory and on their way
+    tiers_are_for: str = "behind the cache"
     num_seqs_lowered: bool = False  # more running requests are allowed than there is memory for the states of
     remarks: tuple[str, ...] = ()  # lines at the end
 
@@ -85,7 +86,7 @@ class MemoryPlan:
             f"weights      {self.weights / GIB:8.3f} GiB",
             f"activations  {self.activations / GIB:8.3f} GiB",
             *([f"states       {self.states / GIB:8.3f} GiB   {self._states_line}"] if self.state else ()),
-            *([f"KV tiers     {self.tiers / GIB:8.3f} GiB   behind the cache"] if self.tiers else ()),
+            *([f"KV tiers     {self.tiers / GIB:8.3f} GiB   {self.tiers_are_for}"] if self.tiers else ()),
             *([f"KV cache     {self.kv_cache / GIB:8.3f} GiB   {sizes}"] if self.block else ()),
             f"need         {self.need / GIB:8.3f} GiB",
             f"have         {self.available / GIB:8.3f} GiB",
@@ -143,6 +144,10 @@ def plan_memory(
         state=state_bytes(spec, backend),
         tiers=tier_bytes(config.cache) if tiers is None else tiers,
     )
+    if plan.tiers and not config.cache.has_tiers:
+        plan = replace(plan, tiers_are_for="for requests that go on at another engine")
+        if plan.state or torch.device(config.model.device).type != "cpu":  # then it is not used, or elsewhere
+            plan = replace(plan, tiers=0)
     if plan.state and config.cache.has_tiers:
         raise ConfigError(
             "kv_memory_tier and kv_disk_tier keep keys and values, and this model has layers with a recurrent state: "
@@ -170,10 +175,12 @@ def plan_memory(
     )
 
 
-def tier_bytes(cache: CacheConfig, *, num_sharers: int = 1, filled: int = 0) -> int:
-    """Return the memory that each of the engines which share KV tiers leaves for them; `filled` is taken already."""
+def tier_bytes(cache: CacheConfig, *, num_sharers: int = 1, filled: int = 0, for_moves: bool = False) -> int:
+    """Return the memory that each of the engines which share KV tiers leaves for them; `filled` is taken already. Where
+    no tier was asked for, there may be some for requests that move.
+    """
     if not cache.has_tiers:
-        return 0
+        return MOVES_BYTES + 2 * MOVES_INBOX_BYTES if for_moves else 0
     return max(cache.memory_tier_bytes - filled, 0) // num_sharers + INBOX_BYTES + STAGED_BYTES
 
 

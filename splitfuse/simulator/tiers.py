@@ -137,7 +137,7 @@ class SimulatedTiers:
             count += 1
         return count
 
-    def find(self, names: Sequence[bytes]) -> Found:
+    def find(self, names: Sequence[bytes], _: Sequence[str] = ()) -> Found:
         """See BlockSource."""
         self._shared.write(self._clock())
         return self._find(names)

@@ -26,7 +26,7 @@ class Source:
         self.found = Found(num_blocks, seconds)
         self.asked: list[int] = []
 
-    def find(self, names: Sequence[bytes]) -> Found:
+    def find(self, names: Sequence[bytes], _: Sequence[str] = ()) -> Found:
         self.asked.append(len(names))
         return self.found
 
@@ -98,7 +98,7 @@ def test_others_go_on_while_one_waits_and_it_is_the_oldest_again() -> None:
     tier = FakeTier(Random(0), 4)
     old, new = request("old", (1,) * 30), request("new", (2,) * 30)
     tier.ANSWERS = ("late",)  # type: ignore[misc]
-    tier.find = lambda names: Found(sum(name in tier.frames for name in names), 0.0)  # type: ignore[method-assign]
+    tier.find = lambda names, _: Found(sum(name in tier.frames for name in names), 0.0)  # type: ignore[method-assign]
     run = Run.make(num_blocks=16, block_size=4, budget=8, max_num_seqs=2, tier=tier, inbox_blocks=10)
     tokens = [*old.prompt_token_ids, *reference(old)[0]]
     names: list[bytes] = []
@@ -122,7 +122,7 @@ def test_fetches_follow_the_cost_model_of_the_policy() -> None:
         tier = FakeTier(Random(0), 4)
         policy = DeadlinePolicy(LatencyPredictor(CostModel(floor=1.0, per_token=1.0)), token_budget=64)
         run = Run.make(num_blocks=16, block_size=4, budget=64, policy=policy, tier=tier, inbox_blocks=10)
-        tier.find = lambda names, seconds=seconds: Found(len(names), seconds)  # type: ignore[method-assign, misc]
+        tier.find = lambda names, _, seconds=seconds: Found(len(names), seconds)  # type: ignore[method-assign, misc]
         run.scheduler.add(request("a", (1,) * 30), 0.0)
         assert run.scheduler.fetches is not None
         fetches = run.scheduler.fetches.take()

@@ -81,6 +81,11 @@ def requests(count: int, *, max_tokens: int) -> list[Add]:
     return made
 
 
+def move_all(engine: LocalClient) -> None:
+    for stream in engine.drain():
+        engine.move(stream)
+
+
 async def read(stream: Stream) -> list[int]:
     async with stream:
         return [token async for output in stream for token in output.token_ids]
@@ -523,13 +528,13 @@ def test_a_request_on_trial_is_tried_elsewhere_if_its_engine_is_drained(model: A
     async def test() -> None:
         first, second = Engines(model), Engines(model)
         async with running(first, second):
-            second.drain()
+            move_all(second)
             stream = first.open(Add("a", (5, 6), PARAMS))
             first.go()
             first.come()
             assert stream.on_trial
             second.undrain()
-            first.drain()
+            move_all(first)
             first.give("a", reason=FinishReason.MOVED)
             assert second.added == ["a"] and stream.on_trial
             first.go()
@@ -604,7 +609,7 @@ def test_a_failure_of_what_lets_requests_go_on_ends_only_these(model: AsyncEngin
             for name in "rescue", "on_moved", "on_available":
                 monkey = lambda *_: 1 / 0  # noqa: E731
                 setattr(second, name, monkey)
-            second.drain()
+            move_all(second)
             second.give("moved", reason=FinishReason.MOVED)
             second.undrain()
             second.go()
@@ -623,7 +628,7 @@ def test_a_request_that_had_not_begun_goes_on_as_a_new_one(model: AsyncEngine) -
             for name in "ab":
                 first.open(Add(name, (5, 6), PARAMS))
             first.give("a", 7)
-            first.drain()
+            move_all(first)
             for name in "ab":
                 first.give(name, reason=FinishReason.MOVED)
             points = {each.request_id: each.resume_point for each in second.sent if isinstance(each, Add)}

@@ -41,8 +41,8 @@ class BlockAllocator:
         states: StateAllocator | None = None,
         saves_blocks: bool = False,
     ) -> None:
-        """`states` are those of a network with recurrent states. If it `saves_blocks`, what is published is noted for
-        `take_saves`.
+        """`states` are those of a network with recurrent states. If it `saves_blocks`, all that is published is noted
+        for `take_saves`.
         """
         assert namer is None or namer.block_size == block_size
         assert states is None or states.interval is None or (namer is not None and states.interval % block_size == 0)
@@ -55,7 +55,8 @@ class BlockAllocator:
         self._cached: OrderedDict[int, None] = OrderedDict()  # least recently used first
         self._contents: dict[int, tuple[bytes, tuple[int, ...]]] = {}  # published block -> its name and tokens
         self._index: dict[bytes, int] = {}  # name -> published block
-        self._saves: list[Save] | None = [] if saves_blocks else None
+        self._saves_published = saves_blocks
+        self._saves: list[Save] = []
 
     @property
     def num_available(self) -> int:
@@ -160,13 +161,68 @@ class BlockAllocator:
             content = names[index], self._tokens(token_ids, index)
             self._contents[blocks[index]] = content
             self._index[names[index]] = blocks[index]
-            if self._saves is not None:
+            if self._saves_published:
                 self._saves.append(Save(blocks[index], *content, before=names[index - 1] if index else b""))
         return max(first, num_full)
 
+    def adopt(self, block: int, name: bytes, token_ids: tuple[int, ...]) -> None:
+        """Publish a block that has come from elsewhere, unless another one has its name."""
+        if name not in self._index:
+            self._contents[block] = name, token_ids
+            self._index[name] = block
+
+    def count_known(self, names: Sequence[bytes], token_ids: Sequence[tuple[int, ...]]) -> int:
+        """Return how many leading blocks of these names and tokens are published, which then are the last to go of
+        those that no request holds.
+        """
+        known: list[int] = []
+        for name, tokens in zip(names, token_ids, strict=True):
+            if (block := self._index.get(name)) is None or self._contents[block][1] != tokens:
+                break
+            known.append(block)
+        for block in reversed(known):
+            if block in self._cached:
+                self._cached.move_to_end(block)
+        return len(known)
+
+    def saves_of(
+        self,
+        blocks: Sequence[int],
+        token_ids: Sequence[int],
+        names: list[bytes],
+        *,
+        first: int = 0,
+        part: bool = False,
+        salt: str = "",
+    ) -> tuple[Save, ...]:
+        """Return the saves of the full blocks of `token_ids` from `first` on, which have been computed, and with `part`
+        of the last one too if it is not full. Without names there is nothing to save.
+        """
+        if self._namer is None:
+            return ()
+        num_full = len(token_ids) // self.block_size
+        self._namer.extend(names, token_ids, num_full, salt=salt)
+        before = [b"", *names[:num_full]]
+        saves = [
+            Save(blocks[index], names[index], self._tokens(token_ids, index), before=before[index])
+            for index in range(first, num_full)
+        ]
+        if part and (rest := tuple(token_ids[num_full * self.block_size :])):
+            name = self._namer.name_part(names[:num_full], rest, salt=salt)
+            saves.append(Save(blocks[num_full], name, rest, before=before[num_full]))
+        return tuple(saves)
+
+    def name_part(self, names: Sequence[bytes], token_ids: Sequence[int], *, salt: str = "") -> bytes | None:
+        """Return the name of tokens that do not fill a block, behind the blocks of these names; None without names."""
+        return None if self._namer is None else self._namer.name_part(names, token_ids, salt=salt)
+
+    def save(self, saves: Sequence[Save]) -> None:
+        """Note blocks for `take_saves`, which are not written to any more."""
+        self._saves += saves
+
     def take_saves(self) -> tuple[Save, ...]:
-        """Return the blocks that have been published since the last call. Their content is there until the next step
-        writes to the cache, though `allocate` may have given them away since.
+        """Return the blocks that have been published or noted since the last call. Their content is there until the
+        next step writes to the cache, though `allocate` may have given them away since.
         """
         if not self._saves:
             return ()

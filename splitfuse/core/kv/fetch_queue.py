@@ -15,7 +15,8 @@ from functools import partial
 from splitfuse.core.events import EngineEvents, FetchBegun, FetchEnded
 from splitfuse.core.kv.block_allocator import BlockAllocator
 from splitfuse.core.kv.fetching import Arrived, Fetch, Fetching, Frame
-from splitfuse.core.plan import Land
+from splitfuse.core.kv.prefetching import Prefetching
+from splitfuse.core.plan import Land, StepPlan
 from splitfuse.core.request import Request, RequestStatus
 from splitfuse.core.slo.cost_model import StepFeatures
 from splitfuse.core.slo.latency_predictor import LatencyPredictor
@@ -38,6 +39,8 @@ class FetchQueue:
         """`predictor` says how long computing blocks would take, if there is one."""
         assert allocator.states is None, "a recurrent state is not fetched with its blocks"
         self.fetching = fetching
+        self.ahead = Prefetching(allocator, fetching)
+        """What is fetched for requests that will come."""
         self._queue = queue
         self._allocator = allocator
         self._events = events
@@ -46,13 +49,15 @@ class FetchQueue:
         self._awaited: dict[int, Request] = {}  # number of a fetch -> its request
 
     def add(self, request: Request) -> None:
-        """Ask for the blocks of a waiting request as soon as there is room for them."""
+        """Ask for the blocks of a waiting request as soon as there is room for them, and fetch no more ahead for it."""
+        self.ahead.drop(request.request_id)
         if request.params.prompt_logprobs is None:  # those need all positions computed
             self._to_ask.append(request)
 
     def take(self, now: float = 0.0) -> list[Fetch]:
         """Return what is to be asked for now, of the requests that have not run, in their order and as long as the
-        inbox has room. Each is to be answered by `arrived`, within its seconds; its request waits until then.
+        inbox has room, and then what is fetched ahead. Each is to be answered by `arrived`, within its seconds; a
+        request waits until then.
         """
         fetches: list[Fetch] = []
         while self._to_ask:
@@ -69,7 +74,7 @@ class FetchQueue:
                     fetches.append(fetch)
                     self._events.emit(FetchBegun(request, now))
             self._to_ask.popleft()
-        return fetches
+        return fetches + self.ahead.take_fetches() if self.ahead.is_busy else fetches
 
     def arrived(self, number: int, frames: Sequence[Frame] = (), now: float = 0.0) -> bool:
         """Take in the answer to a fetch: the leading blocks that were found, which are intact; without any, it has
@@ -77,13 +82,15 @@ class FetchQueue:
         """
         request = self._awaited.pop(number, None)
         if request is None:
-            return False
+            return self.ahead.arrived(number, frames)
         fetch = request.kv.fetch
         assert fetch is not None
         numbers = self.fetching.inbox.put(fetch.matching(frames), reserved=len(fetch.names))
-        request.kv.arrived = tuple(Arrived(index, each) for index, each in enumerate(numbers, start=fetch.first))
+        sizes = [len(tokens) for tokens in fetch.token_ids[: len(numbers)]]
+        places = range(fetch.first, fetch.first + len(numbers))
+        request.kv.arrived = tuple(map(Arrived, places, numbers, sizes))
         if numbers:
-            covered = (fetch.first + len(numbers)) * self._allocator.block_size
+            covered = fetch.first * self._allocator.block_size + sum(sizes)
             request.num_expected_cached = max(request.num_expected_cached, covered)
         self._queue.end_fetch(request)
         self._events.emit(FetchEnded(request, now))
@@ -97,9 +104,21 @@ class FetchQueue:
                 self.fetching.inbox.discard(each.number for each in request.kv.arrived if each.number not in kept)
                 request.kv.arrived = ()
 
-    def end(self, lands: Sequence[Land]) -> None:
-        """Forget the bytes that a step has brought into the cache."""
-        self.fetching.inbox.discard(land.number for land in lands)
+    def take_lands_ahead(self) -> tuple[Land, ...]:
+        """Return what lands for requests that will come, in blocks which no running request will soon need: with a
+        plan, or between two if nothing is in flight, and `ahead.landed` is called.
+        """
+        if not self.ahead.is_busy:
+            return ()
+        return self.ahead.take_lands(self._allocator.num_available - len(self._queue.running))
+
+    def end(self, plan: StepPlan, *, is_done: bool) -> None:
+        """Forget the bytes that a step has brought into the cache. If all of it `is_done`, what came with it for
+        requests that will come is there.
+        """
+        self.fetching.inbox.discard(land.number for chunk in plan.chunks for land in chunk.lands)
+        if plan.prefetched:
+            self.ahead.landed(plan.prefetched, is_there=is_done)
 
     def forget(self, request: Request) -> None:
         """Forget what a request that is about to end waits for, and what has arrived for it."""
@@ -115,11 +134,13 @@ class FetchQueue:
     def _ask_for(self, request: Request, now: float) -> Fetch | None:
         """Return what to ask for of a request, which waits for it from here on; None if it need not wait."""
         tokens, kv, size = request.tokens(0, request.num_tokens), request.kv, self._allocator.block_size
-        first = self._allocator.count_cached(tokens, kv.block_names, salt=request.scheduling.cache_salt) // size
+        salt, sources = request.scheduling.cache_salt, request.block_sources
+        first = self._allocator.count_cached(tokens, kv.block_names, salt=salt) // size
         limit = (len(tokens) - 1) // size  # a token is left to compute
-        if first >= limit:
+        part = tokens[limit * size : -1] if sources and request.output_token_ids else ()  # all of it was computed
+        if first >= limit and not part:
             return None
-        self._allocator.name_blocks(tokens, kv.block_names, limit, salt=request.scheduling.cache_salt)
+        self._allocator.name_blocks(tokens, kv.block_names, limit, salt=salt)
         seconds, patience = None, math.inf
         if self._predictor is not None:
             seconds = partial(_seconds_to_compute, self._predictor, first * size, size)
@@ -127,7 +148,9 @@ class FetchQueue:
                 patience = request.slo.deadline - now - seconds(limit - first + 1)
         blocks = [tokens[start : start + size] for start in range(first * size, limit * size, size)]
         names = kv.block_names[first:limit]
-        fetch = self.fetching.ask(request.request_id, first, names, blocks, seconds, patience=patience)
+        if part and (name := self._allocator.name_part(kv.block_names[:limit], part, salt=salt)) is not None:
+            names, blocks = [*names, name], [*blocks, part]
+        fetch = self.fetching.ask(request.request_id, first, names, blocks, seconds, patience=patience, sources=sources)
         if fetch is not None:
             self._queue.begin_fetch(request, fetch)
             self._awaited[fetch.number] = request

@@ -22,6 +22,10 @@ Data: TypeAlias = Any
 
 INBOX_BYTES, STAGED_BYTES = 2**28, 2**27
 """Most bytes of blocks that have arrived and wait for a step, and of those that are to be written, in an engine."""
+MOVES_BYTES, MOVES_INBOX_BYTES = 2**26, 2**25
+"""Most bytes of the blocks that an engine lays ready for others where no tier was asked for, and of those that then
+have arrived and wait for a step, or are to be written.
+"""
 LONGEST_FETCH = 2.0
 """Longest time that a request waits for blocks, in seconds."""
 FEWEST_BLOCKS = 2
@@ -67,8 +71,9 @@ class Fetch(NamedTuple):
     request_id: str
     first: int  # index of the first block in the request
     names: tuple[bytes, ...]
-    token_ids: tuple[tuple[int, ...], ...]  # of each block
+    token_ids: tuple[tuple[int, ...], ...]  # of each block; the last one may have fewer than a whole one
     seconds: float  # after which it is to be given up
+    sources: tuple[str, ...] = ()  # see Request.block_sources
 
     def matching(self, frames: Iterable[Frame]) -> list[Frame]:
         """Return the leading frames that are, by name and tokens, the blocks that were asked for."""
@@ -90,8 +95,10 @@ class Found(NamedTuple):
 class BlockSource(Protocol):
     """Has blocks that other engines, or this one before, have computed."""
 
-    def find(self, names: Sequence[bytes]) -> Found:
-        """Return how many leading blocks of these names can be fetched, and how long that is expected to take."""
+    def find(self, names: Sequence[bytes], sources: Sequence[str] = (), /) -> Found:
+        """Return how many leading blocks of these names can be fetched, from `sources` too, and how long that is
+        expected to take.
+        """
 
     def forget(self, number: int) -> None:
         """Want no answer to a fetch any more."""
@@ -172,17 +179,21 @@ class Fetching:
         compute_seconds: Callable[[int], float] | None,
         *,
         patience: float = math.inf,
+        sources: tuple[str, ...] = (),
     ) -> Fetch | None:
         """Return what to ask for of blocks with these names, from block `first` of a request on, which it would compute
         otherwise; None if nothing is to be gained. `compute_seconds` says how long computing so many leading ones would
-        take; None: there is no cost model. The request waits for no more than `patience` seconds.
+        take; None: there is no cost model. The request waits for no more than `patience` seconds. What its engine
+        before has laid ready at `sources` is always asked for.
         """
         wanted = names[: self.inbox.num_free]
-        found = self.source.find(wanted)
+        found = self.source.find(wanted, sources)
         num_blocks, longest = min(found.num_blocks, len(wanted)), min(LONGEST_FETCH, patience)
         if num_blocks == 0 or longest <= 0.0:
             return None
-        if compute_seconds is None:
+        if sources:
+            pass
+        elif compute_seconds is None:
             if num_blocks < FEWEST_BLOCKS:
                 return None
         else:
@@ -190,11 +201,20 @@ class Fetching:
             longest = min(longest, seconds)
             if found.seconds >= longest:
                 return None
-        self.inbox.num_free -= num_blocks
-        return Fetch(
-            *(next(self._numbers), request_id, first),
-            *(tuple(names[:num_blocks]), tuple(token_ids[:num_blocks]), longest),
-        )
+        return self.reserve(request_id, first, names[:num_blocks], token_ids[:num_blocks], longest, sources)
+
+    def reserve(
+        self,
+        request_id: str,
+        first: int,
+        names: Sequence[bytes],
+        token_ids: Sequence[tuple[int, ...]],
+        seconds: float,
+        sources: tuple[str, ...],
+    ) -> Fetch:
+        """Return a fetch of these blocks, for which there are places in the inbox from here on."""
+        self.inbox.num_free -= len(names)
+        return Fetch(next(self._numbers), request_id, first, tuple(names), tuple(token_ids), seconds, sources)
 
 
 class Arrived(NamedTuple):
@@ -202,6 +222,7 @@ class Arrived(NamedTuple):
 
     place: int  # of the block in the request
     number: int  # in the inbox
+    num_tokens: int
 
     def into(self, block: int) -> Land:
         """Return the copy of these bytes into a block."""

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from splitfuse.core.kv.block_allocator import BlockAllocator
 from splitfuse.core.kv.fetching import Arrived, Fetch
 from splitfuse.core.kv.request_state import RequestState
-from splitfuse.core.plan import Land, StateSlots
+from splitfuse.core.plan import Land, Save, StateSlots
 
 logger = logging.getLogger(__name__)
 
@@ -32,6 +32,8 @@ class RequestKv:
     recomputed.
     """
     num_preemptions: int = 0
+    num_saved_blocks: int = 0
+    """Leading blocks that were saved since it is to go on at another engine."""
     preempt_on_return: bool = False
     """True if its blocks, and its state, are to be taken when its last plan in flight is back."""
     state: RequestState | None = None
@@ -76,7 +78,7 @@ class RequestKv:
         blocks = allocator.allocate(count)
         self.landing = tuple(each.into(block) for each, block in zip(usable, blocks, strict=False))
         self.blocks += blocks
-        self.num_computed += count * allocator.block_size
+        self.num_computed += sum(each.num_tokens for each in usable[:count])
 
     def drop_last_block(self, allocator: BlockAllocator) -> None:
         """Give the last block back, whose tokens are then computed again; with states, all after the next snapshot."""
@@ -112,6 +114,18 @@ class RequestKv:
             self.blocks, token_ids, self.block_names, first=self.num_cached_blocks, salt=salt
         )
 
+    def save(
+        self, allocator: BlockAllocator, token_ids: Sequence[int], *, part: bool = False, salt: str
+    ) -> tuple[Save, ...]:
+        """Return the saves of the blocks which hold `token_ids`, which have been computed, but of those that were saved
+        before: see BlockAllocator.saves_of. A recurrent state is not saved, nor are blocks without it.
+        """
+        if self.state is not None:
+            return ()
+        first = self.num_saved_blocks
+        self.num_saved_blocks = max(first, len(token_ids) // allocator.block_size)
+        return allocator.saves_of(self.blocks, token_ids, self.block_names, first=first, part=part, salt=salt)
+
     def release(self, allocator: BlockAllocator) -> None:
         """Give all blocks and state slots back. A fault there loses those that were not given back yet, no more."""
         blocks, state = self.blocks, self.state
@@ -132,8 +146,10 @@ class RequestKv:
         self.num_lost = max(self.num_lost, self.num_computed)
 
 
-def check_held(allocator: BlockAllocator, requests: Collection[RequestKv]) -> None:
-    """Assert that these requests hold all blocks and state slots that are held at an allocator. For tests."""
-    allocator.check(kv.blocks for kv in requests)
+def check_held(allocator: BlockAllocator, requests: Collection[RequestKv], landing: Sequence[int] = ()) -> None:
+    """Assert that these requests, and blocks that are `landing` for none, hold all blocks and state slots that are held
+    at an allocator. For tests.
+    """
+    allocator.check([*(kv.blocks for kv in requests), landing])
     if allocator.states is not None:
         allocator.states.check(slot for kv in requests if kv.state is not None for slot in kv.state.held)

@@ -1,0 +1,92 @@
+"""Moves requests from an engine that goes on with them to another one, with what it has of KV blocks.
+
+The old engine lays the blocks of a request ready where others can fetch them, a window at a time, and the new one
+fetches them into its prefix cache, while the old one still gives tokens. Only when all but the newest are there the old
+one lets go, with its last token, and lays the rest ready. So the client waits for about a step, however long its
+request is; what does not come in time is computed again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Iterable, MutableMapping
+from weakref import WeakKeyDictionary
+
+from splitfuse.engine.client import LocalClient
+from splitfuse.engine.messages import Add
+from splitfuse.engine.stream import Stream
+
+MOVES_AT_ONCE = 4
+"""Number of requests whose blocks are on their way from an engine at a time."""
+STAGE_SECONDS = 2.0
+"""Longest time that blocks may take to be laid ready, or to be fetched, in seconds."""
+NEWEST_BLOCKS = 1
+"""Number of full blocks that are left for the end: at least one may fill up meanwhile."""
+MOST_RECEIVERS = 3
+"""Number of engines that a request's blocks are brought to, if one after the other is not ready any more."""
+
+
+class Mover:
+    """Moves requests. Belongs to the event loop's thread."""
+
+    def __init__(
+        self, choose: Callable[[Stream, LocalClient], LocalClient | None], name_blocks: Callable[[Add], list[bytes]]
+    ) -> None:
+        """`choose` gives the engine that a stream should go to from its present one, None if none can have it now."""
+        self.receivers: MutableMapping[Stream, LocalClient] = WeakKeyDictionary()
+        """Engines to which blocks were brought, by stream."""
+        self._choose, self._name_blocks = choose, name_blocks
+        self._num_moving: dict[LocalClient, int] = {}
+
+    async def drain(self, source: LocalClient, streams: Iterable[Stream]) -> None:
+        """Let streams go on elsewhere, as long as their engine is drained."""
+        gate = asyncio.Semaphore(MOVES_AT_ONCE)
+
+        async def move(stream: Stream) -> None:
+            async with gate:
+                await self._bring(source, stream)
+                if source.is_drained:
+                    source.move(stream)
+
+        await asyncio.gather(*(move(stream) for stream in streams))
+
+    async def _bring(self, source: LocalClient, stream: Stream) -> None:
+        """Bring the blocks of a stream to the engine that is chosen for it."""
+        self._num_moving[source] = self._num_moving.get(source, 0) + 1
+        try:
+            for _ in range(MOST_RECEIVERS):
+                receiver = self._choose(stream, source) if source.has(stream) else None
+                if receiver is None:
+                    return
+                self.receivers[stream] = receiver
+                await self._bring_to(receiver, source, stream)
+                if receiver.can_go_on_with(stream):
+                    return
+        finally:
+            self._num_moving[source] -= 1
+
+    async def _bring_to(self, receiver: LocalClient, source: LocalClient, stream: Stream) -> None:
+        """Bring the full blocks of a stream to an engine, all but the newest, as far as they come in time."""
+        info, num_there = source.info, 0
+        size, request_id = info.limits.block_size, stream.request.request_id
+        while info.block_sources and receiver.can_go_on_with(stream) and source.has(stream):
+            request = stream.resumption(0.0)
+            names = self._name_blocks(request)
+            end = min(len(names), stream.num_computed // size)
+            if end - num_there <= NEWEST_BLOCKS:
+                return
+            end = min(end, num_there + max(info.num_export_slots // 2 // self._num_moving[source], 1))
+            try:
+                async with asyncio.timeout(STAGE_SECONDS):
+                    end = min(end, await source.export(stream, end))
+                if end <= num_there:
+                    return
+                tokens = request.known_tokens
+                blocks = [tokens[start : start + size] for start in range(num_there * size, end * size, size)]
+                async with asyncio.timeout(STAGE_SECONDS):
+                    num_come = await receiver.prefetch(request_id, names[num_there:end], blocks, info.block_sources)
+            except TimeoutError:
+                return
+            if num_come < end - num_there:
+                return
+            num_there = end

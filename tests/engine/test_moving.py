@@ -1,0 +1,228 @@
+"""Requests move to another engine with their KV blocks: what comes after is equal, and hardly anything is computed
+again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import asynccontextmanager
+from random import Random
+from typing import Any
+
+import msgspec
+import pytest
+from patience import PATIENCE
+from scheduler_checks import check_scheduler
+
+import splitfuse
+from splitfuse.config import EngineConfig
+from splitfuse.core.events import StepScheduled
+from splitfuse.core.request_output import FinishReason
+from splitfuse.core.sampling_params import SamplingParams
+from splitfuse.core.scheduling_options import SchedulingOptions
+from splitfuse.engine.client import LocalClient
+from splitfuse.engine.engine import Engine
+from splitfuse.engine.messages import Add, Export, Finish, Prefetch, ResumePoint
+from splitfuse.engine.router import Router
+from splitfuse.engine.stream import Stream
+from splitfuse.engine.thread import AsyncEngine
+from splitfuse.engine.tier_files import open_tiers
+from splitfuse.runtime.loading import load_model
+
+SETTINGS: dict[str, Any] = {"num_blocks": 400, "max_num_batched_tokens": 64, "num_threads": 1}
+BLOCK = 32
+
+
+@pytest.fixture
+def engines() -> Iterator[list[Engine]]:
+    made: list[Engine] = []
+    yield made
+    for engine in made:
+        engine.close()
+
+
+def make(engines: list[Engine], **settings: Any) -> tuple[Engine, Engine, Engine]:
+    """Two engines of one model that share memory, for moves alone unless tiers are asked for, and one that shares
+    none.
+    """
+    config = EngineConfig.from_settings({**SETTINGS, **settings})
+    model = load_model(config)
+    files, key = open_tiers(config.cache, for_moves=True)
+    assert files is not None
+    first, second = (Engine(config, model, name_key=key, tier_files=part) for part in files.split(2))
+    engines += first, second
+    return first, second, Engine(config, model)
+
+
+def requests(count: int, *, max_tokens: int = 60, **params: Any) -> list[Add]:
+    rng, made = Random(count), []
+    for number in range(count):
+        prompt = tuple(rng.randrange(5, 700) for _ in range(rng.randrange(1, 150)))
+        temperature = 0.9 if number % 2 else 0.0
+        each = SamplingParams(max_tokens=max_tokens, ignore_eos=True, temperature=temperature, seed=number, **params)
+        made.append(Add(str(number), prompt, each).settled)
+    return made
+
+
+def run(engine: Engine, wanted: Sequence[Add], *, until: int = 10**9) -> dict[str, list[int]]:
+    """What each request is given, up to `until` tokens and a few more; then it moves."""
+    for request in wanted:
+        engine.add(request)
+    given: dict[str, list[int]] = {request.request_id: [] for request in wanted}
+    left: set[str] = set()
+    while engine.has_unfinished:
+        outputs = engine.step(isolate=True)
+        for output in outputs:
+            assert output.error is None
+            given[output.request_id] += output.token_ids
+            if output.finish_reason is FinishReason.MOVED:
+                left.add(output.request_id)
+        for request_id, tokens in given.items():
+            if len(tokens) >= until and request_id not in left:
+                output_at_once = engine.finish(Finish(request_id, FinishReason.MOVED))
+                if output_at_once is not None:
+                    left.add(request_id)
+        check_scheduler(engine.scheduler)
+    assert engine.allocator.num_held == 0
+    return given
+
+
+def resumed(request: Add, tokens: list[int], engine: Engine) -> Add:
+    assert engine.tiers is not None
+    point = ResumePoint(tuple(tokens), (0.0,) * len(tokens))
+    return msgspec.structs.replace(request, resume_point=point, block_sources=engine.tiers.block_sources)
+
+
+FORMS: list[dict[str, Any]] = [
+    {},
+    {"kv_cache_dtype": "int8"},
+    {"num_speculative_tokens": 5},
+    {"kv_memory_tier": "64MiB"},
+]
+
+
+@pytest.mark.parametrize("settings", FORMS, ids=str)
+def test_nothing_is_computed_again_at_the_other_engine(settings: dict[str, Any], engines: list[Engine]) -> None:
+    first, second, alone = make(engines, **settings)
+    wanted = requests(4, max_tokens=40)
+    whole = run(alone, wanted)
+    begun = run(first, wanted, until=20)
+    assert all(20 <= len(tokens) < 40 for tokens in begun.values())
+    computed: dict[str, int] = {}
+    second.events.subscribe(
+        StepScheduled,
+        lambda step: computed.update({chunk.request_id: chunk.start for chunk in step.plan.chunks} | computed),
+    )
+    rest = run(second, [resumed(request, begun[request.request_id], first) for request in wanted])
+    for request in wanted:
+        name = request.request_id
+        assert begun[name] + rest[name] == whole[name]
+        num_known = len(request.prompt_token_ids) + len(begun[name])
+        assert computed[name] == num_known - 1, "it begins with its newest token"
+
+
+def test_a_form_goes_on_with_its_blocks(engines: list[Engine]) -> None:
+    first, second, alone = make(engines)
+    with splitfuse.pipeline(**SETTINGS) as pipe:
+        form = {"structured_outputs": {"regex": "[a-z ]{50,80}"}}
+        prepared = [next(iter(pipe.prepare(text, **form))) for text in ("Once upon", "One day")]
+    wanted = [Add(str(n), each.token_ids, each.params).settled for n, each in enumerate(prepared)]
+    whole = run(alone, wanted)
+    begun = run(first, wanted, until=10)
+    rest = run(second, [resumed(request, begun[request.request_id], first) for request in wanted])
+    assert {name: begun[name] + rest[name] for name in begun} == whole
+
+
+def test_blocks_are_fetched_ahead_while_the_old_engine_goes_on(engines: list[Engine]) -> None:
+    first, second, alone = make(engines)
+    (request,) = requests(1, max_tokens=120)
+    prompt = tuple(Random(1).randrange(5, 700) for _ in range(300))
+    request = msgspec.structs.replace(request, prompt_token_ids=prompt)
+    whole = run(alone, [request])["0"]
+    first.add(request)
+    tokens: list[int] = []
+    while len(tokens) < 30:
+        tokens += [token for output in first.step(isolate=True) for token in output.token_ids]
+    num_exported = 0
+    while num_exported < 10:  # a few at a time
+        first.export(Export("0", 99))
+        exported: dict[str, int] = {}
+        while not exported:
+            tokens += [token for output in first.step(isolate=True) for token in output.token_ids]
+            exported = first.take_exported()
+        assert exported["0"] > num_exported
+        num_exported = exported["0"]
+    assert len(tokens) < 60
+    names: list[bytes] = []
+    known = (*prompt, *tokens)
+    first.allocator.name_blocks(known, names, num_exported, salt=request.cache_salt)
+    blocks = tuple(known[start : start + BLOCK] for start in range(0, BLOCK * len(names), BLOCK))
+    assert first.tiers is not None and second.tiers is not None
+    assert second.prefetch(Prefetch("0", tuple(names), blocks, first.tiers.block_sources))
+    come: list[tuple[str, int]] = []
+    while not come:
+        second.step(isolate=True)
+        check_scheduler(second.scheduler)
+        come = second.take_prefetched()
+    assert come == [("0", len(names))] and second.allocator.num_cached == len(names)
+    assert second.tiers.stats.num_fetched == len(names)
+    assert not second.has_unfinished
+    assert first.finish(Finish("0", FinishReason.MOVED)) is None or not first.has_unfinished
+    while first.has_unfinished:
+        tokens += [token for output in first.step(isolate=True) for token in output.token_ids]
+    rest = run(second, [resumed(request, tokens, first)])["0"]
+    assert tokens + rest == whole
+    assert second.tiers.stats.num_fetched <= len(names) + 3, "the newest alone came at the end"
+
+
+@asynccontextmanager
+async def running(*made: LocalClient) -> AsyncIterator[Router]:
+    router = Router(made, name_key=b"k")
+    await router.start()
+    try:
+        yield router
+    finally:
+        await router.close()
+
+
+async def read(stream: Stream) -> list[int]:
+    async with stream:
+        return [token async for output in stream for token in output.token_ids]
+
+
+@pytest.mark.parametrize("moves_bytes", [2**26, 2**21], ids=["roomy", "narrow"])
+def test_a_drain_computes_at_most_a_block_of_each_again(moves_bytes: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In narrow memory, blocks go through windows of a few."""
+    monkeypatch.setattr("splitfuse.engine.tiers.MOVES_BYTES", moves_bytes)
+    wanted = [
+        msgspec.structs.replace(each, prompt_token_ids=each.prompt_token_ids * 3)
+        for each in requests(8, max_tokens=160)
+    ]
+
+    async def test() -> None:
+        config = EngineConfig.from_settings(SETTINGS)
+        model = load_model(config)
+        files, _ = open_tiers(config.cache, for_moves=True)
+        assert files is not None
+        made = [Engine(config, model, name_key=b"k", tier_files=part) for part in files.split(2)]
+        first, second = map(AsyncEngine, made)
+        async with running(first, second) as router:
+            second.is_drained = True
+            salted = [
+                msgspec.structs.replace(each, scheduling=SchedulingOptions(cache_salt="other")) for each in wanted
+            ]
+            whole = await asyncio.gather(*(read(router.open(request)) for request in salted))
+            computed = first.stats[0].num_computed_tokens
+            streams = [router.open(request) for request in wanted]
+            reading = [asyncio.create_task(read(stream)) for stream in streams]
+            while min(stream.num_tokens for stream in streams) < 20:
+                await asyncio.sleep(0.001)
+            second.is_drained = False
+            assert await router.drain_engine(0) == 8
+            assert await asyncio.gather(*reading) == whole
+            assert all(stream.num_resumed == 1 for stream in streams)
+            both = first.stats[0].num_computed_tokens - computed + second.stats[0].num_computed_tokens
+            assert both - computed <= 8 * BLOCK
+
+    asyncio.run(asyncio.wait_for(test(), PATIENCE))
