@@ -35,15 +35,15 @@ def force_preemptions(engine: Engine) -> None:
 
 def break_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let every third step of several requests fail after its tokens were chosen, and engines isolate that."""
-    sample, step, calls = Executor._sample, Engine.step, 0
+    compute, step, calls = Executor._compute, Engine.step, 0
 
     def failing(self: Executor, *arguments: Any) -> Any:
         nonlocal calls
         calls += 1
-        results = sample(self, *arguments)
+        results = compute(self, *arguments)
         if len(results) > 1 and calls % EVERY == 0:
             raise RuntimeError("broken after its tokens were chosen")
         return results
 
-    monkeypatch.setattr(Executor, "_sample", failing)
+    monkeypatch.setattr(Executor, "_compute", failing)
     monkeypatch.setattr(Engine, "step", lambda self, **_: step(self, isolate=True))

@@ -14,12 +14,12 @@ from splitfuse.core.plan import ZERO_STATE, StateSlots
 from splitfuse.kernels.lora import PackedAdapter
 from splitfuse.models.decoder import Decoder
 from splitfuse.models.kv_cache import KVCache
-from splitfuse.runtime.batch import build_batch
+from splitfuse.runtime.batch import BatchBuilder
 
 
 @dataclass(frozen=True)
 class Chunk:
-    """What build_batch takes."""
+    """What BatchBuilder takes."""
 
     start: int
     token_ids: Sequence[int]
@@ -66,6 +66,7 @@ class Runner:
         for store in self.cache.layers:
             if store is not None:
                 poison(store)
+        self.batches = BatchBuilder(block_size, decoder.device)
         self.free, self.free_states = list(range(num_blocks)), list(range(NUM_STATES))
         self.rng = random.Random(seed)
         self.rng.shuffle(self.free)
@@ -85,7 +86,7 @@ class Runner:
             state = StateSlots(read, request.state)
             chunks.append(Chunk(request.num_computed, ids, tuple(request.blocks), length, state))
         adapters = [request.adapter for request, _ in lengths]
-        batch = build_batch(chunks, block_size=self.cache.block_size, device=self.decoder.device, adapters=adapters)
+        batch = self.batches.build(chunks, adapters)
         rows = self.decoder.logits(self.decoder.forward(batch, self.cache))
         self.free_states += left
         for (request, length), part in zip(lengths, rows.split([length for _, length in lengths]), strict=True):

@@ -19,7 +19,7 @@ from splitfuse.core.plan import Chunk
 from splitfuse.kernels.cpu.backend import CpuBackend
 from splitfuse.kernels.cpu.bindings import ACTIVATIONS, Heads, Norm, Step, Weight, vector_address
 from splitfuse.kernels.interface import AttentionSpec, LayerWeights, MlpSpec
-from splitfuse.runtime.batch import build_batch
+from splitfuse.runtime.batch import BatchBuilder
 from splitfuse.runtime.executor import Executor
 
 
@@ -65,7 +65,7 @@ def operators(executor: Executor, chunks: Sequence[Chunk]) -> Iterator[Operator]
     attention, mlp = spec.mixer, spec.mlp
     assert isinstance(backend, CpuBackend) and isinstance(attention, AttentionSpec) and isinstance(mlp, MlpSpec)
     library, stores = backend.library, executor.kv_cache.layers
-    batch = build_batch(chunks, block_size=executor.kv_cache.block_size, device=decoder.device)
+    batch = BatchBuilder(executor.kv_cache.block_size, decoder.device).build(chunks)
     rows, hidden = batch.num_tokens, decoder.spec.hidden_size
 
     def product(name: str, weight_of: Callable[[LayerWeights], Weight], bias: str | None = None) -> Operator:

@@ -1,13 +1,14 @@
 """Account of a step: how much of the time from step to step is spent in kernels, and where the rest goes.
 
     python -m benchmarks.server.step_account [--model FOLDER] [--streams N] [--prompt N] [--generate N]
-        [--seconds S] [--temperature T] [FLAGS]
+        [--seconds S] [--temperature T] [--clock wall|processor] [FLAGS]
 
 Engine FLAGS are given as --name=value. Requests follow one another, so that --streams of them run at any time. The
 engine is a process as a server's, whose functions are timed from inside (timed_worker.py); the front is this process.
 Kernels are all calls into the compiled library. Each part has the time within it and outside the parts that it calls,
 summed over the steps of the middle of the run; with plans kept (--num-threads below the cores) the executor's parts are
-those of another thread, each with what it calls.
+those of another thread, each with what it calls. With --clock processor times are those of the processor, for a machine
+with others on it: of the thread outside kernels, of all threads over their number within them.
 """
 
 from __future__ import annotations
@@ -39,7 +40,9 @@ async def measure() -> None:
     own = argparse.ArgumentParser(allow_abbrev=False)
     own.add_argument("--seconds", type=float, default=30.0)
     own.add_argument("--temperature", type=float, default=0.0)
+    own.add_argument("--clock", choices=("wall", "processor"), default="wall")
     mine, flags = own.parse_known_args(flags)
+    os.environ["SPLITFUSE_ACCOUNT_CLOCK"] = mine.clock
     launcher.WORKER = "benchmarks.server.timed_worker"
     with tempfile.TemporaryDirectory() as folder:
         out = os.environ["SPLITFUSE_ACCOUNT"] = str(Path(folder, "account.json"))
@@ -69,8 +72,9 @@ async def measure() -> None:
 
 def show(account: dict[str, dict[str, float]], front: float) -> None:
     """Print a row for each part, the largest first."""
-    parts, steps, wall = account["seconds"], account["steps"], account["wall"]
-    assert isinstance(steps, int) and isinstance(wall, float)
+    parts, steps = account["seconds"], account["steps"]
+    assert isinstance(steps, int)
+    wall = sum(parts.values())
     print(f"{steps} steps of {1e3 * wall / steps:.3f} ms from step to step; the front has {front:.3f} of a core")
     print("| part | us a step | % |\n|---|---|---|")
     for name, seconds in sorted(parts.items(), key=lambda each: -each[1]):

@@ -20,25 +20,32 @@ from splitfuse.engine.remote import worker
 
 
 class Account:
-    """Charges each moment of the engine's thread to the part that it is in."""
+    """Charges each moment of the engine's thread to the part that it is in.
+
+    By processor time (SPLITFUSE_ACCOUNT_CLOCK=processor) kernels are charged that of all threads over their number.
+    """
 
     def __init__(self) -> None:
         self._out = Path(os.environ["SPLITFUSE_ACCOUNT"])
+        self._by_processor = os.environ.get("SPLITFUSE_ACCOUNT_CLOCK") == "processor"
+        self._clock = time.thread_time if self._by_processor else time.perf_counter
         self._stack = ["loop"]
-        self._last = self._began = 0.0
+        self._last = 0.0
+        self._is_counting = False
         self._thread: int | None = None
         self._steps = 0
+        self.num_threads = 1
         self.seconds: defaultdict[str, float] = defaultdict(float)
 
     def timed(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
         @wraps(function)
         def call(*arguments: Any, **keywords: Any) -> Any:
             if threading.get_ident() != self._thread:  # of kernels that run while this thread does something else
-                began = time.perf_counter()
+                began = self._clock()
                 try:
                     return function(*arguments, **keywords)
                 finally:
-                    self.seconds[name] += time.perf_counter() - began
+                    self.seconds[name] += self._clock() - began
             self._charge()
             self._stack.append(name)
             try:
@@ -46,6 +53,26 @@ class Account:
             finally:
                 self._charge()
                 self._stack.pop()
+
+        return call
+
+    def timed_kernel(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        """Return a function of the library that is timed."""
+        in_turn = self.timed(name, function)
+        if not self._by_processor:
+            return in_turn
+
+        @wraps(function)
+        def call(*arguments: Any) -> Any:
+            if threading.get_ident() != self._thread:
+                return in_turn(*arguments)
+            self._charge()
+            began = time.process_time()
+            try:
+                return function(*arguments)
+            finally:
+                self.seconds[name] += (time.process_time() - began) / self.num_threads
+                self._last = self._clock()
 
         return call
 
@@ -57,21 +84,23 @@ class Account:
         self._steps += 1
         if self._steps % 16:
             return
-        if not self._began and self._out.with_name(self._out.name + ".begin").exists():
-            self._last = self._began = time.perf_counter()
+        begin, end = (self._out.with_name(self._out.name + suffix) for suffix in (".begin", ".end"))
+        if not self._is_counting and begin.exists():
+            begin.unlink()
+            self._is_counting = True
+            self._last = self._clock()
             self._steps = 0
             self.seconds.clear()
-        elif self._began and self._out.with_name(self._out.name + ".end").exists():
+        elif self._is_counting and end.exists():
+            end.unlink()
+            self._is_counting = False
             self._charge()
-            account = {"steps": self._steps, "wall": self._last - self._began, "seconds": self.seconds}
             part = self._out.with_name("part")
-            part.write_text(json.dumps(account))
+            part.write_text(json.dumps({"steps": self._steps, "seconds": self.seconds}))
             part.replace(self._out)
-            self._began = -1e9
-            self._out.with_name(self._out.name + ".end").unlink()
 
     def _charge(self) -> None:
-        now = time.perf_counter()
+        now = self._clock()
         self.seconds[self._stack[-1]] += now - self._last
         self._last = now
 
@@ -89,9 +118,16 @@ def main() -> None:
 
     def timed_call(self: Any, function: Any, needs_memory: bool) -> Any:
         name = "kernels: " + function.__name__.removeprefix("sf_").rsplit("_avx", 1)[0]
-        return in_workspace(self, account.timed(name, function), needs_memory)
+        return in_workspace(self, account.timed_kernel(name, function), needs_memory)
 
     bindings.Library._in_workspace = timed_call  # type: ignore[method-assign]
+    make = bindings.Library.__init__
+
+    def make_library(self: Any, variant: str, num_threads: int) -> None:
+        account.num_threads = num_threads
+        make(self, variant, num_threads)
+
+    bindings.Library.__init__ = make_library  # type: ignore[method-assign]
     take_commands = loop.EngineLoop._take_commands
 
     def take(self: Any) -> Any:
@@ -104,10 +140,8 @@ def main() -> None:
         (engine.Engine, "step", "engine"),
         (scheduler.Scheduler, "schedule", "planning"),
         (scheduler.Scheduler, "update", "update"),
-        (scheduler.Scheduler, "_take_result", "update: requests"),
-        (scheduler.EngineEvents, "emit", "events"),
-        (executor, "build_batch", "batch"),
-        (executor, "sample", "sampling"),
+        (executor.BatchBuilder, "build", "batch"),
+        (executor, "results_of", "results"),
         (executor.Executor, "_compute", "executor"),
         (executor.Executor, "wait_for_layers", "waiting"),
         (executor.Executor, "collect", "waiting"),

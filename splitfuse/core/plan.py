@@ -119,6 +119,11 @@ class SamplingState:
     thought: Thought | None = None  # which these tokens are in; kept by the executor if the request has `reasoning`
     adapter: str = ""  # digest of the LoRA adapter that it is computed with; empty: none
 
+    @property
+    def num_tokens(self) -> int:
+        """Return how many tokens it has, the prompt included: the position of the next one."""
+        return len(self.prompt_token_ids) + len(self.output_token_ids)
+
 
 @dataclass(frozen=True)
 class StepPlan:

@@ -16,6 +16,7 @@ class RaggedBatch:
 
     `packed` is int32 and holds all tensors one behind the other, in the order of `sizes`: a step is one transfer to its
     device, and one address for kernels that take it whole. The tensors are views of it, made when they are asked for.
+    Block tables come first, where they can stay from step to step.
     """
 
     def __init__(
@@ -27,7 +28,7 @@ class RaggedBatch:
         num_rows: int,
         adapters: StepAdapters | None = None,
     ) -> None:
-        """`table_width` is the most blocks of a chunk."""
+        """`table_width` is the length of a row of block tables: that of the longest one at least."""
         self.on_start: Callable[[], None] = lambda: None
         """Called by networks of one call just before it: other threads can have Python until it returns."""
         self.adapters = adapters
@@ -39,42 +40,47 @@ class RaggedBatch:
         self.num_requests = num_requests
         self.table_width = table_width
         self.num_rows = num_rows
-        per_token, per_request = (num_tokens,) * 3, (num_requests + 1, *(num_requests,) * 3, num_requests * table_width)
-        self.sizes = (*per_token, *per_request, num_rows)
+        per_token, per_request = (num_tokens,) * 3, (num_requests + 1, *(num_requests,) * 3)
+        self.sizes = (num_requests * table_width, *per_token, *per_request, num_rows)
 
     @cached_property
     def _parts(self) -> tuple[Tensor, ...]:
         return self.packed.split_with_sizes(self.sizes)
 
     @property
+    def block_tables(self) -> Tensor:
+        """Return the block tables, filled up with what is never read: [S, `table_width`]."""
+        return self._parts[0].view(self.num_requests, self.table_width)
+
+    @property
     def ids(self) -> Tensor:
         """Return the token ids: [T]."""
-        return self._parts[0]
+        return self._parts[1]
 
     @property
     def positions(self) -> Tensor:
         """Return the position of each token in its request: [T]."""
-        return self._parts[1]
+        return self._parts[2]
 
     @property
     def slot_mapping(self) -> Tensor:
         """Return the slots that keys and values go to, block * block_size + offset or -1 for none: [T]."""
-        return self._parts[2]
+        return self._parts[3]
 
     @property
     def query_start(self) -> Tensor:
         """Return the first row of each chunk, whose rows end where the next begin: [S + 1]."""
-        return self._parts[3]
+        return self._parts[4]
 
     @property
     def seq_lens(self) -> Tensor:
         """Return the number of positions of each request that exist after this step: [S]."""
-        return self._parts[4]
+        return self._parts[5]
 
     @property
     def state_reads(self) -> Tensor:
         """Return the slots that recurrent states are read from, or -1 for a state of zeros: [S]."""
-        return self._parts[5]
+        return self._parts[6]
 
     @property
     def state_writes(self) -> Tensor:
@@ -82,12 +88,7 @@ class RaggedBatch:
         just before it in the batch writes, if both are parts of the same request; otherwise no chunk reads what another
         writes.
         """
-        return self._parts[6]
-
-    @property
-    def block_tables(self) -> Tensor:
-        """Return the block tables, filled up with 0, which is never read: [S, most blocks of a chunk]."""
-        return self._parts[7].view(self.num_requests, self.table_width)
+        return self._parts[7]
 
     @property
     def logit_rows(self) -> Tensor:

@@ -28,6 +28,10 @@ class Filter(NamedTuple):
         return not (self.top_k or self.top_p < 1.0 or self.min_p)
 
 
+GREEDY = Filter(0.0)
+"""Filter of a row whose best token is taken."""
+
+
 def exact_draw(
     scores: Tensor, rows: Sequence[int], filters: Sequence[Filter], numbers: Sequence[Sequence[float]]
 ) -> list[list[int]]:

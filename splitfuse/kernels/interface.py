@@ -8,6 +8,7 @@ the meaning of every operation in plain PyTorch.
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -683,6 +684,35 @@ class Backend(ABC):
         for each of its numbers, which are at least 0 and below 1, as many for each row. See drawing.py. Each row has a
         finite largest score, and is drawn from as if it were alone.
         """
+
+    def choose(
+        self,
+        x: Tensor,
+        head: Weight,
+        bias: Tensor | None = None,
+        filters: Sequence[Filter] = (),
+        numbers: Sequence[float] = (),
+    ) -> tuple[list[int], list[float]]:
+        """Return a token for each row of x [R, C], and the row's largest logit, of `linear(x, head, bias)` in fp32: as
+        `choose_from` does, in one operation.
+        """
+        return self.choose_from(self.linear(x, head, bias).float(), filters, numbers)
+
+    def choose_from(
+        self, logits: Tensor, filters: Sequence[Filter] = (), numbers: Sequence[float] = ()
+    ) -> tuple[list[int], list[float]]:
+        """Return a token for each row of logits [R, V], and the row's largest logit, which is NaN if the row has one:
+        the first token that has it or, if there are filters and the row's has a temperature, one that is drawn by the
+        row's number. The token of a row whose largest logit is not finite means nothing.
+        """
+        best, largest = self.topk(logits, 1)
+        tokens, peaks = [token for (token,) in best], [peak for (peak,) in largest]
+        drawn = [i for i, each in enumerate(filters) if each.temperature > 0.0 and math.isfinite(peaks[i])]
+        if drawn:
+            found = self.draw(logits, drawn, [filters[i] for i in drawn], [[numbers[i]] for i in drawn])
+            for i, (token,) in zip(drawn, found, strict=True):
+                tokens[i] = token
+        return tokens, peaks
 
     # Operations of a layer
 

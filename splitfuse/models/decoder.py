@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from splitfuse.kernels.batch import RaggedBatch
+from splitfuse.kernels.drawing import Filter
 from splitfuse.kernels.interface import (
     AttentionSpec,
     Backend,
@@ -122,6 +123,14 @@ class Decoder:
             logits = logits * self.spec.logit_scale
         cap = self.spec.logit_softcap
         return logits if cap is None else cap * torch.tanh(logits / cap)
+
+    def choose(
+        self, hidden: Tensor, filters: Sequence[Filter] = (), numbers: Sequence[float] = ()
+    ) -> tuple[list[int], list[float]]:
+        """Return a token for each row of hidden states, and its largest logit: see `Backend.choose_from`."""
+        if self.spec.logit_scale != 1.0 or self.spec.logit_softcap is not None:
+            return self.backend.choose_from(self.logits(hidden), filters, numbers)
+        return self.backend.choose(hidden, self.weights.head, self.weights.head_bias, filters, numbers)
 
     def _layer(
         self, x: Tensor, layer: LayerSpec, weights: LayerWeights, store: Store, batch: RaggedBatch, lora: LoraOf

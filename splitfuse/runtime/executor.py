@@ -6,12 +6,10 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from copy import copy
 from dataclasses import dataclass, field, replace
-from itertools import accumulate
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -19,33 +17,16 @@ import torch
 from torch import Tensor
 
 from splitfuse.core.kv.fetching import Inbox
-from splitfuse.core.plan import (
-    PLACEHOLDER,
-    Chunk,
-    ChunkResult,
-    Land,
-    SamplingState,
-    Save,
-    StepPlan,
-    StepResult,
-    TokenLogprob,
-)
-from splitfuse.core.pooling_params import PoolingParams
-from splitfuse.errors import RequestFailedError
+from splitfuse.core.plan import PLACEHOLDER, Chunk, ChunkResult, Land, Save, StepPlan, StepResult
 from splitfuse.kernels.lora import PackedAdapter
 from splitfuse.models.decoder import Decoder
 from splitfuse.models.kv_cache import KVCache
-from splitfuse.runtime.batch import build_batch
-from splitfuse.runtime.sampling.grammar import Grammars, Matcher
-from splitfuse.runtime.sampling.pool import pool
-from splitfuse.runtime.sampling.sampler import prompt_logprobs, sample
+from splitfuse.runtime.batch import BatchBuilder
+from splitfuse.runtime.results import results_of
+from splitfuse.runtime.sampling.grammar import Grammars
+from splitfuse.runtime.sampling.request import RequestSampling
 
 _logger = logging.getLogger(__name__)
-
-HEAD_ROWS = 64
-"""Number of rows that the output head is applied to at once: logits are [rows, vocabulary], never [tokens of a step,
-vocabulary].
-"""
 
 
 @dataclass(eq=False)
@@ -81,14 +62,6 @@ class BlockSink(Protocol):
         """Take the block that was copied into a buffer; with `at_once`, others can have it when this returns."""
 
 
-class _Row(NamedTuple):
-    """Describes a row of hidden states that chooses a token."""
-
-    number: int
-    state: SamplingState
-    matcher: Matcher | None
-
-
 class Executor:
     """Executes plans on one device, in the order in which they were scheduled.
 
@@ -114,8 +87,8 @@ class Executor:
         self._grammars = grammars
         self.num_forced = 0
         """Most tokens that a result says to be forced by the form of the answer."""
-        self._matchers: dict[str, Matcher] = {}  # of the requests with structured_outputs
-        self._states: dict[str, SamplingState] = {}
+        self._requests: dict[str, RequestSampling] = {}
+        self._batches = BatchBuilder(kv_cache.block_size, decoder.device)
         self._num_submitted = 0
         self._last_collected = 0
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="executor")
@@ -209,13 +182,10 @@ class Executor:
 
     def hidden(self, chunks: Sequence[Chunk]) -> Tensor:
         """Run one forward step; return final hidden states [sum of num_logits, hidden], in the order of the chunks."""
-        states = [self._states.get(chunk.request_id) for chunk in chunks] if self.adapters else []
-        batch = build_batch(
-            chunks,
-            block_size=self.kv_cache.block_size,
-            device=self.decoder.device,
-            adapters=[self.adapters[state.adapter] if state and state.adapter else None for state in states],
-        )
+        adapters: Sequence[PackedAdapter | None] = ()
+        if self.adapters:
+            adapters = [self._adapter_of(chunk.request_id) for chunk in chunks]
+        batch = self._batches.build(chunks, adapters)
         if self._running is not None:
             if self.decoder.is_fused:
                 batch.on_start = self._running.begun.set
@@ -223,150 +193,46 @@ class Executor:
                 self._running.begun.set()
         return self.decoder.forward(batch, self.kv_cache)
 
+    def _adapter_of(self, request_id: str) -> PackedAdapter | None:
+        request = self._requests.get(request_id)
+        return self.adapters[request.state.adapter] if request is not None and request.state.adapter else None
+
     def _execute(self, plan: StepPlan) -> StepResult:
         self.save(plan.saves)
         self.land(plan.lands)
+        requests = self._requests
         for request_id in plan.retired_requests:
-            self._states.pop(request_id, None)  # absent if its first step was broken off
-            self._matchers.pop(request_id, None)
+            requests.pop(request_id, None)  # absent if its first step was broken off
         for new in plan.new_requests:
             # A plan stays as it was made.
-            state = self._states[new.request_id] = replace(new, output_token_ids=[], thought=new.params.thought())
-            self._matchers.pop(new.request_id, None)  # of an earlier request of that id, which has not retired
-            if (form := new.params.structured_outputs) is not None:
-                self._matchers[new.request_id] = self._grammars.matcher(form, state)
-            self._take_tokens(new.request_id, new.output_token_ids)  # those of a replay that begins in its midst
-        results = self._compute([self._with_known_tokens(chunk) for chunk in plan.chunks])
+            state = replace(new, output_token_ids=[], thought=new.params.thought())
+            form = new.params.structured_outputs
+            matcher = None if form is None else self._grammars.matcher(form, state)
+            request = requests[new.request_id] = RequestSampling(state, matcher)
+            request.take(new.output_token_ids)  # those of a replay that begins in its midst
+        results = self._compute([c if PLACEHOLDER not in c.token_ids else self._with_newest(c) for c in plan.chunks])
         for request_id, result in results.items():  # at the end: a step that is broken off has chosen nothing
-            taken, is_complete = self._take_tokens(request_id, result.token_ids)
+            request = requests[request_id]
+            taken, is_complete = request.take(result.token_ids)
             if is_complete:  # the drafts after it do not count
                 logprobs = result.logprobs[:taken]
-                result = replace(result, token_ids=result.token_ids[:taken], logprobs=logprobs, is_complete=True)
-            elif self.num_forced and (matcher := self._heeded(request_id, self._states[request_id])) is not None:
-                result = replace(result, forced=tuple(matcher.run[: self.num_forced]))
-            results[request_id] = result
+                results[request_id] = replace(
+                    result, token_ids=result.token_ids[:taken], logprobs=logprobs, is_complete=True
+                )
+            elif self.num_forced and (matcher := request.heeded) is not None:
+                results[request_id] = replace(result, forced=tuple(matcher.run[: self.num_forced]))
         return results
-
-    def _take_tokens(self, request_id: str, token_ids: Sequence[int]) -> tuple[int, bool]:
-        """Note tokens that a request was given, up to the one with which its answer has the form that was asked for.
-        Returns how many there are, and whether it has.
-        """
-        state, matcher = self._states[request_id], self._matchers.get(request_id)
-        for count, token in enumerate(token_ids, start=1):
-            state.output_token_ids.append(token)
-            is_answer = state.thought is None or state.thought.push(token)
-            if is_answer and matcher is not None and matcher.settle([token]):
-                return count, True
-        return len(token_ids), False
-
-    def _heeded(self, request_id: str, state: SamplingState) -> Matcher | None:
-        """Return the matcher of a request if its next token is chosen by the form of its answer."""
-        return self._matchers.get(request_id) if state.thought is None or state.thought.heeds_form else None
 
     def _compute(self, chunks: Sequence[Chunk]) -> dict[str, ChunkResult]:
         with torch.inference_mode():
-            hidden = self.hidden(chunks)  # [rows of all chunks, hidden]
+            hidden = self.hidden(chunks)
             if self._running is not None:
                 self._running.layers_done.set()
-            row_ends = list(accumulate(chunk.num_logits for chunk in chunks))
-            last_rows = [(c, end - 1) for c, end in zip(chunks, row_ends, strict=True) if c.samples]
-            sampling = [(c, row) for c, row in last_rows if self._states[c.request_id].pooling is None]
-            results = self._sample(hidden, sampling)
-            if len(sampling) < len(last_rows):
-                results |= self._pool(hidden, [(c, row) for c, row in last_rows if c.request_id not in results])
-            for chunk, end in zip(chunks, row_ends, strict=True):
-                result = results.get(chunk.request_id, ChunkResult())
-                if chunk.num_logits > chunk.num_choices and result.error is None:
-                    rows = hidden[end - chunk.num_logits : end - chunk.num_choices]
-                    result = self._with_prompt_logprobs(result, chunk, rows)
-                results[chunk.request_id] = result
-        return results
+            return results_of(chunks, hidden, self._requests, self.decoder)
 
-    def _with_known_tokens(self, chunk: Chunk) -> Chunk:
-        if PLACEHOLDER not in chunk.token_ids:
-            return chunk
-        chosen = self._states[chunk.request_id].output_token_ids
+    def _with_newest(self, chunk: Chunk) -> Chunk:
+        """Return a chunk with the token that the step before has chosen."""
+        chosen = self._requests[chunk.request_id].state.output_token_ids
         # A request whose last step failed has chosen nothing; the scheduler drops the result of this one.
         newest = chosen[-1] if chosen else 0
         return replace(chunk, token_ids=tuple(newest if token == PLACEHOLDER else token for token in chunk.token_ids))
-
-    def _sample(self, hidden: Tensor, sampling: Sequence[tuple[Chunk, int]]) -> dict[str, ChunkResult]:
-        """Choose a token for each chunk, and more after drafts that are right, from its rows of `hidden`, of which the
-        last one is given.
-        """
-        backend, rows = self.decoder.backend, list[_Row]()
-        for chunk, last in sampling:
-            if chunk.num_drafts:
-                rows += self._rows(chunk, last)
-            else:
-                state = self._states[chunk.request_id]
-                rows.append(_Row(last, state, self._heeded(chunk.request_id, state) if self._matchers else None))
-        chosen: list[ChunkResult] = []
-        for start in range(0, len(rows), HEAD_ROWS):
-            numbers, states, matchers = zip(*rows[start : start + HEAD_ROWS], strict=True)
-            logits = self.decoder.logits(hidden if len(numbers) == hidden.shape[0] else hidden[list(numbers)])
-            with_form = matchers if self._matchers else ()
-            chosen += sample(logits, states, topk=backend.topk, draw=backend.draw, matchers=with_form)
-        if len(rows) == len(sampling):
-            return {row.state.request_id: result for row, result in zip(rows, chosen, strict=True)}
-        results: dict[str, list[ChunkResult]] = {}
-        for row, result in zip(rows, chosen, strict=True):
-            results.setdefault(row.state.request_id, []).append(result)
-        return {chunk.request_id: _accepted(chunk.drafts, results[chunk.request_id]) for chunk, _ in sampling}
-
-    def _rows(self, chunk: Chunk, last: int) -> Iterator[_Row]:
-        """Yield the row of a chunk that chooses its next token, and of each draft, up to one that the form of the
-        answer does not allow: its state is as if the drafts so far were right, and its token counts if they are.
-        """
-        state, matcher = self._states[chunk.request_id], self._matchers.get(chunk.request_id)
-        first = last - chunk.num_drafts
-        yield _Row(first, state, self._heeded(chunk.request_id, state))
-        for number, draft in enumerate(chunk.drafts, start=first + 1):
-            thought = copy(state.thought)
-            is_answer = thought is None or thought.push(draft)
-            state = replace(state, output_token_ids=[*state.output_token_ids, draft], thought=thought)
-            if matcher is not None:
-                matcher = matcher.after([draft] if is_answer else [], thought)
-                if matcher is None:
-                    return
-            yield _Row(number, state, matcher if thought is None or thought.heeds_form else None)
-
-    def _pool(self, hidden: Tensor, pooling: Sequence[tuple[Chunk, int]]) -> dict[str, ChunkResult]:
-        """Return the numbers that PoolingParams ask for, of each chunk from its row of `hidden`."""
-        results: dict[str, ChunkResult] = {}
-        for start in range(0, len(pooling), HEAD_ROWS):
-            part = pooling[start : start + HEAD_ROWS]
-            names = [chunk.request_id for chunk, _ in part]
-            wanted = [self._states[name].pooling or PoolingParams() for name in names]
-            results |= zip(names, pool(hidden[[row for _, row in part]], wanted, self.decoder.logits), strict=True)
-        return results
-
-    def _with_prompt_logprobs(self, result: ChunkResult, chunk: Chunk, hidden: Tensor) -> ChunkResult:
-        """Return `result` with the logprobs of the prompt tokens that follow the rows of `hidden`."""
-        state = self._states[chunk.request_id]
-        first = chunk.end - chunk.num_logits + 1
-        targets = state.prompt_token_ids[first : first + len(hidden)]
-        try:
-            logprobs = tuple(self._prompt_logprobs(hidden, targets, state.params.prompt_logprobs or 0))
-        except RequestFailedError as error:
-            return ChunkResult(error=str(error))
-        return replace(result, prompt_logprobs=logprobs)
-
-    def _prompt_logprobs(self, hidden: Tensor, targets: Sequence[int], count: int) -> Iterator[TokenLogprob]:
-        for start in range(0, len(targets), HEAD_ROWS):
-            logits = self.decoder.logits(hidden[start : start + HEAD_ROWS])
-            yield from prompt_logprobs(logits, targets[start : start + HEAD_ROWS], count)
-
-
-def _accepted(drafts: Sequence[int], results: Sequence[ChunkResult]) -> ChunkResult:
-    """Return the results of the rows of a chunk as one: up to the first token that is not what was drafted, or before
-    the first error, which comes again in the next step.
-    """
-    kept = [results[0]]
-    for draft, result in zip(drafts, results[1:], strict=False):
-        if kept[-1].token_ids != (draft,) or result.error is not None:
-            break
-        kept.append(result)
-    if len(kept) == 1:
-        return kept[0]
-    return ChunkResult(tuple(r.token_ids[0] for r in kept), tuple(entry for r in kept for entry in r.logprobs))

@@ -21,14 +21,15 @@ from splitfuse.models.sources.source import WeightSource
 from splitfuse.models.spec import LongRopeScaling, ModelSpec
 from splitfuse.models.storage import may_be_quantized
 from splitfuse.models.weights import resolve_dtype, weight_bytes
-from splitfuse.runtime.executor import HEAD_ROWS
 from splitfuse.runtime.machine import GIB, available_memory
+from splitfuse.runtime.results import HEAD_ROWS
 
 INDEX_BYTES = 256
 """Bytes that each engine takes for a block in a tier: its entry in the file and in the index (241 were measured)."""
 SHORTEST_MODEL_LEN = 2  # a token of prompt and one of output
-LOGIT_BYTES = 16
-"""Bytes of each logit while rows are sampled, about: in fp32, adjusted in fp64, and what drawing adds."""
+LOGIT_BYTES = 20
+"""Bytes of each logit while rows are sampled, about: in fp32, also in the kernels' own buffer, adjusted in fp64, and
+what drawing adds."""
 LARGEST_KV_SHARE = 0.5
 """Fraction of the memory left by weights and activations that a KV cache takes by default; the rest is for others."""
 LARGEST_STATE_SHARE = 0.25

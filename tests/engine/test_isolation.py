@@ -17,7 +17,7 @@ from scheduler_harness import FakeExecutor, reference
 
 from splitfuse.config import EngineConfig
 from splitfuse.core.kv.request_kv import RequestKv
-from splitfuse.core.plan import Chunk, ChunkResult, SamplingState, StepPlan
+from splitfuse.core.plan import Chunk, SamplingState, StepPlan, StepResult
 from splitfuse.core.request import Request
 from splitfuse.core.request_output import FinishReason, RequestOutput
 from splitfuse.core.sampling_params import SamplingParams
@@ -35,6 +35,7 @@ from splitfuse.engine.thread import AsyncEngine
 from splitfuse.runtime import executor
 from splitfuse.runtime.executor import Executor
 from splitfuse.runtime.loading import LoadedModel, load_model
+from splitfuse.runtime.results import Requests
 
 CONFIG = EngineConfig.from_settings({"dtype": "float32", "num_blocks": 60, "block_size": 16, "enable_slo": True})
 COST = CostModel(floor=0.001, per_token=1e-5)
@@ -84,14 +85,15 @@ def run(engine: Engine) -> dict[str, tuple[tuple[int, ...], str | None]]:
 
 
 def fail_in_sampling(patch: pytest.MonkeyPatch) -> None:
-    sample = executor.sample
+    results_of = executor.results_of
 
-    def failing(logits: torch.Tensor, rows: Sequence[SamplingState], **others: Any) -> list[ChunkResult]:
-        if any(BAD in row.prompt_token_ids and len(row.output_token_ids) == 2 for row in rows):
+    def failing(chunks: Sequence[Chunk], hidden: torch.Tensor, requests: Requests, *others: Any) -> StepResult:
+        states = [requests[chunk.request_id].state for chunk in chunks if chunk.samples]
+        if any(BAD in state.prompt_token_ids and len(state.output_token_ids) == 2 for state in states):
             raise IndexError("index out of bounds")
-        return sample(logits, rows, **others)
+        return results_of(chunks, hidden, requests, *others)
 
-    patch.setattr(executor, "sample", failing)
+    patch.setattr(executor, "results_of", failing)
 
 
 def fail_in_the_network(patch: pytest.MonkeyPatch) -> None:

@@ -40,6 +40,7 @@ from splitfuse.kernels.interface import (
 
 POSITIONS, BLOCKS, BLOCK_SIZE, VOCABULARY, HIDDEN = 100, 4, 32, 11, 32
 GOOD: dict[str, Any] = {  # two requests: 3 tokens of one with 35 positions, 1 of one with 32
+    "block_tables": [[2, 0], [3, 0]],
     "ids": [0, 10, 5, 5],
     "positions": [32, 33, 34, 31],
     "slot_mapping": [0, 1, 2, 127],
@@ -47,7 +48,6 @@ GOOD: dict[str, Any] = {  # two requests: 3 tokens of one with 35 positions, 1 o
     "seq_lens": [35, 32],
     "state_reads": [-1, -1],
     "state_writes": [-1, -1],
-    "block_tables": [[2, 0], [3, 0]],
     "logit_rows": [2, 3],
 }
 BROKEN = [  # the rule, and what of GOOD is replaced
@@ -255,6 +255,19 @@ WRONG: dict[str, Callable[[CpuBackend], object]] = {
     "draw-of-columns": lambda k: k.draw(torch.randn(16, 2).T, [0], [Filter(1.0)], [[0.5]]),
     "draw-of-another-row": lambda k: k.draw(torch.randn(2, 16), [2], [Filter(1.0)], [[0.5]]),
     "draw-without-filters": lambda k: k.draw(torch.randn(2, 16), [0, 1], [Filter(1.0)], [[0.5], [0.5]]),
+    "choose-of-fp32": lambda k: k.choose(torch.randn(2, 16), k.pack([torch.randn(4, 16)], role=Role.HEAD)),
+    "choose-of-other-width": lambda k: k.choose(
+        torch.randn(2, 17).bfloat16(), k.pack([torch.randn(4, 16)], role=Role.HEAD)
+    ),
+    "choose-with-too-few-filters": lambda k: k.choose(
+        torch.randn(2, 16).bfloat16(), k.pack([torch.randn(4, 16)], role=Role.HEAD), None, [Filter(1.0)], [0.5]
+    ),
+    "choose-without-numbers": lambda k: k.choose(
+        torch.randn(2, 16).bfloat16(), k.pack([torch.randn(4, 16)], role=Role.HEAD), None, [Filter(1.0)] * 2
+    ),
+    "choose-with-short-bias": lambda k: k.choose(
+        torch.randn(2, 16).bfloat16(), k.pack([torch.randn(4, 16)], role=Role.HEAD), torch.randn(3).bfloat16()
+    ),
     "topk-of-columns": lambda k: k.topk(torch.randn(16, 2).T, 1),
     "experts-of-fp32": lambda k: backends.experts(
         k,

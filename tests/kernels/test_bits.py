@@ -16,7 +16,7 @@ from backends import CPU, BackendCase, Requests, emulation_slow, pack_experts, p
 from torch import Tensor
 
 from splitfuse.kernels.cpu.backend import CpuBackend
-from splitfuse.kernels.drawing import Filter
+from splitfuse.kernels.drawing import GREEDY, Filter
 from splitfuse.kernels.interface import Role, RouterSpec
 
 FORMATS = [(None, None), ("int8", None), ("int8", 128), ("int4", 64), ("int4", 128)]
@@ -158,6 +158,9 @@ def test_norm_embed_and_topk(variant: str, columns: int) -> None:
         ids = torch.arange(29)
         best, peaks = backend.topk(x, 4)
         assert backend.topk(x[5:6], 4) == (best[5:6], peaks[5:6])
+        narrow, filters = x.bfloat16(), [GREEDY, *[Filter(0.7, top_p=0.9)] * 28]
+        tokens, logits = backend.choose(narrow, head, None, filters, [0.6] * 29)
+        assert backend.choose(narrow[5:6], head, None, filters[5:6], [0.6]) == (tokens[5:6], logits[5:6])
         drawn = backend.draw(x, range(29), [Filter(1.0), *[Filter(0.7, top_p=0.9)] * 28], [[0.1, 0.6]] * 29)
         assert backend.draw(x[5:6], [0], [Filter(0.7, top_p=0.9)], [[0.1, 0.6]]) == drawn[5:6]
         found.append(

@@ -43,7 +43,7 @@ from splitfuse.models.families import registry
 from splitfuse.models.families.common import Family
 from splitfuse.models.spec import ModelSpec, RopeSpec
 from splitfuse.models.weights import load_decoder
-from splitfuse.runtime.batch import build_batch
+from splitfuse.runtime.batch import BatchBuilder
 
 FORMATS = [(None, None), ("int8", None), ("int8", 128), ("int4", 64), ("int4", 128)]
 CASES = [case for f in FORMATS for case in variants(*f, id="-".join(str(x) for x in f))]
@@ -390,7 +390,7 @@ def test_a_store_of_other_heads_is_not_read(fields: dict[str, Any]) -> None:
     other = make_spec(**SIZES | fields, num_layers=2)
     runner.cache.layers[1] = Runner(decoder_of(CpuBackend(), other), block_size=32, num_blocks=4).cache.layers[1]
     with pytest.raises(AssertionError):
-        decoder.forward(build_batch([Chunk(0, range(20), (1,), 1)], block_size=32, device=CPU), runner.cache)
+        decoder.forward(BatchBuilder(32, CPU).build([Chunk(0, range(20), (1,), 1)]), runner.cache)
 
 
 @pytest.mark.parametrize("variant", variants())
@@ -400,7 +400,7 @@ def test_only_wanted_rows_come_back(variant: str) -> None:
     def hidden(num_logits: tuple[int, int]) -> Tensor:
         runner = Runner(decoder, block_size=32, num_blocks=4)
         chunks = [Chunk(0, range(20), (1,), num_logits[0]), Chunk(0, range(3), (3,), num_logits[1])]
-        return decoder.forward(build_batch(chunks, block_size=32, device=CPU), runner.cache)
+        return decoder.forward(BatchBuilder(32, CPU).build(chunks), runner.cache)
 
     every = hidden((20, 3))
     assert every.shape == (23, PLAIN.hidden_size)
@@ -426,7 +426,7 @@ def test_single_tokens_of_a_long_context(variant: str, spec: ModelSpec) -> None:
 def test_a_step_without_tokens(variant: str) -> None:
     decoder = decoder_of(CpuBackend(variant=variant, num_threads=2))
     runner = Runner(decoder, block_size=32)
-    assert decoder.forward(build_batch([], block_size=32, device=CPU), runner.cache).shape == (0, 96)
+    assert decoder.forward(BatchBuilder(32, CPU).build([]), runner.cache).shape == (0, 96)
 
 
 @pytest.mark.parametrize("variant", variants())

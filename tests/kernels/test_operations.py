@@ -17,7 +17,7 @@ import torch
 from backends import CPU, BackendCase, pack_experts
 from torch import Tensor
 
-from splitfuse.kernels.drawing import Filter, exact_draw
+from splitfuse.kernels.drawing import GREEDY, Filter, exact_draw
 from splitfuse.kernels.interface import NormSpec, Role, RouterSpec
 from splitfuse.kernels.onednn import OneDnnBackend
 from splitfuse.kernels.reference import ACTIVATIONS, GATED_ACTIVATIONS
@@ -404,6 +404,33 @@ def test_draw(case: BackendCase, width: int, dtype: torch.dtype) -> None:
 
 def test_topk_of_no_rows(case: BackendCase) -> None:
     assert case.backend.topk(torch.empty(0, 7), 1) == ([], [])
+
+
+@pytest.mark.parametrize("drawn", [False, True], ids=["greedy", "drawn"])
+@pytest.mark.parametrize(("rows", "inputs", "width"), [(1, 33, 1), (1, 64, 130), (7, 65, 31), (33, 48, 1000)])
+def test_choose(case: BackendCase, rows: int, inputs: int, width: int, drawn: bool) -> None:
+    """Tokens as if logits were made, and chosen from, one operation after the other."""
+    backend, random = case.backend, Random(width)
+    weight, bias = grid(width, inputs), grid(width).to(case.narrow)
+    weight[width // 2 :] = weight[0]  # equal logits, in greedy choice without a bias
+    head, x = backend.pack([weight.to(case.narrow)], role=Role.HEAD), grid(rows, inputs).to(case.narrow)
+    x[rows // 2, 0] = torch.nan  # a row that no token can be chosen from
+    kinds = (GREEDY, Filter(0.7), Filter(1.5, top_k=4), Filter(1.0, top_p=0.8, min_p=0.01))
+    filters = [kinds[row % len(kinds)] for row in range(rows)] if drawn else []
+    numbers = [random.random() for _ in filters]
+    for each in (None, bias):
+        logits = backend.linear(x, head, each).float()
+        tokens, peaks = backend.choose(x, head, each, filters, numbers)
+        for row, largest_logit in enumerate(logits.amax(-1).tolist()):
+            if row == rows // 2:
+                assert math.isnan(peaks[row]) and 0 <= tokens[row] < width
+                continue
+            assert peaks[row] == largest_logit
+            if filters and filters[row] is not GREEDY:
+                assert [[tokens[row]]] == exact_draw(logits, [row], [filters[row]], [[numbers[row]]])
+            else:
+                assert tokens[row] == int((logits[row] == largest_logit).nonzero()[0])
+    assert backend.choose(x[:0], head) == ([], [])
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])

@@ -18,7 +18,7 @@ from splitfuse.models.decoder import Decoder
 from splitfuse.models.families.registry import load_spec
 from splitfuse.models.sources.folder import ModelFolder
 from splitfuse.models.weights import load_decoder
-from splitfuse.runtime.batch import build_batch
+from splitfuse.runtime.batch import BatchBuilder
 
 
 class RecordingBackend(ReferenceBackend):
@@ -59,7 +59,7 @@ def test_only_the_rows_asked_for_are_returned(decoder: Decoder) -> None:
         Chunk(start=0, token_ids=range(4), block_table=(0,), num_logits=0),
         Chunk(start=0, token_ids=range(1), block_table=(5,), num_logits=1),
     ]
-    hidden = decoder.forward(build_batch(chunks, block_size=4, device=decoder.device), runner.cache)
+    hidden = decoder.forward(BatchBuilder(4, decoder.device).build(chunks), runner.cache)
     assert hidden.shape == (3, decoder.spec.hidden_size)
     torch.testing.assert_close(decoder.logits(hidden), every_row[[7, 8, 0]])
 

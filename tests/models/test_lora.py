@@ -32,7 +32,7 @@ from splitfuse.models.lora import read_adapter, resolve_adapter
 from splitfuse.models.sources.folder import ModelFolder
 from splitfuse.models.sources.hub import adapter_folder
 from splitfuse.models.weights import load_decoder, stored_parameters
-from splitfuse.runtime.batch import build_batch
+from splitfuse.runtime.batch import BatchBuilder
 
 
 def read(adapter: Path, model: Path) -> Adapter:
@@ -292,9 +292,7 @@ def test_bits_of_adapters_alone_and_in_company(
     for n, each in enumerate(ids):
         (alone,) = run(decoder, [Request(list(each), adapter=adapters[n % 9])], seed=1)
         assert torch.equal(alone, together[n])
-    batch = build_batch(
-        [Chunk(0, [1, 2], (0,), 1, StateSlots(-1, 0))], block_size=32, device=CPU, adapters=adapters[1:2]
-    )
+    batch = BatchBuilder(32, CPU).build([Chunk(0, [1, 2], (0,), 1, StateSlots(-1, 0))], adapters[1:2])
     assert batch.adapters is not None
     batch.adapters.of_row[1] = 1  # rule 9 of csrc/cpu.cpp
     with pytest.raises(IndexError, match="a row with an adapter that is not there"):

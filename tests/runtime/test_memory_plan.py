@@ -42,7 +42,7 @@ WEIGHTS = 4 * (2 * 100 * 64 + 64 + 3 * (2 * 64 + 64 * 64 + 2 * 64 * 32 + 64 * 64
 NORMS = 4 * (64 + 3 * 2 * 64)  # always in fp32
 BLOCK = 4 * 3 * 2 * 32 * 2 * 16  # bytes x layers x keys and values x positions x heads x elements
 TOKEN = 4 * (4 * 64 + 4 * 96 + 3 * 4 * 16)
-HEAD = 64 * 100 * 16
+HEAD = 64 * 100 * 20
 ACTIVATIONS = 256 * TOKEN + HEAD
 FIXED = WEIGHTS + ACTIVATIONS
 

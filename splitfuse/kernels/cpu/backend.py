@@ -374,6 +374,26 @@ class CpuBackend(Backend):
         self.library.draw(scores.data_ptr(), in_doubles, columns, places_at, count, kept_at, wanted_at, each, ids_at)
         return [ids[start : start + each].tolist() for start in range(0, size, each)]
 
+    def choose(
+        self,
+        x: Tensor,
+        head: Weight,
+        bias: Tensor | None = None,
+        filters: Sequence[Filter] = (),
+        numbers: Sequence[float] = (),
+    ) -> tuple[list[int], list[float]]:
+        check(x, torch.bfloat16)
+        count, columns = x.shape
+        assert columns == head.columns and not head.gated and len(filters) == len(numbers) in (0, count)
+        ids, peaks = array("i", bytes(4 * count)), array("f", bytes(4 * count))
+        kept, wanted = array("d", chain.from_iterable(filters)), array("d", numbers)
+        kept_at, wanted_at = (buffer.buffer_info()[0] if buffer else None for buffer in (kept, wanted))
+        self.library.choose(
+            *(head.address, vector_address(bias, head.rows), x.data_ptr(), count, kept_at, wanted_at),
+            *(ids.buffer_info()[0], peaks.buffer_info()[0]),
+        )
+        return ids.tolist(), peaks.tolist()
+
     # Layers, one operation at a time
 
     def norm(self, x: Tensor, spec: NormSpec, weight: Tensor, bias: Tensor | None = None) -> Tensor:

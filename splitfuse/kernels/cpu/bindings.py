@@ -713,10 +713,13 @@ FUNCTIONS: dict[str, tuple[list[Any], Any]] = {
         [c_void_p, c_void_p, c_int32, c_int64, c_void_p, c_int64, c_void_p, c_void_p, c_int64, c_void_p],
         c_int32,
     ),
+    "choose": ([*[c_void_p] * 4, c_int64, *[c_void_p] * 4], c_int32),
 }
 
 
-NEEDS_MEMORY = {"linear", "linear_heads", "activated", "attend", "delta", "mamba", "network", "lend", "experts", "draw"}
+NEEDS_MEMORY = {
+    *("linear", "linear_heads", "activated", "attend", "delta", "mamba", "network", "lend", "experts", "draw", "choose"),
+}
 """Functions that return 1 without it."""
 PURE = {"weight_bytes", "store_bytes", "delta_floats", "conv_floats", "mamba_floats", "deposit"}
 """Functions that need no workspace."""

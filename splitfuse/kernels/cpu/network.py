@@ -177,7 +177,7 @@ class FusedNetwork:
         """
         check(batch.packed, torch.int32)
         begin = batch.packed.data_ptr()
-        *addresses, end = accumulate((4 * size for size in batch.sizes), initial=begin)
+        tables, *others, rows, end = accumulate((4 * size for size in batch.sizes), initial=begin)
         assert end == begin + batch.packed.nbytes
         lora = None if batch.adapters is None else step_lora(batch.adapters, batch.num_tokens)
         sizes = (batch.num_tokens, batch.num_requests, batch.table_width, batch.num_rows)
@@ -187,7 +187,7 @@ class FusedNetwork:
             starts = [end - last + first for end, first, last in zip(lengths, bounds, bounds[1:], strict=False)]
             loans = Loans.of_step(batch.loans, starts)
         extras = (None if each is None else each.address for each in (lora, loans))
-        arrays = Step(*sizes, *addresses, *extras)
+        arrays = Step(*sizes, *others, tables, rows, *extras)
         store, states = (None if layer is None else stores[layer] for layer in (self._attention, self._recurrent))
         assert isinstance(store, Store | None) and isinstance(states, States | None)
         arrays.check(
@@ -199,16 +199,16 @@ class FusedNetwork:
         )
         first = store or states
         assert first is not None
-        rows = torch.empty(batch.num_rows, self._network.hidden, dtype=torch.bfloat16)
+        out = torch.empty(batch.num_rows, self._network.hidden, dtype=torch.bfloat16)
         with self._library.lock:  # engines that share a network take turns with its table
             if self._first_store is None or self._first_store() is not first:
                 self._set_stores(self._layers, stores)
                 self._first_store = weakref.ref(first)
             batch.on_start()
-            self._library.network(arrays.address, self._network.address, rows.data_ptr())
+            self._library.network(arrays.address, self._network.address, out.data_ptr())
         for loan, done in zip(batch.loans, () if loans is None else loans.array, strict=True):
             loan.is_lost = bool(done.lost)
-        return rows
+        return out
 
     def _set_stores(self, layers: ctypes.Array[Layer], stores: Sequence[Store | States | None]) -> None:
         for entry, mixer, each in zip(layers, self._mixers, stores, strict=True):

@@ -62,15 +62,28 @@ def uniform(seed: int, choice: int, position: int, attempt: int = 0) -> float:
     Counter-based: each key is a jump ahead in the SplitMix64 sequence that starts where the one before led (Steele,
     Lea and Flood, "Fast splittable pseudorandom number generators", OOPSLA 2014). 53 bits, all a float64 can hold.
     """
-    state = 0
-    # An attempt counts down, so that it is no position of another seed whose jump is none.
-    for key in (seed, choice, position, -1 - attempt) if attempt else (seed, choice, position):
-        state = (state + (key + 1) * 0x9E3779B97F4A7C15) & _MASK
-        state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
-        state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & _MASK
-        state ^= state >> 31
+    return number_at(stream_of(seed, choice), position, attempt)
+
+
+def stream_of(seed: int, choice: int) -> int:
+    """Return where the sequence is after the keys that a request keeps: see `number_at`."""
+    return _jump(_jump(0, seed), choice)
+
+
+def number_at(stream: int, position: int, attempt: int = 0) -> float:
+    """Return what `uniform` does, from where `stream_of` has led."""
+    state = _jump(stream, position)
+    if attempt:  # counted down, so that it is no position of another seed whose jump is none
+        state = _jump(state, -1 - attempt)
     return (state >> 11) * 2.0**-53
 
 
+def _jump(state: int, key: int) -> int:
+    state = (state + (key + 1) * 0x9E3779B97F4A7C15) & _MASK
+    state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
+    state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & _MASK
+    return state ^ (state >> 31)
+
+
 def _number(row: SamplingState, attempt: int) -> float:
-    return uniform(row.seed, row.choice, len(row.prompt_token_ids) + len(row.output_token_ids), attempt)
+    return uniform(row.seed, row.choice, row.num_tokens, attempt)

@@ -54,7 +54,7 @@ def sample(
     count = TRIES if any(matcher.is_loose for matcher in followed.values()) else 1
     best, peaks = topk(logits, count)
     faults = _faults([peak for peak, *_ in peaks])
-    errors = {i: f"the model computed unusable logits: {fault}" for i, fault in faults.items()}
+    errors = {i: _unusable(fault) for i, fault in faults.items()}
     tokens = _forced(rows, faults)
     free = [(i, is_adjusted(row)) for i, row in enumerate(rows) if i not in errors and i not in tokens]
     for adjusting in (False, True):
@@ -115,6 +115,15 @@ def prompt_logprobs(logits: Tensor, target_ids: Sequence[int], count: int) -> tu
     for fault in _faults(peaks).values():
         raise RequestFailedError(f"the model computed unusable logits for the prompt: {fault}")
     return tuple(report_logprobs(logits, target_ids, [count] * len(target_ids)))
+
+
+def unusable(peak: float) -> str | None:
+    """Return the error of a row whose largest logit is `peak`; None if a token can be chosen from it."""
+    return None if math.isfinite(peak) else _unusable(_fault(peak))
+
+
+def _unusable(fault: str) -> str:
+    return f"the model computed unusable logits: {fault}"
 
 
 def _forced(rows: Sequence[SamplingState], faults: Mapping[int, str]) -> dict[int, int]:

@@ -1,6 +1,7 @@
 // Draws tokens at random from rows of scores, in fp64. Every sum has an order that depends on nothing but the row.
 #pragma once
 
+#include "elementwise.h"
 #include "workspace.h"
 
 namespace splitfuse {
@@ -183,20 +184,37 @@ inline i64 draw_bytes(i64 columns) {
     return 8 * ((columns + SUMMED - 1) / SUMMED + columns + DOUBLES) + static_cast<i64>(sizeof(Candidate)) * columns;
 }
 
-// Draws `count` tokens for each of some rows of scores [*, columns], by numbers [rows, count] from 0 to below 1. Each row
-// has a finite largest score.
+// Draws `count` tokens from a row of scores [columns], by numbers from 0 to below 1. Its largest score is finite.
+template <class T>
+void draw_row(u8* memory, const T* scores, i64 columns, const Filter& filter, const double* numbers, i64 count, i32* ids) {
+    const Weights<T> weights(scores, columns, filter.temperature);
+    if (filter.top_k > 0.0 || filter.top_p < 1.0 || filter.min_p > 0.0) draw_kept(weights, filter, memory, numbers, count, ids);
+    else draw_any(weights, reinterpret_cast<double*>(memory), numbers, count, ids);
+}
+
+// Draws `count` tokens for each of some rows of scores [*, columns], by numbers [rows, count].
 template <class T>
 void draw(Team& team, Workspace& work, const T* scores, i64 columns, const i32* rows, i64 num_rows, const Filter* filters,
           const double* numbers, i64 count, i32* ids) {
     u8* memory = work.own[team.rank].draws.data();
     team.share(num_rows, [&](i64 begin, i64 end, i64) {
-        for (i64 i = begin; i < end; ++i) {
-            const Filter& filter = filters[i];
-            const Weights<T> weights(scores + rows[i] * columns, columns, filter.temperature);
-            if (filter.top_k > 0.0 || filter.top_p < 1.0 || filter.min_p > 0.0)
-                draw_kept(weights, filter, memory, numbers + i * count, count, ids + i * count);
-            else
-                draw_any(weights, reinterpret_cast<double*>(memory), numbers + i * count, count, ids + i * count);
+        for (i64 i = begin; i < end; ++i)
+            draw_row(memory, scores + rows[i] * columns, columns, filters[i], numbers + i * count, count, ids + i * count);
+    });
+}
+
+// Chooses a token for each row of logits [rows, columns]: the first of the largest ones, or, if there are filters and that of
+// the row has a temperature, one drawn by the row's number. `peaks` are the largest logits, NaN if any of the row is; without
+// a finite one the token means nothing.
+inline void choose(Team& team, Workspace& work, const float* logits, i64 rows, i64 columns, const Filter* filters,
+                   const double* numbers, i32* ids, float* peaks) {
+    u8* memory = work.own[team.rank].draws.data();
+    team.share(rows, [&](i64 begin, i64 end, i64) {
+        for (i64 row = begin; row < end; ++row) {
+            const float* x = logits + row * columns;
+            topk_row(x, columns, 1, ids + row, peaks + row);
+            if (filters && filters[row].temperature > 0.0 && std::isfinite(peaks[row]))
+                draw_row(memory, x, columns, filters[row], numbers + row, 1, ids + row);
         }
     });
 }

@@ -89,42 +89,41 @@ inline void embed(Team& team, const i32* ids, i64 rows, const u16* table, const 
     });
 }
 
-// Writes for each row of scores [rows, columns] its `count` largest in falling order, equal ones by column, and their
-// columns; NaN as the first value if any of the row is NaN. 0 < count <= columns.
-inline void topk(Team& team, const float* scores, i64 rows, i64 columns, i64 count, i32* ids, float* values) {
+// Writes the `count` largest of a row of scores x [columns] in falling order, equal ones by column, and their columns; NaN as
+// the first value if any of the row is NaN. 0 < count <= columns.
+inline void topk_row(const float* x, i64 columns, i64 count, i32* best, float* top) {
     constexpr i64 BLOCK = 16 * LANES;  // looked at one by one only if its largest is among those of the row so far
-    team.split(rows, [&](i64 begin, i64 end) {
-        for (i64 row = begin; row < end; ++row) {
-            const float* x = scores + row * columns;
-            i32* best = ids + row * count;
-            float* top = values + row * count;
-            i64 found = 0;
-            Floats poison = broadcast(0.0f);
-            for (i64 first = 0; first < columns; first += BLOCK) {
-                const i64 last = std::min(columns, first + BLOCK);
-                Floats most = broadcast(-INFINITY);
-                for (i64 c = first; c < last; c += LANES) {
-                    Floats value = last - c < LANES ? load(x + c, static_cast<int>(last - c)) : load(x + c);
-                    poison = poison + (value - value);  // NaN for NaN and the infinities
-                    if (last - c < LANES) value = between(0, static_cast<int>(last - c), value, broadcast(-INFINITY));
-                    most = max(value, most);
-                }
-                if (found == count && highest(most) <= top[count - 1]) continue;
-                for (i64 c = first; c < last; ++c) {
-                    if (found == count && !(x[c] > top[count - 1])) continue;
-                    i64 place = found < count ? found++ : count - 1;
-                    for (; place > 0 && x[c] > top[place - 1]; --place) {
-                        top[place] = top[place - 1];
-                        best[place] = best[place - 1];
-                    }
-                    top[place] = x[c];
-                    best[place] = static_cast<i32>(c);
-                }
-            }
-            if (std::isnan(sum(poison)))
-                for (i64 c = 0; c < columns; ++c)
-                    if (std::isnan(x[c])) top[0] = x[c];
+    i64 found = 0;
+    Floats poison = broadcast(0.0f);
+    for (i64 first = 0; first < columns; first += BLOCK) {
+        const i64 last = std::min(columns, first + BLOCK);
+        Floats most = broadcast(-INFINITY);
+        for (i64 c = first; c < last; c += LANES) {
+            Floats value = last - c < LANES ? load(x + c, static_cast<int>(last - c)) : load(x + c);
+            poison = poison + (value - value);  // NaN for NaN and the infinities
+            if (last - c < LANES) value = between(0, static_cast<int>(last - c), value, broadcast(-INFINITY));
+            most = max(value, most);
         }
+        if (found == count && highest(most) <= top[count - 1]) continue;
+        for (i64 c = first; c < last; ++c) {
+            if (found == count && !(x[c] > top[count - 1])) continue;
+            i64 place = found < count ? found++ : count - 1;
+            for (; place > 0 && x[c] > top[place - 1]; --place) {
+                top[place] = top[place - 1];
+                best[place] = best[place - 1];
+            }
+            top[place] = x[c];
+            best[place] = static_cast<i32>(c);
+        }
+    }
+    if (std::isnan(sum(poison)))
+        for (i64 c = 0; c < columns; ++c)
+            if (std::isnan(x[c])) top[0] = x[c];
+}
+
+inline void topk(Team& team, const float* scores, i64 rows, i64 columns, i64 count, i32* ids, float* values) {
+    team.split(rows, [&](i64 begin, i64 end) {
+        for (i64 row = begin; row < end; ++row) topk_row(scores + row * columns, columns, count, ids + row * count, values + row * count);
     });
 }
 

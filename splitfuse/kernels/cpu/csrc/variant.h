@@ -193,5 +193,23 @@ SF_EXPORT(i32, draw)(Workspace* work, const void* scores, i32 in_doubles, i64 co
     });
 }
 
+// Applies the output head to rows x [rows, C], and chooses a token for each: see choose() in draw.h.
+SF_EXPORT(i32, choose)(Workspace* work, const Weight* head, const u16* bias, const u16* x, i64 rows, const double* filters,
+                       const double* numbers, i32* ids, float* peaks) {
+    return guarded([&] {
+        const i64 columns = head->rows;
+        Output logits;
+        logits.y = reinterpret_cast<float*>(work->logits.reserve(rows * columns * 4));
+        logits.bias = bias;
+        work->reserve_operand(*head, rows);
+        if (filters)
+            for (Workspace::Own& each : work->own) each.draws.reserve(draw_bytes(columns));
+        parallel(work->num_threads, [&](Team& team) {
+            linear(team, x, rows, *head, work->memory(team.rank), logits);
+            choose(team, *work, logits.y, rows, columns, reinterpret_cast<const Filter*>(filters), numbers, ids, peaks);
+        });
+    });
+}
+
 }  // namespace SF_VARIANT
 }  // namespace splitfuse

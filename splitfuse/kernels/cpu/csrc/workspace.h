@@ -59,6 +59,7 @@ struct Workspace {
     Buffer compressed, latent_queries, latent_values;  // of latent attention
     Buffer queries_keys, gated_heads;  // of Mamba
     Buffer shrunk;           // of adapters
+    Buffer logits;
     Buffer router_logits, ids, expert_weights, order, expert_in, expert_out, expert_sum, shared_out, shared_gates;  // of mixtures of experts
     std::vector<Own> own;
     std::vector<HeadItems> items;  // the first `num_items` are of this step
