@@ -26,7 +26,7 @@ from splitfuse.models.families.common import Family
 from splitfuse.models.kv_cache import KVCache
 from splitfuse.models.spec import ModelSpec, RopeSpec
 from splitfuse.models.weights import load_decoder
-from splitfuse.runtime.batch import build_batch
+from splitfuse.runtime.batch import BatchBuilder
 
 BLOCK, VOCABULARY, LENGTH, NUM_BLOCKS = 64, 70, 1601, 40
 CHUNK, STREAMED = 24, 5
@@ -135,7 +135,7 @@ def with_loan(whole: Whole, cache: KVCache, channel: Channel, tiles: int) -> tup
     for length in whole.steps:
         neighbour = Chunk(0, whole.tokens[:3], [NUM_BLOCKS - 1], 3)
         chunk = Chunk(start, whole.tokens[start : start + length], table[: -(-(start + length) // BLOCK)], length)
-        batch = build_batch([neighbour, chunk], block_size=BLOCK, device=decoder.device)
+        batch = BatchBuilder(BLOCK, decoder.device).build([neighbour, chunk])
         batch.loans = [RequestLoan(1, tiles * TILE, channel)]
         logits = decoder.logits(decoder.forward(batch, cache))
         others.append(logits[:3])
@@ -175,7 +175,7 @@ def test_two_requests_have_creditors_of_their_own(variant: str) -> None:
             for index in range(held, 25):
                 cache.write_block(table[index], whole.block(index))
             chunks.append(Chunk(LENGTH - 2, whole.tokens[LENGTH - 2 :], table, 2))
-        batch = build_batch(chunks, block_size=BLOCK, device=decoder.device)
+        batch = BatchBuilder(BLOCK, decoder.device).build(chunks)
         batch.loans = [RequestLoan(0, 16 * BLOCK, one), RequestLoan(1, 8 * BLOCK, two)]
         logits = decoder.logits(decoder.forward(batch, cache))
     assert torch.equal(logits[:2], whole.logits[-2:]) and torch.equal(logits[2:], whole.logits[-2:])
@@ -212,7 +212,7 @@ def test_a_loan_is_of_tiles_before_the_chunk(variant: str, num_tokens: int, star
     decoder = make_decoder(variant, "plain")
     cache = make_cache(decoder)
     with lending(decoder, cache, range(8), answers=False) as channel:
-        batch = build_batch([Chunk(start, [1], range(30), 1)], block_size=BLOCK, device=decoder.device)
+        batch = BatchBuilder(BLOCK, decoder.device).build([Chunk(start, [1], range(30), 1)])
         batch.loans = [RequestLoan(0, num_tokens, channel)]
         with pytest.raises(IndexError, match="leading tiles"):
             decoder.forward(batch, cache)
