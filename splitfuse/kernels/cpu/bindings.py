@@ -718,19 +718,8 @@ FUNCTIONS: dict[str, tuple[list[Any], Any]] = {
 
 
 NEEDS_MEMORY = {
-    *(
-        "linear",
-        "linear_heads",
-        "activated",
-        "attend",
-        "delta",
-        "mamba",
-        "network",
-        "lend",
-        "experts",
-        "draw",
-        "choose",
-    ),
+    *("linear", "linear_heads", "activated", "attend", "delta", "mamba", "network", "lend", "experts"),
+    *("draw", "choose"),
 }
 """Functions that return 1 without it."""
 PURE = {"weight_bytes", "store_bytes", "delta_floats", "conv_floats", "mamba_floats", "deposit"}
