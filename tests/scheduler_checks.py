@@ -30,7 +30,7 @@ def check_scheduler(scheduler: Scheduler) -> None:
         num_awaited += sum(len(each.fetch.names) for each in ahead if each.fetch is not None)
         inbox.check([*held, *in_flight], num_awaited=num_awaited)
     for request in unfinished.values():
-        num_slots = len(request.kv.blocks) * allocator.block_size
+        num_slots = request.kv.num_blocks * allocator.block_size
         assert request.kv.num_computed <= request.num_scheduled <= num_slots
         assert request.num_plans_in_flight or request.kv.num_computed == request.num_scheduled
         assert 0 <= request.num_output_placeholders <= request.num_plans_in_flight

@@ -27,6 +27,7 @@ from splitfuse.core.events import StepScheduled
 from splitfuse.core.kv.block_allocator import BlockAllocator
 from splitfuse.core.kv.fetch_queue import FetchQueue
 from splitfuse.core.kv.fetching import Fetch, Fetching, Found, Frame, Inbox
+from splitfuse.core.kv.loans import FEWEST_TILES, KvLoan
 from splitfuse.core.kv.names import BlockNamer
 from splitfuse.core.kv.state_allocator import StateAllocator
 from splitfuse.core.latency.ledger import LatencyLedger
@@ -36,6 +37,7 @@ from splitfuse.core.plan import (
     PLACEHOLDER,
     ZERO_STATE,
     Chunk,
+    ChunkLoan,
     ChunkResult,
     Land,
     Save,
@@ -58,6 +60,8 @@ from splitfuse.core.speculation.drafting import Drafting
 
 VOCABULARY = 16
 EOS = 3
+TILE = 8
+"""Of loans."""
 
 
 def next_token(context: tuple[int, ...]) -> int:
@@ -73,6 +77,11 @@ def states_after(tokens: Iterable[int], state: int = 0) -> list[int]:
 def cached(states: Iterable[int]) -> tuple[int, ...]:
     """What a network with recurrent states writes to the cache at each position."""
     return tuple(state % 256 for state in states)
+
+
+def lent_block(loan: int, index: int) -> int:
+    """A block of a creditor, in the fake cache of its debtor."""
+    return -1 - 1000 * loan - index
 
 
 def written(slots: StateSlots) -> list[int]:
@@ -201,6 +210,7 @@ class FakeExecutor:
         self.tier: FakeTier | None = None
         self.inbox: Inbox | None = None
         self.submitted: deque[tuple[int, StepResult]] = deque()
+        self.num_deposits = 0
 
     def submit(self, plan: StepPlan) -> int:
         self.submitted.append((plan.step, self._execute(plan)))
@@ -221,6 +231,9 @@ class FakeExecutor:
         for save in plan.saves:
             self.save(save)
         self.land(plan.lands)
+        for chunk in plan.chunks:
+            if chunk.loan is not None:
+                self._deposit(chunk, chunk.loan)
         for retired in plan.retired_requests:
             del self.prompts[retired]
         for new in plan.new_requests:
@@ -238,6 +251,15 @@ class FakeExecutor:
             self.tier.num_landed += 1
             self.cache |= {(land.block, place): token for place, token in enumerate(self.inbox[land.number])}
 
+    def _deposit(self, chunk: Chunk, loan: ChunkLoan) -> None:
+        """Give a creditor blocks, which it keeps when they are given away here."""
+        assert loan.num_tokens <= chunk.start and loan.num_tokens % TILE == 0
+        for index, block in loan.deposits:
+            assert chunk.block_table[index] == block and (index + 1) * self.block_size <= loan.num_tokens
+            for place in range(self.block_size):
+                self.cache[lent_block(loan.number, index), place] = self.cache[block, place]
+            self.num_deposits += 1
+
     def save(self, save: Save) -> None:
         assert self.tier is not None
         content = [self.cache[save.block, place] for place in range(len(save.token_ids))]
@@ -254,7 +276,11 @@ class FakeExecutor:
         assert chunk.num_choices <= chunk.num_logits <= len(chunk.token_ids)
         assert chunk.num_drafts == 0 or (chunk.samples and PLACEHOLDER not in chunk.token_ids)
         assert {land.block for land in chunk.lands} <= {*chunk.block_table[: ceil_div(chunk.start, self.block_size)]}
-        slots = [(chunk.block_table[p // self.block_size], p % self.block_size) for p in range(chunk.end)]
+        table = list(chunk.block_table)
+        if (loan := chunk.loan) is not None:
+            for index in range(loan.num_tokens // self.block_size):
+                table[index] = lent_block(loan.number, index)
+        slots = [(table[p // self.block_size], p % self.block_size) for p in range(chunk.end)]
         # A request that has failed chose nothing; what a plan already in flight makes of it is dropped.
         chosen = self.last_chosen.get(chunk.request_id, 0)
         content = [chosen if token == PLACEHOLDER else token for token in chunk.token_ids]
@@ -552,9 +578,10 @@ class Run:
 
     def _explain_unfilled(self, plan: StepPlan) -> None:
         """A budget may stay unfilled only when no request can use more of it, or would need as many steps with more of
-        it, or no block is left but one for each that runs.
+        it, or no block is left but one for each that runs, and one for deposits.
         """
-        if self.allocator.num_available <= len(self.running):
+        deposits = any(each.kv.loan is not None and each.kv.loan.is_open for each in (*self.running, *self.waiting))
+        if self.allocator.num_available <= len(self.running) + deposits:
             return
         counts = {chunk.request_id: len(chunk.token_ids) for chunk in plan.chunks}
         for request in self.running:
@@ -598,11 +625,12 @@ class Workload:
         ticks: bool = False,
         drafts: bool = False,
         tier: bool = False,
+        loans: bool = False,
     ) -> Run:
         """Drive the workload to its end and compare every outcome with the reference. With `slo`, some requests have
         targets, and the scheduler meets them as well as it can. With `ticks` time passes at every call. With `drafts`,
-        tokens are guessed. With `tier`, blocks are saved and fetched. `recurrent` workloads have states, and with one
-        plan at a time steps that break off.
+        tokens are guessed. With `tier`, blocks are saved and fetched. With `loans`, creditors hold the beginning of
+        some requests. `recurrent` workloads have states, and with one plan at a time steps that break off.
         """
         rng = Random(self.seed)
         block_size = rng.choice((1, 2, 4, 8))
@@ -614,7 +642,13 @@ class Workload:
             cost = CostModel(floor=rng.random(), per_token=rng.random() / 10, per_row=rng.random() / 10)
             policy = DeadlinePolicy(LatencyPredictor(cost), token_budget=budget)
         of_states = Random(f"states {self.seed}")
-        largest = max(-(-(r.num_prompt_tokens + r.max_tokens - 1) // block_size) for r in requests)
+        of_loans = Random(f"loans {self.seed}")
+        needs = [-(-(r.num_prompt_tokens + r.max_tokens - 1) // block_size) for r in requests]
+        for number, request in enumerate(requests if loans else []):
+            if tiles := of_loans.randint(0, needs[number] * block_size // TILE):
+                request.kv.loan = KvLoan(number, tiles * TILE // block_size, block_size, tile=TILE)
+                needs[number] -= request.kv.loan.num_blocks
+        largest = max(*needs, FEWEST_TILES * TILE // block_size if loans else 1)
         of_tier = Random(f"tier {self.seed}")
         fake_tier = FakeTier(of_tier, block_size) if tier else None
         if fake_tier is not None:

@@ -18,6 +18,8 @@ def advance(
     if state is not None and (result.state_lost or state.is_lost):
         state.is_lost = kv.repeatable = kv.preempt_on_return = True
         return None
+    if chunk.loan is not None:
+        kv.settle_deposits(allocator, chunk.loan)
     tokens, end = result.token_ids, chunk.end
     samples = chunk.samples and request.pooling is None
     assert samples <= len(tokens) <= samples * (1 + chunk.num_drafts)

@@ -31,6 +31,8 @@ class EngineLimits:
     vocab_size: int
     num_blocks: int
     block_size: int
+    lent_blocks: int = 0
+    """Blocks that other engines may hold of a request besides."""
     generates: bool = True
     """False for an encoder, which gives embeddings only."""
 
@@ -47,7 +49,8 @@ class EngineLimits:
         """Return whether a request of this size keeps to the limits, for assertions behind `check`."""
         most = self.max_new_tokens(num_prompt, params)
         blocks = blocks_needed(num_prompt, most, self.block_size)
-        return num_prompt > 0 and num_prompt + max(most, 1) <= self.longest_prompt + 1 and blocks <= self.num_blocks
+        has_room = blocks <= self.num_blocks + self.lent_blocks
+        return num_prompt > 0 and num_prompt + max(most, 1) <= self.longest_prompt + 1 and has_room
 
     def check(
         self, prompt_token_ids: Sequence[int], params: SamplingParams, pooling: PoolingParams | None = None
@@ -82,9 +85,8 @@ class EngineLimits:
                 "structured_outputs has no grammar: compile it first, with compile_structured_outputs",
                 parameter="structured_outputs",
             )
-        check_blocks(
-            length, self.max_new_tokens(length, params), num_blocks=self.num_blocks, block_size=self.block_size
-        )
+        num_blocks, most = self.num_blocks + self.lent_blocks, self.max_new_tokens(length, params)
+        check_blocks(length, most, num_blocks=num_blocks, block_size=self.block_size)
 
 
 def prompt_too_long(length: str, limit: int, *, generates: bool = True) -> PromptTooLongError:

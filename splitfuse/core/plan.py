@@ -52,6 +52,23 @@ class Land(NamedTuple):
     block: int
 
 
+class Deposit(NamedTuple):
+    """Copies a full block of a request to its creditor, as block `place` of the loan."""
+
+    place: int
+    block: int
+
+
+class ChunkLoan(NamedTuple):
+    """Says which leading positions of a chunk's request another engine holds, once it has been given the blocks of
+    `deposits`: in `block_table` they have a 0, which is never read.
+    """
+
+    number: int
+    num_tokens: int
+    deposits: tuple[Deposit, ...] = ()
+
+
 _ID, _VALUE = Struct("i"), Struct("d")
 
 
@@ -80,6 +97,8 @@ class Chunk:
     num_drafts: int = 0
     lands: tuple[Land, ...] = ()
     """Blocks of its `block_table` before `start` that have arrived from elsewhere."""
+    loan: ChunkLoan | None = None
+    """Leading positions that another engine holds; None: none."""
 
     @property
     def drafts(self) -> tuple[int, ...]:
@@ -129,7 +148,8 @@ class SamplingState:
 class StepPlan:
     """Describes one forward step: chunks in order. Dynamic SplitFuse keeps their tokens within `token_budget`.
 
-    First the blocks of `saves` are copied out of the cache, then those of `lands` into it, then chunks are computed.
+    First the blocks of `saves` are copied out of the cache, then those of `lands` into it, then deposits to creditors,
+    then chunks are computed.
     """
 
     step: int
@@ -222,7 +242,7 @@ class ChunkResult:
     `values` are what PoolingParams ask for. `forced` are the tokens that the form of the answer lets follow, no others.
     `is_complete` says that the answer has the form which the request asked for, and that nothing can follow.
     `state_lost` says that a failed step has left the request's recurrent state half written, and that there is nothing
-    else: it is recomputed.
+    else: it is recomputed. `loan_lost` says that there is nothing else, since the request's creditor did not answer.
     """
 
     token_ids: tuple[int, ...] = ()
@@ -233,6 +253,7 @@ class ChunkResult:
     error: str | None = None
     is_complete: bool = False
     state_lost: bool = False
+    loan_lost: bool = False
 
 
 StepResult: TypeAlias = dict[str, ChunkResult]

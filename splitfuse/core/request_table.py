@@ -15,6 +15,9 @@ from splitfuse.core.request_output import FinishReason, RequestOutput
 from splitfuse.core.slo.fair_share import FairShare
 from splitfuse.core.step_builder import RequestQueue
 
+LOAN_LOST = "the engine that held a part of its keys and values did not answer"
+"""Reason why a request cannot go on without its creditor."""
+
 logger = logging.getLogger(__name__)
 
 
@@ -54,6 +57,9 @@ class RequestTable:
     def take_result(self, request: Request, chunk: Chunk, result: ChunkResult, now: float) -> RequestOutput:
         """Move a request on by one computed chunk. An exception ends this request, and no other."""
         error, before = result.error, len(request.output_token_ids)
+        if result.loan_lost:
+            self.finish(request, FinishReason.MOVED, now)
+            return RequestOutput(request.request_id, finish_reason=FinishReason.MOVED, error=LOAN_LOST)
         if error is None:
             try:
                 reason = advance(request, chunk, result, self._allocator, now=now)

@@ -22,6 +22,9 @@ without SLOs the budget is filled while runnable work and blocks remain (Holmes 
                          newest token, and all its blocks saved.
     plans in flight      `schedule` may be called before earlier plans have come back. A request in flight is preempted
                          in the `update` of its last plan.
+    loans                core/kv/loans.py: leading blocks of a request may be held by another engine. While that lives,
+                         the request fits as if the cache had them; it ends, to go on elsewhere, if it does not answer.
+                         Blocks lent to others are no part of the cache that requests have.
     drafts               core/speculation/drafting.py: tokens that may come next, if nothing is in flight. How many of
                          them are right is known when the step is back, so nothing is planned until then.
 
@@ -112,7 +115,8 @@ class Scheduler:
         """
         if self.get(request.request_id) is not None:
             raise InvalidRequestError(f"a request with the id {request.request_id!r} is still running")
-        num_blocks, block_size = self._allocator.num_blocks, self._allocator.block_size
+        lent = 0 if request.kv.loan is None else request.kv.loan.num_blocks
+        num_blocks, block_size = self._allocator.capacity + lent, self._allocator.block_size
         check_blocks(request.num_prompt_tokens, request.max_tokens, num_blocks=num_blocks, block_size=block_size)
         request.sequence_number = self.requests.num_accepted
         if request.on_time_only and request.is_new:  # else it was admitted once

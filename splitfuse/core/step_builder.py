@@ -82,7 +82,9 @@ class RequestQueue:
         insort(self.running, request, key=by_sequence_number)
         request.status = RequestStatus.RUNNING
         request.kv.start(self._allocator, request.num_tokens)
-        if request.params.prompt_logprobs is None:  # these need the logits of every position, so all are computed
+        if request.kv.loan is not None:
+            request.kv.num_computed = request.kv.num_lent * self._allocator.block_size
+        elif request.params.prompt_logprobs is None:  # else the logits of every position are needed: all are computed
             tokens = request.tokens(0, request.num_tokens)
             request.kv.reuse_prefix(self._allocator, tokens, salt=request.scheduling.cache_salt)
             if request.kv.arrived:
@@ -120,7 +122,7 @@ class RequestQueue:
 
     def expect_cached(self, request: Request) -> None:
         """Look up how much of a new request's tokens the prefix cache has."""
-        if request.params.prompt_logprobs is None:
+        if request.params.prompt_logprobs is None and request.kv.loan is None:
             tokens = request.tokens(0, request.num_tokens)
             request.num_expected_cached = self._allocator.count_cached(
                 tokens, request.kv.block_names, salt=request.scheduling.cache_salt
@@ -251,7 +253,7 @@ class StepBuilder:
             return 0
         count = self.fitting_tokens(request, at_least=at_least)
         kv, start = request.kv, request.num_scheduled
-        needs_blocks = count > len(kv.blocks) * self._allocator.block_size - start
+        needs_blocks = count > kv.num_blocks * self._allocator.block_size - start
         if needs_blocks:
             while not (available := self.available_slots(request)) and self.preempt_for(request):
                 count = self.fitting_tokens(request, at_least=at_least)
@@ -286,7 +288,10 @@ class StepBuilder:
         spare, running = self._allocator.num_available, self.queue.running
         if spare and request is not running[0] and request.num_unscheduled > 1:
             spare = max(spare - len(running) + 1, 0)
-        return (len(request.kv.blocks) + spare) * self._allocator.block_size - request.num_scheduled
+        loan = request.kv.loan
+        if spare and loan is not None and loan.is_open and loan.due(request.num_scheduled) == loan.num_held:
+            spare -= 1  # for the chunk that deposits tiles: only then blocks come back
+        return (request.kv.num_blocks + spare) * self._allocator.block_size - request.num_scheduled
 
     def draft(self, request: Request, token_ids: Sequence[int]) -> None:
         """Let tokens that are guesses be computed with the newest one of a request, which has been granted: those for
@@ -294,7 +299,7 @@ class StepBuilder:
         """
         end = request.num_scheduled + self.granted[request]
         spare = max(self._allocator.num_available - len(self.queue.running), 0)
-        slots = (len(request.kv.blocks) + spare) * self._allocator.block_size - end
+        slots = (request.kv.num_blocks + spare) * self._allocator.block_size - end
         if count := min(len(token_ids), slots):
             request.kv.grow(self._allocator, request.num_scheduled, end + count)
             self.drafts[request] = tuple(token_ids[:count])
@@ -337,6 +342,8 @@ class StepBuilder:
                 request.sent_to_executor = True
                 request.kv.num_cached_tokens = chunk.start
             request.kv.landing = ()
+            if request.kv.loan is not None and chunk.loan is not None:
+                request.kv.loan.num_sent = chunk.loan.num_tokens // self._allocator.block_size
             if request.kv.state is not None:
                 request.kv.state.advance(chunk)
             request.num_scheduled += self.granted[request]  # which is certain
@@ -357,7 +364,11 @@ class StepBuilder:
         if drafts := self.drafts.get(request):
             num_drafts = len(drafts)
             tokens, end, num_logits = tokens + drafts, end + num_drafts, num_logits + num_drafts
-        table = tuple(kv.blocks[: ceil_div(end, self._allocator.block_size)])
+        table = tuple(kv.blocks[: ceil_div(end, self._allocator.block_size) - kv.num_lent])
+        loan = None
+        if kv.loan is not None:
+            table, loan = (0,) * kv.num_lent + table, kv.loan.next_chunk(start, kv.blocks)
         return Chunk(
-            *(request.request_id, start, tokens, table, num_logits, samples, kv.state_slots, num_drafts, kv.landing)
+            *(request.request_id, start, tokens, table, num_logits, samples),
+            *(kv.state_slots, num_drafts, kv.landing, loan),
         )

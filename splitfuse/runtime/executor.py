@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from splitfuse.core.kv.fetching import Inbox
-from splitfuse.core.plan import PLACEHOLDER, Chunk, ChunkResult, Land, Save, StepPlan, StepResult
+from splitfuse.core.plan import PLACEHOLDER, Chunk, ChunkResult, Deposit, Land, Save, StepPlan, StepResult
+from splitfuse.kernels.loans import Channel, RequestLoan
 from splitfuse.kernels.lora import PackedAdapter
 from splitfuse.models.decoder import Decoder
 from splitfuse.models.kv_cache import KVCache
@@ -84,11 +85,14 @@ class Executor:
         """Takes the blocks that plans save; without it they go nowhere."""
         self.inbox: Inbox | None = None
         """Has the blocks that plans land."""
+        self.channels: dict[int, Channel] = {}
+        """Channels to the creditors of requests, by the number of the loan."""
         self._grammars = grammars
         self.num_forced = 0
         """Most tokens that a result says to be forced by the form of the answer."""
         self._requests: dict[str, RequestSampling] = {}
         self._batches = BatchBuilder(kv_cache.block_size, decoder.device)
+        self._lost = set[str]()  # requests whose loan was lost in the last step
         self._num_submitted = 0
         self._last_collected = 0
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="executor")
@@ -157,6 +161,22 @@ class Executor:
             assert self.inbox is not None, "blocks land where an inbox has them"
             self.kv_cache.write_block(land.block, torch.from_numpy(self.inbox[land.number]))
 
+    def _deposit(self, chunks: Sequence[Chunk]) -> set[str]:
+        """Give creditors the blocks that they are to hold. Returns the ids of the requests whose loan is lost."""
+        lost = set[str]()
+        for chunk in chunks:
+            if (loan := chunk.loan) is None:
+                continue
+            channel = self.channels.get(loan.number)
+            if channel is None or not all(self._deposit_block(channel, each) for each in loan.deposits):
+                lost.add(chunk.request_id)
+        return lost
+
+    def _deposit_block(self, channel: Channel, deposit: Deposit) -> bool:
+        data = torch.empty(self.kv_cache.block_bytes, dtype=torch.uint8)
+        self.kv_cache.read_block(deposit.block, data)
+        return self.decoder.backend.deposit(channel, deposit.place, data)
+
     def drain(self) -> None:
         """Wait until nothing runs. Handles that were not collected must be dropped."""
         if self._newest is not None:
@@ -191,7 +211,14 @@ class Executor:
                 batch.on_start = self._running.begun.set
             else:
                 self._running.begun.set()
-        return self.decoder.forward(batch, self.kv_cache)
+        batch.loans = [
+            RequestLoan(place, chunk.loan.num_tokens, self.channels[chunk.loan.number])
+            for place, chunk in enumerate(chunks)
+            if chunk.loan is not None
+        ]
+        hidden = self.decoder.forward(batch, self.kv_cache)
+        self._lost = {chunks[loan.request].request_id for loan in batch.loans if loan.is_lost}
+        return hidden
 
     def _adapter_of(self, request_id: str) -> PackedAdapter | None:
         request = self._requests.get(request_id)
@@ -210,7 +237,12 @@ class Executor:
             matcher = None if form is None else self._grammars.matcher(form, state)
             request = requests[new.request_id] = RequestSampling(state, matcher)
             request.take(new.output_token_ids)  # those of a replay that begins in its midst
-        results = self._compute([c if PLACEHOLDER not in c.token_ids else self._with_newest(c) for c in plan.chunks])
+        lost, chunks = self._deposit(plan.chunks), plan.chunks
+        if lost:
+            chunks = tuple(chunk for chunk in chunks if chunk.request_id not in lost)
+        known = [c if PLACEHOLDER not in c.token_ids else self._with_newest(c) for c in chunks]
+        results = self._compute(known) if known else {}
+        results |= {request_id: ChunkResult(loan_lost=True) for request_id in lost}
         for request_id, result in results.items():  # at the end: a step that is broken off has chosen nothing
             request = requests[request_id]
             taken, is_complete = request.take(result.token_ids)
@@ -228,7 +260,8 @@ class Executor:
             hidden = self.hidden(chunks)
             if self._running is not None:
                 self._running.layers_done.set()
-            return results_of(chunks, hidden, self._requests, self.decoder)
+            results = results_of(chunks, hidden, self._requests, self.decoder)
+        return results | {request_id: ChunkResult(loan_lost=True) for request_id in self._lost}
 
     def _with_newest(self, chunk: Chunk) -> Chunk:
         """Return a chunk with the token that the step before has chosen."""

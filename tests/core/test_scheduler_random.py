@@ -47,3 +47,23 @@ def test_blocks_from_elsewhere_change_no_output(part: int, depth: int, slo: bool
         saved += sum(len(plan.saves) for plan in run.plans)
     assert all(answers.values()), answers
     assert landed > 10 and refused > 3 and saved > 100, "the workloads are too tame to prove anything"
+
+
+LOAN_PARTS = [pytest.param(part, marks=() if part == 0 else pytest.mark.slow) for part in range(10)]
+
+
+@pytest.mark.parametrize("depth", [1, 2])
+@pytest.mark.parametrize(("slo", "drafts"), [(False, False), (True, False), (False, True)])
+@pytest.mark.parametrize("part", LOAN_PARTS)
+def test_loans_change_no_output(part: int, depth: int, slo: bool, drafts: bool) -> None:
+    """Creditors hold the leading tiles of requests that the cache could not hold alone."""
+    deposits = preemptions = 0
+    for seed in range(1000 * part, 1000 * part + (500 if part else 60)):
+        try:
+            run = Workload(seed).run(depth, slo=slo, drafts=drafts, loans=True)
+        except AssertionError as error:
+            how = f"slo={slo}, drafts={drafts}, loans=True"
+            raise AssertionError(f"Workload({seed}).run({depth}, {how}): {error}") from error
+        deposits += run.executor.num_deposits
+        preemptions += run.scheduler.queue.num_preemptions
+    assert deposits > 100 and preemptions > 3, "the workloads are too tame to prove anything"

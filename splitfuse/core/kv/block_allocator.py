@@ -57,11 +57,18 @@ class BlockAllocator:
         self._index: dict[bytes, int] = {}  # name -> published block
         self._saves_published = saves_blocks
         self._saves: list[Save] = []
+        self.num_lent = 0
+        """Blocks held for requests of other engines."""
 
     @property
     def num_available(self) -> int:
         """Return how many blocks `allocate` can give: free ones, and cached ones, whose content it forgets."""
         return len(self._free) + len(self._cached)
+
+    @property
+    def capacity(self) -> int:
+        """Return how many blocks requests can have: all that are not lent."""
+        return self.num_blocks - self.num_lent
 
     @property
     def num_cached(self) -> int:
@@ -104,6 +111,17 @@ class BlockAllocator:
                     self._cached[block] = None
                 else:
                     self._free.append(block)
+
+    def lend(self, count: int) -> list[int]:
+        """Take `count` blocks for a request of another engine."""
+        blocks = self.allocate(count)
+        self.num_lent += count
+        return blocks
+
+    def take_back(self, blocks: Sequence[int]) -> None:
+        """End a loan."""
+        self.release(blocks)
+        self.num_lent -= len(blocks)
 
     def match(self, token_ids: Sequence[int], names: list[bytes], *, salt: str = "") -> list[int]:
         """Return the published blocks that hold the longest known beginning of `token_ids`, one reference taken on

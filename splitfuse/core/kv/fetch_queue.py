@@ -51,7 +51,7 @@ class FetchQueue:
     def add(self, request: Request) -> None:
         """Ask for the blocks of a waiting request as soon as there is room for them, and fetch no more ahead for it."""
         self.ahead.drop(request.request_id)
-        if request.params.prompt_logprobs is None:  # those need all positions computed
+        if request.params.prompt_logprobs is None and request.kv.loan is None:  # those need all positions computed
             self._to_ask.append(request)
 
     def take(self, now: float = 0.0) -> list[Fetch]:

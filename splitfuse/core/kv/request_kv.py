@@ -8,15 +8,18 @@ from dataclasses import dataclass, field
 
 from splitfuse.core.kv.block_allocator import BlockAllocator
 from splitfuse.core.kv.fetching import Arrived, Fetch
+from splitfuse.core.kv.loans import KvLoan
 from splitfuse.core.kv.request_state import RequestState
-from splitfuse.core.plan import Land, Save, StateSlots
+from splitfuse.core.plan import ChunkLoan, Land, Save, StateSlots
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(slots=True)
 class RequestKv:
-    """Holds the block table of one request. Every block in `blocks` is a reference held at the allocator."""
+    """Holds the block table of one request. Every block in `blocks` is a reference held at the allocator; they begin
+    behind what a creditor holds.
+    """
 
     blocks: list[int] = field(default_factory=list)
     block_names: list[bytes] = field(default_factory=list)
@@ -44,6 +47,8 @@ class RequestKv:
     """Blocks that have arrived for it, in their order, which no plan has taken in."""
     landing: tuple[Land, ...] = ()
     """Those of them that have blocks, the last ones of `blocks`; its next chunk brings them there."""
+    loan: KvLoan | None = None
+    """Leading blocks that another engine holds, or will hold: such a request shares none with others."""
     repeatable: bool = False
     """True if its chunks are to be such that each can be computed again: see RequestState."""
 
@@ -51,6 +56,16 @@ class RequestKv:
     def state_slots(self) -> StateSlots | None:
         """Return the state slots of its next chunk; None in a network without recurrent states."""
         return None if self.state is None else self.state.slots
+
+    @property
+    def num_lent(self) -> int:
+        """Return the number of leading blocks that a creditor holds."""
+        return 0 if self.loan is None else self.loan.num_held
+
+    @property
+    def num_blocks(self) -> int:
+        """Return the number of its blocks, held here or by a creditor."""
+        return self.num_lent + len(self.blocks)
 
     def start(self, allocator: BlockAllocator, num_tokens: int) -> None:
         """Begin to run with `num_tokens` known tokens."""
@@ -96,7 +111,7 @@ class RequestKv:
 
     def grow(self, allocator: BlockAllocator, start: int, end: int) -> None:
         """Allocate what a chunk from position `start` to `end` needs: blocks, and slots for the state."""
-        if num_missing := allocator.blocks_for(end) - len(self.blocks):
+        if num_missing := allocator.blocks_for(end) - self.num_blocks:
             self.blocks += allocator.allocate(num_missing)
         if self.state is not None:
             self.state.reserve(start, end)
@@ -104,23 +119,34 @@ class RequestKv:
     def truncate(self, allocator: BlockAllocator, num_computed: int) -> None:
         """Keep the first `num_computed` positions, and give back the blocks that hold none of them."""
         self.num_computed = num_computed
-        kept = allocator.blocks_for(num_computed)
+        kept = allocator.blocks_for(num_computed) - self.num_lent
         allocator.release(self.blocks[kept:])
         del self.blocks[kept:]
 
     def publish(self, allocator: BlockAllocator, token_ids: Sequence[int], *, salt: str) -> None:
         """Make the full blocks of `token_ids`, which have been computed, known to the prefix cache."""
-        self.num_cached_blocks = allocator.publish(
-            self.blocks, token_ids, self.block_names, first=self.num_cached_blocks, salt=salt
-        )
+        if self.loan is None:
+            self.num_cached_blocks = allocator.publish(
+                self.blocks, token_ids, self.block_names, first=self.num_cached_blocks, salt=salt
+            )
+
+    def settle_deposits(self, allocator: BlockAllocator, loan: ChunkLoan) -> None:
+        """Give back the blocks that the creditor has now, after the deposits of a chunk."""
+        assert self.loan is not None
+        held = loan.num_tokens // allocator.block_size
+        count = held - self.loan.num_held
+        allocator.release(self.blocks[:count])
+        del self.blocks[:count]
+        self.loan.num_held = held
 
     def save(
         self, allocator: BlockAllocator, token_ids: Sequence[int], *, part: bool = False, salt: str
     ) -> tuple[Save, ...]:
         """Return the saves of the blocks which hold `token_ids`, which have been computed, but of those that were saved
-        before: see BlockAllocator.saves_of. A recurrent state is not saved, nor are blocks without it.
+        before: see BlockAllocator.saves_of. A recurrent state is not saved, nor are blocks without it, or behind those
+        that a creditor holds.
         """
-        if self.state is not None:
+        if self.state is not None or self.loan is not None:
             return ()
         first = self.num_saved_blocks
         self.num_saved_blocks = max(first, len(token_ids) // allocator.block_size)
@@ -131,6 +157,8 @@ class RequestKv:
         blocks, state = self.blocks, self.state
         self.blocks, self.state = [], None
         self.num_cached_blocks = self.num_computed = 0
+        if self.loan is not None:
+            self.loan.num_sent = self.loan.num_held
         self.preempt_on_return = False
         self.landing = ()
         try:
