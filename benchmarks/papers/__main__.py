@@ -1,4 +1,4 @@
-"""Simulate the figures of papers: `python -m benchmarks.papers splitwise`, or `distserve`.
+"""Simulate the figures of papers: `python -m benchmarks.papers splitwise`, `distserve` or `infinite-llm`.
 
 Results are in benchmarks/results/papers.md, sources and licences of the figures in README.md of this folder.
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 import time
 
-from benchmarks.papers import distserve, splitwise
+from benchmarks.papers import distserve, infinite_llm, splitwise
 
 
 def main() -> None:
@@ -22,11 +22,17 @@ def main() -> None:
     second = papers.add_parser("distserve", help="requests/s for each GPU")
     second.add_argument("--workloads", default=",".join(distserve.WORKLOADS), help="rows of the table")
     second.add_argument("--requests", type=int, default=distserve.REQUESTS, help="requests that count at each load")
+    third = papers.add_parser("infinite-llm", help="tokens/s with loans")
+    third.add_argument("--longest", default=",".join(map(str, infinite_llm.LONGEST)), help="rows of the table")
+    third.add_argument("--requests", type=int, default=infinite_llm.REQUESTS, help="requests that count")
     arguments = parser.parse_args()
     began = time.process_time()
     if arguments.paper == "splitwise":
         names = arguments.machines.split(","), arguments.systems.split(",")
         print(splitwise.run(*names, rate=arguments.rate, seconds=arguments.seconds))
+    elif arguments.paper == "infinite-llm":
+        lengths = [int(each) for each in arguments.longest.split(",")]
+        print(infinite_llm.run(lengths, requests=arguments.requests), end="\n\n")
     else:
         for table in distserve.run(arguments.workloads.split(","), requests=arguments.requests):
             print(table, end="\n\n")

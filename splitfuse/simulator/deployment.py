@@ -14,11 +14,13 @@ from typing import Any, Protocol, Self
 from splitfuse.bench.baselines import make_baseline
 from splitfuse.config import TARGETS, CacheConfig, EngineConfig, SchedulerConfig
 from splitfuse.core.kv.fetching import FIRST_BANDWIDTH
+from splitfuse.core.kv.loans import TILE
 from splitfuse.core.kv.names import BlockNamer
 from splitfuse.core.slo.cost_model import StepFeatures
 from splitfuse.core.step_budget import StepBudget
 from splitfuse.errors import ConfigError
 from splitfuse.runtime.calibration import Calibration
+from splitfuse.simulator.lending import Lending
 from splitfuse.simulator.tiers import SharedTiers, TierStore
 
 MAX_BLOCKS = 2**24
@@ -114,6 +116,7 @@ class SimulationConfig:
         """Return the simulation of a calibrated engine with these settings; `how` are the other fields. Raises
         ConfigError for settings that are not simulated.
         """
+        refuse_loans(config.cache)
         calibration = replace(
             calibration,
             num_blocks=config.cache.num_blocks or calibration.num_blocks,
@@ -156,6 +159,12 @@ def refuse_tiers(config: CacheConfig) -> None:
     """Raise ConfigError if KV blocks would be kept in tiers: of machines with roles that is not simulated."""
     if config.has_tiers:
         raise ConfigError("--place does not simulate kv_memory_tier and kv_disk_tier: leave them out")
+
+
+def refuse_loans(config: CacheConfig) -> None:
+    """Raise ConfigError if engines would hold KV blocks of each other's requests: see `Deployment.lending`."""
+    if config.kv_loans:
+        raise ConfigError("kv_loans is not simulated with a calibrated engine: leave it out")
 
 
 def without_targets(config: SchedulerConfig) -> SchedulerConfig:
@@ -260,10 +269,14 @@ class Deployment:
     long_queue: float = LONG_QUEUE
     """Number of waiting prompt tokens from which on a machine of the other role is borrowed: infinite, none is."""
     failures: tuple[Failure, ...] = ()
+    lending: Lending | None = None
+    """How machines hold parts of each other's requests, which are then admitted by a `LoanPool`."""
 
     def __post_init__(self) -> None:
         if not self.machines:
             raise ConfigError("a deployment needs at least one machine")
+        if self.lending is not None:
+            self._check_lending()
         roles = {machine.role for machine in self.machines}
         if Role.MIXED not in roles and len(roles) < 2:
             raise ConfigError(
@@ -286,6 +299,16 @@ class Deployment:
                 raise ConfigError(f"machine {failure.machine} fails, of machines 0 to {len(self.machines) - 1}")
             if not (failure.at >= 0 and failure.seconds > 0):
                 raise ConfigError(f"a machine fails at a time from 0 on, for some time, not as {failure}")
+
+    def _check_lending(self) -> None:
+        """Raise ConfigError for machines between which loans are not simulated."""
+        if self.is_split or self.failures or any(each.stages > 1 for each in self.machines):
+            raise ConfigError("loans are not simulated with roles, stages or failures: leave these out")
+        sizes = {each.engine.calibration.block_size for each in self.machines}
+        if len(sizes) > 1 or TILE % max(sizes):
+            raise ConfigError(f"loans need blocks of one size that divides {TILE}, not {', '.join(map(str, sizes))}")
+        if any(each.engine.enable_prefix_caching or each.step_times for each in self.machines):
+            raise ConfigError("loans are simulated without prefix caching, by cost models")
 
     @classmethod
     def of(cls, engine: SimulationConfig, *, replicas: int = 1) -> Self:

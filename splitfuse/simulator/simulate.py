@@ -40,6 +40,7 @@ from splitfuse.errors import ConfigError, ServerError, SplitfuseError
 from splitfuse.simulator import virtual_time
 from splitfuse.simulator.deployment import Deployment, Failure, Machine, SimulationConfig
 from splitfuse.simulator.landing import LandedKv
+from splitfuse.simulator.lending import LoanPool
 from splitfuse.simulator.links import Network
 from splitfuse.simulator.pools import Pools
 from splitfuse.simulator.tiers import SharedTiers, SimulatedTiers
@@ -118,13 +119,13 @@ class SimulatedTarget(Target):
         self._tiers = None if shared is None else PrefixMemory(shared.num_slots, self._engine.calibration.block_size)
         self._pools = Pools(self._replicas, deployment.long_queue) if deployment.is_split else None
         self._network = None if deployment.link is None else Network(deployment.link)
+        self._loans = None if deployment.lending is None else LoanPool(self._replicas, deployment.lending)
         self._numbers = itertools.count()
         self._fails = bool(deployment.failures)
         self.vocabulary = self.answer_vocabulary = Bytes(256)
-        self.room = min(
-            min(each.max_model_len, each.num_blocks * each.block_size)
-            for each in (lane.engine.calibration for _, lane in lanes)
-        )
+        sizes = [lane.engine.calibration for _, lane in lanes]
+        room = (sum if self._loans else min)(each.num_blocks * each.block_size for each in sizes)
+        self.room = min(room, *(each.max_model_len for each in sizes))
         self.about = {"simulation": deployment.settings}
 
     async def start(self) -> None:
@@ -163,6 +164,14 @@ class SimulatedTarget(Target):
         Raises MachineLostError if a machine fails; the times of the tokens before are there.
         """
         name = str(next(self._numbers))
+        if self._loans is not None:
+            admission = await self._loans.admit(len(known) + max_tokens)
+            try:
+                kv = RequestKv(loan=admission.loan)
+                await self._replicas[admission.index].answer(name, known, max_tokens, times, targets, kv=kv)
+            finally:
+                self._loans.end(admission)
+            return
         names: list[bytes] = []
         if self._namer is not None and len(self._replicas) > 1:
             self._namer.extend(names, known)
@@ -248,21 +257,24 @@ class Replica:
         self.machine, self.role = machine, lane.role
         self._shared, self._part = tiers, seed
         self._engine = lane.engine
-        self._cost = lane.engine.calibration.cost
-        self._step_times = lane.step_times or self._cost
+        self.cost = lane.engine.calibration.cost
+        self._step_times = lane.step_times or self.cost
         self._random = Random(seed)
         budget = StepFeatures().plus(start=0, count=lane.engine.budget.tokens, rows=1)
         self._seconds_per_token = self._step_times.seconds(budget) / budget.tokens
-        self._block_size = lane.engine.calibration.block_size
+        self.block_size = lane.engine.calibration.block_size
         self._keeps_slos = lane.engine.scheduler.slo_enabled
         self._copy_seconds = lane.engine.block_bytes / lane.engine.kv_memory_speed
         self._newest_seconds = 0.0  # of the newest step
         self.is_running = True
+        self.pool: LoanPool | None = None
+        """Loans between the machines, if there are any."""
+        self._owed = 0.0  # seconds that it has computed for others since its step began
         self._start_empty()
 
     def _start_empty(self) -> None:
         calibration = self._engine.calibration
-        self._allocator = allocator = BlockAllocator(
+        self.allocator = allocator = BlockAllocator(
             calibration.num_blocks,
             calibration.block_size,
             namer=self._engine.make_namer(),
@@ -297,6 +309,16 @@ class Replica:
         self._fetched: asyncio.TimerHandle | None = None  # when there is nothing to do before
 
     @property
+    def num_blocks(self) -> int:
+        """Return the number of its KV blocks."""
+        return self._engine.calibration.num_blocks
+
+    @property
+    def num_open(self) -> int:
+        """Return the number of its requests."""
+        return len(self._waiting)
+
+    @property
     def is_idle(self) -> bool:
         return not self._waiting and not self.num_reserved
 
@@ -323,7 +345,7 @@ class Replica:
         return needed <= self._engine.calibration.num_blocks
 
     def _blocks(self, num_tokens: int) -> int:
-        return ceil_div(num_tokens, self._block_size)
+        return ceil_div(num_tokens, self.block_size)
 
     @contextmanager
     def reserve(self, num_tokens: int) -> Iterator[None]:
@@ -430,23 +452,36 @@ class Replica:
                 return
             assert not self.scheduler.has_unfinished, "unfinished requests, and nothing can run"
             if tiers is not None:
-                tiers.save(self._allocator.take_saves())
+                tiers.save(self.allocator.take_saves())
             return
         if tiers is not None:
             num_copied = tiers.save(plan.saves) + len(plan.lands)
-        self._newest_seconds = self.step_seconds(features_of(plan)) + num_copied * self._copy_seconds
+        self._newest_seconds = self._seconds(plan) + num_copied * self._copy_seconds + self._owed
+        self._owed = 0.0
         self._step = loop.call_later(self._newest_seconds, self._end_step, plan)
+
+    def owe(self, seconds: float) -> None:
+        """Compute for the debtor of a loan, which makes the next step so much longer; for nothing if there is none."""
+        if self._step is not None:
+            self._owed += seconds
+
+    def _seconds(self, plan: StepPlan) -> float:
+        if self.pool is None:
+            return self.step_seconds(features_of(plan))
+        return self._with_noise(self.pool.seconds(plan, self.cost))
 
     def step_seconds(self, step: StepFeatures) -> float:
         """Return the time of a step: as predicted, times noise as in the calibration."""
-        scattered = self._random.lognormvariate(0.0, self._cost.noise)
-        return self._step_times.seconds(step) * scattered + self._engine.step_overhead
+        return self._with_noise(self._step_times.seconds(step))
+
+    def _with_noise(self, seconds: float) -> float:
+        return seconds * self._random.lognormvariate(0.0, self.cost.noise) + self._engine.step_overhead
 
     def _end_step(self, plan: StepPlan) -> None:
         now = asyncio.get_running_loop().time()
         result = {chunk.request_id: CHOSEN if chunk.samples else NOT_CHOSEN for chunk in plan.chunks}
         outputs = self.scheduler.update(plan, result, now)
-        self.view.take(outputs, self._times, available_blocks=self._allocator.num_available, now=now)
+        self.view.take(outputs, self._times, available_blocks=self.allocator.num_available, now=now)
         for chunk in plan.chunks:
             if (on_chunk := self._waiting[chunk.request_id].on_chunk) is not None:
                 on_chunk(chunk.end)
