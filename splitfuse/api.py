@@ -20,7 +20,7 @@ from splitfuse.core.events import StepRecord
 from splitfuse.engine import garbage
 from splitfuse.engine.engine import Engine
 from splitfuse.engine.guard import Guard
-from splitfuse.errors import EngineUnavailableError, InvalidRequestError, RequestFailedError
+from splitfuse.errors import ConfigError, EngineUnavailableError, InvalidRequestError, RequestFailedError
 from splitfuse.models.sources.hub import open_model
 from splitfuse.runtime.machine import GIB, anonymous_bytes
 from splitfuse.runtime.memory_plan import MemoryPlan
@@ -70,6 +70,10 @@ def pipeline(
     >>> print(pipe("What is the capital of France?", chat=True, max_new_tokens=32)[0])
     """
     config = EngineConfig.from_settings({"model": str(model) if isinstance(model, Path) else model, **settings})
+    if config.cache.kv_loans:
+        raise ConfigError(
+            "kv_loans needs other engines, which a pipeline has not: serve with replicas, or leave it out"
+        )
     chosen = config.model
     source = open_model(
         chosen.model, chosen.revision, gguf_file=chosen.gguf_file, weights=chosen.load_format != "dummy"

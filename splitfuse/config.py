@@ -205,6 +205,10 @@ class CacheConfig:
         None, "Folder and size of KV blocks on a disk, such as /var/cache/kv:50GiB; they outlive the server."
     )
 
+    kv_loans: bool = setting(
+        False, "Let engines hold KV blocks of another's request that its cache cannot hold alone (C++ kernels only)."
+    )
+
     def __post_init__(self) -> None:
         tiers = [name for name in ("kv_memory_tier", "kv_disk_tier") if getattr(self, name) is not None]
         if self.kv_memory_tier is not None:

@@ -18,6 +18,8 @@ from dataclasses import replace
 from functools import partial
 from typing import ClassVar, TypeVarTuple
 
+import msgspec
+
 from splitfuse.core.capacity import MOST_ARRIVALS, Arrival
 from splitfuse.core.latency.phases import LatencyBreakdown
 from splitfuse.core.replica_view import ReplicaView
@@ -34,6 +36,7 @@ from splitfuse.engine.messages import (
     Finish,
     LoadAdapter,
     Loading,
+    Loan,
     Prefetch,
     Prefetched,
     Report,
@@ -48,7 +51,8 @@ from splitfuse.errors import AdapterError, EngineUnavailableError, InvalidReques
 
 NAMELESS = " "
 """Beginning of what stands for the name of an adapter that has lost its own; no name begins with it."""
-
+DRAINED = "it was drained"
+"""Reason why a request leaves an engine that says no other."""
 _Ts = TypeVarTuple("_Ts")
 _logger = logging.getLogger(__name__)
 
@@ -203,10 +207,14 @@ class LocalClient(EngineClient):
         """Function that lets the streams of an engine which has died go on elsewhere; of these, the second ones may
         have caused its death. The third argument says what that was. None: they fail.
         """
-        self.on_moved: Callable[[Stream, LatencyBreakdown | None], None] | None = None
-        """Function that lets a stream go on elsewhere which `drain` has taken from this engine, with the breakdown of
-        its latency here.
+        self.on_moved: Callable[[Stream, LatencyBreakdown | None, str], None] | None = None
+        """Function that lets a stream go on elsewhere which `drain` has taken from this engine, or which the engine
+        cannot go on with, with the breakdown of its latency here and, if it was not drained, why.
         """
+        self.on_ended: Callable[[LocalClient, str], object] = lambda _engine, _request_id: None
+        """Listener that is called with the id of each request that the engine has no longer."""
+        self.on_death: Callable[[LocalClient], object] = lambda _: None
+        """Listener that is called when the engine has died."""
         self.is_drained = False
         """True if it takes no requests, since it is to be restarted or left alone."""
         self.on_available: Callable[[], None] = lambda: None
@@ -332,15 +340,17 @@ class LocalClient(EngineClient):
         self._check(request)
         stream = Stream(request, self._finish)
         stream.arrival = self._note_arrival(request)
+        stream.on_loan = request.loan is not None
         self._send(request)
         self._follow(stream)
         return stream
 
-    def resume(self, stream: Stream) -> None:
+    def resume(self, stream: Stream, loan: Loan | None = None) -> None:
         """Go on with a stream that has left its engine. Raises as `open`."""
-        self._check(stream.request)
+        self._check(msgspec.structs.replace(stream.request, loan=loan))
         assert self.can_go_on_with(stream), "an answer would go on as another one"
-        self._send(stream.go_on(self._finish))
+        self._send(msgspec.structs.replace(stream.go_on(self._finish), loan=loan))
+        stream.on_loan = loan is not None
         self._follow(stream)
 
     def can_go_on_with(self, stream: Stream) -> bool:
@@ -361,7 +371,8 @@ class LocalClient(EngineClient):
         """Return whether the engine gives the same tokens as the one that a stream has left, and has blocks for it."""
         if stream.has_output and stream.continuity != self._continuity(stream.request):
             return False
-        return self.info.limits.fits(len(stream.request.prompt_token_ids), stream.request.params)
+        may_borrow = self.info.channel_bytes > 0
+        return may_borrow or self.info.limits.fits(len(stream.request.prompt_token_ids), stream.request.params)
 
     def _continuity(self, request: Add) -> tuple[object, ...]:
         """Return what is equal at all engines that give a request the same tokens."""
@@ -424,6 +435,11 @@ class LocalClient(EngineClient):
             self._news.clear()
             await self._news.wait()
 
+    @property
+    def open_requests(self) -> list[Add]:
+        """Return the requests that the engine has."""
+        return [stream.request for stream in (*self._streams.values(), *self._moving.values())]
+
     async def restart(self) -> None:
         """End a drained engine, and return when it is ready again. Raises EngineUnavailableError if it is not soon."""
         raise NotImplementedError
@@ -448,8 +464,7 @@ class LocalClient(EngineClient):
             raise InvalidRequestError(f"a request with the id {request.request_id!r} is still running")
         if request.adapter and not self.has_adapter(request.adapter):
             raise EngineUnavailableError("the adapter of the request is not loaded any more: send the request again")
-        num_prompt = len(request.prompt_token_ids)
-        assert self.info.limits.fits(num_prompt, request.params), "call EngineLimits.check() before submitting"
+        assert request.keeps_to(self.info.limits), "call EngineLimits.check() before submitting"
 
     def _note_arrival(self, request: Add) -> Arrival:
         options = request.scheduling.settled(self.info.targets, time.monotonic())
@@ -459,6 +474,11 @@ class LocalClient(EngineClient):
         arrival = Arrival(options.arrival_time, num_prompt, most, options.targets)
         self.arrivals.append(arrival)
         return arrival
+
+    def send(self, command: Command) -> None:
+        """Send a command, if the engine is ready."""
+        if self.state is EngineState.READY:
+            self._send(command)
 
     @abstractmethod
     def _send(self, command: Command) -> None:
@@ -504,6 +524,7 @@ class LocalClient(EngineClient):
                         stream.push(output, report.stats.step_seconds)
                         if output.finish_reason is not None:
                             del streams[output.request_id]
+                            _call("the end of a request", self.on_ended, self, output.request_id)
             case Prefetched():
                 self._prefetched[report.request_id] = report.num_blocks
             case Traced():
@@ -556,15 +577,16 @@ class LocalClient(EngineClient):
         self._unload_unused()
 
     def _move(self, output: RequestOutput) -> None:
-        """Let a stream go on elsewhere whose request has ended here for that."""
-        stream = self._moving.pop(output.request_id, None)
+        """Let a stream go on elsewhere whose request has ended here for that: the engine is drained, or says why."""
+        stream = self._moving.pop(output.request_id, None) or self._streams.pop(output.request_id, None)
+        _call("the end of a request", self.on_ended, self, output.request_id)
         if stream is None:
             return
         stream.block_sources = self.info.block_sources
         if stream.is_over or self.on_moved is None:  # its client has left meanwhile
             stream.push(replace(output, finish_reason=FinishReason.ABORT), 0.0)
-        elif not _call("a request that moves", self.on_moved, stream, output.latency_breakdown):
-            stream.fail(died("it was drained"))
+        elif not _call("a request that moves", self.on_moved, stream, output.latency_breakdown, output.error or ""):
+            stream.fail(died(output.error or DRAINED))
 
     def _suspects(self) -> Sequence[Stream]:
         """Return the streams whose requests may have caused the death of the engine: all, where nothing is known."""
@@ -587,6 +609,9 @@ class LocalClient(EngineClient):
         streams, ending = self._streams | self._moving, self._ending
         self._streams, self._ending, self._moving = {}, {}, {}
         self._stats = EngineStats()
+        for request_id in streams | ending:
+            _call("the end of a request", self.on_ended, self, request_id)
+        _call("a death", self.on_death, self)
         for stream in ending.values():
             stream.fail(died(why))
         rescued = list(streams.values())

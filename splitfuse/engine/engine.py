@@ -17,7 +17,8 @@ from splitfuse.config import EngineConfig, parse_adapter
 from splitfuse.core.events import PhasesEntered, RequestFinished, StepRecord
 from splitfuse.core.kv.fetch_queue import FetchQueue
 from splitfuse.core.kv.fetching import FIRST_BANDWIDTH, WAITING_SHARE, Fetching
-from splitfuse.core.limits import EngineLimits
+from splitfuse.core.kv.loans import KvLoan
+from splitfuse.core.limits import EngineLimits, blocks_needed
 from splitfuse.core.plan import ChunkResult, StepPlan, StepResult
 from splitfuse.core.policy import PlanningError, SchedulingPolicy
 from splitfuse.core.pooling_params import PoolingParams
@@ -31,8 +32,9 @@ from splitfuse.core.slo.targets import NO_SLO, SLO_DISABLED, SloTargets
 from splitfuse.engine.build import build_scheduler
 from splitfuse.engine.calibrate import load_or_estimate
 from splitfuse.engine.guard import Guard, check_process, guarded
+from splitfuse.engine.loans import AwaitedLoan, Lender
 from splitfuse.engine.memory import give_back_memory
-from splitfuse.engine.messages import Add, Export, Finish, Prefetch
+from splitfuse.engine.messages import Add, Export, Finish, Loan, Prefetch
 from splitfuse.engine.tier_files import TierFiles, open_tiers
 from splitfuse.engine.tiers import Tiers, make_tiers
 from splitfuse.errors import EngineUnavailableError, InvalidRequestError, SloUnattainableError
@@ -53,6 +55,8 @@ ESTIMATED_STEPS = 100
 """Number of steps after which an estimated cost model has been corrected by as many that it is not called that."""
 HOLD_SECONDS = 0.01
 """Longest time that a step waits for the grammar or the KV blocks of a request if there is nothing else to do."""
+NOT_LENT = "the engine that was to lend to it did not"
+"""Reason why a request with a loan cannot begin at its engine."""
 
 MOVING_SHARE = 1 / 8
 """Fraction of the time of a step that copying blocks of requests which move may take, of one on its way out and of all
@@ -137,6 +141,14 @@ class Engine:
         self._held: dict[str, tuple[Add, Future[LLMatcher]]] = {}
         self._exporting: dict[str, tuple[bytes, ...]] = {}  # names of blocks that are to be saved, by request
         self._exported: dict[str, int] = {}
+        self.lender: Lender | None = None
+        """What the engine has lent, if it lends and borrows."""
+        self._awaited: dict[str, AwaitedLoan] = {}
+        self._crowded: dict[str, tuple[Add, Future[LLMatcher] | None]] = {}  # too large beside what is lent
+        if config.cache.kv_loans and isinstance(self.executor, Executor):
+            executor = self.executor
+            self.lender = Lender(executor.decoder, executor.kv_cache, self.allocator)
+            self.events.subscribe(RequestFinished, self._end_loan)
         # Of the accepted requests: while they are referred to, no step has to wait until one is made again.
         matchers = self._matchers = dict[str, Future[LLMatcher]]()
         self.events.subscribe(RequestFinished, lambda event: matchers.pop(event.request.request_id, None))
@@ -146,7 +158,7 @@ class Engine:
             self.install_adapter(name, *model.load_adapter(path))
         generates = isinstance(model, LoadedModel)
         vocab_size, num_blocks, size = model.spec.vocab_size, plan.num_blocks, plan.block_size
-        self.limits = EngineLimits(plan.max_model_len, vocab_size, num_blocks, size, generates)
+        self.limits = EngineLimits(plan.max_model_len, vocab_size, num_blocks, size, generates=generates)
 
     @property
     def phases(self) -> PhasesEntered:
@@ -201,10 +213,12 @@ class Engine:
             raise
 
     def close(self) -> None:
-        """Let KV tiers have what was computed last, and refuse requests from then on. Without tiers there is nothing to
-        do.
+        """End what is lent, let KV tiers have what was computed last, and refuse requests from then on. Without tiers
+        and loans there is nothing to do.
         """
         files, self._tier_files = self._tier_files, None
+        if self.lender is not None:
+            self.lender.close()
         if self.tiers is not None and files is not None:
             self.executor.drain()
             self._save_rest()
@@ -255,7 +269,8 @@ class Engine:
     def has_unfinished(self) -> bool:
         """Return whether any request is waiting or running, or a step is, though all its requests have ended."""
         fetches = self.scheduler.fetches
-        is_computing = bool(self._held) or self.scheduler.has_unfinished or bool(self._in_flight)
+        waits = bool(self._held or self._awaited or self._crowded)
+        is_computing = waits or self.scheduler.has_unfinished or bool(self._in_flight)
         return is_computing or (fetches is not None and fetches.ahead.is_busy)
 
     def ids_in_flight(self, *more: StepPlan) -> list[str]:
@@ -265,8 +280,10 @@ class Engine:
 
     @property
     def num_held(self) -> int:
-        """Return how many requests wait for their grammar, and are unknown to the scheduler."""
-        return len(self._held)
+        """Return how many requests wait for their grammar, their creditor or the end of a loan: the scheduler does not
+        know them.
+        """
+        return len(self._held) + len(self._awaited) + len(self._crowded)
 
     def add_request(
         self,
@@ -295,16 +312,23 @@ class Engine:
         loaded, SloUnattainableError if it has `on_time_only` and cannot meet its SLO now. Then nothing is changed. A
         request whose grammar is not ready is held until it is, and may be rejected by a step.
         """
-        num_prompt, params, scheduling = len(request.prompt_token_ids), request.params, request.scheduling
-        assert self.limits.fits(num_prompt, params), "call EngineLimits.check() before submitting"
+        scheduling = request.scheduling
+        assert request.keeps_to(self.limits), "call EngineLimits.check() before submitting"
         if self.tiers is not None and self._tier_files is None:
             raise EngineUnavailableError("the engine is closed")
         if (scheduling.targets not in (None, NO_SLO) or scheduling.on_time_only) and not self.slo_enabled:
             raise InvalidRequestError(SLO_DISABLED, parameter="targets")
         if request.adapter and request.adapter not in self.executor.adapters:
             raise InvalidRequestError("the adapter of the request is not loaded any more", parameter="model")
+        if request.loan is not None:
+            self._awaited[request.request_id] = AwaitedLoan.of(request)
+            return
+        self._prepare(request)
+
+    def _prepare(self, request: Add) -> None:
+        """Accept a request, once its grammar is ready. Raises SloUnattainableError."""
         matcher = None
-        if (form := params.structured_outputs) is not None:
+        if (form := request.params.structured_outputs) is not None:
             matcher = self.model.grammars.prepare(form)
             if not matcher.done() or matcher.exception() is not None:
                 self._held[request.request_id] = request, matcher
@@ -312,7 +336,10 @@ class Engine:
         self._accept(request, matcher)
 
     def _accept(self, request: Add, matcher: Future[LLMatcher] | None) -> None:
-        """Hand a request to the scheduler. Raises SloUnattainableError."""
+        """Hand a request to the scheduler, once what is lent leaves room for it. Raises SloUnattainableError."""
+        if self.lender is not None and self._own_blocks(request) > self.allocator.capacity:
+            self._crowded[request.request_id] = request, matcher
+            return
         request = request.settled
         assert request.seed is not None
         num_prompt, params, now = len(request.prompt_token_ids), request.params, time.monotonic()
@@ -332,6 +359,8 @@ class Engine:
         )
         if (point := request.resume_point) is not None:
             added.resume(point.token_ids, point.token_times, num_prompt_logprobs=point.num_prompt_logprobs)
+        if (loan := request.loan) is not None:
+            added.kv.loan = KvLoan(loan.number, loan.num_blocks, self.allocator.block_size)
         self.scheduler.add(added, now, sent_time=request.sent)
         if matcher is not None:
             self._matchers[request.request_id] = matcher
@@ -377,7 +406,8 @@ class Engine:
     def _drop_adapters(self) -> None:
         """Forget the adapters that have neither a name nor a request."""
         used = {request.adapter for request in self.scheduler.queue.unfinished}
-        used |= {request.adapter for request, _ in self._held.values()}
+        used |= {request.adapter for request, _ in (*self._held.values(), *self._crowded.values())}
+        used |= {awaited.request.adapter for awaited in self._awaited.values()}
         used |= {request.adapter for name in self.ids_in_flight() if (request := self.scheduler.get(name)) is not None}
         for digest in self.executor.adapters.keys() - self.adapters.values() - used:
             del self.executor.adapters[digest]
@@ -397,6 +427,8 @@ class Engine:
         if len(self.executor.adapters) > len(set(self.adapters.values())):
             self._drop_adapters()
         ended = self._accept_held() if self._held else []
+        if self._awaited or self._crowded:
+            ended += self._accept_others()
         if not self._in_flight:
             plan = self._plan(ended) if isolate else self._schedule()
             if plan is None:
@@ -408,6 +440,8 @@ class Engine:
                     return ended
                 if self._held and not ended:
                     wait((matcher for _, matcher in self._held.values()), HOLD_SECONDS, FIRST_COMPLETED)
+                elif (self._awaited or self._crowded) and not ended:
+                    time.sleep(HOLD_SECONDS)
                 assert not self.scheduler.has_unfinished, "unfinished requests, and nothing can run"
                 return ended
             self._submit(plan)
@@ -438,7 +472,9 @@ class Engine:
         if it has ended already, or if it moves and a step gives that output.
         """
         request_id, reason, now = command.request_id, command.reason, time.monotonic()
-        if self._held.pop(request_id, None) is not None:
+        if (request := self._forget_waiting(request_id)) is not None:
+            if request.loan is not None:
+                self._close_channel(request.loan.number)
             return RequestOutput(request_id, finish_reason=reason)
         kept, until = command.num_tokens, command.ended
         if not self.scheduler.finish(request_id, reason, num_tokens=kept, now=now, wanted_until=until):
@@ -479,7 +515,7 @@ class Engine:
 
     def is_unfinished(self, request_id: str) -> bool:
         """Return whether a request of that id is waiting or running."""
-        if request_id in self._held:
+        if request_id in self._held or request_id in self._awaited or request_id in self._crowded:
             return True
         request = self.scheduler.get(request_id)
         return request is not None and not request.is_finished
@@ -506,8 +542,98 @@ class Engine:
                     matcher.result()
                     self._accept(request, matcher)
                 except (InvalidRequestError, SloUnattainableError) as error:
-                    outputs.append(rejection(request_id, error))
+                    outputs.append(self._reject(request, error))
         return outputs
+
+    def _reject(self, request: Add, error: InvalidRequestError | SloUnattainableError) -> RequestOutput:
+        """Return the last output of a request that was known here and is not accepted."""
+        if request.loan is not None:
+            self._close_channel(request.loan.number)
+        return rejection(request.request_id, error)
+
+    def _forget_waiting(self, request_id: str) -> Add | None:
+        """Forget a request that the scheduler does not know, and return it; None if there is none."""
+        if (awaited := self._awaited.pop(request_id, None)) is not None:
+            awaited.channel.close()
+            return awaited.request
+        waiting = self._held.pop(request_id, None) or self._crowded.pop(request_id, None)
+        return None if waiting is None else waiting[0]
+
+    # Loans ------------------------------------------------------------------------------------------------------------
+
+    @property
+    def channel_bytes(self) -> int:
+        """Return the bytes of the data of a loan's channel; 0: there are no loans."""
+        if self.lender is None or not isinstance(self.executor, Executor):
+            return 0
+        return self.executor.decoder.channel_bytes(self.executor.kv_cache, self.scheduler.budget.most)
+
+    @guarded
+    def lend(self, loan: Loan) -> bool:
+        """Hold the leading blocks of a request of another engine, or refuse: whatever is lent, each request that was
+        accepted here has room alone. Returns whether it lends.
+        """
+        assert self.lender is not None, "kv_loans is not set"
+        waiting = [each.request for each in self._awaited.values()] + [each for each, _ in self._held.values()]
+        needs = [self._own_blocks(each) for each in waiting]
+        for request in self.scheduler.queue.unfinished:
+            need = blocks_needed(request.num_prompt_tokens, request.max_tokens, self.allocator.block_size)
+            needs.append(need - (0 if request.kv.loan is None else request.kv.loan.num_blocks))
+        if self._crowded:
+            needs.append(self.allocator.num_blocks)
+        return self.lender.lend(loan, needed=max(needs, default=0))
+
+    @guarded
+    def take_back(self, number: int) -> None:
+        """Have the blocks of a loan again that has ended."""
+        assert self.lender is not None
+        self.lender.take_back(number)
+
+    def _own_blocks(self, request: Add) -> int:
+        """Return the blocks that a request may need of the cache here."""
+        num_prompt = len(request.prompt_token_ids)
+        most = self.limits.max_new_tokens(num_prompt, request.params)
+        lent = 0 if request.loan is None else request.loan.num_blocks
+        return blocks_needed(num_prompt, most, self.allocator.block_size) - lent
+
+    def _accept_others(self) -> list[RequestOutput]:
+        """Accept the requests whose creditor lends, and those for which there is room again. Returns the last output of
+        each that cannot go on here.
+        """
+        outputs = []
+        for request_id, awaited in list(self._awaited.items()):
+            loan, is_granted = awaited.request.loan, awaited.is_granted
+            if is_granted is None:
+                continue
+            assert loan is not None and isinstance(self.executor, Executor)
+            del self._awaited[request_id]
+            self.executor.channels[loan.number] = awaited.channel
+            if not is_granted:
+                self._close_channel(loan.number)
+                outputs.append(RequestOutput(request_id, finish_reason=FinishReason.MOVED, error=NOT_LENT))
+                continue
+            try:
+                self._prepare(awaited.request)
+            except SloUnattainableError as error:
+                outputs.append(self._reject(awaited.request, error))
+        for request_id, (request, matcher) in list(self._crowded.items()):
+            if self._own_blocks(request) > self.allocator.capacity:
+                break
+            del self._crowded[request_id]
+            try:
+                self._accept(request, matcher)
+            except SloUnattainableError as error:
+                outputs.append(self._reject(request, error))
+        return outputs
+
+    def _end_loan(self, event: RequestFinished) -> None:
+        if event.request.kv.loan is not None:
+            self._close_channel(event.request.kv.loan.number)
+
+    def _close_channel(self, number: int) -> None:
+        assert isinstance(self.executor, Executor)
+        if (channel := self.executor.channels.pop(number, None)) is not None:
+            channel.close()
 
     def _schedule(self) -> StepPlan | None:
         """Return the next step, with the KV blocks that have arrived. Raises PlanningError."""

@@ -23,6 +23,7 @@ from splitfuse.engine.messages import (
     EngineStats,
     Export,
     Finish,
+    Lend,
     LoadAdapter,
     Prefetch,
     Prefetched,
@@ -53,6 +54,13 @@ class _Loaded:
     adapter: PackedAdapter
 
 
+@dataclass(frozen=True)
+class _LoanEnded:
+    """Says to the loop that a loan has ended."""
+
+    number: int
+
+
 class EngineLoop:
     """Owns an engine. Commands come in through `commands`, from any thread; reports go out through `report`, which runs
     on the loop's thread and must not block.
@@ -62,7 +70,7 @@ class EngineLoop:
         self, engine: Engine, report: Callable[[Report], None], *, commands: queue.SimpleQueue[Any] | None = None
     ) -> None:
         """`commands` are those that have come already; left out, a queue of its own is made."""
-        self.commands: queue.SimpleQueue[Command | _Loaded] = commands or queue.SimpleQueue()
+        self.commands: queue.SimpleQueue[Command | _Loaded | _LoanEnded] = commands or queue.SimpleQueue()
         self._engine = engine
         self._report = report
         self._stopped = False
@@ -71,6 +79,8 @@ class EngineLoop:
         self._ahead: list[RequestOutput] = []  # of commands that were taken during a step
         self._prompts: dict[str, tuple[int, int | None]] = {}  # lengths of prompts in work, and how much was cached
         self._tracer = EngineTracer(engine)
+        if engine.lender is not None:
+            engine.lender.on_ended = lambda number: self.commands.put(_LoanEnded(number))
         self._num_preemptions = engine.scheduler.queue.num_preemptions  # of loops before
         self._unsubscribe = engine.events.subscribe(StepRecord, self._count)
 
@@ -83,6 +93,7 @@ class EngineLoop:
             limits=engine.limits,
             max_num_batched_tokens=engine.scheduler.budget.most,
             token_budget=engine.scheduler.budget.tokens,
+            channel_bytes=engine.channel_bytes,
             num_tier_slots=engine.tiers.num_slots if engine.tiers is not None and engine.config.cache.has_tiers else 0,
             block_sources=() if engine.tiers is None else engine.tiers.block_sources,
             num_export_slots=0 if engine.tiers is None else engine.tiers.num_export_slots,
@@ -177,6 +188,10 @@ class EngineLoop:
                 case Prefetch():
                     if not self._engine.prefetch(command):
                         self._report(Prefetched(command.request_id, 0))
+                case Lend():
+                    self._engine.lend(command.loan)
+                case _LoanEnded():
+                    self._engine.take_back(command.number)
                 case LoadAdapter():  # files are read on a thread, and steps go on meanwhile
                     threading.Thread(target=self._load_adapter, args=(command,), daemon=True).start()
                 case _Loaded():  # named by its digest: the front knows which names have it, and when none does
@@ -248,6 +263,7 @@ class EngineLoop:
             num_running=len(queue.running),
             num_waiting=len(queue.waiting) + len(queue.fetching) + self._engine.num_held,
             num_available_blocks=self._engine.allocator.num_available,
+            num_lent_blocks=self._engine.allocator.num_lent,
             num_preemptions=queue.num_preemptions - self._num_preemptions,
             token_budget=self._engine.scheduler.budget.tokens,
             step_times=self._engine.step_times,

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import msgspec
 
@@ -37,6 +37,16 @@ class ResumePoint(msgspec.Struct, frozen=True):
     """Number of log-probabilities of its prompt that were reported."""
 
 
+class Loan(msgspec.Struct, frozen=True):
+    """Names a loan, of a request whose leading KV blocks another engine holds."""
+
+    number: int
+    path: str
+    """File of the channel between the two engines."""
+    num_blocks: int
+    """Blocks that the creditor holds at most: those of whole tiles."""
+
+
 class Add(msgspec.Struct, frozen=True, tag=True):
     """Adds a request that keeps to the engine's limits. `params.n` is ignored: each choice is a message of its own."""
 
@@ -57,6 +67,8 @@ class Add(msgspec.Struct, frozen=True, tag=True):
     """Where the request goes on that another engine has begun; None: it is new."""
     block_sources: tuple[str, ...] = ()
     """Addresses, the best first, where that engine has laid its blocks ready: see EngineInfo.block_sources."""
+    loan: Loan | None = None
+    """Loan without which the engine's cache could not hold it; its creditor is asked at the same time."""
 
     @property
     def settled(self) -> Add:
@@ -65,6 +77,11 @@ class Add(msgspec.Struct, frozen=True, tag=True):
             return self
         seed = secrets.randbits(64) if self.params.seed is None else self.params.seed
         return msgspec.structs.replace(self, seed=seed)
+
+    def keeps_to(self, limits: EngineLimits) -> bool:
+        """Return whether the request, but for what is lent to it, keeps to the limits of an engine."""
+        lent = 0 if self.loan is None else self.loan.num_blocks
+        return replace(limits, lent_blocks=lent).fits(len(self.prompt_token_ids), self.params)
 
     @property
     def known_tokens(self) -> tuple[int, ...]:
@@ -88,6 +105,12 @@ class Finish(msgspec.Struct, frozen=True, tag=True):
     num_tokens: int | None = None
     ended: float | None = None
     """Time at which the client finished it (monotonic clock); None: on receipt."""
+
+
+class Lend(msgspec.Struct, frozen=True, tag=True):
+    """Asks to hold the leading KV blocks of a request of another engine. The answer is in the channel."""
+
+    loan: Loan
 
 
 class Export(msgspec.Struct, frozen=True, tag=True):
@@ -138,7 +161,7 @@ class Beat(msgspec.Struct, frozen=True, tag=True):
     sent: float
 
 
-Command = Add | Finish | Export | Prefetch | LoadAdapter | UnloadAdapter | SetTracing | Stop | Beat
+Command = Add | Finish | Lend | Export | Prefetch | LoadAdapter | UnloadAdapter | SetTracing | Stop | Beat
 
 # From the engine -----------------------------------------------------------------------------------------------------
 
@@ -182,6 +205,8 @@ class EngineInfo(msgspec.Struct, frozen=True, tag=True):
     """Root of the names of its KV blocks."""
     token_budget: int = 0
     """Token budget of the first steps."""
+    channel_bytes: int = 0
+    """Bytes of the data of a loan's channel; 0: the engine neither lends nor borrows."""
     num_tier_slots: int = 0
     """Most KV blocks that tiers have which all engines share; 0: there are none."""
     block_sources: tuple[str, ...] = ()
@@ -225,6 +250,7 @@ class EngineStats:
     num_fetched_blocks: int = 0  # read from there for requests
     num_moved_bytes: int = 0  # of both
     num_unsaved_blocks: int = 0  # not written: a tier was full, or behind
+    num_lent_blocks: int = 0  # held for requests of other engines
     num_dropped_blocks: int = 0  # false by their checksum, or of another model
 
 

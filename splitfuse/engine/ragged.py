@@ -49,6 +49,8 @@ class RaggedEngine:
         check_process()
         if config.cache.has_tiers:
             raise ConfigError("kv_memory_tier and kv_disk_tier need a prefix cache, which RaggedEngine has not")
+        if config.cache.kv_loans:
+            raise ConfigError("kv_loans needs other engines, which RaggedEngine has not: leave it out")
         return cls(config, load_model(config, progress=progress))
 
     @property

@@ -22,8 +22,8 @@ from typing import NamedTuple
 
 from splitfuse.core.latency.phases import LatencyBreakdown
 from splitfuse.core.request_output import FinishReason, RequestOutput
-from splitfuse.engine.client import LocalClient, died
-from splitfuse.engine.messages import Add, Finish
+from splitfuse.engine.client import DRAINED, LocalClient, died
+from splitfuse.engine.messages import Add, Finish, Loan
 from splitfuse.engine.stream import Stream
 from splitfuse.errors import SplitfuseError
 
@@ -44,10 +44,13 @@ _logger = logging.getLogger(__name__)
 
 
 class Choice(NamedTuple):
-    """Holds the engine for a request, and a function to be called once it has taken it."""
+    """Holds the engine for a request, and a function to be called once it has taken it, with its loan if it needs one
+    there.
+    """
 
     engine: LocalClient
     taken: Callable[[], object]
+    loan: Loan | None = None
 
 
 Choose = Callable[[Add, Collection[LocalClient]], Choice | None]
@@ -100,7 +103,7 @@ class Recovery:
         receivers: MutableMapping[Stream, LocalClient] | None = None,
     ) -> None:
         """`receivers` are engines to which the blocks of some streams were brought, which go there."""
-        self.num_resumed: Counter[str] = Counter(death=0, drain=0)
+        self.num_resumed: Counter[str] = Counter(death=0, drain=0, loan=0)
         """Number of times that requests went on, by the cause."""
         self._engines = engines
         self._choose = choose
@@ -144,11 +147,17 @@ class Recovery:
                 sum(wait.is_suspect for wait in self._waiting.values()),
             )
 
-    def _move(self, engine: LocalClient, stream: Stream, breakdown: LatencyBreakdown | None) -> None:
-        """Let a request go on that a drained engine had; one on trial is tried elsewhere."""
+    def _move(self, engine: LocalClient, stream: Stream, breakdown: LatencyBreakdown | None, why: str) -> None:
+        """Let a request go on that a drained engine had, or one that lost its loan; one on trial is tried elsewhere."""
         is_suspect = stream.on_trial
         self._end_trial(engine, stream)
-        self._wait(_Wait(stream, "it was drained", "drain", is_suspect), breakdown)
+        if why:
+            stream.num_loans_lost += 1
+        if stream.num_loans_lost > MAX_RESUMES:
+            stream.leave(self._forget, breakdown)
+            stream.fail(died(why))
+        else:
+            self._wait(_Wait(stream, why or DRAINED, "loan" if why else "drain", is_suspect), breakdown)
         self._advance()
 
     def _wait(self, wait: _Wait, breakdown: LatencyBreakdown | None = None) -> None:
@@ -187,7 +196,7 @@ class Recovery:
                 if not any(each.will_go_on_with(stream) for each in self._engines):
                     self._fail(wait, wait.why)
                 return None
-            choice.engine.resume(stream)
+            choice.engine.resume(stream, choice.loan)
             choice.taken()
         except SplitfuseError as error:  # of a request in quarantine
             self._drop(stream)

@@ -37,6 +37,11 @@ def make_replicas(
 
     Raises ConfigError if there are fewer cores than replicas, or if a KV tier or the key cannot be used.
     """
+    if config.cache.kv_loans and (replicas < 2 or engines):
+        raise ConfigError(
+            "kv_loans needs another engine to lend, and all on this machine: set replicas to 2 or more and leave out "
+            "engines elsewhere, or leave it out"
+        )
     agreement = Agreement(config, has_local=replicas > 0)
     secret = None if key_file is None else read_secret(key_file)
     all_cores = None
@@ -66,7 +71,7 @@ def make_replicas(
         launchers += [ConnectLauncher(each, secret.link_key, agreement, tls=engine_tls) for each in engines]
     quarantine = Quarantine()
     supervised = [SupervisedEngine(each, step_timeout=step_timeout, quarantine=quarantine) for each in launchers]
-    return Router(supervised, name_key=name_key, agreement=agreement)
+    return Router(supervised, name_key=name_key, agreement=agreement, lends=config.cache.kv_loans)
 
 
 def divide(cores: list[int], parts: int, *, paid: int | None = None) -> list[tuple[int, ...]]:

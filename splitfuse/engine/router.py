@@ -8,11 +8,14 @@ import time
 from collections.abc import Collection, Mapping, Sequence
 from functools import partial
 
+import msgspec
+
 from splitfuse.core.kv.names import BlockNamer, new_key
 from splitfuse.core.replica_view import PrefixMemory, ReplicaView
 from splitfuse.core.request import Request
 from splitfuse.core.routing import Candidate, choose_replica, expected_tokens
 from splitfuse.engine.client import EngineClient, EngineState, LocalClient
+from splitfuse.engine.loan_book import LoanBook, PlannedLoan
 from splitfuse.engine.messages import Add, EngineInfo, EngineStats, Loading
 from splitfuse.engine.moving import Mover
 from splitfuse.engine.recovery import Choice, Recovery
@@ -36,9 +39,11 @@ class Router(EngineClient):
         *,
         name_key: bytes | None = None,
         agreement: Agreement | None = None,
+        lends: bool = False,
     ) -> None:
         """`name_key` is the key by which the replicas name KV blocks; left out, the router's names are its own.
-        `agreement` is that of engines which run elsewhere.
+        `agreement` is that of engines which run elsewhere. If it `lends`, a replica may hold KV blocks of another's
+        request: see loan_book.py.
         """
         self.replicas = list(replicas)
         self.agreement = agreement
@@ -46,6 +51,7 @@ class Router(EngineClient):
             replica.keeps_view = len(self.replicas) > 1  # else there is no choice
         self._mover = Mover(self._choose_receiver, self._name_blocks)
         self._recovery = Recovery(self.replicas, self._choose, receivers=self._mover.receivers)
+        self._loans = LoanBook(self.replicas) if lends else None
         self.name_key = name_key or new_key()
         self._tiers: PrefixMemory | None = None  # what KV tiers have that all replicas share
         self._namer: BlockNamer | None = None  # made for the first request: replicas that are ready have a block size
@@ -66,9 +72,12 @@ class Router(EngineClient):
     def info(self) -> EngineInfo:
         for replica in self.replicas:
             try:
-                return replica.info
+                info = replica.info
             except EngineUnavailableError:
                 continue
+            if self._loans is None:
+                return info
+            return msgspec.structs.replace(info, limits=self._loans.limits(info))
         raise EngineUnavailableError("no engine is ready yet")
 
     @property
@@ -127,6 +136,8 @@ class Router(EngineClient):
     def open(self, request: Add) -> Stream:
         request = request.settled
         choice = self._choose(request, self.replicas)
+        if choice is None and self._loans is not None and not self._fitting(request, self.replicas):
+            raise EngineUnavailableError("no engine has room now to lend to the request: send it again")
         if choice is None:
             num_prompt = len(request.prompt_token_ids)
             is_ready = self.state is EngineState.READY
@@ -135,7 +146,7 @@ class Router(EngineClient):
             )
             which = " that has the adapter of the request: send it again" if request.adapter else ""
             raise EngineUnavailableError(f"no engine is ready{which}")
-        stream = choice.engine.open(request)
+        stream = choice.engine.open(msgspec.structs.replace(request, loan=choice.loan))
         choice.taken()
         return stream
 
@@ -157,6 +168,8 @@ class Router(EngineClient):
         if not any(each is not replica and _is_open(each) for each in self.replicas):
             raise EngineUnavailableError(f"engine {index} cannot be drained: no other engine is ready to go on")
         streams = replica.drain()
+        if self._loans is not None:
+            self._loans.end_lent(replica)
         await self._mover.drain(replica, streams)
         await replica.wait_until(lambda: not (replica.num_open and replica.is_drained))
         return len(streams)
@@ -200,6 +213,14 @@ class Router(EngineClient):
         """Choose the replica for a request among some; None if none of these accepts it."""
         if len(self.replicas) == 1:  # which says why, if it does not
             return Choice(self.replicas[0], lambda: None)
+        planned = None
+        if self._loans is not None:
+            if fitting := self._fitting(request, among):
+                among = fitting
+            elif (planned := self._loans.plan(request, [each for each in among if _is_open(each)])) is not None:
+                among, request = [planned.debtor], msgspec.structs.replace(request, loan=planned.loan)
+            else:
+                return None
         names = self._name_blocks(request)
         if self._tiers is None and (num_slots := self.info.num_tier_slots):
             self._tiers = PrefixMemory(num_slots, self.info.limits.block_size)
@@ -211,7 +232,8 @@ class Router(EngineClient):
             return None
         view = self.replicas[index].view
         assert view is not None, "it is ready"
-        return Choice(self.replicas[index], partial(self._sent, view, copy, names))
+        taken = partial(self._sent, view, copy, names, planned)
+        return Choice(self.replicas[index], taken, None if planned is None else planned.loan)
 
     def _choose_receiver(self, stream: Stream, source: LocalClient) -> LocalClient | None:
         """Choose the engine that a stream is to go to from its present one; None if none can have it now."""
@@ -219,9 +241,16 @@ class Router(EngineClient):
         choice = self._choose(stream.resumption(0.0), able) if able else None
         return None if choice is None else choice.engine
 
-    def _sent(self, view: ReplicaView, request: Request, names: Sequence[bytes]) -> None:
+    def _fitting(self, request: Add, among: Collection[LocalClient]) -> list[LocalClient]:
+        """Return the replicas among some whose cache can hold a request alone."""
+        return [each for each in among if each.state is EngineState.READY and request.keeps_to(each.info.limits)]
+
+    def _sent(self, view: ReplicaView, request: Request, names: Sequence[bytes], planned: PlannedLoan | None) -> None:
         """Take note of a request that a replica was sent."""
-        view.add(request, names)
+        view.add(request, () if planned is not None else names)
+        if planned is not None and self._loans is not None:
+            self._loans.begin(request.request_id, planned)
+            return
         if self._tiers is not None:
             self._tiers.add(names)
 
@@ -259,7 +288,7 @@ def _candidate(replica: LocalClient, names: Sequence[bytes], request: Add, share
         return None
     if request.adapter and not replica.has_adapter(request.adapter):  # it is loaded again after a restart
         return None
-    if not replica.info.limits.fits(len(request.prompt_token_ids), request.params):  # machines differ in memory
+    if not request.keeps_to(replica.info.limits):  # machines differ in memory
         return None
     cached = replica.view.memory.cached_tokens(names)
     return Candidate(replica.view, expected_tokens(cached, shared), replica.silent)

@@ -41,6 +41,10 @@ class Stream:
         """Number of deaths of an engine that it may have caused."""
         self.num_lost = 0
         """Number of deaths of an engine that had it, whatever caused them."""
+        self.on_loan = False
+        """True if another engine holds a part of its keys and values: it finishes while that one lives."""
+        self.num_loans_lost = 0
+        """Number of times that it could not go on since another engine did not lend to it, or no longer."""
         self.num_outputs_here = 0
         """Number of outputs with tokens that its present engine has given."""
         self.num_computed = 0
@@ -179,9 +183,9 @@ class Stream:
         """Return the request as it goes on at another engine from `now` on: as a new one if it had not begun."""
         sources = self.block_sources
         if self.began is None:
-            return msgspec.structs.replace(self.request, sent=now, block_sources=sources)
+            return msgspec.structs.replace(self.request, sent=now, loan=None, block_sources=sources)
         point = ResumePoint(tuple(self._token_ids), tuple(self._token_times), self._num_prompt_logprobs)
-        return msgspec.structs.replace(self.request, sent=now, resume_point=point, block_sources=sources)
+        return msgspec.structs.replace(self.request, sent=now, resume_point=point, loan=None, block_sources=sources)
 
     def end_trial(self) -> None:
         """Note that it is not on trial any more."""

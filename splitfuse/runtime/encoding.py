@@ -189,6 +189,7 @@ def _check(config: EngineConfig, spec: EncoderSpec) -> None:
         ("kv_cache_memory_gib", cache.kv_cache_memory_gib is not None),
         ("kv_memory_tier", cache.kv_memory_tier is not None),
         ("kv_disk_tier", cache.kv_disk_tier is not None),
+        ("kv_loans", cache.kv_loans),
         ("kv_cache_dtype", cache.kv_cache_dtype != "auto"),
         ("enable_slo, ttft, itl and tpot", config.scheduler.slo_enabled),
         ("num_speculative_tokens", config.scheduler.num_speculative_tokens > 0),

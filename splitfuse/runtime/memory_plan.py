@@ -15,7 +15,8 @@ from splitfuse.core.kv.fetching import INBOX_BYTES, MOVES_BYTES, MOVES_INBOX_BYT
 from splitfuse.core.limits import ceil_div
 from splitfuse.core.step_budget import BUDGETS, FIRST_BUDGET
 from splitfuse.errors import ConfigError, MemoryPlanError
-from splitfuse.kernels.interface import Backend, ExpertsSpec, LayerSpec, RecurrentSpec
+from splitfuse.kernels.interface import AttentionSpec, Backend, ExpertsSpec, LayerSpec, RecurrentSpec
+from splitfuse.kernels.loans import TILE
 from splitfuse.models.kv_cache import block_bytes, state_bytes
 from splitfuse.models.sources.source import WeightSource
 from splitfuse.models.spec import LongRopeScaling, ModelSpec
@@ -117,7 +118,7 @@ def plan_memory(
     that the settings ask for. Without `weights` those of a quantized checkpoint count as dense ones.
 
     Raises MemoryPlanError, with settings that would fit, if weights, activations and cache do not fit; ConfigError if
-    `max_model_len` exceeds what the model allows, or if the model has recurrent states and tiers are asked for.
+    `max_model_len` exceeds what the model allows, or for tiers or loans that the model or the backend does not have.
     """
     dtype = resolve_dtype(config.model.dtype, spec)
     size = config.cache.block_size
@@ -154,6 +155,8 @@ def plan_memory(
             "kv_memory_tier and kv_disk_tier keep keys and values, and this model has layers with a recurrent state: "
             "leave them out"
         )
+    if config.cache.kv_loans:
+        check_loans(spec, backend, block_size=size)
     plan = _with_tiers(plan, config)
     plan = _with_states(plan, config, free=plan.available - plan.need)
     free = plan.available - plan.need
@@ -166,7 +169,7 @@ def plan_memory(
         fitting = _cache_of(free // plan.block, plan)
         raise MemoryPlanError(f"the KV cache does not fit into memory\n{plan}\n{fitting} would fit")
     longest = plan.num_blocks * size + 1  # the last token of a request is never attended to
-    if longest >= wanted_len:
+    if longest >= wanted_len or config.cache.kv_loans:  # what this cache cannot hold, others may
         return replace(plan, remarks=_rope_remarks(spec, wanted_len))
     if config.model.max_model_len is None and longest >= SHORTEST_MODEL_LEN:
         remarks = _rope_remarks(spec, longest)
@@ -206,6 +209,20 @@ def _with_tiers(plan: MemoryPlan, config: EngineConfig) -> MemoryPlan:
 def _index_bytes(num_bytes: int, plan: MemoryPlan) -> int:
     """Return the memory that an engine takes to know the blocks in a tier of so many bytes."""
     return INDEX_BYTES * (num_bytes // max(plan.block, 1))
+
+
+def check_loans(spec: ModelSpec, backend: Backend, *, block_size: int) -> None:
+    """Raise ConfigError unless another engine can hold leading keys and values of this model's requests."""
+    if not backend.capabilities.lends:
+        raise ConfigError(f"kv_loans needs the C++ kernels, and here are {backend.capabilities.name}: leave it out")
+    if any(not isinstance(layer.mixer, AttentionSpec) for layer in spec.layers):
+        raise ConfigError(
+            "kv_loans lends keys and values, and this model has layers with a recurrent state: leave it out"
+        )
+    if TILE % block_size:
+        raise ConfigError(
+            f"kv_loans lends tiles of {TILE} tokens, which blocks of {block_size} do not divide: set block_size to 32"
+        )
 
 
 def _rope_remarks(spec: ModelSpec, max_model_len: int) -> tuple[str, ...]:

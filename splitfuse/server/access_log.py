@@ -47,6 +47,8 @@ class RequestRecord:
     """Number of forward steps that computed a part of it."""
     resumed: int = 0
     """Number of times that a choice went on at another engine, or at its own after a restart."""
+    on_loan: bool = False
+    """Whether another engine held a part of the keys and values of a choice."""
     slo_met: bool | None = None
     """Flag of a met SLO; None without one."""
     slo_violation: str | None = None

@@ -296,5 +296,6 @@ def record_of(
         inter_token_latency_seconds=tuple(sorted(timing.gaps)),
         steps=timing.steps,
         resumed=timing.resumed,
+        on_loan=timing.on_loan,
         slo_met=timing.slo_met,
     )

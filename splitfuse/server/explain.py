@@ -40,7 +40,8 @@ class Timing(msgspec.Struct, frozen=True):
     gaps: between each token and the next of its choice, all choices one after the other; steps: number of steps that
     computed a part of it, those of all choices added up; draft_tokens and accepted_tokens: number of tokens that were
     drafted, and of those that were right, of all choices; resumed: number of times that a choice went on at another
-    engine, or at its own after a restart; slo_met: whether all choices met their SLO, null without one;
+    engine, or at its own after a restart; on_loan: whether another engine holds a part of the keys and values of a
+    choice, which finishes while that engine lives; slo_met: whether all choices met their SLO, null without one;
     phases: where the time went.
     """
 
@@ -52,6 +53,7 @@ class Timing(msgspec.Struct, frozen=True):
     draft_tokens: int
     accepted_tokens: int
     resumed: int
+    on_loan: bool
     slo_met: bool | None
     phases: dict[LatencyPhase, float]
 
@@ -70,6 +72,7 @@ def timing_of(context: RequestContext, phases: dict[LatencyPhase, float] | None 
         draft_tokens=sum(g.num_drafted_tokens for g in begun),
         accepted_tokens=sum(g.num_accepted_tokens for g in begun),
         resumed=sum(g.stream.num_resumed for g in begun if g.stream is not None),
+        on_loan=any(g.stream.on_loan for g in begun if g.stream is not None),
         slo_met=all(met) if (met := [g.slo_met for g in begun if g.slo_met is not None]) else None,
         phases=phases or {},
     )

@@ -253,7 +253,7 @@ def _written(context: RequestContext, events: Callable[[], Iterable[Any]]) -> li
 
 def _room(limits: EngineLimits) -> int:
     """Return the most tokens that a prompt and its answer can have together."""
-    return min(limits.max_model_len, limits.num_blocks * limits.block_size + 1)
+    return min(limits.max_model_len, (limits.num_blocks + limits.lent_blocks) * limits.block_size + 1)
 
 
 def _checked(limits: EngineLimits, prepared: PreparedRequest, default_max_tokens: int | None) -> PreparedRequest:

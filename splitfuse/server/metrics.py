@@ -121,6 +121,7 @@ FAMILIES = (
     ),
     Family("splitfuse:draft_tokens", "counter", "num_draft_tokens", "Drafted tokens that steps computed."),
     Family("splitfuse:accepted_tokens", "counter", "num_accepted_tokens", "Drafted tokens that were right."),
+    Family("splitfuse:kv_lent_blocks", "gauge", "num_lent_blocks", "KV blocks held for requests of other engines."),
     Family("splitfuse:kv_tier_blocks", "gauge", "num_tier_blocks", "KV blocks in the memory and the disk tier."),
     Family("splitfuse:kv_tier_saved_blocks", "counter", "num_saved_blocks", "KV blocks written to the tiers."),
     Family("splitfuse:kv_tier_fetched_blocks", "counter", "num_fetched_blocks", "KV blocks found in the tiers."),

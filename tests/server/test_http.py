@@ -292,7 +292,7 @@ def test_bytes_that_are_not_http_are_harmless(server: RunningServer, http: httpx
 def test_timing_is_returned_on_request(http: httpx.Client) -> None:
     body = {**SHORT, "max_tokens": 5, "n": 2, "prompt": PROMPT * 20, "splitfuse_timing": True}
     timing = http.post(COMPLETIONS, json=body).json()["splitfuse_timing"]
-    counts = {"steps", "cached_tokens", "draft_tokens", "accepted_tokens", "resumed"}
+    counts = {"steps", "cached_tokens", "draft_tokens", "accepted_tokens", "resumed", "on_loan"}
     assert timing.keys() == {"queued", "first_token", "gaps", "slo_met", "phases"} | counts
     assert timing["slo_met"] is None
     assert 0 < timing["queued"] <= timing["first_token"] and len(timing["gaps"]) == 8

@@ -103,6 +103,7 @@ def test_the_fields_of_a_line() -> None:
         "total_seconds": 2.5,
         "steps": 4,
         "resumed": 0,
+        "on_loan": False,
         "slo_met": True,
         "slo_violation": "of 2.5 s, 2 s went into waiting",
     }
