@@ -50,7 +50,7 @@ class Request:
     pooling: PoolingParams | None = None
     """Numbers that its last step gives in place of a token; `max_tokens` is 1 then."""
     block_sources: tuple[str, ...] = ()
-    """Addresses, the best first, where the engine that it has left has laid its blocks ready."""
+    """Addresses, the best first, where blocks of it may be that its engine lacks."""
     most_here: int = -1
     """Number of generated tokens after which it leaves this engine; -1: it stays until it ends."""
 

@@ -35,6 +35,7 @@ from splitfuse.engine.guard import Guard, check_process, guarded
 from splitfuse.engine.loans import AwaitedLoan, Lender
 from splitfuse.engine.memory import give_back_memory
 from splitfuse.engine.messages import Add, Export, Finish, Loan, Prefetch
+from splitfuse.engine.remote.peers import Peers
 from splitfuse.engine.tier_files import TierFiles, open_tiers
 from splitfuse.engine.tiers import Tiers, make_tiers
 from splitfuse.errors import EngineUnavailableError, InvalidRequestError, SloUnattainableError
@@ -226,6 +227,12 @@ class Engine:
                 return
         if files is not None:
             files.close()
+
+    def use_peers(self, key: bytes) -> None:
+        """Let tiers fetch what they lack from engines on other machines, which have the deployment's key."""
+        if self.tiers is not None:
+            block_size = self.allocator.block_size
+            self.tiers.peers = Peers(key, block_bytes=self.tiers.block_bytes, block_size=block_size)
 
     def estimate_budget(self) -> None:
         """Choose a token budget that the settings leave open, without SLOs, by a stored calibration or some hundredths

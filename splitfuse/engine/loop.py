@@ -6,11 +6,11 @@ import logging
 import queue
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from splitfuse.core.events import StepRecord
+from splitfuse.core.events import StepRecord, StepScheduled
 from splitfuse.core.plan import StepPlan
 from splitfuse.core.request_output import FinishReason, RequestOutput
 from splitfuse.engine.engine import Engine, rejection
@@ -258,6 +258,9 @@ class EngineLoop:
             stats.num_fetched_blocks, stats.num_unsaved_blocks = done.num_fetched, done.num_unsaved
             stats.num_moved_bytes = (done.num_saved + done.num_fetched) * tiers.block_bytes
             stats.num_dropped_blocks = done.num_dropped
+            if (peers := tiers.peers) is not None:
+                stats.num_peer_blocks = peers.num_fetched
+                stats.num_dropped_blocks += peers.num_dropped
         return replace(
             self._stats,
             num_running=len(queue.running),
@@ -268,3 +271,21 @@ class EngineLoop:
             token_budget=self._engine.scheduler.budget.tokens,
             step_times=self._engine.step_times,
         )
+
+
+def follow_steps(engine: Engine, write: Callable[[Sequence[str]], None]) -> Callable[[], None]:
+    """Let `write` have the ids of the requests in each step before it runs, and between two steps those of the last
+    one. Returns a function that ends this.
+    """
+    ends = [
+        engine.events.subscribe(StepScheduled, lambda step: write(engine.ids_in_flight(step.plan))),
+        engine.events.subscribe(
+            StepRecord, lambda step: write(engine.ids_in_flight() or engine.ids_in_flight(step.plan))
+        ),
+    ]
+
+    def end() -> None:
+        for each in ends:
+            each()
+
+    return end

@@ -66,7 +66,7 @@ class Add(msgspec.Struct, frozen=True, tag=True):
     resume_point: ResumePoint | None = None
     """Where the request goes on that another engine has begun; None: it is new."""
     block_sources: tuple[str, ...] = ()
-    """Addresses, the best first, where that engine has laid its blocks ready: see EngineInfo.block_sources."""
+    """Addresses, the best first, where blocks of it may be that the engine lacks: see EngineInfo.block_sources."""
     loan: Loan | None = None
     """Loan without which the engine's cache could not hold it; its creditor is asked at the same time."""
 
@@ -211,7 +211,8 @@ class EngineInfo(msgspec.Struct, frozen=True, tag=True):
     """Most KV blocks that tiers have which all engines share; 0: there are none."""
     block_sources: tuple[str, ...] = ()
     """Addresses, the best first, where others can fetch the blocks that this engine lays ready: `memory:ID` for memory
-    that engines of a machine share. Empty: KV does not move from it.
+    that engines of a machine share, `tcp://HOST:PORT` (or `tls://`) for an engine on another machine. Empty: KV does
+    not move from it.
     """
     num_export_slots: int = 0
     """Number of blocks that it can lay ready at a time."""
@@ -252,6 +253,7 @@ class EngineStats:
     num_unsaved_blocks: int = 0  # not written: a tier was full, or behind
     num_lent_blocks: int = 0  # held for requests of other engines
     num_dropped_blocks: int = 0  # false by their checksum, or of another model
+    num_peer_blocks: int = 0  # of those fetched, that engines on other machines had
 
 
 class StepReport(msgspec.Struct, frozen=True, tag=True):

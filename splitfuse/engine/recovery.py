@@ -44,13 +44,15 @@ _logger = logging.getLogger(__name__)
 
 
 class Choice(NamedTuple):
-    """Holds the engine for a request, and a function to be called once it has taken it, with its loan if it needs one
+    """Holds the engine for a request, and a function to be called once that has taken it, with its loan if it needs one
     there.
     """
 
     engine: LocalClient
     taken: Callable[[], object]
     loan: Loan | None = None
+    block_sources: tuple[str, ...] = ()
+    """Addresses where it finds blocks of the request: see Add."""
 
 
 Choose = Callable[[Add, Collection[LocalClient]], Choice | None]

@@ -63,6 +63,7 @@ def make_replicas(
             weights=weights,
             name_key=name_key,
             tiers=parts[index],
+            link_key=None if secret is None else secret.link_key,
             on_ready=agreement.note,
         )
         for index in range(replicas)

@@ -11,11 +11,12 @@ from functools import partial
 import msgspec
 
 from splitfuse.core.kv.names import BlockNamer, new_key
-from splitfuse.core.replica_view import PrefixMemory, ReplicaView
+from splitfuse.core.replica_view import ReplicaView
 from splitfuse.core.request import Request
 from splitfuse.core.routing import Candidate, choose_replica, expected_tokens
 from splitfuse.engine.client import EngineClient, EngineState, LocalClient
 from splitfuse.engine.loan_book import LoanBook, PlannedLoan
+from splitfuse.engine.machine_tiers import Held, MachineTiers
 from splitfuse.engine.messages import Add, EngineInfo, EngineStats, Loading
 from splitfuse.engine.moving import Mover
 from splitfuse.engine.recovery import Choice, Recovery
@@ -53,7 +54,7 @@ class Router(EngineClient):
         self._recovery = Recovery(self.replicas, self._choose, receivers=self._mover.receivers)
         self._loans = LoanBook(self.replicas) if lends else None
         self.name_key = name_key or new_key()
-        self._tiers: PrefixMemory | None = None  # what KV tiers have that all replicas share
+        self._tiers = MachineTiers(self.replicas)
         self._namer: BlockNamer | None = None  # made for the first request: replicas that are ready have a block size
         self._restarting: set[int] = set()
 
@@ -146,7 +147,8 @@ class Router(EngineClient):
             )
             which = " that has the adapter of the request: send it again" if request.adapter else ""
             raise EngineUnavailableError(f"no engine is ready{which}")
-        stream = choice.engine.open(msgspec.structs.replace(request, loan=choice.loan))
+        changed = msgspec.structs.replace(request, loan=choice.loan, block_sources=choice.block_sources)
+        stream = choice.engine.open(changed)
         choice.taken()
         return stream
 
@@ -222,18 +224,21 @@ class Router(EngineClient):
             else:
                 return None
         names = self._name_blocks(request)
-        if self._tiers is None and (num_slots := self.info.num_tier_slots):
-            self._tiers = PrefixMemory(num_slots, self.info.limits.block_size)
-        shared = 0 if self._tiers is None else self._tiers.cached_tokens(names)
-        candidates = [_candidate(each, names, request, shared) if each in among else None for each in self.replicas]
+        held = self._tiers.held(names)
+        candidates = [
+            _candidate(each, names, request, held.get(each.address, Held()).num_tokens) if each in among else None
+            for each in self.replicas
+        ]
         copy, now = _copy_of(request, self.info), time.monotonic()
         index = choose_replica(candidates, copy, now)
         if index is None:
             return None
-        view = self.replicas[index].view
-        assert view is not None, "it is ready"
-        taken = partial(self._sent, view, copy, names, planned)
-        return Choice(self.replicas[index], taken, None if planned is None else planned.loan)
+        replica = self.replicas[index]
+        assert replica.view is not None, "it is ready"
+        there, cached = held.get(replica.address, Held()), replica.view.memory.cached_tokens(names)
+        sources = there.sources if there.elsewhere > max(there.own, cached) else ()
+        taken = partial(self._sent, replica, replica.view, copy, names, planned)
+        return Choice(replica, taken, None if planned is None else planned.loan, sources)
 
     def _choose_receiver(self, stream: Stream, source: LocalClient) -> LocalClient | None:
         """Choose the engine that a stream is to go to from its present one; None if none can have it now."""
@@ -245,14 +250,20 @@ class Router(EngineClient):
         """Return the replicas among some whose cache can hold a request alone."""
         return [each for each in among if each.state is EngineState.READY and request.keeps_to(each.info.limits)]
 
-    def _sent(self, view: ReplicaView, request: Request, names: Sequence[bytes], planned: PlannedLoan | None) -> None:
+    def _sent(
+        self,
+        replica: LocalClient,
+        view: ReplicaView,
+        request: Request,
+        names: Sequence[bytes],
+        planned: PlannedLoan | None,
+    ) -> None:
         """Take note of a request that a replica was sent."""
         view.add(request, () if planned is not None else names)
         if planned is not None and self._loans is not None:
             self._loans.begin(request.request_id, planned)
             return
-        if self._tiers is not None:
-            self._tiers.add(names)
+        self._tiers.add(replica, names)
 
     def _name_blocks(self, request: Add) -> list[bytes]:
         """Return the names of the blocks that a prefix cache may hold of the tokens that are known of a request."""

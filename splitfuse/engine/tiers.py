@@ -35,6 +35,7 @@ from splitfuse.core.kv.fetching import (
 )
 from splitfuse.core.plan import Save
 from splitfuse.engine.block_file import BlockFile
+from splitfuse.engine.remote.peers import Peers
 from splitfuse.engine.tier_files import TierFiles
 from splitfuse.errors import ConfigError
 
@@ -81,7 +82,7 @@ class _Staged(NamedTuple):
 
 class Tiers:
     """Holds the tiers of an engine, the fastest first, by name. `buffer` and `save` are called by the executor's
-    thread, and by the engine's while no step runs; the others by the engine's.
+    thread, and by the engine's while no step runs; the others by the engine's. What they lack may come from `peers`.
     """
 
     def __init__(
@@ -91,6 +92,8 @@ class Tiers:
         self.block_bytes = block_bytes
         self.block_sources = (f"memory:{memory_id}",) if memory_id else ()
         """Addresses at which others can fetch what it has."""
+        self.peers: Peers | None = None
+        """Engines on other machines, which are asked for what these tiers lack."""
         first = block_bytes / FIRST_BANDWIDTH
         self._tiers = [_Tier(name, file, first) for name, file in files.items()]
         self.stats = TierStats(num_dropped=sum(file.num_foreign for file in files.values()))
@@ -169,9 +172,9 @@ class Tiers:
 
     # What is fetched --------------------------------------------------------------------------------------------------
 
-    def find(self, names: Sequence[bytes], _: Sequence[str] = ()) -> Found:
+    def find(self, names: Sequence[bytes], sources: Sequence[str] = ()) -> Found:
         """See BlockSource; engines of this machine lay blocks ready in the tiers. While a read takes longer than
-        requests wait for it, there is nothing.
+        requests wait for it, there is nothing. A peer is taken to have all that is asked for.
         """
         if 0.0 < self._reading_until < time.monotonic():
             return Found(0, 0.0)
@@ -182,7 +185,16 @@ class Tiers:
             if (tier := self._tier_of(name)) is None:
                 break
             count, seconds = count + 1, seconds + tier.seconds_per_block
+        if count < len(names) and (more := self._seconds_of_peer(sources, len(names) - count)) is not None:
+            return Found(len(names), seconds + more)
         return Found(count, seconds)
+
+    def _seconds_of_peer(self, sources: Sequence[str], num_blocks: int) -> float | None:
+        """Return how long blocks take to come from the first peer among some sources; None if there is none."""
+        if self.peers is None:
+            return None
+        each = (self.peers.seconds(source, num_blocks) for source in sources)
+        return next((seconds for seconds in each if seconds is not None), None)
 
     def _tier_of(self, name: bytes) -> _Tier | None:
         return next((tier for tier in self._tiers if name in tier.file), None)
@@ -227,15 +239,30 @@ class Tiers:
             self._reading_until = until
             frames = self._read(fetch)
             self._reading_until = 0.0
-            if fetch.number in self._fetches:
-                self._answers.put(Answer(fetch, frames))
-            self._arrived.set()
+            if len(frames) == len(fetch.names) or not self._ask_peer(fetch, frames):
+                self._answer(fetch, frames)
+
+    def _answer(self, fetch: Fetch, frames: list[Frame]) -> None:
+        if fetch.number in self._fetches:
+            self._answers.put(Answer(fetch, frames))
+        self._arrived.set()
+
+    def _ask_peer(self, fetch: Fetch, frames: list[Frame]) -> bool:
+        """Ask a peer for the blocks of a fetch behind those that are there. Returns False if there is none."""
+        if self.peers is None:
+            return False
+        num_lacking = len(fetch.names) - len(frames)
+        for source in fetch.sources:
+            if self.peers.seconds(source, num_lacking) is not None:
+                self.peers.ask(source, fetch, len(frames), lambda more: self._answer(fetch, frames + more))
+                return True
+        return False
 
     def _read(self, fetch: Fetch) -> list[Frame]:
         """Return the leading blocks that are there and intact."""
         frames: list[Frame] = []
         for name in fetch.names:
-            if fetch.number not in self._fetches or (frame := self._read_block(name)) is None:
+            if fetch.number not in self._fetches or (frame := self.read(name)) is None:
                 break
             frames.append(frame)
         for tier in self._tiers:
@@ -243,8 +270,8 @@ class Tiers:
                 tier.file.touch(last.name)
         return frames
 
-    def _read_block(self, name: bytes) -> Frame | None:
-        """Return a block from the first tier that has it intact; None if none has."""
+    def read(self, name: bytes) -> Frame | None:
+        """Return a block from the first tier that has it intact; None if none has. Any thread may call this."""
         for tier in self._tiers:
             began = time.monotonic()
             try:
@@ -287,6 +314,8 @@ class Tiers:
         """
         self._written.wait(TIME_TO_FLUSH)
         self._fetches.clear()
+        if self.peers is not None:
+            self.peers.close()
         self._to_write.put(None)
         self._to_read.put(None)
         for thread in self._threads:

@@ -125,6 +125,10 @@ FAMILIES = (
     Family("splitfuse:kv_tier_blocks", "gauge", "num_tier_blocks", "KV blocks in the memory and the disk tier."),
     Family("splitfuse:kv_tier_saved_blocks", "counter", "num_saved_blocks", "KV blocks written to the tiers."),
     Family("splitfuse:kv_tier_fetched_blocks", "counter", "num_fetched_blocks", "KV blocks found in the tiers."),
+    Family(
+        *("splitfuse:kv_tier_peer_blocks", "counter", "num_peer_blocks"),
+        "KV blocks that came from engines on other machines.",
+    ),
     Family("splitfuse:kv_tier_moved_bytes", "counter", "num_moved_bytes", "Bytes of both."),
     Family(
         *("splitfuse:kv_tier_unsaved_blocks", "counter", "num_unsaved_blocks"),

@@ -24,7 +24,7 @@ from splitfuse.engine.client import EngineState, LocalClient
 from splitfuse.engine.engine import Engine
 from splitfuse.engine.messages import Add
 from splitfuse.engine.quarantine import Quarantine
-from splitfuse.engine.remote import connector, supervisor
+from splitfuse.engine.remote import dial, supervisor
 from splitfuse.engine.remote.connector import Agreement, ConnectLauncher
 from splitfuse.engine.remote.secret import read_secret
 from splitfuse.engine.remote.supervisor import SupervisedEngine
@@ -166,7 +166,7 @@ def test_an_engine_elsewhere_that_is_stopped_loses_its_streams_which_no_request_
             try:
                 await until(lambda: remote.silent)
                 remote._silence_timeout = 0.0
-                monkeypatch.setattr(connector, "HANDSHAKE_SECONDS", 0.1)  # it says nothing to the next one either
+                monkeypatch.setattr(dial, "HANDSHAKE_SECONDS", 0.1)  # it says nothing to the next one either
                 assert await asyncio.gather(*reading) == whole
                 moved = [each for each in streams if each.num_resumed]
                 assert moved and all((each.num_deaths, each.num_lost) == (0, 1) for each in moved)

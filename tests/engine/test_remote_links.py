@@ -23,9 +23,10 @@ from splitfuse.core.request_output import FinishReason, RequestOutput
 from splitfuse.core.sampling_params import SamplingParams
 from splitfuse.core.scheduling_options import SchedulingOptions
 from splitfuse.engine.messages import Add, Beat, EngineInfo, EngineStats, Finish, ResumePoint, StepReport, Stop, Traced
-from splitfuse.engine.remote import connector, listener
+from splitfuse.engine.remote import dial, listener
 from splitfuse.engine.remote.clock import ClockDifference, shift_command, shift_report
-from splitfuse.engine.remote.connector import Agreement, ConnectLauncher, connect, read_welcome
+from splitfuse.engine.remote.connector import Agreement, ConnectLauncher
+from splitfuse.engine.remote.dial import connect, read_welcome
 from splitfuse.engine.remote.handshake import (
     MAC_BYTES,
     MAGIC,
@@ -254,7 +255,7 @@ def test_a_wrong_key_version_or_setting_is_a_sentence(listening: Listener, monke
     assert said.startswith("it was started with block_size 32, and this server with block_size 16: give both the same")
     said = refusal(launcher(address, quantization="int8"), ConfigError)
     assert "it was started with no quantization, and this server with quantization int8" in said
-    monkeypatch.setattr(connector, "__version__", "99.0")
+    monkeypatch.setattr(dial, "__version__", "99.0")
     assert "and this is 99.0: use the same version" in refusal(launcher(address), ConfigError)
 
 
@@ -322,7 +323,7 @@ def test_strangers_are_heard_for_a_while_and_little(listening: Listener, monkeyp
 
 
 def test_what_is_no_engine_is_a_sentence_and_no_hang(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(connector, "HANDSHAKE_SECONDS", 0.2)
+    monkeypatch.setattr(dial, "HANDSHAKE_SECONDS", 0.2)
 
     async def say(text: bytes) -> str:
         async def meet(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:

@@ -25,6 +25,7 @@ from splitfuse.config import EngineConfig
 from splitfuse.core.events import PhasesEntered
 from splitfuse.core.kv import fetching
 from splitfuse.core.latency.phases import LatencyPhase
+from splitfuse.core.limits import EngineLimits
 from splitfuse.core.plan import Logprobs
 from splitfuse.core.replica_view import ReplicaView
 from splitfuse.core.request_output import RequestOutput
@@ -284,11 +285,12 @@ def test_a_request_that_ends_while_it_waits_leaves_nothing(
 
 def test_a_router_counts_what_replicas_can_fetch() -> None:
     view = ReplicaView(num_blocks=10, block_size=32, max_num_seqs=4, token_budget=64)
-    replica: Any = SimpleNamespace(view=view, state=EngineState.READY, silent=False, is_drained=False)
+    info = SimpleNamespace(limits=EngineLimits(100, 100, 10, 32))
+    replica: Any = SimpleNamespace(view=view, state=EngineState.READY, silent=False, is_drained=False, info=info)
     names = [bytes([number]) * 16 for number in range(4)]
 
     def cached(shared: int) -> int:
-        candidate = _candidate(replica, names, "", shared)
+        candidate = _candidate(replica, names, Add("a", (1,), SamplingParams(max_tokens=9)), shared)
         assert candidate is not None
         return candidate.cached
 
@@ -297,6 +299,8 @@ def test_a_router_counts_what_replicas_can_fetch() -> None:
     assert (cached(0), cached(32), cached(128)) == (64, 64, 126)
     view.memory.add(names)
     assert cached(128) == 128
+    large = Add("b", (1,) * 200, SamplingParams(max_tokens=9))
+    assert _candidate(replica, names, large, 0) is None, "machines differ in memory"
 
 
 def test_a_rejected_request_does_not_end_an_engine_that_waits_for_blocks(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import ssl
 import time
 from collections.abc import Collection, Mapping
 from contextlib import suppress
@@ -11,21 +10,16 @@ from typing import Any
 
 import msgspec
 
-from splitfuse.config import EngineConfig, parse_adapter, parse_address
+from splitfuse.config import EngineConfig, parse_adapter
 from splitfuse.core.slo.targets import SloTargets
-from splitfuse.engine.messages import Alive, Beat, Command, EngineInfo, InFlight, Report, Welcome, encode
+from splitfuse.engine.messages import Alive, Beat, Command, EngineInfo, InFlight, Report, encode
 from splitfuse.engine.remote.clock import ClockDifference, shift_command, shift_report
-from splitfuse.engine.remote.handshake import HandshakeError, Purpose, client_context, greet_server
-from splitfuse.engine.remote.launcher import READ_AHEAD, Launcher, Link
-from splitfuse.engine.remote.listener import BEAT_SECONDS, HANDSHAKE_SECONDS
-from splitfuse.engine.remote.transport import frame, read_message
+from splitfuse.engine.remote.dial import connect, read_welcome
+from splitfuse.engine.remote.handshake import Purpose, client_context
+from splitfuse.engine.remote.launcher import Launcher, Link
+from splitfuse.engine.remote.transport import BEAT_SECONDS, HANDSHAKE_SECONDS, frame
 from splitfuse.errors import ConfigError, EngineUnavailableError
-from splitfuse.version import __version__
 
-CONNECT_SECONDS = 5.0
-"""Longest time until a connection is there."""
-MOST_VERSION, MOST_WELCOME = 256, 2**20
-"""Most bytes of the first two messages of an engine."""
 _ANYWHERE = ("model", "revision", "gguf_file", "lora")
 """Settings that say where files are, which are compared by what they say."""
 
@@ -99,7 +93,8 @@ class ConnectLauncher(Launcher):
             if welcome.front:
                 raise EngineUnavailableError(f"the server at {welcome.front} has it: end that, or use another engine")
             self._agreement.check_settings(welcome.config)
-            return _SocketLink(reader, writer)
+            scheme = "tcp" if self._tls is None else "tls"
+            return _SocketLink(reader, writer, f"{scheme}://{self.address}")
         except TimeoutError:
             writer.close()
             raise EngineUnavailableError(f"it has said nothing for {HANDSHAKE_SECONDS:g} s") from None
@@ -117,67 +112,15 @@ class ConnectLauncher(Launcher):
         pass
 
 
-async def connect(
-    address: str, key: bytes, purpose: Purpose, *, tls: ssl.SSLContext | None
-) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
-    """Return a connection to an engine that has let us in.
-
-    Raises EngineUnavailableError if it cannot be reached now, ConfigError if it is none, or has another key.
-    """
-    host, port = parse_address("engine", address)
-    try:
-        async with asyncio.timeout(CONNECT_SECONDS):
-            reader, writer = await asyncio.open_connection(host, port, ssl=tls, limit=READ_AHEAD)
-    except ssl.SSLError as error:
-        raise ConfigError(
-            "it speaks no TLS: start it with tls_certificate and tls_key, or leave out engine_tls"
-        ) from error
-    except ConnectionRefusedError as error:
-        raise EngineUnavailableError("nothing listens there: start it with splitfuse engine") from error
-    except TimeoutError as error:
-        raise EngineUnavailableError(f"no connection within {CONNECT_SECONDS:g} s") from error
-    except OSError as error:
-        raise EngineUnavailableError(f"it cannot be reached: {error.strerror or error}") from error
-    try:
-        async with asyncio.timeout(HANDSHAKE_SECONDS):
-            await greet_server(reader, writer, key, purpose)
-    except HandshakeError as error:
-        writer.close()
-        raise ConfigError(f"it {error}") from error
-    except TimeoutError as error:
-        writer.close()
-        hint = "" if tls is not None else "; if it speaks TLS, set engine_tls"
-        raise EngineUnavailableError(
-            f"it accepts connections, but has said nothing for {HANDSHAKE_SECONDS:g} s{hint}"
-        ) from error
-    except (asyncio.IncompleteReadError, OSError) as error:
-        writer.close()
-        hint = "" if tls is not None else ": if it speaks TLS, set engine_tls"
-        raise EngineUnavailableError(f"it has closed the connection within the handshake{hint}") from error
-    except BaseException:
-        writer.close()
-        raise
-    return reader, writer
-
-
-async def read_welcome(reader: asyncio.StreamReader) -> Welcome:
-    """Return what an engine says of itself. Raises ConfigError if it is of another version."""
-    try:
-        version = (await read_message(reader, most=MOST_VERSION)).decode("ascii", "replace")
-        if version != __version__:
-            raise ConfigError(f"it is splitfuse {version}, and this is {__version__}: use the same version")
-        return msgspec.msgpack.decode(await read_message(reader, most=MOST_WELCOME), type=Welcome)
-    except (ValueError, msgspec.DecodeError) as error:
-        raise ConfigError(f"what it says is malformed: {error}") from error
-
-
 class _SocketLink(Link):
     """Connects us to an engine elsewhere, whose clock differs from ours."""
 
     is_local = False
 
-    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, source: str) -> None:
+        """`source` is where others can fetch blocks from it."""
         super().__init__(reader, writer)
+        self._source = source
         self._clocks = ClockDifference()
         self._in_flight: Collection[str] = ()
         self._beating = asyncio.create_task(self._send_beats())
@@ -197,6 +140,9 @@ class _SocketLink(Link):
                         received = report.now - report.beat_age
                         self._clocks.note(sent=beat.sent, received=received, answered=report.now, back=time.monotonic())
                     return report
+                case EngineInfo() if report.num_tier_slots:  # it does not know how others reach it
+                    sources = (*report.block_sources, self._source)
+                    return msgspec.structs.replace(report, block_sources=sources)
                 case _:
                     return shift_report(report, -self._clocks.seconds)
 

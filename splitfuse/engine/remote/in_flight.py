@@ -8,16 +8,11 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
 
 import msgspec
 
-from splitfuse.core.events import StepRecord, StepScheduled
 from splitfuse.engine.remote.transport import HEADER_BYTES, frame, message_length
-
-if TYPE_CHECKING:
-    from splitfuse.engine.engine import Engine
 
 _encode = msgspec.msgpack.Encoder().encode
 _decode = msgspec.msgpack.Decoder(list[str]).decode
@@ -52,23 +47,6 @@ class InFlightRecord:
     def close(self) -> None:
         """Close the descriptor."""
         os.close(self.fd)
-
-
-def follow(engine: Engine, write: Callable[[Sequence[str]], None]) -> Callable[[], None]:
-    """Let `write` have the ids of the requests in each step before it runs, and between two steps those of the last
-    one. Returns a function that ends this.
-    """
-    events = engine.events
-    ends = [
-        events.subscribe(StepScheduled, lambda step: write(engine.ids_in_flight(step.plan))),
-        events.subscribe(StepRecord, lambda step: write(engine.ids_in_flight() or engine.ids_in_flight(step.plan))),
-    ]
-
-    def end() -> None:
-        for each in ends:
-            each()
-
-    return end
 
 
 def _file_in_memory() -> int:

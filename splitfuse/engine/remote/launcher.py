@@ -20,15 +20,13 @@ from splitfuse.config import EngineConfig
 from splitfuse.core.kv.names import new_key
 from splitfuse.engine.messages import Command, EngineInfo, Report, Stop, decode_report, encode
 from splitfuse.engine.remote.in_flight import InFlightRecord
-from splitfuse.engine.remote.transport import frame, read_message
+from splitfuse.engine.remote.transport import READ_AHEAD, frame, read_message
 from splitfuse.engine.tier_files import TierFiles
 from splitfuse.errors import EngineUnavailableError, SplitfuseError
 from splitfuse.kernels.sharing import WeightSharing
 
 WORKER = "splitfuse.engine.remote.worker"
 """Module which the process of an engine runs."""
-READ_AHEAD = 2**22
-"""Bytes of reports that are read before they are taken in."""
 TIME_TO_DUMP = 1.0
 """Seconds that a hung process has to write its stacks."""
 
@@ -126,6 +124,8 @@ class WorkerSpec(msgspec.Struct, frozen=True):
     """Cores that it may run on; None: those of the process that starts it."""
     weights: WeightSharing | None = None
     tiers: TierFiles | None = None
+    link_key: bytes | None = None
+    """Key by which engines on other machines let it have KV blocks; None: there are none."""
 
 
 class SubprocessLauncher(Launcher):
@@ -143,11 +143,12 @@ class SubprocessLauncher(Launcher):
         weights: WeightSharing | None = None,
         name_key: bytes | None = None,
         tiers: TierFiles | None = None,
+        link_key: bytes | None = None,
         on_ready: Callable[[EngineInfo], None] = lambda _: None,
     ) -> None:
         """`tiers` are closed with the launcher. `on_ready` is called with what the engine says of itself."""
         self._config, self._name_key, self._on_ready = config, name_key or new_key(), on_ready
-        self._cores, self._weights, self._tiers = cores, weights, tiers
+        self._cores, self._weights, self._tiers, self._link_key = cores, weights, tiers, link_key
         self._in_flight: InFlightRecord | None = None
 
     async def launch(self) -> Link:
@@ -155,7 +156,10 @@ class SubprocessLauncher(Launcher):
             if self._in_flight is None:
                 self._in_flight = InFlightRecord()
             self._in_flight.clear()  # of what the process before has died of
-            spec = WorkerSpec(self._config, self._name_key, self._in_flight.fd, self._cores, self._weights, self._tiers)
+            spec = WorkerSpec(
+                *(self._config, self._name_key, self._in_flight.fd),
+                *(self._cores, self._weights, self._tiers, self._link_key),
+            )
             process, connection = await _start(spec)
         except OSError as error:  # no descriptors, memory or processes now: there may be later
             raise EngineUnavailableError(f"its process could not be started: {error.strerror}") from error

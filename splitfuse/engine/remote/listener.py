@@ -20,20 +20,18 @@ from typing import Any
 import msgspec
 
 from splitfuse.config import EngineConfig, parse_address
+from splitfuse.core.kv.fetching import Frame
 from splitfuse.engine.messages import Alive, Beat, Loading, Report, Stop, Welcome, decode_command, encode
 from splitfuse.engine.remote.handshake import NO_CERTIFICATE, HandshakeError, Purpose, greet_client
-from splitfuse.engine.remote.transport import MAX_MESSAGE, frame, read_message
+from splitfuse.engine.remote.peers import serve_blocks
+from splitfuse.engine.remote.transport import HANDSHAKE_SECONDS, MAX_MESSAGE, frame, read_message
 from splitfuse.errors import ConfigError, SplitfuseError
 from splitfuse.version import __version__
 
 HEARTBEAT = 0.25
 """Seconds between two signs of life of an engine."""
-BEAT_SECONDS = 0.5
-"""Seconds between two signs of life of a front."""
 SILENCE_SECONDS = 10.0
 """Seconds of silence after which the other end of a connection is taken to be gone."""
-HANDSHAKE_SECONDS = 5.0
-"""Longest time of a handshake."""
 MOST_STRANGERS = 32
 """Most connections that have not proved anything yet; further ones are closed."""
 STRANGER_BYTES = 2**16
@@ -154,6 +152,8 @@ class Listener:
         """`certificate` is the digest of that of `tls`, `config` what fronts are told that the engine has."""
         self.address = address
         """Address to listen on; once it has started, with the port that it has."""
+        self.read_block: Callable[[bytes], Frame | None] = lambda _: None
+        """Function that returns a KV block for engines on other machines, by its name; any thread may call it."""
         self._host, self._port = parse_address("listen", address)
         self._key, self._config, self._tls, self._certificate = key, config, tls, certificate
         self._loop = asyncio.new_event_loop()
@@ -216,8 +216,11 @@ class Listener:
     async def _meet(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         """Let a connection in, and serve it."""
         try:
-            if await self._greet(reader, writer) is Purpose.FRONT:
-                await self._serve_front(reader, writer)
+            match await self._greet(reader, writer):
+                case Purpose.FRONT:
+                    await self._serve_front(reader, writer)
+                case Purpose.BLOCKS:
+                    await serve_blocks(reader, writer, self.read_block)
         except OSError:  # it has left
             pass
         finally:

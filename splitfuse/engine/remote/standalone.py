@@ -21,7 +21,6 @@ from splitfuse.config import EngineConfig, ListenConfig
 from splitfuse.engine import garbage
 from splitfuse.engine.messages import Failed, InFlight, Loading, Stop
 from splitfuse.engine.remote.handshake import NO_CERTIFICATE, server_context
-from splitfuse.engine.remote.in_flight import follow
 from splitfuse.engine.remote.listener import FrontSession, Listener
 from splitfuse.engine.remote.secret import read_secret
 from splitfuse.engine.tier_files import open_tiers
@@ -101,12 +100,15 @@ class StandaloneEngine:
             name_key=self._secret.name_key,
             tier_files=tiers,
         )
+        engine.use_peers(self._secret.link_key)
+        if engine.tiers is not None:
+            self._listener.read_block = engine.tiers.read
         garbage.freeze()
         return engine
 
     def _serve(self, engine: Engine, session: FrontSession) -> bool:
         """Run the engine for a front until that leaves. Returns whether it asks for a restart."""
-        from splitfuse.engine.loop import EngineLoop
+        from splitfuse.engine.loop import EngineLoop, follow_steps
 
         last: Sequence[str] = ()
 
@@ -117,7 +119,7 @@ class StandaloneEngine:
                 session.report(InFlight(tuple(ids)))
 
         loop = EngineLoop(engine, session.report, commands=session.commands)
-        unfollow = follow(engine, note)
+        unfollow = follow_steps(engine, note)
         try:
             session.alive = loop.alive
             self._loop = loop

@@ -24,7 +24,7 @@ import msgspec
 from splitfuse.engine import garbage
 from splitfuse.engine.line_writer import LineWriter
 from splitfuse.engine.messages import Alive, Failed, Loading, Report, decode_command, encode
-from splitfuse.engine.remote.in_flight import InFlightRecord, follow
+from splitfuse.engine.remote.in_flight import InFlightRecord
 from splitfuse.engine.remote.launcher import WorkerSpec
 from splitfuse.engine.remote.transport import frame, receive
 from splitfuse.errors import SplitfuseError
@@ -69,7 +69,7 @@ class Worker:
             self._reports.put(Loading("importing"))
             with garbage.paused():
                 from splitfuse.engine.engine import Engine
-                from splitfuse.engine.loop import EngineLoop
+                from splitfuse.engine.loop import EngineLoop, follow_steps
 
             self._reports.put(Loading("loading"))
             engine = Engine.load(
@@ -80,7 +80,9 @@ class Worker:
                 name_key=spec.name_key,
                 tier_files=spec.tiers,
             )
-            follow(engine, InFlightRecord(spec.in_flight).write)
+            if spec.link_key is not None:
+                engine.use_peers(spec.link_key)
+            follow_steps(engine, InFlightRecord(spec.in_flight).write)
             self._loop = EngineLoop(engine, self._reports.put)
             garbage.freeze()
             threading.Thread(target=self._receive_all, daemon=True).start()
