@@ -157,8 +157,13 @@ class SubprocessLauncher(Launcher):
                 self._in_flight = InFlightRecord()
             self._in_flight.clear()  # of what the process before has died of
             spec = WorkerSpec(
-                *(self._config, self._name_key, self._in_flight.fd),
-                *(self._cores, self._weights, self._tiers, self._link_key),
+                config=self._config,
+                name_key=self._name_key,
+                in_flight=self._in_flight.fd,
+                cores=self._cores,
+                weights=self._weights,
+                tiers=self._tiers,
+                link_key=self._link_key,
             )
             process, connection = await _start(spec)
         except OSError as error:  # no descriptors, memory or processes now: there may be later
