@@ -47,7 +47,7 @@ def make_replicas(
     all_cores = None
     if replicas > 1:
         all_cores = divide(sorted(os.sched_getaffinity(0)), replicas, paid=min(paid_cores(), default=None))
-    tiers, name_key = open_tiers(config.cache, for_moves=replicas > 1) if replicas else (None, b"")
+    tiers, name_key = open_tiers(config.cache, for_moves=replicas + len(engines) > 1) if replicas else (None, b"")
     if secret is not None:
         name_key = secret.name_key
     weights = None

@@ -137,7 +137,8 @@ class FetchQueue:
         salt, sources = request.scheduling.cache_salt, request.block_sources
         first = self._allocator.count_cached(tokens, kv.block_names, salt=salt) // size
         limit = (len(tokens) - 1) // size  # a token is left to compute
-        part = tokens[limit * size : -1] if sources and request.output_token_ids else ()  # all of it was computed
+        has_moved = bool(sources and request.output_token_ids)
+        part = tokens[limit * size : -1] if has_moved else ()  # all of it was computed
         if first >= limit and not part:
             return None
         self._allocator.name_blocks(tokens, kv.block_names, limit, salt=salt)
@@ -150,7 +151,12 @@ class FetchQueue:
         names = kv.block_names[first:limit]
         if part and (name := self._allocator.name_part(kv.block_names[:limit], part, salt=salt)) is not None:
             names, blocks = [*names, name], [*blocks, part]
-        fetch = self.fetching.ask(request.request_id, first, names, blocks, seconds, patience=patience, sources=sources)
+        fetch = self.fetching.ask(
+            *(request.request_id, first, names, blocks, seconds),
+            patience=patience,
+            sources=sources,
+            has_moved=has_moved,
+        )
         if fetch is not None:
             self._queue.begin_fetch(request, fetch)
             self._awaited[fetch.number] = request

@@ -180,18 +180,19 @@ class Fetching:
         *,
         patience: float = math.inf,
         sources: tuple[str, ...] = (),
+        has_moved: bool = False,
     ) -> Fetch | None:
         """Return what to ask for of blocks with these names, from block `first` of a request on, which it would compute
         otherwise; None if nothing is to be gained. `compute_seconds` says how long computing so many leading ones would
-        take; None: there is no cost model. The request waits for no more than `patience` seconds. What its engine
-        before has laid ready at `sources` is always asked for.
+        take; None: there is no cost model. The request waits for no more than `patience` seconds. Of one that has
+        moved, what the engine before has laid ready at `sources` is always asked for.
         """
         wanted = names[: self.inbox.num_free]
         found = self.source.find(wanted, sources)
         num_blocks, longest = min(found.num_blocks, len(wanted)), min(LONGEST_FETCH, patience)
         if num_blocks == 0 or longest <= 0.0:
             return None
-        if sources:
+        if has_moved:
             pass
         elif compute_seconds is None:
             if num_blocks < FEWEST_BLOCKS:

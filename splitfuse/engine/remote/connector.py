@@ -140,7 +140,7 @@ class _SocketLink(Link):
                         received = report.now - report.beat_age
                         self._clocks.note(sent=beat.sent, received=received, answered=report.now, back=time.monotonic())
                     return report
-                case EngineInfo() if report.num_tier_slots:  # it does not know how others reach it
+                case EngineInfo() if report.block_sources:  # it does not know how others reach it
                     sources = (*report.block_sources, self._source)
                     return msgspec.structs.replace(report, block_sources=sources)
                 case _:

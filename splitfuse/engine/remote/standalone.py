@@ -84,7 +84,7 @@ class StandaloneEngine:
         with garbage.paused():
             from splitfuse.engine.engine import Engine
         self._listener.show(Loading("loading"))
-        tiers, _ = open_tiers(self._config.cache)
+        tiers, _ = open_tiers(self._config.cache, for_moves=True)
         planned = ""
 
         def announce(plan: object) -> None:
