@@ -6,6 +6,8 @@ STAMP := .venv/installed
 WORKERS := -n 2 --dist worksteal
 QUIETLY := --quiet --disable-pip-version-check -c constraints.txt
 SOURCES := $(wildcard splitfuse/kernels/cpu/csrc/*)
+# Engines and servers are started hundreds of times by the tests: Python shall not compile their modules each time.
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: demo chat test test-all test-compiled test-extras test-sanitize lint install wheel clean
 

@@ -173,7 +173,7 @@ def test_the_wait_is_finite_behind_a_higher_priority() -> None:
     assert 0.0 < refused.value.retry_after < math.inf
 
 
-@pytest.mark.parametrize("seed", range(60))
+@pytest.mark.parametrize("seed", [pytest.param(n, marks=() if n < 20 else pytest.mark.slow) for n in range(60)])
 def test_admitted_requests_meet_their_slo_whatever_arrives_later(seed: int) -> None:
     """Random loads at all intensities, some of them wanting on time or nothing, others on time or later, or of a class
     below.

@@ -43,7 +43,7 @@ def added_up_step_by_step(run: Run, name: str) -> dict[str, Fraction | float]:
 @pytest.mark.parametrize("slo", [False, True])
 def test_phases_of_random_workloads_add_up_exactly(depth: int, slo: bool) -> None:
     seen: set[LatencyPhase] = set()
-    for seed in range(150):
+    for seed in range(90):
         run = Workload(seed).run(depth, slo=slo, ticks=True)
         for name, breakdown in run.breakdowns.items():
             assert all(seconds > 0 for seconds in breakdown.phases.values())

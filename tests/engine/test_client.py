@@ -10,7 +10,7 @@ import random
 import re
 import signal
 import socket
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -79,6 +79,22 @@ def behind_router() -> EngineClient:
 CLIENTS = [pytest.param(make, id=make.__name__) for make in (in_thread, in_process, behind_router)]
 
 
+@pytest.fixture(scope="module")
+def runner() -> Iterator[asyncio.Runner]:
+    """The event loop of the clients that tests share."""
+    with asyncio.Runner() as runner:
+        yield runner
+
+
+@pytest.fixture(scope="module", params=CLIENTS)
+def shared(request: pytest.FixtureRequest, runner: asyncio.Runner) -> Iterator[EngineClient]:
+    """A client that every test leaves as it found it."""
+    client: EngineClient = request.param()
+    runner.run(client.start())
+    yield client
+    runner.run(client.close())
+
+
 @asynccontextmanager
 async def running(client: EngineClient) -> AsyncIterator[EngineClient]:
     await client.start()
@@ -102,11 +118,11 @@ async def until(condition: Callable[[], Any]) -> None:
         await asyncio.sleep(0.01)
 
 
-def run(test: Awaitable[None]) -> None:
+def run(test: Awaitable[None], runner: asyncio.Runner | None = None) -> None:
     async def limited() -> None:
         await asyncio.wait_for(test, PATIENCE)
 
-    asyncio.run(limited())
+    (asyncio.run if runner is None else runner.run)(limited())
 
 
 def requests(count: int) -> list[tuple[tuple[int, ...], SamplingParams]]:
@@ -119,8 +135,7 @@ def requests(count: int) -> list[tuple[tuple[int, ...], SamplingParams]]:
     return made
 
 
-@pytest.mark.parametrize("make", CLIENTS)
-def test_concurrent_requests_equal_those_of_pipeline(make: Callable[[], EngineClient]) -> None:
+def test_concurrent_requests_equal_those_of_pipeline(shared: EngineClient, runner: asyncio.Runner) -> None:
     asked = requests(32)
     pipe = splitfuse.pipeline(**SETTINGS)
     wanted = [
@@ -134,50 +149,45 @@ def test_concurrent_requests_equal_those_of_pipeline(make: Callable[[], EngineCl
     ]
 
     async def test() -> None:
-        async with running(make()) as client:
-            together = await asyncio.gather(*(answer(client, str(i), *request) for i, request in enumerate(asked)))
-            alone = await answer(client, "alone", *asked[3])
+        together = await asyncio.gather(*(answer(shared, str(i), *request) for i, request in enumerate(asked)))
+        alone = await answer(shared, "alone", *asked[3])
         assert together == wanted
         assert alone == wanted[3]
 
-    run(test())
+    run(test(), runner)
 
 
-@pytest.mark.parametrize("make", CLIENTS)
-def test_closing_a_stream_frees_its_blocks(make: Callable[[], EngineClient]) -> None:
+def test_closing_a_stream_frees_its_blocks(shared: EngineClient, runner: asyncio.Runner) -> None:
     async def test() -> None:
-        async with running(make()) as client:
-            streams = [client.open(Add(str(i), PROMPT, LONG)) for i in range(20)]
-            for stream in streams[:5]:
-                await anext(aiter(stream))
-            for stream in streams:
-                stream.close()
-            await until(lambda: all(not s.num_running + s.num_waiting for s in client.stats))
-            await answer(client, "0", PROMPT, SamplingParams(max_tokens=2))  # the id is free again
-            free = [s.num_available_blocks for s in client.stats if s.num_steps]
-            assert free and set(free) == {SETTINGS["num_blocks"]}
-            assert client.outstanding_tokens == 0
-            async for _ in streams[7]:
-                pytest.fail("a closed stream gave something")
+        streams = [shared.open(Add(str(i), PROMPT, LONG)) for i in range(20)]
+        for stream in streams[:5]:
+            await anext(aiter(stream))
+        for stream in streams:
+            stream.close()
+        await until(lambda: all(not s.num_running + s.num_waiting for s in shared.stats))
+        await answer(shared, "0", PROMPT, SamplingParams(max_tokens=2))  # the id is free again
+        free = [s.num_available_blocks for s in shared.stats if s.num_steps]
+        assert free and set(free) == {SETTINGS["num_blocks"]}
+        assert shared.outstanding_tokens == 0
+        async for _ in streams[7]:
+            pytest.fail("a closed stream gave something")
 
-    run(test())
+    run(test(), runner)
 
 
-@pytest.mark.parametrize("make", CLIENTS)
-def test_a_stop_string_ends_the_request(make: Callable[[], EngineClient]) -> None:
+def test_a_stop_string_ends_the_request(shared: EngineClient, runner: asyncio.Runner) -> None:
     async def test() -> None:
-        async with running(make()) as client:
-            async with client.open(Add("stopped", PROMPT, LONG)) as stream:
-                read = 0
-                async for output in stream:
-                    read += len(output.token_ids)
-                    if read == 3:
-                        stream.stop(2)
-            await until(lambda: all(not s.num_running for s in client.stats))
-            assert read == 3  # nothing is read behind the stop
-            assert stream.num_tokens < LONG.max_tokens
+        async with shared.open(Add("stopped", PROMPT, LONG)) as stream:
+            read = 0
+            async for output in stream:
+                read += len(output.token_ids)
+                if read == 3:
+                    stream.stop(2)
+        await until(lambda: all(not s.num_running for s in shared.stats))
+        assert read == 3  # nothing is read behind the stop
+        assert stream.num_tokens < LONG.max_tokens
 
-    run(test())
+    run(test(), runner)
 
 
 @pytest.mark.parametrize("make", CLIENTS)
@@ -371,25 +381,6 @@ def test_closing_a_starting_process_logs_nothing() -> None:
 
 
 # --- a router ---------------------------------------------------------------------------------------------------------
-
-
-def test_other_replicas_continue_when_one_dies() -> None:
-    async def test() -> None:
-        mortal, other = SupervisedEngine(SubprocessLauncher(CONFIG)), in_thread()
-        async with running(Router([mortal, other])) as router:
-            tasks = [asyncio.create_task(answer(router, str(i), PROMPT[i:], LONG)) for i in range(8)]
-            await until(lambda: all(stats.num_running for stats in router.stats))
-            assert mortal.pid is not None
-            os.kill(mortal.pid, signal.SIGKILL)
-            await until(lambda: mortal.state is not EngineState.READY)
-            assert router.state is EngineState.READY
-            params = SamplingParams(max_tokens=3, ignore_eos=True)
-            assert len(await answer(router, "next", PROMPT, params)) == 3
-            assert all(len(tokens) == 900 for tokens in await asyncio.gather(*tasks))  # test_recovery.py says which
-            assert 0 < router.num_resumed["death"] < len(tasks)
-            await until(lambda: mortal.state is EngineState.READY)
-
-    run(test())
 
 
 def test_a_router_tells_the_stage_of_those_not_ready() -> None:

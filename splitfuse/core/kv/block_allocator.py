@@ -273,7 +273,8 @@ class BlockAllocator:
         assert held == self._references, f"references {self._references}, holders {held}"
         free, cached = set(self._free), set(self._cached)
         assert len(free) == len(self._free) and not free & cached, "a block twice among the free"
-        assert {b for b in range(self.num_blocks) if not held[b]} == free | cached, "a block lost or given away twice"
+        assert held.count(0) == len(free) + len(cached), "a block lost or given away twice"
+        assert not any(map(held.__getitem__, free)) and not any(map(held.__getitem__, cached)), "a held block is free"
         assert cached <= self._contents.keys() and not free & self._contents.keys(), "content in the wrong state"
         assert self._index == {name: block for block, (name, _) in self._contents.items()}, "index is stale"
         assert self.states is None or self.states.names <= self._index.keys(), "a snapshot without its block"
