@@ -100,6 +100,7 @@ def test_found_load_meets_the_slo_and_a_larger_one_does_not() -> None:
 
 
 @pytest.mark.usefixtures("quick")
+@pytest.mark.slow
 def test_half_the_speed_sustains_half_at_doubled_targets() -> None:
     slow = Calibration(name="", cost=COST.slower(2.0), num_blocks=4000, block_size=32, max_model_len=4096)
     fast = tuned(simulation(ttft="1s", itl="250ms"), budgets=(128,))
