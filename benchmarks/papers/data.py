@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from random import Random
+from statistics import median
 
 from splitfuse.bench.workload import Lengths, LoadRequest, Workload
 from splitfuse.core.slo.cost_model import CostModel, StepFeatures
@@ -55,6 +56,14 @@ def workload(name: str, *, longest: int, seed: int = 0) -> Drawn:
     rows = _rows("lengths.csv")
     prompts, answers = (tuple(int(row[f"{name}_{part}"]) for row in rows) for part in ("prompt", "answer"))
     return Drawn(name, prompts, answers, longest, seed)
+
+
+@cache
+def turns_of_conversations() -> tuple[tuple[tuple[int, int], ...], ...]:
+    """Return conversations of ShareGPT: for each turn the new tokens of its prompt and the tokens of its answer."""
+    lines = (FOLDER / "conversations.txt").read_text(encoding="utf-8").splitlines()
+    numbers = [[int(each) for each in line.split()] for line in lines if not line.startswith("#")]
+    return tuple(tuple(zip(each[::2], each[1::2], strict=True)) for each in numbers)
 
 
 @dataclass(frozen=True)
@@ -174,6 +183,43 @@ class MeasuredTimes:
         return _interpolated(self.decodes, requests) + longer
 
 
+@dataclass(frozen=True)
+class TokenLineTimes:
+    """Gives the times of steps as Splitwise's simulator does: from one line for prompts and one for decodes, each of
+    medians by the product of prompt and batch. A step of decodes has as many tokens on its line as it has requests, so
+    that their time is that of the line before its first point, 128 tokens.
+    """
+
+    prompts: tuple[tuple[float, float], ...]
+    """Tokens of a step and its time in ms."""
+    decodes: tuple[tuple[float, float], ...]
+    """Tokens of a step and the time of a decode in ms."""
+
+    def seconds(self, step: StepFeatures) -> float:
+        """See StepTimes."""
+        if step.tokens == step.requests:
+            return _on_line(self.decodes, step.tokens) / 1e3
+        is_mixed = step.kv_tokens - step.tokens > 0 and step.requests > 1
+        return self.prompt_ms(step.tokens) * (MIXED_STEP if is_mixed else 1.0) / 1e3
+
+    def prompt_ms(self, tokens: int) -> float:
+        """Return the time of a step of so many prompt tokens."""
+        return _on_line(self.prompts, tokens)
+
+    def decode_ms(self, requests: int, context: int) -> float:
+        """Return the time of a decode that others are normalized with: that of its prompt on the line."""
+        assert requests == 1, "a lone request's"
+        return _on_line(self.decodes, context)
+
+
+def _on_line(points: Sequence[tuple[float, float]], at: float) -> float:
+    """Return the value at `at`, linear between the nearest points, and beyond them on the first and the last line."""
+    if at >= points[0][0]:
+        return _interpolated(points, at)
+    (x, y), (right, higher) = points[:2]
+    return y + (higher - y) * (at - x) / (right - x)
+
+
 def _interpolated(points: Sequence[tuple[float, float]], at: float) -> float:
     """Return the value at `at`, linear between the nearest points; before the first it is the first's, after the last
     on the last line.
@@ -185,13 +231,30 @@ def _interpolated(points: Sequence[tuple[float, float]], at: float) -> float:
     return y + (higher - y) * (at - x) / (right - x)
 
 
+def _splitwise_measured(machine: str) -> dict[tuple[int, int], tuple[float, float]]:
+    """Return the times in ms of a prompt's step and of a token by prompt length and batch."""
+    return {
+        (int(row["prompt_tokens"]), int(row["batch"])): (float(row["prompt_ms"]), float(row["token_ms"]))
+        for row in _rows("splitwise.csv")
+        if row["machine"] == machine
+    }
+
+
+def token_line_times(machine: str) -> TokenLineTimes:
+    """Return the times of Llama-2 70B on `DGX-A100` or `DGX-H100` as Splitwise's simulator reads them."""
+    by_tokens: dict[int, list[tuple[float, float]]] = {}
+    for (tokens, batch), times in _splitwise_measured(machine).items():
+        by_tokens.setdefault(tokens * batch, []).append(times)
+    lines = [
+        tuple((tokens, median(each[which] for each in times)) for tokens, times in sorted(by_tokens.items()))
+        for which in (0, 1)
+    ]
+    return TokenLineTimes(*lines)
+
+
 def splitwise_times(machine: str) -> MeasuredTimes:
     """Return the times of Llama-2 70B on `DGX-A100` or `DGX-H100`."""
-    rows = [row for row in _rows("splitwise.csv") if row["machine"] == machine]
-    measured = {
-        (int(row["prompt_tokens"]), int(row["batch"])): (float(row["prompt_ms"]), float(row["token_ms"]))
-        for row in rows
-    }
+    measured = _splitwise_measured(machine)
     prompts: dict[int, list[float]] = {}
     for (tokens, batch), (prompt, _) in measured.items():
         prompts.setdefault(tokens * batch, []).append(prompt)
