@@ -15,14 +15,24 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from benchmarks.papers.data import Drawn, MeasuredTimes, splitwise_times, workload
+from benchmarks.papers.data import (
+    Drawn,
+    MeasuredTimes,
+    TokenLineTimes,
+    splitwise_times,
+    token_line_times,
+    workload,
+)
 from benchmarks.papers.tables import Table
 from splitfuse.bench import metrics
 from splitfuse.bench.results import MeasuredRequest
 from splitfuse.config import SchedulerConfig
+from splitfuse.core.request import Request
+from splitfuse.simulator import virtual_time
 from splitfuse.simulator.deployment import Deployment, Link, Machine, Role, SimulationConfig
 from splitfuse.simulator.machines import MACHINES
-from splitfuse.simulator.rates import Criterion, Goal, sustains
+from splitfuse.simulator.rates import Criterion, Goal, poisson_load, sustains
+from splitfuse.simulator.simulate import Replica, SimulatedTarget
 
 RATE = 130.0
 """Requests/s of the paper's counts."""
@@ -47,16 +57,56 @@ MOST = 1.4
 SYSTEMS = ("baseline", "split", "splitfuse")
 
 
+Times = MeasuredTimes | TokenLineTimes
+
+
+@dataclass(frozen=True)
+class Reading:
+    """Says how the figures are read: as we do, or in some respect as Splitwise's simulator does."""
+
+    name: str
+    per_token: bool = False
+    """True if the time of all tokens but the first is divided by the number of tokens, not of gaps: scheduler.py."""
+    token_lines: bool = False
+    """True if steps take the times of TokenLineTimes: performance_model.py, notebooks/perf_model.py."""
+    fewest_tokens: bool = False
+    """True if a request goes where the fewest tokens wait, a running request counting as one: TokenJSQScheduler."""
+
+    def times(self, name: str) -> Times:
+        """Return the times of a kind of machine."""
+        return token_line_times(name) if self.token_lines else splitwise_times(name)
+
+    def target(self, deployment: Deployment) -> SimulatedTarget:
+        """Return what a deployment is simulated by."""
+        return (FewestTokens if self.fewest_tokens else SimulatedTarget)(deployment)
+
+
+OURS = Reading("ours")
+THEIRS = Reading("theirs", per_token=True, token_lines=True, fewest_tokens=True)
+READINGS = {each.name: each for each in (OURS, THEIRS)}
+
+
+class FewestTokens(SimulatedTarget):
+    """Sends each request to the machine with the fewest tokens to compute, a running decode counting as one."""
+
+    def _choose(self, copy: Request, names: list[bytes]) -> Replica:  # noqa: ARG002
+        return min(self._replicas, key=_num_waiting_tokens)
+
+
+def _num_waiting_tokens(replica: Replica) -> int:
+    return sum(max(request.num_unscheduled, 1) for request in replica.scheduler.queue.unfinished)
+
+
 @dataclass(frozen=True)
 class Kind:
     """Holds a kind of machine, and how long a lone request takes on it."""
 
     name: str
-    times: MeasuredTimes
+    times: Times
 
     @classmethod
-    def of(cls, name: str) -> Kind:
-        return cls(name, splitwise_times(name))
+    def of(cls, name: str, reading: Reading = OURS) -> Kind:
+        return cls(name, reading.times(name))
 
     def machine(self, role: Role, policy: str, budget: int, **targets: str) -> Machine:
         """Return a machine of this kind with a scheduling policy."""
@@ -75,35 +125,36 @@ class Kind:
         )
 
 
-def goal(lone: MeasuredTimes, requests: int) -> Goal:
+def goal(lone: Times, requests: int, reading: Reading = OURS) -> Goal:
     """Return the goal that all nine percentiles are within the SLOs: so many of the requests are."""
 
     def criterion(percent: int, which: int, most: float) -> Criterion:
-        return Criterion(lambda record: slowdown(record, lone)[which] <= most, percent / 100)
+        return Criterion(lambda record: slowdown(record, lone, reading)[which] <= most, percent / 100)
 
     criteria = (criterion(percent, *each) for percent, limits in SLOS.items() for each in enumerate(limits))
     return Goal(criteria=tuple(criteria), requests=requests)
 
 
-def slowdown(record: MeasuredRequest, lone: MeasuredTimes) -> tuple[float, float, float]:
+def slowdown(record: MeasuredRequest, lone: Times, reading: Reading = OURS) -> tuple[float, float, float]:
     """Return TTFT, time per token and latency as multiples of a lone request's. One token has no time per token."""
     first, gap = lone.prompt_ms(record.num_prompt_tokens) / 1e3, lone.decode_ms(1, record.num_prompt_tokens) / 1e3
     gaps = metrics.gaps(record)
     whole = first + gap * len(gaps)
-    return metrics.ttft(record) / first, metrics.mean(gaps or [gap]) / gap, (record.done - record.sent) / whole
+    between = sum(gaps) / (len(gaps) + 1) if reading.per_token else metrics.mean(gaps or [gap])
+    return metrics.ttft(record) / first, between / gap, (record.done - record.sent) / whole
 
 
 class Count:
     """Counts machines: the least number that meets the SLOs."""
 
-    def __init__(self, requests: Drawn, rate: float, seconds: float) -> None:
-        self.requests, self.rate = requests, rate
-        self.goal = goal(splitwise_times("DGX-A100"), round(rate * seconds))
+    def __init__(self, requests: Drawn, rate: float, seconds: float, reading: Reading = OURS) -> None:
+        self.requests, self.rate, self.reading = requests, rate, reading
+        self.goal = goal(reading.times("DGX-A100"), round(rate * seconds), reading)
 
     def is_enough(self, deployment: Deployment) -> bool:
         """Return whether a deployment sustains the load."""
         began = time.process_time()
-        enough = sustains(deployment, lambda _: self.requests, self.rate, self.goal)
+        enough = sustains(deployment, lambda _: self.requests, self.rate, self.goal, make_target=self.reading.target)
         seconds = time.process_time() - began
         print(f"    {len(deployment.machines)} machines: {enough} ({seconds:.0f} s)", flush=True)
         return enough
@@ -134,14 +185,43 @@ def split(prompts: Machine, generation: Machine, tokens: int) -> Callable[[int],
     return make
 
 
-def run(kinds: Sequence[str], systems: Sequence[str], *, rate: float, seconds: float) -> Table:
+def explain(name: str, machines: int, *, rate: float, seconds: float) -> Table:
+    """Return the slowdowns with mixed batching, as we read the figures, and as their simulator does, step by step."""
+    table = Table(
+        f"Slowdowns with mixed batching on {machines} {name}, {rate:g} requests/s: P50 / P90 / P99",
+        ("reading", "TTFT", "time per token", "latency"),
+    )
+    readings = (
+        OURS,
+        Reading("time by tokens, not by gaps", per_token=True),
+        Reading("their lines of times", token_lines=True),
+        Reading("their routing", fewest_tokens=True),
+        THEIRS,
+    )
+    for reading in readings:
+        deployment = mixed(Kind.of(name, reading).machine(Role.MIXED, "orca", WHOLE_PROMPTS))(machines)
+        requests, lone = workload("azure_code", longest=LONGEST - 1), reading.times("DGX-A100")
+        target = reading.target(deployment)
+        point = virtual_time.run(poisson_load(target, requests, rate, round(rate * seconds)))
+        found = [slowdown(each, lone, reading) for each in metrics.counted(point)]
+        cells = [
+            " / ".join(f"{metrics.percentile([each[which] for each in found], percent):.2f}" for percent in SLOS)
+            for which in range(3)
+        ]
+        table.add(reading.name, *cells)
+        print(table.rows[-1], flush=True)
+    return table
+
+
+def run(kinds: Sequence[str], systems: Sequence[str], *, rate: float, seconds: float, reading: Reading = OURS) -> Table:
     """Simulate all systems and return their table. `paper` are the counts for RATE requests/s."""
     table = Table(
         f"Machines for {rate:g} requests/s of Azure's code trace, Llama-2 70B",
         ("machine", "system", f"paper, {RATE:g} requests/s", "simulated", "machines", "kW", "price an hour"),
     )
     for name in kinds:
-        kind, count = Kind.of(name), Count(workload("azure_code", longest=LONGEST - 1), rate, seconds)
+        kind = Kind.of(name, reading)
+        count = Count(workload("azure_code", longest=LONGEST - 1), rate, seconds, reading)
         baseline, prompts, tokens = PAPER[name]
         tokens = max(round(tokens * rate / RATE), 1)
         least = math.floor(rate * kind.times.prompt_ms(2048) / 1e3)  # as fast as prompts can be

@@ -4,14 +4,23 @@ from statistics import mean, median
 
 import pytest
 
-from benchmarks.papers import splitwise
-from benchmarks.papers.data import BLOCK_SIZE, LARGE, distserve_engine, splitwise_times, workload
+from benchmarks.papers import pensieve, splitwise
+from benchmarks.papers.data import (
+    BLOCK_SIZE,
+    LARGE,
+    distserve_engine,
+    splitwise_times,
+    token_line_times,
+    turns_of_conversations,
+    workload,
+)
 from benchmarks.papers.distserve import WORKLOADS, split
 from splitfuse.bench.results import MeasuredRequest
 from splitfuse.core.slo.cost_model import StepFeatures
 from splitfuse.core.slo.targets import SloTargets
 from splitfuse.simulator.deployment import Role
 from splitfuse.simulator.rates import Goal, sustains
+from splitfuse.simulator.simulate import Bytes
 
 
 def step(*chunks: tuple[int, int]) -> StepFeatures:
@@ -66,6 +75,29 @@ def test_lone_request_has_no_slowdown() -> None:
     assert splitwise.slowdown(record, lone) == pytest.approx((1.0, 1.0, 1.0))
 
 
+def test_their_reading_divides_by_tokens_and_extends_lines() -> None:
+    lone = token_line_times("DGX-A100")
+    assert lone.seconds(step((0, 128))) == pytest.approx(65.35e-3)
+    a, b = lone.decode_ms(1, 128), lone.decode_ms(1, 256)
+    assert lone.seconds(step(*[(511, 1)] * 4)) == pytest.approx((a + (b - a) * (4 - 128) / 128) / 1e3)
+    first, gap = lone.prompt_ms(1500) / 1e3, lone.decode_ms(1, 1500) / 1e3
+    record = MeasuredRequest(0, 1.0, 1500, tuple(1.0 + first + gap * number for number in range(10)))
+    assert splitwise.slowdown(record, lone, splitwise.THEIRS) == pytest.approx((1.0, 0.9, 1.0))
+
+
+def test_their_routing_prefers_idle_machines() -> None:
+    machine = splitwise.Kind.of("DGX-H100", splitwise.THEIRS).machine(Role.MIXED, "orca", 2048)
+    requests, goal = (
+        workload("azure_code", longest=splitwise.LONGEST - 1),
+        splitwise.goal(token_line_times("DGX-A100"), 40, splitwise.THEIRS),
+    )
+    met = [
+        sustains(splitwise.mixed(machine)(count), lambda _: requests, 15.0, goal, make_target=splitwise.THEIRS.target)
+        for count in (3, 12)
+    ]
+    assert met == [False, True]
+
+
 def test_splitwise_machines_are_counted() -> None:
     """A few machines at a small rate: enough of them meet the SLOs, split or not, and too few do not."""
     kind, requests = splitwise.Kind.of("DGX-H100"), workload("azure_code", longest=splitwise.LONGEST - 1)
@@ -86,3 +118,26 @@ def test_distserve_placement_has_a_rate() -> None:
     assert split(case).gpus == 3
     met = [sustains(split(case), lambda _: requests, 3 * per_gpu, goal) for per_gpu in (0.2, 8.0)]
     assert met == [True, False]
+
+
+def test_conversations_follow_their_turns() -> None:
+    vocabulary = Bytes(256)
+    made = pensieve.Conversations(vocabulary, room=8192)
+    for number in range(20):
+        request, turns = made.first("", number), 1
+        while (following := made.successor(request, (0,) * request.max_tokens)) is not None:
+            assert following.prompt[: following.prefix] == (*request.prompt, *(0,) * request.max_tokens)
+            assert following.pause > 0 and following.turn == turns
+            assert len(following.prompt) + following.max_tokens <= 8192
+            request, turns = following, turns + 1
+        assert turns <= max(map(len, turns_of_conversations()))
+        assert made.first("", number) == made.first("", number)
+
+
+def test_pensieve_s_systems_are_simulated() -> None:
+    """With a tier the conversations of a small load are within the limit, and without time for a token they are not."""
+    model, system = pensieve.models()["OPT-13B, 1 x A100"], pensieve.SYSTEMS[2]
+    met = [pensieve.sustains(system.deployment(model), 0.05, limit, 3) for limit in (0.2, 0.001)]
+    assert met == [True, False]
+    tier = system.deployment(model).machines[0].engine.kv_memory_tier
+    assert tier == pytest.approx(pensieve.MEMORY_TIMES * 66144 * 40 * 2 * 5120 * 2, rel=0.001)
