@@ -47,3 +47,30 @@ def test_classes_that_cross_stay_python() -> None:
     of_core = {each.__module__ for each in crossing if each.__module__.startswith("splitfuse.core.")}
     assert {"splitfuse.core.request_output", "splitfuse.core.slo.cost_model"} <= of_core, "classes are not found"
     assert not of_core & compiled()
+
+
+def test_classes_with_subclasses_elsewhere_allow_them() -> None:
+    """A class that is interpreted cannot inherit from a compiled one, unless that one is marked for it."""
+    modules = {
+        path: ast.parse(path.read_text(encoding="utf-8")) for folder in ("splitfuse", "benchmarks")
+        for path in (ROOT / folder).rglob("*.py")
+    }  # fmt: skip
+    compiled_paths = {(ROOT / name.replace(".", "/")).with_suffix(".py") for name in compiled()}
+    classes = {
+        each.name: [ast.unparse(decorator) for decorator in each.decorator_list]
+        for path in compiled_paths
+        for each in modules[path].body
+        if isinstance(each, ast.ClassDef)
+    }
+    bases = {
+        base
+        for path, module in modules.items()
+        if path not in compiled_paths
+        for each in ast.walk(module)
+        if isinstance(each, ast.ClassDef)
+        for base in map(ast.unparse, each.bases)
+    }
+    inherited = bases & classes.keys()
+    assert {"Fcfs", "RequestKv"} <= inherited, "subclasses are not found"
+    for name in inherited:
+        assert "mypyc_attr(allow_interpreted_subclasses=True)" in classes[name], name

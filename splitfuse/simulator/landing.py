@@ -9,7 +9,7 @@ from splitfuse.core.kv.block_allocator import BlockAllocator
 from splitfuse.core.kv.request_kv import RequestKv
 
 
-@dataclass(slots=True)
+@dataclass  # without slots of its own, which would hide those of a compiled RequestKv
 class LandedKv(RequestKv):
     """Holds the KV of a request whose first `num_landed` positions have come from elsewhere: they wait outside the
     cache, and are in blocks as soon as the request runs.

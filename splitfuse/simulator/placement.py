@@ -1,7 +1,8 @@
 """Finds the placement of engines on machines with the highest goodput: whole requests on each, or prompts on some.
 
 Every candidate is a deployment of all machines, simulated under the same load. For each the largest Poisson rate that
-meets the SLO is searched; a candidate that does not sustain a rate above the best so far is not searched any further.
+meets the SLO is searched; a candidate that does not sustain a rate above the best so far is not searched any further,
+and one whose engines could not compute that much (bounds.py) is not simulated at all. The most capable are tried first.
 That finds what searching all of them would, as long as a deployment that sustains a rate sustains smaller ones, too.
 
 The idea of deciding by simulation is DistServe's (Zhong et al., OSDI 2024); here not to split is a candidate.
@@ -11,17 +12,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import cache
 
 from splitfuse.bench.measure import MakeWorkload
 from splitfuse.errors import ConfigError
+from splitfuse.simulator.bounds import Bounds
 from splitfuse.simulator.deployment import Deployment, Link, Machine, Role, SimulationConfig, without_targets
 from splitfuse.simulator.parallel import tensor_parallel
-from splitfuse.simulator.rates import PRECISION, Goal, largest_load, lone_rate, sustains
+from splitfuse.simulator.rates import PRECISION, Goal, largest_load, sustains
+from splitfuse.simulator.simulate import SimulatedTarget
 
 MAX_MACHINES = 64
 """Largest number of machines: the number of placements grows with its square."""
-LEAST = 64
-"""Smallest rate that is tried: that of lone clients, divided by so much."""
+LEAST = 1024
+"""Smallest rate that is tried: that of machines which are always busy, divided by so much."""
 BUDGETS = (128, 256, 512, 1024, 2048)
 """Candidates for the token budget of machines that compute prompts."""
 
@@ -171,25 +175,32 @@ def search(
         raise ConfigError(
             "the cost model does not say how many KV bytes a token has: give --kv-bytes-per-token, or calibrate again"
         )
-    found: list[Placed] = []
+    candidates = [(placement, placement.deployment(engine, space)) for placement in placements(space)]
+    bounds = Bounds(make_workload(SimulatedTarget(candidates[0][1])), goal)
+    capacities = {placement: bounds.capacity(deployment.machines) for placement, deployment in candidates}
+    least = max(capacities.values()) / LEAST
+    found: dict[Placement, Placed] = {}
     best = 0.0
-    start = lone_rate(engine, make_workload) * space.machines
-    for placement in placements(space):
-        deployment = placement.deployment(engine, space)
+    # those that do not split come first, as they win ties
+    for placement, deployment in sorted(candidates, key=lambda each: (each[0].is_split, -capacities[each[0]])):
+        if best and not exhaustive and bounds.largest_rate(deployment.machines) < best * PRECISION:
+            found[placement] = Placed(placement, best, is_bound=True)
+            continue
 
+        @cache
         def is_sustained(rate: float, deployment: Deployment = deployment) -> bool:
             on_trial()
             return sustains(deployment, make_workload, rate, goal)
 
         if best and not exhaustive and not is_sustained(best * PRECISION):
-            found.append(Placed(placement, best, is_bound=True))
+            found[placement] = Placed(placement, best, is_bound=True)
             continue
-        least = start / LEAST
+        start = capacities[placement] if exhaustive or not best else best * PRECISION
         rate = 0.0
-        if (best and not exhaustive) or is_sustained(least):
-            rate = largest_load(is_sustained, max(start, best * PRECISION), least=least)
-        found.append(Placed(placement, rate, is_bound=False))
+        if best or is_sustained(start) or is_sustained(least):
+            rate = largest_load(is_sustained, start, least=least)
+        found[placement] = Placed(placement, rate, is_bound=False)
         best = max(best, rate)
     if not best:
         raise ConfigError("no placement meets the SLO, however low the rate: `splitfuse tune` without --place says why")
-    return Search(tuple(found), space.machines)
+    return Search(tuple(found[placement] for placement, _ in candidates), space.machines)

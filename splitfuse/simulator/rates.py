@@ -11,7 +11,7 @@ from itertools import islice
 from typing import Any, NamedTuple, Self
 
 from splitfuse.bench import metrics
-from splitfuse.bench.load import WARM_UP, closed_loop, open_loop
+from splitfuse.bench.load import WARM_UP, open_loop
 from splitfuse.bench.measure import MakeWorkload
 from splitfuse.bench.results import MeasuredRequest, Point
 from splitfuse.bench.target import Answer, Target
@@ -19,7 +19,7 @@ from splitfuse.bench.workload import Chat, LoadRequest, Workload, poisson
 from splitfuse.core.slo.targets import SloTargets
 from splitfuse.errors import ConfigError
 from splitfuse.simulator import virtual_time
-from splitfuse.simulator.deployment import Deployment, SimulationConfig
+from splitfuse.simulator.deployment import Deployment
 from splitfuse.simulator.simulate import SimulatedTarget
 
 PRECISION = 1.03
@@ -28,8 +28,6 @@ FIRST_STEP, LAST_STEP = 1.06, 2.0
 """Factors between successive loads of a search."""
 KEEPS_UP = 0.95
 """Fraction of the arrivals in the window that must finish in it: a growing queue is not sustained."""
-LONE_REQUESTS = 16
-"""Number of requests of the lone client from whose throughput a search starts."""
 
 
 async def poisson_load(target: Target, workload: Workload, rate: float, requests: int) -> Point:
@@ -91,6 +89,8 @@ class Goal:
     requests: int
     """Number of sessions that count at each load: requests, or conversations."""
     limits_queue: bool = True
+    targets: SloTargets | None = None
+    """Targets that the only criterion asks for, if it does."""
 
     @classmethod
     def of(cls, targets: SloTargets, attainment: float, requests: int) -> Self:
@@ -101,7 +101,7 @@ class Goal:
             raise ConfigError(f"--requests must be at least 1, not {requests}")
         criterion = Criterion(partial(metrics.meets_slo, targets=targets), attainment)
         limits_queue = targets.ttft_target(1) < math.inf
-        return cls(criteria=(criterion,), requests=requests, limits_queue=limits_queue)
+        return cls(criteria=(criterion,), requests=requests, limits_queue=limits_queue, targets=targets)
 
     def is_reached(self, point: Point) -> bool:
         """Return whether a load was sustained."""
@@ -144,11 +144,18 @@ class _Judge(Target):
             self.verdict.set_result(True)
 
 
-def sustains(deployment: Deployment, make_workload: MakeWorkload, rate: float, goal: Goal) -> bool:
+def sustains(
+    deployment: Deployment,
+    make_workload: MakeWorkload,
+    rate: float,
+    goal: Goal,
+    *,
+    make_target: Callable[[Deployment], SimulatedTarget] = SimulatedTarget,
+) -> bool:
     """Return whether a deployment sustains a Poisson rate. A load ends as soon as that is certain."""
 
     async def main() -> bool:
-        target = SimulatedTarget(deployment)
+        target = make_target(deployment)
         await target.start()
         workload = make_workload(target)
         if isinstance(workload, Chat):  # of which it is not known how many requests there will be
@@ -163,10 +170,3 @@ def sustains(deployment: Deployment, make_workload: MakeWorkload, rate: float, g
         return goal.is_reached(load.result())
 
     return virtual_time.run(main())
-
-
-def lone_rate(engine: SimulationConfig, make_workload: MakeWorkload) -> float:
-    """Return the throughput of a lone client."""
-    target = SimulatedTarget(engine)
-    loop = closed_loop(target, make_workload(target), clients=1, requests=LONE_REQUESTS)
-    return metrics.throughput(virtual_time.run(loop))

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,12 @@ from splitfuse.core.slo.cost_model import CostModel, StepFeatures
 from splitfuse.core.slo.targets import SloTargets
 from splitfuse.errors import ConfigError
 from splitfuse.runtime.calibration import Calibration
+from splitfuse.simulator.bounds import STREAM, Bounds
 from splitfuse.simulator.deployment import Link, Role, SimulationConfig
 from splitfuse.simulator.parallel import tensor_parallel
-from splitfuse.simulator.placement import Search, Space, placements, search
+from splitfuse.simulator.placement import Part, Placement, Search, Space, placements, search
 from splitfuse.simulator.rates import PRECISION, Goal
+from splitfuse.simulator.simulate import SimulatedTarget, prompt_ids
 
 COST = CostModel(floor=0.020, per_token=0.00004, knee=64, per_token_beyond=0.0001, per_kv_token=6e-7)
 CALIBRATION = Calibration(
@@ -32,16 +35,27 @@ LOOSE = {"ttft": "2s", "tpot": "100ms"}
 """SLOs that a prompt cannot meet in steps with decodes, whose hand-over is a gap of up to two steps; and easy ones."""
 
 
+def workload(target: Target) -> Workload:
+    return Independent(Lengths(1000, 60, 0.1, target.room), target.vocabulary)
+
+
+def engine_of(targets: dict[str, str], calibration: Calibration = CALIBRATION) -> SimulationConfig:
+    scheduler = SchedulerConfig(max_num_seqs=64, **targets)  # type: ignore[arg-type]
+    return SimulationConfig(calibration=calibration, scheduler=scheduler, enable_prefix_caching=False)
+
+
+def goal_of(targets: dict[str, str]) -> Goal:
+    return Goal.of(SloTargets.parse(**targets), 0.9, 24)
+
+
+def bounds_of(targets: dict[str, str], engine: SimulationConfig) -> Bounds:
+    return Bounds(workload(SimulatedTarget(engine)), goal_of(targets))
+
+
 def searched(
     targets: dict[str, str], space: Space = SPACE, calibration: Calibration = CALIBRATION, **how: Any
 ) -> Search:
-    def make(target: Target) -> Workload:
-        return Independent(Lengths(1000, 60, 0.1, target.room), target.vocabulary)
-
-    scheduler = SchedulerConfig(max_num_seqs=64, **targets)  # type: ignore[arg-type]
-    engine = SimulationConfig(calibration=calibration, scheduler=scheduler, enable_prefix_caching=False)
-    goal = Goal.of(SloTargets.parse(**targets), 0.9, 24)
-    return search(engine, make, space, goal, **how)
+    return search(engine_of(targets, calibration), workload, space, goal_of(targets), **how)
 
 
 @pytest.mark.parametrize(
@@ -62,7 +76,32 @@ def test_search_finds_what_an_exhaustive_one_finds(targets: dict[str, str], spli
             assert whole.rate <= PRECISION * pruned.rate
         else:
             assert whole.rate == pytest.approx(pruned.rate, rel=PRECISION - 1)
-    assert len(few) < 0.8 * len(many), "those which are not better are given up after one load"
+    assert len(few) < 0.4 * len(many), "those which are not better are given up after one load, or without any"
+    engine = engine_of(targets)
+    bounds = bounds_of(targets, engine)
+    for each in all_of_them.found:
+        assert each.rate <= bounds.largest_rate(each.placement.deployment(engine, SPACE).machines)
+
+
+def test_bounds_count_the_least_work() -> None:
+    """Steps of a thousand tokens share a floor; the smallest nine tenths must be computed by the last deadline."""
+    engine = engine_of(LOOSE)
+    bounds = bounds_of(LOOSE, engine)
+    split = Placement(
+        (Part(Role.PROMPT, 1, 1, 256, keeps_slo=False), Part(Role.GENERATION, 1, 1, 256, keeps_slo=False))
+    )
+    narrow = bounds.largest_rate(split.deployment(engine, SPACE).machines)
+    per_token = COST.per_token + (COST.floor + COST.per_token_beyond * (256 - COST.knee)) / 256
+    lengths = sorted(len(prompt_ids(workload(SimulatedTarget(engine)).first(STREAM, 6 + n))) for n in range(24))[:22]
+    work = sum(per_token * length + COST.per_kv_token * length for length in lengths)
+    assert narrow == pytest.approx(24 / (work - 2.0), rel=1e-6)
+    assert bounds.largest_rate(replace_budget(split, 1024).deployment(engine, SPACE).machines) > narrow
+    assert bounds_of({"tpot": "100ms"}, engine).largest_rate(split.deployment(engine, SPACE).machines) == inf
+    assert bounds.capacity(split.deployment(engine, SPACE).machines) < narrow
+
+
+def replace_budget(placement: Placement, budget: int) -> Placement:
+    return Placement(tuple(replace(part, budget=budget) for part in placement.parts))
 
 
 def test_placements_use_all_machines() -> None:

@@ -6,6 +6,7 @@ import logging
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 
+from splitfuse.core.compiling import mypyc_attr
 from splitfuse.core.kv.block_allocator import BlockAllocator
 from splitfuse.core.kv.fetching import Arrived, Fetch
 from splitfuse.core.kv.loans import KvLoan
@@ -15,6 +16,7 @@ from splitfuse.core.plan import ChunkLoan, Land, Save, StateSlots
 logger = logging.getLogger(__name__)
 
 
+@mypyc_attr(allow_interpreted_subclasses=True)
 @dataclass(slots=True)
 class RequestKv:
     """Holds the block table of one request. Every block in `blocks` is a reference held at the allocator; they begin
