@@ -41,6 +41,8 @@ class Answer:
     times: list[float] = field(default_factory=list)
     error: str = ""
     resumed: int = 0
+    refused: int = 0
+    """Number of times that it was sent again, since no engine was ready."""
 
     @property
     def longest_gap(self) -> float:
@@ -75,9 +77,11 @@ def main() -> None:
             same = [a.text == b.text and not a.error for a, b in zip(answers, whole, strict=True)]
             equal += sum(same)
             errors += sum(bool(answer.error) for answer in answers)
-            resumed += sum(answer.resumed for answer in answers)
             pauses += [answer.longest_gap for answer in answers if answer.resumed]
-            print(f"run {run}: {sum(same)} of {STREAMS} equal, {sum(a.resumed for a in answers)} resumed", flush=True)
+            refused = sum(answer.refused > 0 for answer in answers)
+            moved = sum(answer.resumed for answer in answers)
+            resumed += moved
+            print(f"run {run}: {sum(same)} of {STREAMS} equal, {moved} resumed, {refused} sent again", flush=True)
             for answer in answers:
                 if answer.error:
                     print(f"  {answer.error}", flush=True)
@@ -116,8 +120,20 @@ def stream_all(
 
 
 def read(http: httpx.Client, body: dict[str, Any], answer: Answer) -> None:
+    """Read a stream. One that comes while no engine is ready is a 503, and sent again, as clients do."""
     try:
-        with http.stream("POST", "/v1/completions", json=body) as response:
+        while (status := read_once(http, body, answer)) == 503:
+            answer.refused += 1
+            time.sleep(0.1)
+        if status != 200:
+            answer.error = f"status {status}"
+    except httpx.HTTPError as error:
+        answer.error = repr(error)
+
+
+def read_once(http: httpx.Client, body: dict[str, Any], answer: Answer) -> int:
+    with http.stream("POST", "/v1/completions", json=body) as response:
+        if response.status_code == 200:
             for line in response.iter_lines():
                 if not line.startswith("data: {"):
                     continue
@@ -129,8 +145,7 @@ def read(http: httpx.Client, body: dict[str, Any], answer: Answer) -> None:
                     answer.times.append(time.monotonic())
                 if "splitfuse_timing" in event:
                     answer.resumed = event["splitfuse_timing"]["resumed"]
-    except httpx.HTTPError as error:
-        answer.error = repr(error)
+        return response.status_code
 
 
 if __name__ == "__main__":
