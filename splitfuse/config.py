@@ -10,6 +10,7 @@ docs/server.md are derived from the fields. A field left at None is resolved whe
 from __future__ import annotations
 
 import dataclasses
+import enum
 import math
 import re
 import types
@@ -47,6 +48,7 @@ MIN_TIMEOUT, MAX_TIMEOUT = 0.001, 1_000_000.0
 """Bounds of a timeout in the settings, in seconds: beyond them, timers of the system spin or overflow."""
 TAIL_SHARE, MAX_TAIL_SHARE = 0.15, 0.5
 MAX_SPECULATIVE_TOKENS = 64
+MAX_ENGINES = 4096
 """Most tokens that can be drafted for a request in a step: more than any step is worth."""
 MAX_TOKEN_BUDGET = 2048
 """Largest token budget that is chosen by itself: up to here, every machine that was measured is saturated."""
@@ -278,6 +280,17 @@ class EngineConfig:
         return {f.name: (part, f) for part in PARTS.values() for f in dataclasses.fields(part)}
 
 
+class Role(enum.StrEnum):
+    """Says which part of a request an engine is given. It is routing alone: any engine can do all of it."""
+
+    MIXED = "mixed"
+    """All of a request."""
+    PROMPT = "prompt"
+    """Its prompt, up to the first token."""
+    GENERATION = "generation"
+    """What is generated after that."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class ServerConfig:
     """Says how a server meets its clients. Nothing here changes what is generated."""
@@ -293,6 +306,11 @@ class ServerConfig:
     )
     key_file: str | None = setting(
         None, "File with the secret that engines elsewhere have too, readable by its owner only; needed with engine."
+    )
+    roles: str | None = setting(
+        None,
+        "Roles of the engines in their order, such as prompt:1,generation:1,mixed:2: prompt engines hand requests over "
+        "after the first token (default: all are mixed).",
     )
     engine_tls: bool = setting(False, "Speak TLS with engines elsewhere, which need a certificate for that.")
     api_key: tuple[str, ...] = setting((), "API key that requests must send; may be repeated.")
@@ -356,6 +374,8 @@ class ServerConfig:
                 raise ConfigError(f"engine {text} must have the port that the engine listens on, such as 9000")
         if twice := next((each for each in self.engine if self.engine.count(each) > 1), None):
             raise ConfigError(f"engine {twice} is given twice: give each once")
+        if self.roles is not None:
+            parse_roles(self.roles, self.num_engines)
         if self.engine and self.key_file is None:
             raise ConfigError("engine needs key_file: the secret that its engine was started with")
         if not self.engine and (self.key_file is not None or self.engine_tls):
@@ -382,6 +402,11 @@ class ServerConfig:
     def num_replicas(self) -> int:
         """Return the number of engines on this machine that belong to the server."""
         return self.replicas if self.replicas is not None else int(not self.engine)
+
+    @property
+    def engine_roles(self) -> tuple[Role, ...]:
+        """Return the role of each engine: first those on this machine, then the others."""
+        return (Role.MIXED,) * self.num_engines if self.roles is None else parse_roles(self.roles, self.num_engines)
 
     @property
     def num_engines(self) -> int:
@@ -485,6 +510,28 @@ def parse_disk_tier(text: str) -> tuple[str, int]:
             f"{text!r:.200}"
         )
     return path, parse_bytes("the size of kv_disk_tier", size)
+
+
+def parse_roles(text: str, num_engines: int) -> tuple[Role, ...]:
+    """Return the role of each engine, given as `prompt:1,generation:1`. Raises ConfigError for roles that are unknown,
+    or too many or too few, and where a part of each request has no engine.
+
+    >>> [str(role) for role in parse_roles("prompt:1,generation:2", 3)]
+    ['prompt', 'generation', 'generation']
+    """
+    roles: list[Role] = []
+    for part in text.split(","):
+        name, _, number = part.strip().partition(":")
+        if name not in list(Role) or not number.isdecimal() or not 1 <= int(number) <= MAX_ENGINES:
+            names = ", ".join(Role)
+            raise ConfigError(f"roles must be such as prompt:1,generation:1, of {names}, not {part.strip()!r:.80}")
+        roles += [Role(name)] * int(number)
+    if len(roles) != num_engines:
+        raise ConfigError(f"roles {text!r:.80} are of {len(roles)} engines, and there are {num_engines}: give each one")
+    if Role.MIXED not in roles and len(set(roles)) == 1:
+        missing = Role.GENERATION if roles[0] is Role.PROMPT else Role.PROMPT
+        raise ConfigError(f"roles {text!r:.80} leave out {missing} engines: add one, or mixed ones")
+    return tuple(roles)
 
 
 def parse_itl(text: str) -> tuple[float, float | None]:

@@ -20,6 +20,7 @@ def ps() -> None:
         for deployment, state in zip(running, pool.map(server_state, running), strict=True):
             since = datetime.fromtimestamp(deployment.started).strftime("%Y-%m-%d %H:%M:%S")
             engines = ", ".join([f"{deployment.replicas} here"] * bool(deployment.replicas) + [*deployment.engines])
+            engines += f" ({deployment.roles})" * bool(deployment.roles)
             row = (deployment.name, deployment.model, deployment.url, str(deployment.pid), since, state, engines)
             rows.append(row)
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]

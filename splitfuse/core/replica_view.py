@@ -65,8 +65,7 @@ class ReplicaView:
             if request is None:
                 continue
             if output.finish_reason is not None:
-                for part in (self._prefills, self._decodes, self._work, self._token_seconds):
-                    part.pop(name, None)
+                self.forget(name)
                 continue
             if output.token_ids:
                 request.output_token_ids += output.token_ids
@@ -77,6 +76,11 @@ class ReplicaView:
                 self._begin_prefill(request)
             elif name not in self._decodes:
                 self._begin_decode(request)
+
+    def forget(self, request_id: str) -> None:
+        """Forget a request that was expected, and does not come."""
+        for part in (self._prefills, self._decodes, self._work, self._token_seconds):
+            part.pop(request_id, None)
 
     def _begin_prefill(self, request: Request) -> None:
         name = request.request_id

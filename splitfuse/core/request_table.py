@@ -34,6 +34,7 @@ class RequestTable:
         self.retired: list[str] = []
         """Ids of the requests that the next plan retires."""
         self._departing: list[Save] = []
+        self._going_ahead: list[Save] = []
         self.fair_share = FairShare()
         self.num_accepted = 0
         self._queue = queue
@@ -63,6 +64,9 @@ class RequestTable:
         if error is None:
             try:
                 reason = advance(request, chunk, result, self._allocator, now=now)
+                if request.most_here > 0 and self._fetches is not None and not request.is_leaving:
+                    # Its blocks go ahead of it, chunk by chunk.
+                    self._going_ahead += self._save(request, request.kv.num_computed)
                 self.fair_share.charge_tokens(request, len(request.output_token_ids) - before)
                 if reason is not None:
                     self.finish(request, reason, now)
@@ -99,6 +103,14 @@ class RequestTable:
         """
         taken = tuple(self._departing)
         self._departing.clear()
+        return taken
+
+    def take_going_ahead(self) -> tuple[Save, ...]:
+        """Return the blocks that have been computed since the last call of the requests which will leave. No plan
+        writes to them while their requests run.
+        """
+        taken = tuple(self._going_ahead)
+        self._going_ahead.clear()
         return taken
 
     def save_blocks(self, request_id: str, num_blocks: int, most: int) -> Sequence[bytes]:

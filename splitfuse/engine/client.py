@@ -20,6 +20,7 @@ from typing import ClassVar, TypeVarTuple
 
 import msgspec
 
+from splitfuse.config import Role
 from splitfuse.core.capacity import MOST_ARRIVALS, Arrival
 from splitfuse.core.latency.phases import LatencyBreakdown
 from splitfuse.core.replica_view import ReplicaView
@@ -215,6 +216,8 @@ class LocalClient(EngineClient):
         """Listener that is called with the id of each request that the engine has no longer."""
         self.on_death: Callable[[LocalClient], object] = lambda _: None
         """Listener that is called when the engine has died."""
+        self.role = Role.MIXED
+        """Role that a router gives it."""
         self.is_drained = False
         """True if it takes no requests, since it is to be restarted or left alone."""
         self.on_available: Callable[[], None] = lambda: None
@@ -367,6 +370,14 @@ class LocalClient(EngineClient):
             return self.can_go_on_with(stream) or (bool(self._loading) and self._suits(stream))
         return self.state is EngineState.STARTING or self.restarts
 
+    def goes_on_as(self, other: LocalClient, request: Add) -> bool:
+        """Return whether it gives a request the same tokens as another engine, and blocks go from that one to it."""
+        is_open = self.state is EngineState.READY and not self.is_drained
+        if not is_open or not other.info.block_sources or (request.adapter and not self.has_adapter(request.adapter)):
+            return False
+        fits = self.info.limits.fits(len(request.prompt_token_ids), request.params)
+        return fits and self._continuity(request) == other._continuity(request)
+
     def _suits(self, stream: Stream) -> bool:
         """Return whether the engine gives the same tokens as the one that a stream has left, and has blocks for it."""
         if stream.has_output and stream.continuity != self._continuity(stream.request):
@@ -406,6 +417,14 @@ class LocalClient(EngineClient):
             self._send(Export(request_id, num_blocks))
             await self.wait_until(lambda: request_id in self._exported or not self.has(stream))
         return self._exported.pop(request_id, 0)
+
+    async def wait_exported(self, stream: Stream, more_than: int) -> int:
+        """Return how many leading blocks of a stream are laid ready, once there are more than so many; 0 once it has
+        left.
+        """
+        request_id = stream.request.request_id
+        await self.wait_until(lambda: self._exported.get(request_id, 0) > more_than or not self.has(stream))
+        return self._exported[request_id] if self.has(stream) else self._exported.pop(request_id, 0) * 0
 
     async def prefetch(
         self, request_id: str, names: Sequence[bytes], blocks: Sequence[tuple[int, ...]], sources: tuple[str, ...]

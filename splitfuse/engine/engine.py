@@ -63,6 +63,8 @@ MOVING_SHARE = 1 / 8
 """Fraction of the time of a step that copying blocks of requests which move may take, of one on its way out and of all
 on their way in.
 """
+TIME_TO_WRITE = 0.01
+"""Longest wait for blocks that go ahead of a request which leaves, in seconds."""
 FEWEST_MOVED = 4
 """Number of blocks that are copied at a time, whatever time they take."""
 
@@ -363,6 +365,7 @@ class Engine:
             pooling=request.pooling,
             adapter=request.adapter,
             block_sources=request.block_sources,
+            most_here=1 if request.hands_over else -1,
         )
         if (point := request.resume_point) is not None:
             added.resume(point.token_ids, point.token_times, num_prompt_logprobs=point.num_prompt_logprobs)
@@ -671,6 +674,18 @@ class Engine:
         """Save the blocks of requests that have left, before others write to them."""
         if (saves := self.scheduler.requests.take_departing()) and isinstance(self.executor, Executor):
             self.executor.save(saves, at_once=True)
+            if self.tiers is not None:
+                self.tiers.wait_until_written(TIME_TO_WRITE)
+
+    def _save_ahead(self, outputs: Sequence[RequestOutput]) -> None:
+        """Save what was computed for requests that will leave after their first token."""
+        if not (saves := self.scheduler.requests.take_going_ahead()) or not isinstance(self.executor, Executor):
+            return
+        self.executor.save(saves)
+        for output in outputs:
+            request = self.scheduler.get(output.request_id)
+            if request is not None and request.most_here > 0 and request.kv.num_saved_blocks:
+                self._exporting[request.request_id] = tuple(request.kv.block_names[: request.kv.num_saved_blocks])
 
     def _land_ahead(self) -> bool:
         """Land the blocks that were fetched ahead while no step runs. Returns whether there were any."""
@@ -810,6 +825,7 @@ class Engine:
         """Take in the result of a step, and add to the last output of each request where its time went."""
         outputs = self.scheduler.update(plan, result, time.monotonic())
         self._save_departing()
+        self._save_ahead(outputs)
         for index, output in enumerate(outputs):
             if output.finish_reason is not None:
                 outputs[index] = replace(output, latency_breakdown=self._latencies.pop(output.request_id))

@@ -69,6 +69,8 @@ class Add(msgspec.Struct, frozen=True, tag=True):
     """Addresses, the best first, where blocks of it may be that the engine lacks: see EngineInfo.block_sources."""
     loan: Loan | None = None
     """Loan without which the engine's cache could not hold it; its creditor is asked at the same time."""
+    hands_over: bool = False
+    """True if it leaves the engine after its first token: its blocks are laid ready as they are computed."""
 
     @property
     def settled(self) -> Add:

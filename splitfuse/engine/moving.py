@@ -36,6 +36,7 @@ class Mover:
         self.receivers: MutableMapping[Stream, LocalClient] = WeakKeyDictionary()
         """Engines to which blocks were brought, by stream."""
         self._choose, self._name_blocks = choose, name_blocks
+        self._tasks: set[asyncio.Task[None]] = set()
         self._num_moving: dict[LocalClient, int] = {}
 
     async def drain(self, source: LocalClient, streams: Iterable[Stream]) -> None:
@@ -49,6 +50,32 @@ class Mover:
                     source.move(stream)
 
         await asyncio.gather(*(move(stream) for stream in streams))
+
+    def follow(self, stream: Stream, source: LocalClient, receiver: LocalClient) -> None:
+        """Bring the blocks of a stream that will leave its engine after the first token to another one, behind the
+        chunks of its prompt.
+        """
+        self.receivers[stream] = receiver
+        task = asyncio.get_running_loop().create_task(self._follow(stream, source, receiver))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _follow(self, stream: Stream, source: LocalClient, receiver: LocalClient) -> None:
+        request, info, num_there = stream.request, source.info, 0
+        names, size = self._name_blocks(request), info.limits.block_size
+        while (end := min(await source.wait_exported(stream, num_there), len(names))) > num_there:
+            tokens = request.prompt_token_ids
+            blocks = [tokens[start : start + size] for start in range(num_there * size, end * size, size)]
+            try:
+                async with asyncio.timeout(STAGE_SECONDS):
+                    num_come = await receiver.prefetch(
+                        request.request_id, names[num_there:end], blocks, info.block_sources
+                    )
+            except TimeoutError:
+                return
+            if num_come < end - num_there or end == len(names):
+                return
+            num_there = end
 
     async def _bring(self, source: LocalClient, stream: Stream) -> None:
         """Bring the blocks of a stream to the engine that is chosen for it."""

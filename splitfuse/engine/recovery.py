@@ -15,12 +15,13 @@ import asyncio
 import logging
 import math
 from collections import Counter
-from collections.abc import Callable, Collection, MutableMapping, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import NamedTuple
 
 from splitfuse.core.latency.phases import LatencyBreakdown
+from splitfuse.core.request import Request
 from splitfuse.core.request_output import FinishReason, RequestOutput
 from splitfuse.engine.client import DRAINED, LocalClient, died
 from splitfuse.engine.messages import Add, Finish, Loan
@@ -53,6 +54,8 @@ class Choice(NamedTuple):
     loan: Loan | None = None
     block_sources: tuple[str, ...] = ()
     """Addresses where it finds blocks of the request: see Add."""
+    copy: Request | None = None
+    """Request as the front will follow it; None where nothing is chosen."""
 
 
 Choose = Callable[[Add, Collection[LocalClient]], Choice | None]
@@ -102,14 +105,14 @@ class Recovery:
         engines: Sequence[LocalClient],
         choose: Choose,
         *,
-        receivers: MutableMapping[Stream, LocalClient] | None = None,
+        prefer: Callable[[Stream, Collection[LocalClient]], Collection[LocalClient]] = lambda _, able: able,
     ) -> None:
-        """`receivers` are engines to which the blocks of some streams were brought, which go there."""
-        self.num_resumed: Counter[str] = Counter(death=0, drain=0, loan=0)
+        """`prefer` says which of the engines that can go on with a stream are to be chosen from."""
+        self.num_resumed: Counter[str] = Counter(death=0, drain=0, hand_over=0, loan=0)
         """Number of times that requests went on, by the cause."""
         self._engines = engines
         self._choose = choose
-        self._receivers = {} if receivers is None else receivers
+        self._prefer = prefer
         self._waiting: dict[str, _Wait] = {}
         self._trials = {engine: _Trial() for engine in engines}
         self._timer: asyncio.TimerHandle | None = None
@@ -150,7 +153,9 @@ class Recovery:
             )
 
     def _move(self, engine: LocalClient, stream: Stream, breakdown: LatencyBreakdown | None, why: str) -> None:
-        """Let a request go on that a drained engine had, or one that lost its loan; one on trial is tried elsewhere."""
+        """Let a request go on that a drained engine had, or one that was for its prompt, or one that lost its loan; one
+        on trial is tried elsewhere.
+        """
         is_suspect = stream.on_trial
         self._end_trial(engine, stream)
         if why:
@@ -159,7 +164,8 @@ class Recovery:
             stream.leave(self._forget, breakdown)
             stream.fail(died(why))
         else:
-            self._wait(_Wait(stream, why or DRAINED, "loan" if why else "drain", is_suspect), breakdown)
+            cause = "loan" if why else "drain" if engine.is_drained else "hand_over"
+            self._wait(_Wait(stream, why or DRAINED, cause, is_suspect), breakdown)
         self._advance()
 
     def _wait(self, wait: _Wait, breakdown: LatencyBreakdown | None = None) -> None:
@@ -191,9 +197,7 @@ class Recovery:
         stream = wait.stream
         try:
             able = [engine for engine in engines if engine.can_go_on_with(stream)]
-            if (receiver := self._receivers.pop(stream, None)) in able:
-                able = [receiver]
-            choice = self._choose(stream.resumption(0.0), able) if able else None
+            choice = self._choose(stream.resumption(0.0), self._prefer(stream, able)) if able else None
             if choice is None:
                 if not any(each.will_go_on_with(stream) for each in self._engines):
                     self._fail(wait, wait.why)

@@ -7,7 +7,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 
-from splitfuse.config import EngineConfig, ServerConfig
+from splitfuse.config import EngineConfig, Role, ServerConfig
 from splitfuse.engine.quarantine import Quarantine
 from splitfuse.engine.remote.connector import Agreement, ConnectLauncher
 from splitfuse.engine.remote.launcher import Launcher, SubprocessLauncher
@@ -28,10 +28,11 @@ def make_replicas(
     engines: Sequence[str] = (),
     key_file: str | None = None,
     engine_tls: bool = False,
+    roles: Sequence[Role] = (),
 ) -> Router:
     """Return a client of `replicas` engines, each in a process of its own, and of those at the addresses `engines`,
     which have the secret of `key_file`. They are not started yet. Requests of one that dies go on at the others, or
-    once it is there again.
+    once it is there again. They have these `roles`, or are all mixed.
 
     Where a control group's CPU quota is below the number of cores, each engine gets its part of the quota.
 
@@ -72,7 +73,8 @@ def make_replicas(
         launchers += [ConnectLauncher(each, secret.link_key, agreement, tls=engine_tls) for each in engines]
     quarantine = Quarantine()
     supervised = [SupervisedEngine(each, step_timeout=step_timeout, quarantine=quarantine) for each in launchers]
-    return Router(supervised, name_key=name_key, agreement=agreement, lends=config.cache.kv_loans)
+    lends = config.cache.kv_loans
+    return Router(supervised, name_key=name_key, agreement=agreement, roles=roles, lends=lends)
 
 
 def divide(cores: list[int], parts: int, *, paid: int | None = None) -> list[tuple[int, ...]]:

@@ -10,6 +10,7 @@ from functools import partial
 
 import msgspec
 
+from splitfuse.config import Role
 from splitfuse.core.kv.names import BlockNamer, new_key
 from splitfuse.core.replica_view import ReplicaView
 from splitfuse.core.request import Request
@@ -22,7 +23,7 @@ from splitfuse.engine.moving import Mover
 from splitfuse.engine.recovery import Choice, Recovery
 from splitfuse.engine.remote.connector import Agreement
 from splitfuse.engine.stream import Stream
-from splitfuse.errors import EngineUnavailableError, InvalidRequestError
+from splitfuse.errors import ConfigError, EngineUnavailableError, InvalidRequestError
 
 _logger = logging.getLogger(__name__)
 
@@ -41,17 +42,21 @@ class Router(EngineClient):
         name_key: bytes | None = None,
         agreement: Agreement | None = None,
         lends: bool = False,
+        roles: Sequence[Role] = (),
     ) -> None:
         """`name_key` is the key by which the replicas name KV blocks; left out, the router's names are its own.
         `agreement` is that of engines which run elsewhere. If it `lends`, a replica may hold KV blocks of another's
-        request: see loan_book.py.
+        request: see loan_book.py. Without `roles` all replicas are mixed.
         """
         self.replicas = list(replicas)
+        for replica, role in zip(self.replicas, roles, strict=False):
+            replica.role = role
+        self._has_roles = any(replica.role is not Role.MIXED for replica in self.replicas)
         self.agreement = agreement
         for replica in self.replicas:
             replica.keeps_view = len(self.replicas) > 1  # else there is no choice
         self._mover = Mover(self._choose_receiver, self._name_blocks)
-        self._recovery = Recovery(self.replicas, self._choose, receivers=self._mover.receivers)
+        self._recovery = Recovery(self.replicas, self._choose, prefer=self._prefer)
         self._loans = LoanBook(self.replicas) if lends else None
         self.name_key = name_key or new_key()
         self._tiers = MachineTiers(self.replicas)
@@ -136,7 +141,7 @@ class Router(EngineClient):
 
     def open(self, request: Add) -> Stream:
         request = request.settled
-        choice = self._choose(request, self.replicas)
+        choice = self._choose(request, self._of_roles(self.replicas, has_begun=False))
         if choice is None and self._loans is not None and not self._fitting(request, self.replicas):
             raise EngineUnavailableError("no engine has room now to lend to the request: send it again")
         if choice is None:
@@ -147,8 +152,13 @@ class Router(EngineClient):
             )
             which = " that has the adapter of the request: send it again" if request.adapter else ""
             raise EngineUnavailableError(f"no engine is ready{which}")
-        changed = msgspec.structs.replace(request, loan=choice.loan, block_sources=choice.block_sources)
-        stream = choice.engine.open(changed)
+        receiver = None if choice.loan is not None else self._choose_generation(request, choice.engine)
+        changes = {"loan": choice.loan, "block_sources": choice.block_sources, "hands_over": receiver is not None}
+        stream = choice.engine.open(msgspec.structs.replace(request, **changes))
+        if receiver is not None:
+            assert choice.copy is not None
+            choice.copy.max_tokens = 1
+            self._mover.follow(stream, choice.engine, receiver)
         choice.taken()
         return stream
 
@@ -162,6 +172,12 @@ class Router(EngineClient):
         errors = [await _start(first), *await asyncio.gather(*map(_start, others))]
         if None not in errors:
             raise next(filter(None, errors))
+        for replica in self.replicas if self._has_roles else ():
+            if replica.state is EngineState.READY and not replica.info.block_sources:
+                raise ConfigError(
+                    "roles need KV blocks that move between engines, and these do not: the model has a recurrent "
+                    "state, its blocks are too large, or prefix caching is off; leave roles out"
+                )
         for error in filter(None, errors):
             _logger.warning("%s; it is used as soon as it can be", error)
 
@@ -238,17 +254,65 @@ class Router(EngineClient):
         there, cached = held.get(replica.address, Held()), replica.view.memory.cached_tokens(names)
         sources = there.sources if there.elsewhere > max(there.own, cached) else ()
         taken = partial(self._sent, replica, replica.view, copy, names, planned)
-        return Choice(replica, taken, None if planned is None else planned.loan, sources)
+        return Choice(replica, taken, None if planned is None else planned.loan, sources, copy)
 
     def _choose_receiver(self, stream: Stream, source: LocalClient) -> LocalClient | None:
         """Choose the engine that a stream is to go to from its present one; None if none can have it now."""
         able = [each for each in self.replicas if each is not source and each.can_go_on_with(stream)]
+        able = [*self._of_roles(able, has_begun=stream.has_output)]
         choice = self._choose(stream.resumption(0.0), able) if able else None
         return None if choice is None else choice.engine
 
     def _fitting(self, request: Add, among: Collection[LocalClient]) -> list[LocalClient]:
         """Return the replicas among some whose cache can hold a request alone."""
         return [each for each in among if each.state is EngineState.READY and request.keeps_to(each.info.limits)]
+
+    def _of_roles(self, engines: Collection[LocalClient], *, has_begun: bool) -> Collection[LocalClient]:
+        """Return the open ones of some engines that are for requests which have begun, or for new ones; all if there
+        are none.
+        """
+        if not self._has_roles:
+            return engines
+        other = Role.PROMPT if has_begun else Role.GENERATION
+        return [each for each in engines if each.role is not other and _is_open(each)] or engines
+
+    def _choose_generation(self, request: Add, source: LocalClient) -> LocalClient | None:
+        """Choose the engine that goes on with a new request after its first token, and let it be counted there; None
+        if the one that computes its prompt is to do so.
+        """
+        hands_over = source.role is Role.PROMPT and request.pooling is None and request.params.prompt_logprobs is None
+        if not hands_over or request.params.max_tokens == 1:
+            return None
+        candidates = [
+            Candidate(each.view, len(request.prompt_token_ids), each.silent)
+            if each.view is not None and each.role is not Role.PROMPT and each.goes_on_as(source, request)
+            else None
+            for each in self.replicas
+        ]
+        copy, now = _copy_of(request, self.info), time.monotonic()
+        copy.resume((0,) * (copy.max_tokens > 1), (now,) * (copy.max_tokens > 1), num_prompt_logprobs=0)
+        index = choose_replica(candidates, copy, now)
+        if index is None:
+            return None
+        view = self.replicas[index].view
+        assert view is not None, "it is ready"
+        view.add(copy, self._name_blocks(request))
+        return self.replicas[index]
+
+    def _prefer(self, stream: Stream, able: Collection[LocalClient]) -> Collection[LocalClient]:
+        """Return the engines to be chosen from for a stream that goes on elsewhere: the one to which its blocks were
+        brought; or, if it is handed over and there is no room, those which have some, its own among them.
+        """
+        receiver = self._mover.receivers.pop(stream, None)
+        if receiver is not None:
+            if receiver in able and (not self._has_roles or _has_room(receiver, stream)):
+                return [receiver]
+            if receiver.view is not None:
+                receiver.view.forget(stream.request.request_id)
+        if not self._has_roles:
+            return able
+        roomy = [each for each in able if _has_room(each, stream)]
+        return self._of_roles(roomy or able, has_begun=stream.has_output)
 
     def _sent(
         self,
@@ -289,6 +353,14 @@ async def _start(replica: LocalClient) -> EngineUnavailableError | None:
 
 def _is_open(replica: LocalClient) -> bool:
     return replica.state is EngineState.READY and not replica.is_drained
+
+
+def _has_room(replica: LocalClient, stream: Stream) -> bool:
+    """Return whether a replica has a sequence slot and blocks for a stream, as far as the front knows."""
+    if (view := replica.view) is None:
+        return False
+    waiting = [each for each in view.waiting if each.request_id != stream.request.request_id]
+    return view.free.fit([*waiting, _copy_of(stream.resumption(0.0), replica.info)], num_running=len(view.running))
 
 
 def _candidate(replica: LocalClient, names: Sequence[bytes], request: Add, shared: int) -> Candidate | None:

@@ -181,11 +181,11 @@ class Stream:
 
     def resumption(self, now: float) -> Add:
         """Return the request as it goes on at another engine from `now` on: as a new one if it had not begun."""
-        sources = self.block_sources
+        changes = {"sent": now, "block_sources": self.block_sources, "hands_over": False, "loan": None}
         if self.began is None:
-            return msgspec.structs.replace(self.request, sent=now, loan=None, block_sources=sources)
+            return msgspec.structs.replace(self.request, **changes)
         point = ResumePoint(tuple(self._token_ids), tuple(self._token_times), self._num_prompt_logprobs)
-        return msgspec.structs.replace(self.request, sent=now, resume_point=point, loan=None, block_sources=sources)
+        return msgspec.structs.replace(self.request, **changes, resume_point=point)
 
     def end_trial(self) -> None:
         """Note that it is not on trial any more."""

@@ -142,6 +142,10 @@ class Tiers:
             self._written.clear()
         self._to_write.put(_Staged(save, data))
 
+    def wait_until_written(self, seconds: float) -> None:
+        """Wait for what is to be written, at most for so long."""
+        self._written.wait(seconds)
+
     def count_written(self, names: Sequence[bytes]) -> int:
         """Return how many leading blocks of these names some tier has."""
         return next((count for count, name in enumerate(names) if self._tier_of(name) is None), len(names))

@@ -93,6 +93,7 @@ async def run_server(engine: EngineConfig, config: ServerConfig, *, show_stage: 
             tls_certificate=None if config.tls_certificate is None else str(Path(config.tls_certificate).resolve()),
             replicas=config.num_replicas,
             engines=config.engine,
+            roles=config.roles or "",
         )
         is_listed = _register(deployment)
         if not deployment.needs_key and not registry.is_loopback(address):
@@ -105,6 +106,7 @@ async def run_server(engine: EngineConfig, config: ServerConfig, *, show_stage: 
                 engines=config.engine,
                 key_file=config.key_file,
                 engine_tls=config.engine_tls,
+                roles=config.engine_roles,
             )
             config = _bounded(config, max_connections)
             serving = asyncio.create_task(server.serve([listener]))

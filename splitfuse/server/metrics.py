@@ -80,8 +80,8 @@ FAMILIES = (
     ),
     Family(
         *("splitfuse:engine_ready", "gauge", "engine_ready"),
-        "1 while an engine is ready, else 0, by its number and the address of one on another machine.",
-        ("engine", "address"),
+        "1 while an engine is ready, else 0, by its number, its role, and the address of one on another machine.",
+        ("engine", "address", "role"),
     ),
     Family("splitfuse:drained_engines", "gauge", "drained", "Engines that take no requests (splitfuse drain)."),
     Family("splitfuse:num_requests_running", "gauge", "running", "Requests that steps compute."),
@@ -318,7 +318,7 @@ class Metrics(Collector):
         single["dropped_spans"] = self.num_dropped_spans()
         self._counts["engine_ready"] = Counter(
             {
-                (str(number), engine.address): int(engine.state is EngineState.READY)
+                (str(number), engine.address, engine.role.value): int(engine.state is EngineState.READY)
                 for number, engine in enumerate(self._client.engines)
             }
         )

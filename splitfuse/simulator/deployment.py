@@ -6,13 +6,12 @@ to the first token, or what is generated after that. A request that changes mach
 
 from __future__ import annotations
 
-import enum
 import math
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol, Self
 
 from splitfuse.bench.baselines import make_baseline
-from splitfuse.config import TARGETS, CacheConfig, EngineConfig, SchedulerConfig
+from splitfuse.config import TARGETS, CacheConfig, EngineConfig, Role, SchedulerConfig
 from splitfuse.core.kv.fetching import FIRST_BANDWIDTH
 from splitfuse.core.kv.loans import TILE
 from splitfuse.core.kv.names import BlockNamer
@@ -171,14 +170,6 @@ def without_targets(config: SchedulerConfig) -> SchedulerConfig:
     """Return the settings without an SLO: first come, first served."""
     changes: dict[str, Any] = dict.fromkeys(TARGETS)
     return replace(config, enable_slo=False, **changes)
-
-
-class Role(enum.StrEnum):
-    """Says which part of a request a machine is given."""
-
-    MIXED = "mixed"
-    PROMPT = "prompt"
-    GENERATION = "generation"
 
 
 class StepClock(Protocol):

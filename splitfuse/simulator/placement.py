@@ -15,9 +15,10 @@ from dataclasses import dataclass, replace
 from functools import cache
 
 from splitfuse.bench.measure import MakeWorkload
+from splitfuse.config import Role
 from splitfuse.errors import ConfigError
 from splitfuse.simulator.bounds import Bounds
-from splitfuse.simulator.deployment import Deployment, Link, Machine, Role, SimulationConfig, without_targets
+from splitfuse.simulator.deployment import Deployment, Link, Machine, SimulationConfig, without_targets
 from splitfuse.simulator.parallel import tensor_parallel
 from splitfuse.simulator.rates import PRECISION, Goal, largest_load, sustains
 from splitfuse.simulator.simulate import SimulatedTarget

@@ -11,9 +11,9 @@ import math
 from collections.abc import Iterable, Sequence
 from typing import Generic, Protocol, TypeVar
 
+from splitfuse.config import Role
 from splitfuse.core.replica_view import PrefixMemory
 from splitfuse.errors import ServerError
-from splitfuse.simulator.deployment import Role
 
 
 class Member(Protocol):
