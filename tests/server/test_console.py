@@ -13,7 +13,7 @@ import httpx
 import pytest
 from running_server import RunningServer, running_server
 
-from splitfuse.config import ServerConfig
+from splitfuse.config import Role, ServerConfig
 from splitfuse.core.latency.phases import LatencyPhase
 from splitfuse.core.request_output import FinishReason
 from splitfuse.engine.client import EngineState
@@ -223,6 +223,7 @@ class Engines:
     state = EngineState.READY
     is_drained = False
     death = ""
+    role = Role.MIXED
 
     def __init__(self) -> None:
         self.on_trace: Any = None

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from patience import PATIENCE
 from prometheus_client.parser import text_string_to_metric_families
 
-from splitfuse.config import EngineConfig
+from splitfuse.config import EngineConfig, Role
 from splitfuse.core.limits import EngineLimits
 from splitfuse.core.request_output import FinishReason
 from splitfuse.core.sampling_params import SamplingParams
@@ -94,6 +94,7 @@ class StatedEngine:
     """One of the engines of a client that says what it is told."""
 
     address = "10.0.0.2:9000"
+    role = Role.MIXED
 
     def __init__(self, client: "Stated", number: int) -> None:
         self._client, self.is_drained = client, number == 0

@@ -17,6 +17,7 @@ from typing import Any
 
 import msgspec
 
+from splitfuse.config import Role
 from splitfuse.core.latency.phases import LatencyPhase
 from splitfuse.core.slo.targets import NO_SLO
 from splitfuse.engine.client import EngineState, LocalClient
@@ -57,6 +58,7 @@ class ShownEngine(msgspec.Struct, array_like=True, frozen=True):
     token_budget: int
     num_blocks: int
     block_size: int
+    role: str = Role.MIXED.value
 
 
 class ShownRequest(msgspec.Struct, array_like=True, frozen=True):
@@ -359,7 +361,7 @@ def describe_engine(index: int, engine: LocalClient, time: float, reason: str = 
     except EngineUnavailableError:
         pass  # it has not been ready yet
     state = "drained" if engine.is_drained else engine.state.value
-    return ShownEngine(index, time, state, reason, stage.stage, round(stage.fraction, 2), *numbers)
+    return ShownEngine(index, time, state, reason, stage.stage, round(stage.fraction, 2), *numbers, engine.role.value)
 
 
 def run_lengths(letters: bytes) -> str:

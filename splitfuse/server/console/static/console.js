@@ -58,8 +58,8 @@ function begin(start) {
   showAbout();
 }
 
-const engineOf = ([engine, , state, reason, stage, fraction, budget, numBlocks, blockSize]) =>
-  ({ engine, state, reason, stage, fraction, budget, numBlocks, blockSize });
+const engineOf = ([engine, , state, reason, stage, fraction, budget, numBlocks, blockSize, role]) =>
+  ({ engine, state, reason, stage, fraction, budget, numBlocks, blockSize, role });
 
 function addRequest([n, engine, id, sent, prompt, max, choice, priority, ttft, itl, percentile, tpot, arrival]) {
   let r = known.requests.get(n);
@@ -960,7 +960,7 @@ function showAbout() {
 
 function showEngines() {
   $("engines").replaceChildren(...known.engines.map((e) => el("li", { "data-state": e.state, title: e.reason },
-    `${known.engines.length > 1 ? `engine ${e.engine} ` : "engine "}${e.state}${e.state === "starting" ? `: ${e.stage}${e.stage === "loading" ? ` ${percent(e.fraction)}` : ""}` : ""}`)));
+    `${known.engines.length > 1 ? `engine ${e.engine} ` : "engine "}${e.role === "mixed" ? "" : `(${e.role}) `}${e.state}${e.state === "starting" ? `: ${e.stage}${e.stage === "loading" ? ` ${percent(e.fraction)}` : ""}` : ""}`)));
 }
 
 function recentBuckets() {
