@@ -13,9 +13,9 @@ from functools import partial
 from benchmarks.papers.data import Engine, distserve_engine, workload
 from benchmarks.papers.tables import Table
 from splitfuse.bench import metrics
-from splitfuse.config import SchedulerConfig
+from splitfuse.config import Role, SchedulerConfig
 from splitfuse.core.slo.targets import SloTargets
-from splitfuse.simulator.deployment import Deployment, Link, Machine, Role, SimulationConfig
+from splitfuse.simulator.deployment import Deployment, Link, Machine, SimulationConfig
 from splitfuse.simulator.rates import PRECISION, Criterion, Goal, largest_load, sustains
 
 REQUESTS = 200

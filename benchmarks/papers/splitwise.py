@@ -26,10 +26,10 @@ from benchmarks.papers.data import (
 from benchmarks.papers.tables import Table
 from splitfuse.bench import metrics
 from splitfuse.bench.results import MeasuredRequest
-from splitfuse.config import SchedulerConfig
+from splitfuse.config import Role, SchedulerConfig
 from splitfuse.core.request import Request
 from splitfuse.simulator import virtual_time
-from splitfuse.simulator.deployment import Deployment, Link, Machine, Role, SimulationConfig
+from splitfuse.simulator.deployment import Deployment, Link, Machine, SimulationConfig
 from splitfuse.simulator.machines import MACHINES
 from splitfuse.simulator.rates import Criterion, Goal, poisson_load, sustains
 from splitfuse.simulator.simulate import Replica, SimulatedTarget

@@ -14,9 +14,10 @@ from dataclasses import dataclass
 
 from splitfuse.bench.load import WARM_UP
 from splitfuse.bench.workload import LoadRequest, Trace, Workload
+from splitfuse.config import Role
 from splitfuse.core.slo.cost_model import CostModel
 from splitfuse.core.slo.targets import SloTargets
-from splitfuse.simulator.deployment import Machine, Role
+from splitfuse.simulator.deployment import Machine
 from splitfuse.simulator.rates import Goal
 from splitfuse.simulator.simulate import prompt_ids
 

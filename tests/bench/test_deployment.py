@@ -9,12 +9,12 @@ import pytest
 from splitfuse.bench import metrics
 from splitfuse.bench.target import Answer
 from splitfuse.bench.workload import Independent, Lengths, LoadRequest, Loads
-from splitfuse.config import SchedulerConfig
+from splitfuse.config import Role, SchedulerConfig
 from splitfuse.core.slo.cost_model import CostModel, StepFeatures
 from splitfuse.errors import ConfigError
 from splitfuse.runtime.calibration import Calibration
 from splitfuse.simulator import virtual_time
-from splitfuse.simulator.deployment import Deployment, Failure, Link, Machine, Role, SimulationConfig
+from splitfuse.simulator.deployment import Deployment, Failure, Link, Machine, SimulationConfig
 from splitfuse.simulator.links import Network
 from splitfuse.simulator.simulate import SimulatedTarget, simulate
 

@@ -16,9 +16,9 @@ from benchmarks.papers.data import (
 )
 from benchmarks.papers.distserve import WORKLOADS, split
 from splitfuse.bench.results import MeasuredRequest
+from splitfuse.config import Role
 from splitfuse.core.slo.cost_model import StepFeatures
 from splitfuse.core.slo.targets import SloTargets
-from splitfuse.simulator.deployment import Role
 from splitfuse.simulator.rates import Goal, sustains
 from splitfuse.simulator.simulate import Bytes
 

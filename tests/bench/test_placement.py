@@ -12,13 +12,13 @@ from typer.testing import CliRunner, Result
 from splitfuse.bench.target import Target
 from splitfuse.bench.workload import Independent, Lengths, Workload
 from splitfuse.cli import app
-from splitfuse.config import SchedulerConfig
+from splitfuse.config import Role, SchedulerConfig
 from splitfuse.core.slo.cost_model import CostModel, StepFeatures
 from splitfuse.core.slo.targets import SloTargets
 from splitfuse.errors import ConfigError
 from splitfuse.runtime.calibration import Calibration
 from splitfuse.simulator.bounds import STREAM, Bounds
-from splitfuse.simulator.deployment import Link, Role, SimulationConfig
+from splitfuse.simulator.deployment import Link, SimulationConfig
 from splitfuse.simulator.parallel import tensor_parallel
 from splitfuse.simulator.placement import Part, Placement, Search, Space, placements, search
 from splitfuse.simulator.rates import PRECISION, Goal

@@ -15,7 +15,7 @@ from splitfuse.bench.load import open_loop
 from splitfuse.bench.target import Answer
 from splitfuse.bench.workload import Chat, Lengths, LoadRequest, poisson
 from splitfuse.cli import app
-from splitfuse.config import EngineConfig, SchedulerConfig
+from splitfuse.config import EngineConfig, Role, SchedulerConfig
 from splitfuse.core.events import StepScheduled
 from splitfuse.core.kv.fetching import FIRST_BANDWIDTH, LATENCY, LONGEST_FETCH, STAGED_BYTES, WAITING_SHARE
 from splitfuse.core.sampling_params import SamplingParams
@@ -24,7 +24,7 @@ from splitfuse.engine.engine import Engine
 from splitfuse.errors import ConfigError
 from splitfuse.runtime.calibration import Calibration
 from splitfuse.simulator import virtual_time
-from splitfuse.simulator.deployment import Deployment, Failure, Link, Machine, Role, SimulationConfig
+from splitfuse.simulator.deployment import Deployment, Failure, Link, Machine, SimulationConfig
 from splitfuse.simulator.simulate import SimulatedTarget
 from splitfuse.simulator.tiers import TierStore
 
