@@ -35,7 +35,8 @@ def advance(
     request.output_token_ids += tokens
     if chunk.samples:
         request.slo.observe_tokens(now, max(len(tokens), 1))
-    if chunk.lands or end // allocator.block_size > chunk.start // allocator.block_size:  # it has full blocks more
+    has_full_blocks_more = bool(chunk.lands) or end // allocator.block_size > chunk.start // allocator.block_size
+    if has_full_blocks_more and allocator.reuses_content and kv.loan is None:  # to look at all tokens takes time
         kv.publish(allocator, request.tokens(0, end), salt=request.scheduling.cache_salt)
     if state is not None:
         state.computed(chunk, kv.block_names)

@@ -19,7 +19,7 @@ from splitfuse.core.kv.loans import FEWEST_TILES, TILE, KvLoan
 from splitfuse.core.limits import ceil_div
 from splitfuse.core.plan import StepPlan
 from splitfuse.core.slo.cost_model import CostModel, StepFeatures, features_of
-from splitfuse.errors import ConfigError
+from splitfuse.errors import ConfigError, RequestTooLargeError
 
 
 class Lender(Protocol):
@@ -93,8 +93,8 @@ class LoanPool:
             replica.pool = self
 
     async def admit(self, num_tokens: int) -> Admission:
-        """Wait for room for a request of so many tokens, after all that came before. Raises ConfigError if there will
-        be none.
+        """Wait for room for a request of so many tokens, after all that came before. Raises RequestTooLargeError if
+        there will be none.
         """
         size = self._replicas[0].block_size
         need, tile = ceil_div(num_tokens, size), TILE // size
@@ -102,7 +102,9 @@ class LoanPool:
         creditors = self._lending.most_creditors
         others = sorted((each.num_blocks for each in self._replicas), reverse=True)[1:][:creditors]
         if need > most + sum(max(each // tile - FEWEST_TILES, 0) * tile for each in others):
-            raise ConfigError(f"a request of {num_tokens} tokens is longer than what these machines hold together")
+            raise RequestTooLargeError(
+                f"a request of {num_tokens} tokens is longer than what these machines hold together: shorten it"
+            )
         admitted: asyncio.Future[Admission] = asyncio.get_running_loop().create_future()
         self._waiting.append((need, admitted))
         self._advance()
@@ -182,10 +184,10 @@ class LoanPool:
             local = local._replace(pairs=local.pairs - queries * remote, kv_tokens=local.kv_tokens - remote)
             own = StepFeatures().plus(start=chunk.start - remote, count=queries, rows=0)
             attended += _attention(cost, own.pairs, own.kv_tokens)
-            held, slow = 0, 0.0
-            for part in self._admitted[chunk.loan.number].parts:
-                share = min(len(part.blocks) * part.creditor.block_size, remote - held)
-                held += share
+            slow, admission = 0.0, self._admitted[chunk.loan.number]
+            assert admission.loan is not None
+            for part in admission.parts:  # each has its share of what is deposited so far
+                share = remote * len(part.blocks) // admission.loan.num_blocks
                 seconds = _attention(part.creditor.cost, queries * share, share)
                 part.creditor.owe(seconds)
                 slow = max(slow, seconds)

@@ -66,6 +66,11 @@ class BlockAllocator:
         return len(self._free) + len(self._cached)
 
     @property
+    def reuses_content(self) -> bool:
+        """Return whether content that is published is found again."""
+        return self._namer is not None
+
+    @property
     def capacity(self) -> int:
         """Return how many blocks requests can have: all that are not lent."""
         return self.num_blocks - self.num_lent

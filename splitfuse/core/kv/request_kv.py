@@ -127,10 +127,10 @@ class RequestKv:
 
     def publish(self, allocator: BlockAllocator, token_ids: Sequence[int], *, salt: str) -> None:
         """Make the full blocks of `token_ids`, which have been computed, known to the prefix cache."""
-        if self.loan is None:
-            self.num_cached_blocks = allocator.publish(
-                self.blocks, token_ids, self.block_names, first=self.num_cached_blocks, salt=salt
-            )
+        assert self.loan is None, "its blocks are not where their names say"
+        self.num_cached_blocks = allocator.publish(
+            self.blocks, token_ids, self.block_names, first=self.num_cached_blocks, salt=salt
+        )
 
     def settle_deposits(self, allocator: BlockAllocator, loan: ChunkLoan) -> None:
         """Give back the blocks that the creditor has now, after the deposits of a chunk."""
