@@ -383,6 +383,7 @@ class Metrics(Collector):
             "kv_usage": used / blocks if blocks else 0.0,
             "token_budget": max((engine.token_budget for engine in stats), default=0),
             "num_speculative_tokens": num_speculative,
+            "num_lent_blocks": sum(engine.num_lent_blocks for engine in stats),
             "num_tier_blocks": tiers.total(),
             **({} if self.replicas_needed is None else {"replicas_needed": self.replicas_needed}),
             **_slo_gauges([engine.attainable for engine in stats if engine.attainable is not None]),
