@@ -165,7 +165,12 @@ class StepPlan:
         """Return how many tokens the step computes."""
         return sum(len(chunk.token_ids) for chunk in self.chunks)
 
-    @property
+    @cached_property
+    def request_ids(self) -> list[str]:
+        """Return the ids of the requests of its chunks, in their order."""
+        return [chunk.request_id for chunk in self.chunks]
+
+    @cached_property
     def lands(self) -> tuple[Land, ...]:
         """Return the copies into the cache: what is prefetched, and those of all chunks."""
         return (*self.prefetched, *(land for chunk in self.chunks for land in chunk.lands))

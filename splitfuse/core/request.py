@@ -29,7 +29,7 @@ class RequestStatus(enum.StrEnum):
     FINISHED = "finished"
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)
 class Request:
     """Holds one request, owned by the scheduler. `max_tokens` and `seed` are resolved: no longer optional.
 
@@ -144,10 +144,9 @@ class Request:
     def tokens(self, start: int, end: int) -> tuple[int, ...]:
         """Return the token ids at positions start to end - 1; PLACEHOLDER where one has not been read back yet."""
         num_prompt = len(self.prompt_token_ids)
-        tokens = (
-            *self.prompt_token_ids[start:end],
-            *self.output_token_ids[max(start - num_prompt, 0) : max(end - num_prompt, 0)],
-        )
+        tokens = tuple(self.output_token_ids[max(start - num_prompt, 0) : max(end - num_prompt, 0)])
+        if start < num_prompt:
+            tokens = self.prompt_token_ids[start:end] + tokens
         missing = end - start - len(tokens)
         return tokens + (PLACEHOLDER,) * missing if missing else tokens
 

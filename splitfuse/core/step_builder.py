@@ -335,9 +335,11 @@ class StepBuilder:
             if not request.sent_to_executor:
                 states.append(request.sampling_state())
         self.claimant = None
-        for request in self.queue.running:
-            request.slo.steps_skipped = 0 if request in self.granted else request.slo.steps_skipped + 1
+        for request in self.queue.running if len(self.granted) < len(self.queue.running) else ():
+            if request not in self.granted:
+                request.slo.steps_skipped += 1
         for request, chunk in zip(self.granted, chunks, strict=True):
+            request.slo.steps_skipped = 0
             if not request.sent_to_executor:
                 request.sent_to_executor = True
                 request.kv.num_cached_tokens = chunk.start
@@ -346,7 +348,7 @@ class StepBuilder:
                 request.kv.loan.num_sent = chunk.loan.num_tokens // self._allocator.block_size
             if request.kv.state is not None:
                 request.kv.state.advance(chunk)
-            request.num_scheduled += self.granted[request]  # which is certain
+            request.num_scheduled += len(chunk.token_ids) - chunk.num_drafts  # which is certain
             request.num_output_placeholders += chunk.samples
             request.num_plans_in_flight += 1
         saves = self._allocator.take_saves()

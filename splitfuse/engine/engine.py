@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import replace
 from hashlib import blake2b
+from itertools import chain
 
 from llguidance import LLMatcher
 
@@ -285,7 +286,9 @@ class Engine:
     def ids_in_flight(self, *more: StepPlan) -> list[str]:
         """Return the ids of the requests in the steps that have been planned and are not back, and in `more`."""
         plans = [*(plan for plan, _ in self._in_flight), *more]
-        return list(dict.fromkeys([chunk.request_id for plan in plans for chunk in plan.chunks]))
+        if len(plans) == 1:
+            return plans[0].request_ids
+        return list(dict.fromkeys(chain.from_iterable(plan.request_ids for plan in plans)))
 
     @property
     def num_held(self) -> int:

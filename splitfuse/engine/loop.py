@@ -277,11 +277,14 @@ def follow_steps(engine: Engine, write: Callable[[Sequence[str]], None]) -> Call
     """Let `write` have the ids of the requests in each step before it runs, and between two steps those of the last
     one. Returns a function that ends this.
     """
+
+    def write_rest(_: StepRecord) -> None:
+        if ids := engine.ids_in_flight():  # else they stay those of the step that is back
+            write(ids)
+
     ends = [
         engine.events.subscribe(StepScheduled, lambda step: write(engine.ids_in_flight(step.plan))),
-        engine.events.subscribe(
-            StepRecord, lambda step: write(engine.ids_in_flight() or engine.ids_in_flight(step.plan))
-        ),
+        engine.events.subscribe(StepRecord, write_rest),
     ]
 
     def end() -> None:

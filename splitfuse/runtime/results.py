@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import accumulate
+from math import isfinite
 
 from torch import Tensor
 
@@ -71,9 +72,12 @@ def _chosen(hidden: Tensor, rows: Sequence[RequestSampling], decoder: Decoder) -
     for start in range(0, len(rows), HEAD_ROWS):
         part = slice(start, start + HEAD_ROWS)
         some = hidden if len(rows) <= HEAD_ROWS else hidden[part]
-        for token, peak in zip(*decoder.choose(some, filters[part], numbers[part]), strict=True):
-            fault = unusable(peak)
-            yield ChunkResult((token,)) if fault is None else ChunkResult(error=fault)
+        tokens, peaks = decoder.choose(some, filters[part], numbers[part])
+        if all(map(isfinite, peaks)):
+            yield from [ChunkResult((token,)) for token in tokens]
+        else:
+            for token, fault in zip(tokens, map(unusable, peaks), strict=True):
+                yield ChunkResult((token,)) if fault is None else ChunkResult(error=fault)
 
 
 def _sampled(

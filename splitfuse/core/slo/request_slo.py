@@ -62,7 +62,7 @@ class RequestSlo:
 
     def observe_tokens(self, now: float, count: int) -> None:
         """Record that tokens have been generated at once: from each to the next it takes no time."""
-        for _ in range(count):
+        for _ in range(count if self.exists else 0):
             self.observe_token(now)
 
     def observe_token(self, now: float) -> None:

@@ -27,6 +27,8 @@ class RequestSampling:
     gets the tokens that `take` is given; `matcher` follows the form that its answer must have, if any.
     """
 
+    __slots__ = ("_matcher", "_plain_from", "_stream", "filter", "state")
+
     def __init__(self, state: SamplingState, matcher: Matcher | None = None) -> None:
         params = state.params
         self.state = state
