@@ -24,6 +24,7 @@ from splitfuse.core.kv.fetching import (
     FIRST_BANDWIDTH,
     INBOX_BYTES,
     LATENCY,
+    LONGEST_FETCH,
     MOVES_BYTES,
     MOVES_INBOX_BYTES,
     STAGED_BYTES,
@@ -35,12 +36,11 @@ from splitfuse.core.kv.fetching import (
 )
 from splitfuse.core.plan import Save
 from splitfuse.engine.block_file import BlockFile
+from splitfuse.engine.block_seconds import BlockSeconds
 from splitfuse.engine.remote.peers import Peers
 from splitfuse.engine.tier_files import TierFiles
 from splitfuse.errors import ConfigError
 
-GAIN = 1 / 4
-"""Weight of the newest fetch in the time of a block."""
 TIME_TO_FLUSH = 3.0
 """Longest time that the end of an engine waits for what is to be written, in seconds."""
 TIME_TO_END = 0.5
@@ -70,7 +70,7 @@ class TierStats:
 class _Tier:
     name: str
     file: BlockFile
-    seconds_per_block: float
+    block_seconds: BlockSeconds
     failed: bool = False  # at its last write: it is not said again
     unreadable: bool = False  # at its last read
 
@@ -95,7 +95,7 @@ class Tiers:
         self.peers: Peers | None = None
         """Engines on other machines, which are asked for what these tiers lack."""
         first = block_bytes / FIRST_BANDWIDTH
-        self._tiers = [_Tier(name, file, first) for name, file in files.items()]
+        self._tiers = [_Tier(name, file, BlockSeconds(first)) for name, file in files.items()]
         self.stats = TierStats(num_dropped=sum(file.num_foreign for file in files.values()))
         self._lock = threading.Lock()  # of what follows
         self._staging: set[bytes] = set()
@@ -178,9 +178,10 @@ class Tiers:
 
     def find(self, names: Sequence[bytes], sources: Sequence[str] = ()) -> Found:
         """See BlockSource; engines of this machine lay blocks ready in the tiers. While a read takes longer than
-        requests wait for it, there is nothing. A peer is taken to have all that is asked for.
+        requests wait for it, there is nothing. A peer is taken to have all that can come in time.
         """
-        if 0.0 < self._reading_until < time.monotonic():
+        now = time.monotonic()
+        if 0.0 < self._reading_until < now:
             return Found(0, 0.0)
         count, seconds = 0, LATENCY
         for each in self._tiers:
@@ -188,17 +189,19 @@ class Tiers:
         for name in names:
             if (tier := self._tier_of(name)) is None:
                 break
-            count, seconds = count + 1, seconds + tier.seconds_per_block
-        if count < len(names) and (more := self._seconds_of_peer(sources, len(names) - count)) is not None:
-            return Found(len(names), seconds + more)
+            count, seconds = count + 1, seconds + tier.block_seconds.at(now)
+        if count < len(names):
+            _, more = self._find_at_peer(sources, len(names) - count, LONGEST_FETCH - seconds)
+            return Found(count + more.num_blocks, seconds + more.seconds)
         return Found(count, seconds)
 
-    def _seconds_of_peer(self, sources: Sequence[str], num_blocks: int) -> float | None:
-        """Return how long blocks take to come from the first peer among some sources; None if there is none."""
-        if self.peers is None:
-            return None
-        each = (self.peers.seconds(source, num_blocks) for source in sources)
-        return next((seconds for seconds in each if seconds is not None), None)
+    def _find_at_peer(self, sources: Sequence[str], num_blocks: int, longest: float) -> tuple[str, Found]:
+        """Return the first peer among some sources from which blocks are expected in time, and what is expected."""
+        if self.peers is not None:
+            for source in sources:
+                if (found := self.peers.find(source, num_blocks, longest)).num_blocks:
+                    return source, found
+        return "", Found(0, 0.0)
 
     def _tier_of(self, name: bytes) -> _Tier | None:
         return next((tier for tier in self._tiers if name in tier.file), None)
@@ -224,7 +227,8 @@ class Tiers:
 
     def forget(self, number: int) -> None:
         """See BlockSource: no more of it is read."""
-        self._fetches.pop(number, None)
+        if self._fetches.pop(number, None) is not None and self.peers is not None:
+            self.peers.forget(number)
 
     @property
     def is_asked(self) -> bool:
@@ -243,7 +247,7 @@ class Tiers:
             self._reading_until = until
             frames = self._read(fetch)
             self._reading_until = 0.0
-            if len(frames) == len(fetch.names) or not self._ask_peer(fetch, frames):
+            if len(frames) == len(fetch.names) or not self._ask_peer(fetch, frames, until):
                 self._answer(fetch, frames)
 
     def _answer(self, fetch: Fetch, frames: list[Frame]) -> None:
@@ -251,16 +255,14 @@ class Tiers:
             self._answers.put(Answer(fetch, frames))
         self._arrived.set()
 
-    def _ask_peer(self, fetch: Fetch, frames: list[Frame]) -> bool:
-        """Ask a peer for the blocks of a fetch behind those that are there. Returns False if there is none."""
-        if self.peers is None:
+    def _ask_peer(self, fetch: Fetch, frames: list[Frame], until: float) -> bool:
+        """Ask a peer for the blocks of a fetch behind those that are there. Returns False if none can come in time."""
+        if self.peers is None or fetch.number not in self._fetches:
             return False
-        num_lacking = len(fetch.names) - len(frames)
-        for source in fetch.sources:
-            if self.peers.seconds(source, num_lacking) is not None:
-                self.peers.ask(source, fetch, len(frames), lambda more: self._answer(fetch, frames + more))
-                return True
-        return False
+        source, found = self._find_at_peer(fetch.sources, len(fetch.names) - len(frames), until - time.monotonic())
+        if found.num_blocks:
+            self.peers.ask(source, fetch, len(frames), until, lambda more: self._answer(fetch, frames + more))
+        return bool(found.num_blocks)
 
     def _read(self, fetch: Fetch) -> list[Frame]:
         """Return the leading blocks that are there and intact."""
@@ -290,12 +292,20 @@ class Tiers:
             if frame is None:
                 continue
             if frame.is_intact:
-                tier.seconds_per_block += GAIN * (time.monotonic() - began - tier.seconds_per_block)
+                now = time.monotonic()
+                tier.block_seconds.update(now - began, now)
                 return frame
             logger.warning("a KV block in %s is not what was written there: it is dropped", tier.name)
             tier.file.drop(name)
             self.stats.num_dropped += 1
         return None
+
+    def give(self, name: bytes) -> Frame | None:
+        """Return a block as `read` does, for another machine: it is used by that. Any thread may call this."""
+        if (frame := self.read(name)) is not None:
+            for tier in self._tiers:
+                tier.file.touch(name)
+        return frame
 
     @property
     def num_slots(self) -> int:
@@ -318,12 +328,12 @@ class Tiers:
         """
         self._written.wait(TIME_TO_FLUSH)
         self._fetches.clear()
-        if self.peers is not None:
-            self.peers.close()
         self._to_write.put(None)
         self._to_read.put(None)
         for thread in self._threads:
             thread.join(TIME_TO_END)
+        if self.peers is not None:  # behind the thread that asks them
+            self.peers.close()
         if any(thread.is_alive() for thread in self._threads):
             return False
         for tier in self._tiers:

@@ -19,6 +19,7 @@ from scheduler_checks import check_scheduler
 from splitfuse.config import EngineConfig, parse_address
 from splitfuse.core.kv import fetching
 from splitfuse.core.sampling_params import SamplingParams
+from splitfuse.engine.block_seconds import BlockSeconds
 from splitfuse.engine.engine import Engine
 from splitfuse.engine.messages import Add
 from splitfuse.engine.remote import peers
@@ -113,7 +114,7 @@ class Pair:
         self.listener = Listener("127.0.0.1:0", KEY, self.first.config)
         self.listener.start()
         assert self.first.tiers is not None
-        self.listener.read_block = self.first.tiers.read
+        self.listener.read_block = self.first.tiers.give
         self.relay = Relay(self.listener.address)
         self.second.use_peers(KEY)
         self._number = 0
@@ -160,7 +161,7 @@ def pair(shared_pair: Pair, monkeypatch: pytest.MonkeyPatch) -> Pair:
     shared_pair.relay.harm, shared_pair.relay.seconds, shared_pair.relay.piece = lambda data, _: data, 0.0, 2**16
     monkeypatch.setattr(peers, "FIRST_PAUSE", 0.0)
     for each in shared_pair.peers._peers.values():
-        each.asked_from, each.pause, each.seconds_per_block = 0.0, 0.0, 1e-4
+        each.asked_from, each.pause, each.block_seconds = 0.0, 0.0, BlockSeconds(1e-4)
         each.idle.clear()
     return shared_pair
 
@@ -294,25 +295,29 @@ def test_a_peer_that_is_stopped_is_waited_for_no_longer_than_allowed(
     for each in pair.peers._peers.values():
         each.pause, each.idle, each.asked_from = 1e6, [], 0.0
     assert pair.ask(pair.second, other) == (wanted, 0)
-    assert pair.peers.seconds(pair.relay.source, 1) is None
+    assert pair.peers.find(pair.relay.source, 1, PATIENCE).num_blocks == 0
 
 
 def test_a_slow_peer_gives_what_has_come_in_time(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fetching, "LONGEST_FETCH", 1.0)
     monkeypatch.setattr(peers, "SLACK", 1e6)
-    text = prompt()
-    wanted, _ = pair.ask(pair.first, text)
-    sent = [0]
 
     def stop_behind_some(data: bytes, before: int) -> bytes:
-        sent[0] = before
         if before > 6 * pair.peers._block_bytes:
             pair.relay.seconds = 1e6  # the rest takes for ever
         return data
 
-    pair.relay.harm, pair.relay.piece = stop_behind_some, 256
-    tokens, cached = pair.ask(pair.second, text)
-    assert tokens == wanted and 0 < cached < 48
+    cached, seconds = 0, 0.25
+    while not cached:  # on a busy machine nothing may come in so little time
+        seconds *= 2
+        monkeypatch.setattr(fetching, "LONGEST_FETCH", seconds)
+        for each in pair.peers._peers.values():
+            each.asked_from, each.idle = 0.0, []
+        pair.relay.harm, pair.relay.piece, pair.relay.seconds = stop_behind_some, 256, 0.0
+        text = prompt()
+        wanted, _ = pair.ask(pair.first, text)
+        tokens, cached = pair.ask(pair.second, text)
+        assert tokens == wanted
+    assert cached < 48
 
 
 def test_what_was_evicted_before_it_is_asked_for_is_computed(pair: Pair) -> None:

@@ -24,8 +24,9 @@ from dataclasses import dataclass, field
 import msgspec
 import numpy as np
 
-from splitfuse.core.kv.fetching import Fetch, Frame
+from splitfuse.core.kv.fetching import Fetch, Found, Frame
 from splitfuse.core.kv.names import NAME_BYTES
+from splitfuse.engine.block_seconds import BlockSeconds
 from splitfuse.engine.remote.dial import connect, read_welcome
 from splitfuse.engine.remote.handshake import Purpose, client_context
 from splitfuse.engine.remote.transport import frame, read_message
@@ -45,8 +46,6 @@ FIRST_BANDWIDTH = 100e6
 """Bytes of a second that come from a peer, until it is measured: less than one gigabit."""
 ROUND_TRIP = 2e-3
 """Seconds from a question to the first block, about."""
-GAIN = 1 / 4
-"""Weight of the newest fetch in the time of a block."""
 SLACK = 8.0
 """Number of times that blocks may take as long as was measured before they are given up."""
 LEAST_SECONDS = 0.25
@@ -54,7 +53,7 @@ LEAST_SECONDS = 0.25
 ANSWER_SHARE = 0.9
 """Fraction of the time that a request waits, at which what has come by then is given to it."""
 FIRST_PAUSE, LONGEST_PAUSE = 1.0, 30.0
-"""Seconds for which a peer is not asked that has failed, doubled each time."""
+"""Seconds for which a peer is not asked that has failed, doubled each time that it is asked again and fails."""
 
 _logger = logging.getLogger(__name__)
 
@@ -109,7 +108,8 @@ class _Peer:
 
     address: str
     tls: ssl.SSLContext | None
-    seconds_per_block: float
+    block_seconds: BlockSeconds
+    num_awaited: int = 0  # blocks that it is asked for, or will be, and that have not come
     idle: list[tuple[asyncio.StreamReader, asyncio.StreamWriter, float]] = field(default_factory=list)
     slots: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(MOST_CONNECTIONS))
     pause: float = FIRST_PAUSE
@@ -118,9 +118,7 @@ class _Peer:
 
 
 class Peers:
-    """Fetches blocks from peers, by their addresses, in a thread of its own. `seconds` and `ask` belong to the engine's
-    thread.
-    """
+    """Fetches blocks from peers, by their addresses, in a thread of its own. Any thread may call it."""
 
     def __init__(self, key: bytes, *, block_bytes: int, block_size: int) -> None:
         """`key` is the deployment's for connections."""
@@ -130,36 +128,62 @@ class Peers:
         """Number of blocks that have come."""
         self._key, self._block_bytes, self._block_size = key, block_bytes, block_size
         self._peers: dict[str, _Peer] = {}
+        self._lock = threading.Lock()  # of the peers, and of what they are asked for
         self._loop = asyncio.new_event_loop()
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._tasks: dict[int, asyncio.Task[None]] = {}  # by the number of the fetch
         self._thread = threading.Thread(target=self._loop.run_forever, name="kv-peers", daemon=True)
         self._thread.start()
 
-    def seconds(self, source: str, num_blocks: int) -> float | None:
-        """Return in how many seconds blocks are expected from a peer; None if it is not asked now, or is no peer."""
-        if (peer := self._peer(source)) is None or time.monotonic() < peer.asked_from:
-            return None
-        return ROUND_TRIP + num_blocks * peer.seconds_per_block
-
-    def ask(self, source: str, fetch: Fetch, num_there: int, answer: Callable[[list[Frame]], None]) -> None:
-        """Fetch the blocks of a fetch behind the first `num_there`, and call `answer`, once, from another thread, with
-        the leading ones that have come.
+    def find(self, source: str, num_blocks: int, longest: float) -> Found:
+        """Return how many of some blocks are expected from a peer within `longest` seconds, and in how many, behind
+        those that it is asked for already: none if it is not asked now, or is no peer. It is taken to have them all.
         """
+        now = time.monotonic()
+        if (peer := self._peer(source)) is None or now < peer.asked_from:
+            return Found(0, 0.0)
+        most = (longest - self._seconds_before(peer, now)) / peer.block_seconds.at(now)
+        count = min(num_blocks, max(int(most), 0))
+        return Found(count, self._seconds_before(peer, now) + count * peer.block_seconds.at(now))
+
+    def ask(
+        self, source: str, fetch: Fetch, num_there: int, until: float, answer: Callable[[list[Frame]], None]
+    ) -> None:
+        """Fetch the blocks of a fetch behind the first `num_there`, and call `answer`, once and by the time `until`,
+        from another thread, with the leading ones of them that have come; not if it is forgotten.
+        """
+        peer, names = self._peer(source), fetch.names[num_there:]
+        assert peer is not None, "it was found there"
+        with self._lock:
+            peer.num_awaited += len(names)
 
         def begin() -> None:
-            task = self._loop.create_task(self._answer(source, fetch, num_there, answer))
-            self._tasks.add(task)
-            task.add_done_callback(self._tasks.discard)
+            task = self._tasks[fetch.number] = self._loop.create_task(self._answer(peer, names, until, answer))
+            task.add_done_callback(end)
+
+        def end(_: asyncio.Task[None]) -> None:
+            del self._tasks[fetch.number]
+            with self._lock:
+                peer.num_awaited -= len(names)
 
         self._loop.call_soon_threadsafe(begin)
+
+    def forget(self, number: int) -> None:
+        """Want no blocks of a fetch any more."""
+
+        def end() -> None:
+            if (task := self._tasks.get(number)) is not None:
+                task.cancel()
+
+        self._loop.call_soon_threadsafe(end)
 
     def close(self) -> None:
         """End all fetches, and close the connections."""
 
         async def stop() -> None:
-            for task in self._tasks:
+            tasks = [*self._tasks.values()]
+            for task in tasks:
                 task.cancel()
-            await asyncio.gather(*self._tasks, return_exceptions=True)
+            await asyncio.gather(*tasks, return_exceptions=True)
             for peer in self._peers.values():
                 for _, writer, _ in peer.idle:
                     writer.close()
@@ -170,38 +194,66 @@ class Peers:
         self._loop.close()
 
     def _peer(self, source: str) -> _Peer | None:
-        if (peer := self._peers.get(source)) is not None:
+        with self._lock:
+            if (peer := self._peers.get(source)) is not None:
+                return peer
+            scheme, found, address = source.partition("://")
+            if not found or scheme not in SCHEMES:
+                return None
+            tls = client_context() if SCHEMES[scheme] else None
+            peer = self._peers[source] = _Peer(address, tls, BlockSeconds(self._block_bytes / FIRST_BANDWIDTH))
             return peer
-        scheme, found, address = source.partition("://")
-        if not found or scheme not in SCHEMES:
-            return None
-        tls = client_context() if SCHEMES[scheme] else None
-        peer = self._peers[source] = _Peer(address, tls, self._block_bytes / FIRST_BANDWIDTH)
-        return peer
 
-    async def _answer(self, source: str, fetch: Fetch, num_there: int, answer: Callable[[list[Frame]], None]) -> None:
+    def _seconds_before(self, peer: _Peer, now: float) -> float:
+        """Return the seconds until the first block comes, behind those that a peer is asked for already."""
+        return ROUND_TRIP + peer.num_awaited / MOST_CONNECTIONS * peer.block_seconds.at(now)
+
+    async def _answer(
+        self, peer: _Peer, names: Sequence[bytes], until: float, answer: Callable[[list[Frame]], None]
+    ) -> None:
         frames: list[Frame] = []
-        peer = self._peer(source)
-        assert peer is not None, "it was asked how long it takes"
-        names = fetch.names[num_there:]
-        expected = ROUND_TRIP + len(names) * peer.seconds_per_block
-        patience = min(ANSWER_SHARE * fetch.seconds, max(SLACK * expected, LEAST_SECONDS))
+        asked_from = peer.asked_from
+        if await self._take_slot(peer, until):
+            try:
+                if peer.asked_from == asked_from:  # else it has failed since
+                    await self._fetch_in_time(peer, names, frames, until)
+            finally:
+                peer.slots.release()
+        answer(frames)
+
+    async def _take_slot(self, peer: _Peer, until: float) -> bool:
+        """Wait for one of the connections to a peer. Returns False if none is free in time, which is not its fault."""
+        now = time.monotonic()
+        usual = max(SLACK * self._seconds_before(peer, now), LEAST_SECONDS)
         try:
-            async with asyncio.timeout(patience), peer.slots:
+            async with asyncio.timeout(min(ANSWER_SHARE * (until - now), usual)):
+                return await peer.slots.acquire()
+        except TimeoutError:
+            return False
+
+    async def _fetch_in_time(self, peer: _Peer, names: Sequence[bytes], frames: list[Frame], until: float) -> None:
+        """Add the leading blocks that a peer has to `frames`, as they come, until it is late or has failed."""
+        asked_from, now = peer.asked_from, time.monotonic()
+        usual = max(SLACK * (ROUND_TRIP + len(names) * peer.block_seconds.at(now)), LEAST_SECONDS)
+        patience = min(ANSWER_SHARE * (until - now), usual)
+        why = ""
+        try:
+            async with asyncio.timeout(patience):
                 await self._fetch(peer, names, frames)
             peer.pause, peer.failure = FIRST_PAUSE, ""
         except TimeoutError:
-            self._fail(peer, f"{len(frames)} of {len(names)} blocks have come within {patience:.3g} s")
+            if not frames or patience == usual:  # else the request could not wait for more
+                why = f"{len(frames)} of {len(names)} blocks have come within {patience:.3g} s"
         except asyncio.IncompleteReadError:
-            self._fail(peer, "it has closed the connection")
+            why = "it has closed the connection"
         except SplitfuseError as error:
-            self._fail(peer, str(error))
+            why = str(error)
         except OSError as error:
-            self._fail(peer, error.strerror or str(error))
+            why = error.strerror or str(error)
         except Exception as error:
-            self._fail(peer, repr(error))
-        finally:
-            answer(frames)
+            why = repr(error)
+        if why and peer.asked_from == asked_from:  # else another fetch of the same time has failed, too
+            self._fail(peer, why)
 
     async def _fetch(self, peer: _Peer, names: Sequence[bytes], frames: list[Frame]) -> None:
         """Add the leading blocks that a peer has to `frames`, as they come."""
@@ -226,14 +278,14 @@ class Peers:
             else:
                 if _decode_head(await read_message(reader, most=64)).num_bytes:
                     raise ValueError("it sends more than it was asked for")
+            now = time.monotonic()
             if frames:
-                took = (time.monotonic() - began - ROUND_TRIP) / len(frames)
-                peer.seconds_per_block += GAIN * (max(took, 0.0) - peer.seconds_per_block)
-            peer.idle.append((reader, writer, time.monotonic()))
-        except BaseException:
-            if frames:  # a slow one is known to be slow
-                took = (time.monotonic() - began) / len(frames)
-                peer.seconds_per_block = max(peer.seconds_per_block, took)
+                peer.block_seconds.update((now - began - ROUND_TRIP) / len(frames), now)
+            peer.idle.append((reader, writer, now))
+        except BaseException as error:
+            if frames and isinstance(error, asyncio.CancelledError):  # a slow one is known to be slow
+                now = time.monotonic()
+                peer.block_seconds.raise_to((now - began - ROUND_TRIP) / len(frames), now)
             writer.close()
             raise
 

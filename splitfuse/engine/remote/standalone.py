@@ -102,7 +102,7 @@ class StandaloneEngine:
         )
         engine.use_peers(self._secret.link_key)
         if engine.tiers is not None:
-            self._listener.read_block = engine.tiers.read
+            self._listener.read_block = engine.tiers.give
         garbage.freeze()
         return engine
 
