@@ -106,23 +106,23 @@ def lending(creditor: Engine, request: Add, num_tokens: int) -> Iterator[Add]:
         check_scheduler(creditor.scheduler)
 
 
-@pytest.mark.parametrize("dtype", ["auto", "int8"])
+@pytest.mark.parametrize("dtype", ["auto", pytest.param("int8", marks=pytest.mark.slow)])
 def test_context_of_three_caches_has_the_bits_of_one_engine(folder: Path, dtype: str) -> None:
     """Greedy and seeded, beside other requests of debtor and creditor; with drafts too, which are taken back."""
     small, large = (config(folder, size, kv_cache_dtype=dtype) for size in (SMALL, LARGE))
     whole, creditor, debtor = Engine.load(large), Engine.load(large), Engine.load(small)
     drafting = Engine.load(config(folder, SMALL, kv_cache_dtype=dtype, num_speculative_tokens=4))
-    for how in (GREEDY, SEEDED):
+    for how, engine in ((GREEDY, drafting), (SEEDED, debtor)):
         wanted = [long_request(**how), long_request("short", length=90, max_tokens=40, **how)]
         expected = answer_of(whole, *wanted)
-        for engine in (debtor, drafting):
-            with lending(creditor, wanted[0], 4 * TILE) as request:
-                creditor.add(long_request("its own", length=300, max_tokens=10))
-                assert answer_of(engine, request, wanted[1], others=(creditor,)) == expected
-            check_scheduler(engine.scheduler)
-            assert engine.allocator.num_held == 0
+        with lending(creditor, wanted[0], 4 * TILE) as request:
+            creditor.add(long_request("its own", length=300, max_tokens=10))
+            assert answer_of(engine, request, wanted[1], others=(creditor,)) == expected
+        check_scheduler(engine.scheduler)
+        assert engine.allocator.num_held == 0
 
 
+@pytest.mark.slow
 def test_preempted_request_keeps_what_its_creditor_holds(folder: Path) -> None:
     whole, creditor = Engine.load(config(folder, LARGE)), Engine.load(config(folder, LARGE))
     debtor = Engine.load(config(folder, SMALL))
