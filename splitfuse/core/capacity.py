@@ -20,9 +20,9 @@ from dataclasses import dataclass
 from statistics import fmean
 
 from splitfuse.core.slo.cost_model import StepTimes
-from splitfuse.core.slo.deadline_policy import usual_step
 from splitfuse.core.slo.feasibility import Feasibility
 from splitfuse.core.slo.targets import NO_SLO, SloTargets
+from splitfuse.core.slo.usual_step import usual_step
 
 WINDOW = 300.0
 """Seconds whose arrivals are looked at."""
@@ -102,8 +102,10 @@ class _VirtualReplica:
         """Take a job that arrives now."""
         self.advance(now)
         self._num_jobs += 1
-        if self._backlog or self._decodes:  # it waits for the step in flight
-            job.deadline -= (self._step if self._backlog else self._step_of_decodes) / 2
+        if self._backlog:  # it waits for the step in flight
+            job.deadline -= min(self._step, self._backlog + self._decode_seconds) / 2
+        elif self._decodes:
+            job.deadline -= self._step_of_decodes / 2
         self._backlog += job.work
         heapq.heappush(self._due, (job.deadline, self._num_jobs, job))
         self._settle()
@@ -176,8 +178,6 @@ def replicas_needed(arrivals: Iterable[Arrival], times: StepTimes, *, now: float
         for each in recent
     ]
     outlook = Feasibility(times, (), now=0.0)
-    shortest = min((each.targets.ttft_target(each.num_prompt) for each in recent), default=math.inf)
-    step = usual_step(outlook, shortest)
 
     def jobs() -> list[tuple[float, _Job]]:
         made = ((each.at, _Job(each, count, outlook, start=start)) for each, count in zip(recent, tokens, strict=True))
@@ -186,6 +186,7 @@ def replicas_needed(arrivals: Iterable[Arrival], times: StepTimes, *, now: float
     counted = Counter(job.part for _, job in jobs())
     if not counted:
         return 0
+    step = usual_step(outlook, [outlook.safety_factor * (job.deadline - at) - job.work for at, job in jobs()])
 
     def is_enough(count: int) -> bool:
         late: Counter[int] = Counter()

@@ -65,7 +65,7 @@ class Request:
     """Prompt logprobs given out so far; a preemption does not repeat them."""
     num_scheduled: int = 0
     num_expected_cached: int = 0
-    """Leading tokens that the prefix cache had when the request came; 0 once it runs."""
+    """Leading tokens that the prefix cache had when it was last looked up for a waiting request; 0 once it runs."""
     turn: float = 0.0
     """Work that may be done before it, late or not: see core/slo/turns.py."""
     num_output_placeholders: int = 0

@@ -211,7 +211,9 @@ class StepBuilder:
             request.num_scheduled = request.kv.num_computed
         if self.grant(request):
             return True
+        num_cached = request.num_scheduled
         self.queue.requeue(request)
+        request.num_expected_cached = num_cached
         return False
 
     def preempt_for(self, claimant: Request) -> bool:

@@ -26,6 +26,7 @@ from splitfuse.core.slo.feasibility import Feasibility
 from splitfuse.core.slo.latency_predictor import MAX_SAFETY_FACTOR, LatencyPredictor
 from splitfuse.core.slo.request_slo import MISSED_ITL_FACTOR
 from splitfuse.core.slo.targets import NO_SLO, SloTargets
+from splitfuse.core.step_builder import StepBuilder
 from splitfuse.errors import CostModelError, InvalidRequestError, SloUnattainableError
 
 COST = CostModel(floor=0.01, per_token=0.001)  # 100 tokens take 0.11 s
@@ -202,6 +203,24 @@ def test_an_impossible_itl_target_shortens_no_step() -> None:
     assert seconds(both) <= MAX_SAFETY_FACTOR * 0.05  # the target that can be met does
 
 
+def test_a_prompt_that_does_not_start_is_as_short_as_before() -> None:
+    """What the cache has of it counts as no work, also once it was tried to start it and the step had no time left."""
+    run = Run.make(num_blocks=100, block_size=16, budget=100, policy=make_policy())
+    first, second = request("a", 96), request("b", 99)
+    first.max_tokens = 1
+    run.add(first)
+    run.drain()
+    run.add(second)
+    queue = run.scheduler.queue
+    assert second.num_expected_cached == 96
+    step = StepBuilder(
+        queue, run.allocator, token_budget=100, choose_victim=Fcfs().preemption_victim, predictor=LatencyPredictor(COST)
+    )
+    step.max_seconds = 0.0
+    assert not step.start(second) and queue.waiting == [second]
+    assert second.num_expected_cached == 96 and run.allocator.num_held == 0
+
+
 def test_a_decode_of_lower_priority_shortens_no_step() -> None:
     low, prompt = decode("s", 0.03, token_at=0.0), request("p", 200, SloTargets(3.0))
     change(low, priority=Priority.LOW)
@@ -229,6 +248,30 @@ def test_feasible_prompts_come_first_and_late_ones_last() -> None:
         [],
         ["hopeful", "ahead", "free", "any", "late", "hopeless"],
     )
+
+
+def test_a_prompt_at_risk_is_not_given_up_unless_another_is_in_time() -> None:
+    late = request("late", 100, SloTargets(0.1, None))
+    risky = request("risky", 100, SloTargets(0.112, None), arrival_time=0.001)  # takes 0.11 s
+    safe = request("safe", 20, SloTargets(1.0, None), arrival_time=0.002)
+    late.turn = risky.turn = safe.turn = 9.0
+    assert names(make_policy().order([], [late, risky], now=0.002)) == ([], ["risky", "late"])
+    assert names(make_policy().order([], [late, risky, safe], now=0.002)) == ([], ["safe", "late", "risky"])
+
+
+def test_where_no_request_can_be_in_time_prompts_come_before_late_decodes() -> None:
+    late = decode("d", 0.1, token_at=0.0)
+    late.slo.observe_token(5.0)
+    prompt = request("p", 100, SloTargets(0.05, 0.1), arrival_time=5.0)  # takes 0.11 s
+    prompt.turn, policy = 9.0, make_policy()
+    assert late.slo.missed and names(policy.order([late], [prompt], now=5.1)) == ([], ["d", "p"])
+    run = Run.make(num_blocks=100, block_size=16, budget=100, policy=policy)
+    run.scheduler.add(prompt, 5.0)
+    prompt.turn = 9.0
+    assert names(policy.order([late], [prompt], now=5.1)) == ([], ["p", "d"])
+    assert names(policy.order([late], [prompt], now=5.21)) == (["d"], ["p"])  # twice its target is over
+    run.scheduler.add(request("q", 10, SloTargets(0.05, 0.1), arrival_time=5.1), 5.1)  # takes 0.02 s
+    assert names(policy.order([late], [prompt], now=5.15)) == ([], ["d", "p"])
 
 
 def test_a_decode_skipped_too_often_is_urgent() -> None:

@@ -7,6 +7,7 @@ targets, and what is left over goes back to the decodes. Without any SLO the ord
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Iterable, Sequence
 from operator import attrgetter
 from typing import Any, NamedTuple
@@ -29,22 +30,20 @@ from splitfuse.core.slo.cost_model import CostModel
 from splitfuse.core.slo.feasibility import Feasibility, Prefill
 from splitfuse.core.slo.latency_predictor import LatencyPredictor
 from splitfuse.core.slo.turns import Turns
+from splitfuse.core.slo.usual_step import MIN_EFFICIENCY, usual_step
 from splitfuse.core.step_builder import RequestQueue, StepBuilder
 
 MAX_SKIPPED_STEPS = 32
 """Number of consecutive steps without a token after which a decode is urgent, whatever else is."""
-EFFICIENCY, MIN_EFFICIENCY = 0.975, 0.75
-"""Throughput of a step, relative to the highest, for which steps are as long as they are without deadlines to meet; and
-the least that they are shortened to for TTFT targets."""
-STEP_PER_TTFT = 1 / 4
-"""Longest such step, as a fraction of the shortest TTFT target: a new request waits for the step in flight."""
 DECODES_PER_STEP = 1 / 2
-"""Largest fraction of such a step that a token of every decode takes."""
+"""Largest fraction of a step without deadlines to meet that a token of every decode takes."""
 MIN_STEP = 1.25
 """Shortest such step, relative to one of a single decode: the rest is for prompts."""
 AIM = 1 / 2
 """Fraction of the time to its deadline in which a prompt is to be done, if decodes have the slack for it: the rest is
 for requests that arrive meanwhile."""
+NUM_MARGINS = 32
+"""Number of requests, the newest ones, whose margins decide how long steps are without deadlines to meet."""
 MAX_DEADLINES = 128
 """Number of deadlines of prompts, the first ones, that a step is planned for: those of later ones come nearer."""
 
@@ -64,12 +63,6 @@ class StepLimit(NamedTuple):
     """Seconds that decodes may take without need, and all these prompts be in time."""
 
 
-def usual_step(outlook: Feasibility, shortest_ttft: float) -> float:
-    """Return the seconds of a step without deadlines to meet, if that is the shortest TTFT target."""
-    least = max(STEP_PER_TTFT * shortest_ttft, outlook.efficient_step(MIN_EFFICIENCY))
-    return min(least, outlook.efficient_step(EFFICIENCY))
-
-
 class DeadlinePolicy(Fcfs):
     """Lets as many requests as possible meet their SLO.
 
@@ -83,6 +76,10 @@ class DeadlinePolicy(Fcfs):
         self.predictor = self._predictor = predictor
         self._token_budget = token_budget
         self._turns = Turns(tail_share)
+        self._margins: deque[float] = deque(maxlen=NUM_MARGINS)
+        """Seconds that the newest requests could have waited for a step when they came."""
+        self._in_time: set[Request] = set()
+        """Prompts that could be in time when the last step was planned."""
 
     def _outlook(self, decodes: Iterable[Request], **how: Any) -> Feasibility:
         return Feasibility(self._predictor, decodes, token_budget=self._token_budget, **how)
@@ -90,9 +87,15 @@ class DeadlinePolicy(Fcfs):
     def accept(self, request: Request, queue: RequestQueue, *, now: float) -> None:
         """See SchedulingPolicy."""
         queue.expect_cached(request)
-        work = self._outlook((), now=now).seconds
-        before = sum(work(other) for other in queue.unfinished if not other.output_token_ids)
-        self._turns.accept(request, own=work(request), before=before)
+        outlook, before, in_time = self._outlook((), now=now), 0.0, 0.0
+        for other in queue.unfinished:
+            if not other.output_token_ids:
+                work = outlook.seconds(other)
+                before += work
+                in_time += work if other in self._in_time else 0.0
+        own = outlook.seconds(request)
+        self._margins.append(request.slo.ttft_target - outlook.overhead - outlook.with_floor(in_time + own))
+        self._turns.accept(request, own=own, before=before)
 
     def compose(self, step: StepBuilder) -> None:
         """See SchedulingPolicy."""
@@ -109,7 +112,7 @@ class DeadlinePolicy(Fcfs):
         prefills += waiting
         highest = min(map(_by_priority, prefills), default=Priority.LOW)
         outlook = self._outlook(decodes, now=now, priority=highest)
-        feasible, share = outlook.feasible(prefills, at_most=MAX_DEADLINES), 0.0
+        feasible, share = self._feasible(outlook, prefills), 0.0
         in_time = {prefill.request for prefill in feasible}
         overdue: list[Request] = []
         if not any(request.on_time_only for request in in_time):
@@ -120,11 +123,13 @@ class DeadlinePolicy(Fcfs):
             prefills = [request for request in prefills if request not in apart]
             feasible = outlook.feasible(prefills, share=1.0 - share, at_most=MAX_DEADLINES)
             in_time = {prefill.request for prefill in feasible}
-        limit = self._limit(outlook, feasible, decodes, prefills, share=share)
+        limit = self._limit(outlook, feasible, decodes, share=share)
         if feasible and len(feasible) == len(prefills):
             limit = limit._replace(spare=min(limit.spare, self._spare_for_arrivals(outlook, feasible[0])))
         urgent = self._urgent(decodes, outlook, limit)
-        others = self._others(decodes, prefills, apart=in_time.union(urgent))
+        is_hopeless = not feasible and max(self._margins, default=math.inf) <= 0.0
+        others = self._others(decodes, prefills, apart=in_time.union(urgent), late_prefills_first=is_hopeless)
+        self._in_time = in_time
         used = outlook.overhead + sum(map(outlook.seconds_of_token, urgent))
         return ClaimOrder(
             (
@@ -135,12 +140,24 @@ class DeadlinePolicy(Fcfs):
             )
         )
 
+    @staticmethod
+    def _feasible(outlook: Feasibility, prefills: Sequence[Request]) -> list[Prefill]:
+        """Return the prefills that can be in time. If none can with the safety factor, the step is planned without it:
+        a prompt at risk may be in time, one that is given up is not.
+        """
+        feasible = outlook.feasible(prefills, at_most=MAX_DEADLINES)
+        if not feasible and prefills:
+            safety_factor, outlook.safety_factor = outlook.safety_factor, 1.0
+            feasible = outlook.feasible(prefills, at_most=MAX_DEADLINES)
+            if not feasible:
+                outlook.safety_factor = safety_factor
+        return feasible
+
     def _limit(
         self,
         outlook: Feasibility,
         feasible: Sequence[Prefill],
         decodes: Sequence[Request],
-        prefills: Sequence[Request],
         *,
         share: float,
     ) -> StepLimit:
@@ -148,9 +165,7 @@ class DeadlinePolicy(Fcfs):
         prompts require, and no longer than the slack of the decodes, or of the first of these prompts.
         """
         every = outlook.overhead + outlook.decode_seconds
-        targets = (request.slo.ttft_target for part in (decodes, prefills) for request in part)
-        shortest_ttft = min(targets, default=math.inf)
-        usual = usual_step(outlook, shortest_ttft)
+        usual = usual_step(outlook, self._margins)
         if 0 < len(decodes) >= len(feasible) and every < DECODES_PER_STEP * outlook.floor:
             # A step of decodes alone would waste the time in which prompts are computed: so in many short steps. Where
             # more can be in time, they are done at full throughput: it is further decodes that fill the floor.
@@ -195,9 +210,17 @@ class DeadlinePolicy(Fcfs):
             urgent.append(request)
         return sorted(urgent, key=_by_urgency)
 
-    def _others(self, decodes: Sequence[Request], prefills: Sequence[Request], *, apart: set[Request]) -> list[Request]:
+    def _others(
+        self,
+        decodes: Sequence[Request],
+        prefills: Sequence[Request],
+        *,
+        apart: set[Request],
+        late_prefills_first: bool,
+    ) -> list[Request]:
         """Return the claims besides those `apart`, by priority; within one, decodes before prefills, and before both
-        those that have not missed their SLO.
+        those that have not missed their SLO. Where no request could be in time, `late_prefills_first` lets late prompts
+        come before late decodes, which then have their tokens at the pace of a late one.
         """
         on_time: tuple[list[Request], list[Request]] = [], []
         late: tuple[list[Request], list[Request]] = [], []
@@ -208,7 +231,7 @@ class DeadlinePolicy(Fcfs):
                     is_late = slo.missed or (kind == 1 and slo.deadline < math.inf)
                     (late if is_late else on_time)[kind].append(request)
         claims = sorted(on_time[0], key=_by_deadline)
-        for part in (on_time[1], *late):
+        for part in (on_time[1], *(reversed(late) if late_prefills_first else late)):
             claims += sorted(part, key=by_queue_key)
         claims.sort(key=_by_priority)
         return claims

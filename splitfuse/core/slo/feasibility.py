@@ -118,6 +118,13 @@ class Feasibility:
         share = efficiency * self._slope / self._per_token
         return max(self.overhead / (1.0 - efficiency), min(self.at_knee, self.floor / (1.0 - share)))
 
+    def efficiency(self, seconds: float) -> float:
+        """Return the tokens/s of a step of so many seconds, relative to the most that steps can have."""
+        efficiency = 1.0 - self.overhead / seconds
+        if seconds < self.at_knee and self._slope > 0.0:
+            efficiency = min(efficiency, (1.0 - self.floor / seconds) * self._per_token / self._slope)
+        return max(efficiency, 0.0)
+
     @property
     def step_of_decodes(self) -> float:
         """Return the seconds of a step with a token of every decode."""

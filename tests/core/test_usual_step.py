@@ -1,0 +1,62 @@
+"""The length of steps without deadlines: the best of all for the requests that arrive meanwhile."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from splitfuse.core.slo.cost_model import CostModel, StepTimes
+from splitfuse.core.slo.feasibility import Feasibility
+from splitfuse.core.slo.usual_step import EFFICIENCY, MIN_EFFICIENCY, usual_step
+
+COSTS = (
+    CostModel(floor=0.01, per_token=0.001),  # a step of 0.04 s has three quarters of the throughput, one of 0.4 s 0.975
+    CostModel(floor=0.03, per_token=47e-6, knee=2048.0, per_token_beyond=53e-6),
+    CostModel(floor=0.01, per_token=1e-5, knee=512.0, per_token_beyond=1e-4, per_row=1e-5),
+    CostModel(floor=0.02, per_token=0.0),
+)
+
+
+def outlook_of(cost: CostModel) -> Feasibility:
+    return Feasibility(StepTimes(cost), (), now=0.0)
+
+
+@given(st.sampled_from(COSTS), st.lists(st.floats(-0.1, 2.0) | st.just(math.inf), min_size=1, max_size=8))
+def test_hardly_any_other_step_has_a_higher_goodput(cost: CostModel, margins: list[float]) -> None:
+    outlook = outlook_of(cost)
+    least, most = outlook.efficient_step(MIN_EFFICIENCY), outlook.efficient_step(EFFICIENCY)
+
+    def goodput(seconds: float) -> float:
+        return outlook.efficiency(seconds) * sum(min(max(margin, 0.0) / seconds, 1.0) for margin in margins)
+
+    chosen = usual_step(outlook, margins)
+    assert least <= chosen <= most
+    best = max(goodput(least + (most - least) * part / 200) for part in range(201))
+    assert goodput(chosen) >= 0.98 * best  # only the margins are tried, and the bounds
+
+
+@pytest.mark.parametrize(
+    ("margins", "seconds"),
+    [
+        ([], 0.4),
+        ([math.inf] * 9, 0.4),
+        ([0.1, 0.1], 0.1),
+        ([0.1, 0.1, math.inf], 0.1),
+        ([0.001], 0.04),
+        ([-1.0, 0.0], 0.4),  # none can be in time: the most are served
+    ],
+)
+def test_steps_are_as_long_as_arrivals_can_wait(margins: list[float], seconds: float) -> None:
+    assert usual_step(outlook_of(COSTS[0]), margins) == pytest.approx(seconds)
+
+
+@pytest.mark.parametrize("cost", COSTS)
+@pytest.mark.parametrize("efficiency", [0.5, MIN_EFFICIENCY, 0.9, EFFICIENCY])
+def test_the_efficiency_of_an_efficient_step_is_that(cost: CostModel, efficiency: float) -> None:
+    outlook = outlook_of(cost)
+    seconds = outlook.efficient_step(efficiency)
+    assert outlook.efficiency(seconds) >= efficiency * (1.0 - 1e-9)
+    assert outlook.efficiency(0.99 * seconds) < efficiency or cost.per_token == 0.0
