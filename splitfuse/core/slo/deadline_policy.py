@@ -142,15 +142,14 @@ class DeadlinePolicy(Fcfs):
 
     @staticmethod
     def _feasible(outlook: Feasibility, prefills: Sequence[Request]) -> list[Prefill]:
-        """Return the prefills that can be in time. If none can with the safety factor, the step is planned without it:
-        a prompt at risk may be in time, one that is given up is not.
+        """Return the prefills that can be in time. If none can with the safety factor, those that can without: a prompt
+        at risk may be in time, one that is given up is not. Decodes are not put at risk for it.
         """
         feasible = outlook.feasible(prefills, at_most=MAX_DEADLINES)
         if not feasible and prefills:
             safety_factor, outlook.safety_factor = outlook.safety_factor, 1.0
             feasible = outlook.feasible(prefills, at_most=MAX_DEADLINES)
-            if not feasible:
-                outlook.safety_factor = safety_factor
+            outlook.safety_factor = safety_factor
         return feasible
 
     def _limit(
