@@ -1,8 +1,9 @@
 """KV tiers: what moving blocks costs beside computing them, what conversations gain, and what tiers cost otherwise.
 
-    python -m benchmarks.kv_tiers MODEL [--only move conversations overhead] [FLAGS]
+    python -m benchmarks.kv_tiers MODEL [--only move peer conversations overhead] [FLAGS]
 
 move            a prompt computed by one engine, and fetched by another from the memory tier they share
+peer            the same by TCP on the loopback device, from a process that lets others have the tier's blocks
 conversations   several turns each, in turns, over replicas whose caches hold a quarter of them: tier on and off
 overhead        prompts of which none repeats, with and without a memory tier, in turns A B A B
 
@@ -13,6 +14,11 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import os
+import queue
+import secrets
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -24,10 +30,12 @@ import numpy as np
 import torch
 
 from splitfuse.config import EngineConfig
+from splitfuse.core.kv.fetching import Fetch, Frame
 from splitfuse.core.limits import ceil_div
 from splitfuse.core.sampling_params import SamplingParams
 from splitfuse.engine.engine import Engine
 from splitfuse.engine.messages import Add
+from splitfuse.engine.remote.peers import Peers
 from splitfuse.engine.replicas import make_replicas
 from splitfuse.engine.tier_files import open_tiers
 from splitfuse.runtime.executor import Executor
@@ -39,7 +47,7 @@ TIER = {"kv_memory_tier": "2GiB"}
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path)
-    parts = {"move": move, "conversations": conversations, "overhead": overhead}
+    parts = {"move": move, "peer": peer, "conversations": conversations, "overhead": overhead}
     parser.add_argument("--only", nargs="+", choices=parts, default=[*parts])
     parser.add_argument("--tokens", type=int, default=2000, help="length of the prompt that moves")
     parser.add_argument("--conversations", type=int, default=8)
@@ -70,10 +78,10 @@ def engines(settings: dict[str, Any], count: int) -> list[Engine]:
     return [Engine(config, model, name_key=key, tier_files=share) for share in shares]
 
 
-def run(engine: Engine, name: str, prompt: list[int], answer: int) -> tuple[list[int], int]:
-    """The answer to a prompt, and how many of its tokens were not computed."""
+def run(engine: Engine, name: str, prompt: list[int], answer: int, source: str = "") -> tuple[list[int], int]:
+    """The answer to a prompt, and how many of its tokens were not computed. Blocks may come from a source."""
     params = SamplingParams(max_tokens=answer, ignore_eos=True)
-    engine.add_request(name, prompt, params)
+    engine.add(Add(name, tuple(prompt), params, block_sources=(source,) if source else ()))
     output, cached = [], 0
     while engine.has_unfinished:
         for each in engine.step():
@@ -133,6 +141,96 @@ def move(arguments: argparse.Namespace, settings: dict[str, Any]) -> None:
     )
     for engine in (first, second):
         engine.close()
+
+
+def peer(arguments: argparse.Namespace, settings: dict[str, Any]) -> None:
+    """Time the blocks of a prompt on their way by TCP, from another process, and the prompt computed."""
+    config = EngineConfig.from_settings({**settings, **TIER, "num_blocks": 2 * ceil_div(arguments.tokens, 32)})
+    model, name_key, key = load_model(config), secrets.token_bytes(32), secrets.token_bytes(32)
+    first = Engine(config, model, name_key=name_key, tier_files=open_tiers(config.cache)[0])
+    prompt = tokens(Random(0), arguments.tokens)
+    print(first.model.plan.kernels)
+    results: dict[str, Any] = {}
+    computed = timed(lambda: results.update(first=run(first, "first", prompt, 1)))
+    assert first.tiers is not None
+    first.tiers._written.wait()
+    block_bytes, size, tier = first.tiers.block_bytes, model.plan.block_size, first.tiers._tiers[0].file
+    names = list[bytes]()
+    first.allocator.name_blocks(tuple(prompt), names, len(prompt) // size, salt="")
+    fingerprint = os.pread(tier._fd, 64, 0)[32:].hex()  # of the file's header
+    command = [tier._fd, config.cache.memory_tier_bytes, block_bytes, size, fingerprint, key.hex()]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "benchmarks.kv_peer", *map(str, command)],
+        pass_fds=[tier._fd],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None and process.stdin is not None
+    source = f"tcp://{process.stdout.readline().strip()}"
+
+    peers = Peers(key, block_bytes=block_bytes, block_size=size)
+    blocks = tuple(tuple(prompt[start : start + size]) for start in range(0, size * len(names), size))
+    fetch = Fetch(1, "a", 0, tuple(names), blocks, 60.0)
+
+    def ask() -> None:
+        came: queue.SimpleQueue[list[Frame]] = queue.SimpleQueue()
+        assert peers.seconds(source, len(names)) is not None
+        peers.ask(source, fetch, 0, came.put)
+        assert len(fetch.matching(came.get())) == len(names), "blocks are missing"
+
+    cold = timed(ask)
+    before = processor_of(process.pid)
+    warm = [timed(ask) for _ in range(20)]
+    served = (processor_of(process.pid) - before) / len(warm)
+    expected = peers.seconds(source, len(names))
+    peers.close()
+    second = Engine(config, model, name_key=name_key, tier_files=open_tiers(config.cache)[0])
+    second.use_peers(key)
+    fetched = timed(lambda: results.update(second=run(second, "second", prompt, 1, source=source)))
+    assert results["second"][0] == results["first"][0], "another token"
+    assert second.tiers is not None and second.tiers.peers is not None
+    assert isinstance(second.executor, Executor)
+    count, cache = second.tiers.peers.num_fetched, second.executor.kv_cache
+    buffer = np.empty(block_bytes, np.uint8)
+    copied = min(
+        timed(lambda: [cache.write_block(b, torch.from_numpy(buffer)) for b in range(count)]) for _ in range(5)
+    )
+    megabytes = len(names) * block_bytes / 2**20
+    print(
+        f"\n{arguments.tokens} tokens, {len(names)} blocks, {megabytes:.1f} MiB; {count} fetched by the second engine\n"
+    )
+    print("| what | ms, clock | ms, processor |\n|---|---|---|")
+    best = min(warm)
+    rows = {
+        "the prompt computed": computed,
+        "the prompt fetched, its last tokens computed": fetched,
+        "by TCP, with connection and handshake": cold,
+        "by TCP, median of 20 (processor: of the receiving process)": (
+            median(clock for clock, _ in warm),
+            median(processor for _, processor in warm),
+        ),
+        "by TCP, best": best,
+        "into the cache": copied,
+    }
+    for name, seconds in rows.items():
+        print(f"| {name} | {1e3 * seconds[0]:.1f} | {1e3 * seconds[1]:.1f} |")
+    print(f"| of the sending process, mean | | {1e3 * served:.1f} |")
+    assert expected is not None
+    print(f"\nexpected by what was measured: {1e3 * expected:.1f} ms")
+    clock = median(clock for clock, _ in warm) + copied[0]
+    processor = median(each for _, each in warm) + served + copied[1]
+    print(f"moved / computed: 1/{computed[0] / clock:.0f} by the clock, 1/{computed[1] / processor:.0f} by processor")
+    for engine in (first, second):
+        engine.close()
+    process.stdin.close()
+    process.wait()
+
+
+def processor_of(pid: int) -> float:
+    """Seconds of the processor that a process has used."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def conversations(arguments: argparse.Namespace, settings: dict[str, Any]) -> None:
