@@ -19,12 +19,14 @@ from engine_process import EngineProcess, engine_process, make_key
 from patience import PATIENCE
 
 from splitfuse.config import EngineConfig
+from splitfuse.core.kv import fetching, prefetching
 from splitfuse.core.sampling_params import SamplingParams
+from splitfuse.engine import moving
 from splitfuse.engine.client import EngineState, LocalClient
 from splitfuse.engine.engine import Engine
 from splitfuse.engine.messages import Add
 from splitfuse.engine.quarantine import Quarantine
-from splitfuse.engine.remote import dial, supervisor
+from splitfuse.engine.remote import dial, peers, supervisor
 from splitfuse.engine.remote.connector import Agreement, ConnectLauncher
 from splitfuse.engine.remote.secret import read_secret
 from splitfuse.engine.remote.supervisor import SupervisedEngine
@@ -32,7 +34,9 @@ from splitfuse.engine.replicas import make_replicas
 from splitfuse.engine.router import Router
 from splitfuse.engine.stream import Stream
 from splitfuse.engine.thread import AsyncEngine
+from splitfuse.engine.tier_files import open_tiers
 from splitfuse.errors import ConfigError, EngineUnavailableError
+from splitfuse.runtime.loading import load_model
 
 SETTINGS = {"num_blocks": 600, "num_threads": 1}
 FLAGS = ("--num-blocks=600",)
@@ -211,6 +215,44 @@ def test_a_server_starts_without_an_engine_that_cannot_be_reached(
     run(test())
     assert "nothing listens there: start it with splitfuse engine; it is used as soon as it can be" in caplog.text
     assert "is refused: it has another key" in engine.said
+
+
+def test_a_drain_brings_kv_blocks_from_an_engine_elsewhere(
+    engine: EngineProcess, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module, name in ((fetching, "LONGEST_FETCH"), (moving, "STAGE_SECONDS"), (peers, "LEAST_SECONDS")):
+        monkeypatch.setattr(module, name, PATIENCE)  # on a busy machine all of it takes longer
+    monkeypatch.setattr(prefetching, "LONGEST_FETCH", PATIENCE)
+    secret = read_secret(str(folder / "key"))
+    rng = Random(7)
+    params = SamplingParams(max_tokens=300, ignore_eos=True)
+    wanted = [Add(f"{number}", tuple(rng.randrange(5, 700) for _ in range(400)), params) for number in range(3)]
+
+    async def test() -> None:
+        files, _ = open_tiers(CONFIG.cache, for_moves=True)
+        made = Engine(CONFIG, load_model(CONFIG), name_key=secret.name_key, tier_files=files)
+        made.use_peers(secret.link_key)
+        remote, local = elsewhere(engine, folder), AsyncEngine(made)
+        router = Router([local, remote], name_key=secret.name_key)
+        await router.start()
+        try:
+            whole = [await read(remote.open(msgspec.structs.replace(each, request_id="whole"))) for each in wanted]
+            streams = [remote.open(each) for each in wanted]
+            reading = [asyncio.create_task(read(each)) for each in streams]
+            await until(lambda: all(each.num_tokens > 2 for each in streams))
+            await router.drain_engine(1)
+            assert await asyncio.gather(*reading) == whole
+            moved = [each for each in streams if each.num_resumed]
+            assert moved and all(each.num_deaths == 0 for each in moved)
+            stats = local.stats[0]
+            assert stats.num_peer_blocks >= 10 * len(moved)
+            assert stats.num_computed_tokens - stats.num_generated_tokens < 100 * len(moved), (
+                "400 tokens each, and more"
+            )
+        finally:
+            await router.close()
+
+    run(test())
 
 
 def test_streams_go_on_when_an_engine_elsewhere_is_killed(

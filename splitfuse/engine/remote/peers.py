@@ -48,7 +48,7 @@ ROUND_TRIP = 2e-3
 """Seconds from a question to the first block, about."""
 SLACK = 8.0
 """Number of times that blocks may take as long as was measured before they are given up."""
-LEAST_SECONDS = 0.25
+LEAST_SECONDS = 0.5
 """Time that any fetch has, if computing takes as long: to connect, too."""
 ANSWER_SHARE = 0.9
 """Fraction of the time that a request waits, at which what has come by then is given to it."""
