@@ -148,6 +148,8 @@ class EngineLoop:
         self._unsubscribe()
         self._engine.abort_all()
         self._engine.reset_adapters()
+        if self._engine.tiers is not None:
+            self._engine.tiers.reset_stats()
 
     def alive(self) -> Alive:
         """Return a heartbeat. May be called from another thread."""

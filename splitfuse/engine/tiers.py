@@ -116,6 +116,12 @@ class Tiers:
         for thread in self._threads:
             thread.start()
 
+    def reset_stats(self) -> None:
+        """Count from now on."""
+        self.stats = TierStats()
+        if self.peers is not None:
+            self.peers.num_fetched = self.peers.num_dropped = 0
+
     # What is saved ----------------------------------------------------------------------------------------------------
 
     def buffer(self, name: bytes) -> npt.NDArray[np.uint8] | None:

@@ -9,9 +9,7 @@ from __future__ import annotations
 import hashlib
 import hmac
 import math
-import os
 import secrets
-import stat
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,6 +19,7 @@ from splitfuse.config import TARGETS, SchedulerConfig, ServerConfig
 from splitfuse.core.scheduling_options import MAX_WEIGHT, MIN_WEIGHT, Priority
 from splitfuse.core.slo.targets import SLO_DISABLED, SloTargets
 from splitfuse.deploy.registry import is_loopback
+from splitfuse.engine.private_files import check_private
 from splitfuse.errors import ConfigError, did_you_mean, unreadable
 from splitfuse.server.errors import RefusedError
 
@@ -133,18 +132,6 @@ def check_observer(owner: Owner, scope: Mapping[str, Any], what: str, *, may_fol
 def _without_port(host: str) -> str:
     """Return the name or address in a Host header."""
     return host[1:].partition("]")[0] if host.startswith("[") else host.partition(":")[0]
-
-
-def check_private(setting: str, path: str) -> None:
-    """Raise ConfigError if other users can read a file of this user with keys in it, which ssh refuses too."""
-    try:
-        status = Path(path).stat()
-    except OSError:
-        return  # its reader says why
-    if stat.S_ISREG(status.st_mode) and status.st_uid == os.getuid() and status.st_mode & 0o077:
-        raise ConfigError(
-            f"{setting} {path} is open to other users (mode {stat.S_IMODE(status.st_mode):04o}): chmod 600 {path}"
-        )
 
 
 def _read(path: str, owners: dict[str, Owner]) -> None:

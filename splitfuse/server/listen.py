@@ -16,8 +16,8 @@ import uvicorn
 
 from splitfuse.config import ServerConfig
 from splitfuse.deploy import registry
+from splitfuse.engine.private_files import check_private
 from splitfuse.errors import ConfigError, EngineUnavailableError, RegistryError, ServerError
-from splitfuse.server.auth import check_private
 from splitfuse.server.connections import Connection, Connections
 from splitfuse.server.dialect import encode_json
 from splitfuse.server.errors import answer_to

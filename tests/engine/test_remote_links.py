@@ -6,7 +6,7 @@ import asyncio
 import random
 import ssl
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,18 @@ from splitfuse.core.limits import EngineLimits
 from splitfuse.core.request_output import FinishReason, RequestOutput
 from splitfuse.core.sampling_params import SamplingParams
 from splitfuse.core.scheduling_options import SchedulingOptions
-from splitfuse.engine.messages import Add, Beat, EngineInfo, EngineStats, Finish, ResumePoint, StepReport, Stop, Traced
+from splitfuse.engine.messages import (
+    Add,
+    Beat,
+    EngineInfo,
+    EngineStats,
+    Failed,
+    Finish,
+    ResumePoint,
+    StepReport,
+    Stop,
+    Traced,
+)
 from splitfuse.engine.remote import dial, listener
 from splitfuse.engine.remote.clock import ClockDifference, shift_command, shift_report
 from splitfuse.engine.remote.connector import Agreement, ConnectLauncher
@@ -292,8 +303,19 @@ def test_a_front_that_says_nothing_loses_the_engine(listening: Listener, monkeyp
     async def test() -> None:
         reader, writer = await connect(listening.address, KEY, Purpose.FRONT, tls=None)
         await read_welcome(reader)
-        assert await reader.read() == b""  # reports are held until it has said what its clock says
+        await reader.read()  # to the end
         writer.close()
+        while listening._session is not None:
+            await asyncio.sleep(0.01)
+        link = await launcher(listening.address).launch()  # one that is stopped for a while
+        link._beating.cancel()  # type: ignore[attr-defined]
+        reports = []
+        while (report := await link.receive()) is not None:
+            reports.append(report)
+        failed = reports[-1]
+        assert isinstance(failed, Failed) and "its server was silent for" in failed.error
+        assert failed.is_planned  # so none of its requests is suspected
+        await link.end(0.0)
 
     run(test())
     session = listening.next_front()
@@ -301,25 +323,57 @@ def test_a_front_that_says_nothing_loses_the_engine(listening: Listener, monkeyp
 
 
 def test_strangers_are_heard_for_a_while_and_little(listening: Listener, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(listener, "HANDSHAKE_SECONDS", 0.2)
     monkeypatch.setattr(listener, "MOST_STRANGERS", 3)
+    host, port = parse_address("listen", listening.address)
 
-    async def test() -> None:
-        host, port = parse_address("listen", listening.address)
+    async def crowd() -> None:
+        """A further one takes the place of the oldest, so that one with the key comes in."""
         meet = [await asyncio.open_connection(host, port) for _ in range(3)]
         for reader, _ in meet:
             await reader.readexactly(len(MAGIC) + NONCE_BYTES)
-        reader, writer = await asyncio.open_connection(host, port)
-        assert await reader.read() == b""  # one too many
-        writer.close()
-        meet[0][1].write(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")
-        for reader, writer in meet:
-            assert await reader.read() == b""
+        for _ in range(2):
+            link = await launcher(listening.address).launch()
+            await link.end(0.0)
+            while listening._session is not None:
+                await asyncio.sleep(0.01)
+        assert await meet[0][0].read() == b""
+        meet[2][1].write(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")
+        assert await meet[2][0].read() == b""  # refused at its first bytes
+        for _, writer in meet:
             writer.close()
-        link = await launcher(listening.address).launch()
+
+    async def silent() -> None:
+        reader, writer = await asyncio.open_connection(host, port)
+        await reader.readexactly(len(MAGIC) + NONCE_BYTES)
+        assert await reader.read() == b""
+        writer.close()
+
+    run(crowd())
+    monkeypatch.setattr(listener, "HANDSHAKE_SECONDS", 0.05)
+    run(silent())
+
+
+def test_strangers_are_bounded_within_the_handshake_of_tls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not make_certificate(tmp_path):
+        pytest.skip("there is no openssl command to make a certificate with")
+    monkeypatch.setattr(listener, "MOST_STRANGERS", 3)
+    context, digest = server_context(str(tmp_path / "cert.pem"), str(tmp_path / "key.pem"))
+    secured = Listener("127.0.0.1:0", KEY, CONFIG, tls=context, certificate=digest)
+    secured.start()
+    host, port = parse_address("listen", secured.address)
+
+    async def test() -> None:
+        silent = [await asyncio.open_connection(host, port) for _ in range(8)]
+        for reader, _ in silent[:5]:
+            with suppress(ConnectionError):
+                assert await reader.read() == b""
+        link = await ConnectLauncher(secured.address, KEY, Agreement(CONFIG, has_local=False), tls=True).launch()
         await link.end(0.0)
+        for _, writer in silent:
+            writer.close()
 
     run(test())
+    secured.stop()
 
 
 def test_what_is_no_engine_is_a_sentence_and_no_hang(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -97,8 +97,9 @@ def server_context(certificate: str, key: str) -> tuple[ssl.SSLContext, bytes]:
     """
     with Path(certificate).open(encoding="ascii") as file:
         pem = file.read(2**20)
-    end = "-----END CERTIFICATE-----"
-    digest = certificate_digest(ssl.PEM_cert_to_DER_cert(pem[pem.index("-----BEGIN") : pem.index(end) + len(end)]))
+    begin, end = "-----BEGIN CERTIFICATE-----", "-----END CERTIFICATE-----"
+    first = pem[pem.index(begin) : pem.index(end) + len(end)]  # that of the server comes first
+    digest = certificate_digest(ssl.PEM_cert_to_DER_cert(first))
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(certificate, key, password=lambda: "")  # else it would ask for one
     return context, digest

@@ -10,9 +10,11 @@ from __future__ import annotations
 import asyncio
 import logging
 import queue
+import socket
 import ssl
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
@@ -21,7 +23,7 @@ import msgspec
 
 from splitfuse.config import EngineConfig, parse_address
 from splitfuse.core.kv.fetching import Frame
-from splitfuse.engine.messages import Alive, Beat, Loading, Report, Stop, Welcome, decode_command, encode
+from splitfuse.engine.messages import Alive, Beat, Failed, Loading, Report, Stop, Welcome, decode_command, encode
 from splitfuse.engine.remote.handshake import NO_CERTIFICATE, HandshakeError, Purpose, greet_client
 from splitfuse.engine.remote.peers import serve_blocks
 from splitfuse.engine.remote.transport import HANDSHAKE_SECONDS, MAX_MESSAGE, frame, read_message
@@ -33,7 +35,11 @@ HEARTBEAT = 0.25
 SILENCE_SECONDS = 10.0
 """Seconds of silence after which the other end of a connection is taken to be gone."""
 MOST_STRANGERS = 32
-"""Most connections that have not proved anything yet; further ones are closed."""
+"""Most connections that have not proved anything yet: for a further one, another is closed."""
+BACKLOG = 128
+"""Most connections that wait to be accepted."""
+SHUTDOWN_SECONDS = 1.0
+"""Seconds that TLS has to end."""
 STRANGER_BYTES = 2**16
 """Bytes that are read ahead of a connection, about."""
 LOG_SECONDS = 60.0
@@ -93,19 +99,23 @@ class FrontSession:
                 if isinstance(command, Stop):
                     self.asks_restart = True
                     return "asks for a restart"
-        except TimeoutError:
+        except TimeoutError:  # which it reads if it was only stopped: no request has caused it
+            self._report(Failed(f"its server was silent for {SILENCE_SECONDS:g} s", is_planned=True))
             return f"has been silent for {SILENCE_SECONDS:g} s"
         except (asyncio.IncompleteReadError, OSError):
             return "has left"
         except (ValueError, msgspec.DecodeError, SplitfuseError) as error:
+            self._report(Failed(f"its server sent a malformed message: {error}", is_planned=True))
             return f"sent a malformed message: {error}"
         finally:
             beating.cancel()
+            self._flush()
             self.commands.put(Stop())
 
     async def close(self) -> None:
         """Send what is to be sent, as far as the front reads it, and close the connection."""
         await asyncio.sleep(0)  # reports of this moment come first
+        self._flush()
         self._ended = True
         self._writer.close()
         with suppress(OSError, TimeoutError, asyncio.CancelledError):
@@ -117,9 +127,12 @@ class FrontSession:
         self._beat, self._beat_came = beat, time.monotonic()
         if is_first:
             self._report(self._heartbeat())
-            held, self._held = self._held, []
-            for report in held:
-                self._report(report)
+            self._flush()
+
+    def _flush(self) -> None:
+        held, self._held = self._held, []
+        for report in held:
+            self._writer.write(frame(encode(report)))
 
     def _heartbeat(self) -> Alive:
         now = time.monotonic()
@@ -158,11 +171,11 @@ class Listener:
         self._key, self._config, self._tls, self._certificate = key, config, tls, certificate
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="listener", daemon=True)
-        self._server: asyncio.Server | None = None
+        self._socket: socket.socket | None = None
         self._session: FrontSession | None = None
         self._stage: Report = Loading("starting")
         self._fronts: queue.SimpleQueue[FrontSession] = queue.SimpleQueue()
-        self._num_strangers = 0
+        self._strangers: dict[asyncio.Task[None], str] = {}  # connections that have proved nothing, and their hosts
         self._logged: dict[tuple[str, str], float] = {}  # hosts and reasons, and when a line was last written of them
 
     def start(self) -> None:
@@ -173,14 +186,22 @@ class Listener:
         except OSError as error:
             raise ConfigError(f"listen {self.address} cannot be listened on: {error.strerror or error}") from error
 
+    def fail(self, report: Failed) -> None:
+        """Tell the front that there is, if any, why there will be no engine."""
+        if (session := self._session) is not None:
+            session.report(report)
+            self.end(session)
+
     def stop(self) -> None:
         """Stop listening, and close all connections."""
 
         async def stop() -> None:
-            if self._server is not None:
-                self._server.close()
-            for task in asyncio.all_tasks() - {asyncio.current_task()}:
+            others = asyncio.all_tasks() - {asyncio.current_task()}
+            for task in others:
                 task.cancel()
+            await asyncio.gather(*others, return_exceptions=True)
+            if self._socket is not None:
+                self._socket.close()
             self._loop.call_soon(self._loop.stop)
 
         asyncio.run_coroutine_threadsafe(stop(), self._loop)
@@ -202,50 +223,91 @@ class Listener:
         asyncio.run_coroutine_threadsafe(session.close(), self._loop).result()
 
     async def _listen(self) -> None:
-        server = self._server = await asyncio.start_server(
-            self._meet,
-            self._host,
-            self._port,
-            limit=STRANGER_BYTES,
-            ssl=self._tls,
-            ssl_handshake_timeout=HANDSHAKE_SECONDS if self._tls is not None else None,
-            reuse_address=True,
-        )
-        self.address = format_address(*server.sockets[0].getsockname()[:2])
+        info = await self._loop.getaddrinfo(self._host, self._port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        family, kind, protocol, _, address = info[0]
+        listening = self._socket = socket.socket(family, kind, protocol)
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listening.bind(address)
+        listening.listen(BACKLOG)
+        listening.setblocking(False)
+        self.address = format_address(*listening.getsockname()[:2])
+        self._accepting = asyncio.create_task(self._accept(listening))
 
-    async def _meet(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    async def _accept(self, listening: socket.socket) -> None:
+        """Accept connections. Those that have proved nothing are bounded, within the handshake of TLS too."""
+        while True:
+            try:
+                connection, address = await self._loop.sock_accept(listening)
+            except OSError as error:  # no descriptors now
+                _logger.warning("a connection could not be accepted: %s", error.strerror)
+                await asyncio.sleep(HEARTBEAT)
+                continue
+            if len(self._strangers) >= MOST_STRANGERS:
+                self._refuse_one()
+            task = asyncio.create_task(self._meet(connection))
+            self._strangers[task] = address[0]
+            task.add_done_callback(lambda task: self._strangers.pop(task, None))
+
+    def _refuse_one(self) -> None:
+        """Refuse the oldest connection that has proved nothing, of the host that has most of them: one that has the key
+        takes a round trip for it.
+        """
+        (host, _), *_ = Counter(self._strangers.values()).most_common(1)
+        oldest = next(task for task, each in self._strangers.items() if each == host)
+        del self._strangers[oldest]
+        oldest.cancel()
+        self._log_refused(host, "too many connections at once prove nothing")
+
+    async def _meet(self, connection: socket.socket) -> None:
         """Let a connection in, and serve it."""
+        if (let_in := await self._let_in(connection)) is None:
+            return
+        purpose, reader, writer = let_in
         try:
-            match await self._greet(reader, writer):
-                case Purpose.FRONT:
-                    await self._serve_front(reader, writer)
-                case Purpose.BLOCKS:
-                    await serve_blocks(reader, writer, self.read_block)
-        except OSError:  # it has left
-            pass
+            self._strangers.pop(_this_task(), None)
+            if purpose is Purpose.FRONT:
+                await self._serve_front(reader, writer)
+            else:
+                await serve_blocks(reader, writer, self.read_block)
         finally:
             writer.close()
 
-    async def _greet(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> Purpose | None:
-        """Return what a connection is for; None if it is refused."""
-        if self._num_strangers >= MOST_STRANGERS:
-            return None
-        self._num_strangers += 1
+    async def _let_in(
+        self, connection: socket.socket
+    ) -> tuple[Purpose, asyncio.StreamReader, asyncio.StreamWriter] | None:
+        """Return what a connection is for, and its ends; None if it is refused."""
+        host = _host(connection)
+        reader = asyncio.StreamReader(limit=STRANGER_BYTES)
+        protocol = asyncio.StreamReaderProtocol(reader)
+        seconds = {"ssl_handshake_timeout": HANDSHAKE_SECONDS, "ssl_shutdown_timeout": SHUTDOWN_SECONDS}
+        transport: asyncio.Transport | None = None
         try:
             async with asyncio.timeout(HANDSHAKE_SECONDS):
-                purpose = await greet_client(reader, writer, self._key, self._certificate)
-                writer.write(frame(__version__.encode()) + frame(msgspec.msgpack.encode(self._welcome(purpose))))
-                await writer.drain()
-                return purpose
+                transport, _ = await self._loop.connect_accepted_socket(
+                    lambda: protocol, connection, ssl=self._tls, **({} if self._tls is None else seconds)
+                )
+                writer = asyncio.StreamWriter(transport, protocol, reader, self._loop)
+                purpose = await self._greet(reader, writer)
+            transport = None
+            return purpose, reader, writer
         except HandshakeError as error:
-            self._log_refused(writer, f"it {error}")
+            self._log_refused(host, f"it {error}")
         except TimeoutError:
-            self._log_refused(writer, "it says too little")
+            self._log_refused(host, "it says too little")
         except asyncio.IncompleteReadError:
-            self._log_refused(writer, "it has left within the handshake")
+            self._log_refused(host, "it has left within the handshake")
+        except OSError as error:  # of the network, or of TLS
+            self._log_refused(host, f"its connection has failed: {error.strerror or error}")
         finally:
-            self._num_strangers -= 1
+            if transport is not None:
+                transport.abort()
         return None
+
+    async def _greet(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> Purpose:
+        purpose = await greet_client(reader, writer, self._key, self._certificate)
+        writer.write(frame(__version__.encode()) + frame(msgspec.msgpack.encode(self._welcome(purpose))))
+        await writer.drain()
+        return purpose
 
     def _welcome(self, purpose: Purpose) -> Welcome:
         front = self._session.address if self._session is not None and purpose is Purpose.FRONT else ""
@@ -255,7 +317,8 @@ class Listener:
         """Serve a front until it leaves, unless another one is served."""
         address = _peer(writer)
         if self._session is not None:
-            self._log_refused(writer, f"the server at {self._session.address} has the engine")
+            host = address.rpartition(":")[0]
+            self._log_refused(host, f"the server at {self._session.address} has the engine")
             return
         session = self._session = FrontSession(reader, writer, address)
         session.report(self._stage)
@@ -266,14 +329,13 @@ class Listener:
         finally:
             self._session = None  # the next one waits while the engine ends the requests of this one
 
-    def _log_refused(self, writer: asyncio.StreamWriter, why: str) -> None:
-        address, now = _peer(writer), time.monotonic()
-        what = address.rpartition(":")[0], why
+    def _log_refused(self, host: str, why: str) -> None:
+        what, now = (host, why), time.monotonic()
         if now - self._logged.get(what, -LOG_SECONDS) >= LOG_SECONDS:
             if len(self._logged) >= MOST_LOGGED:
                 self._logged.clear()
             self._logged[what] = now
-            _logger.warning("a connection from %s is refused: %s", address, why)
+            _logger.warning("a connection from %s is refused: %s", host, why)
 
 
 def format_address(host: str, port: int) -> str:
@@ -288,3 +350,16 @@ def format_address(host: str, port: int) -> str:
 def _peer(writer: asyncio.StreamWriter) -> str:
     name = writer.get_extra_info("peername")
     return format_address(*name[:2]) if name else "an unknown address"
+
+
+def _host(connection: socket.socket) -> str:
+    try:
+        return str(connection.getpeername()[0])
+    except OSError:
+        return "a host that has left"
+
+
+def _this_task() -> asyncio.Task[None]:
+    task = asyncio.current_task()
+    assert task is not None
+    return task

@@ -20,11 +20,12 @@ from typing import TYPE_CHECKING
 from splitfuse.config import EngineConfig, ListenConfig
 from splitfuse.engine import garbage
 from splitfuse.engine.messages import Failed, InFlight, Loading, Stop
+from splitfuse.engine.private_files import check_private
 from splitfuse.engine.remote.handshake import NO_CERTIFICATE, server_context
 from splitfuse.engine.remote.listener import FrontSession, Listener
 from splitfuse.engine.remote.secret import read_secret
 from splitfuse.engine.tier_files import open_tiers
-from splitfuse.errors import ConfigError
+from splitfuse.errors import ConfigError, SplitfuseError
 
 if TYPE_CHECKING:
     from splitfuse.engine.engine import Engine
@@ -46,6 +47,7 @@ class StandaloneEngine:
         self._secret = read_secret(listen.key_file)
         tls, certificate = None, NO_CERTIFICATE
         if listen.tls_certificate is not None and listen.tls_key is not None:
+            check_private("tls_key", listen.tls_key)
             try:
                 tls, certificate = server_context(listen.tls_certificate, listen.tls_key)
             except (OSError, ValueError) as error:
@@ -67,7 +69,11 @@ class StandaloneEngine:
         self._listener.start()
         _logger.info("splitfuse engine listens on %s", self._listener.address)
         try:
-            engine = self._load()
+            try:
+                engine = self._load()
+            except SplitfuseError as error:  # the server that waits should know
+                self._listener.fail(Failed(str(error), type(error).__name__, is_planned=True))
+                raise
             threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
             try:
                 while not self._ending:
