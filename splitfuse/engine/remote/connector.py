@@ -12,7 +12,7 @@ import msgspec
 
 from splitfuse.config import EngineConfig, parse_adapter
 from splitfuse.core.slo.targets import SloTargets
-from splitfuse.engine.messages import Alive, Beat, Command, EngineInfo, InFlight, Report, encode
+from splitfuse.engine.messages import Alive, Beat, Command, EngineInfo, InFlight, Report, Welcome, encode
 from splitfuse.engine.remote.clock import ClockDifference, shift_command, shift_report
 from splitfuse.engine.remote.dial import connect, read_welcome
 from splitfuse.engine.remote.handshake import Purpose, client_context
@@ -20,6 +20,8 @@ from splitfuse.engine.remote.launcher import Launcher, Link
 from splitfuse.engine.remote.transport import BEAT_SECONDS, HANDSHAKE_SECONDS, frame
 from splitfuse.errors import ConfigError, EngineUnavailableError
 
+LEAVING_SECONDS = 1.0
+"""Seconds that an engine may take to notice that the server before has left."""
 _ANYWHERE = ("model", "revision", "gguf_file", "lora")
 """Settings that say where files are, which are compared by what they say."""
 
@@ -86,24 +88,32 @@ class ConnectLauncher(Launcher):
         self._tls = client_context() if tls else None
 
     async def launch(self) -> Link:
-        reader, writer = await connect(self.address, self._key, Purpose.FRONT, tls=self._tls)
+        until = time.monotonic() + LEAVING_SECONDS
+        while True:
+            reader, writer = await connect(self.address, self._key, Purpose.FRONT, tls=self._tls)
+            try:
+                welcome = await self._read_welcome(reader)
+                if not welcome.front:
+                    self._agreement.check_settings(welcome.config)
+                    scheme = "tcp" if self._tls is None else "tls"
+                    return _SocketLink(reader, writer, f"{scheme}://{self.address}")
+                if time.monotonic() > until:
+                    message = f"the server at {welcome.front} has it: end that, or use another engine"
+                    raise EngineUnavailableError(message)
+            except BaseException:
+                writer.close()
+                raise
+            writer.close()
+            await asyncio.sleep(LEAVING_SECONDS / 10)
+
+    async def _read_welcome(self, reader: asyncio.StreamReader) -> Welcome:
         try:
             async with asyncio.timeout(HANDSHAKE_SECONDS):
-                welcome = await read_welcome(reader)
-            if welcome.front:
-                raise EngineUnavailableError(f"the server at {welcome.front} has it: end that, or use another engine")
-            self._agreement.check_settings(welcome.config)
-            scheme = "tcp" if self._tls is None else "tls"
-            return _SocketLink(reader, writer, f"{scheme}://{self.address}")
+                return await read_welcome(reader)
         except TimeoutError:
-            writer.close()
             raise EngineUnavailableError(f"it has said nothing for {HANDSHAKE_SECONDS:g} s") from None
         except (asyncio.IncompleteReadError, OSError) as error:
-            writer.close()
             raise EngineUnavailableError("it has closed the connection") from error
-        except BaseException:
-            writer.close()
-            raise
 
     def accept(self, info: EngineInfo) -> None:
         self._agreement.check(info)
