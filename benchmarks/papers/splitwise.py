@@ -14,6 +14,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import islice
 
 from benchmarks.papers.data import (
     Drawn,
@@ -25,13 +26,15 @@ from benchmarks.papers.data import (
 )
 from benchmarks.papers.tables import Table
 from splitfuse.bench import metrics
+from splitfuse.bench.load import WARM_UP, open_loop
 from splitfuse.bench.results import MeasuredRequest
+from splitfuse.bench.workload import poisson
 from splitfuse.config import Role, SchedulerConfig
 from splitfuse.core.request import Request
 from splitfuse.simulator import virtual_time
 from splitfuse.simulator.deployment import Deployment, Link, Machine, SimulationConfig
 from splitfuse.simulator.machines import MACHINES
-from splitfuse.simulator.rates import Criterion, Goal, poisson_load, sustains
+from splitfuse.simulator.rates import Criterion, Goal, sustains
 from splitfuse.simulator.simulate import Replica, SimulatedTarget
 
 RATE = 130.0
@@ -52,6 +55,8 @@ PRICE = {"DGX-A100": 2.21, "DGX-H100": 4.76}
 """Their notebooks/utils.py: an hour of a machine's GPU."""
 PAPER = {"DGX-A100": (113, 54, 10), "DGX-H100": (51, 23, 10)}
 BUDGETS = (512, 2048)
+AFTER = 10.0
+"""Seconds for which requests come after those that are counted for an explanation: the longest answers take 85."""
 MOST = 1.4
 """Largest number of machines that is tried, as a multiple of the paper's baseline."""
 SYSTEMS = ("baseline", "split", "splitfuse")
@@ -202,7 +207,9 @@ def explain(name: str, machines: int, *, rate: float, seconds: float) -> Table:
         deployment = mixed(Kind.of(name, reading).machine(Role.MIXED, "orca", WHOLE_PROMPTS))(machines)
         requests, lone = workload("azure_code", longest=LONGEST - 1), reading.times("DGX-A100")
         target = reading.target(deployment)
-        point = virtual_time.run(poisson_load(target, requests, rate, round(rate * seconds)))
+        count = round(rate * seconds)
+        arrivals = islice(poisson(rate, seed=0, stream="explain"), count + math.ceil(WARM_UP * count + AFTER * rate))
+        point = virtual_time.run(open_loop(target, requests, rate=None, arrivals=arrivals, requests=count))
         found = [slowdown(each, lone, reading) for each in metrics.counted(point)]
         cells = [
             " / ".join(f"{metrics.percentile([each[which] for each in found], percent):.2f}" for percent in SLOS)
