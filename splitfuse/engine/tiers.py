@@ -22,7 +22,6 @@ from splitfuse.config import CacheConfig, parse_disk_tier
 from splitfuse.core.kv.fetching import (
     FEWEST_PLACES,
     FIRST_BANDWIDTH,
-    INBOX_BYTES,
     LATENCY,
     LONGEST_FETCH,
     MOVES_BYTES,
@@ -33,6 +32,7 @@ from splitfuse.core.kv.fetching import (
     Frame,
     Inbox,
     places,
+    waiting_bytes,
 )
 from splitfuse.core.plan import Save
 from splitfuse.engine.block_file import BlockFile
@@ -377,6 +377,8 @@ def make_tiers(
                 logger.warning(
                     "%s had %d blocks of another model, block or tier size: they are dropped", name, num_foreign
                 )
-    inbox_bytes, staged_bytes = (MOVES_INBOX_BYTES,) * 2 if files.for_moves else (INBOX_BYTES, STAGED_BYTES)
+    inbox_bytes = staged_bytes = MOVES_INBOX_BYTES
+    if not files.for_moves:
+        inbox_bytes, staged_bytes = waiting_bytes(cache.memory_tier_bytes // files.num_parts)
     made = Tiers(tiers, block_bytes, staged_bytes=staged_bytes, memory_id=files.memory_id)
     return made, Inbox(places(inbox_bytes, block_bytes), block_bytes)

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from splitfuse.config import CacheConfig, EngineConfig
-from splitfuse.core.kv.fetching import INBOX_BYTES, MOVES_BYTES, MOVES_INBOX_BYTES, STAGED_BYTES
+from splitfuse.core.kv.fetching import INBOX_BYTES, MOVES_BYTES, MOVES_INBOX_BYTES, STAGED_BYTES, waiting_bytes
 from splitfuse.core.limits import ceil_div
 from splitfuse.core.step_budget import BUDGETS, FIRST_BUDGET
 from splitfuse.errors import ConfigError, MemoryPlanError
@@ -185,7 +185,8 @@ def tier_bytes(cache: CacheConfig, *, num_sharers: int = 1, filled: int = 0, for
     """
     if not cache.has_tiers:
         return MOVES_BYTES + 2 * MOVES_INBOX_BYTES if for_moves else 0
-    return max(cache.memory_tier_bytes - filled, 0) // num_sharers + INBOX_BYTES + STAGED_BYTES
+    own = cache.memory_tier_bytes // num_sharers
+    return max(cache.memory_tier_bytes - filled, 0) // num_sharers + sum(waiting_bytes(own))
 
 
 def _with_tiers(plan: MemoryPlan, config: EngineConfig) -> MemoryPlan:
@@ -320,12 +321,20 @@ def _smaller_model(
     return f"{' or '.join(options)} would fit"
 
 
+def _tier_alone(num_bytes: int) -> int:
+    """Return how much of the bytes of a memory tier, and of blocks on their way, is the tier: see `waiting_bytes`."""
+    return min(num_bytes - INBOX_BYTES - STAGED_BYTES, num_bytes * 32 // 35)
+
+
 def _smaller_tiers(cache: CacheConfig, plan: MemoryPlan, missing: int) -> str:
     """Return a setting of tiers that takes so many bytes less."""
     if cache.kv_memory_tier is not None:
-        size = cache.memory_tier_bytes
-        share = plan.tiers - INBOX_BYTES - STAGED_BYTES - _index_bytes(cache.disk_tier_bytes, plan)  # of this engine
-        mib = int(size * (1 - missing / share)) // 2**20 if share > missing else 0
+        size, all_bytes = (
+            cache.memory_tier_bytes,
+            plan.tiers - _index_bytes(cache.disk_tier_bytes, plan),
+        )  # of an engine
+        share, kept = _tier_alone(all_bytes), _tier_alone(all_bytes - missing)
+        mib = int(size * kept / share) // 2**20 if kept > 0 else 0
         if mib >= 1:
             return f"kv_memory_tier={mib}MiB"
     given = [name for name in ("kv_memory_tier", "kv_disk_tier") if getattr(cache, name) is not None]

@@ -23,7 +23,7 @@ from splitfuse.bench.target import Answer, Target
 from splitfuse.bench.workload import LoadRequest, Loads, Prompt, TokenIds
 from splitfuse.core.capacity import Arrival, replicas_needed
 from splitfuse.core.kv.block_allocator import BlockAllocator
-from splitfuse.core.kv.fetching import INBOX_BYTES, WAITING_SHARE, Fetching, Inbox, places
+from splitfuse.core.kv.fetching import WAITING_SHARE, Fetching, Inbox, places, waiting_bytes
 from splitfuse.core.kv.request_kv import RequestKv
 from splitfuse.core.limits import ceil_div
 from splitfuse.core.plan import ChunkResult, StepPlan
@@ -282,11 +282,16 @@ class Replica:
         )
         self._tiers, fetching = None, None
         if self._shared is not None:
-            block_bytes = self._engine.block_bytes
+            block_bytes, num_engines = self._engine.block_bytes, len(self._shared.staged)
+            inbox_bytes, staged_bytes = waiting_bytes(self._engine.kv_memory_tier // num_engines)
             self._tiers = SimulatedTiers(
-                self._shared, part=self._part, block_bytes=block_bytes, clock=lambda: asyncio.get_running_loop().time()
+                self._shared,
+                part=self._part,
+                block_bytes=block_bytes,
+                staged_bytes=staged_bytes,
+                clock=lambda: asyncio.get_running_loop().time(),
             )
-            fetching = Fetching(self._tiers, Inbox(places(INBOX_BYTES, block_bytes), 0))  # bytes are not simulated
+            fetching = Fetching(self._tiers, Inbox(places(inbox_bytes, block_bytes), 0))  # bytes are not simulated
         config, budget = self._engine.scheduler, self._engine.budget
         policy = make_baseline(self._engine.policy, config)
         policy = policy or make_policy(config, calibration.cost if config.slo_enabled else None)

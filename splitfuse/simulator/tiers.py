@@ -12,7 +12,7 @@ from collections import OrderedDict, deque
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-from splitfuse.core.kv.fetching import LATENCY, STAGED_BYTES, Fetch, Found, Frame, places
+from splitfuse.core.kv.fetching import LATENCY, Fetch, Found, Frame, places
 from splitfuse.core.plan import Save
 
 RECENT = 1.0
@@ -104,9 +104,11 @@ class SimulatedTiers:
     It begins now: what an engine before it had not written yet is lost.
     """
 
-    def __init__(self, shared: SharedTiers, *, part: int, block_bytes: float, clock: Callable[[], float]) -> None:
+    def __init__(
+        self, shared: SharedTiers, *, part: int, block_bytes: float, staged_bytes: int, clock: Callable[[], float]
+    ) -> None:
         self._shared, self._stores, self._clock = shared, shared.stores, clock
-        self._most_staged = places(STAGED_BYTES, block_bytes)
+        self._most_staged = places(staged_bytes, block_bytes)
         self._staged = shared.staged[part]
         if self._staged:
             shared.write(clock())

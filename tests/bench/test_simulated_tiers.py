@@ -148,7 +148,7 @@ def test_a_disk_tier_keeps_what_a_smaller_memory_tier_has_lost() -> None:
 
 def test_no_more_blocks_are_written_than_there_is_memory_for() -> None:
     large = replace(CALIBRATION, kv_bytes_per_token=STAGED_BYTES / SIZE / 9)  # nine blocks on their way
-    how = config(calibration=large, kv_memory_tier=1000 * STAGED_BYTES, kv_memory_speed=1e12)
+    how = config(calibration=large, kv_memory_tier=32 * STAGED_BYTES, kv_memory_speed=1e12)
 
     async def main() -> int:
         target = SimulatedTarget(how)

@@ -12,7 +12,7 @@ import torch
 from backends import variants
 from specs import make_experts, make_spec
 
-from splitfuse.config import EngineConfig
+from splitfuse.config import CacheConfig, EngineConfig
 from splitfuse.core.kv.fetching import INBOX_BYTES, STAGED_BYTES
 from splitfuse.errors import ConfigError, MemoryPlanError
 from splitfuse.kernels.interface import ConvSpec
@@ -23,7 +23,7 @@ from splitfuse.runtime import loading
 from splitfuse.runtime.backend_choice import choose_backend
 from splitfuse.runtime.loading import parse_device
 from splitfuse.runtime.machine import GIB, anonymous_bytes, available_memory
-from splitfuse.runtime.memory_plan import INDEX_BYTES, MemoryPlan, plan_memory
+from splitfuse.runtime.memory_plan import INDEX_BYTES, MemoryPlan, plan_memory, tier_bytes
 
 SIZES: dict[str, Any] = {
     "dtype": "float32",
@@ -106,6 +106,14 @@ def test_the_index_of_a_tier_is_planned() -> None:
     found = plan(FIXED + 2**33, kv_memory_tier="1GiB", kv_disk_tier="/kv:10GiB").tiers
     assert without == 0
     assert found == memory + INBOX_BYTES + STAGED_BYTES + INDEX_BYTES * ((memory + disk) // BLOCK)
+
+
+def test_large_tiers_have_room_for_more_blocks_on_their_way() -> None:
+    size = 64 * 2**30
+    found = plan(FIXED + 2 * size, kv_memory_tier="64GiB").tiers
+    assert found == size + size // 16 + size // 32 + INDEX_BYTES * (size // BLOCK)
+    half = tier_bytes(CacheConfig(kv_memory_tier="64GiB"), num_sharers=2)
+    assert half == size // 2 + size // 32 + size // 64
 
 
 def test_tiers_are_not_in_the_memory_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:

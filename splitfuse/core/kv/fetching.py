@@ -21,7 +21,9 @@ Data: TypeAlias = Any
 """Bytes of a block, in any object with the buffer protocol."""
 
 INBOX_BYTES, STAGED_BYTES = 2**28, 2**27
-"""Most bytes of blocks that have arrived and wait for a step, and of those that are to be written, in an engine."""
+"""Number of bytes of blocks that have arrived and wait for a step, and of those that are to be written, for which an
+engine has room at least.
+"""
 MOVES_BYTES, MOVES_INBOX_BYTES = 2**26, 2**25
 """Most bytes of the blocks that an engine lays ready for others where no tier was asked for, and of those that then
 have arrived and wait for a step, or are to be written.
@@ -102,6 +104,17 @@ class BlockSource(Protocol):
 
     def forget(self, number: int) -> None:
         """Want no answer to a fetch any more."""
+
+
+def waiting_bytes(tier_bytes: int) -> tuple[int, int]:
+    """Return the most bytes of blocks that have arrived and wait for a step, and of those that are to be written, in an
+    engine whose share of a memory tier has so many: parts of that beyond 4 GiB, or a prompt of a large model would not
+    fit.
+
+    >>> waiting_bytes(2**32) == (INBOX_BYTES, STAGED_BYTES), waiting_bytes(2**36) == (2**32, 2**31)
+    (True, True)
+    """
+    return max(INBOX_BYTES, tier_bytes // 16), max(STAGED_BYTES, tier_bytes // 32)
 
 
 def places(num_bytes: int, block_bytes: float) -> int:
