@@ -41,6 +41,11 @@ class EngineLimits:
         """Return the most tokens of a prompt: one is left to generate, but by an encoder."""
         return self.max_model_len - self.generates
 
+    @property
+    def room(self) -> int:
+        """Return the most tokens that a prompt and its answer can have together."""
+        return min(self.max_model_len, (self.num_blocks + self.lent_blocks) * self.block_size + 1)
+
     def max_new_tokens(self, num_prompt: int, params: SamplingParams) -> int:
         """Return the most tokens to generate after a prompt of `num_prompt` tokens."""
         return self.max_model_len - num_prompt if params.max_tokens is None else params.max_tokens

@@ -23,6 +23,7 @@ import msgspec
 from splitfuse.config import Role
 from splitfuse.core.capacity import MOST_ARRIVALS, Arrival
 from splitfuse.core.latency.phases import LatencyBreakdown
+from splitfuse.core.limits import EngineLimits
 from splitfuse.core.replica_view import ReplicaView
 from splitfuse.core.request_output import FinishReason, RequestOutput
 from splitfuse.engine.guard import check_process
@@ -88,6 +89,11 @@ class EngineClient(ABC):
     @abstractmethod
     def info(self) -> EngineInfo:
         """Return what does not change while the engine lives. Raises EngineUnavailableError before it was READY."""
+
+    @property
+    def open_limits(self) -> EngineLimits:
+        """Return the limits of what can begin now; those of `info` if nothing can."""
+        return self.info.limits
 
     @property
     @abstractmethod
@@ -258,6 +264,11 @@ class LocalClient(EngineClient):
     def info(self) -> EngineInfo:
         if self._info is None:
             raise EngineUnavailableError("the engine is not ready yet")
+        return self._info
+
+    @property
+    def known_info(self) -> EngineInfo | None:
+        """Return `info`, that of its last life if it is dead; None if it was never ready."""
         return self._info
 
     @property

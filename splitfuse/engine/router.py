@@ -6,12 +6,14 @@ import asyncio
 import logging
 import time
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 
 import msgspec
 
 from splitfuse.config import Role
 from splitfuse.core.kv.names import BlockNamer, new_key
+from splitfuse.core.limits import EngineLimits
 from splitfuse.core.replica_view import ReplicaView
 from splitfuse.core.request import Request
 from splitfuse.core.routing import Candidate, choose_replica, expected_tokens
@@ -76,15 +78,16 @@ class Router(EngineClient):
 
     @property
     def info(self) -> EngineInfo:
-        for replica in self.replicas:
-            try:
-                info = replica.info
-            except EngineUnavailableError:
-                continue
-            if self._loans is None:
-                return info
-            return msgspec.structs.replace(info, limits=self._loans.limits(info))
-        raise EngineUnavailableError("no engine is ready yet")
+        """Return what is known of the replica with the largest limits, dead or not: what it can hold is no error."""
+        if not (infos := [info for each in self.replicas if (info := each.known_info) is not None]):
+            raise EngineUnavailableError("no engine is ready yet")
+        info = max(infos, key=_room)
+        return info if self._loans is None else msgspec.structs.replace(info, limits=self._loans.limits(info))
+
+    @property
+    def open_limits(self) -> EngineLimits:
+        infos = [each.info for each in self.replicas if _is_open(each)]
+        return self.info.limits if self._loans is not None or not infos else max(infos, key=_room).limits
 
     @property
     def stats(self) -> list[EngineStats]:
@@ -140,18 +143,12 @@ class Router(EngineClient):
             replica.let_go_adapter(digest)
 
     def open(self, request: Add) -> Stream:
-        request = request.settled
+        request = self._sized(request.settled)
         choice = self._choose(request, self._of_roles(self.replicas, has_begun=False))
         if choice is None and self._loans is not None and not self._fitting(request, self.replicas):
             raise EngineUnavailableError("no engine has room now to lend to the request: send it again")
         if choice is None:
-            num_prompt = len(request.prompt_token_ids)
-            is_ready = self.state is EngineState.READY
-            assert not is_ready or self.info.limits.fits(num_prompt, request.params), (
-                "call EngineLimits.check() before submitting"
-            )
-            which = " that has the adapter of the request: send it again" if request.adapter else ""
-            raise EngineUnavailableError(f"no engine is ready{which}")
+            raise EngineUnavailableError(self._why_none(request))
         receiver = None if choice.loan is not None else self._choose_generation(request, choice.engine)
         changes = {"loan": choice.loan, "block_sources": choice.block_sources, "hands_over": receiver is not None}
         stream = choice.engine.open(msgspec.structs.replace(request, **changes))
@@ -161,6 +158,31 @@ class Router(EngineClient):
             self._mover.follow(stream, choice.engine, receiver)
         choice.taken()
         return stream
+
+    def _sized(self, request: Add) -> Add:
+        """Return a request with a number of tokens to generate, which is that of the largest engine that is open:
+        without one, it would be another one at each.
+        """
+        if len(self.replicas) == 1 or request.pooling is not None or request.params.max_tokens is not None:
+            return request
+        try:
+            most = self.open_limits.max_new_tokens(len(request.prompt_token_ids), request.params)
+        except EngineUnavailableError:  # no engine was ready yet
+            return request
+        return msgspec.structs.replace(request, params=replace(request.params, max_tokens=max(most, 1)))
+
+    def _why_none(self, request: Add) -> str:
+        """Return why no replica accepts a request."""
+        is_open = [each for each in self.replicas if _is_open(each)]
+        num_tokens = len(request.prompt_token_ids)
+        if any(each.known_info is not None for each in self.replicas):
+            fits = self.info.limits.fits(num_tokens, request.params)
+            assert fits, "call EngineLimits.check() before submitting"
+        if is_open and not self._fitting(request, is_open):
+            num_tokens += request.params.max_tokens or 0
+            return f"no engine that is ready can hold a request of {num_tokens} tokens: send it again, or a shorter one"
+        which = " that has the adapter of the request: send it again" if request.adapter else ""
+        return f"no engine is ready{which}"
 
     async def start(self) -> None:
         """Return when all replicas are ready; raise the error of the first that failed. One on another machine that
@@ -353,6 +375,10 @@ async def _start(replica: LocalClient) -> EngineUnavailableError | None:
 
 def _is_open(replica: LocalClient) -> bool:
     return replica.state is EngineState.READY and not replica.is_drained
+
+
+def _room(info: EngineInfo) -> int:
+    return info.limits.room
 
 
 def _has_room(replica: LocalClient, stream: Stream) -> bool:

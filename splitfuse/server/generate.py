@@ -78,9 +78,9 @@ class GenerationRequest:
         """Return the number of prompts; messages are one."""
         return len(self.prompts) if self.messages is None else 1
 
-    async def encode(self, service: TextService, limits: EngineLimits) -> list[PreparedRequest]:
+    async def encode(self, service: TextService) -> list[PreparedRequest]:
         """Return a request for each prompt. Raises InvalidRequestError."""
-        max_model_len = limits.max_model_len
+        max_model_len, limits = service.client.info.limits.max_model_len, service.client.open_limits
         params = await service.compile(self.params, self.chat)
         limit = max_model_len if self.keep_tokens is None else MAX_LENGTHS * max_model_len
         with reading_at_most(limit) if self.keep_tokens is not None else nullcontext():
@@ -94,7 +94,7 @@ class GenerationRequest:
         if (keep := self.keep_tokens) is None:
             return encoded
         if keep == -1:
-            keep = max(max_model_len - (self.params.max_tokens or 1), 1)
+            keep = max(limits.max_model_len - (self.params.max_tokens or 1), 1)
         return [replace(each, token_ids=each.token_ids[-keep:]) for each in encoded]
 
     async def _encode_latest(
@@ -105,7 +105,7 @@ class GenerationRequest:
         """
         first = next((index for index, each in enumerate(messages) if each["role"] != "system"), 0)
         starts = [first, *(i for i in range(first + 1, len(messages)) if messages[i]["role"] == "user")]
-        room = _room(limits) - (params.max_tokens or 1)
+        room = limits.room - (params.max_tokens or 1)
 
         async def encoded(start: int) -> PreparedRequest:
             kept = [*messages[:first], *messages[start:]]
@@ -205,12 +205,12 @@ async def generate(state: AppState, context: RequestContext, request: Generation
 
 async def _run(state: AppState, context: RequestContext, request: GenerationRequest, responder: Responder) -> None:
     service, admission, n = state.service, state.admission, request.params.n
-    limits = service.client.info.limits
+    limits, open_limits = service.client.info.limits, service.client.open_limits
     with ExitStack() as admitted:
         admitted.enter_context(admission.admit(0, request.num_prompts * n))
-        encoded = await request.encode(service, limits)
+        encoded = await request.encode(service)
         encoded = [replace(each, adapter=context.adapter) for each in encoded]
-        prepared = [_checked(limits, each, request.default_max_tokens) for each in encoded]
+        prepared = [_sized(limits, open_limits, each, request.default_max_tokens) for each in encoded]
         num_tokens = sum((len(each.token_ids) + (each.params.max_tokens or 0)) * n for each in prepared)
         num_logprobs = sum(map(_num_logprobs, prepared))
         admitted.enter_context(admission.admit(num_tokens, 0, num_logprobs=num_logprobs))
@@ -251,15 +251,15 @@ def _written(context: RequestContext, events: Callable[[], Iterable[Any]]) -> li
     return list(map(context.dialect.event, events()))
 
 
-def _room(limits: EngineLimits) -> int:
-    """Return the most tokens that a prompt and its answer can have together."""
-    return min(limits.max_model_len, (limits.num_blocks + limits.lent_blocks) * limits.block_size + 1)
-
-
-def _checked(limits: EngineLimits, prepared: PreparedRequest, default_max_tokens: int | None) -> PreparedRequest:
-    """Return a request with max_tokens settled. Raises InvalidRequestError for what the model cannot honour."""
+def _sized(
+    limits: EngineLimits, open_limits: EngineLimits, prepared: PreparedRequest, default_max_tokens: int | None
+) -> PreparedRequest:
+    """Return a request with max_tokens settled, such that an engine which is ready can hold it, if one can. Raises
+    InvalidRequestError for what the model cannot honour.
+    """
     if prepared.params.max_tokens is None:
-        room = _room(limits) - len(prepared.token_ids)
+        most = max(open_limits.room, limits.room if len(prepared.token_ids) >= open_limits.room else 0)
+        room = most - len(prepared.token_ids)
         params = clamp_max_tokens(prepared.params, default_max_tokens or room, room)
         prepared = replace(prepared, params=params)
     prepared.check(limits)

@@ -3,6 +3,9 @@
 import asyncio
 from typing import Any
 
+import msgspec
+import pytest
+
 from splitfuse.core.limits import EngineLimits
 from splitfuse.core.request import SchedulingOptions
 from splitfuse.core.request_output import FinishReason, RequestOutput
@@ -12,6 +15,7 @@ from splitfuse.core.slo.targets import SloTargets
 from splitfuse.engine.client import LocalClient
 from splitfuse.engine.messages import Add, Command, EngineInfo, EngineStats, Report, StepReport, decode_report, encode
 from splitfuse.engine.router import Router
+from splitfuse.errors import EngineUnavailableError
 
 TIMES = StepTimes(CostModel(floor=1.0, per_token=0.1))  # so slow that the time of a test is nothing
 INFO = EngineInfo(
@@ -29,8 +33,9 @@ INFO = EngineInfo(
 class Told(LocalClient):
     """A replica that computes nothing: it notes what it is sent, and takes what it is told."""
 
-    def __init__(self) -> None:
+    def __init__(self, info: EngineInfo = INFO) -> None:
         super().__init__()
+        self.told_info = info
         self.sent: list[str] = []
 
     def _send(self, command: Command) -> None:
@@ -41,7 +46,7 @@ class Told(LocalClient):
         self._take(decode_report(encode(report)))
 
     async def start(self) -> None:
-        self.tell(INFO)
+        self.tell(self.told_info)
 
     async def close(self) -> None:
         self._die("it was closed")
@@ -107,6 +112,38 @@ def test_a_request_that_no_replica_can_serve_in_time_is_told_the_least_wait() ->
         second.tell(step(*(RequestOutput(name, finish_reason="error") for name in "bc")))  # type: ignore[arg-type]
         router.open(add("d", 300, targets=tight, on_time_only=True))
         assert second.sent[-1] == "d", "it is admitted"
+
+    asyncio.run(test())
+
+
+@pytest.mark.parametrize("large_first", [False, True])
+def test_engines_of_two_sizes_count_by_what_they_can_hold_now(*, large_first: bool) -> None:
+    """The largest says what is too large for ever, the largest that is open what can begin."""
+    limits = EngineLimits(max_model_len=641, vocab_size=256, num_blocks=40, block_size=16)
+
+    async def test() -> None:
+        large, small = Told(), Told(msgspec.structs.replace(INFO, limits=limits))
+        router = Router([large, small] if large_first else [small, large])
+        with pytest.raises(EngineUnavailableError, match="no engine is ready yet"):
+            router.open(add("a", 30))
+        await router.start()
+        assert router.info.limits == router.open_limits == INFO.limits
+        for name in "abcd":
+            stream = router.open(msgspec.structs.replace(add(name, 30), params=SamplingParams()))
+            assert stream.request.params.max_tokens == 4096 - 30, "as many wherever it is computed"
+        assert (len(large.sent), len(small.sent)) == (4, 0)
+        router.open(add("e", 30))
+        assert small.sent == ["e"]
+        await large.close()
+        assert router.info.limits == INFO.limits and router.open_limits == limits
+        with pytest.raises(EngineUnavailableError, match="no engine that is ready can hold a request of 1010 tokens"):
+            router.open(add("f", 1000))
+        stream = router.open(msgspec.structs.replace(add("g", 30), params=SamplingParams()))
+        assert stream.request.params.max_tokens == 641 - 30 and small.sent == ["e", "g"]
+        await small.close()
+        assert router.open_limits == INFO.limits
+        with pytest.raises(EngineUnavailableError, match=r"no engine is ready$"):
+            router.open(add("h", 1000))
 
     asyncio.run(test())
 

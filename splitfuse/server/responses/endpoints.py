@@ -75,7 +75,7 @@ async def count_input(state: AppState, context: RequestContext, body: ResponseRe
     """Answer POST /v1/responses/input_tokens."""
     _, request = await state.service.off_loop(lambda: _read(state, context, body, stores=False))
     with state.admission.admit(0), errors_named(request.names):
-        work = request.encode(state.service, state.service.client.info.limits)
+        work = request.encode(state.service)
         (prompt,) = await context.unless_gone(work, deadline=None)
     await context.answer(InputTokens(len(prompt.token_ids)))
 
