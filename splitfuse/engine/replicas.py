@@ -38,10 +38,10 @@ def make_replicas(
 
     Raises ConfigError if there are fewer cores than replicas, or if a KV tier or the key cannot be used.
     """
-    if config.cache.kv_loans and (replicas < 2 or engines):
+    if config.cache.kv_loans and (replicas < 2 or engines or roles):
         raise ConfigError(
-            "kv_loans needs another engine to lend, and all on this machine: set replicas to 2 or more and leave out "
-            "engines elsewhere, or leave it out"
+            "kv_loans needs another engine to lend, all on this machine and without roles: set replicas to 2 or more "
+            "and leave out engines elsewhere and roles, or leave out kv_loans"
         )
     agreement = Agreement(config, has_local=replicas > 0)
     secret = None if key_file is None else read_secret(key_file)

@@ -145,7 +145,11 @@ def model_name(model: str | None) -> str:
 
 @contextmanager
 def _recorder(engine: EngineConfig, config: ServerConfig) -> Iterator[Recorder | None]:
-    """Give what records the engines, if the settings ask for it. Raises ConfigError if its file cannot be written."""
+    """Give what records the engines, if the settings ask for it. Raises ConfigError if its file cannot be written, or
+    if steps would be recorded that cannot be replayed.
+    """
+    if config.record is not None and engine.cache.kv_loans:
+        raise ConfigError("steps with kv_loans cannot be replayed: leave out record or kv_loans")
     if config.record is None:
         yield None
         return

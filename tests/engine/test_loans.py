@@ -318,8 +318,9 @@ def test_request_goes_on_when_its_creditor_is_gone(folder: Path, how: signal.Sig
 
 
 def test_loans_are_refused_where_they_cannot_work(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
-    with pytest.raises(ConfigError, match="set replicas to 2 or more"):
-        make_replicas(config(folder, SMALL), replicas=1)
+    for how in ({"replicas": 1}, {"replicas": 2, "engines": ("127.0.0.1:1",)}):
+        with pytest.raises(ConfigError, match="set replicas to 2 or more"):
+            make_replicas(config(folder, SMALL), **how)
     with pytest.raises(ConfigError, match="needs the C\\+\\+ kernels"):
         Engine.load(config(folder, SMALL, kernels="reference", num_threads=None))
     with pytest.raises(ConfigError, match="do not divide"):
