@@ -418,15 +418,21 @@ class LocalClient(EngineClient):
         """Return whether a stream is here, and does not leave."""
         return self._streams.get(stream.request.request_id) is stream
 
-    async def export(self, stream: Stream, num_blocks: int) -> int:
-        """Have the first `num_blocks` blocks of a stream laid ready for another engine, and return how many are; 0 if
-        it has left.
+    async def export(self, stream: Stream, num_blocks: int, *, more_than: int) -> int:
+        """Have the first `num_blocks` blocks of a stream laid ready for another engine, and return how many are, once
+        there are more than so many; 0 if it has left, or has none now.
         """
         request_id = stream.request.request_id
         self._exported.pop(request_id, None)
-        if self.has(stream):
-            self._send(Export(request_id, num_blocks))
-            await self.wait_until(lambda: request_id in self._exported or not self.has(stream))
+        if not self.has(stream):
+            return 0
+        self._send(Export(request_id, num_blocks))
+
+        def is_answered() -> bool:
+            count = self._exported.get(request_id)
+            return (count is not None and (count == 0 or count > more_than)) or not self.has(stream)
+
+        await self.wait_until(is_answered)
         return self._exported.pop(request_id, 0)
 
     async def wait_exported(self, stream: Stream, more_than: int) -> int:

@@ -704,9 +704,10 @@ class Engine:
     def _note_exports(self, tiers: Tiers) -> None:
         """Note which exports are written."""
         for request_id, names in list(self._exporting.items()):
-            if tiers.count_written(names[-1:]):  # they are written in order
-                self._exported[request_id] = len(names)
-            if request_id in self._exported or not self.is_unfinished(request_id):
+            num_written = tiers.num_written(names)
+            if num_written:
+                self._exported[request_id] = num_written
+            if num_written == len(names) or not self.is_unfinished(request_id):
                 del self._exporting[request_id]
 
     def _note_step(self, step: StepRecord) -> None:

@@ -105,7 +105,7 @@ class Mover:
             end = min(end, num_there + max(info.num_export_slots // 2 // self._num_moving[source], 1))
             try:
                 async with asyncio.timeout(STAGE_SECONDS):
-                    end = min(end, await source.export(stream, end))
+                    end = min(end, await source.export(stream, end, more_than=num_there))
                 if end <= num_there:
                     return
                 tokens = request.known_tokens

@@ -152,9 +152,11 @@ class Tiers:
         """Wait for what is to be written, at most for so long."""
         self._written.wait(seconds)
 
-    def count_written(self, names: Sequence[bytes]) -> int:
-        """Return how many leading blocks of these names some tier has."""
-        return next((count for count, name in enumerate(names) if self._tier_of(name) is None), len(names))
+    def num_written(self, names: Sequence[bytes]) -> int:
+        """Return how many leading blocks of these names have been written, in their order; the first of them may have
+        been overwritten since.
+        """
+        return next((count for count in range(len(names), 0, -1) if self._tier_of(names[count - 1]) is not None), 0)
 
     def _write_all(self) -> None:
         while (staged := self._to_write.get()) is not None:

@@ -27,6 +27,7 @@ from splitfuse.errors import ConfigError
 from splitfuse.runtime.loading import load_model
 
 SETTINGS: dict[str, Any] = {"num_blocks": 300, "max_num_batched_tokens": 64, "num_threads": 1}
+BLOCK = 32
 SPLIT = (Role.PROMPT, Role.GENERATION)
 
 
@@ -92,6 +93,30 @@ def test_a_request_gets_the_same_from_two_engines(settings: dict[str, Any]) -> N
             assert first.num_computed_tokens == num_prompts and first.num_generated_tokens == len(wanted)
             assert second.num_computed_tokens - second.num_draft_tokens <= sum(map(len, whole)), "no prompt is computed"
             assert all(not view._prefills and not view._decodes for each in router.replicas if (view := each.view))
+
+    run(test)
+
+
+def test_blocks_go_ahead_chunk_by_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
+    """At the hand-over those of the last chunks alone are left, however long the prompt is."""
+    come: dict[str, int] = {}
+    prefetch = AsyncEngine.prefetch
+
+    async def counted(engine: AsyncEngine, request_id: str, *how: Any) -> int:
+        count = await prefetch(engine, request_id, *how)
+        come[request_id] = come.get(request_id, 0) + count
+        return count
+
+    monkeypatch.setattr(AsyncEngine, "prefetch", counted)
+    (request,) = requests(1, max_tokens=5)
+
+    async def test() -> None:
+        async with running() as router:
+            for length in (400, 800):
+                prompt = tuple(Random(length).randrange(5, 700) for _ in range(length))
+                each = msgspec.structs.replace(request, request_id=f"{length}", prompt_token_ids=prompt)
+                await read(router.open(each))
+                assert come[f"{length}"] >= length // BLOCK // 4, "usually all but the last six"
 
     run(test)
 
