@@ -30,6 +30,8 @@ from splitfuse.engine.remote import launcher
 from splitfuse.engine.remote.launcher import SubprocessLauncher
 from splitfuse.engine.remote.supervisor import SupervisedEngine
 
+START_SECONDS = 60.0
+"""Longest silence of the engine: on a machine with others on it, importing takes long, and it is silent meanwhile."""
 WARM_SECONDS = 5.0
 """Time until requests end one by one and all is warm; what runs then is not counted."""
 
