@@ -231,6 +231,8 @@ def test_a_prompt_counts_once_where_its_first_token_is() -> None:
     for _ in range(2):
         pipe.engine.step()
     pipe.engine.finish(Finish("a", FinishReason.MOVED))
+    while pipe.engine.has_unfinished:
+        pipe.engine.step()
     run(other, [request])
     assert [loop._stats.num_prompt_tokens for loop in loops] == [0, 60]
     run(other, [request])
