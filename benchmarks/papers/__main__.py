@@ -24,6 +24,7 @@ def main() -> None:
     second = papers.add_parser("distserve", help="requests/s for each GPU")
     second.add_argument("--workloads", default=",".join(distserve.WORKLOADS), help="rows of the table")
     second.add_argument("--requests", type=int, default=distserve.REQUESTS, help="requests that count at each load")
+    second.add_argument("--explain", action="store_true", help="instead: the rates with longer TTFT targets")
     third = papers.add_parser("infinite-llm", help="tokens/s with loans")
     third.add_argument("--longest", default=",".join(map(str, infinite_llm.LONGEST)), help="rows of the table")
     third.add_argument("--requests", type=int, default=infinite_llm.REQUESTS, help="requests that count")
@@ -47,6 +48,9 @@ def main() -> None:
     elif arguments.paper == "pensieve":
         limits = [float(each) for each in arguments.limits.split(",")]
         print(pensieve.run(arguments.models.split(";"), limits, conversations=arguments.conversations))
+    elif arguments.explain:
+        for name in arguments.workloads.split(","):
+            print(distserve.explain(name, requests=arguments.requests), end="\n\n")
     else:
         for table in distserve.run(arguments.workloads.split(","), requests=arguments.requests):
             print(table, end="\n\n")

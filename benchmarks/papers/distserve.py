@@ -28,6 +28,8 @@ NVLINK = Link(bytes_per_second=300e9)
 """Both parts are on one node: NVIDIA's data sheet of the A100, 600 GB/s both ways."""
 MAX_NUM_SEQS = 1024
 BUDGETS = (256, 512, 1024, 2048)
+LONGER_TTFTS = (1.0, 1.1, 1.2, 1.4)
+"""Multiples of a workload's TTFT target for which its rates are explained."""
 
 
 @dataclass(frozen=True)
@@ -110,6 +112,28 @@ def example(requests: int) -> Table:
     goal = Goal(criteria=tuple(Criterion(is_met, ATTAINMENT) for is_met in shares), requests=requests)
     table.add("its repository", "1.56")
     table.add("simulated", f"{rate(split(WORKLOADS['chat-13b']), 'sharegpt', goal):.2f}")
+    return table
+
+
+def explain(name: str, *, requests: int) -> Table:
+    """Return the rates of a workload with longer TTFT targets: how much of its ratio is the edge of one."""
+    case = WORKLOADS[name]
+    theirs = distserve_engine("DistServe", case.model, case.vllm_gpus)
+    deployments = (
+        alone(machine(distserve_engine("vLLM", case.model, case.vllm_gpus), "prefill-first", 16_384)),
+        alone(machine(theirs, "prefill-first", 16_384)),
+        split(case),
+    )
+    table = Table(
+        f"Requests/s for each GPU of {name} by TTFT target",
+        ("TTFT", "vLLM", "policy alone: vLLM's, DistServe's engine", "split, DistServe's engine", "ratio to vLLM"),
+    )
+    for times in LONGER_TTFTS:
+        goal = Goal.of(SloTargets(ttft=times * case.ttft, tpot=case.tpot), ATTAINMENT, requests)
+        found = [rate(deployment, case.lengths, goal) for deployment in deployments]
+        ratio = f"{found[-1] / found[0]:.2f}" if found[0] else "-"
+        table.add(f"{1e3 * times * case.ttft:g} ms", *(f"{each:.2f}" for each in found), ratio)
+        print(table.rows[-1], flush=True)
     return table
 
 
