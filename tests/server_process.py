@@ -27,11 +27,11 @@ def wait_until(condition: Callable[[], object]) -> None:
 class ServerProcess:
     """The process, and what it says."""
 
-    def __init__(self, folder: Path, name: str, *flags: str) -> None:
+    def __init__(self, folder: Path, name: str, *flags: str, prefix: tuple[str, ...] = ()) -> None:
         self.name = name
         self.out, self.log = folder / f"{name}.out", folder / f"{name}.err"
         with self.out.open("wb") as out, self.log.open("wb") as err:
-            command = [sys.executable, "-m", "splitfuse.cli", "serve", "--name", name, *SMALL, *flags]
+            command = [*prefix, sys.executable, "-m", "splitfuse.cli", "serve", "--name", name, *SMALL, *flags]
             self.process = subprocess.Popen(command, stdout=out, stderr=err)
 
     @property
@@ -59,9 +59,9 @@ class ServerProcess:
 
 
 @contextmanager
-def server_process(folder: Path, name: str, *flags: str) -> Iterator[ServerProcess]:
-    """A server that is gone afterwards, whatever happens."""
-    server = ServerProcess(folder, name, *flags)
+def server_process(folder: Path, name: str, *flags: str, prefix: tuple[str, ...] = ()) -> Iterator[ServerProcess]:
+    """A server that is gone afterwards, whatever happens. `prefix` is a command that runs it."""
+    server = ServerProcess(folder, name, *flags, prefix=prefix)
     try:
         yield server
     finally:
