@@ -1,5 +1,7 @@
-"""Reads streams of a server, all at once: `python stream_all.py URL COUNT TOKENS`. It prints `begun` when each has a few
-tokens, and at the end a line of JSON: for each the text, and how many times it went on elsewhere.
+"""Reads streams of a server, all at once: `python stream_all.py URL COUNT TOKENS`.
+
+It prints `begun` when each has a few tokens, and at the end a line of JSON: for each the text, and how many times it
+went on elsewhere.
 """
 
 import json
