@@ -39,7 +39,13 @@ from splitfuse.engine.messages import Add, Export, Finish, Loan, Prefetch
 from splitfuse.engine.remote.peers import Peers
 from splitfuse.engine.tier_files import TierFiles, open_tiers
 from splitfuse.engine.tiers import Tiers, make_tiers
-from splitfuse.errors import EngineUnavailableError, InvalidRequestError, SloUnattainableError
+from splitfuse.errors import (
+    AdapterError,
+    EngineUnavailableError,
+    InvalidRequestError,
+    ModelNotFoundError,
+    SloUnattainableError,
+)
 from splitfuse.kernels.lora import PackedAdapter
 from splitfuse.kernels.sharing import WeightSharing
 from splitfuse.models.encoder.spec import is_encoder
@@ -408,13 +414,18 @@ class Engine:
         self._drop_adapters()
 
     def reset_adapters(self) -> None:
-        """Have the adapters of the settings again, and no others. Raises AdapterError if one cannot be read."""
+        """Have the adapters of the settings again, and no others. One that can be read no more is lacking then: who is
+        served next is told.
+        """
         of_settings = dict(map(parse_adapter, self.config.model.lora))
         for name in self.adapters.keys() - of_settings.keys():
             self.unload_adapter(name)
         for name, path in of_settings.items():
             if name not in self.adapters:
-                self.load_adapter(name, path)
+                try:
+                    self.load_adapter(name, path)
+                except (AdapterError, ModelNotFoundError) as error:
+                    logger.warning("the LoRA adapter %s is not loaded again: %s", name, error)
 
     def _drop_adapters(self) -> None:
         """Forget the adapters that have neither a name nor a request."""

@@ -146,8 +146,12 @@ class EngineLoop:
         """
         self._tracer.level = TraceLevel.OFF
         self._unsubscribe()
-        self._engine.abort_all()
-        self._engine.reset_adapters()
+        self._step_began = time.monotonic()  # what follows can hang as a step can
+        try:
+            self._engine.abort_all()
+            self._engine.reset_adapters()
+        finally:
+            self._step_began = 0.0
         if self._engine.tiers is not None:
             self._engine.tiers.reset_stats()
 

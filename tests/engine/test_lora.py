@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from splitfuse.config import EngineConfig
 from splitfuse.core.request_output import RequestOutput
 from splitfuse.core.sampling_params import SamplingParams
 from splitfuse.engine.engine import Engine
+from splitfuse.engine.loop import EngineLoop
 from splitfuse.errors import AdapterError, ConfigError, InvalidRequestError
 
 NUM_ADAPTERS = 8
@@ -34,6 +36,25 @@ def folders(model: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Path]
     shapes = module_shapes(load_file(model / "model.safetensors"), EVERYTHING)
     parent = tmp_path_factory.mktemp("adapters")
     return [save_adapter(parent / str(n), shapes, seed=n, r=(2, 16)[n % 2]) for n in range(NUM_ADAPTERS)]
+
+
+def test_an_adapter_that_is_gone_does_not_end_the_engine_of_the_next_server(
+    model: Path, folders: list[Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    copied = tmp_path / "copied"
+    shutil.copytree(folders[0], copied)
+    engine = load(model, f"gone={copied}", f"there={folders[1]}")
+    loop = EngineLoop(engine, lambda _: None)
+    engine.unload_adapter("gone")
+    engine.unload_adapter("there")
+    shutil.rmtree(copied)
+    watched: list[float] = []
+    abort_all = engine.abort_all
+    engine.abort_all = lambda: (watched.append(loop._step_began), abort_all())  # type: ignore[assignment]
+    loop.close()
+    assert engine.adapters.keys() == {"there"}
+    assert "the LoRA adapter gone is not loaded again" in caplog.text
+    assert watched[0] > 0.0 == loop._step_began, "the watchdog looks at this too"
 
 
 def load(model: Path, *lora: str, **settings: Any) -> Engine:

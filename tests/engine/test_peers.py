@@ -21,6 +21,7 @@ from splitfuse.core.kv import fetching
 from splitfuse.core.sampling_params import SamplingParams
 from splitfuse.engine.block_seconds import BlockSeconds
 from splitfuse.engine.engine import Engine
+from splitfuse.engine.loop import EngineLoop
 from splitfuse.engine.messages import Add
 from splitfuse.engine.remote import peers
 from splitfuse.engine.remote.listener import Listener
@@ -198,6 +199,19 @@ def test_the_own_tiers_come_first_and_the_peer_has_the_rest(pair: Pair) -> None:
     before = pair.peers.num_fetched
     assert pair.ask(pair.second, text) == (wanted, 48)
     assert pair.peers.num_fetched - before == 7
+
+
+def test_counters_begin_anew_with_the_next_server(pair: Pair) -> None:
+    text = prompt()
+    pair.ask(pair.first, text)
+    pair.ask(pair.second, text)
+    loop = EngineLoop(pair.second, lambda _: None)
+    stats = loop._stats_now()
+    assert stats.num_saved_blocks and stats.num_moved_bytes and stats.num_peer_blocks
+    loop.close()
+    stats = EngineLoop(pair.second, lambda _: None)._stats_now()
+    assert (stats.num_saved_blocks, stats.num_moved_bytes, stats.num_peer_blocks) == (0, 0, 0)
+    assert stats.num_tier_blocks, "what is there is there"
 
 
 def flip(at: int) -> Harm:

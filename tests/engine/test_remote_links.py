@@ -313,7 +313,7 @@ def test_a_front_that_says_nothing_loses_the_engine(listening: Listener, monkeyp
         while (report := await link.receive()) is not None:
             reports.append(report)
         failed = reports[-1]
-        assert isinstance(failed, Failed) and "its server was silent for" in failed.error
+        assert isinstance(failed, Failed) and "its server has been silent for" in failed.error
         assert failed.is_planned  # so none of its requests is suspected
         await link.end(0.0)
 

@@ -55,7 +55,8 @@ async def connect(
         ) from error
     except (asyncio.IncompleteReadError, OSError) as error:
         writer.close()
-        hint = "" if tls is not None else ": if it speaks TLS, set engine_tls"
+        hint = " (too many others may connect at once)"
+        hint += "" if tls is not None else "; if it speaks TLS, set engine_tls"
         raise EngineUnavailableError(f"it has closed the connection within the handshake{hint}") from error
     except BaseException:
         writer.close()

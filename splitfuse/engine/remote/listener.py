@@ -66,7 +66,8 @@ class FrontSession:
         self._beat: Beat | None = None  # the newest, and when it came
         self._beat_came = 0.0
         self._held: list[Report] = []  # until the front has said what its clock says
-        self._ended = False
+        self._ended = self._reads_nothing = False
+        self._patience = asyncio.timeout(None)  # of the message that is awaited
 
     def report(self, report: Report) -> None:
         """Send a report, some time."""
@@ -74,14 +75,16 @@ class FrontSession:
             self._loop.call_soon_threadsafe(self._report, report)
 
     def _report(self, report: Report) -> None:
-        if self._ended:
+        if self._ended or self._reads_nothing:
             return
         if self._beat is None:
             self._held.append(report)
             return
         self._writer.write(frame(encode(report)))
         if self._writer.transport.get_write_buffer_size() > MAX_MESSAGE:  # it reads no more
-            self._writer.transport.abort()
+            self._reads_nothing = True
+            with suppress(RuntimeError):  # none is awaited at the moment
+                self._patience.reschedule(self._loop.time())
 
     async def run(self) -> str:
         """Take the commands of the front until it leaves, or stops or says nothing for long. Returns what it has done,
@@ -90,7 +93,9 @@ class FrontSession:
         beating = asyncio.create_task(self._send_heartbeats())
         try:
             while True:
-                async with asyncio.timeout(SILENCE_SECONDS):
+                if self._reads_nothing:
+                    raise TimeoutError
+                async with asyncio.timeout(SILENCE_SECONDS) as self._patience:
                     command = decode_command(await read_message(self._reader))
                 if isinstance(command, Beat):
                     self._take_beat(command)
@@ -100,12 +105,13 @@ class FrontSession:
                     self.asks_restart = True
                     return "asks for a restart"
         except TimeoutError:  # which it reads if it was only stopped: no request has caused it
-            self._report(Failed(f"its server was silent for {SILENCE_SECONDS:g} s", is_planned=True))
-            return f"has been silent for {SILENCE_SECONDS:g} s"
+            why = "has read nothing" if self._reads_nothing else f"has been silent for {SILENCE_SECONDS:g} s"
+            self._held.append(Failed(f"its server {why}", is_planned=True))
+            return why
         except (asyncio.IncompleteReadError, OSError):
             return "has left"
         except (ValueError, msgspec.DecodeError, SplitfuseError) as error:
-            self._report(Failed(f"its server sent a malformed message: {error}", is_planned=True))
+            self._held.append(Failed(f"its server sent a malformed message: {error}", is_planned=True))
             return f"sent a malformed message: {error}"
         finally:
             beating.cancel()

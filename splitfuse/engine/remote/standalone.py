@@ -41,8 +41,13 @@ class StandaloneEngine:
     """Serves servers on other machines, one after the other, until a signal. Belongs to the main thread."""
 
     def __init__(self, config: EngineConfig, listen: ListenConfig) -> None:
-        """Raises ConfigError if the key or the certificate cannot be used."""
+        """Raises ConfigError if the key, the certificate or a setting cannot be used."""
         assert listen.listen is not None and listen.key_file is not None, "ListenConfig has checked it"
+        if config.cache.kv_loans:
+            raise ConfigError(
+                "kv_loans needs another engine on the same machine and of the same server: leave it out, or serve with "
+                "replicas"
+            )
         self._config, self._step_timeout = config, listen.step_timeout
         self._secret = read_secret(listen.key_file)
         tls, certificate = None, NO_CERTIFICATE
