@@ -87,7 +87,7 @@ class Router(EngineClient):
     @property
     def open_limits(self) -> EngineLimits:
         infos = [each.info for each in self.replicas if _is_open(each)]
-        return self.info.limits if self._loans is not None or not infos else max(infos, key=_room).limits
+        return max(infos, key=_room).limits if infos else self.info.limits  # without loans, which answers seldom need
 
     @property
     def stats(self) -> list[EngineStats]:

@@ -21,7 +21,7 @@ from patience import PATIENCE as LONG
 from scheduler_checks import check_scheduler
 
 import splitfuse
-from splitfuse.config import EngineConfig
+from splitfuse.config import EngineConfig, ServerConfig
 from splitfuse.core.events import StepScheduled
 from splitfuse.core.plan import TokenLogprob
 from splitfuse.core.request_output import FinishReason
@@ -41,6 +41,7 @@ from splitfuse.engine.thread import AsyncEngine
 from splitfuse.errors import ConfigError, EngineUnavailableError, RequestTooLargeError
 from splitfuse.kernels import loans as channels
 from splitfuse.kernels.loans import TILE, make_channel
+from splitfuse.server import lifecycle
 
 pytestmark = runnable("avx2")
 BLOCK = 32
@@ -249,7 +250,8 @@ def test_front_finds_a_creditor(folder: Path) -> None:
         engines = [AsyncEngine(Engine.load(config(folder, size))) for size in sizes]
         async with routed(*engines) as router:
             limits = router.info.limits
-            assert (limits.num_blocks * BLOCK, limits.lent_blocks * BLOCK) == (3 * TILE, 2 * TILE)
+            assert (limits.num_blocks + limits.lent_blocks) * BLOCK == 5 * TILE
+            assert router.open_limits.room == 4 * TILE + 1, "an answer without max_tokens ends where no loan is needed"
             with pytest.raises(RequestTooLargeError):
                 limits.check(long_request(length=5 * TILE).prompt_token_ids, SamplingParams(max_tokens=2))
             assert router._loans is not None
@@ -329,6 +331,9 @@ def test_loans_are_refused_where_they_cannot_work(folder: Path, tmp_path_factory
         RaggedEngine.load(config(folder, SMALL))
     with pytest.raises(ConfigError, match="which a pipeline has not"):
         splitfuse.pipeline(folder, kv_loans=True)
+    server = ServerConfig(record=str(folder / "server.rec"))
+    with pytest.raises(ConfigError, match="cannot be replayed"), lifecycle._recorder(config(folder, SMALL), server):
+        pass
     hybrid = tmp_path_factory.mktemp("hybrid")
     tiny_models.make("qwen3-next").save_pretrained(hybrid)
     with pytest.raises(ConfigError, match="recurrent state"):
