@@ -14,7 +14,6 @@ from splitfuse.core.pooling_params import PoolingParams
 from splitfuse.errors import RequestFailedError
 from splitfuse.kernels.drawing import GREEDY
 from splitfuse.models.decoder import Decoder
-from splitfuse.runtime.sampling.draw import numbers_at
 from splitfuse.runtime.sampling.pool import pool
 from splitfuse.runtime.sampling.request import RequestSampling, Row
 from splitfuse.runtime.sampling.sampler import prompt_logprobs, sample, unusable
@@ -69,7 +68,7 @@ def _chosen(hidden: Tensor, rows: Sequence[RequestSampling], decoder: Decoder) -
     if all(each is GREEDY for each in filters):
         filters = []
     else:
-        numbers = numbers_at([each.stream for each in rows], [each.state.num_tokens for each in rows])
+        numbers = [0.0 if request.filter is GREEDY else request.number for request in rows]
     for start in range(0, len(rows), HEAD_ROWS):
         part = slice(start, start + HEAD_ROWS)
         some = hidden if len(rows) <= HEAD_ROWS else hidden[part]

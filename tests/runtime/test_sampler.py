@@ -26,7 +26,7 @@ from splitfuse.kernels.cpu.bindings import supported_variants
 from splitfuse.kernels.drawing import exact_draw
 from splitfuse.runtime.sampling import draw as drawing
 from splitfuse.runtime.sampling import sampler
-from splitfuse.runtime.sampling.draw import numbers_at, stream_of, uniform
+from splitfuse.runtime.sampling.draw import uniform
 from splitfuse.runtime.sampling.sampler import prompt_logprobs
 
 EOS = 3
@@ -468,11 +468,3 @@ def test_prompt_logprobs_in_blocks_of_any_size() -> None:
 
 def test_no_rows_give_no_results() -> None:
     assert sample(torch.zeros(0, 8), []) == []
-
-
-def test_numbers_of_many_rows_are_those_of_each() -> None:
-    rng = random.Random(3)
-    keys = [(rng.randrange(2**64), rng.randrange(128), rng.randrange(2**31)) for _ in range(500)]
-    keys += [(0, 0, 0), (2**64 - 1, 127, 2**31 - 1)]
-    streams, positions = [stream_of(seed, choice) for seed, choice, _ in keys], [position for *_, position in keys]
-    assert numbers_at(streams, positions) == [uniform(*each) for each in keys]

@@ -14,7 +14,6 @@ from splitfuse.core.plan import SamplingState
 from splitfuse.kernels.drawing import Filter, kept_tokens
 
 _MASK = 2**64 - 1
-_STRIDE, _MIX = 0x9E3779B97F4A7C15, (0xBF58476D1CE4E5B9, 0x94D049BB133111EB)  # SplitMix64's
 
 Draw = Callable[[Tensor, Sequence[int], Sequence[Filter], Sequence[Sequence[float]]], list[list[int]]]
 """Type of `Backend.draw`, which draws tokens for some rows of scores by numbers from 0 to below 1."""
@@ -79,19 +78,10 @@ def number_at(stream: int, position: int, attempt: int = 0) -> float:
     return (state >> 11) * 2.0**-53
 
 
-def numbers_at(streams: Sequence[int], positions: Sequence[int]) -> list[float]:
-    """Return what `number_at` does of each of these, all at once."""
-    state = np.array(streams, np.uint64) + (np.array(positions, np.uint64) + np.uint64(1)) * np.uint64(_STRIDE)
-    state = (state ^ (state >> np.uint64(30))) * np.uint64(_MIX[0])
-    state = (state ^ (state >> np.uint64(27))) * np.uint64(_MIX[1])
-    numbers: list[float] = (((state ^ (state >> np.uint64(31))) >> np.uint64(11)) * 2.0**-53).tolist()
-    return numbers
-
-
 def _jump(state: int, key: int) -> int:
-    state = (state + (key + 1) * _STRIDE) & _MASK
-    state = ((state ^ (state >> 30)) * _MIX[0]) & _MASK
-    state = ((state ^ (state >> 27)) * _MIX[1]) & _MASK
+    state = (state + (key + 1) * 0x9E3779B97F4A7C15) & _MASK
+    state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
+    state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & _MASK
     return state ^ (state >> 31)
 
 

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from splitfuse.core.plan import SamplingState
 from splitfuse.kernels.drawing import GREEDY, Filter
-from splitfuse.runtime.sampling.draw import stream_of
+from splitfuse.runtime.sampling.draw import number_at, stream_of
 from splitfuse.runtime.sampling.grammar import Matcher
 
 
@@ -27,7 +27,7 @@ class RequestSampling:
     gets the tokens that `take` is given; `matcher` follows the form that its answer must have, if any.
     """
 
-    __slots__ = ("_matcher", "_plain_from", "filter", "state", "stream")
+    __slots__ = ("_matcher", "_plain_from", "_stream", "filter", "state")
 
     def __init__(self, state: SamplingState, matcher: Matcher | None = None) -> None:
         params = state.params
@@ -36,7 +36,7 @@ class RequestSampling:
         if params.temperature > 0.0:
             self.filter = Filter(params.temperature, params.top_k, params.top_p, params.min_p)
         self._matcher = matcher
-        self.stream = stream_of(state.seed, state.choice)
+        self._stream = stream_of(state.seed, state.choice)
         is_special = (
             *(state.pooling, state.thought, matcher, params.logprobs),
             *(params.logit_bias or None, params.presence_penalty or None, params.frequency_penalty or None),
@@ -50,6 +50,11 @@ class RequestSampling:
         for: kernels choose it, and `sample` has nothing to do.
         """
         return len(self.state.output_token_ids) >= self._plain_from
+
+    @property
+    def number(self) -> float:
+        """Return the number from 0 to below 1 by which the next token is drawn."""
+        return number_at(self._stream, self.state.num_tokens)
 
     @property
     def heeded(self) -> Matcher | None:
