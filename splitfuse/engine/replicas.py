@@ -4,10 +4,11 @@ weights in memory once, and engines that run elsewhere.
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Sequence
 
-from splitfuse.config import EngineConfig, Role, ServerConfig
+from splitfuse.config import EngineConfig, Role, ServerConfig, parse_address
 from splitfuse.engine.quarantine import Quarantine
 from splitfuse.engine.remote.connector import Agreement, ConnectLauncher
 from splitfuse.engine.remote.launcher import Launcher, SubprocessLauncher
@@ -18,6 +19,8 @@ from splitfuse.engine.tier_files import TierFiles, open_tiers
 from splitfuse.errors import ConfigError
 from splitfuse.kernels.sharing import WeightSharing
 from splitfuse.runtime.machine import paid_cores
+
+_logger = logging.getLogger(__name__)
 
 
 def make_replicas(
@@ -70,11 +73,29 @@ def make_replicas(
         for index in range(replicas)
     ]
     if secret is not None:
-        launchers += [ConnectLauncher(each, secret.link_key, agreement, tls=engine_tls) for each in engines]
+        hidden = _hidden(engines)
+        launchers += [
+            ConnectLauncher(each, secret.link_key, agreement, tls=engine_tls, is_source=each not in hidden)
+            for each in engines
+        ]
     quarantine = Quarantine()
     supervised = [SupervisedEngine(each, step_timeout=step_timeout, quarantine=quarantine) for each in launchers]
     lends = config.cache.kv_loans
     return Router(supervised, name_key=name_key, agreement=agreement, roles=roles, lends=lends)
+
+
+def _hidden(engines: Sequence[str]) -> list[str]:
+    """Return the addresses of engines that mean this machine, where others do not: elsewhere they mean another one."""
+    hosts = {each: parse_address("engine", each)[0] for each in engines}
+    local = [each for each, host in hosts.items() if host in ("localhost", "::1") or host.startswith("127.")]
+    if len(local) == len(engines):
+        return []
+    if local:
+        _logger.warning(
+            "engines on other machines fetch no KV blocks from %s: set engine to an address at which they reach it",
+            ", ".join(local),
+        )
+    return local
 
 
 def divide(cores: list[int], parts: int, *, paid: int | None = None) -> list[tuple[int, ...]]:

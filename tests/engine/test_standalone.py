@@ -22,6 +22,7 @@ from splitfuse.engine.remote.connector import Agreement, ConnectLauncher
 from splitfuse.engine.remote.handshake import server_context
 from splitfuse.engine.remote.listener import Listener
 from splitfuse.engine.remote.standalone import StandaloneEngine
+from splitfuse.engine.replicas import make_replicas
 from splitfuse.errors import ConfigError
 
 KEY = b"k" * 32
@@ -39,6 +40,20 @@ def standalone(folder: Path, settings: dict[str, Any] | None = None, **listen: A
 def test_loans_need_engines_of_one_machine(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="kv_loans needs another engine on the same machine"):
         standalone(tmp_path, {"kv_loans": True})
+
+
+def test_an_address_that_means_another_engine_elsewhere_is_no_source_of_blocks(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    def sources(*engines: str) -> dict[str, bool]:
+        router = make_replicas(EngineConfig(), replicas=0, engines=engines, key_file=make_key(tmp_path))
+        launchers = [each._launcher for each in router.replicas]  # type: ignore[attr-defined]
+        return {each.address: each._is_source for each in launchers}
+
+    assert sources("127.0.0.1:1", "localhost:2") == {"127.0.0.1:1": True, "localhost:2": True}
+    assert not caplog.text
+    assert sources("127.0.0.1:1", "10.0.0.2:1") == {"127.0.0.1:1": False, "10.0.0.2:1": True}
+    assert "fetch no KV blocks from 127.0.0.1:1: set engine to an address at which they reach it" in caplog.text
 
 
 def test_a_certificate_may_follow_its_key_which_no_other_user_may_read(tmp_path: Path) -> None:

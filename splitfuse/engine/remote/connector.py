@@ -82,7 +82,11 @@ class ConnectLauncher(Launcher):
 
     ends, begins = "is gone", "connecting"
 
-    def __init__(self, address: str, key: bytes, agreement: Agreement, *, tls: bool = False) -> None:
+    def __init__(
+        self, address: str, key: bytes, agreement: Agreement, *, tls: bool = False, is_source: bool = True
+    ) -> None:
+        """If it is a source, other engines reach it at this address, too, and fetch blocks there."""
+        self._is_source = is_source
         self.address, self.name = address, f"the engine {address}"
         self._key, self._agreement = key, agreement
         self._tls = client_context() if tls else None
@@ -96,7 +100,7 @@ class ConnectLauncher(Launcher):
                 if not welcome.front:
                     self._agreement.check_settings(welcome.config)
                     scheme = "tcp" if self._tls is None else "tls"
-                    return _SocketLink(reader, writer, f"{scheme}://{self.address}")
+                    return _SocketLink(reader, writer, f"{scheme}://{self.address}" if self._is_source else None)
                 if time.monotonic() > until:
                     message = f"the server at {welcome.front} has it: end that, or use another engine"
                     raise EngineUnavailableError(message)
@@ -127,8 +131,8 @@ class _SocketLink(Link):
 
     is_local = False
 
-    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, source: str) -> None:
-        """`source` is where others can fetch blocks from it."""
+    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, source: str | None) -> None:
+        """`source` is where others can fetch blocks from it, if they can."""
         super().__init__(reader, writer)
         self._source = source
         self._clocks = ClockDifference()
@@ -150,7 +154,9 @@ class _SocketLink(Link):
                         received = report.now - report.beat_age
                         self._clocks.note(sent=beat.sent, received=received, answered=report.now, back=time.monotonic())
                     return report
-                case EngineInfo() if report.block_sources:  # it does not know how others reach it
+                case EngineInfo() if (
+                    report.block_sources and self._source is not None
+                ):  # it does not know how others reach it
                     sources = (*report.block_sources, self._source)
                     return msgspec.structs.replace(report, block_sources=sources)
                 case _:

@@ -33,7 +33,8 @@ async def connect(
             reader, writer = await asyncio.open_connection(host, port, ssl=tls, limit=READ_AHEAD)
     except ssl.SSLError as error:
         raise ConfigError(
-            "it speaks no TLS: start it with tls_certificate and tls_key, or leave out engine_tls"
+            "it speaks no TLS, or none that we do: start it with tls_certificate and tls_key, or leave out engine_tls "
+            f"({error.reason or error})"
         ) from error
     except ConnectionRefusedError as error:
         raise EngineUnavailableError("nothing listens there: start it with splitfuse engine") from error
