@@ -259,7 +259,7 @@ def test_a_connection_that_is_cut_or_changed_anywhere_costs_blocks_alone(
     head, whole = sizes(pair)
     monkeypatch.setattr(fetching, "LONGEST_FETCH", 0.1)  # where more is announced than comes
     rng = Random(51)
-    for number in range(24):
+    for number in range(12):
         at = rng.randrange(head) if number % 4 == 0 else rng.randrange(whole)
         pair.relay.harm = (flip if number % 2 else cut)(at)
         for each in pair.peers._peers.values():

@@ -165,6 +165,8 @@ class SupervisedEngine(LocalClient):
                 self._started.exception()  # the waiting caller may be gone: else asyncio would complain
                 if not (self.keeps_trying and isinstance(prevented, EngineUnavailableError)):
                     return
+                await asyncio.sleep(pause)  # what waits for the start logs why, or ends it
+                continue
             if self._closing:
                 return
             if self._died_at is None:  # else it died again before it was ready
