@@ -72,7 +72,7 @@ on their way in.
 """
 TIME_TO_WRITE = 0.01
 """Longest wait for blocks that go ahead of a request which leaves, in seconds."""
-FEWEST_MOVED = 4
+FEWEST_MOVED = 16
 """Number of blocks that are copied at a time, whatever time they take."""
 
 logger = logging.getLogger(__name__)
