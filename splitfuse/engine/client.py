@@ -381,10 +381,15 @@ class LocalClient(EngineClient):
             return self.can_go_on_with(stream) or (bool(self._loading) and self._suits(stream))
         return self.state is EngineState.STARTING or self.restarts
 
+    def fetches_from(self, other: LocalClient) -> bool:
+        """Return whether KV blocks come here from another engine: of the same memory, or of one that listens."""
+        own = self.info.block_sources
+        return any("://" in source or source in own for source in other.info.block_sources)
+
     def goes_on_as(self, other: LocalClient, request: Add) -> bool:
         """Return whether it gives a request the same tokens as another engine, and blocks go from that one to it."""
         is_open = self.state is EngineState.READY and not self.is_drained
-        if not is_open or not other.info.block_sources or (request.adapter and not self.has_adapter(request.adapter)):
+        if not is_open or not self.fetches_from(other) or (request.adapter and not self.has_adapter(request.adapter)):
             return False
         fits = self.info.limits.fits(len(request.prompt_token_ids), request.params)
         return fits and self._continuity(request) == other._continuity(request)

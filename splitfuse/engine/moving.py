@@ -96,7 +96,7 @@ class Mover:
         """Bring the full blocks of a stream to an engine, all but the newest, as far as they come in time."""
         info, num_there = source.info, 0
         size, request_id = info.limits.block_size, stream.request.request_id
-        while info.block_sources and receiver.can_go_on_with(stream) and source.has(stream):
+        while receiver.fetches_from(source) and receiver.can_go_on_with(stream) and source.has(stream):
             request = stream.resumption(0.0)
             names = self._name_blocks(request)
             end = min(len(names), stream.num_computed // size)

@@ -96,7 +96,9 @@ def make_ends(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[int], Ends]
 
 
 def until(condition: Callable[[], bool]) -> None:
+    end = time.monotonic() + PATIENCE
     while not condition():
+        assert time.monotonic() < end, "it does not come"
         time.sleep(0.001)
 
 

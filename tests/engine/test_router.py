@@ -33,9 +33,9 @@ INFO = EngineInfo(
 class Told(LocalClient):
     """A replica that computes nothing: it notes what it is sent, and takes what it is told."""
 
-    def __init__(self, info: EngineInfo = INFO) -> None:
+    def __init__(self, info: EngineInfo = INFO, name: str = "") -> None:
         super().__init__()
-        self.told_info = info
+        self.told_info, self.told_name = info, name
         self.sent: list[str] = []
 
     def _send(self, command: Command) -> None:
@@ -144,6 +144,25 @@ def test_engines_of_two_sizes_count_by_what_they_can_hold_now(*, large_first: bo
         assert router.open_limits == INFO.limits
         with pytest.raises(EngineUnavailableError, match=r"no engine is ready$"):
             router.open(add("h", 1000))
+
+    asyncio.run(test())
+
+
+def test_blocks_come_from_the_same_memory_or_from_who_listens() -> None:
+    async def test() -> None:
+        here = ("memory:a",)
+        sources = {"one": here, "other": here, "elsewhere": ("memory:b", "tcp://10.0.0.2:9000"), "none": ()}
+        engines = {
+            name: Told(msgspec.structs.replace(INFO, block_sources=each), name) for name, each in sources.items()
+        }
+        for each in engines.values():
+            await each.start()
+        can = {
+            name: [each.told_name for each in engines.values() if each.fetches_from(source)]
+            for name, source in engines.items()
+        }
+        everywhere = ["one", "other", "elsewhere", "none"]
+        assert can == {"one": ["one", "other"], "other": ["one", "other"], "elsewhere": everywhere, "none": []}
 
     asyncio.run(test())
 
