@@ -12,6 +12,7 @@ it leaves at the beginning of a conversation, are in benchmarks/eviction.py.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from random import Random
@@ -40,6 +41,8 @@ LIMITS = (0.1, 0.2)
 MAX_NUM_SEQS = 512
 WHOLE_PROMPTS = 16_384
 BUDGET = 512
+SHORTEST = 300.0
+"""Shortest time in seconds whose conversations count: some turns of each."""
 LEAST = 1 / 64
 """Smallest rate of conversations that is tried."""
 
@@ -145,7 +148,10 @@ SYSTEMS = (
 
 
 def sustains(deployment: Deployment, rate: float, limit: float, conversations: int) -> bool:
-    """Return whether so many conversations/s have `limit` seconds for a token of an answer on average, or less."""
+    """Return whether `rate` conversations/s have `limit` seconds for a token of an answer on average, or less. So many
+    count, or those of SHORTEST seconds: in a short window a cache is not full yet.
+    """
+    conversations = max(conversations, math.ceil(rate * SHORTEST))
 
     def make(target: Target) -> Conversations:
         return Conversations(target.vocabulary, target.room)
