@@ -7,6 +7,7 @@ import signal
 import threading
 from collections.abc import Awaitable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,7 +18,7 @@ from server_process import make_certificate
 from splitfuse.config import EngineConfig, ListenConfig
 from splitfuse.engine.engine import Engine
 from splitfuse.engine.messages import Failed, Loading
-from splitfuse.engine.remote import listener
+from splitfuse.engine.remote import connector, listener
 from splitfuse.engine.remote.connector import Agreement, ConnectLauncher
 from splitfuse.engine.remote.handshake import server_context
 from splitfuse.engine.remote.listener import Listener
@@ -110,6 +111,30 @@ def test_a_server_that_waits_is_told_why_an_engine_cannot_load(tmp_path: Path, m
         connected.set()
         thread.join()
         engine._listener.stop()
+
+
+@pytest.mark.parametrize("seconds", [0.0, 2.0, 20.0])
+def test_who_was_stopped_itself_suspects_no_request(seconds: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The engine then has closed the connection, and what it said last is lost to what was written meanwhile."""
+    clock = SimpleNamespace(now=100.0, monotonic=lambda: clock.now)
+    monkeypatch.setattr(connector, "time", clock)
+    listening = Listener("127.0.0.1:0", KEY, EngineConfig())
+    listening.start()
+
+    async def test() -> None:
+        link = await ConnectLauncher(listening.address, KEY, Agreement(EngineConfig(), has_local=True)).launch()
+        await link.receive()
+        session = listening._session
+        assert session is not None
+        clock.now += seconds
+        session._loop.call_soon_threadsafe(session._writer.transport.abort)
+        while await link.receive() is not None:
+            pass
+        assert link.is_blameless == (seconds > connector.STOPPED_SECONDS)
+        await link.end(0.0)
+
+    run(test())
+    listening.stop()
 
 
 def test_a_server_that_reads_nothing_suspects_no_request_later(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from collections.abc import Collection, Mapping
 from contextlib import suppress
@@ -22,6 +23,10 @@ from splitfuse.errors import ConfigError, EngineUnavailableError
 
 LEAVING_SECONDS = 1.0
 """Seconds that an engine may take to notice that the server before has left."""
+STOPPED_SECONDS = 3.0
+"""Seconds without a beat of ours after which we are taken to have been stopped, or hindered."""
+BLAMELESS_SECONDS = 10.0
+"""Seconds after that in which the end of a connection is put down to it, and to no request."""
 _ANYWHERE = ("model", "revision", "gguf_file", "lora")
 """Settings that say where files are, which are compared by what they say."""
 
@@ -137,6 +142,7 @@ class _SocketLink(Link):
         self._source = source
         self._clocks = ClockDifference()
         self._in_flight: Collection[str] = ()
+        self._beat_sent, self._stopped = time.monotonic(), -math.inf
         self._beating = asyncio.create_task(self._send_beats())
 
     def send(self, command: Command) -> None:
@@ -145,7 +151,8 @@ class _SocketLink(Link):
     async def receive(self) -> Report | None:
         while True:
             match report := await super().receive():
-                case None:
+                case None:  # what it said last may be lost to what we wrote meanwhile
+                    self.is_blameless = self.is_blameless or self._was_stopped()
                     return None
                 case InFlight(request_ids=ids):
                     self._in_flight = ids
@@ -181,8 +188,17 @@ class _SocketLink(Link):
 
     async def _send_beats(self) -> None:
         while True:
-            self._writer.write(frame(encode(Beat(time.monotonic()))))
+            self._was_stopped()
+            self._beat_sent = time.monotonic()
+            self._writer.write(frame(encode(Beat(self._beat_sent))))
             await asyncio.sleep(BEAT_SECONDS)
+
+    def _was_stopped(self) -> bool:
+        """Return whether we were stopped a short time ago, so that the engine may have taken us to be gone."""
+        now = time.monotonic()
+        if now - self._beat_sent > STOPPED_SECONDS:
+            self._stopped = now
+        return now - self._stopped < BLAMELESS_SECONDS
 
 
 def _in_common(identity: Mapping[str, str]) -> dict[str, str]:
