@@ -33,9 +33,8 @@ class Mover:
         self, choose: Callable[[Stream, LocalClient], LocalClient | None], name_blocks: Callable[[Add], list[bytes]]
     ) -> None:
         """`choose` gives the engine that a stream should go to from its present one, None if none can have it now."""
-        self.receivers: MutableMapping[Stream, LocalClient] = WeakKeyDictionary()
-        """Engines to which blocks were brought, by stream."""
         self._choose, self._name_blocks = choose, name_blocks
+        self._receivers: MutableMapping[Stream, LocalClient] = WeakKeyDictionary()  # to which blocks were brought
         self._tasks: set[asyncio.Task[None]] = set()
         self._num_moving: dict[LocalClient, int] = {}
 
@@ -53,12 +52,22 @@ class Mover:
 
     def follow(self, stream: Stream, source: LocalClient, receiver: LocalClient) -> None:
         """Bring the blocks of a stream that will leave its engine after the first token to another one, behind the
-        chunks of its prompt.
+        chunks of its prompt. That one's view has the stream already, and loses it if the stream ends before it comes.
         """
-        self.receivers[stream] = receiver
+        self._receivers[stream] = receiver
+        stream.breakdown.add_done_callback(lambda _: self.take_receiver(stream))
         task = asyncio.get_running_loop().create_task(self._follow(stream, source, receiver))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+
+    def take_receiver(self, stream: Stream) -> LocalClient | None:
+        """Return the engine to which the blocks of a stream were brought, whose view has the stream no longer; None if
+        there is none, or it was taken before.
+        """
+        receiver = self._receivers.pop(stream, None)
+        if receiver is not None and receiver.view is not None:
+            receiver.view.forget(stream.request.request_id)
+        return receiver
 
     async def _follow(self, stream: Stream, source: LocalClient, receiver: LocalClient) -> None:
         request, info, num_there = stream.request, source.info, 0
@@ -85,7 +94,8 @@ class Mover:
                 receiver = self._choose(stream, source) if source.has(stream) else None
                 if receiver is None:
                     return
-                self.receivers[stream] = receiver
+                self.take_receiver(stream)
+                self._receivers[stream] = receiver
                 await self._bring_to(receiver, source, stream)
                 if receiver.can_go_on_with(stream):
                     return

@@ -149,13 +149,14 @@ class Router(EngineClient):
             raise EngineUnavailableError("no engine has room now to lend to the request: send it again")
         if choice is None:
             raise EngineUnavailableError(self._why_none(request))
-        receiver = None if choice.loan is not None else self._choose_generation(request, choice.engine)
-        changes = {"loan": choice.loan, "block_sources": choice.block_sources, "hands_over": receiver is not None}
+        then = None if choice.loan is not None else self._choose_generation(request, choice.engine)
+        changes = {"loan": choice.loan, "block_sources": choice.block_sources, "hands_over": then is not None}
         stream = choice.engine.open(msgspec.structs.replace(request, **changes))
-        if receiver is not None:
+        if then is not None:
             assert choice.copy is not None
             choice.copy.max_tokens = 1
-            self._mover.follow(stream, choice.engine, receiver)
+            then.taken()
+            self._mover.follow(stream, choice.engine, then.engine)
         choice.taken()
         return stream
 
@@ -298,9 +299,9 @@ class Router(EngineClient):
         other = Role.PROMPT if has_begun else Role.GENERATION
         return [each for each in engines if each.role is not other and _is_open(each)] or engines
 
-    def _choose_generation(self, request: Add, source: LocalClient) -> LocalClient | None:
-        """Choose the engine that goes on with a new request after its first token, and let it be counted there; None
-        if the one that computes its prompt is to do so.
+    def _choose_generation(self, request: Add, source: LocalClient) -> Choice | None:
+        """Choose the engine that goes on with a new request after its first token; None if the one that computes its
+        prompt is to do so.
         """
         hands_over = source.role is Role.PROMPT and request.pooling is None and request.params.prompt_logprobs is None
         if not hands_over or request.params.max_tokens == 1:
@@ -318,19 +319,15 @@ class Router(EngineClient):
             return None
         view = self.replicas[index].view
         assert view is not None, "it is ready"
-        view.add(copy, self._name_blocks(request))
-        return self.replicas[index]
+        return Choice(self.replicas[index], partial(view.add, copy, self._name_blocks(request)))
 
     def _prefer(self, stream: Stream, able: Collection[LocalClient]) -> Collection[LocalClient]:
         """Return the engines to be chosen from for a stream that goes on elsewhere: the one to which its blocks were
         brought; or, if it is handed over and there is no room, those which have some, its own among them.
         """
-        receiver = self._mover.receivers.pop(stream, None)
-        if receiver is not None:
-            if receiver in able and (not self._has_roles or _has_room(receiver, stream)):
-                return [receiver]
-            if receiver.view is not None:
-                receiver.view.forget(stream.request.request_id)
+        receiver = self._mover.take_receiver(stream)
+        if receiver is not None and receiver in able and (not self._has_roles or _has_room(receiver, stream)):
+            return [receiver]
         if not self._has_roles:
             return able
         roomy = [each for each in able if _has_room(each, stream)]
@@ -385,8 +382,7 @@ def _has_room(replica: LocalClient, stream: Stream) -> bool:
     """Return whether a replica has a sequence slot and blocks for a stream, as far as the front knows."""
     if (view := replica.view) is None:
         return False
-    waiting = [each for each in view.waiting if each.request_id != stream.request.request_id]
-    return view.free.fit([*waiting, _copy_of(stream.resumption(0.0), replica.info)], num_running=len(view.running))
+    return view.free.fit([*view.waiting, _copy_of(stream.resumption(0.0), replica.info)], num_running=len(view.running))
 
 
 def _candidate(replica: LocalClient, names: Sequence[bytes], request: Add, shared: int) -> Candidate | None:

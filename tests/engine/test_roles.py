@@ -23,7 +23,7 @@ from splitfuse.engine.router import Router
 from splitfuse.engine.stream import Stream
 from splitfuse.engine.thread import AsyncEngine
 from splitfuse.engine.tier_files import open_tiers
-from splitfuse.errors import ConfigError
+from splitfuse.errors import ConfigError, InvalidRequestError
 from splitfuse.runtime.loading import load_model
 
 SETTINGS: dict[str, Any] = {"num_blocks": 300, "max_num_batched_tokens": 64, "num_threads": 1}
@@ -47,8 +47,18 @@ async def running(roles: Sequence[Role] = SPLIT, **settings: Any) -> AsyncIterat
                 await asyncio.sleep(0.001)
             check_scheduler(engine.scheduler)
             assert engine.allocator.num_held == 0
+        for each in router.replicas:
+            await each.wait_until(lambda each=each: not (each.num_open or each._ending))
+        await asyncio.sleep(0)  # what is called at the end of a stream
+        assert not _known(router), "the front counts requests that are gone"
     finally:
         await router.close()
+
+
+def _known(router: Router) -> set[str]:
+    """Return the ids of the requests that the front counts at its engines."""
+    views = [each.view for each in router.replicas if each.view is not None]
+    return {name for view in views for name in (*view._prefills, *view._decodes)}
 
 
 def run(test: Callable[[], Coroutine[Any, Any, None]]) -> None:
@@ -92,7 +102,6 @@ def test_a_request_gets_the_same_from_two_engines(settings: dict[str, Any]) -> N
             num_prompts = sum(len(request.prompt_token_ids) for request in wanted)
             assert first.num_computed_tokens == num_prompts and first.num_generated_tokens == len(wanted)
             assert second.num_computed_tokens - second.num_draft_tokens <= sum(map(len, whole)), "no prompt is computed"
-            assert all(not view._prefills and not view._decodes for each in router.replicas if (view := each.view))
 
     run(test)
 
@@ -146,6 +155,43 @@ def test_what_ends_with_its_prompt_stays() -> None:
             async with router.open(numbers) as stream:
                 assert [output.values async for output in stream][-1]
             assert router.num_resumed["hand_over"] == 0 and router.stats[1].num_steps == 0
+
+    run(test)
+
+
+def test_what_does_not_come_to_be_handed_over_is_expected_no_more() -> None:
+    """`running` looks whether anything is left."""
+    (request,) = requests(1)
+    long = msgspec.structs.replace(request, prompt_token_ids=tuple(Random(1).randrange(5, 700) for _ in range(900)))
+
+    async def test() -> None:
+        async with running() as router:
+            for number in range(3):
+                router.open(msgspec.structs.replace(long, request_id=f"cancelled{number}")).close()
+            async with router.open(long):
+                with pytest.raises(InvalidRequestError, match="still running"):
+                    router.open(request)
+            first = SamplingParams(max_tokens=30, stop_token_ids=tuple(range(700)))
+            assert len(await read(router.open(msgspec.structs.replace(request, params=first)))) == 1
+            assert router.num_resumed["hand_over"] == 0
+
+    run(test)
+
+
+def test_an_engine_is_drained_while_it_computes_prompts() -> None:
+    """They go on at the other one, or end on the way; `running` looks whether anything is left."""
+    (request,) = requests(1, ignore_eos=True)
+    long = msgspec.structs.replace(request, prompt_token_ids=tuple(Random(1).randrange(5, 700) for _ in range(900)))
+
+    async def test() -> None:
+        async with running((Role.PROMPT, Role.GENERATION, Role.GENERATION)) as router:
+            streams = [router.open(msgspec.structs.replace(long, request_id=f"{number}")) for number in range(6)]
+            draining = asyncio.create_task(router.drain_engine(0))
+            await asyncio.sleep(0)
+            for stream in streams[::2]:
+                stream.close()
+            assert all(len(answer) == 30 for answer in await asyncio.gather(*map(read, streams[1::2])))
+            await draining
 
     run(test)
 
