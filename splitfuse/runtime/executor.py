@@ -92,6 +92,7 @@ class Executor:
         """Most tokens that a result says to be forced by the form of the answer."""
         self._requests: dict[str, RequestSampling] = {}
         self._batches = BatchBuilder(kv_cache.block_size, decoder.device)
+        self._borrowed: dict[int, Channel] = {}  # of the loans in this step, which may end meanwhile
         self._lost = set[str]()  # requests whose loan was lost in the last step
         self._num_submitted = 0
         self._last_collected = 0
@@ -164,12 +165,15 @@ class Executor:
     def _deposit(self, chunks: Sequence[Chunk]) -> set[str]:
         """Give creditors the blocks that they are to hold. Returns the ids of the requests whose loan is lost."""
         lost = set[str]()
+        self._borrowed = {}
         for chunk in chunks:
             if (loan := chunk.loan) is None:
                 continue
             channel = self.channels.get(loan.number)
             if channel is None or not all(self._deposit_block(channel, each) for each in loan.deposits):
                 lost.add(chunk.request_id)
+            else:
+                self._borrowed[loan.number] = channel
         return lost
 
     def _deposit_block(self, channel: Channel, deposit: Deposit) -> bool:
@@ -212,7 +216,7 @@ class Executor:
             else:
                 self._running.begun.set()
         batch.loans = [
-            RequestLoan(place, chunk.loan.num_tokens, self.channels[chunk.loan.number])
+            RequestLoan(place, chunk.loan.num_tokens, self._borrowed[chunk.loan.number])
             for place, chunk in enumerate(chunks)
             if chunk.loan is not None
         ]
