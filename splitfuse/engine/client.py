@@ -236,8 +236,8 @@ class LocalClient(EngineClient):
         self._streams: dict[str, Stream] = {}
         self._ending: dict[str, Stream] = {}  # ended by us, not yet confirmed by the engine
         self._moving: dict[str, Stream] = {}  # the same, and they go on elsewhere
-        self._exported: dict[str, int] = {}  # answers to Export and Prefetch
-        self._prefetched: dict[str, int] = {}
+        self._exported: dict[str, int] = {}  # answers to Export, of streams that are here
+        self._prefetched: dict[str, int | None] = {}  # answers to Prefetch; None while one is waited for
         self._adapters: dict[str, str] = {}
         self._changed_adapters: dict[str, str | None] = {}  # paths of those loaded since the start, None: unloaded
         self._loading: dict[str, tuple[str, asyncio.Future[None]]] = {}  # paths and ends, by name
@@ -446,7 +446,7 @@ class LocalClient(EngineClient):
         """
         request_id = stream.request.request_id
         await self.wait_until(lambda: self._exported.get(request_id, 0) > more_than or not self.has(stream))
-        return self._exported[request_id] if self.has(stream) else self._exported.pop(request_id, 0) * 0
+        return self._exported[request_id] if self.has(stream) else 0
 
     async def prefetch(
         self, request_id: str, names: Sequence[bytes], blocks: Sequence[tuple[int, ...]], sources: tuple[str, ...]
@@ -454,11 +454,15 @@ class LocalClient(EngineClient):
         """Let the engine fetch blocks of these names and tokens for a request that will come, and return how many of
         them it has then; 0 if it has died.
         """
-        self._prefetched.pop(request_id, None)
-        if self.state is EngineState.READY:
+        if self.state is not EngineState.READY:
+            return 0
+        self._prefetched[request_id] = None
+        try:
             self._send(Prefetch(request_id, tuple(names), tuple(blocks), sources))
-            await self.wait_until(lambda: request_id in self._prefetched or self.state is not EngineState.READY)
-        return self._prefetched.pop(request_id, 0)
+            await self.wait_until(lambda: self._prefetched.get(request_id, 0) is not None)  # a death forgets it
+            return self._prefetched.get(request_id) or 0
+        finally:
+            self._prefetched.pop(request_id, None)
 
     def undrain(self) -> None:
         """Take requests again."""
@@ -543,7 +547,7 @@ class LocalClient(EngineClient):
         self._news.set()
         match report:
             case StepReport():
-                self._exported |= report.exported
+                self._exported |= {name: count for name, count in report.exported.items() if name in self._streams}
                 if report.traced:
                     _call("a trace", self.on_trace, report.traced)
                 before, self._stats = self._stats, report.stats
@@ -555,7 +559,11 @@ class LocalClient(EngineClient):
                     stats, now = report.stats, time.monotonic()
                     blocks = stats.num_available_blocks
                     self.view.take(report.outputs, stats.step_times, available_blocks=blocks, now=now)
+                has_room = report.stats.num_lent_blocks < before.num_lent_blocks
                 for output in report.outputs:
+                    if output.finish_reason is not None:
+                        self._exported.pop(output.request_id, None)
+                        has_room = True
                     if output.finish_reason is FinishReason.MOVED:
                         self._move(output)
                         continue
@@ -566,8 +574,11 @@ class LocalClient(EngineClient):
                         if output.finish_reason is not None:
                             del streams[output.request_id]
                             _call("the end of a request", self.on_ended, self, output.request_id)
+                if has_room:
+                    _call("an engine that has room", self.on_available)
             case Prefetched():
-                self._prefetched[report.request_id] = report.num_blocks
+                if report.request_id in self._prefetched:  # else it took too long
+                    self._prefetched[report.request_id] = report.num_blocks
             case Traced():
                 _call("a trace", self.on_trace, report.records)
             case Loading():

@@ -47,10 +47,10 @@ class LoanBook:
 
     def limits(self, info: EngineInfo) -> EngineLimits:
         """Return the limits of a request that may have a loan, of engines of which this is one: those of the two whose
-        caches hold most together.
+        caches hold most together, dead or not.
         """
-        ready = [engine.info for engine in self._engines if engine.state is EngineState.READY]
-        sizes = sorted((each.limits.num_blocks for each in ready if each.channel_bytes), reverse=True)[:2]
+        infos = [known for engine in self._engines if (known := engine.known_info) is not None]
+        sizes = sorted((each.limits.num_blocks for each in infos if each.channel_bytes), reverse=True)[:2]
         if len(sizes) < 2:
             return info.limits
         most = sizes[1] + _most_lent(sizes[0], info.limits.block_size)
@@ -91,7 +91,6 @@ class LoanBook:
         if (planned := self._loans.pop((debtor, request_id), None)) is not None:
             close_channel(planned.file.fileno())
             planned.file.close()
-            planned.creditor.on_available()
 
     def end_lent(self, creditor: LocalClient) -> None:
         """End what an engine has lent: it is gone, or will be."""

@@ -196,8 +196,10 @@ class EngineLoop:
                         self._report(Prefetched(command.request_id, 0))
                 case Lend():
                     self._engine.lend(command.loan)
+                    self._report(StepReport((), self._stats_now()))
                 case _LoanEnded():
                     self._engine.take_back(command.number)
+                    self._report(StepReport((), self._stats_now()))
                 case LoadAdapter():  # files are read on a thread, and steps go on meanwhile
                     threading.Thread(target=self._load_adapter, args=(command,), daemon=True).start()
                 case _Loaded():  # named by its digest: the front knows which names have it, and when none does

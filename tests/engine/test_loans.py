@@ -7,7 +7,7 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 from random import Random
@@ -19,11 +19,12 @@ import tiny_models
 from backends import runnable
 from patience import PATIENCE as LONG
 from scheduler_checks import check_scheduler
+from torch import Tensor
 
 import splitfuse
 from splitfuse.config import EngineConfig, ServerConfig
 from splitfuse.core.events import StepScheduled
-from splitfuse.core.plan import TokenLogprob
+from splitfuse.core.plan import Chunk, TokenLogprob
 from splitfuse.core.request_output import FinishReason
 from splitfuse.core.request_table import LOAN_LOST
 from splitfuse.core.sampling_params import SamplingParams
@@ -41,6 +42,7 @@ from splitfuse.engine.thread import AsyncEngine
 from splitfuse.errors import ConfigError, EngineUnavailableError, RequestTooLargeError
 from splitfuse.kernels import loans as channels
 from splitfuse.kernels.loans import TILE, make_channel
+from splitfuse.runtime.executor import Executor
 from splitfuse.server import lifecycle
 
 pytestmark = runnable("avx2")
@@ -259,7 +261,7 @@ def test_front_finds_a_creditor(folder: Path) -> None:
             assert [stream.on_loan for stream in streams] == [True, False] and len(router._loans) == 1
             assert await asyncio.gather(*map(read, streams)) == expected
             assert len(router._loans) == 0
-            await until(lambda: engines[1]._engine.allocator.num_lent == 0)
+            await until(lambda: engines[1].stats[0].num_lent_blocks == 0)
             # A second loan while there is no room for one is refused at once.
             first, second = router.open(wanted[0]), None
             with pytest.raises(EngineUnavailableError, match="room now to lend"):
@@ -268,6 +270,64 @@ def test_front_finds_a_creditor(folder: Path) -> None:
             first.close()
 
     run(test())
+
+
+def test_request_that_lost_its_loan_goes_on_once_there_is_room(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The end of another request is what gives room."""
+    wanted, other = long_request(length=4 * TILE, max_tokens=30), long_request("short", length=40, max_tokens=900)
+
+    async def test() -> None:
+        engines = [AsyncEngine(Engine.load(config(folder, size))) for size in (3 * TILE, 4 * TILE)]
+        async with routed(*engines) as router:
+            stream, short = router.open(wanted), router.open(other)
+            assert stream.on_loan and router._loans is not None
+            ((_, planned),) = router._loans._loans.items()
+            await until(lambda: stream.num_tokens and planned.creditor.stats[0].num_lent_blocks)
+            with monkeypatch.context() as patched:
+                patched.setattr(router._loans, "plan", lambda *_: None)  # as without room
+                router._loans.end_lent(planned.creditor)
+                await until(lambda: router._recovery._waiting and not planned.creditor.stats[0].num_lent_blocks)
+                assert short.num_tokens < 900
+            short.close()
+            assert len((await read(stream))[0]) == 30 and router.num_resumed["loan"] == 1
+
+    run(test())
+
+
+def test_engine_that_is_dead_for_now_makes_no_request_too_long(folder: Path) -> None:
+    async def test() -> None:
+        engines = [AsyncEngine(Engine.load(config(folder, size))) for size in (3 * TILE, 4 * TILE)]
+        async with routed(*engines) as router:
+            wanted = long_request(length=4 * TILE + 90)
+            engines[0]._die("it is restarted")
+            router.info.limits.check(wanted.prompt_token_ids, wanted.params)
+            with pytest.raises(EngineUnavailableError, match="send it again"):
+                router.open(wanted)
+
+    run(test())
+
+
+def test_step_goes_on_with_a_channel_that_is_closed_meanwhile(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A client leaves between the deposits of a step and its first layer."""
+    monkeypatch.setattr(channels.Channel.__init__, "__kwdefaults__", {"patience": 0.05})
+    creditor, debtor = Engine.load(config(folder, LARGE)), Engine.load(config(folder, SMALL))
+    executor = debtor.executor
+    assert isinstance(executor, Executor)
+    hidden = executor.hidden
+
+    def closing(chunks: Sequence[Chunk]) -> Tensor:
+        for number in [chunk.loan.number for chunk in chunks if chunk.loan is not None and chunk.loan.num_tokens]:
+            debtor._close_channel(number)
+        return hidden(chunks)
+
+    monkeypatch.setattr(executor, "hidden", closing)
+    with lending(creditor, long_request(), 4 * TILE) as request:
+        debtor.add(request)
+        ended = []
+        while debtor.has_unfinished:  # without `isolate` a step that fails raises
+            ended += [output for output in debtor.step() if output.finish_reason is not None]
+        assert [(output.finish_reason, output.error) for output in ended] == [(FinishReason.MOVED, LOAN_LOST)]
+    check_scheduler(debtor.scheduler)
 
 
 @pytest.mark.slow
