@@ -196,7 +196,7 @@ def search(
         if best and not exhaustive and not is_sustained(best * PRECISION):
             found[placement] = Placed(placement, best, is_bound=True)
             continue
-        start = capacities[placement] if exhaustive or not best else best * PRECISION
+        start = capacities[placement]
         rate = 0.0
         if best or is_sustained(start) or is_sustained(least):
             rate = largest_load(is_sustained, start, least=least)
