@@ -78,10 +78,15 @@ FEWEST_MOVED = 16
 logger = logging.getLogger(__name__)
 
 
-def rejection(request_id: str, error: InvalidRequestError | SloUnattainableError) -> RequestOutput:
-    """Return the last output of a request that is not accepted."""
-    retry_after = error.retry_after if isinstance(error, SloUnattainableError) else math.inf
-    return RequestOutput(request_id, finish_reason=FinishReason.ERROR, error=str(error), retry_after=retry_after)
+def rejection(request_id: str, error: Exception) -> RequestOutput:
+    """Return the last output of a request that is not accepted, or that could not be added."""
+    text, retry_after = str(error), math.inf
+    if isinstance(error, SloUnattainableError):
+        retry_after = error.retry_after
+    elif not isinstance(error, InvalidRequestError):
+        logger.error("a request could not be added: %s", request_id, exc_info=error)
+        text = f"it could not be added: {error!r}"
+    return RequestOutput(request_id, finish_reason=FinishReason.ERROR, error=text, retry_after=retry_after)
 
 
 class Engine:
@@ -565,11 +570,11 @@ class Engine:
                 try:
                     matcher.result()
                     self._accept(request, matcher)
-                except (InvalidRequestError, SloUnattainableError) as error:
+                except Exception as error:
                     outputs.append(self._reject(request, error))
         return outputs
 
-    def _reject(self, request: Add, error: InvalidRequestError | SloUnattainableError) -> RequestOutput:
+    def _reject(self, request: Add, error: Exception) -> RequestOutput:
         """Return the last output of a request that was known here and is not accepted."""
         if request.loan is not None:
             self._close_channel(request.loan.number)
@@ -638,7 +643,7 @@ class Engine:
                 continue
             try:
                 self._prepare(awaited.request)
-            except SloUnattainableError as error:
+            except Exception as error:
                 outputs.append(self._reject(awaited.request, error))
         for request_id, (request, matcher) in list(self._crowded.items()):
             if self._own_blocks(request) > self.allocator.capacity:
@@ -646,7 +651,7 @@ class Engine:
             del self._crowded[request_id]
             try:
                 self._accept(request, matcher)
-            except SloUnattainableError as error:
+            except Exception as error:
                 outputs.append(self._reject(request, error))
         return outputs
 

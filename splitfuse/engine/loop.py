@@ -12,7 +12,7 @@ from typing import Any
 
 from splitfuse.core.events import StepRecord, StepScheduled
 from splitfuse.core.plan import StepPlan
-from splitfuse.core.request_output import FinishReason, RequestOutput
+from splitfuse.core.request_output import RequestOutput
 from splitfuse.engine.engine import Engine, rejection
 from splitfuse.engine.messages import (
     AdapterLoaded,
@@ -36,7 +36,7 @@ from splitfuse.engine.messages import (
 )
 from splitfuse.engine.trace import TraceLevel, in_parts
 from splitfuse.engine.tracer import EngineTracer
-from splitfuse.errors import InvalidRequestError, SloUnattainableError, SplitfuseError
+from splitfuse.errors import SplitfuseError
 from splitfuse.kernels.lora import PackedAdapter
 
 REFRESH_STEPS = 128
@@ -178,14 +178,8 @@ class EngineLoop:
                 case Add():
                     try:
                         self._engine.add(command)
-                    except (InvalidRequestError, SloUnattainableError) as error:
-                        outputs.append(rejection(command.request_id, error))
                     except Exception as error:
-                        logger.exception("a request could not be added: %s", command.request_id)
-                        reason = f"it could not be added: {error!r}"
-                        outputs.append(
-                            RequestOutput(command.request_id, finish_reason=FinishReason.ERROR, error=reason)
-                        )
+                        outputs.append(rejection(command.request_id, error))
                 case Finish():
                     if (output := self._engine.finish(command)) is not None:
                         outputs.append(output)

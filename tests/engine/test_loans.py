@@ -307,6 +307,20 @@ def test_engine_that_is_dead_for_now_makes_no_request_too_long(folder: Path) -> 
     run(test())
 
 
+def test_request_that_cannot_be_added_behind_its_loan_ends_alone(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    creditor, debtor = Engine.load(config(folder, LARGE)), Engine.load(config(folder, SMALL))
+    short = long_request("short", length=40, max_tokens=9)
+    with lending(creditor, long_request(), 4 * TILE) as request:
+        debtor.add(request)
+        debtor.add(short)
+        monkeypatch.setattr(debtor, "_accept", lambda *_: 1 / 0)
+        ended = []
+        while debtor.has_unfinished:
+            ended += [output for output in debtor.step() if output.finish_reason is not None]
+        assert [each.finish_reason for each in ended] == [FinishReason.ERROR, FinishReason.LENGTH]
+        assert "ZeroDivisionError" in str(ended[0].error) and not debtor.executor.channels  # type: ignore[union-attr]
+
+
 def test_step_goes_on_with_a_channel_that_is_closed_meanwhile(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A client leaves between the deposits of a step and its first layer."""
     monkeypatch.setattr(channels.Channel.__init__, "__kwdefaults__", {"patience": 0.05})
