@@ -111,8 +111,8 @@ class EngineClient(ABC):
         return {}
 
     async def drain_engine(self, index: int) -> int:
-        """Let an engine take no more requests, and those that it has go on at others. Returns their number once none is
-        left there.
+        """Let an engine take no more requests, and those that it has go on at others; one that no other can have ends
+        there. Returns how many went on elsewhere, once none is left there.
 
         Raises InvalidRequestError if there is no such engine, EngineUnavailableError if no other is ready.
         """

@@ -9,6 +9,7 @@ request is; what does not come in time is computed again.
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Callable, Iterable, MutableMapping
 from weakref import WeakKeyDictionary
 
@@ -25,30 +26,47 @@ NEWEST_BLOCKS = 1
 MOST_RECEIVERS = 3
 """Number of engines that a request's blocks are brought to, if one after the other is not ready any more."""
 
+_logger = logging.getLogger(__name__)
+
 
 class Mover:
     """Moves requests. Belongs to the event loop's thread."""
 
     def __init__(
-        self, choose: Callable[[Stream, LocalClient], LocalClient | None], name_blocks: Callable[[Add], list[bytes]]
+        self,
+        choose: Callable[[Stream, LocalClient], LocalClient | None],
+        name_blocks: Callable[[Add], list[bytes]],
+        *,
+        can_leave: Callable[[Stream, LocalClient], bool],
     ) -> None:
-        """`choose` gives the engine that a stream should go to from its present one, None if none can have it now."""
-        self._choose, self._name_blocks = choose, name_blocks
+        """`choose` gives the engine that a stream should go to from its present one, None if none can have it now;
+        `can_leave` says whether one may have it at some time.
+        """
+        self._choose, self._name_blocks, self._can_leave = choose, name_blocks, can_leave
         self._receivers: MutableMapping[Stream, LocalClient] = WeakKeyDictionary()  # to which blocks were brought
         self._tasks: set[asyncio.Task[None]] = set()
         self._num_moving: dict[LocalClient, int] = {}
 
-    async def drain(self, source: LocalClient, streams: Iterable[Stream]) -> None:
-        """Let streams go on elsewhere, as long as their engine is drained."""
+    async def drain(self, source: LocalClient, streams: Iterable[Stream]) -> int:
+        """Let streams go on elsewhere, as long as their engine is drained. Returns how many stay, to end where they
+        are, since no other engine can ever have them.
+        """
         gate = asyncio.Semaphore(MOVES_AT_ONCE)
 
-        async def move(stream: Stream) -> None:
+        async def move(stream: Stream) -> bool:
             async with gate:
-                await self._bring(source, stream)
-                if source.is_drained:
+                try:
+                    await self._bring(source, stream)
+                except Exception:  # it is computed again, then
+                    _logger.exception("the blocks of request %s do not go with it", stream.request.request_id)
+                stays = source.has(stream) and not (source.is_drained and self._can_leave(stream, source))
+                if stays:
+                    self.take_receiver(stream)
+                else:
                     source.move(stream)
+                return stays
 
-        await asyncio.gather(*(move(stream) for stream in streams))
+        return sum(await asyncio.gather(*(move(stream) for stream in streams)))
 
     def follow(self, stream: Stream, source: LocalClient, receiver: LocalClient) -> None:
         """Bring the blocks of a stream that will leave its engine after the first token to another one, behind the

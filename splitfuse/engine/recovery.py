@@ -30,6 +30,8 @@ from splitfuse.errors import SplitfuseError
 
 MAX_RESUMES = 4
 """Largest number of deaths that a request may have caused and still go on."""
+MAX_LOANS_LOST = 3
+"""Largest number of lost loans after which a request goes on."""
 MAX_LOST = 10
 """Largest number of deaths, whatever caused them, after which a request goes on."""
 TRIAL_OUTPUTS = 3
@@ -160,7 +162,7 @@ class Recovery:
         self._end_trial(engine, stream)
         if why:
             stream.num_loans_lost += 1
-        if stream.num_loans_lost > MAX_RESUMES:
+        if stream.num_loans_lost > MAX_LOANS_LOST:
             stream.leave(self._forget, breakdown)
             stream.fail(died(why))
         else:

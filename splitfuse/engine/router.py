@@ -57,7 +57,7 @@ class Router(EngineClient):
         self.agreement = agreement
         for replica in self.replicas:
             replica.keeps_view = len(self.replicas) > 1  # else there is no choice
-        self._mover = Mover(self._choose_receiver, self._name_blocks)
+        self._mover = Mover(self._choose_receiver, self._name_blocks, can_leave=self._can_leave)
         self._recovery = Recovery(self.replicas, self._choose, prefer=self._prefer)
         self._loans = LoanBook(self.replicas) if lends else None
         self.name_key = name_key or new_key()
@@ -211,9 +211,13 @@ class Router(EngineClient):
         streams = replica.drain()
         if self._loans is not None:
             self._loans.end_lent(replica)
-        await self._mover.drain(replica, streams)
+        num_staying = await self._mover.drain(replica, streams)
+        if num_staying and replica.is_drained:
+            _logger.warning(
+                "requests that end at engine %d, since no other can go on with them: %d", index, num_staying
+            )
         await replica.wait_until(lambda: not (replica.num_open and replica.is_drained))
-        return len(streams)
+        return len(streams) - num_staying
 
     def undrain_engine(self, index: int) -> None:
         replica = self._replica(index)
@@ -224,8 +228,14 @@ class Router(EngineClient):
         replica = self._replica(index)
         self._check_not_restarting(index)
         self._restarting.add(index)
+        was_drained = replica.is_drained
         try:
-            count = await self.drain_engine(index)
+            try:
+                count = await self.drain_engine(index)
+            except BaseException:
+                if not was_drained:
+                    replica.undrain()
+                raise
             try:
                 await replica.restart()
             finally:  # it may come back later
@@ -285,6 +295,10 @@ class Router(EngineClient):
         able = [*self._of_roles(able, has_begun=stream.has_output)]
         choice = self._choose(stream.resumption(0.0), able) if able else None
         return None if choice is None else choice.engine
+
+    def _can_leave(self, stream: Stream, source: LocalClient) -> bool:
+        """Return whether another engine than its present one can go on with a stream, now or later."""
+        return any(each is not source and each.will_go_on_with(stream) for each in self.replicas)
 
     def _fitting(self, request: Add, among: Collection[LocalClient]) -> list[LocalClient]:
         """Return the replicas among some whose cache can hold a request alone."""

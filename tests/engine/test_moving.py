@@ -226,3 +226,47 @@ def test_a_drain_computes_at_most_a_block_of_each_again(moves_bytes: int, monkey
             assert both - computed <= 8 * BLOCK
 
     asyncio.run(asyncio.wait_for(test(), PATIENCE))
+
+
+def test_what_no_other_engine_can_hold_ends_where_it_is() -> None:
+    """Another request goes on elsewhere, though its blocks cannot be brought."""
+    short, other = requests(2, max_tokens=200)
+    large = msgspec.structs.replace(other, prompt_token_ids=tuple(Random(2).randrange(5, 700) for _ in range(900)))
+
+    async def test(monkeypatch: pytest.MonkeyPatch) -> None:
+        first, second = (
+            AsyncEngine(Engine.load(EngineConfig.from_settings(SETTINGS | {"num_blocks": size}))) for size in (400, 33)
+        )
+        async with running(first, second) as router:
+            monkeypatch.setattr(router._mover, "_choose", lambda *_: 1 / 0)
+            second.is_drained = True
+            streams = [router.open(request) for request in (short, large)]
+            await first.wait_until(lambda: all(stream.num_tokens for stream in streams))
+            second.is_drained = False
+            draining = asyncio.create_task(router.drain_engine(0))
+            answers = await asyncio.gather(*map(read, streams))
+            assert [len(answer) for answer in answers] == [200, 200]
+            assert [stream.num_resumed for stream in streams] == [1, 0] and await draining == 1
+
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        asyncio.run(asyncio.wait_for(test(monkeypatch), PATIENCE))
+
+
+def test_restart_that_is_given_up_leaves_the_engine_open() -> None:
+    (request,) = requests(1, max_tokens=200)
+
+    async def test() -> None:
+        first, second = (AsyncEngine(Engine.load(EngineConfig.from_settings(SETTINGS))) for _ in range(2))
+        async with running(first, second) as router:
+            second.is_drained = True
+            stream = router.open(request)
+            second.is_drained = False
+            restarting = asyncio.create_task(router.restart_engine(0))
+            await asyncio.sleep(0)
+            assert first.is_drained
+            restarting.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await restarting
+            assert not first.is_drained and len(await read(stream)) == 200
+
+    asyncio.run(asyncio.wait_for(test(), PATIENCE))
