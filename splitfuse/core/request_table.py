@@ -91,8 +91,10 @@ class RequestTable:
         self._events.emit(RequestFinished(request, now, wanted_until))
 
     def leave(self, request: Request, now: float, wanted_until: float | None = None) -> RequestOutput:
-        """End a request of which nothing is in flight, since it goes on elsewhere. It is to be settled."""
-        if self._fetches is not None and request.kv.blocks:
+        """End a request of which nothing is in flight, since it goes on elsewhere. It is to be settled. With logprobs
+        of its prompt all is computed again there, so no block is saved.
+        """
+        if self._fetches is not None and request.kv.blocks and request.params.prompt_logprobs is None:
             self._departing += self._save(request, request.kv.num_computed, part=True)
         self.finish(request, FinishReason.MOVED, now, wanted_until)
         return RequestOutput(request.request_id, finish_reason=FinishReason.MOVED)

@@ -690,11 +690,13 @@ class Engine:
         return max(int(MOVING_SHARE * self._step_seconds * FIRST_BANDWIDTH / tiers.block_bytes), FEWEST_MOVED)
 
     def _save_departing(self) -> None:
-        """Save the blocks of requests that have left, before others write to them."""
-        if (saves := self.scheduler.requests.take_departing()) and isinstance(self.executor, Executor):
-            self.executor.save(saves, at_once=True)
-            if self.tiers is not None:
-                self.tiers.wait_until_written(TIME_TO_WRITE)
+        """Save the blocks of requests that have left, before others write to them: the leading ones, for which there is
+        room, since those behind them would take their places and are worth nothing without them.
+        """
+        saves = self.scheduler.requests.take_departing()
+        if saves and self.tiers is not None and isinstance(self.executor, Executor):
+            self.executor.save(saves[: self.tiers.num_export_slots], at_once=True)
+            self.tiers.wait_until_written(TIME_TO_WRITE)
 
     def _save_ahead(self, outputs: Sequence[RequestOutput]) -> None:
         """Save what was computed for requests that will leave after their first token."""

@@ -122,6 +122,24 @@ def test_nothing_is_computed_again_at_the_other_engine(settings: dict[str, Any],
         assert computed[name] == num_known - 1, "it begins with its newest token"
 
 
+@pytest.mark.parametrize(("params", "num_saved"), [({}, 16), ({"prompt_logprobs": 1}, 0)], ids=str)
+def test_what_leaves_unprepared_copies_no_more_than_others_can_have(
+    params: dict[str, Any], num_saved: int, engines: list[Engine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("splitfuse.engine.tiers.MOVES_BYTES", 2**21)
+    first, second, alone = make(engines)
+    assert first.tiers is not None and second.tiers is not None and first.tiers.num_export_slots == 16
+    (request,) = requests(1, max_tokens=40, **params)
+    request = msgspec.structs.replace(request, prompt_token_ids=tuple(Random(1).randrange(5, 700) for _ in range(800)))
+    whole = run(alone, [request])["0"]
+    tokens = run(first, [request], until=20)["0"]
+    assert first.tiers.stats.num_saved == num_saved
+    point = ResumePoint(tuple(tokens), (0.0,) * len(tokens), 799 if params else 0)
+    moved = msgspec.structs.replace(resumed(request, tokens, first), resume_point=point)
+    assert tokens + run(second, [moved])["0"] == whole
+    assert second.tiers.stats.num_fetched == num_saved, "the leading ones"
+
+
 def test_a_form_goes_on_with_its_blocks(engines: list[Engine]) -> None:
     first, second, alone = make(engines)
     with splitfuse.pipeline(**SETTINGS) as pipe:
