@@ -556,7 +556,8 @@ class Engine:
     @guarded
     def abort_all(self) -> None:
         """End all requests, and what is in flight."""
-        for request_id in [*self._held, *(each.request_id for each in self.scheduler.queue.unfinished)]:
+        unfinished = [each.request_id for each in self.scheduler.queue.unfinished]
+        for request_id in [*self._held, *self._awaited, *self._crowded, *unfinished]:
             self.abort(request_id)
         while self.has_unfinished:  # steps in flight come back
             self.step(isolate=True)

@@ -198,6 +198,19 @@ def test_creditor_lends_only_what_its_own_requests_do_not_need(folder: Path) -> 
         assert output.finish_reason is FinishReason.LENGTH
 
 
+def test_all_are_aborted_that_wait_for_a_loan_or_its_end(folder: Path) -> None:
+    creditor, debtor = Engine.load(config(folder, LARGE)), Engine.load(config(folder, SMALL))
+    with lending(creditor, long_request(), 4 * TILE) as request:
+        debtor.add(request)
+        creditor.add(long_request("too large now", length=LARGE - 2 * TILE, max_tokens=1))
+        for engine in (debtor, creditor):
+            assert engine.has_unfinished
+            steps = list[StepScheduled]()
+            engine.events.subscribe(StepScheduled, steps.append)
+            engine.abort_all()
+            assert not engine.has_unfinished and not steps
+
+
 def test_silent_creditor_is_given_up(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loans_of_engines, "GRANT_SECONDS", 0.05)
     debtor = Engine.load(config(folder, SMALL))
