@@ -584,7 +584,8 @@ class Engine:
     def _forget_waiting(self, request_id: str) -> Add | None:
         """Forget a request that the scheduler does not know, and return it; None if there is none."""
         if (awaited := self._awaited.pop(request_id, None)) is not None:
-            awaited.channel.close()
+            if awaited.channel is not None:
+                awaited.channel.close()
             return awaited.request
         waiting = self._held.pop(request_id, None) or self._crowded.pop(request_id, None)
         return None if waiting is None else waiting[0]
@@ -637,7 +638,8 @@ class Engine:
                 continue
             assert loan is not None and isinstance(self.executor, Executor)
             del self._awaited[request_id]
-            self.executor.channels[loan.number] = awaited.channel
+            if awaited.channel is not None:
+                self.executor.channels[loan.number] = awaited.channel
             if not is_granted:
                 self._close_channel(loan.number)
                 outputs.append(RequestOutput(request_id, finish_reason=FinishReason.MOVED, error=NOT_LENT))

@@ -113,20 +113,26 @@ class AwaitedLoan:
     """Is a request whose creditor has not said yet whether it lends."""
 
     request: Add
-    channel: Channel
+    channel: Channel | None
+    """None: it cannot be used."""
     until: float
 
     @classmethod
     def of(cls, request: Add) -> AwaitedLoan:
-        """Return the wait of a request that has just come. Raises OSError or ValueError for a channel that cannot be
-        used.
-        """
+        """Return the wait of a request that has just come."""
         assert request.loan is not None
-        return cls(request, open_channel(request.loan), time.monotonic() + GRANT_SECONDS)
+        try:
+            channel = open_channel(request.loan)
+        except (OSError, ValueError):
+            logger.exception("the channel of loan %d cannot be used", request.loan.number)
+            channel = None
+        return cls(request, channel, time.monotonic() + GRANT_SECONDS)
 
     @property
     def is_granted(self) -> bool | None:
         """Return whether the creditor lends; None while that is not known."""
+        if self.channel is None:
+            return False
         state = self.channel.state
         if state == OPEN and not self.channel.is_closed and time.monotonic() < self.until:
             return None

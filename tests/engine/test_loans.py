@@ -211,6 +211,13 @@ def test_all_are_aborted_that_wait_for_a_loan_or_its_end(folder: Path) -> None:
             assert not engine.has_unfinished and not steps
 
 
+def test_channel_that_cannot_be_opened_lets_the_request_go_on_elsewhere(folder: Path) -> None:
+    debtor = Engine.load(config(folder, SMALL))
+    debtor.add(msgspec.structs.replace(long_request(), loan=Loan(4, "/proc/self/fd/none", 64)))
+    (output,) = debtor.step()
+    assert (output.finish_reason, output.error) == (FinishReason.MOVED, NOT_LENT) and not debtor.has_unfinished
+
+
 def test_silent_creditor_is_given_up(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loans_of_engines, "GRANT_SECONDS", 0.05)
     debtor = Engine.load(config(folder, SMALL))
