@@ -213,8 +213,9 @@ async def read(stream: Stream) -> list[int]:
 def test_a_drain_computes_at_most_a_block_of_each_again(moves_bytes: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """In narrow memory, blocks go through windows of a few."""
     monkeypatch.setattr("splitfuse.engine.tiers.MOVES_BYTES", moves_bytes)
+    # on a busy machine blocks come late, and are computed again then
     for bound in ("engine.moving.STAGE_SECONDS", "core.kv.fetching.LONGEST_FETCH", "core.kv.prefetching.LONGEST_FETCH"):
-        monkeypatch.setattr(f"splitfuse.{bound}", PATIENCE)  # on a busy machine blocks come late, and are computed again then
+        monkeypatch.setattr(f"splitfuse.{bound}", PATIENCE)
     wanted = [
         msgspec.structs.replace(each, prompt_token_ids=each.prompt_token_ids * 3)
         for each in requests(8, max_tokens=160)
