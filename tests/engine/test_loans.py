@@ -18,6 +18,7 @@ import pytest
 import tiny_models
 from backends import runnable
 from patience import PATIENCE as LONG
+from router_streams import until
 from scheduler_checks import check_scheduler
 from torch import Tensor
 
@@ -256,11 +257,6 @@ async def read(stream: Stream) -> Answer:
 
 def run(test: Any) -> None:
     asyncio.run(asyncio.wait_for(test, LONG))
-
-
-async def until(condition: Any) -> None:
-    while not condition():
-        await asyncio.sleep(0.001)
 
 
 def test_front_finds_a_creditor(folder: Path) -> None:

@@ -5,14 +5,14 @@ again.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Iterator, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import Iterator, Sequence
 from random import Random
 from typing import Any
 
 import msgspec
 import pytest
 from patience import PATIENCE
+from router_streams import read, running
 from scheduler_checks import check_scheduler
 
 import splitfuse
@@ -21,11 +21,8 @@ from splitfuse.core.events import StepScheduled
 from splitfuse.core.request_output import FinishReason
 from splitfuse.core.sampling_params import SamplingParams
 from splitfuse.core.scheduling_options import SchedulingOptions
-from splitfuse.engine.client import LocalClient
 from splitfuse.engine.engine import Engine
 from splitfuse.engine.messages import Add, Export, Finish, Prefetch, ResumePoint
-from splitfuse.engine.router import Router
-from splitfuse.engine.stream import Stream
 from splitfuse.engine.thread import AsyncEngine
 from splitfuse.engine.tier_files import open_tiers
 from splitfuse.runtime.loading import load_model
@@ -194,21 +191,6 @@ def test_blocks_are_fetched_ahead_while_the_old_engine_goes_on(engines: list[Eng
     assert second.tiers.stats.num_fetched <= len(names) + 3, "the newest alone came at the end"
 
 
-@asynccontextmanager
-async def running(*made: LocalClient) -> AsyncIterator[Router]:
-    router = Router(made, name_key=b"k")
-    await router.start()
-    try:
-        yield router
-    finally:
-        await router.close()
-
-
-async def read(stream: Stream) -> list[int]:
-    async with stream:
-        return [token async for output in stream for token in output.token_ids]
-
-
 @pytest.mark.parametrize("moves_bytes", [2**26, 2**21], ids=["roomy", "narrow"])
 def test_a_drain_computes_at_most_a_block_of_each_again(moves_bytes: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """In narrow memory, blocks go through windows of a few."""
@@ -228,7 +210,7 @@ def test_a_drain_computes_at_most_a_block_of_each_again(moves_bytes: int, monkey
         assert files is not None
         made = [Engine(config, model, name_key=b"k", tier_files=part) for part in files.split(2)]
         first, second = map(AsyncEngine, made)
-        async with running(first, second) as router:
+        async with running(first, second, name_key=b"k") as router:
             second.is_drained = True
             salted = [
                 msgspec.structs.replace(each, scheduling=SchedulingOptions(cache_salt="other")) for each in wanted
@@ -258,7 +240,7 @@ def test_what_no_other_engine_can_hold_ends_where_it_is() -> None:
         first, second = (
             AsyncEngine(Engine.load(EngineConfig.from_settings(SETTINGS | {"num_blocks": size}))) for size in (400, 33)
         )
-        async with running(first, second) as router:
+        async with running(first, second, name_key=b"k") as router:
             monkeypatch.setattr(router._mover, "_choose", lambda *_: 1 / 0)
             second.is_drained = True
             streams = [router.open(request) for request in (short, large)]
@@ -278,7 +260,7 @@ def test_restart_that_is_given_up_leaves_the_engine_open() -> None:
 
     async def test() -> None:
         first, second = (AsyncEngine(Engine.load(EngineConfig.from_settings(SETTINGS))) for _ in range(2))
-        async with running(first, second) as router:
+        async with running(first, second, name_key=b"k") as router:
             second.is_drained = True
             stream = router.open(request)
             second.is_drained = False

@@ -12,7 +12,6 @@ from random import Random
 from typing import Any
 
 import pytest
-import tiny_models
 from patience import PATIENCE
 from scheduler_checks import check_scheduler
 
@@ -84,20 +83,6 @@ def patience(monkeypatch: pytest.MonkeyPatch) -> None:
     """On a busy machine a connection may take longer than a request would wait for it."""
     monkeypatch.setattr(fetching, "LONGEST_FETCH", PATIENCE)
     monkeypatch.setattr(peers, "LEAST_SECONDS", PATIENCE)
-
-
-@pytest.fixture(scope="module")
-def folder_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], str]:
-    folders: dict[str, str] = {}
-
-    def folder_of(name: str) -> str:
-        if name not in folders:
-            folder = tmp_path_factory.mktemp(name)
-            tiny_models.save(name, folder)
-            folders[name] = str(folder)
-        return folders[name]
-
-    return folder_of
 
 
 def make(**settings: Any) -> Engine:

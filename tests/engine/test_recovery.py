@@ -8,14 +8,12 @@ import asyncio
 import logging
 import os
 import signal
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
 from random import Random
 from typing import Any
 
 import msgspec
 import pytest
-from patience import PATIENCE
+from router_streams import read, requests, run, running, until
 
 from splitfuse.config import EngineConfig
 from splitfuse.core.latency.phases import LatencyPhase
@@ -37,7 +35,6 @@ from splitfuse.engine.quarantine import Quarantine, find_suspects
 from splitfuse.engine.remote import supervisor
 from splitfuse.engine.remote.launcher import SubprocessLauncher
 from splitfuse.engine.remote.supervisor import SupervisedEngine
-from splitfuse.engine.router import Router
 from splitfuse.engine.stream import Stream
 from splitfuse.engine.thread import AsyncEngine
 from splitfuse.errors import EngineUnavailableError, InvalidRequestError, RequestQuarantinedError, SplitfuseError
@@ -51,44 +48,9 @@ def short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(supervisor, "LONGEST_PAUSE", 0.01)
 
 
-@asynccontextmanager
-async def running(*engines: LocalClient) -> AsyncIterator[Router]:
-    router = Router(engines)
-    await router.start()
-    try:
-        yield router
-    finally:
-        await router.close()
-
-
-def run(test: Any) -> None:
-    asyncio.run(asyncio.wait_for(test, PATIENCE))
-
-
-async def until(condition: Callable[[], Any]) -> None:
-    while not condition():
-        await asyncio.sleep(0.001)
-
-
-def requests(count: int, *, max_tokens: int) -> list[Add]:
-    rng = Random(count)
-    made = []
-    for number in range(count):
-        prompt = tuple(rng.randrange(5, 700) for _ in range(rng.randrange(1, 120)))
-        temperature = 0.9 if number % 2 else 0.0
-        params = SamplingParams(max_tokens=max_tokens, ignore_eos=True, temperature=temperature, seed=number)
-        made.append(Add(str(number), prompt, params))
-    return made
-
-
 def move_all(engine: LocalClient) -> None:
     for stream in engine.drain():
         engine.move(stream)
-
-
-async def read(stream: Stream) -> list[int]:
-    async with stream:
-        return [token async for output in stream for token in output.token_ids]
 
 
 def kill(engine: SupervisedEngine) -> None:

@@ -7,8 +7,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import signal
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from contextlib import asynccontextmanager
+from collections.abc import Iterator
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -17,12 +16,13 @@ import msgspec
 import pytest
 from engine_process import EngineProcess, engine_process, make_key
 from patience import PATIENCE
+from router_streams import read, requests, run, running, until
 
 from splitfuse.config import EngineConfig
 from splitfuse.core.kv import fetching, prefetching
 from splitfuse.core.sampling_params import SamplingParams
 from splitfuse.engine import moving
-from splitfuse.engine.client import EngineState, LocalClient
+from splitfuse.engine.client import EngineState
 from splitfuse.engine.engine import Engine
 from splitfuse.engine.messages import Add
 from splitfuse.engine.quarantine import Quarantine
@@ -32,7 +32,6 @@ from splitfuse.engine.remote.secret import read_secret
 from splitfuse.engine.remote.supervisor import SupervisedEngine
 from splitfuse.engine.replicas import make_replicas
 from splitfuse.engine.router import Router
-from splitfuse.engine.stream import Stream
 from splitfuse.engine.thread import AsyncEngine
 from splitfuse.engine.tier_files import open_tiers
 from splitfuse.errors import ConfigError, EngineUnavailableError
@@ -64,47 +63,12 @@ def engine(folder: Path) -> Iterator[EngineProcess]:
         yield made
 
 
-def run(test: Awaitable[None]) -> None:
-    asyncio.run(asyncio.wait_for(test, PATIENCE))
-
-
-async def until(condition: Callable[[], Any]) -> None:
-    while not condition():
-        await asyncio.sleep(0.001)
-
-
-def requests(count: int, *, max_tokens: int) -> list[Add]:
-    rng = Random(count)
-    made = []
-    for number in range(count):
-        prompt = tuple(rng.randrange(5, 700) for _ in range(rng.randrange(1, 120)))
-        temperature = 0.9 if number % 2 else 0.0
-        params = SamplingParams(max_tokens=max_tokens, ignore_eos=True, temperature=temperature, seed=number)
-        made.append(Add(str(number), prompt, params))
-    return made
-
-
-async def read(stream: Stream) -> list[int]:
-    async with stream:
-        return [token async for output in stream for token in output.token_ids]
-
-
 def elsewhere(
     engine: EngineProcess, folder: Path, *, agreement: Agreement | None = None, **more: Any
 ) -> SupervisedEngine:
     key = read_secret(str(folder / "key")).link_key
     agreement = agreement or Agreement(CONFIG, has_local=True)
     return SupervisedEngine(ConnectLauncher(engine.address, key, agreement), **more)
-
-
-@asynccontextmanager
-async def running(*engines: LocalClient) -> AsyncIterator[Router]:
-    router = Router(engines)
-    await router.start()
-    try:
-        yield router
-    finally:
-        await router.close()
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""Connections to engines elsewhere, without an engine: secret, handshake, clocks, and whom an engine takes."""
+"""Connections to engines elsewhere, without an engine: secret, handshake, clocks, and which connections it accepts."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ import msgspec
 import pytest
 from engine_process import make_key
 from patience import PATIENCE
+from router_streams import run
 from server_process import make_certificate
 
 from splitfuse.config import EngineConfig, ListenConfig, ServerConfig, parse_address
@@ -57,10 +58,6 @@ from splitfuse.errors import ConfigError, EngineUnavailableError
 
 CONFIG = EngineConfig.from_settings({"num_blocks": 256})
 KEY, OTHER_KEY = b"k" * 32, b"o" * 32
-
-
-def run(test: Awaitable[Any]) -> None:
-    asyncio.run(asyncio.wait_for(test, PATIENCE))
 
 
 # --- the secret -------------------------------------------------------------------------------------------------------
@@ -234,7 +231,7 @@ def test_nobody_can_stand_between_two_ends_that_speak_tls(tmp_path: Path) -> Non
     run(test())
 
 
-# --- whom an engine takes ---------------------------------------------------------------------------------------------
+# --- which connections an engine accepts ------------------------------------------------------------------------------
 
 
 @pytest.fixture

@@ -11,6 +11,7 @@ from typing import Any
 import msgspec
 import pytest
 from patience import PATIENCE
+from router_streams import read
 from scheduler_checks import check_scheduler
 
 import splitfuse
@@ -20,7 +21,6 @@ from splitfuse.core.sampling_params import SamplingParams
 from splitfuse.engine.engine import Engine
 from splitfuse.engine.messages import Add
 from splitfuse.engine.router import Router
-from splitfuse.engine.stream import Stream
 from splitfuse.engine.thread import AsyncEngine
 from splitfuse.engine.tier_files import open_tiers
 from splitfuse.errors import ConfigError, InvalidRequestError
@@ -51,7 +51,7 @@ async def running(roles: Sequence[Role] = SPLIT, **settings: Any) -> AsyncIterat
             await each.wait_until(lambda each=each: not (each.num_open or each._ending))
         await asyncio.sleep(0)  # what is called at the end of a stream
         assert not _known(router), "the front counts requests that are gone"
-        assert not any(each._exported or each._prefetched for each in router.replicas), "answers that nobody waits for"
+        assert not any(each._exported or each._prefetched for each in router.replicas), "answers to requests that have ended"
     finally:
         await router.close()
 
@@ -74,11 +74,6 @@ def requests(count: int, *, max_tokens: int = 30, **params: Any) -> list[Add]:
         each = SamplingParams(max_tokens=max_tokens, temperature=temperature, seed=number, **params)
         made.append(Add(str(number), prompt, each).settled)
     return made
-
-
-async def read(stream: Stream) -> list[int]:
-    async with stream:
-        return [token async for output in stream for token in output.token_ids]
 
 
 async def alone(wanted: Sequence[Add], **settings: Any) -> list[list[int]]:

@@ -5,14 +5,13 @@ from __future__ import annotations
 import asyncio
 import signal
 import threading
-from collections.abc import Awaitable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from engine_process import make_key
-from patience import PATIENCE
+from router_streams import run
 from server_process import make_certificate
 
 from splitfuse.config import EngineConfig, ListenConfig
@@ -27,10 +26,6 @@ from splitfuse.engine.replicas import make_replicas
 from splitfuse.errors import ConfigError
 
 KEY = b"k" * 32
-
-
-def run(test: Awaitable[None]) -> None:
-    asyncio.run(asyncio.wait_for(test, PATIENCE))
 
 
 def standalone(folder: Path, settings: dict[str, Any] | None = None, **listen: Any) -> StandaloneEngine:

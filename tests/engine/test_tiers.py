@@ -15,7 +15,6 @@ from typing import Any
 
 import pytest
 import tiny_encoders
-import tiny_models
 from backends import variants
 from patience import PATIENCE
 from scheduler_checks import check_scheduler
@@ -45,20 +44,6 @@ KINDS = ["llama-gqa", "mistral-window", "gemma3", "deepseek-v3", "gpt-oss", "gem
 MEMORY = {"kv_memory_tier": "1MiB"}
 
 Answer = tuple[list[int], list[list[tuple[int, float]]], int]
-
-
-@pytest.fixture(scope="module")
-def folder_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], str]:
-    folders: dict[str, str] = {}
-
-    def folder_of(name: str) -> str:
-        if name not in folders:
-            folder = tmp_path_factory.mktemp(name)
-            tiny_models.save(name, folder)
-            folders[name] = str(folder)
-        return folders[name]
-
-    return folder_of
 
 
 @pytest.fixture
