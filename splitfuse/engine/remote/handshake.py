@@ -4,10 +4,9 @@
     client -> server    MAGIC, a purpose, a nonce, and the MAC of a client
     server -> client    a verdict, and the MAC of a server
 
-A MAC is that of its side, the purpose, both nonces and the server's certificate, if the connection has one: so nothing
-that was recorded can be sent again, no side can be sent back its own, and nobody can stand between two ends that speak
-TLS, whatever certificate they have. All of it has a fixed length; nothing is decoded. Who is not let in learns that
-splitfuse listens, and nothing else.
+A MAC is that of its side, the purpose, both nonces and the server's certificate, if the connection has one: this
+prevents replay, reflection and, with TLS, a man in the middle, also where certificates are self-signed. All of it has a
+fixed length; nothing is decoded. A client that is rejected learns that splitfuse listens, and nothing else.
 """
 
 from __future__ import annotations
