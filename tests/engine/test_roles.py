@@ -51,7 +51,7 @@ async def running(roles: Sequence[Role] = SPLIT, **settings: Any) -> AsyncIterat
             await each.wait_until(lambda each=each: not (each.num_open or each._ending))
         await asyncio.sleep(0)  # what is called at the end of a stream
         assert not _known(router), "the front counts requests that are gone"
-        assert not any(each._exported or each._prefetched for each in router.replicas), "answers to requests that have ended"
+        assert not any(each._exported or each._prefetched for each in router.replicas), "answers to ended requests"
     finally:
         await router.close()
 
