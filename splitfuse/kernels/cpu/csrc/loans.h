@@ -52,7 +52,7 @@ namespace SF_VARIANT {
 constexpr int TILE = 512;           // keys
 constexpr int MOST_PATIENCE = 30;
 constexpr int BUSY_SPINS = 1000;    // some tens of microseconds
-constexpr i64 SLEEP = 20;           // milliseconds after which a sleeper looks at what wakes nobody
+constexpr i64 SLEEP = 20;           // milliseconds after which a waiting thread polls what does not wake it
 
 SF_INLINE u8* data_of(Channel& channel) { return reinterpret_cast<u8*>(&channel) + CHANNEL_HEADER; }
 
