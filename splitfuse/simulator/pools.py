@@ -20,9 +20,12 @@ class Member(Protocol):
     """Is what is known of a machine when one is chosen."""
 
     role: Role
-    is_running: bool
     num_to_compute: int
     num_reserved: int
+
+    @property
+    def is_running(self) -> bool:
+        """Return whether it computes: it has not failed, or has come back."""
 
     @property
     def memory(self) -> PrefixMemory:

@@ -266,7 +266,7 @@ class Replica:
         self._keeps_slos = lane.engine.scheduler.slo_enabled
         self._copy_seconds = lane.engine.block_bytes / lane.engine.kv_memory_speed
         self._newest_seconds = 0.0  # of the newest step
-        self.is_running = True
+        self._num_failures = 0  # under way
         self.pool: LoanPool | None = None
         """Loans between the machines, if there are any."""
         self._owed = 0.0  # seconds that it has computed for others since its step began
@@ -312,6 +312,11 @@ class Replica:
         self._waiting: dict[str, _Waiting] = {}
         self._step: asyncio.TimerHandle | None = None
         self._fetched: asyncio.TimerHandle | None = None  # when there is nothing to do before
+
+    @property
+    def is_running(self) -> bool:
+        """Return whether no failure of it is under way."""
+        return not self._num_failures
 
     @property
     def num_blocks(self) -> int:
@@ -398,11 +403,11 @@ class Replica:
             await waiting.done
 
     def fail_later(self, failure: Failure) -> None:
-        """Fail at the time of `failure`, and come back after it."""
+        """Fail at the time of `failure`, and come back after it and all others that are under way then."""
         loop = asyncio.get_running_loop()
 
         def fail() -> None:
-            self.is_running = False
+            self._num_failures += 1
             for handle in (self._step, self._fetched):
                 if handle is not None:
                     handle.cancel()
@@ -413,7 +418,7 @@ class Replica:
                     waiting.done.set_exception(MachineLostError())
 
         def come_back() -> None:
-            self.is_running = True
+            self._num_failures -= 1
 
         loop.call_later(failure.at, fail)
         if failure.seconds < math.inf:

@@ -167,6 +167,14 @@ def test_requests_of_a_failed_machine_go_on_elsewhere() -> None:
     assert lost.error == "all machines have failed"
 
 
+def test_of_failures_that_overlap_the_last_to_end_counts() -> None:
+    failures = (Failure(0, at=0.5, seconds=3.0), Failure(0, at=1.0, seconds=0.5))
+    deployment = Deployment(machines=(machine(),), failures=failures)
+    _, (during, after) = answers(deployment, (2.0, 100, 5), (3.6, 100, 5))
+    assert during.error == "all machines have failed"
+    assert after.error is None and len(after.token_times) == 5
+
+
 def test_a_lost_machine_of_either_role_costs_no_request() -> None:
     for number in (0, 3):
         deployment = replace(split(2, 2), failures=(Failure(number, at=0.4, seconds=0.5),))
