@@ -63,15 +63,20 @@ class Bounds:
         bounds = []
         share = self._goal.criteria[0].share
         for part, works, role in self._parts(machines, most=_most_tokens):
-            slack = self._slack(targets, role)
-            work = sum(sorted(works)[: math.ceil(share * count)])
-            noise = part[0].engine.calibration.cost.noise
-            time = work * math.exp(-CERTAIN * noise) / len(part) - slack
-            bounds.append(count / time if time > 0 else math.inf)
+            pieces = [(works, role)]
+            if role is Role.MIXED:  # first tokens alone may be more than they can do in time
+                pieces.append((self._works(part, Role.PROMPT, most=_most_tokens), Role.PROMPT))
+            for seconds, what in pieces:
+                work = sum(sorted(seconds)[: math.ceil(share * count)])
+                noise = part[0].engine.calibration.cost.noise
+                time = work * math.exp(-CERTAIN * noise) / len(part) - self._slack(targets, what)
+                bounds.append(count / time if time > 0 else math.inf)
         return min(bounds)
 
     def _slack(self, targets: SloTargets, role: Role) -> float:
-        """Return the time from the last arrival to the last deadline of what machines of a role compute."""
+        """Return the time from the last arrival to the last deadline of what is computed in a role; infinity if answers
+        have none.
+        """
         first = max(targets.ttft_target(each.start + each.prompt) for each in self._sizes)
         if role is Role.PROMPT:
             return first
@@ -86,11 +91,11 @@ class Bounds:
         of `most` tokens at most.
         """
         by_role = {role: [machine for machine in machines if machine.role is role] for role in Role}
-        return [
-            (part, [_least_seconds(each, part[0], most(part[0])) for each in self._sizes], role)
-            for role, part in by_role.items()
-            if part
-        ]
+        return [(part, self._works(part, role, most=most), role) for role, part in by_role.items() if part]
+
+    def _works(self, part: Sequence[Machine], role: Role, *, most: Callable[[Machine], int]) -> list[float]:
+        """Return the least time that one of equal machines takes for what each request needs of a role."""
+        return [_least_seconds(each, part[0], role, most(part[0])) for each in self._sizes]
 
 
 def _token_budget(machine: Machine) -> int:
@@ -114,9 +119,9 @@ def _size(request: LoadRequest, *, is_trace: bool) -> _Size:
     return _Size(start, length - start, request.max_tokens)
 
 
-def _least_seconds(size: _Size, machine: Machine, most: int) -> float:
-    """Return the least time that an engine takes for its part of a request, in steps of at most `most` tokens."""
-    engine, role, cost = machine.engine, machine.role, machine.engine.calibration.cost
+def _least_seconds(size: _Size, machine: Machine, role: Role, most: int) -> float:
+    """Return the least time that an engine takes for a request's part of a role, in steps of at most `most` tokens."""
+    engine, cost = machine.engine, machine.engine.calibration.cost
     per_token = cost.per_token + _least_per_token(cost, most) + engine.step_overhead / most
     seconds, end = 0.0, size.start + size.prompt
     if role is not Role.GENERATION:

@@ -100,6 +100,20 @@ def test_bounds_count_the_least_work() -> None:
     assert bounds.capacity(split.deployment(engine, SPACE).machines) < narrow
 
 
+def test_first_tokens_alone_bound_machines_that_do_both() -> None:
+    """Without a target for answers, what prompts need until their deadlines is still known; of generation, nothing."""
+    targets = {"ttft": "2s"}
+    engine, bounds = engine_of(targets), bounds_of(targets, engine_of(targets))
+    split = Placement(
+        (Part(Role.PROMPT, 1, 1, 256, keeps_slo=False), Part(Role.GENERATION, 1, 1, 256, keeps_slo=False))
+    )
+    mixed = Placement((Part(Role.MIXED, 1, 1, 256, keeps_slo=False),))
+    prompts_alone = bounds.largest_rate(split.deployment(engine, SPACE).machines)
+    assert bounds.largest_rate(mixed.deployment(engine, SPACE).machines) == prompts_alone < inf
+    two = Placement((Part(Role.MIXED, 2, 1, 256, keeps_slo=False),))
+    assert bounds.largest_rate(two.deployment(engine, SPACE).machines) > prompts_alone
+
+
 def replace_budget(placement: Placement, budget: int) -> Placement:
     return Placement(tuple(replace(part, budget=budget) for part in placement.parts))
 
