@@ -17,21 +17,25 @@ if TYPE_CHECKING:
 
 
 def read_space(
-    place: int, budgets: Sequence[int], tensor_parallel: str, meeting_seconds: float, link: float | None
+    place: int, budgets: Sequence[int], tensor_parallel: str, meeting_seconds: float | None, link: float | None
 ) -> Space:
     """Return the placements that are tried. Raises ConfigError for flags that say something impossible."""
     from splitfuse.simulator.deployment import Link
+    from splitfuse.simulator.parallel import MEETING_SECONDS
     from splitfuse.simulator.placement import BUDGETS, Space
 
     if place > 1 and link is None:
         raise ConfigError(
             "--place needs --link, the bytes/s of a machine's connection such as 25e9: what splitting costs"
         )
+    sizes = numbers("tensor_parallel", tensor_parallel, int)
+    if meeting_seconds is not None and max(sizes, default=1) == 1:
+        raise ConfigError("--meeting-time needs --tensor-parallel above 1, such as 1,2: one machine waits for no other")
     return Space(
         machines=place,
         budgets=tuple(budgets) or BUDGETS,
-        tensor_parallel=numbers("tensor_parallel", tensor_parallel, int),
-        meeting_seconds=meeting_seconds,
+        tensor_parallel=sizes,
+        meeting_seconds=MEETING_SECONDS if meeting_seconds is None else meeting_seconds,
         link=None if link is None else Link(link),
     )
 

@@ -57,8 +57,9 @@ def tune(
         str, typer.Option(help="Numbers of machines that an engine of --place may be spread over, such as 1,2.")
     ] = "1",
     meeting_time: Annotated[
-        float, typer.Option(help="Seconds of a step in which machines of one engine wait for each other.")
-    ] = 0.0,
+        float | None,
+        typer.Option(help="Seconds of a step in which machines of one engine wait for each other (default: 0.001)."),
+    ] = None,
     link: Annotated[
         float | None,
         typer.Option(help="Bytes/s of a machine's connection, over which KV is handed over, such as 25e9."),
@@ -98,7 +99,7 @@ def tune(
         space = read_space(place, budgets, tensor_parallel, meeting_time, link)
         if measure or len(seqs) > 1:
             raise ConfigError("--place is simulated, with one --max-num-seqs: leave out --measure and other candidates")
-    elif (link, tensor_parallel, meeting_time) != (None, "1", 0.0):
+    elif (link, tensor_parallel, meeting_time) != (None, "1", None):
         raise ConfigError("--link, --tensor-parallel and --meeting-time are for --place")
     check_writable(out)
     config = EngineConfig.from_settings(settings)

@@ -19,7 +19,7 @@ from splitfuse.config import Role
 from splitfuse.errors import ConfigError
 from splitfuse.simulator.bounds import Bounds
 from splitfuse.simulator.deployment import Deployment, Link, Machine, SimulationConfig, without_targets
-from splitfuse.simulator.parallel import tensor_parallel
+from splitfuse.simulator.parallel import MEETING_SECONDS, tensor_parallel
 from splitfuse.simulator.rates import PRECISION, Goal, largest_load, sustains
 from splitfuse.simulator.simulate import SimulatedTarget
 
@@ -39,7 +39,7 @@ class Space:
     budgets: tuple[int, ...] = BUDGETS
     tensor_parallel: tuple[int, ...] = (1,)
     """Numbers of machines that an engine may be spread over."""
-    meeting_seconds: float = 0.0
+    meeting_seconds: float = MEETING_SECONDS
     """Time of a step in which the machines of an engine wait for each other."""
     link: Link | None = None
     """Connection of a machine; None: requests stay where their prompt was computed."""

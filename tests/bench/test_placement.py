@@ -19,7 +19,7 @@ from splitfuse.errors import ConfigError
 from splitfuse.runtime.calibration import Calibration
 from splitfuse.simulator.bounds import STREAM, Bounds
 from splitfuse.simulator.deployment import Link, SimulationConfig
-from splitfuse.simulator.parallel import tensor_parallel
+from splitfuse.simulator.parallel import HOST_SECONDS, MEETING_SECONDS, tensor_parallel
 from splitfuse.simulator.placement import Part, Placement, Search, Space, placements, search
 from splitfuse.simulator.rates import PRECISION, Goal
 from splitfuse.simulator.simulate import SimulatedTarget, prompt_ids
@@ -130,10 +130,13 @@ def test_placements_use_all_machines() -> None:
     assert not any(each.is_split for each in placements(replace(space, link=None)))
 
 
-def test_tensor_parallel_divides_all_but_the_meetings() -> None:
+def test_tensor_parallel_divides_all_but_the_meetings_and_the_host() -> None:
     two = tensor_parallel(CALIBRATION, 2, meeting_seconds=0.003)
     step = StepFeatures().plus(start=100, count=300, rows=1)
-    assert two.cost.seconds(step) == pytest.approx(COST.seconds(step) / 2 + 0.003)
+    assert two.cost.seconds(step) == pytest.approx(COST.seconds(step) / 2 + HOST_SECONDS / 2 + 0.003)
+    assert tensor_parallel(CALIBRATION, 2).cost.floor == pytest.approx(two.cost.floor - 0.003 + MEETING_SECONDS)
+    tiny = replace(CALIBRATION, cost=replace(COST, floor=HOST_SECONDS / 2))
+    assert tensor_parallel(tiny, 2, meeting_seconds=0.0).cost.floor == HOST_SECONDS / 2
     assert two.num_blocks == 8000
     assert tensor_parallel(CALIBRATION, 1, meeting_seconds=0.003) is CALIBRATION
 
