@@ -9,7 +9,7 @@ SOURCES := $(wildcard splitfuse/kernels/cpu/csrc/*)
 # Engines and servers are started hundreds of times by the tests: Python shall not compile their modules each time.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo chat test test-all test-compiled test-extras test-sanitize lint install wheel clean
+.PHONY: demo chat test test-all compiled papers test-compiled test-extras test-sanitize lint install wheel clean
 
 demo: $(STAMP)  ## answer questions about stories with the bundled model, and show every step
 	@mkdir -p build && $(BIN)/python examples/demo.py --picture build/steps.png
@@ -39,10 +39,15 @@ test-sanitize: $(STAMP)  ## the tests of the C++ kernels on a build that watches
 	  ASAN_OPTIONS=detect_leaks=0 SPLITFUSE_KERNEL_LIBRARY=build/sanitize/splitfuse/kernels/cpu/libsplitfuse_cpu.so \
 	  $(BIN)/python -m pytest tests/kernels -k "avx or cpu" -p no:cacheprovider
 
-test-compiled: $(STAMP)  ## the tests of the scheduler on a compiled core, as a wheel has it
+compiled: $(STAMP)  ## build/compiled: the package with a compiled core, as a wheel has it
 	@rm -rf build/compiled && mkdir -p build && SPLITFUSE_KERNELS=none SPLITFUSE_CORE=compiled $(BIN)/python setup.py -q build \
 	  --build-lib build/compiled --build-temp build/compiled-objects > build/compiled.log
 	@PYTHONPATH=build/compiled $(BIN)/python -P -c "from splitfuse.core import scheduler; assert scheduler.__file__.endswith('.so')"
+
+papers: compiled  ## simulate the figures of four papers (benchmarks/papers), on one core; a second `make papers` goes on
+	@PYTHONPATH=build/compiled:. $(BIN)/python -P -m benchmarks.papers --keep build/papers.jsonl
+
+test-compiled: compiled  ## the tests of the scheduler on a compiled core
 	@$(BIN)/python -m pytest tests/core $(WORKERS) -m "not slow and not interpreted" -o pythonpath="build/compiled tests examples"
 
 # The kernels use the OpenMP library that PyTorch brings, so it is not packed with them.

@@ -18,7 +18,7 @@ import argparse
 import heapq
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from random import Random
 
 import numpy as np
@@ -69,11 +69,25 @@ WORKLOADS: dict[str, tuple[Callable[[Random], Turns], float]] = {
     "agents": (agents, 10.0),
 }
 """Conversations, and the mean time between turns."""
+ATTENTION = 0.68 * 2 * 103e9
+"""Operations/s of attention on two cores of Zen 3: chunks reach 67 to 70 % of dot products in bf16, 103e9 a core
+(results/cpu-kernels.md).
+"""
+
+
+def on_cpu(name: str, *, layers: int, heads: int, head_dim: int) -> CostModel:
+    """Return the cost model of two cores, with the time of attention."""
+    return replace(MACHINES[name].cost, per_pair=4 * layers * heads * head_dim / ATTENTION)
+
+
 MODELS = {
     "OPT-13B, A100": MACHINES["opt-13b"].cost,
     "Llama-2 70B, 4 A100": MACHINES["a100-70b"].cost,
     "Llama-2 70B, 8 H100": MACHINES["splitwise-h100"].cost,
+    "0.5B int8, 2 cores": on_cpu("0.5b-int8-avx2", layers=24, heads=14, head_dim=64),
+    "7B int8, 2 cores": on_cpu("7b-int8-avx2", layers=32, heads=32, head_dim=128),
 }
+"""Cost models. At position 30,000 a token takes 5.2, 1.9, 2.0, 6.4 and 2.8 times as long as the first."""
 SIZES = (0.25, 0.5, 0.75)
 """Sizes of the store, as fractions of what conversations that go on hold on average."""
 

@@ -5,15 +5,16 @@ from __future__ import annotations
 import csv
 from bisect import bisect_left
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 from random import Random
 from statistics import median
 
 from splitfuse.bench.workload import Lengths, LoadRequest, Workload
-from splitfuse.core.slo.cost_model import CostModel, StepFeatures
+from splitfuse.core.slo.cost_model import CostModel, Sample, StepFeatures, fit
 from splitfuse.runtime.calibration import Calibration
+from splitfuse.simulator.machines import MACHINES
 
 FOLDER = Path(__file__).parent
 BLOCK_SIZE = 16
@@ -231,19 +232,26 @@ def _interpolated(points: Sequence[tuple[float, float]], at: float) -> float:
     return y + (higher - y) * (at - x) / (right - x)
 
 
-def _splitwise_measured(machine: str) -> dict[tuple[int, int], tuple[float, float]]:
+LLAMA, BLOOM = "Llama-2 70B", "BLOOM-176B"
+"""Models that Splitwise measured."""
+BLOOM_KV_BYTES = 70 * 2 * 14_336 * 2
+BLOOM_WEIGHTS = 2 * 176e9
+"""Size in bytes: fp16."""
+
+
+def splitwise_measured(machine: str, model: str = LLAMA) -> dict[tuple[int, int], tuple[float, float]]:
     """Return the times in ms of a prompt's step and of a token by prompt length and batch."""
     return {
         (int(row["prompt_tokens"]), int(row["batch"])): (float(row["prompt_ms"]), float(row["token_ms"]))
         for row in _rows("splitwise.csv")
-        if row["machine"] == machine
+        if (row["machine"], row["model"]) == (machine, model)
     }
 
 
-def token_line_times(machine: str) -> TokenLineTimes:
-    """Return the times of Llama-2 70B on `DGX-A100` or `DGX-H100` as Splitwise's simulator reads them."""
+def token_line_times(machine: str, model: str = LLAMA) -> TokenLineTimes:
+    """Return the times of a model on `DGX-A100` or `DGX-H100` as Splitwise's simulator reads them."""
     by_tokens: dict[int, list[tuple[float, float]]] = {}
-    for (tokens, batch), times in _splitwise_measured(machine).items():
+    for (tokens, batch), times in splitwise_measured(machine, model).items():
         by_tokens.setdefault(tokens * batch, []).append(times)
     lines = [
         tuple((tokens, median(each[which] for each in times)) for tokens, times in sorted(by_tokens.items()))
@@ -252,9 +260,9 @@ def token_line_times(machine: str) -> TokenLineTimes:
     return TokenLineTimes(*lines)
 
 
-def splitwise_times(machine: str) -> MeasuredTimes:
-    """Return the times of Llama-2 70B on `DGX-A100` or `DGX-H100`."""
-    measured = _splitwise_measured(machine)
+def splitwise_times(machine: str, model: str = LLAMA) -> MeasuredTimes:
+    """Return the times of a model on `DGX-A100` or `DGX-H100`."""
+    measured = splitwise_measured(machine, model)
     prompts: dict[int, list[float]] = {}
     for (tokens, batch), (prompt, _) in measured.items():
         prompts.setdefault(tokens * batch, []).append(prompt)
@@ -262,4 +270,26 @@ def splitwise_times(machine: str) -> MeasuredTimes:
         prompts=tuple((tokens, sum(times) / len(times)) for tokens, times in sorted(prompts.items())),
         decodes=tuple((batch, times[1]) for (tokens, batch), times in sorted(measured.items()) if tokens == 512),
         contexts=tuple((tokens, times[1]) for (tokens, batch), times in sorted(measured.items()) if batch == 1),
+    )
+
+
+@cache
+def splitwise_calibration(machine: str, model: str) -> Calibration:
+    """Return a machine with the cost model that fits what was measured on it."""
+    if model == LLAMA:
+        return MACHINES[f"splitwise-{machine[-4:].lower()}"]
+    samples = []
+    for (tokens, batch), (prompt, token) in splitwise_measured(machine, model).items():
+        prompts, decodes = StepFeatures(), StepFeatures()
+        for _ in range(batch):
+            prompts = prompts.plus(start=0, count=tokens, rows=1)
+            decodes = decodes.plus(start=tokens, count=1, rows=1)
+        samples += [Sample(prompts, prompt / 1e3), Sample(decodes, token / 1e3)]
+    return Calibration(
+        name=f"{model} on {machine}",
+        cost=replace(fit(samples, held_out=samples), noise=0.0),
+        num_blocks=int((0.9 * 640e9 - BLOOM_WEIGHTS) / BLOOM_KV_BYTES / BLOCK_SIZE),
+        block_size=BLOCK_SIZE,
+        max_model_len=16_384,
+        kv_bytes_per_token=BLOOM_KV_BYTES,
     )

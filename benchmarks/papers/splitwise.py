@@ -1,8 +1,9 @@
-"""Counts the machines that Splitwise's evaluation needs: Llama-2 70B, 130 requests/s of Azure's code trace.
+"""Counts the machines that Splitwise's evaluation needs for Azure's code trace.
 
 Patel et al., ISCA 2024 (arXiv 2311.18677). The counts are in their scripts/run_throughput.sh: baseline 113 DGX-A100 or
-51 DGX-H100, Splitwise 54 + 10 and 23 + 10. It does not say for which model; by the measured times BLOOM-176B, the other
-one, could not take 266,000 prompt tokens/s on 64 DGX-A100.
+51 DGX-H100, Splitwise 54 + 10 and 23 + 10. That script runs them at 130 requests/s; what they were found for it does
+not say. The search for the least machines that keep the SLOs is in notebooks/plots.ipynb ("provisioning sweep"): 70
+requests/s, by BLOOM-176B, the model of all its figures. So both are simulated (CASES).
 
 An SLO is a slowdown to a lone request on a DGX-A100: of TTFT 2, 3 and 6 at P50, P90 and P99, of the time per token and
 of the whole 1.25, 1.5 and 5 (notebooks/plots.ipynb).
@@ -11,19 +12,22 @@ of the whole 1.25, 1.5 and 5 (notebooks/plots.ipynb).
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import islice
 
 from benchmarks.papers.data import (
+    BLOOM,
+    LLAMA,
     Drawn,
     MeasuredTimes,
     TokenLineTimes,
+    splitwise_calibration,
     splitwise_times,
     token_line_times,
     workload,
 )
+from benchmarks.papers.kept import Kept
 from benchmarks.papers.tables import Table
 from splitfuse.bench import metrics
 from splitfuse.bench.load import WARM_UP, open_loop
@@ -33,12 +37,9 @@ from splitfuse.config import Role, SchedulerConfig
 from splitfuse.core.request import Request
 from splitfuse.simulator import virtual_time
 from splitfuse.simulator.deployment import Deployment, Link, Machine, SimulationConfig
-from splitfuse.simulator.machines import MACHINES
 from splitfuse.simulator.rates import Criterion, Goal, sustains
 from splitfuse.simulator.simulate import Replica, SimulatedTarget
 
-RATE = 130.0
-"""Requests/s of the paper's counts."""
 SECONDS = 20.0
 """Length of the window by default, which a quarter as many requests precede."""
 WHOLE_PROMPTS = 2048
@@ -54,12 +55,24 @@ WATTS = {"DGX-A100": 6500.0, "DGX-H100": 10_200.0}
 PRICE = {"DGX-A100": 2.21, "DGX-H100": 4.76}
 """Their notebooks/utils.py: an hour of a machine's GPU."""
 PAPER = {"DGX-A100": (113, 54, 10), "DGX-H100": (51, 23, 10)}
+"""Machines of the baseline, and of Splitwise for prompts and for generation."""
 BUDGETS = (512, 2048)
 AFTER = 10.0
 """Seconds for which requests come after those that are counted for an explanation: the longest answers take 85."""
 MOST = 1.4
 """Largest number of machines that is tried, as a multiple of the paper's baseline."""
-SYSTEMS = ("baseline", "split", "splitfuse")
+
+
+@dataclass(frozen=True)
+class Case:
+    """Is a model and the load that its machines are counted for."""
+
+    model: str
+    rate: float
+    """Requests/s."""
+
+
+CASES = {"bloom": Case(BLOOM, 70.0), "llama": Case(LLAMA, 130.0)}
 
 
 Times = MeasuredTimes | TokenLineTimes
@@ -75,11 +88,11 @@ class Reading:
     token_lines: bool = False
     """True if steps take the times of TokenLineTimes: performance_model.py, notebooks/perf_model.py."""
     fewest_tokens: bool = False
-    """True if a request goes where the fewest tokens wait, a running request counting as one: TokenJSQScheduler."""
+    """True if a request goes where the fewest tokens are pending: TokenJSQScheduler."""
 
-    def times(self, name: str) -> Times:
-        """Return the times of a kind of machine."""
-        return token_line_times(name) if self.token_lines else splitwise_times(name)
+    def times(self, machine: str, model: str) -> Times:
+        """Return the times of a model on a kind of machine."""
+        return (token_line_times if self.token_lines else splitwise_times)(machine, model)
 
     def target(self, deployment: Deployment) -> SimulatedTarget:
         """Return what a deployment is simulated by."""
@@ -88,37 +101,50 @@ class Reading:
 
 OURS = Reading("ours")
 THEIRS = Reading("theirs", per_token=True, token_lines=True, fewest_tokens=True)
-READINGS = {each.name: each for each in (OURS, THEIRS)}
+SYSTEMS = {
+    "baseline": ("mixed batching", OURS),
+    "split": ("phase splitting", OURS),
+    "splitfuse": ("SplitFuse", OURS),
+    "their-baseline": ("mixed batching, as their simulator has it", THEIRS),
+    "their-split": ("phase splitting, as their simulator has it", THEIRS),
+}
+"""Rows of the table, and how the figures are read for them."""
 
 
 class FewestTokens(SimulatedTarget):
-    """Sends each request to the machine with the fewest tokens to compute, a running decode counting as one."""
+    """Sends each request to the machine with the fewest tokens pending, as theirs are: a prompt counts whole until its
+    first token has come, and each request one more until its end.
+    """
 
     def _choose(self, copy: Request, names: list[bytes]) -> Replica:  # noqa: ARG002
-        return min(self._replicas, key=_num_waiting_tokens)
+        return min(self._replicas, key=_num_pending_tokens)
 
 
-def _num_waiting_tokens(replica: Replica) -> int:
-    return sum(max(request.num_unscheduled, 1) for request in replica.scheduler.queue.unfinished)
+def _num_pending_tokens(replica: Replica) -> int:
+    unfinished = replica.scheduler.queue.unfinished
+    return sum(1 + (0 if each.output_token_ids else each.num_prompt_tokens) for each in unfinished)
 
 
 @dataclass(frozen=True)
 class Kind:
-    """Holds a kind of machine, and how long a lone request takes on it."""
+    """Holds a kind of machine with a model."""
 
     name: str
+    model: str
     times: Times
 
     @classmethod
-    def of(cls, name: str, reading: Reading = OURS) -> Kind:
-        return cls(name, reading.times(name))
+    def of(cls, name: str, model: str = LLAMA, reading: Reading = OURS) -> Kind:
+        return cls(name, model, reading.times(name, model))
 
     def machine(self, role: Role, policy: str, budget: int, **targets: str) -> Machine:
         """Return a machine of this kind with a scheduling policy."""
-        calibration = MACHINES[f"splitwise-{self.name[-4:].lower()}"]
         scheduler = SchedulerConfig(max_num_batched_tokens=budget, max_num_seqs=MAX_NUM_SEQS, **targets)  # type: ignore[arg-type]
         engine = SimulationConfig(
-            calibration=calibration, scheduler=scheduler, policy=policy, enable_prefix_caching=False
+            calibration=splitwise_calibration(self.name, self.model),
+            scheduler=scheduler,
+            policy=policy,
+            enable_prefix_caching=False,
         )
         return Machine(
             engine=engine,
@@ -149,29 +175,52 @@ def slowdown(record: MeasuredRequest, lone: Times, reading: Reading = OURS) -> t
     return metrics.ttft(record) / first, between / gap, (record.done - record.sent) / whole
 
 
+@dataclass(frozen=True)
 class Count:
-    """Counts machines: the least number that meets the SLOs."""
+    """Counts machines: the least number that meets the SLOs of a case."""
 
-    def __init__(self, requests: Drawn, rate: float, seconds: float, reading: Reading = OURS) -> None:
-        self.requests, self.rate, self.reading = requests, rate, reading
-        self.goal = goal(reading.times("DGX-A100"), round(rate * seconds), reading)
+    case: Case
+    seconds: float
+    reading: Reading
+    kept: Kept
 
-    def is_enough(self, deployment: Deployment) -> bool:
-        """Return whether a deployment sustains the load."""
-        began = time.process_time()
-        enough = sustains(deployment, lambda _: self.requests, self.rate, self.goal, make_target=self.reading.target)
-        seconds = time.process_time() - began
-        print(f"    {len(deployment.machines)} machines: {enough} ({seconds:.0f} s)", flush=True)
-        return enough
+    def is_enough(self, deployment: Deployment, *what: object) -> bool:
+        """Return whether a deployment, which `what` describes, sustains the load."""
 
-    def least(self, make: Callable[[int], Deployment], *, low: int, high: int) -> int:
-        """Return the least number of machines above `low`, which are too few; `high` + 1 if not even those do."""
-        if not self.is_enough(make(high)):
+        def compute() -> bool:
+            requests, lone = azure_code(), self.reading.times("DGX-A100", self.case.model)
+            wanted = goal(lone, round(self.case.rate * self.seconds), self.reading)
+            return sustains(deployment, lambda _: requests, self.case.rate, wanted, make_target=self.reading.target)
+
+        return self.kept.find(
+            *("splitwise", self.case.model, self.case.rate, self.seconds, self.reading.name, *what), compute=compute
+        )
+
+    def least(
+        self, make: Callable[[int], Deployment], *what: object, guess: int, low: int, high: int, above: int = 0
+    ) -> int:
+        """Return the least number of machines above `low`, which are too few; `high` + 1 if not even those do. `above`
+        of them are named apart.
+        """
+
+        def is_enough(count: int) -> bool:
+            return self.is_enough(make(count), *what, f"{count - above} + {above}" if above else count)
+
+        if low < guess < high and is_enough(guess):
+            high = guess
+        elif not is_enough(high):
             return high + 1
+        else:
+            low = max(low, guess) if guess < high else low
         while high - low > 1:
             middle = (low + high) // 2
-            low, high = (low, middle) if self.is_enough(make(middle)) else (middle, high)
+            low, high = (low, middle) if is_enough(middle) else (middle, high)
         return high
+
+
+def azure_code() -> Drawn:
+    """Return the requests of Azure's code trace."""
+    return workload("azure_code", longest=LONGEST - 1)
 
 
 def mixed(machine: Machine) -> Callable[[int], Deployment]:
@@ -190,10 +239,10 @@ def split(prompts: Machine, generation: Machine, tokens: int) -> Callable[[int],
     return make
 
 
-def explain(name: str, machines: int, *, rate: float, seconds: float) -> Table:
+def explain(name: str, case: Case, machines: int, *, seconds: float) -> Table:
     """Return the slowdowns with mixed batching, as we read the figures, and as their simulator does, step by step."""
     table = Table(
-        f"Slowdowns with mixed batching on {machines} {name}, {rate:g} requests/s: P50 / P90 / P99",
+        f"Slowdowns of {case.model} with mixed batching on {machines} {name}, {case.rate:g}/s: P50 / P90 / P99",
         ("reading", "TTFT", "time per token", "latency"),
     )
     readings = (
@@ -204,11 +253,13 @@ def explain(name: str, machines: int, *, rate: float, seconds: float) -> Table:
         THEIRS,
     )
     for reading in readings:
-        deployment = mixed(Kind.of(name, reading).machine(Role.MIXED, "orca", WHOLE_PROMPTS))(machines)
-        requests, lone = workload("azure_code", longest=LONGEST - 1), reading.times("DGX-A100")
+        deployment = mixed(Kind.of(name, case.model, reading).machine(Role.MIXED, "orca", WHOLE_PROMPTS))(machines)
+        requests, lone = azure_code(), reading.times("DGX-A100", case.model)
         target = reading.target(deployment)
-        count = round(rate * seconds)
-        arrivals = islice(poisson(rate, seed=0, stream="explain"), count + math.ceil(WARM_UP * count + AFTER * rate))
+        count = round(case.rate * seconds)
+        arrivals = islice(
+            poisson(case.rate, seed=0, stream="explain"), count + math.ceil(WARM_UP * count + AFTER * case.rate)
+        )
         point = virtual_time.run(open_loop(target, requests, rate=None, arrivals=arrivals, requests=count))
         found = [slowdown(each, lone, reading) for each in metrics.counted(point)]
         cells = [
@@ -220,44 +271,66 @@ def explain(name: str, machines: int, *, rate: float, seconds: float) -> Table:
     return table
 
 
-def run(kinds: Sequence[str], systems: Sequence[str], *, rate: float, seconds: float, reading: Reading = OURS) -> Table:
-    """Simulate all systems and return their table. `paper` are the counts for RATE requests/s."""
+def run(kinds: Sequence[str], cases: Sequence[str], systems: Sequence[str], *, seconds: float, kept: Kept) -> Table:
+    """Simulate all systems and return their table."""
     table = Table(
-        f"Machines for {rate:g} requests/s of Azure's code trace, Llama-2 70B",
-        ("machine", "system", f"paper, {RATE:g} requests/s", "simulated", "machines", "kW", "price an hour"),
+        "Machines for Azure's code trace",
+        ("model, requests/s", "machine", "system", "paper", "simulated", "machines", "to it", "kW", "price an hour"),
     )
-    for name in kinds:
-        kind = Kind.of(name, reading)
-        count = Count(workload("azure_code", longest=LONGEST - 1), rate, seconds, reading)
-        baseline, prompts, tokens = PAPER[name]
-        tokens = max(round(tokens * rate / RATE), 1)
-        least = math.floor(rate * kind.times.prompt_ms(2048) / 1e3)  # as fast as prompts can be
-
-        def add(system: str, paper: str, simulated: str, machines: int, kind: Kind = kind) -> None:
-            watts, price = machines * WATTS[kind.name] / 1e3, machines * 8 * PRICE[kind.name]
-            table.add(kind.name, system, paper, simulated, str(machines), f"{watts:.0f}", f"{price:.0f}")
-            print(table.rows[-1], flush=True)
-
-        high = math.ceil(MOST * baseline * rate / RATE)
-        if "baseline" in systems:
-            found = count.least(mixed(kind.machine(Role.MIXED, "orca", WHOLE_PROMPTS)), low=least, high=high)
-            add("mixed batching", str(baseline), str(found), found)
-        if "split" in systems:
-            both = [kind.machine(role, "orca", WHOLE_PROMPTS) for role in (Role.PROMPT, Role.GENERATION)]
-            best, chosen = count.least(split(both[0], both[1], tokens), low=least + tokens, high=high), tokens
-            # fewer that generate, where the mixed pool helps out
-            for fewer in sorted({max(tokens // 2, 1), max(tokens // 4, 1)}, reverse=True):
-                if count.is_enough(split(both[0], both[1], fewer)(best - 1)):
-                    best, chosen = count.least(split(both[0], both[1], fewer), low=least, high=best - 1), fewer
-            add("phase splitting", f"{prompts} + {PAPER[name][2]}", f"{best - chosen} + {chosen}", best)
-        if "splitfuse" in systems:
-            best = high
-            how = ""
-            for budget in BUDGETS:
-                for targets in ({}, {"ttft": "0.3ms/token", "tpot": "55ms"}):
-                    machine = kind.machine(Role.MIXED, "splitfuse", budget, **targets)
-                    if count.is_enough(mixed(machine)(best - 1)):
-                        best = count.least(mixed(machine), low=least, high=best - 1)
-                        how = f"budget {budget}" + (", SLO scheduling" if targets else "")
-            add("SplitFuse", "", how, best)
+    for case in (CASES[each] for each in cases):
+        for name in kinds:
+            for system in systems:
+                title, reading = SYSTEMS[system]
+                count = Count(case, seconds, reading, kept)
+                paper, simulated, machines, published = _row(name, system, count)
+                ratio = f"{machines / published:.2f}" if published else ""
+                watts, price = machines * WATTS[name] / 1e3, machines * 8 * PRICE[name]
+                table.add(
+                    *(f"{case.model}, {case.rate:g}", name, title, paper, simulated, str(machines), ratio),
+                    *(f"{watts:.0f}", f"{price:.0f}"),
+                )
+                print(table.rows[-1], flush=True)
     return table
+
+
+def _row(name: str, system: str, count: Count) -> tuple[str, str, int, int]:
+    """Return what the paper says, what was found, and the numbers of machines found and published."""
+    kind = Kind.of(name, count.case.model, count.reading)
+    baseline, prompts, tokens = PAPER[name]
+    least = math.floor(count.case.rate * kind.times.prompt_ms(2048) / 1e3)  # as fast as prompts can be
+    high = math.ceil(MOST * baseline)
+    if "baseline" in system:
+        machine = kind.machine(Role.MIXED, "orca", WHOLE_PROMPTS)
+        found = count.least(mixed(machine), name, "mixed", guess=baseline, low=least, high=high)
+        return str(baseline), _most(found, high), found, baseline
+    if "split" in system and system != "splitfuse":
+        both = [kind.machine(role, "orca", WHOLE_PROMPTS) for role in (Role.PROMPT, Role.GENERATION)]
+        best, chosen = high + 1, tokens
+        for fewer in (tokens, tokens // 2, tokens // 4):  # where the mixed pool helps out
+            make = split(both[0], both[1], fewer)
+            if best <= high and not count.is_enough(make(best - 1), name, f"{best - 1 - fewer} + {fewer}"):
+                continue
+            guess = prompts + tokens if best > high else best - 1
+            top = high if best > high else best - 1
+            best = count.least(make, name, guess=guess, low=least, high=top, above=fewer)
+            chosen = fewer
+        return f"{prompts} + {tokens}", f"{best - chosen} + {chosen}", best, prompts + tokens
+    best, how = high + 1, f"more than {high}"
+    lone = count.reading.times("DGX-A100", count.case.model)
+    ttft, _, tpot = SLOS[50]
+    slo = {
+        "ttft": f"{ttft * lone.prompt_ms(2048) / 2048:.3g}ms/token",
+        "tpot": f"{tpot * lone.decode_ms(1, 2048):.3g}ms",
+    }
+    for budget in BUDGETS:
+        for targets in ({}, slo):
+            machine = kind.machine(Role.MIXED, "splitfuse", budget, **targets)
+            what = f"budget {budget}" + (", SLO scheduling" if targets else "")
+            if count.is_enough(mixed(machine)(best - 1), name, what, best - 1):
+                best = count.least(mixed(machine), name, what, guess=best - 1, low=least, high=best - 1)
+                how = what
+    return "", how, best, 0
+
+
+def _most(found: int, high: int) -> str:
+    return f"more than {high}" if found > high else str(found)

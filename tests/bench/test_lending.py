@@ -15,7 +15,7 @@ from splitfuse.config import SchedulerConfig
 from splitfuse.core.slo.cost_model import CostModel
 from splitfuse.errors import ConfigError
 from splitfuse.runtime.calibration import Calibration
-from splitfuse.simulator import virtual_time
+from splitfuse.simulator import machines, virtual_time
 from splitfuse.simulator.deployment import Deployment, Failure, Machine, SimulationConfig
 from splitfuse.simulator.lending import Lending
 from splitfuse.simulator.simulate import SimulatedTarget
@@ -110,5 +110,8 @@ def test_what_is_not_simulated_is_refused(changes: dict[str, Any], message: str)
 
 
 def test_instances_of_infinite_llm_hold_what_they_should() -> None:
-    assert [infinite_llm.fits(gpus, 2_000_000) for gpus in infinite_llm.SIZES] == [False, False, True, True]
-    assert infinite_llm.deployment(8, lends=True).gpus == infinite_llm.GPUS
+    small, large = infinite_llm.SHAPES["7b"], infinite_llm.SHAPES["70b"]
+    assert [infinite_llm.fits(large, gpus, 2_000_000) for gpus in large.sizes] == [False, False, True, True]
+    assert [infinite_llm.fits(small, 1, longest) for longest in (60_000, 200_000)] == [True, False]
+    assert infinite_llm.deployment(large, 8, lends=True).gpus == infinite_llm.vllm(small, 1).gpus == infinite_llm.GPUS
+    assert infinite_llm.instance(large, machines.GPUS).cost == machines.MACHINES["a100-70b"].cost

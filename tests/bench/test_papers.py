@@ -1,24 +1,30 @@
 """The published figures, and the simulations of papers that rest on them."""
 
+from pathlib import Path
 from statistics import mean, median
 
 import pytest
 
-from benchmarks.papers import pensieve, splitwise
+from benchmarks.papers import kept, pensieve, splitwise
 from benchmarks.papers.data import (
     BLOCK_SIZE,
+    BLOOM,
     LARGE,
     distserve_engine,
+    splitwise_calibration,
     splitwise_times,
     token_line_times,
     turns_of_conversations,
     workload,
 )
 from benchmarks.papers.distserve import WORKLOADS, split
+from benchmarks.papers.kept import Kept
 from splitfuse.bench.results import MeasuredRequest
 from splitfuse.config import Role
 from splitfuse.core.slo.cost_model import StepFeatures
 from splitfuse.core.slo.targets import SloTargets
+from splitfuse.errors import ConfigError
+from splitfuse.simulator.deployment import Deployment
 from splitfuse.simulator.rates import Goal, sustains
 from splitfuse.simulator.simulate import Bytes
 
@@ -28,6 +34,42 @@ def step(*chunks: tuple[int, int]) -> StepFeatures:
     for start, count in chunks:
         made = made.plus(start=start, count=count, rows=1)
     return made
+
+
+def test_figures_are_kept_for_the_same_sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, computed = tmp_path / "figures.jsonl", []
+
+    def compute() -> list[float]:
+        computed.append(None)
+        return [1.5, 2.0]
+
+    for _ in range(2):
+        for _ in range(2):
+            assert Kept(path).find("distserve", 200, "rates", compute=compute) == [1.5, 2.0]
+        assert Kept(path).find("distserve", 100, "rates", compute=lambda: 0.25) == 0.25
+    assert len(computed) == 1 and len(path.read_text().splitlines()) == 2
+    monkeypatch.setattr(kept, "sources", lambda: "others")
+    assert Kept(path).find("distserve", 200, "rates", compute=compute) == [1.5, 2.0]
+    assert len(computed) == 2, "figures of other sources are not used"
+    assert Kept().find("distserve", 200, "rates", compute=compute) == [1.5, 2.0]
+    path.write_text(path.read_text() + "{}\n")
+    with pytest.raises(ConfigError, match=r"line 4 of .* is not a figure"):
+        Kept(path)
+
+
+def test_least_number_of_machines_is_searched_from_a_guess() -> None:
+    machine, asked = splitwise.Kind.of("DGX-H100").machine(Role.MIXED, "orca", 2048), []
+
+    class Counted(splitwise.Count):
+        def is_enough(self, deployment: Deployment, *_: object) -> bool:
+            asked.append(len(deployment.machines))
+            return len(deployment.machines) >= 37
+
+    count = Counted(splitwise.CASES["llama"], 1.0, splitwise.OURS, Kept())
+    for guess in (5, 36, 37, 51, 80):
+        assert count.least(splitwise.mixed(machine), guess=guess, low=10, high=71) == 37
+    assert count.least(splitwise.mixed(machine), guess=20, low=10, high=30) == 31, "more than are tried"
+    assert all(10 < each <= 71 for each in asked)
 
 
 def test_measured_points_are_met() -> None:
@@ -68,6 +110,16 @@ def test_lengths_have_the_published_medians_and_means() -> None:
         assert request == chat.first("", number)
 
 
+def test_bloom_s_machines_have_its_times_and_cache() -> None:
+    times, calibration = splitwise_times("DGX-A100", BLOOM), splitwise_calibration("DGX-A100", BLOOM)
+    assert times.seconds(step((0, 2048))) == pytest.approx((540.41 + 528.63) / 2e3)
+    assert times.seconds(step(*[(511, 1)] * 32)) == pytest.approx(65.38e-3)
+    for length in (512, 1024, 2048, 8192):
+        assert calibration.cost.seconds(step((0, length))) == pytest.approx(times.seconds(step((0, length))), rel=0.15)
+    held = calibration.num_blocks * calibration.block_size * calibration.kv_bytes_per_token
+    assert held == pytest.approx(0.9 * 640e9 - 352e9, rel=0.001)
+
+
 def test_lone_request_has_no_slowdown() -> None:
     lone = splitwise_times("DGX-A100")
     first, gap = lone.prompt_ms(1500) / 1e3, lone.decode_ms(1, 1500) / 1e3
@@ -86,7 +138,7 @@ def test_their_reading_divides_by_tokens_and_extends_lines() -> None:
 
 
 def test_their_routing_prefers_idle_machines() -> None:
-    machine = splitwise.Kind.of("DGX-H100", splitwise.THEIRS).machine(Role.MIXED, "orca", 2048)
+    machine = splitwise.Kind.of("DGX-H100", reading=splitwise.THEIRS).machine(Role.MIXED, "orca", 2048)
     requests, goal = (
         workload("azure_code", longest=splitwise.LONGEST - 1),
         splitwise.goal(token_line_times("DGX-A100"), 40, splitwise.THEIRS),
@@ -134,10 +186,22 @@ def test_conversations_follow_their_turns() -> None:
         assert made.first("", number) == made.first("", number)
 
 
+def test_turns_are_as_long_as_the_paper_s() -> None:
+    turns = [turn for turns in pensieve.scaled_turns() for turn in turns]
+    assert mean(new for new, _ in turns) == pytest.approx(pensieve.NEW, rel=0.02)
+    assert mean(answer for _, answer in turns) == pytest.approx(pensieve.ANSWER, rel=0.02)
+    assert mean(map(len, pensieve.scaled_turns())) == pytest.approx(5.56, rel=0.05)
+
+
 def test_pensieve_s_systems_are_simulated() -> None:
     """With a tier the conversations of a small load are within the limit, and without time for a token they are not."""
-    model, system = pensieve.models()["OPT-13B, 1 x A100"], pensieve.SYSTEMS[2]
+    model, system = pensieve.models()["OPT-13B, 1 x A100"], pensieve.SYSTEMS["pensieve"]
     met = [pensieve.sustains(system.deployment(model), 0.01, limit, 3) for limit in (0.2, 0.001)]
     assert met == [True, False]
-    tier = system.deployment(model).machines[0].engine.kv_memory_tier
-    assert tier == pytest.approx(pensieve.MEMORY_TIMES * 66144 * 40 * 2 * 5120 * 2, rel=0.001)
+    engine = system.deployment(model).machines[0].engine
+    assert engine.kv_memory_tier == 220e9
+    assert engine.calibration.num_blocks * engine.block_bytes == pytest.approx(40e9, rel=0.001)
+    vllm = pensieve.SYSTEMS["vllm"].deployment(model).machines[0]
+    prompt = step((0, 1000))
+    assert vllm.step_times is not None and model.engine.times is not None
+    assert vllm.step_times.seconds(prompt) > 1.2 * model.engine.times.seconds(prompt)
