@@ -6,6 +6,7 @@ import hashlib
 import json
 import time
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import TypeVar
 
@@ -14,8 +15,14 @@ from splitfuse.errors import ConfigError
 Figure = TypeVar("Figure", bool, float, list[float])
 
 ROOT = Path(__file__).parents[2]
-SIMULATED = ("benchmarks/papers", "splitfuse/bench", "splitfuse/core", "splitfuse/simulator")
-"""Folders of the sources that a figure depends on."""
+SIMULATED = (
+    "splitfuse/bench/*",
+    "splitfuse/core/**/*",
+    "splitfuse/simulator/*",
+    "benchmarks/papers/*.csv",
+    "benchmarks/papers/*.txt",
+)
+"""Patterns of the sources that all figures depend on, and the data."""
 
 
 class Kept:
@@ -23,41 +30,41 @@ class Kept:
 
     def __init__(self, path: Path | None = None) -> None:
         """Read a file, or keep nothing without one. Raises ConfigError for a file of something else."""
-        self._path, self._sources = path, sources()
-        self._figures: dict[str, bool | float | list[float]] = {}
+        self._path = path
+        self._figures: dict[tuple[str, str], bool | float | list[float]] = {}
         if path is None or not path.exists():
             return
         for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
             try:
                 kept = json.loads(line)
-                if kept["sources"] == self._sources:
-                    self._figures[kept["what"]] = kept["figure"]
+                self._figures[kept["what"], kept["sources"]] = kept["figure"]
             except (ValueError, KeyError, TypeError):
                 raise ConfigError(
                     f"line {number} of {path} is not a figure that was kept: give --keep another file"
                 ) from None
 
-    def find(self, *what: object, compute: Callable[[], Figure]) -> Figure:
-        """Return the figure that `what` describes, computed if it was not kept."""
-        name = " | ".join(map(str, what))
-        if name in self._figures:
-            return self._figures[name]  # type: ignore[return-value]
+    def find(self, paper: str, *what: object, compute: Callable[[], Figure]) -> Figure:
+        """Return the figure of a paper that `what` describes, computed if it was not kept."""
+        name, digest = " | ".join(map(str, (paper, *what))), sources(paper)
+        if (name, digest) in self._figures:
+            return self._figures[name, digest]  # type: ignore[return-value]
         began = time.process_time()
-        figure = self._figures[name] = compute()
+        figure = self._figures[name, digest] = compute()
         seconds = time.process_time() - began
         print(f"    {name}: {figure} ({seconds:.1f} s)", flush=True)
         if self._path is not None:
-            line = {"what": name, "figure": figure, "seconds": round(seconds, 1), "sources": self._sources}
+            line = {"what": name, "figure": figure, "seconds": round(seconds, 1), "sources": digest}
             with self._path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(line) + "\n")
         return figure  # type: ignore[return-value]
 
 
-def sources() -> str:
-    """Return a digest of all sources that figures depend on."""
+@cache
+def sources(paper: str) -> str:
+    """Return a digest of all sources that figures of a paper depend on."""
+    paths = {path for pattern in SIMULATED for path in ROOT.glob(pattern) if path.suffix in (".py", ".csv", ".txt")}
+    paths |= {ROOT / "benchmarks/papers" / f"{name}.py" for name in ("data", paper.replace("-", "_"))}
     digest = hashlib.sha256()
-    for folder in SIMULATED:
-        for path in sorted((ROOT / folder).rglob("*")):
-            if path.suffix in (".py", ".csv", ".txt"):
-                digest.update(path.read_bytes())
+    for path in sorted(paths):
+        digest.update(path.read_bytes())
     return digest.hexdigest()[:16]

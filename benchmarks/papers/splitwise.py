@@ -57,6 +57,8 @@ PRICE = {"DGX-A100": 2.21, "DGX-H100": 4.76}
 PAPER = {"DGX-A100": (113, 54, 10), "DGX-H100": (51, 23, 10)}
 """Machines of the baseline, and of Splitwise for prompts and for generation."""
 BUDGETS = (512, 2048)
+GENERATING = (10, 5, 2, 20, 30, 40)
+"""Numbers of machines that generate, of which the best is taken; the first is theirs."""
 AFTER = 10.0
 """Seconds for which requests come after those that are counted for an explanation: the longest answers take 85."""
 MOST = 1.4
@@ -107,6 +109,7 @@ SYSTEMS = {
     "splitfuse": ("SplitFuse", OURS),
     "their-baseline": ("mixed batching, as their simulator has it", THEIRS),
     "their-split": ("phase splitting, as their simulator has it", THEIRS),
+    "their-splitfuse": ("SplitFuse, as their simulator has it", THEIRS),
 }
 """Rows of the table, and how the figures are read for them."""
 
@@ -285,10 +288,10 @@ def run(kinds: Sequence[str], cases: Sequence[str], systems: Sequence[str], *, s
                 paper, simulated, machines, published = _row(name, system, count)
                 ratio = f"{machines / published:.2f}" if published else ""
                 watts, price = machines * WATTS[name] / 1e3, machines * 8 * PRICE[name]
-                table.add(
-                    *(f"{case.model}, {case.rate:g}", name, title, paper, simulated, str(machines), ratio),
-                    *(f"{watts:.0f}", f"{price:.0f}"),
-                )
+                cells = [str(machines), ratio, f"{watts:.0f}", f"{price:.0f}"]
+                if simulated.startswith("more"):
+                    cells = [""] * len(cells)
+                table.add(f"{case.model}, {case.rate:g}", name, title, paper, simulated, *cells)
                 print(table.rows[-1], flush=True)
     return table
 
@@ -303,18 +306,20 @@ def _row(name: str, system: str, count: Count) -> tuple[str, str, int, int]:
         machine = kind.machine(Role.MIXED, "orca", WHOLE_PROMPTS)
         found = count.least(mixed(machine), name, "mixed", guess=baseline, low=least, high=high)
         return str(baseline), _most(found, high), found, baseline
-    if "split" in system and system != "splitfuse":
+    if system.endswith("split"):
         both = [kind.machine(role, "orca", WHOLE_PROMPTS) for role in (Role.PROMPT, Role.GENERATION)]
-        best, chosen = high + 1, tokens
-        for fewer in (tokens, tokens // 2, tokens // 4):  # where the mixed pool helps out
-            make = split(both[0], both[1], fewer)
-            if best <= high and not count.is_enough(make(best - 1), name, f"{best - 1 - fewer} + {fewer}"):
+        best, chosen = high + 1, 0
+        for generating in GENERATING:  # if they are few, the mixed pool helps out
+            make = split(both[0], both[1], generating)
+            if best <= high and not count.is_enough(make(best - 1), name, f"{best - 1 - generating} + {generating}"):
                 continue
-            guess = prompts + tokens if best > high else best - 1
-            top = high if best > high else best - 1
-            best = count.least(make, name, guess=guess, low=least, high=top, above=fewer)
-            chosen = fewer
-        return f"{prompts} + {tokens}", f"{best - chosen} + {chosen}", best, prompts + tokens
+            top = min(best, high + 1) - 1
+            guess = prompts + tokens if best > high else top
+            found = count.least(make, name, guess=guess, low=least, high=top, above=generating)
+            if found <= top:
+                best, chosen = found, generating
+        how = f"{best - chosen} + {chosen}" if best <= high else f"more than {high}"
+        return f"{prompts} + {tokens}", how, best, prompts + tokens
     best, how = high + 1, f"more than {high}"
     lone = count.reading.times("DGX-A100", count.case.model)
     ttft, _, tpot = SLOS[50]

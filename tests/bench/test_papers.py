@@ -48,7 +48,7 @@ def test_figures_are_kept_for_the_same_sources(tmp_path: Path, monkeypatch: pyte
             assert Kept(path).find("distserve", 200, "rates", compute=compute) == [1.5, 2.0]
         assert Kept(path).find("distserve", 100, "rates", compute=lambda: 0.25) == 0.25
     assert len(computed) == 1 and len(path.read_text().splitlines()) == 2
-    monkeypatch.setattr(kept, "sources", lambda: "others")
+    monkeypatch.setattr(kept, "sources", lambda _: "others")
     assert Kept(path).find("distserve", 200, "rates", compute=compute) == [1.5, 2.0]
     assert len(computed) == 2, "figures of other sources are not used"
     assert Kept().find("distserve", 200, "rates", compute=compute) == [1.5, 2.0]
