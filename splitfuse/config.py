@@ -301,6 +301,11 @@ class ServerConfig:
     replicas: int | None = setting(
         None, "Number of engine processes, which divide the cores of this machine (default: 1, with engine 0)."
     )
+    max_replicas: int | None = setting(
+        None,
+        "Largest number of replicas that splitfuse scale can start: cores and memory are divided among so many "
+        "(default: replicas).",
+    )
     engine: tuple[str, ...] = setting(
         (), "Engine to use that runs elsewhere (splitfuse engine), as host:port; may be repeated."
     )
@@ -369,6 +374,13 @@ class ServerConfig:
         for name in ("max_queued_requests", "max_queued_tokens", "max_prompts"):
             _at_least(name, getattr(self, name), 1)
         _at_least("replicas", self.replicas, 0 if self.engine else 1)
+        if self.max_replicas is not None and not max(self.num_replicas, 1) <= self.max_replicas <= MAX_ENGINES:
+            raise ConfigError(
+                f"max_replicas must be at least replicas, which is {self.num_replicas}, and at most {MAX_ENGINES}, not "
+                f"{self.max_replicas}"
+            )
+        if self.max_replicas is not None and not self.num_replicas:
+            raise ConfigError("max_replicas needs replicas of at least 1 beside the engines elsewhere")
         for name, text in (("engine", each) for each in self.engine):
             if parse_address(name, text)[1] == 0:
                 raise ConfigError(f"engine {text} must have the port that the engine listens on, such as 9000")
@@ -410,8 +422,13 @@ class ServerConfig:
 
     @property
     def num_engines(self) -> int:
-        """Return the number of all its engines."""
+        """Return the number of all its engines, at the start."""
         return self.num_replicas + len(self.engine)
+
+    @property
+    def max_engines(self) -> int:
+        """Return the most engines that it can come to have."""
+        return max(self.num_replicas, self.max_replicas or 0) + len(self.engine)
 
     @classmethod
     def from_settings(cls, settings: Mapping[str, Any]) -> ServerConfig:

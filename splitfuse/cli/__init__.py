@@ -21,6 +21,7 @@ from splitfuse.cli.models import models
 from splitfuse.cli.plan_memory import plan_memory
 from splitfuse.cli.ps import ps
 from splitfuse.cli.replay import replay
+from splitfuse.cli.scale import scale
 from splitfuse.cli.serve import serve
 from splitfuse.cli.simulate import simulate
 from splitfuse.cli.stop import stop
@@ -42,6 +43,7 @@ app.command()(engine)
 app.command()(ps)
 app.command()(stop)
 app.command()(drain)
+app.command()(scale)
 app.command()(explain)
 app.command()(top)
 app.command()(trace)

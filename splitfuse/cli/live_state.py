@@ -88,6 +88,11 @@ class LiveState:
         self._gaps: deque[tuple[float, float]] = deque(maxlen=MAX_GAPS)
         self._ended: deque[tuple[float, bool | None]] = deque()  # time, whether the SLO was met
 
+    def _expect_engines(self, count: int) -> None:
+        """Follow so many engines at least: a server may start more."""
+        while len(self.engines) < count:
+            self.engines.append(LiveEngine(num_free=self.num_blocks))
+
     def take(self, line: TraceLine) -> None:
         """Follow a line."""
         match line:
@@ -96,9 +101,11 @@ class LiveState:
                 self.now = self._began = line.time
                 self.engines = [LiveEngine(state, num_free=line.num_blocks) for state in line.engines]
             case TracedRecords():
+                self._expect_engines(line.engine + 1)
                 for record in line.records:
                     self._record(line.engine, record)
             case TracedChange():
+                self._expect_engines(line.engine + 1)
                 self.engines[line.engine] = LiveEngine(line.state, num_free=self.num_blocks)
                 if line.state is EngineState.DEAD:
                     self.requests = {place: each for place, each in self.requests.items() if place[0] != line.engine}
@@ -111,6 +118,7 @@ class LiveState:
             case TraceStatus():
                 self.now = max(self.now, line.time)
                 self.dropped, self.is_draining = line.dropped, line.is_draining
+                self._expect_engines(len(line.engines))
                 for engine, (state, stats) in zip(self.engines, line.engines, strict=True):
                     engine.state = state
                     if engine.step is None and stats.num_steps:

@@ -149,6 +149,22 @@ class AsyncClient:
         done: dict[str, Any] = answer.json()
         return done
 
+    async def scale(self, replicas: int) -> dict[str, Any]:
+        """Have so many replicas; those that are ended let their requests go on at others.
+
+        Returns how many `replicas` there are, once it is done, and how many requests have `moved`. Raises
+        InvalidRequestError or EngineUnavailableError, with the reason, if there cannot be so many: then there are as
+        many as before.
+        """
+        answer = await self._send("POST", "/scale", {"replicas": replicas})
+        done: dict[str, Any] = answer.json()
+        return done
+
+    async def engines(self) -> list[dict[str, Any]]:
+        """Return the engines of the server: number, state, address, role, load, and goodput of the last minute."""
+        found: list[dict[str, Any]] = (await self._send("GET", "/engines")).json()["engines"]
+        return found
+
     async def terminate_server(self, *, now: bool = False) -> None:
         """End the server and wait until it has ended: after its running requests, or with `now` at once.
 
@@ -288,6 +304,18 @@ def server_state(deployment: Deployment) -> str:
             return _state_in(http.get(f"{deployment.url}/ready"))
     except (httpx.HTTPError, ServerError):
         return "unreachable"
+
+
+def server_engines(deployment: Deployment, api_key: str | None) -> list[dict[str, Any]] | None:
+    """Return the engines of a server, as `AsyncClient.engines` does; None if it does not show them, or not now."""
+    headers = {} if api_key is None else {"authorization": f"Bearer {api_key}"}
+    try:
+        with httpx.Client(verify=_trust(deployment), trust_env=False, timeout=STATE_SECONDS) as http:
+            answer = http.get(f"{deployment.url}/engines", headers=headers)
+            found: list[dict[str, Any]] | None = answer.json()["engines"] if answer.status_code == 200 else None
+            return found
+    except (httpx.HTTPError, ServerError, ValueError):
+        return None
 
 
 # What it takes -------------------------------------------------------------------------------------------------------

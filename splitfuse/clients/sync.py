@@ -129,6 +129,8 @@ class Client:
 
     health = _blocking(AsyncClient.health)
     drain = _blocking(AsyncClient.drain)
+    scale = _blocking(AsyncClient.scale)
+    engines = _blocking(AsyncClient.engines)
     state = _blocking(AsyncClient.state)
     stats = _blocking(AsyncClient.stats)
     explain = _blocking(AsyncClient.explain)

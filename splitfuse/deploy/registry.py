@@ -46,11 +46,6 @@ class Deployment:
     needs_key: bool
     drain_timeout: float  # seconds
     tls_certificate: str | None = None
-    replicas: int = 1
-    engines: tuple[str, ...] = ()
-    """Addresses of its engines on other machines."""
-    roles: str = ""
-    """Roles of its engines, as they were given; empty: all are mixed."""
     pid: int = field(default_factory=os.getpid)
     process_start: str | None = field(default_factory=lambda: process_start(os.getpid()))
     started: float = field(default_factory=time.time)

@@ -65,6 +65,8 @@ class EngineState(enum.StrEnum):
     STARTING = "starting"
     READY = "ready"
     DEAD = "dead"
+    STOPPED = "stopped"
+    """Ended since there are to be fewer engines, until there are to be more."""
 
 
 class EngineClient(ABC):
@@ -126,6 +128,20 @@ class EngineClient(ABC):
         """Drain an engine, restart it, and let it take requests again. Returns how many went on elsewhere.
 
         Raises as `drain_engine`; EngineUnavailableError if it does not come back.
+        """
+        raise NotImplementedError
+
+    @property
+    def num_replicas(self) -> int:
+        """Return how many engines there are, ready or not, of those whose number `scale` changes."""
+        raise NotImplementedError
+
+    async def scale(self, count: int) -> int:
+        """Have so many replicas: more of them are started, or requests of some go on at others, and these are ended.
+        Returns how many went on elsewhere, once it is done.
+
+        Raises InvalidRequestError for a number that there cannot be, ConfigError or EngineUnavailableError if it cannot
+        be had: there are as many replicas as before then.
         """
         raise NotImplementedError
 
@@ -205,6 +221,8 @@ class LocalClient(EngineClient):
     """Address of an engine on another machine; empty for one of this machine."""
     keeps_trying = False
     """True if an engine that could not be reached at the start may be reached later."""
+    start_seconds: float | None = None
+    """Seconds that its last start has taken; None: not known."""
     state = EngineState.STARTING
     stage = Loading("starting")
 
@@ -255,6 +273,8 @@ class LocalClient(EngineClient):
         self._trace_level = TraceLevel.OFF
         self.arrivals: deque[Arrival] = deque(maxlen=MOST_ARRIVALS)
         """Newest requests, also those that have ended."""
+        self.ends: deque[tuple[float, bool | None]] = deque(maxlen=MOST_ARRIVALS)
+        """Times of the newest ends of answers, and whether their SLO was met; None: they had none."""
         self.keeps_view = False
         """Whether `view` is kept, for a router."""
         self.view: ReplicaView | None = None
@@ -308,6 +328,11 @@ class LocalClient(EngineClient):
             self._trace_level = level
             if self.state is EngineState.READY:
                 self._send(SetTracing(level))
+
+    def adopt_adapters(self, other: LocalClient) -> None:
+        """Load what was loaded at another engine since it started, as soon as this one is ready."""
+        self._changed_adapters, self._paths = dict(other._changed_adapters), dict(other._paths)
+        self._holds = other._holds.copy()
 
     async def load_adapter(self, name: str, path: str) -> None:
         if self.state is not EngineState.READY:
@@ -375,7 +400,7 @@ class LocalClient(EngineClient):
 
     def will_go_on_with(self, stream: Stream) -> bool:
         """Return whether `resume` may be called with a stream at some time, as far as is known."""
-        if self.is_drained:
+        if self.is_drained or self.state is EngineState.STOPPED:
             return False
         if self.state is EngineState.READY:
             return self.can_go_on_with(stream) or (bool(self._loading) and self._suits(stream))
@@ -489,6 +514,15 @@ class LocalClient(EngineClient):
         """End a drained engine, and return when it is ready again. Raises EngineUnavailableError if it is not soon."""
         raise NotImplementedError
 
+    async def stop(self) -> None:
+        """End an engine that has no requests, until `start` is called again."""
+        raise NotImplementedError
+
+    def _note_stopped(self) -> None:
+        """Forget what was known of an engine that has ended."""
+        self._info, self.stage, self.is_drained = None, Loading("starting"), False
+        self._enter(EngineState.STOPPED)
+
     def absolve(self, request: Add) -> None:
         """Note that a request has not killed the engine, as was suspected."""
 
@@ -573,6 +607,8 @@ class LocalClient(EngineClient):
                         stream.push(output, report.stats.step_seconds)
                         if output.finish_reason is not None:
                             del streams[output.request_id]
+                            if output.finish_reason in (FinishReason.STOP, FinishReason.LENGTH):
+                                self.ends.append((time.monotonic(), output.slo_met))
                             _call("the end of a request", self.on_ended, self, output.request_id)
                 if has_room:
                     _call("an engine that has room", self.on_available)

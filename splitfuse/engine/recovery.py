@@ -112,17 +112,23 @@ class Recovery:
         """`prefer` says which of the engines that can go on with a stream are to be chosen from."""
         self.num_resumed: Counter[str] = Counter(death=0, drain=0, hand_over=0, loan=0)
         """Number of times that requests went on, by the cause."""
-        self._engines = engines
+        self._engines: list[LocalClient] = []
         self._choose = choose
         self._prefer = prefer
         self._waiting: dict[str, _Wait] = {}
-        self._trials = {engine: _Trial() for engine in engines}
+        self._trials: dict[LocalClient, _Trial] = {}
         self._timer: asyncio.TimerHandle | None = None
         self._closed = False
         for engine in engines:
-            engine.rescue = partial(self._take_over, engine)
-            engine.on_moved = partial(self._move, engine)
-            engine.on_available = self._advance
+            self.add(engine)
+
+    def add(self, engine: LocalClient) -> None:
+        """Take over the streams of one more engine if it dies, and let others go on there."""
+        self._engines.append(engine)
+        self._trials[engine] = _Trial()
+        engine.rescue = partial(self._take_over, engine)
+        engine.on_moved = partial(self._move, engine)
+        engine.on_available = self._advance
 
     def close(self) -> None:
         """Let all requests fail that wait, and those of engines that end from now on."""

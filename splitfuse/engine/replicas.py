@@ -27,6 +27,7 @@ def make_replicas(
     config: EngineConfig,
     *,
     replicas: int = 1,
+    max_replicas: int | None = None,
     step_timeout: float = ServerConfig.step_timeout,
     engines: Sequence[str] = (),
     key_file: str | None = None,
@@ -35,12 +36,14 @@ def make_replicas(
 ) -> Router:
     """Return a client of `replicas` engines, each in a process of its own, and of those at the addresses `engines`,
     which have the secret of `key_file`. They are not started yet. Requests of one that dies go on at the others, or
-    once it is there again. They have these `roles`, or are all mixed.
+    once it is there again. They have these `roles`, or are all mixed. Cores and memory are divided for `max_replicas`,
+    to which `Router.scale` can raise their number.
 
     Where a control group's CPU quota is below the number of cores, each engine gets its part of the quota.
 
     Raises ConfigError if there are fewer cores than replicas, or if a KV tier or the key cannot be used.
     """
+    most = max(replicas, max_replicas or replicas)
     if config.cache.kv_loans and (replicas < 2 or engines or roles):
         raise ConfigError(
             "kv_loans needs another engine to lend, all on this machine and without roles: set replicas to 2 or more "
@@ -49,17 +52,17 @@ def make_replicas(
     agreement = Agreement(config, has_local=replicas > 0)
     secret = None if key_file is None else read_secret(key_file)
     all_cores = None
-    if replicas > 1:
-        all_cores = divide(sorted(os.sched_getaffinity(0)), replicas, paid=min(paid_cores(), default=None))
-    tiers, name_key = open_tiers(config.cache, for_moves=replicas + len(engines) > 1) if replicas else (None, b"")
+    if most > 1:
+        all_cores = divide(sorted(os.sched_getaffinity(0)), most, paid=min(paid_cores(), default=None))
+    tiers, name_key = open_tiers(config.cache, for_moves=most + len(engines) > 1) if replicas else (None, b"")
     if secret is not None:
         name_key = secret.name_key
     weights = None
-    if replicas > 1 and hasattr(os, "memfd_create"):
-        weights = WeightSharing(os.memfd_create("splitfuse-weights"), replicas)
+    if most > 1 and hasattr(os, "memfd_create"):
+        weights = WeightSharing(os.memfd_create("splitfuse-weights"), most)
     parts: list[TierFiles | None] = [tiers]
-    if replicas > 1:
-        parts = [*tiers.split(replicas)] if tiers else [None] * replicas
+    if most > 1:
+        parts = [*tiers.split(most)] if tiers else [None] * most
     launchers: list[Launcher] = [
         SubprocessLauncher(
             config,
@@ -70,8 +73,9 @@ def make_replicas(
             link_key=None if secret is None else secret.link_key,
             on_ready=agreement.note,
         )
-        for index in range(replicas)
+        for index in range(most)
     ]
+    launchers, spare = launchers[:replicas], launchers[replicas:]
     if secret is not None:
         hidden = _hidden(engines)
         launchers += [
@@ -79,9 +83,20 @@ def make_replicas(
             for each in engines
         ]
     quarantine = Quarantine()
-    supervised = [SupervisedEngine(each, step_timeout=step_timeout, quarantine=quarantine) for each in launchers]
-    lends = config.cache.kv_loans
-    return Router(supervised, name_key=name_key, agreement=agreement, roles=roles, lends=lends)
+
+    def supervised(launchers: Sequence[Launcher]) -> list[SupervisedEngine]:
+        return [SupervisedEngine(each, step_timeout=step_timeout, quarantine=quarantine) for each in launchers]
+
+    return Router(
+        supervised(launchers),
+        name_key=name_key,
+        agreement=agreement,
+        roles=roles,
+        lends=config.cache.kv_loans,
+        num_scaled=replicas,
+        spare=supervised(spare),
+        why_no_more=f"cores and memory are divided among {most}; restart with a larger max_replicas for more",
+    )
 
 
 def _hidden(engines: Sequence[str]) -> list[str]:

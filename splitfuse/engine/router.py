@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 
@@ -24,6 +24,7 @@ from splitfuse.engine.messages import Add, EngineInfo, EngineStats, Loading
 from splitfuse.engine.moving import Mover
 from splitfuse.engine.recovery import Choice, Recovery
 from splitfuse.engine.remote.connector import Agreement
+from splitfuse.engine.scaling import Scaler
 from splitfuse.engine.stream import Stream
 from splitfuse.errors import ConfigError, EngineUnavailableError, InvalidRequestError
 
@@ -45,18 +46,23 @@ class Router(EngineClient):
         agreement: Agreement | None = None,
         lends: bool = False,
         roles: Sequence[Role] = (),
+        num_scaled: int = 0,
+        spare: Sequence[LocalClient] = (),
+        why_no_more: str = "the number of its engines is fixed",
     ) -> None:
         """`name_key` is the key by which the replicas name KV blocks; left out, the router's names are its own.
         `agreement` is that of engines which run elsewhere. If it `lends`, a replica may hold KV blocks of another's
-        request: see loan_book.py. Without `roles` all replicas are mixed.
+        request: see loan_book.py. Without `roles` all replicas are mixed. `scale` changes how many there are of the
+        first `num_scaled` and the `spare` ones; `why_no_more` says what limits them.
         """
         self.replicas = list(replicas)
         for replica, role in zip(self.replicas, roles, strict=False):
             replica.role = role
         self._has_roles = any(replica.role is not Role.MIXED for replica in self.replicas)
         self.agreement = agreement
-        for replica in self.replicas:
-            replica.keeps_view = len(self.replicas) > 1  # else there is no choice
+        self._is_lone = len(self.replicas) + len(spare) == 1  # then there is no choice
+        for replica in (*self.replicas, *spare):
+            replica.keeps_view = not self._is_lone
         self._mover = Mover(self._choose_receiver, self._name_blocks, can_leave=self._can_leave)
         self._recovery = Recovery(self.replicas, self._choose, prefer=self._prefer)
         self._loans = LoanBook(self.replicas) if lends else None
@@ -64,6 +70,13 @@ class Router(EngineClient):
         self._tiers = MachineTiers(self.replicas)
         self._namer: BlockNamer | None = None  # made for the first request: replicas that are ready have a block size
         self._restarting: set[int] = set()
+        self._scaler = Scaler(
+            *(self.replicas[:num_scaled], spare),
+            why_no_more=why_no_more,
+            adopt=self._adopt,
+            drain=lambda replica: self.drain_engine(self.replicas.index(replica)),
+        )
+        self._followers: list[Callable[[LocalClient], object]] = []
 
     @property
     def state(self) -> EngineState:
@@ -97,6 +110,44 @@ class Router(EngineClient):
     def engines(self) -> list[LocalClient]:
         return self.replicas
 
+    def follow_engines(self, listener: Callable[[LocalClient], object]) -> None:
+        """Call a listener with each engine, and later with those that come, in the order of their numbers."""
+        for each in self.replicas:
+            listener(each)
+        self._followers.append(listener)
+
+    @property
+    def num_replicas(self) -> int:
+        return self._scaler.num_replicas
+
+    @property
+    def max_replicas(self) -> int:
+        """Return the most that `scale` can have."""
+        return self._scaler.most
+
+    async def scale(self, count: int) -> int:
+        if self._loans is not None or self._has_roles:
+            what = "kv_loans" if self._loans is not None else "roles"
+            raise InvalidRequestError(
+                f"with {what} the number of engines is fixed: restart with other replicas", parameter="replicas"
+            )
+        for index in self._restarting:
+            self._check_not_changing(index)
+        if loading := next(iter(self.loading_adapters), None):
+            raise EngineUnavailableError(f"the adapter {loading!r:.200} is being loaded: scale once it is")
+        return await self._scaler.scale(count)
+
+    def _adopt(self, replica: LocalClient) -> None:
+        """Prepare a replica that is to be started, which may be new."""
+        others = (each for each in self.replicas if each is not replica and each.state is not EngineState.STOPPED)
+        replica.adopt_adapters(next(others))
+        if replica not in self.replicas:
+            replica.state = EngineState.STOPPED  # its start is told of then, too
+            self.replicas.append(replica)
+            self._recovery.add(replica)
+            for listener in self._followers:
+                listener(replica)
+
     @property
     def num_resumed(self) -> Mapping[str, int]:
         return self._recovery.num_resumed
@@ -115,13 +166,14 @@ class Router(EngineClient):
 
     async def load_adapter(self, name: str, path: str) -> None:
         """See EngineClient: in all replicas, or in none if one is not ready or cannot load it."""
-        if not all(replica.state is EngineState.READY for replica in self.replicas):
+        replicas = [replica for replica in self.replicas if replica.state is not EngineState.STOPPED]
+        if not all(replica.state is EngineState.READY for replica in replicas):
             raise EngineUnavailableError("an engine is not ready: load the adapter again when all are")
         self.check_not_loading(name)
-        loads = (replica.load_adapter(name, path) for replica in self.replicas)
+        loads = (replica.load_adapter(name, path) for replica in replicas)
         errors = await asyncio.gather(*loads, return_exceptions=True)
         if failures := [error for error in errors if error is not None]:
-            for replica, error in zip(self.replicas, errors, strict=True):
+            for replica, error in zip(replicas, errors, strict=True):
                 if error is None and name not in replica.loading_adapters:  # it is, if the replica died since
                     replica.unload_adapter(name)
             raise failures[0]
@@ -164,7 +216,7 @@ class Router(EngineClient):
         """Return a request with a number of tokens to generate, which is that of the largest engine that is open:
         without one, it would be another one at each.
         """
-        if len(self.replicas) == 1 or request.pooling is not None or request.params.max_tokens is not None:
+        if self._is_lone or request.pooling is not None or request.params.max_tokens is not None:
             return request
         try:
             most = self.open_limits.max_new_tokens(len(request.prompt_token_ids), request.params)
@@ -206,6 +258,8 @@ class Router(EngineClient):
 
     async def drain_engine(self, index: int) -> int:
         replica = self._replica(index)
+        if replica.state is EngineState.STOPPED:
+            raise EngineUnavailableError(f"engine {index} is stopped: splitfuse scale starts it again")
         if not any(each is not replica and _is_open(each) for each in self.replicas):
             raise EngineUnavailableError(f"engine {index} cannot be drained: no other engine is ready to go on")
         streams = replica.drain()
@@ -221,12 +275,12 @@ class Router(EngineClient):
 
     def undrain_engine(self, index: int) -> None:
         replica = self._replica(index)
-        self._check_not_restarting(index)
+        self._check_not_changing(index)
         replica.undrain()
 
     async def restart_engine(self, index: int) -> int:
         replica = self._replica(index)
-        self._check_not_restarting(index)
+        self._check_not_changing(index)
         self._restarting.add(index)
         was_drained = replica.is_drained
         try:
@@ -244,10 +298,12 @@ class Router(EngineClient):
             self._restarting.remove(index)
         return count
 
-    def _check_not_restarting(self, index: int) -> None:
-        """Raise EngineUnavailableError while an engine is being restarted."""
+    def _check_not_changing(self, index: int) -> None:
+        """Raise EngineUnavailableError while an engine is being restarted or ended."""
         if index in self._restarting:
             raise EngineUnavailableError(f"engine {index} is being restarted: it takes requests again once it is ready")
+        if self._scaler.is_leaving(self.replicas[index]):
+            raise EngineUnavailableError(f"engine {index} is being ended, since there are to be fewer replicas")
 
     def _replica(self, index: int) -> LocalClient:
         if not 0 <= index < len(self.replicas):
@@ -258,11 +314,11 @@ class Router(EngineClient):
 
     async def close(self) -> None:
         self._recovery.close()
-        await asyncio.gather(*(replica.close() for replica in self.replicas))
+        await asyncio.gather(*(replica.close() for replica in self.replicas), self._scaler.close())
 
     def _choose(self, request: Add, among: Collection[LocalClient]) -> Choice | None:
         """Choose the replica for a request among some; None if none of these accepts it."""
-        if len(self.replicas) == 1:  # which says why, if it does not
+        if self._is_lone:  # which says why, if it does not
             return Choice(self.replicas[0], lambda: None)
         planned = None
         if self._loans is not None:

@@ -23,7 +23,14 @@ MEMORY_SECONDS = 10.0
 class Admission:
     """Keeps the open requests, and the tokens they may come to, within the bounds of a ServerConfig."""
 
-    def __init__(self, config: ServerConfig, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self,
+        config: ServerConfig,
+        clock: Callable[[], float] = time.monotonic,
+        *,
+        num_engines: Callable[[], int] | None = None,
+    ) -> None:
+        """`num_engines` returns how many engines there are; left out, those of the configuration."""
         self.num_requests = 0
         self.num_tokens = 0
         self.num_logprobs = 0
@@ -31,7 +38,7 @@ class Admission:
         self.bodies = BodyBudget.of(config)
         self._max_requests = config.max_queued_requests
         self._max_tokens = config.max_queued_tokens
-        self._replicas = config.num_engines
+        self._num_engines = num_engines or (lambda: config.num_engines)
         self._clock = clock
         self._empty = asyncio.Event()
         self._empty.set()
@@ -40,10 +47,10 @@ class Admission:
 
     @property
     def tokens_per_second(self) -> float | None:
-        """Return what all replicas together compute, in tokens a second, by recent steps; None before the first one."""
+        """Return what all engines together compute, in tokens a second, by recent steps; None before the first one."""
         if not self._recent_seconds:
             return None
-        rate = self._replicas * (self._recent_tokens / self._recent_seconds)
+        rate = self._num_engines() * (self._recent_tokens / self._recent_seconds)
         return rate if 0 < rate < math.inf else None
 
     @contextmanager

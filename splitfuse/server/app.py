@@ -25,7 +25,7 @@ from starlette.websockets import WebSocketClose
 from splitfuse.config import ServerConfig
 from splitfuse.core.latency.phases import LatencyBreakdown
 from splitfuse.core.request_output import FinishReason
-from splitfuse.server import adapters, drain, trace_stream
+from splitfuse.server import adapters, engines, trace_stream
 from splitfuse.server.access_log import RequestLog, RequestRecord
 from splitfuse.server.admission import Admission
 from splitfuse.server.anthropic import endpoints as anthropic
@@ -169,7 +169,7 @@ _route = functools.partial(Route, dialect=OPENAI)
 ROUTES: tuple[Route, ...] = (
     *openai.ROUTES,
     *adapters.ROUTES,
-    *drain.ROUTES,
+    *engines.ROUTES,
     *pooling.ROUTES,
     *anthropic.ROUTES,
     *responses.ROUTES,

@@ -66,7 +66,7 @@ def connection_limit(config: ServerConfig) -> int:
     wanted = config.max_queued_requests + IDLE_CONNECTIONS
     if soft == resource.RLIM_INFINITY:
         return wanted
-    return max(min(soft - FILES_OF_OUR_OWN - FILES_OF_A_REPLICA * config.num_engines, wanted), LEAST_CONNECTIONS)
+    return max(min(soft - FILES_OF_OUR_OWN - FILES_OF_A_REPLICA * config.max_engines, wanted), LEAST_CONNECTIONS)
 
 
 def num_newcomers(limit: int) -> int:

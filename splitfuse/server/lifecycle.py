@@ -22,7 +22,7 @@ from splitfuse.config import EngineConfig, SchedulerConfig, ServerConfig, parse_
 from splitfuse.deploy import registry
 from splitfuse.deploy.registry import Deployment
 from splitfuse.engine import garbage
-from splitfuse.engine.client import EngineClient
+from splitfuse.engine.client import EngineClient, EngineState, LocalClient
 from splitfuse.engine.line_writer import LineWriter
 from splitfuse.engine.memory import return_large_blocks
 from splitfuse.engine.messages import EngineStats, Loading
@@ -91,9 +91,6 @@ async def run_server(engine: EngineConfig, config: ServerConfig, *, show_stage: 
             needs_key=bool(config.api_key or config.api_key_file),
             drain_timeout=config.drain_timeout,
             tls_certificate=None if config.tls_certificate is None else str(Path(config.tls_certificate).resolve()),
-            replicas=config.num_replicas,
-            engines=config.engine,
-            roles=config.roles or "",
         )
         is_listed = _register(deployment)
         if not deployment.needs_key and not registry.is_loopback(address):
@@ -102,6 +99,7 @@ async def run_server(engine: EngineConfig, config: ServerConfig, *, show_stage: 
             client = make_replicas(
                 engine,
                 replicas=config.num_replicas,
+                max_replicas=config.max_replicas,
                 step_timeout=config.step_timeout,
                 engines=config.engine,
                 key_file=config.key_file,
@@ -279,7 +277,8 @@ def _make_app(
     if model.tokenizer is not None:
         source = open_model(model.tokenizer, model.revision, weights=False)
     tokenizer = Tokenizer.from_source(source)
-    admission, metrics = Admission(config), Metrics(client, model_name=config.served_model_name)
+    admission = Admission(config, num_engines=lambda: _num_engines(client))
+    metrics = Metrics(client, model_name=config.served_model_name)
     plans: list[str] = []
 
     def log_plan(plan: str) -> None:
@@ -288,12 +287,15 @@ def _make_app(
             plans.append(plan)
             _logger.info("%s", plan)
 
-    for each in client.engines:
-        each.on_step = functools.partial(_note_step, admission, metrics)
-        each.on_planned = log_plan
+    def follow(engine: LocalClient) -> None:
+        engine.on_step = functools.partial(_note_step, admission, metrics)
+        engine.on_planned = log_plan
+
+    client.follow_engines(follow)
     log = RequestLog(write_log, log_prompts=config.log_prompts)
     service = TextService(client, tokenizer)
-    traces = TraceHub(client.engines)
+    traces = TraceHub()
+    client.follow_engines(traces.add)
     if recorder is not None:
         record(traces, recorder)
         metrics.recorder = recorder
@@ -309,6 +311,10 @@ def _make_app(
         name_key=client.name_key,
     )
     return app, admission, service
+
+
+def _num_engines(client: EngineClient) -> int:
+    return sum(each.state is not EngineState.STOPPED for each in client.engines)
 
 
 def _note_step(admission: Admission, metrics: Metrics, stats: EngineStats) -> None:

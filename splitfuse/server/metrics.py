@@ -320,6 +320,7 @@ class Metrics(Collector):
             {
                 (str(number), engine.address, engine.role.value): int(engine.state is EngineState.READY)
                 for number, engine in enumerate(self._client.engines)
+                if engine.state is not EngineState.STOPPED
             }
         )
         self._counts["resumed"] = Counter({(cause,): count for cause, count in self._client.num_resumed.items()})

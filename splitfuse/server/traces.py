@@ -67,14 +67,23 @@ class TraceHub:
     A subscriber is called in the event loop and must not block it; one that raises is logged, and harms nothing else.
     """
 
-    def __init__(self, engines: Sequence[LocalClient]) -> None:
-        self.engines = engines
+    def __init__(self, engines: Sequence[LocalClient] = ()) -> None:
+        self.engines: list[LocalClient] = []
+        """Engines by their numbers: `add` adds one more."""
         self._subscribers: dict[Callable[[TraceEvent], object], TraceLevel] = {}
         self._level = TraceLevel.OFF
-        self._open: list[dict[int, tuple[TraceRecord, ...]]] = [{} for _ in engines]  # unfinished requests, by number
-        for index, engine in enumerate(engines):
-            engine.on_trace = partial(self._take, index)
-            engine.on_state = partial(self._change, index)
+        self._open: list[dict[int, tuple[TraceRecord, ...]]] = []  # unfinished requests of each engine, by number
+        for engine in engines:
+            self.add(engine)
+
+    def add(self, engine: LocalClient) -> None:
+        """Pass on what one more engine traces."""
+        index = len(self.engines)
+        self.engines.append(engine)
+        self._open.append({})
+        engine.on_trace = partial(self._take, index)
+        engine.on_state = partial(self._change, index)
+        engine.set_tracing(self._level)
 
     @property
     def is_watched(self) -> bool:

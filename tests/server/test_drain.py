@@ -1,4 +1,4 @@
-"""Draining an engine of a running server, by the client and by the command: answers go on at the other one."""
+"""Draining and scaling a running server, by the client and by commands: answers go on at other engines."""
 
 from __future__ import annotations
 
@@ -14,11 +14,16 @@ from server_process import server_process
 PROMPT, MANY = "Tom lives in", 300
 
 
-def drain(*arguments: str) -> str:
-    """Run `splitfuse drain`, and return what it prints."""
-    command = [sys.executable, "-m", "splitfuse.cli", "drain", *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+def command(*arguments: str) -> str:
+    """Run a command of splitfuse, and return what it prints."""
+    done = subprocess.run(
+        [sys.executable, "-m", "splitfuse.cli", *arguments], capture_output=True, text=True, check=False
+    )
     return done.stdout + done.stderr
+
+
+def drain(*arguments: str) -> str:
+    return command("drain", *arguments)
 
 
 def test_answers_go_on_while_engines_are_drained_and_restarted(tmp_path: Path) -> None:
@@ -47,3 +52,32 @@ def test_answers_go_on_while_engines_are_drained_and_restarted(tmp_path: Path) -
         assert f"{name} is restarted" in drain(name, "--restart")
         assert answer(0, wait=False) == expected[0]
         assert "there is no engine 7: this server has 2" in drain(f"{name}/7")
+
+
+def test_replicas_are_added_and_ended_while_answers_go_on(tmp_path: Path) -> None:
+    name = "scaled"
+    flags = ("--replicas", "1", "--max-replicas", "2", "--num-threads", "1", "--ttft", "60s")
+    with server_process(tmp_path, name, *flags) as server, server.client() as client:
+        begun = Barrier(3, timeout=PATIENCE)
+
+        def answer(seed: int, *, wait: bool) -> str:
+            text = ""
+            for piece in client(PROMPT, stream=True, max_new_tokens=MANY, ignore_eos=True, temperature=1.0, seed=seed):
+                if not text and wait:
+                    begun.wait()
+                text += piece.text
+            return text
+
+        expected = [answer(seed, wait=False) for seed in range(2)]
+        assert command("scale", name, "2") == f"{name} has 2 replicas; requests that went on elsewhere: 0\n"
+        with ThreadPoolExecutor(2) as pool:
+            answers = [pool.submit(answer, seed, wait=True) for seed in range(2)]
+            begun.wait()
+            assert [each["running"] + each["waiting"] for each in client.engines()] != [2, 0]
+            assert client.scale(1)["replicas"] == 1
+            assert [each.result() for each in answers] == expected
+        assert "there cannot be 3 replicas, but 1 to 2: cores and memory are divided" in command("scale", name, "3")
+        assert client.scale(2) == {"replicas": 2, "moved": 0}
+        listed = command("ps")
+        assert f"{name}/0  here" in listed and f"{name}/1  here" in listed and "100%" in listed
+        assert [each["state"] for each in client.engines()] == ["ready", "ready"]

@@ -84,8 +84,8 @@ def test_streams_go_on_when_the_other_machine_is_lost(how: str, tmp_path: Path) 
         assert [text for text, _ in after] == [text for text, _ in whole]
         assert any(resumed for _, resumed in after)
         command = [sys.executable, "-m", "splitfuse.cli", "ps"]
-        listed = subprocess.run(command, capture_output=True, text=True, check=True)
-        assert f"1 here, {ENGINE}" in listed.stdout
+        listed = subprocess.run([*within(SERVER_SPACE), *command], capture_output=True, text=True, check=True)
+        assert "elsewhere/0  here" in listed.stdout and f"elsewhere/1  {ENGINE}" in listed.stdout
         wait_until(lambda: f"the engine {ENGINE} is gone" in server.said)
         if how == "cut off":
             ip("-n", ENGINE_SPACE, "link", "set", "sf0", "up")

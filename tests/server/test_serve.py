@@ -90,10 +90,12 @@ def test_a_server_logs_its_start_is_listed_and_drains(folder: Path, run: Run) ->
         assert client.health() and client.state() == "ready"
 
         status, out, _ = run("ps")
-        heading, row = out.splitlines()
-        assert (status, heading.split()) == (0, ["NAME", "MODEL", "URL", "PID", "UP", "SINCE", "STATE", "ENGINES"])
+        heading, row, _, engine_heading, engine_row = out.splitlines()
+        assert (status, heading.split()) == (0, ["NAME", "MODEL", "URL", "PID", "UP", "SINCE", "STATE"])
         pid = str(server.process.pid)
-        assert re.fullmatch(rf"drained +storyteller +{client.url} +{pid} +\d+-\d+-\d+ \d+:\d+:\d+ +ready +1 here", row)
+        assert re.fullmatch(rf"drained +storyteller +{client.url} +{pid} +\d+-\d+-\d+ \d+:\d+:\d+ +ready", row)
+        assert engine_heading.split()[:4] == ["ENGINE", "MACHINE", "ROLE", "STATE"]
+        assert re.fullmatch(r"drained/0 +here +mixed +ready +0 +0 +0% +0\.00 +- +-", engine_row)
 
         with pytest.raises(ServerError, match=r"^the name 'drained' is in use: process \d+ serves storyteller at http"):
             asyncio.run(run_server(EngineConfig(), ServerConfig(name="drained", port=0)))
@@ -189,7 +191,7 @@ def test_stop_now_and_stop_of_an_unknown_name(folder: Path, run: Run) -> None:
         assert server.process.wait(PATIENCE) == 130
         assert server.said.endswith("splitfuse: interrupted\n")
     assert run("stop", "now")[2].endswith("; none is running\n")
-    assert run("ps") == (0, "NAME  MODEL  URL  PID  UP SINCE  STATE  ENGINES\n", "")
+    assert run("ps") == (0, "NAME  MODEL  URL  PID  UP SINCE  STATE\n", "")
 
 
 # What keeps it from serving ------------------------------------------------------------------------------------------

@@ -55,6 +55,7 @@ class SupervisedEngine(LocalClient):
         self._quarantine = quarantine or Quarantine()
         self._link: Link | None = None
         self._failure: Failed | None = None
+        self._launched_at = 0.0
         self._ready_at: float | None = None
         self._died_at: float | None = None
         self._last_heard = 0.0
@@ -98,7 +99,18 @@ class SupervisedEngine(LocalClient):
         await asyncio.wait({self._started})  # cancelling the wait does not end the start
         self._started.result()
 
+    async def stop(self) -> None:
+        assert not self.num_open, "its requests would be lost"
+        await self._end("it was stopped")
+        self._closing, self._died_at = False, None
+        self._note_stopped()
+
     async def close(self) -> None:
+        await self._end("it was closed")
+        self._launcher.close()
+
+    async def _end(self, why: str) -> None:
+        """End the engine for good, or until it is started again."""
         self._closing = True
         if (link := self._link) is not None:
             if is_ready := self.state is EngineState.READY:
@@ -107,8 +119,8 @@ class SupervisedEngine(LocalClient):
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
-        self._die("it was closed")
-        self._launcher.close()
+        self._die(why)
+        self._link = None
 
     def _send(self, command: Command) -> None:
         assert self._link is not None
@@ -183,7 +195,9 @@ class SupervisedEngine(LocalClient):
         self._failure, self._seconds_in_step, self._ready_at = None, 0.0, None
         self.stage = Loading("starting")
         self._enter(EngineState.STARTING)
+        self._launched_at = time.monotonic()
         link = self._link = await self._launcher.launch()
+        self.address = self._launcher.address  # which a launcher may choose
         self._last_heard = time.monotonic()
         watch = asyncio.create_task(self._watch(link))
         patience = 0.0
@@ -223,6 +237,7 @@ class SupervisedEngine(LocalClient):
 
     def _note_ready(self) -> None:
         self._ready_at = time.monotonic()
+        self.start_seconds = self._ready_at - self._launched_at
         if self._started is not None and not self._started.done():
             self._started.set_result(None)
         if self._died_at is not None:

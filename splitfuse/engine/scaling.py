@@ -1,0 +1,124 @@
+"""Changes the number of a server's replicas while it serves.
+
+An engine that is not needed any more is drained, with the KV blocks of its requests, and then ended; its place is kept,
+so that the numbers of the others stay, and taken again by the next one that is started.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable, Sequence
+
+from splitfuse.engine.client import EngineState, LocalClient
+from splitfuse.errors import EngineUnavailableError, InvalidRequestError
+
+_logger = logging.getLogger(__name__)
+
+
+class Scaler:
+    """Starts and ends replicas of a router. Belongs to the event loop's thread."""
+
+    def __init__(
+        self,
+        running: Sequence[LocalClient],
+        spare: Sequence[LocalClient] = (),
+        *,
+        why_no_more: str,
+        adopt: Callable[[LocalClient], object],
+        drain: Callable[[LocalClient], Awaitable[int]],
+    ) -> None:
+        """`running` are the replicas that there are at the start, and `spare` those that can be started too, in their
+        order; `why_no_more` says what limits them. `adopt` is called with a replica before it is started, and
+        `drain` lets the requests of one go on elsewhere and returns how many have.
+        """
+        self._replicas, self._spare = [*running], [*spare]
+        self._why_no_more, self._adopt, self._drain = why_no_more, adopt, drain
+        self._change = ""  # that is being made
+        self._leaving: list[LocalClient] = []
+
+    @property
+    def num_replicas(self) -> int:
+        """Return how many replicas there are, ready or not."""
+        return sum(each.state is not EngineState.STOPPED for each in self._replicas)
+
+    @property
+    def most(self) -> int:
+        """Return how many replicas there can be."""
+        return len(self._replicas) + len(self._spare)
+
+    def is_leaving(self, engine: LocalClient) -> bool:
+        """Return whether a replica is being ended."""
+        return engine in self._leaving
+
+    async def scale(self, count: int) -> int:
+        """Have so many replicas. See EngineClient.scale."""
+        if not 1 <= count <= self.most:
+            raise InvalidRequestError(
+                f"there cannot be {count} replicas, but 1 to {self.most}: {self._why_no_more}", parameter="replicas"
+            )
+        if self._change:
+            raise EngineUnavailableError(f"the number of replicas is being changed {self._change}: wait for that")
+        before = self.num_replicas
+        self._change = f"from {before} to {count}"
+        try:
+            if count >= before:
+                await self._start(count - before)
+                return 0
+            return await self._end(before - count)
+        finally:
+            self._change = ""
+
+    async def _start(self, count: int) -> None:
+        """Start so many replicas more. If one cannot be, none is."""
+        starting = [each for each in self._replicas if each.state is EngineState.STOPPED][:count]
+        while len(starting) < count:
+            self._replicas.append(self._spare.pop(0))
+            starting.append(self._replicas[-1])
+        for each in starting:
+            self._adopt(each)
+        try:
+            errors = await asyncio.gather(*(each.start() for each in starting), return_exceptions=True)
+            if failed := next(filter(None, errors), None):
+                raise failed
+        except BaseException:
+            await self._end_all(starting)
+            raise
+
+    async def _end(self, count: int) -> int:
+        """End so many replicas: those that take no requests first, and of the others the newest."""
+        running = [each for each in reversed(self._replicas) if each.state is not EngineState.STOPPED]
+        leaving = self._leaving = sorted(running, key=_is_open)[:count]
+        were_drained = [each.is_drained for each in leaving]
+        try:
+            for each in leaving:  # so that none receives the requests of another
+                each.is_drained = True
+            moved = sum(await asyncio.gather(*map(self._drain, leaving)))
+            await asyncio.gather(*(each.stop() for each in leaving))
+        except BaseException:
+            for each, was_drained in zip(leaving, were_drained, strict=True):
+                if not was_drained and each.state is not EngineState.STOPPED:
+                    each.undrain()
+            raise
+        finally:
+            self._leaving = []
+        return moved
+
+    async def _end_all(self, engines: Sequence[LocalClient]) -> None:
+        """End engines of which one could not be started; those that could may have requests by now."""
+        self._leaving = [*engines]
+        try:
+            for each in engines:
+                each.is_drained = True
+            await asyncio.gather(*(self._drain(each) for each in engines if each.num_open))
+            await asyncio.gather(*(each.stop() for each in engines))
+        finally:
+            self._leaving = []
+
+    async def close(self) -> None:
+        """Release the replicas that were never started."""
+        await asyncio.gather(*(each.close() for each in self._spare))
+
+
+def _is_open(engine: LocalClient) -> bool:
+    return engine.state is EngineState.READY and not engine.is_drained

@@ -1,0 +1,216 @@
+"""The number of a router's replicas changes while it serves."""
+
+import asyncio
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from router_streams import read, requests, run
+from test_router import Told, add, step
+
+from splitfuse.config import EngineConfig, Role
+from splitfuse.core.request_output import FinishReason, RequestOutput
+from splitfuse.engine.client import EngineState
+from splitfuse.engine.messages import Add, Command, Finish
+from splitfuse.engine.replicas import make_replicas
+from splitfuse.engine.router import Router
+from splitfuse.errors import ConfigError, EngineUnavailableError, InvalidRequestError
+
+SETTINGS: dict[str, Any] = {"num_blocks": 400, "max_num_batched_tokens": 64, "num_threads": 1}
+
+
+class Stoppable(Told):
+    """A replica that lets requests go when it is told to, and can be stopped."""
+
+    def __init__(self, name: str = "") -> None:
+        super().__init__(name=name)
+        self.starts: list[str] = []
+        self.prevented: Exception | None = None
+        self.lets_go = True
+
+    def _send(self, command: Command) -> None:
+        super()._send(command)
+        if isinstance(command, Finish) and command.reason is FinishReason.MOVED and self.lets_go:
+            output = RequestOutput(command.request_id, finish_reason=FinishReason.MOVED)
+            asyncio.get_running_loop().call_soon(self.tell, step(output))
+
+    async def start(self) -> None:
+        self._enter(EngineState.STARTING)
+        await asyncio.sleep(0)
+        if self.prevented is not None:
+            self._enter(EngineState.DEAD)
+            raise self.prevented
+        self.starts.append(self.state)
+        await super().start()
+
+    async def stop(self) -> None:
+        assert not self.num_open
+        self._die("it was stopped")
+        self._note_stopped()
+
+
+async def router_of(running: int, spare: int) -> tuple[Router, list[Stoppable]]:
+    made = [Stoppable(str(index)) for index in range(running + spare)]
+    router = Router(made[:running], num_scaled=running, spare=made[running:], why_no_more="there is no room")
+    await router.start()
+    return router, made
+
+
+def states(router: Router) -> str:
+    return " ".join(engine.state for engine in router.engines)
+
+
+def test_replicas_come_and_go_and_keep_their_numbers() -> None:
+    async def test() -> None:
+        router, made = await router_of(1, 2)
+        followed: list[object] = []
+        router.follow_engines(followed.append)
+        assert followed == made[:1] and (router.num_replicas, router.max_replicas) == (1, 3)
+        assert await router.scale(3) == 0
+        assert followed == made and states(router) == "ready ready ready"
+        for number in range(6):
+            router.open(add(str(number), 50))
+        assert [len(each.sent) for each in made] == [2, 2, 2]
+        assert await router.scale(1) == 4
+        assert states(router) == "ready stopped stopped" and made[0].num_open == 6
+        assert not any(each.is_drained for each in made)
+        with pytest.raises(EngineUnavailableError, match="engine 2 is stopped: splitfuse scale starts it again"):
+            await router.drain_engine(2)
+        assert await router.scale(2) == 0
+        assert states(router) == "ready ready stopped" and len(followed) == 3
+        assert await router.scale(2) == 0 and made[1].starts == ["starting"] * 2
+        await router.close()
+
+    asyncio.run(test())
+
+
+def test_those_that_take_no_requests_are_ended_first() -> None:
+    async def test() -> None:
+        router, made = await router_of(3, 0)
+        made[0]._die("it was killed")
+        assert await router.scale(2) == 0 and states(router) == "stopped ready ready"
+        await router.drain_engine(1)
+        assert await router.scale(1) == 0 and states(router) == "stopped stopped ready"
+        await router.close()
+
+    asyncio.run(test())
+
+
+def test_if_one_cannot_be_started_none_is() -> None:
+    async def test() -> None:
+        router, made = await router_of(1, 2)
+        made[2].prevented = ConfigError("there is no memory for it")
+        stream = router.open(add("a", 50))
+        with pytest.raises(ConfigError, match="there is no memory for it"):
+            await router.scale(3)
+        assert states(router) == "ready stopped stopped" and router.num_replicas == 1
+        router.open(add("b", 50))
+        assert made[0].sent == ["a", "b"] and not stream.is_over
+        made[2].prevented = None
+        await router.scale(3)
+        assert states(router) == "ready ready ready"
+        await router.close()
+
+    asyncio.run(test())
+
+
+def test_numbers_that_there_cannot_be() -> None:
+    async def test() -> None:
+        router, made = await router_of(1, 1)
+        for count in (0, 3):
+            with pytest.raises(InvalidRequestError, match=f"cannot be {count} replicas, but 1 to 2: there is no room"):
+                await router.scale(count)
+        scaling = asyncio.create_task(router.scale(2))
+        await asyncio.sleep(0)
+        with pytest.raises(EngineUnavailableError, match="is being changed from 1 to 2: wait for that"):
+            await router.scale(1)
+        await scaling
+        assert states(router) == "ready ready" and made[1].starts == ["starting"]
+        await router.close()
+
+    asyncio.run(test())
+
+
+def test_an_engine_that_is_being_ended_is_left_alone() -> None:
+    """It waits for its request; what others ask of it meanwhile is refused."""
+
+    async def test() -> None:
+        router, made = await router_of(2, 0)
+        made[1].lets_go = False
+        stream = router.open(add("a", 50))
+        router.open(add("b", 60))
+        assert made[1].sent == ["b"] and not stream.is_over
+        scaling = asyncio.create_task(router.scale(1))
+        while not made[1]._moving:
+            await asyncio.sleep(0)
+        with pytest.raises(EngineUnavailableError, match="engine 1 is being ended"):
+            router.undrain_engine(1)
+        with pytest.raises(EngineUnavailableError, match="engine 1 is being ended"):
+            await router.restart_engine(1)
+        router.open(add("c", 50))
+        assert made[0].sent == ["a", "c"]
+        made[1].tell(step(RequestOutput("b", finish_reason=FinishReason.MOVED)))
+        assert await scaling == 1 and made[0].sent == ["a", "c", "b"]
+        await router.close()
+
+    asyncio.run(test())
+
+
+def test_nothing_is_ended_if_no_replica_that_stays_is_ready() -> None:
+    async def test() -> None:
+        router, made = await router_of(2, 0)
+        for each in made:
+            each._enter(EngineState.STARTING)
+        with pytest.raises(EngineUnavailableError, match="no other engine is ready to go on"):
+            await router.scale(1)
+        assert states(router) == "starting starting" and not any(each.is_drained for each in made)
+        await router.close()
+
+    asyncio.run(test())
+
+
+@pytest.mark.parametrize("setting", ["roles", "lends"])
+def test_fixed_numbers_of_engines(setting: str) -> None:
+    async def test() -> None:
+        changes: dict[str, Any] = {"roles": (Role.PROMPT, Role.GENERATION)} if setting == "roles" else {"lends": True}
+        router = Router([Stoppable(), Stoppable()], num_scaled=2, **changes)
+        with pytest.raises(InvalidRequestError, match="the number of engines is fixed"):
+            await router.scale(1)
+
+    asyncio.run(test())
+
+
+def test_no_token_is_lost_from_one_to_two_and_back() -> None:
+    """Real engines, in processes of their own."""
+    wanted = requests(6, max_tokens=150)
+
+    def again(request: Add, name: str) -> Add:
+        return Add(f"{name}{request.request_id}", request.prompt_token_ids, request.params)
+
+    async def progress(streams: list[Any], much: Callable[[int], bool]) -> None:
+        while not all(much(stream.num_tokens) for stream in streams):
+            await asyncio.sleep(0.001)
+
+    async def test() -> None:
+        router = make_replicas(EngineConfig.from_settings(SETTINGS), replicas=1, max_replicas=2)
+        await router.start()
+        try:
+            whole = await asyncio.gather(*(read(router.open(again(each, "alone"))) for each in wanted))
+            streams = [router.open(again(each, "first")) for each in wanted]
+            reading = [asyncio.create_task(read(stream)) for stream in streams]
+            assert await router.scale(2) == 0
+            assert await asyncio.gather(*reading) == whole
+            streams = [router.open(again(each, "both")) for each in wanted]
+            reading = [asyncio.create_task(read(stream)) for stream in streams]
+            assert all(engine.num_open for engine in router.engines)
+            await progress(streams, lambda count: count > 5)
+            assert await router.scale(1) == 3
+            assert await asyncio.gather(*reading) == whole
+            assert sum(stream.num_resumed for stream in streams) == 3
+            assert [engine.state for engine in router.engines] == ["ready", "stopped"]
+            assert router.engines[1].pid is None  # type: ignore[attr-defined]
+            assert await router.scale(2) == 0 and await read(router.open(again(wanted[0], "last"))) == whole[0]
+        finally:
+            await router.close()
+
+    run(test())
