@@ -22,7 +22,8 @@ def ps(api_key: ApiKeyFlag = None) -> None:
     from splitfuse.deploy.registry import deployments
 
     running = deployments()
-    rows, engines = [("NAME", "MODEL", "URL", "PID", "UP SINCE", "STATE")], [_HEADS]
+    rows = [("NAME", "MODEL", "URL", "PID", "UP SINCE", "STATE")]
+    engines: list[tuple[str, ...]] = [_HEADS]
     with ThreadPoolExecutor(16) as pool:
         states = pool.map(server_state, running)
         found = pool.map(lambda each: server_engines(each, first_key(api_key)), running)
