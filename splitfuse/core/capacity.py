@@ -186,7 +186,9 @@ def replicas_needed(arrivals: Iterable[Arrival], times: StepTimes, *, now: float
     counted = Counter(job.part for _, job in jobs())
     if not counted:
         return 0
-    step = usual_step(outlook, [outlook.safety_factor * (job.deadline - at) - job.work for at, job in jobs()])
+    margins = [outlook.safety_factor * (job.deadline - at) - job.work for at, job in jobs()]
+    # Which part of a step each waits for is chance: one waits for little of it, another for nearly all.
+    step = usual_step(outlook, [margin * len(margins) / (n + 0.5) for n, margin in enumerate(margins)])
 
     def is_enough(count: int) -> bool:
         late: Counter[int] = Counter()

@@ -48,6 +48,8 @@ class ClaimOrder:
     tiers: Sequence[Tier]
     tail_share: float = 0.0
     """Fraction of the step reserved for the oldest request until its claim; one token is reserved at least."""
+    limits_time: bool = False
+    """Whether the seconds of the tiers limit the step, and not the token budget that is chosen for throughput."""
 
 
 @mypyc_attr(allow_interpreted_subclasses=True)
@@ -64,6 +66,8 @@ class SchedulingPolicy(ABC):
         """
         oldest = step.start_oldest()
         order = self.order(step.queue.running, step.queue.waiting, now=step.now)
+        if order.limits_time:
+            step.raise_budget()
         if oldest is not None and oldest.num_unscheduled:
             step.reserve(order.tail_share, at_most=oldest.num_unscheduled)
         waiting, starts = set(step.queue.waiting), True

@@ -136,13 +136,12 @@ class Scheduler:
             self.queue,
             self._allocator,
             token_budget=self.budget.tokens,
+            most_tokens=self.budget.most,
             choose_victim=self.policy.preemption_victim,
             predictor=self.policy.predictor,
             now=now,
         )
         try:
-            if self.policy.predictor is not None and self.queue.has_slo:  # the policy limits the step by time
-                step.raise_budget(self.budget.most)
             self.policy.compose(step)
             if not step.granted:
                 return None

@@ -144,11 +144,14 @@ class StepBuilder:
         allocator: BlockAllocator,
         *,
         token_budget: int,
+        most_tokens: int = 0,
         choose_victim: Callable[..., Request | None],
         predictor: LatencyPredictor | None = None,
         now: float = 0.0,
     ) -> None:
-        """`choose_victim` is `SchedulingPolicy.preemption_victim`."""
+        """`choose_victim` is `SchedulingPolicy.preemption_victim`, `most_tokens` the budget of a step that a policy
+        limits by time.
+        """
         self.queue = queue
         self.now = now
         self.granted: dict[Request, int] = {}
@@ -157,7 +160,7 @@ class StepBuilder:
         self.max_seconds = math.inf
         """Longest time that the step may be predicted to take. A policy lowers it for the grants that follow."""
         self._allocator = allocator
-        self._token_budget = token_budget
+        self._token_budget, self._most_tokens = token_budget, most_tokens
         self._choose_victim = choose_victim
         self.predictor = predictor
         self.features = StepFeatures()
@@ -170,10 +173,10 @@ class StepBuilder:
         self._reserved_tokens = 0
         self._reserved_share = 0.0
 
-    def raise_budget(self, token_budget: int) -> None:
-        """Let the step have more tokens. Nothing may be granted before."""
-        assert not self.granted and token_budget >= self._token_budget
-        self._token_budget = self.tokens_left = token_budget
+    def raise_budget(self) -> None:
+        """Let the step have as many tokens as one may that is limited by time. Nothing may be granted before."""
+        assert not self.granted
+        self._token_budget = self.tokens_left = max(self._token_budget, self._most_tokens)
 
     # Requests ---------------------------------------------------------------------------------------------------------
 

@@ -154,13 +154,14 @@ def test_a_step_is_no_longer_than_the_first_prompt_may_take() -> None:
     assert 0.11 <= seconds(make_policy().order([], prompts, now=0.01)) <= 0.25
 
 
-def test_steps_are_short_for_the_sake_of_decodes_only_while_no_more_prompts_can_be_in_time() -> None:
-    cost = CostModel(floor=0.009, per_token=0.0, knee=19.0, per_token_beyond=0.00042)  # a decode leaves most of a step
+def test_steps_are_short_for_the_sake_of_decodes_only_while_few_will_decode() -> None:
+    cost = CostModel(floor=0.009, per_token=0.0, knee=19.0, per_token_beyond=0.00042)  # 9 decodes take half of a step
     policy = DeadlinePolicy(LatencyPredictor(cost), token_budget=BUDGET)
     stream = decode("s", 9.0, token_at=0.0)
-    prompts = [request(f"p{n}", 50, SloTargets(60.0), arrival_time=n / 1000) for n in range(3)]
-    assert seconds(policy.order([stream], prompts[:1], now=0.01)) < 0.012
+    prompts = [request(f"p{n}", 50, SloTargets(60.0), arrival_time=n / 1000) for n in range(9)]
+    assert seconds(policy.order([stream], prompts[:6], now=0.01)) < 0.012
     assert seconds(policy.order([stream], prompts, now=0.01)) > 0.03
+    assert seconds(policy.order([], prompts[:6], now=0.01)) > 0.03
 
 
 def test_rounding_at_the_knee_limits_no_step() -> None:
@@ -259,19 +260,21 @@ def test_a_prompt_at_risk_is_not_given_up_unless_another_is_in_time() -> None:
     assert names(make_policy().order([], [late, risky, safe], now=0.002)) == ([], ["safe", "late", "risky"])
 
 
-def test_where_no_request_can_be_in_time_prompts_come_before_late_decodes() -> None:
-    late = decode("d", 0.1, token_at=0.0)
+def test_where_no_request_can_be_in_time_the_order_is_first_come_first_served() -> None:
+    late, prompt = decode("d", 0.1, token_at=0.0), request("p", 100, SloTargets(0.05, 0.1), arrival_time=5.0)
     late.slo.observe_token(5.0)
-    prompt = request("p", 100, SloTargets(0.05, 0.1), arrival_time=5.0)  # takes 0.11 s
     prompt.turn, policy = 9.0, make_policy()
-    assert late.slo.missed and names(policy.order([late], [prompt], now=5.1)) == ([], ["d", "p"])
+    by_age = Fcfs().order([late], [prompt], now=5.1)
+    assert late.slo.missed and policy.order([late], [prompt], now=5.1) != by_age
     run = Run.make(num_blocks=100, block_size=16, budget=100, policy=policy)
-    run.scheduler.add(prompt, 5.0)
-    prompt.turn = 9.0
-    assert names(policy.order([late], [prompt], now=5.1)) == ([], ["p", "d"])
-    assert names(policy.order([late], [prompt], now=5.21)) == (["d"], ["p"])  # twice its target is over
+    run.scheduler.add(prompt, 5.0)  # it takes 0.11 s
+    assert run.scheduler.schedule(5.0) is not None
+    assert policy.order([late], [prompt], now=5.1) == by_age
+    in_time = decode("i", 0.1, token_at=5.05)
+    assert policy.order([late, in_time], [prompt], now=5.1).limits_time  # it is not slowed down
     run.scheduler.add(request("q", 10, SloTargets(0.05, 0.1), arrival_time=5.1), 5.1)  # takes 0.02 s
-    assert names(policy.order([late], [prompt], now=5.15)) == ([], ["d", "p"])
+    assert run.scheduler.schedule(5.1) is not None
+    assert policy.order([late], [prompt], now=5.15).limits_time
 
 
 def test_a_decode_skipped_too_often_is_urgent() -> None:

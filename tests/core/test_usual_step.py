@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from splitfuse.core.slo.cost_model import CostModel, StepTimes
 from splitfuse.core.slo.feasibility import Feasibility
-from splitfuse.core.slo.usual_step import EFFICIENCY, MIN_EFFICIENCY, usual_step
+from splitfuse.core.slo.usual_step import EFFICIENCY, MIN_EFFICIENCY, NUM_ARRIVALS, Arrivals, usual_step
 
 COSTS = (
     CostModel(floor=0.01, per_token=0.001),  # a step of 0.04 s has three quarters of the throughput, one of 0.4 s 0.975
@@ -24,33 +24,53 @@ def outlook_of(cost: CostModel) -> Feasibility:
     return Feasibility(StepTimes(cost), (), now=0.0)
 
 
-@given(st.sampled_from(COSTS), st.lists(st.floats(-0.1, 2.0) | st.just(math.inf), min_size=1, max_size=8))
-def test_hardly_any_other_step_has_a_higher_goodput(cost: CostModel, margins: list[float]) -> None:
+@given(st.sampled_from(COSTS), st.lists(st.floats(0.0, 2.0) | st.just(math.inf), min_size=1, max_size=8))
+def test_no_other_step_has_a_higher_goodput(cost: CostModel, longest: list[float]) -> None:
     outlook = outlook_of(cost)
     least, most = outlook.efficient_step(MIN_EFFICIENCY), outlook.efficient_step(EFFICIENCY)
 
     def goodput(seconds: float) -> float:
-        return outlook.efficiency(seconds) * sum(min(max(margin, 0.0) / seconds, 1.0) for margin in margins)
+        return outlook.efficiency(seconds) * sum(seconds <= each for each in longest)
 
-    chosen = usual_step(outlook, margins)
+    chosen = usual_step(outlook, longest)
     assert least <= chosen <= most
     best = max(goodput(least + (most - least) * part / 200) for part in range(201))
-    assert goodput(chosen) >= 0.98 * best  # only the margins are tried, and the bounds
+    assert goodput(chosen) >= (1.0 - 1e-9) * best
 
 
 @pytest.mark.parametrize(
-    ("margins", "seconds"),
+    ("longest", "seconds"),
     [
         ([], 0.4),
         ([math.inf] * 9, 0.4),
         ([0.1, 0.1], 0.1),
         ([0.1, 0.1, math.inf], 0.1),
-        ([0.001], 0.04),
-        ([-1.0, 0.0], 0.4),  # none can be in time: the most are served
+        ([0.05, *[math.inf] * 9], 0.4),  # for a tenth of the requests a fifth of the throughput is too much
+        ([0.05, 0.1], 0.05),
+        ([0.001, 0.0], 0.4),  # none can be in time: the most are served
     ],
 )
-def test_steps_are_as_long_as_arrivals_can_wait(margins: list[float], seconds: float) -> None:
-    assert usual_step(outlook_of(COSTS[0]), margins) == pytest.approx(seconds)
+def test_steps_are_as_long_as_arrivals_can_wait(longest: list[float], seconds: float) -> None:
+    assert usual_step(outlook_of(COSTS[0]), longest) == pytest.approx(seconds)
+
+
+def test_a_request_says_how_long_its_step_could_have_been() -> None:
+    arrivals = Arrivals()
+    arrivals.accept(arrival_time=9.0, margin=0.5)  # the engine was idle
+    arrivals.plan(9.0)
+    arrivals.accept(arrival_time=9.25, margin=0.6)
+    arrivals.accept(arrival_time=9.5, margin=0.25)
+    arrivals.accept(arrival_time=9.5, margin=math.inf)
+    arrivals.plan(10.0)
+    arrivals.accept(arrival_time=8.0, margin=3.0)  # it was long on its way: it waited for no more than a whole step
+    arrivals.accept(arrival_time=10.0, margin=-1.0)
+    arrivals.accept(arrival_time=12.0, margin=-1.0)
+    arrivals.plan(12.0)
+    assert list(arrivals.longest_steps) == pytest.approx([math.inf, 0.8, 0.5, math.inf, 3.0, 0.0, 0.0])
+    for number in range(100):
+        arrivals.accept(arrival_time=12.0 + number, margin=1.0)
+    arrivals.plan(112.0)
+    assert len(arrivals.longest_steps) == NUM_ARRIVALS
 
 
 @pytest.mark.parametrize("cost", COSTS)

@@ -1,13 +1,13 @@
 """Meets SLOs: those of as many requests as possible, the others when there is time.
 
 A decode with an ITL target of 250 ms needs no token earlier: the time that it lends lets prefills meet their TTFT
-targets, and what is left over goes back to the decodes. Without any SLO the order is that of `Fcfs`.
+targets, and what is left over goes back to the decodes. Without any SLO, and where nobody can meet it, the order is
+that of `Fcfs`.
 """
 
 from __future__ import annotations
 
 import math
-from collections import deque
 from collections.abc import Iterable, Sequence
 from operator import attrgetter
 from typing import Any, NamedTuple
@@ -30,7 +30,7 @@ from splitfuse.core.slo.cost_model import CostModel
 from splitfuse.core.slo.feasibility import Feasibility, Prefill
 from splitfuse.core.slo.latency_predictor import LatencyPredictor
 from splitfuse.core.slo.turns import Turns
-from splitfuse.core.slo.usual_step import MIN_EFFICIENCY, usual_step
+from splitfuse.core.slo.usual_step import MIN_EFFICIENCY, Arrivals, usual_step
 from splitfuse.core.step_builder import RequestQueue, StepBuilder
 
 MAX_SKIPPED_STEPS = 32
@@ -42,8 +42,6 @@ MIN_STEP = 1.25
 AIM = 1 / 2
 """Fraction of the time to its deadline in which a prompt is to be done, if decodes have the slack for it: the rest is
 for requests that arrive meanwhile."""
-NUM_MARGINS = 32
-"""Number of requests, the newest ones, whose margins decide how long steps are without deadlines to meet."""
 MAX_DEADLINES = 128
 """Number of deadlines of prompts, the first ones, that a step is planned for: those of later ones come nearer."""
 
@@ -76,8 +74,7 @@ class DeadlinePolicy(Fcfs):
         self.predictor = self._predictor = predictor
         self._token_budget = token_budget
         self._turns = Turns(tail_share)
-        self._margins: deque[float] = deque(maxlen=NUM_MARGINS)
-        """Seconds that the newest requests could have waited for a step when they came."""
+        self._arrivals = Arrivals()
         self._in_time: set[Request] = set()
         """Prompts that could be in time when the last step was planned."""
 
@@ -94,11 +91,13 @@ class DeadlinePolicy(Fcfs):
                 before += work
                 in_time += work if other in self._in_time else 0.0
         own = outlook.seconds(request)
-        self._margins.append(request.slo.ttft_target - outlook.overhead - outlook.with_floor(in_time + own))
+        margin = request.slo.ttft_target - outlook.overhead - outlook.with_floor(in_time + own)
+        self._arrivals.accept(arrival_time=request.slo.arrival_time, margin=margin)
         self._turns.accept(request, own=own, before=before)
 
     def compose(self, step: StepBuilder) -> None:
         """See SchedulingPolicy."""
+        self._arrivals.plan(step.now)
         super().compose(step)
         work = self._outlook((), now=step.now).seconds
         decodes = sum(work(request) for request in step.granted if request.output_token_ids)
@@ -113,6 +112,9 @@ class DeadlinePolicy(Fcfs):
         highest = min(map(_by_priority, prefills), default=Priority.LOW)
         outlook = self._outlook(decodes, now=now, priority=highest)
         feasible, share = self._feasible(outlook, prefills), 0.0
+        if not feasible and self._is_out_of_reach(outlook, decodes):
+            self._in_time = set()
+            return super().order(running, waiting, now=now)
         in_time = {prefill.request for prefill in feasible}
         overdue: list[Request] = []
         if not any(request.on_time_only for request in in_time):
@@ -127,8 +129,7 @@ class DeadlinePolicy(Fcfs):
         if feasible and len(feasible) == len(prefills):
             limit = limit._replace(spare=min(limit.spare, self._spare_for_arrivals(outlook, feasible[0])))
         urgent = self._urgent(decodes, outlook, limit)
-        is_hopeless = not feasible and max(self._margins, default=math.inf) <= 0.0
-        others = self._others(decodes, prefills, apart=in_time.union(urgent), late_prefills_first=is_hopeless)
+        others = self._others(decodes, prefills, apart=in_time.union(urgent))
         self._in_time = in_time
         used = outlook.overhead + sum(map(outlook.seconds_of_token, urgent))
         return ClaimOrder(
@@ -137,8 +138,22 @@ class DeadlinePolicy(Fcfs):
                 Tier(overdue, max(used + share * limit.seconds, used / (1.0 - share)) if feasible else limit.others),
                 Tier([prefill.request for prefill in feasible], limit.seconds),
                 Tier(others, limit.others),
-            )
+            ),
+            limits_time=True,
         )
+
+    def _is_out_of_reach(self, outlook: Feasibility, decodes: Sequence[Request]) -> bool:
+        """Return whether all decodes are late and no step is so short that any of the newest requests could have waited
+        for it. Then by age all wait less for their first token, and none is worse off.
+        """
+        shortest = self._shortest(outlook)
+        longest = max(self._arrivals.longest_steps, default=math.inf)
+        return longest < shortest and all(decode.slo.missed for decode in decodes)
+
+    @staticmethod
+    def _shortest(outlook: Feasibility) -> float:
+        """Return the seconds of the shortest step with prompts that no deadline makes still shorter."""
+        return max(outlook.efficient_step(MIN_EFFICIENCY), MIN_STEP * outlook.floor)
 
     @staticmethod
     def _feasible(outlook: Feasibility, prefills: Sequence[Request]) -> list[Prefill]:
@@ -164,12 +179,13 @@ class DeadlinePolicy(Fcfs):
         prompts require, and no longer than the slack of the decodes, or of the first of these prompts.
         """
         every = outlook.overhead + outlook.decode_seconds
-        usual = usual_step(outlook, self._margins)
-        if 0 < len(decodes) >= len(feasible) and every < DECODES_PER_STEP * outlook.floor:
-            # A step of decodes alone would waste the time in which prompts are computed: so in many short steps. Where
-            # more can be in time, they are done at full throughput: it is further decodes that fill the floor.
-            usual = min(usual, outlook.efficient_step(MIN_EFFICIENCY))
-        usual = max(usual, every / DECODES_PER_STEP, MIN_STEP * outlook.floor)
+        usual = usual_step(outlook, self._arrivals.longest_steps)
+        soon = every + sum(outlook.seconds_of(prefill.request.num_tokens, 1) for prefill in feasible)
+        if decodes and soon < DECODES_PER_STEP * outlook.floor:
+            # Steps of decodes alone would waste the time in which prompts are computed, also when these decode: so in
+            # many short steps. Where they will fill more of the floor, prompts are done at full throughput.
+            usual = 0.0
+        usual = max(usual, every / DECODES_PER_STEP, self._shortest(outlook))
         seconds, spare, before = usual, math.inf, 0.0
         for request, work, room in feasible:
             before += work
@@ -209,17 +225,9 @@ class DeadlinePolicy(Fcfs):
             urgent.append(request)
         return sorted(urgent, key=_by_urgency)
 
-    def _others(
-        self,
-        decodes: Sequence[Request],
-        prefills: Sequence[Request],
-        *,
-        apart: set[Request],
-        late_prefills_first: bool,
-    ) -> list[Request]:
+    def _others(self, decodes: Sequence[Request], prefills: Sequence[Request], *, apart: set[Request]) -> list[Request]:
         """Return the claims besides those `apart`, by priority; within one, decodes before prefills, and before both
-        those that have not missed their SLO. Where no request could be in time, `late_prefills_first` lets late prompts
-        come before late decodes, which then have their tokens at the pace of a late one.
+        those that have not missed their SLO.
         """
         on_time: tuple[list[Request], list[Request]] = [], []
         late: tuple[list[Request], list[Request]] = [], []
@@ -230,7 +238,7 @@ class DeadlinePolicy(Fcfs):
                     is_late = slo.missed or (kind == 1 and slo.deadline < math.inf)
                     (late if is_late else on_time)[kind].append(request)
         claims = sorted(on_time[0], key=_by_deadline)
-        for part in (on_time[1], *(reversed(late) if late_prefills_first else late)):
+        for part in (on_time[1], *late):
             claims += sorted(part, key=by_queue_key)
         claims.sort(key=_by_priority)
         return claims

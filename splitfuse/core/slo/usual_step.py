@@ -1,36 +1,61 @@
 """Chooses how long steps are where no deadline says it: as the most of the requests that arrive meanwhile are in time.
 
-A request that arrives during a step waits for its end. It is in time if what is left of the step is at most its
-*margin*: its TTFT target, less what its own prompt takes. Of the requests with one margin that arrive at any moment of
-a step of s seconds, min(1, margin / s) are; and the longer steps are, the more of them are served. The product is
-goodput.
+A request that arrives during a step waits for its end. It is in time if what it waits is at most its *margin*: its TTFT
+target, less what its own prompt takes and those in time before it. So the step could have been longer, or should have
+been shorter, by as many times as its margin is longer or shorter than its wait. Each of the newest requests says how
+long its step could have been; the longer steps are, the fewer of such requests are in time, and the more are served.
 """
 
 from __future__ import annotations
 
-from bisect import bisect_right
-from collections.abc import Sequence
-from itertools import accumulate
+import math
+from bisect import bisect_left, bisect_right
+from collections import deque
+from collections.abc import Iterable
 
 from splitfuse.core.slo.feasibility import Feasibility
 
 EFFICIENCY, MIN_EFFICIENCY = 0.975, 0.75
 """Throughput of a step, relative to the highest, for which steps are as long as they are without deadlines to meet; and
 the least that they are shortened to for TTFT targets."""
+NUM_ARRIVALS = 32
+"""Number of requests, the newest ones, that decide how long steps are without deadlines to meet."""
 
 
-def usual_step(outlook: Feasibility, margins: Sequence[float]) -> float:
-    """Return the seconds of a step without deadlines to meet, for requests that arrive with these margins: the best of
-    the margins and of the bounds, and the longest of those that are equally good.
+class Arrivals:
+    """Holds how long the step could have been that each of the newest requests waited for."""
+
+    def __init__(self) -> None:
+        self.longest_steps: deque[float] = deque(maxlen=NUM_ARRIVALS)
+        """Seconds; infinity for a request that waited for none, or has no TTFT target."""
+        self._waiting: list[tuple[float, float]] = []  # when they came, and their margins
+        self._planned_at = 0.0
+
+    def accept(self, *, arrival_time: float, margin: float) -> None:
+        """Take note of a new request, which can wait `margin` seconds: it waits for the next plan."""
+        self._waiting.append((arrival_time, margin))
+
+    def plan(self, now: float) -> None:
+        """Take note of a plan, which has all new requests: the step before it lasted since the plan before it."""
+        length = now - self._planned_at
+        for arrival_time, margin in self._waiting:
+            waited = min(now - arrival_time, length)
+            longest = max(margin, 0.0)
+            self.longest_steps.append(longest * length / waited if waited > 0.0 else math.inf if longest else 0.0)
+        self._waiting.clear()
+        self._planned_at = now
+
+
+def usual_step(outlook: Feasibility, longest_steps: Iterable[float]) -> float:
+    """Return the seconds of a step without deadlines to meet, of which requests say how long it can be: the best of
+    these and of the bounds, and the longest of those that are equally good.
     """
-    ordered = sorted(max(margin, 0.0) for margin in margins)
-    sums = [0.0, *accumulate(ordered)]
+    ordered = sorted(longest_steps)
     least, most = outlook.efficient_step(MIN_EFFICIENCY), outlook.efficient_step(EFFICIENCY)
-    between = ordered[bisect_right(ordered, least) : bisect_right(ordered, most)]
+    between = ordered[bisect_right(ordered, least) : bisect_left(ordered, most)]
     best, goodput = most, 0.0
     for seconds in (least, *between, most):
-        index = bisect_right(ordered, seconds)
-        in_time = sums[index] / seconds + (len(ordered) - index)
+        in_time = len(ordered) - bisect_left(ordered, seconds)
         if (its_goodput := outlook.efficiency(seconds) * in_time) >= goodput:
             best, goodput = seconds, its_goodput
     return best
