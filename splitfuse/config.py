@@ -28,6 +28,8 @@ QUANTIZATIONS = {"int8": (128,), "int4": (64, 128)}
 KERNELS = ("auto", "avx512_amx", "avx512_bf16", "avx512", "avx2", "torch", "reference")
 ADAPTER_NAME = re.compile(r"[\w.:/@+-]{1,128}")
 """Names that a LoRA adapter can have as a model."""
+MAX_RANKS = 64
+"""Most ranks of a tensor-parallel group: more than models have key/value heads to divide."""
 MAX_THREADS = 1024
 """Number of threads of the largest machines. Hundreds of thousands end the process."""
 KV_CACHE_DTYPES = ("auto", "int8")
@@ -85,7 +87,11 @@ class ModelConfig:
         "oneDNN) or reference (PyTorch).",
     )
     num_threads: int | None = setting(
-        None, "Threads of the C++ kernels (default: the cores available to this process)."
+        None,
+        "Threads of the C++ kernels, in each rank (default: the cores available to this process, divided among them).",
+    )
+    tensor_parallel_size: int = setting(
+        1, "Number of processes on this machine that compute the model together, each with a part of its weights."
     )
     device: str = setting("cpu", "PyTorch device, such as cpu or cuda:0.")
     load_format: str = setting("safetensors", "safetensors, or dummy: random weights from the config alone.")
@@ -113,6 +119,14 @@ class ModelConfig:
         if self.num_threads is not None and self.num_threads > MAX_THREADS:
             raise ConfigError(f"num_threads must be at most {MAX_THREADS}, not {self.num_threads}")
         _at_least("max_model_len", self.max_model_len, 2)
+        _at_least("tensor_parallel_size", self.tensor_parallel_size, 1)
+        if self.tensor_parallel_size > MAX_RANKS:
+            raise ConfigError(f"tensor_parallel_size must be at most {MAX_RANKS}, not {self.tensor_parallel_size}")
+        if self.lora and self.tensor_parallel_size > 1:
+            raise ConfigError(
+                f"lora cannot be used with tensor_parallel_size={self.tensor_parallel_size}, whose ranks have no "
+                "adapters: leave one of them out"
+            )
         names = [parse_adapter(each)[0] for each in self.lora]
         if twice := next((name for name in names if names.count(name) > 1), None):
             raise ConfigError(f"lora gives the name {twice!r} to two adapters: each needs one of its own")
@@ -253,6 +267,16 @@ class EngineConfig:
     model: ModelConfig = field(default_factory=ModelConfig)
     scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
     cache: CacheConfig = field(default_factory=CacheConfig)
+
+    def __post_init__(self) -> None:
+        if (size := self.model.tensor_parallel_size) > 1:
+            moving = {"kv_loans": self.cache.kv_loans, "kv_memory_tier": self.cache.kv_memory_tier}
+            moving["kv_disk_tier"] = self.cache.kv_disk_tier
+            if name := next((name for name, value in moving.items() if value), None):
+                raise ConfigError(
+                    f"{name} cannot be used with tensor_parallel_size={size}, where each rank has a part of every KV "
+                    "block: leave one of them out"
+                )
 
     @classmethod
     def from_settings(cls, settings: Mapping[str, Any]) -> EngineConfig:

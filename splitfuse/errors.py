@@ -23,6 +23,7 @@ for ten minutes.
     ├── OverloadedError             the server is at capacity; `retry_after` says when to try again
     │   └── SloUnattainableError    it has on_time_only, and cannot meet its SLO now
     ├── RecordingError              a recording cannot be read, or cannot be replayed here
+    ├── RankLostError               a rank of a tensor-parallel group has ended: its engine ends too
     ├── EngineUnavailableError      no engine is there to compute the request, or it died
     ├── DrainingError               the server is shutting down and accepts no new requests
     └── ServerError                 a server cannot be started, found or stopped
@@ -151,6 +152,10 @@ class SloUnattainableError(OverloadedError):
 
 class RecordingError(SplitfuseError):
     """Raised when a recording cannot be read, or cannot be replayed with this model on this machine."""
+
+
+class RankLostError(SplitfuseError):
+    """Raised when a rank of a tensor-parallel group has ended or does not answer: its engine cannot go on."""
 
 
 class EngineUnavailableError(SplitfuseError):

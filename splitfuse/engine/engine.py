@@ -44,6 +44,7 @@ from splitfuse.errors import (
     EngineUnavailableError,
     InvalidRequestError,
     ModelNotFoundError,
+    RankLostError,
     SloUnattainableError,
 )
 from splitfuse.kernels.lora import PackedAdapter
@@ -123,7 +124,9 @@ class Engine:
         """SLO of the requests that bring none."""
         self._estimate: CostModel | None = None  # without SLOs
         self.tiers, self._tier_files, fetching = None, tier_files, None
-        if tier_files is not None and isinstance(self.executor, Executor) and not plan.num_states:
+        self._leader = model.leader if isinstance(model, LoadedModel) else None
+        moves = isinstance(self.executor, Executor) and not plan.num_states and self._leader is None
+        if tier_files is not None and isinstance(self.executor, Executor) and moves:
             made = make_tiers(
                 tier_files,
                 config.cache,
@@ -228,12 +231,15 @@ class Engine:
             raise
 
     def close(self) -> None:
-        """End what is lent, let KV tiers have what was computed last, and refuse requests from then on. Without tiers
-        and loans there is nothing to do.
+        """End what is lent and the other ranks, let KV tiers have what was computed last, and refuse requests from then
+        on. Without any of these there is nothing to do.
         """
         files, self._tier_files = self._tier_files, None
         if self.lender is not None:
             self.lender.close()
+        if self._leader is not None:
+            self.executor.drain()
+            self._leader.close()
         if self.tiers is not None and files is not None:
             self.executor.drain()
             self._save_rest()
@@ -241,6 +247,11 @@ class Engine:
                 return
         if files is not None:
             files.close()
+
+    def follow_ranks(self, on_lost: Callable[[str], object]) -> None:
+        """Let a thread call `on_lost`, with the reason, once another rank has ended: the engine cannot go on."""
+        if self._leader is not None:
+            self._leader.on_lost = on_lost
 
     def use_peers(self, key: bytes) -> None:
         """Let tiers fetch what they lack from engines on other machines, which have the deployment's key."""
@@ -827,6 +838,8 @@ class Engine:
     ) -> StepResult:
         try:
             return self._compute(plan) if collect is None else collect()
+        except RankLostError:  # no request can be computed any more, and none is to blame
+            raise
         except Exception as error:
             if len(plan.chunks) == 1 and plan.chunks[0].is_repeatable:
                 request_id = plan.chunks[0].request_id

@@ -36,7 +36,7 @@ from splitfuse.engine.messages import (
 )
 from splitfuse.engine.trace import TraceLevel, in_parts
 from splitfuse.engine.tracer import EngineTracer
-from splitfuse.errors import SplitfuseError
+from splitfuse.errors import RankLostError, SplitfuseError
 from splitfuse.kernels.lora import PackedAdapter
 
 REFRESH_STEPS = 128
@@ -61,6 +61,13 @@ class _LoanEnded:
     number: int
 
 
+@dataclass(frozen=True)
+class _RankLost:
+    """Says to the loop that another rank of its engine has ended."""
+
+    reason: str
+
+
 class EngineLoop:
     """Owns an engine. Commands come in through `commands`, from any thread; reports go out through `report`, which runs
     on the loop's thread and must not block.
@@ -70,7 +77,7 @@ class EngineLoop:
         self, engine: Engine, report: Callable[[Report], None], *, commands: queue.SimpleQueue[Any] | None = None
     ) -> None:
         """`commands` are those that have come already; left out, a queue of its own is made."""
-        self.commands: queue.SimpleQueue[Command | _Loaded | _LoanEnded] = commands or queue.SimpleQueue()
+        self.commands: queue.SimpleQueue[Command | _Loaded | _LoanEnded | _RankLost] = commands or queue.SimpleQueue()
         self._engine = engine
         self._report = report
         self._stopped = False
@@ -81,6 +88,7 @@ class EngineLoop:
         self._tracer = EngineTracer(engine)
         if engine.lender is not None:
             engine.lender.on_ended = lambda number: self.commands.put(_LoanEnded(number))
+        engine.follow_ranks(lambda reason: self.commands.put(_RankLost(reason)))
         self._num_preemptions = engine.scheduler.queue.num_preemptions  # of loops before
         self._unsubscribe = engine.events.subscribe(StepRecord, self._count)
 
@@ -194,6 +202,8 @@ class EngineLoop:
                 case _LoanEnded():
                     self._engine.take_back(command.number)
                     self._report(StepReport((), self._stats_now()))
+                case _RankLost():
+                    raise RankLostError(f"the tensor-parallel group has ended: {command.reason}")
                 case LoadAdapter():  # files are read on a thread, and steps go on meanwhile
                     threading.Thread(target=self._load_adapter, args=(command,), daemon=True).start()
                 case _Loaded():  # named by its digest: the front knows which names have it, and when none does

@@ -21,6 +21,7 @@ from torch import Tensor
 from splitfuse.errors import ConfigError, ModelError
 from splitfuse.kernels.batch import RaggedBatch
 from splitfuse.kernels.drawing import Filter
+from splitfuse.kernels.group import Group
 from splitfuse.kernels.loans import Channel
 from splitfuse.kernels.lora import Adapter, LoraRows, PackedAdapter
 from splitfuse.kernels.quantized import QuantizedFormat, QuantizedWeight
@@ -504,6 +505,8 @@ class NetworkPlan:
     norm: NormSpec
     embed_scale: float = 1.0
     position_offset: int = 0  # row of `weights.positions` for position 0
+    vocabulary: int = 0  # of the whole network, whose embedding a rank has a part of
+    group: Group | None = None  # of ranks that compute the network together; layers and weights are those of one
 
 
 Network: TypeAlias = Callable[[Sequence[Store], RaggedBatch], Tensor]
@@ -532,6 +535,7 @@ class Capabilities:
     own_threads: bool = False  # num_threads is honoured
     shares_weights: bool = False  # processes can share one copy of the weights
     lends: bool = False  # another process can hold the leading keys and values of a request
+    divides: bool = False  # a tensor-parallel group can compute a network
     kv_layout: int = 1  # version of what the bytes of a block or a state mean: raise it with every change of that
 
 
@@ -843,6 +847,14 @@ class Backend(ABC):
         """
         del plan
         return None
+
+    # Tensor-parallel groups, for networks in one call. Only for a backend whose capabilities say `divides`.
+
+    def gather_logits(self, x: Tensor, head: Weight, bias: Tensor | None, vocabulary: int, group: Group) -> Tensor:
+        """Return the logits [R, V] in fp32 of rows x [R, C], which all ranks have, by the rows of the head of each.
+        They lie in the memory of the group, until it is used again.
+        """
+        raise NotImplementedError(f"{self.capabilities.name} cannot be divided among ranks")
 
     # Loans, of networks in one call. Only for a backend whose capabilities say `lends`.
 

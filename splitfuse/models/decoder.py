@@ -15,6 +15,7 @@ from torch import Tensor
 
 from splitfuse.kernels.batch import RaggedBatch
 from splitfuse.kernels.drawing import Filter
+from splitfuse.kernels.group import Group
 from splitfuse.kernels.interface import (
     AttentionSpec,
     Backend,
@@ -51,7 +52,15 @@ class Decoder:
     >>> decoder.logits(hidden)                        # [rows, vocabulary], fp32         # doctest: +SKIP
     """
 
-    def __init__(self, spec: ModelSpec, weights: NetworkWeights, backend: Backend, *, dtype: torch.dtype) -> None:
+    def __init__(
+        self,
+        spec: ModelSpec,
+        weights: NetworkWeights,
+        backend: Backend,
+        *,
+        dtype: torch.dtype,
+        group: Group | None = None,
+    ) -> None:
         self.spec = spec
         self.weights = weights
         self.backend = backend
@@ -65,6 +74,8 @@ class Decoder:
                 norm=spec.norm,
                 embed_scale=spec.embed_scale,
                 position_offset=spec.position_offset,
+                vocabulary=spec.vocab_size,
+                group=group,
             )
         )
 
@@ -116,13 +127,17 @@ class Decoder:
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Apply the output head to rows of hidden states: [rows, C] -> [rows, vocabulary] in fp32."""
-        logits = self.backend.linear(hidden, self.weights.head, self.weights.head_bias)
+        logits = self.head_products(hidden)
         if logits.dtype != torch.float32:
             logits = logits.float()
         if self.spec.logit_scale != 1.0:
             logits = logits * self.spec.logit_scale
         cap = self.spec.logit_softcap
         return logits if cap is None else cap * torch.tanh(logits / cap)
+
+    def head_products(self, hidden: Tensor) -> Tensor:
+        """Return the products of rows of hidden states with the output head."""
+        return self.backend.linear(hidden, self.weights.head, self.weights.head_bias)
 
     def choose(
         self, hidden: Tensor, filters: Sequence[Filter] = (), numbers: Sequence[float] = ()

@@ -11,6 +11,7 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from itertools import accumulate
 from typing import TypeAlias
 
 import torch
@@ -18,6 +19,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from splitfuse.errors import UnsupportedModelError
+from splitfuse.kernels.group import WHOLE, Group, Shard
 from splitfuse.kernels.interface import (
     AttentionSpec,
     Backend,
@@ -42,6 +44,7 @@ from splitfuse.models.families.common import WeightNames
 from splitfuse.models.families.layouts import Place, Stored
 from splitfuse.models.families.registry import find_family
 from splitfuse.models.families.wrappers import kind_aside, text_names
+from splitfuse.models.sharding import DIVIDED, RankDecoder, rank_spec
 from splitfuse.models.sources.source import Piece, Shape, WeightSource
 from splitfuse.models.spec import ModelSpec
 
@@ -66,6 +69,23 @@ class Parameter:
     layer: int | None
     expert: int | None
     parts: tuple[Part, ...]
+    sections: tuple[int, ...]  # rows that ranks divide each for itself: of queries, keys and values, say
+
+    def of_rank(self, shard: Shard) -> Parameter:
+        """Return the rows of a rank: its part of each section, or all if every rank has the whole weight."""
+        if shard.size == 1 or self.name not in DIVIDED:
+            return self
+        ends = list(accumulate(self.sections, initial=0))
+        spans = [(first, shard.span(size)) for first, size in zip(ends, self.sections, strict=False)]
+        wanted = [range(first + span.start, first + span.stop) for first, span in spans]
+        parts: list[Part] = []
+        first = 0
+        for part in self.parts:
+            last = first + part.shape[0]
+            common = [range(max(rows.start, first), min(rows.stop, last)) for rows in wanted]
+            parts += [part.only(range(rows.start - first, rows.stop - first)) for rows in common if rows]
+            first = last
+        return replace(self, parts=tuple(parts), sections=tuple(len(rows) for rows in wanted))
 
     @property
     def pieces(self) -> tuple[Piece, ...]:
@@ -87,10 +107,16 @@ class Part:
     stored: Stored
     place: Place
     shape: Shape
+    chosen: range | None = None  # of the rows that are taken
+
+    def only(self, rows: range) -> Part:
+        """Return some of the rows."""
+        return replace(self, chosen=rows, shape=(len(rows), *self.shape[1:]))
 
     def take(self, tensor: Tensor) -> Tensor:
         """Return the rows, of the stored tensor."""
-        return self.stored.take(tensor, self.place)
+        taken = self.stored.take(tensor, self.place)
+        return taken if self.chosen is None else taken[self.chosen.start : self.chosen.stop]
 
     def row_numbers(self) -> Tensor | None:
         """Return which rows of the stored tensor these are, in order; None if they are no whole rows of it."""
@@ -107,13 +133,13 @@ def parameters(spec: ModelSpec, alternative: WeightNames | None = None) -> list[
 
     def named(shapes: Shapes, place: Place) -> Iterator[Parameter]:
         for name, pieces in shapes.items():
-            layout = _layout(names, name, place)
+            layout, sections = _layout(names, name, place), tuple(piece[0] for piece in pieces)
             if "{head}" in layout[0].name:
                 layout *= len(pieces)
             if len(layout) == 1 < len(pieces):  # all pieces lie in one tensor, in our order
                 pieces = ((sum(piece[0] for piece in pieces), *pieces[0][1:]),)
             parts = tuple(_part(*each, place, head) for head, each in enumerate(zip(layout, pieces, strict=True)))
-            yield Parameter(name, _role(name, spec), place.number, place.expert, parts)
+            yield Parameter(name, _role(name, spec), place.number, place.expert, parts, sections)
 
     found = list(named(_outer_shapes(spec), Place()))
     for number, layer in enumerate(spec.layers):
@@ -276,11 +302,19 @@ def _mlp_shapes(spec: MlpSpec, hidden: int, *, gate_up: str, up: str, down: str)
     return shapes | ({f"{up}_bias": ((inner,),) * halves, f"{down}_bias": ((hidden,),)} if spec.bias else {})
 
 
-def weight_bytes(spec: ModelSpec, dtype: torch.dtype, backend: Backend, weights: WeightSource | None = None) -> int:
-    """Return the bytes of all weights as `backend` keeps those of `dtype`, and what is quantized in `weights`."""
+def weight_bytes(
+    spec: ModelSpec,
+    dtype: torch.dtype,
+    backend: Backend,
+    weights: WeightSource | None = None,
+    *,
+    shard: Shard = WHOLE,
+) -> int:
+    """Return the bytes of a rank's weights as `backend` keeps those of `dtype`, and what is quantized in `weights`."""
     if weights is None:
-        return sum(backend.weight_bytes(each.shape, role=each.role, dtype=dtype) for each in parameters(spec))
-    plan = kept_parameters(weights, spec, backend)
+        parts = [each.of_rank(shard) for each in parameters(spec)]
+        return sum(backend.weight_bytes(each.shape, role=each.role, dtype=dtype) for each in parts)
+    plan = kept_parameters(weights, spec, backend, shard)
     return sum(parameter_bytes(parameter, formats, dtype, backend) for parameter, formats in plan)
 
 
@@ -292,13 +326,16 @@ def parameter_bytes(parameter: Parameter, formats: KeptFormats, dtype: torch.dty
     return backend.quantized_weight_bytes(pieces, columns=parameter.shape[1], role=parameter.role, dtype=dtype)
 
 
-def kept_parameters(weights: WeightSource, spec: ModelSpec, backend: Backend) -> list[tuple[Parameter, KeptFormats]]:
-    """Return `stored_parameters`, each with the formats that its parts are kept in.
+def kept_parameters(
+    weights: WeightSource, spec: ModelSpec, backend: Backend, shard: Shard = WHOLE
+) -> list[tuple[Parameter, KeptFormats]]:
+    """Return `stored_parameters` of a rank, each with the formats that its parts are kept in.
 
     The parts of a weight read the same x, and the experts of a layer are packed alike: where a checkpoint stores only
     some of them quantized, or with their columns in different orders, or experts in different formats, all are dense.
     """
-    plan = [(each, _kept_formats(weights, each, backend)) for each in stored_parameters(weights, spec)]
+    of_rank = [each.of_rank(shard) for each in stored_parameters(weights, spec)]
+    plan = [(each, _kept_formats(weights, each, backend)) for each in of_rank]
     of_experts: dict[tuple[int | None, str], set[KeptFormats]] = {}
     for parameter, formats in plan:
         of_experts.setdefault((parameter.layer, parameter.name), set()).add(formats)
@@ -441,18 +478,20 @@ def load_decoder(
     backend: Backend,
     progress: bool = False,
     on_progress: Callable[[float], None] = lambda _: None,
+    group: Group | None = None,
 ) -> Decoder:
     """Load a network that `check_weights` has returned, with a progress bar on stderr if asked; `on_progress` is called
-    with the fraction that is loaded.
+    with the fraction that is loaded. With a group, load the part of this rank.
     """
-    plan = kept_parameters(weights, spec, backend)
+    plan = kept_parameters(weights, spec, backend, WHOLE if group is None else group.shard)
     outer: dict[str, Weight] = {}
     layers: list[dict[str, Weight]] = [{} for _ in spec.layers]
     for parameter, formats in _with_progress(plan, dtype, progress, on_progress):
         target = outer if parameter.layer is None else layers[parameter.layer]
         with ExitStack() as stack:
+            reader = _Reader(weights, dtype, stack)
             parts = [
-                _read_part(weights, part, dtype, stack, quantized=stored is not None)
+                reader.read(part, quantized=stored is not None)
                 for part, stored in zip(parameter.parts, formats, strict=True)
             ]
             tensors = [part.to(device) for part in parts if isinstance(part, Tensor)]
@@ -467,19 +506,34 @@ def load_decoder(
     if spec.tied_embeddings:
         outer["head"] = outer["embed"]
     network = NetworkWeights(layers=tuple(map(_layer_weights, layers)), **outer)
-    return Decoder(spec, network, backend, dtype=dtype)
+    if group is None:
+        return Decoder(spec, network, backend, dtype=dtype)
+    return RankDecoder(rank_spec(spec, group.shard.size), network, backend, dtype=dtype, group=group)
 
 
-def _read_part(
-    weights: WeightSource, part: Part, dtype: torch.dtype, stack: ExitStack, *, quantized: bool
-) -> Tensor | QuantizedWeight:
-    """Return rows of a weight for as long as the contexts of `stack` last, `quantized` as they are stored."""
-    if weights.quantization(part.piece.name) is None:
-        return part.take(stack.enter_context(weights.read(part.piece)))
-    stored = stack.enter_context(weights.read_quantized(part.piece))
-    if quantized and (rows := part.row_numbers()) is not None:
-        return stored.rows(rows)
-    return part.take(stored.dequantize(dtype))
+class _Reader:
+    """Reads the parts of a weight for as long as the contexts of `stack` last, each stored tensor once."""
+
+    def __init__(self, weights: WeightSource, dtype: torch.dtype, stack: ExitStack) -> None:
+        self._weights, self._dtype, self._stack = weights, dtype, stack
+        self._tensors: dict[Piece, Tensor] = {}
+        self._stored: dict[Piece, QuantizedWeight] = {}
+
+    def read(self, part: Part, *, quantized: bool) -> Tensor | QuantizedWeight:
+        """Return rows of a weight, `quantized` as they are stored."""
+        piece, weights = part.piece, self._weights
+        if weights.quantization(piece.name) is None:
+            if piece not in self._tensors:
+                self._tensors[piece] = self._stack.enter_context(weights.read(piece))
+            return part.take(self._tensors[piece])
+        if piece not in self._stored:
+            self._stored[piece] = self._stack.enter_context(weights.read_quantized(piece))
+        stored = self._stored[piece]
+        if quantized and (rows := part.row_numbers()) is not None:
+            return stored.rows(rows)
+        if piece not in self._tensors:
+            self._tensors[piece] = stored.dequantize(self._dtype)
+        return part.take(self._tensors[piece])
 
 
 def _layer_weights(weights: dict[str, Weight]) -> LayerWeights:

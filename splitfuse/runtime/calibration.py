@@ -90,6 +90,8 @@ def identify(config: EngineConfig, source: ModelSource | None = None) -> dict[st
         "num_threads": config.model.num_threads,
         "cores": sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
     }
+    if (num_ranks := config.model.tensor_parallel_size) > 1:
+        identity["tensor_parallel_size"] = num_ranks
     name = gpu(parse_device(config.model.device))
     return identity if name is None else identity | {"gpu": name}
 

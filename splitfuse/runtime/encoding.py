@@ -194,6 +194,7 @@ def _check(config: EngineConfig, spec: EncoderSpec) -> None:
         ("enable_slo, ttft, itl and tpot", config.scheduler.slo_enabled),
         ("num_speculative_tokens", config.scheduler.num_speculative_tokens > 0),
         ("gguf_file", config.model.gguf_file is not None),
+        ("tensor_parallel_size", config.model.tensor_parallel_size > 1),
     ):
         if is_set:
             raise ConfigError(

@@ -10,8 +10,9 @@ from functools import partial
 
 import torch
 
-from splitfuse.config import EngineConfig
-from splitfuse.errors import ConfigError, ModelError, UnsupportedModelError, brief
+from splitfuse.config import MAX_TOKEN_BUDGET, EngineConfig
+from splitfuse.errors import AdapterError, ConfigError, MemoryPlanError, ModelError, UnsupportedModelError, brief
+from splitfuse.kernels.group import Group
 from splitfuse.kernels.interface import Backend
 from splitfuse.kernels.lora import PackedAdapter
 from splitfuse.kernels.sharing import WeightSharing
@@ -20,6 +21,7 @@ from splitfuse.models.families.registry import load_spec
 from splitfuse.models.kv_cache import KVCache
 from splitfuse.models.lora import read_adapter, resolve_adapter
 from splitfuse.models.rope import has_long_factors
+from splitfuse.models.sharding import RankDecoder
 from splitfuse.models.sources.dummy import DummyWeights
 from splitfuse.models.sources.files import MAX_TOKENIZER_BYTES
 from splitfuse.models.sources.hub import adapter_folder, open_model
@@ -39,7 +41,9 @@ from splitfuse.runtime.backend_choice import choose_backend
 from splitfuse.runtime.executor import Executor
 from splitfuse.runtime.fingerprint import fingerprint, identify, kv_fingerprint
 from splitfuse.runtime.machine import available_memory, usable_cores
-from splitfuse.runtime.memory_plan import MemoryPlan, plan_memory, tier_bytes
+from splitfuse.runtime.memory_plan import MemoryPlan, plan_memory, tier_bytes, token_bytes
+from splitfuse.runtime.parallel.leader import Leader
+from splitfuse.runtime.results import HEAD_ROWS
 from splitfuse.runtime.sampling.grammar import Grammars
 
 _logger = logging.getLogger(__name__)
@@ -60,6 +64,8 @@ class LoadedModel:
     weights: Callable[[], WeightSource]
     pooling: Pooling | None = None
     """Way to make embeddings, if the model is for that."""
+    leader: Leader | None = None
+    """The other ranks that compute it."""
 
     @property
     def fingerprint(self) -> str:
@@ -74,6 +80,7 @@ class LoadedModel:
             layout=self.decoder.backend.capabilities.kv_layout,
             block_size=self.plan.block_size,
             long_rope=any(has_long_factors(rope, self.spec.max_position) for rope in self.spec.ropes),
+            shard="1/1" if self.leader is None else f"1/{self.leader.group.shard.size}",
         )
 
     def load_adapter(self, path: str) -> tuple[str, PackedAdapter]:
@@ -81,17 +88,25 @@ class LoadedModel:
 
         Raises AdapterError, ModelNotFoundError.
         """
+        if self.leader is not None:
+            raise AdapterError(f"the adapter {path} cannot be applied: ranks of a tensor-parallel group have none")
         files = read_adapter(adapter_folder(path))
         adapter = resolve_adapter(files, self.spec, stored_parameters(self.weights(), self.spec))
         return files.digest, self.decoder.backend.pack_adapter(adapter, self.decoder.weights, self.decoder.dtype)
 
     def make_executor(self) -> Executor:
-        """Return an executor with a KV cache of its own, as large as planned: each engine makes one.
+        """Return an executor with a KV cache of its own, as large as planned: each engine makes one. Of a model that
+        several ranks compute one engine may run at a time: their caches are one.
 
         Raises MemoryPlanError.
         """
+        if self.leader is not None and self.plan.num_blocks > self.leader.num_blocks:
+            raise MemoryPlanError(
+                f"num_blocks is {self.plan.num_blocks}, and the other ranks have {self.leader.num_blocks}: "
+                "use at most that"
+            )
         cache = KVCache(
-            self.spec,
+            self.decoder.spec,
             num_blocks=self.plan.num_blocks,
             block_size=self.plan.block_size,
             dtype=self.decoder.dtype,
@@ -100,6 +115,7 @@ class LoadedModel:
             num_states=self.plan.num_states,
         )
         threads = getattr(self.decoder.backend, "num_threads", math.inf)
+        threads *= 1 if self.leader is None else self.leader.group.shard.size
         return Executor(self.decoder, cache, self.grammars, keeps_plans=threads < usable_cores())
 
 
@@ -123,21 +139,14 @@ def load_model(
 
     Raises ModelError, MemoryPlanError or ConfigError.
     """
-    dummy = config.model.load_format == "dummy"
-    source = source or open_source(config)
-    spec = load_spec(source)
+    opened = _open(config, source)
+    source, spec, weights, backend = opened.source, opened.spec, opened.weights, opened.backend
+    dtype, device = opened.dtype, opened.device
     pooling = _pooling(source)
     if pooling is not None and pooling.max_length is not None and config.model.max_model_len is None:
         spec = replace(spec, max_position=min(pooling.max_length + 1, spec.max_position))  # one is left to generate
-    device = parse_device(config.model.device)
-    use_cores(device)
-    dtype = resolve_dtype(config.model.dtype, spec)
-    weights = DummyWeights(dtype, device) if dummy else source.weights()
-    spec = check_weights(weights, spec)  # before memory is planned: its numbers may be impossible
     if (adapter := source.adapter()) is not None:
         _logger.warning("%s holds an adapter of %s too, which is not applied", source.location, adapter)
-    check_quantization(config, source, weights)
-    backend = choose_backend(config, dtype)
     num_sharers = 1 if weight_sharing is None else weight_sharing.num_sharers
     tiers = tier_bytes(config.cache, num_sharers=num_sharers, filled=tiers_filled, for_moves=tiers_for_moves)
     plan = _plan(spec, config, backend, weights, weight_sharing, tiers)
@@ -145,6 +154,7 @@ def load_model(
     plan = replace(plan, remarks=(*plan.remarks, *remarks))
     announce(plan)
     spec = replace(spec, max_position=plan.max_model_len)  # no larger tables than will be read
+    leader = None if config.model.tensor_parallel_size == 1 else _start_ranks(config, source, spec, plan, dtype)
     decoder = load_decoder(
         weights,
         spec,
@@ -153,13 +163,90 @@ def load_model(
         backend=backend,
         progress=progress,
         on_progress=on_progress,
+        group=None if leader is None else leader.group,
     )
     backend.finish_loading()
+    if leader is not None:
+        assert isinstance(decoder, RankDecoder)
+        leader.wait()
+        leader.lead(decoder)
     identity = identify(source, config, backend=backend, plan=plan, device=device)
     ends = end_tokens(source, spec.vocab_size)
     grammars = Grammars(partial(tokenizer_json, config, source), spec.vocab_size, ends)
+    dummy = config.model.load_format == "dummy"
     open_weights = partial(DummyWeights, dtype, device) if dummy else source.weights
-    return LoadedModel(source, spec, plan, ends, decoder, identity, grammars, open_weights, pooling)
+    return LoadedModel(source, spec, plan, ends, decoder, identity, grammars, open_weights, pooling, leader)
+
+
+def load_rank(config: EngineConfig, group: Group, *, digest: str) -> tuple[RankDecoder, KVCache]:
+    """Load the part of a follower, for a leader whose model has files of this digest. The settings name all sizes.
+
+    Raises as `load_model` does.
+    """
+    opened = _open(config)
+    if opened.source.digest(weights=False) != digest:
+        raise ModelError(f"{opened.source.location} was changed while it was loaded: start again")
+    num_blocks, max_model_len = config.cache.num_blocks, config.model.max_model_len
+    assert num_blocks is not None and max_model_len is not None
+    decoder = load_decoder(
+        opened.weights,
+        replace(opened.spec, max_position=max_model_len),
+        dtype=opened.dtype,
+        device=opened.device,
+        backend=opened.backend,
+        group=group,
+    )
+    assert isinstance(decoder, RankDecoder)
+    opened.backend.finish_loading()
+    cache = KVCache(
+        decoder.spec,
+        num_blocks=num_blocks,
+        block_size=config.cache.block_size,
+        dtype=decoder.dtype,
+        device=decoder.device,
+        backend=decoder.backend,
+    )
+    return decoder, cache
+
+
+@dataclass(frozen=True)
+class _Opened:
+    """Holds what is known of a model before its memory is planned."""
+
+    source: ModelSource
+    spec: ModelSpec
+    dtype: torch.dtype
+    device: torch.device
+    weights: WeightSource
+    backend: Backend
+
+
+def _open(config: EngineConfig, source: ModelSource | None = None) -> _Opened:
+    """Open the model that `config` names, and check its weights: its numbers may be impossible."""
+    source = source or open_source(config)
+    spec = load_spec(source)
+    device = parse_device(config.model.device)
+    use_cores(device)
+    dtype = resolve_dtype(config.model.dtype, spec)
+    weights = DummyWeights(dtype, device) if config.model.load_format == "dummy" else source.weights()
+    spec = check_weights(weights, spec)
+    check_quantization(config, source, weights)
+    return _Opened(source, spec, dtype, device, weights, choose_backend(config, dtype))
+
+
+def _start_ranks(
+    config: EngineConfig, source: ModelSource, spec: ModelSpec, plan: MemoryPlan, dtype: torch.dtype
+) -> Leader:
+    """Start the other ranks, which load their parts at the same time as this one."""
+    tokens = max(plan.max_num_batched_tokens, MAX_TOKEN_BUDGET)  # what is not used costs nothing
+    return Leader(
+        config,
+        digest=source.digest(weights=False),
+        logit_bytes=4 * HEAD_ROWS * spec.vocab_size,
+        step_bytes=tokens * token_bytes(spec, dtype),
+        num_blocks=plan.num_blocks,
+        max_model_len=plan.max_model_len,
+    )
 
 
 def open_source(config: EngineConfig) -> ModelSource:
@@ -219,7 +306,7 @@ def _plan(
         return plan()
     free = available_memory(config.model.device)
     num_sharers = sharing.num_sharers
-    if not backend.capabilities.shares_weights:  # each has weights of its own
+    if not backend.capabilities.shares_weights or config.model.tensor_parallel_size > 1:  # each has its own
         return plan(available=free // num_sharers)
     size = weight_bytes(spec, resolve_dtype(config.model.dtype, spec), backend, weights)
     shared = plan(available=size + (free if sharing.filled else free - size) // num_sharers)

@@ -15,9 +15,11 @@ from splitfuse.core.kv.fetching import INBOX_BYTES, MOVES_BYTES, MOVES_INBOX_BYT
 from splitfuse.core.limits import ceil_div
 from splitfuse.core.step_budget import BUDGETS, FIRST_BUDGET
 from splitfuse.errors import ConfigError, MemoryPlanError
+from splitfuse.kernels.group import Shard
 from splitfuse.kernels.interface import AttentionSpec, Backend, ExpertsSpec, LayerSpec, RecurrentSpec
 from splitfuse.kernels.loans import TILE
 from splitfuse.models.kv_cache import block_bytes, state_bytes
+from splitfuse.models.sharding import check_ranks, rank_spec
 from splitfuse.models.sources.source import WeightSource
 from splitfuse.models.spec import LongRopeScaling, ModelSpec
 from splitfuse.models.storage import may_be_quantized
@@ -121,20 +123,21 @@ def plan_memory(
     `max_model_len` exceeds what the model allows, or for tiers or loans that the model or the backend does not have.
     """
     dtype = resolve_dtype(config.model.dtype, spec)
-    size = config.cache.block_size
+    size, num_ranks = config.cache.block_size, config.model.tensor_parallel_size
+    check_ranks(spec, backend, num_ranks)
     backend.check_block_size(size)
     wanted_len = config.model.max_model_len or spec.max_position
     if wanted_len > spec.max_position:
         raise ConfigError(
             f"max_model_len is {wanted_len}, but the model has {spec.max_position} positions: use at most that"
         )
-    weight_size = weight_bytes(spec, dtype, backend, weights)
-    available = available_memory(config.model.device) if available is None else available
+    weight_size = weight_bytes(spec, dtype, backend, weights, shard=Shard(0, num_ranks))
+    available = (available_memory(config.model.device) if available is None else available) // num_ranks
     budget = config.scheduler.max_num_batched_tokens or _largest_budget(spec, dtype, free=available - weight_size)
     plan = MemoryPlan(
         weights=weight_size,
-        activations=budget * _token_bytes(spec, dtype) + HEAD_ROWS * spec.vocab_size * LOGIT_BYTES,
-        block=block_bytes(spec, block_size=size, dtype=dtype, backend=backend),
+        activations=budget * token_bytes(spec, dtype) + HEAD_ROWS * spec.vocab_size * LOGIT_BYTES,
+        block=block_bytes(rank_spec(spec, num_ranks), block_size=size, dtype=dtype, backend=backend),
         block_size=size,
         num_blocks=0,
         max_model_len=wanted_len,
@@ -148,7 +151,7 @@ def plan_memory(
     )
     if plan.tiers and not config.cache.has_tiers:
         plan = replace(plan, tiers_are_for="for requests that go on at another engine")
-        if plan.state or torch.device(config.model.device).type != "cpu":  # then it is not used, or elsewhere
+        if plan.state or num_ranks > 1 or torch.device(config.model.device).type != "cpu":  # not used, or elsewhere
             plan = replace(plan, tiers=0)
     if plan.state and config.cache.has_tiers:
         raise ConfigError(
@@ -157,6 +160,8 @@ def plan_memory(
         )
     if config.cache.kv_loans:
         check_loans(spec, backend, block_size=size)
+    if num_ranks > 1:
+        plan = replace(plan, remarks=(f"each of {num_ranks} ranks, which divide the model and the machine's memory",))
     plan = _with_tiers(plan, config)
     plan = _with_states(plan, config, free=plan.available - plan.need)
     free = plan.available - plan.need
@@ -170,9 +175,9 @@ def plan_memory(
         raise MemoryPlanError(f"the KV cache does not fit into memory\n{plan}\n{fitting} would fit")
     longest = plan.num_blocks * size + 1  # the last token of a request is never attended to
     if longest >= wanted_len or config.cache.kv_loans:  # what this cache cannot hold, others may
-        return replace(plan, remarks=_rope_remarks(spec, wanted_len))
+        return replace(plan, remarks=(*plan.remarks, *_rope_remarks(spec, wanted_len)))
     if config.model.max_model_len is None and longest >= SHORTEST_MODEL_LEN:
-        remarks = _rope_remarks(spec, longest)
+        remarks = (*plan.remarks, *_rope_remarks(spec, longest))
         return replace(plan, max_model_len=longest, model_len_lowered=True, remarks=remarks)
     raise MemoryPlanError(
         f"the KV cache cannot hold one request of {wanted_len} tokens\n{plan}\n{_longer_cache(plan, free)}"
@@ -240,11 +245,11 @@ def _largest_budget(spec: ModelSpec, dtype: torch.dtype, *, free: int) -> int:
     """Return the largest token budget whose activations take no more than their share of the memory that the weights
     leave, and FIRST_BUDGET in any case.
     """
-    most = int(free * LARGEST_ACTIVATION_SHARE) // _token_bytes(spec, dtype)
+    most = int(free * LARGEST_ACTIVATION_SHARE) // token_bytes(spec, dtype)
     return max([FIRST_BUDGET, *(budget for budget in BUDGETS if budget <= most)])
 
 
-def _token_bytes(spec: ModelSpec, dtype: torch.dtype) -> int:
+def token_bytes(spec: ModelSpec, dtype: torch.dtype) -> int:
     """Return the bytes of one token at the widest moment of a step, generously."""
     token_inputs = 3 * spec.token_input_size * len(spec.layers)
     width = max(_layer_width(layer, spec.hidden_size) for layer in set(spec.layers)) + token_inputs
@@ -307,13 +312,14 @@ def _smaller_model(
     """Return settings with each of which weights, activations and one KV block would fit."""
     dtype = resolve_dtype(config.model.dtype, spec)
     missing = plan.need + plan.block - plan.available
-    budget = plan.max_num_batched_tokens - ceil_div(missing, _token_bytes(spec, dtype))
+    budget = plan.max_num_batched_tokens - ceil_div(missing, token_bytes(spec, dtype))
     options = [f"max_num_batched_tokens={budget}"] if budget >= 1 else []
     if plan.tiers >= missing:
         options.insert(0, _smaller_tiers(config.cache, plan, missing))
-    if plan.weights - weight_bytes(spec, torch.bfloat16, backend, weights) >= missing:
+    shard = Shard(0, config.model.tensor_parallel_size)
+    if plan.weights - weight_bytes(spec, torch.bfloat16, backend, weights, shard=shard) >= missing:
         options.append("dtype=bfloat16")
-    quantization = _quantization(spec, backend, plan.weights - missing)
+    quantization = _quantization(spec, backend, plan.weights - missing, shard)
     if quantization and (weights is None or may_be_quantized(weights, quantization)):
         options.append(f"quantization={quantization}")
     if not options:
@@ -341,15 +347,14 @@ def _smaller_tiers(cache: CacheConfig, plan: MemoryPlan, missing: int) -> str:
     return f"leaving out {' and '.join(given)}"
 
 
-def _quantization(spec: ModelSpec, backend: Backend, most: int) -> str | None:
+def _quantization(spec: ModelSpec, backend: Backend, most: int, shard: Shard) -> str | None:
     """Return the quantization that loses least among those that leave at most `most` bytes of weights and are smaller
     than the backend's own; None if there is none.
     """
     names = list(backend.capabilities.quantizations)
     begin = 0 if backend.quantization is None else names.index(backend.quantization) + 1
-    return next(
-        (name for name in names[begin:] if weight_bytes(spec, torch.bfloat16, backend.quantized(name)) <= most), None
-    )
+    sizes = ((name, weight_bytes(spec, torch.bfloat16, backend.quantized(name), shard=shard)) for name in names[begin:])
+    return next((name for name, size in sizes if size <= most), None)
 
 
 def _longer_cache(plan: MemoryPlan, free: int) -> str:

@@ -42,9 +42,10 @@ SMALL_NUMBER = 0x3C
 
 def has_long_steps(model: LoadedModel) -> bool:
     """Return whether the steps of a model are long enough for a token budget to be chosen by an estimate: not those of
-    a small model, or on a GPU.
+    a small model, on a GPU, or of several ranks, which compute all layers each time.
     """
-    return model.decoder.device.type == "cpu" and _layer_bytes(model) >= WEIGHT_BYTES
+    is_here = model.decoder.device.type == "cpu" and model.leader is None
+    return is_here and _layer_bytes(model) >= WEIGHT_BYTES
 
 
 def estimate_cost(model: LoadedModel) -> CostModel:
@@ -52,7 +53,7 @@ def estimate_cost(model: LoadedModel) -> CostModel:
     spec, num_layers = model.spec, len(model.spec.layers)
     layer_bytes = max(_layer_bytes(model), 1)
     fewest = 1 + max(spec.layers.index(layer) for layer in set(spec.layers))  # one of each kind
-    if spec.token_input_size:  # of all layers at once
+    if spec.token_input_size or model.leader is not None:  # of all layers at once
         fewest = num_layers
     shorter = max(fewest, min(num_layers, ceil_div(WEIGHT_BYTES * num_layers, layer_bytes)))
 
@@ -64,6 +65,8 @@ def estimate_cost(model: LoadedModel) -> CostModel:
         times = {size: times[size] for size in (FEW, SOME)} | {size: seconds((0, size)) for size in LARGE_SIZES}
     cost = from_times(times)
     context = min(CONTEXT, spec.max_position)
+    if model.leader is not None:  # whose ranks have a cache of this size
+        context = min(context, model.plan.num_blocks // DECODES * model.plan.block_size)
     start = max(context - MANY, 0)
     per_pair = per_kv_token = 0.0
     if start >= MANY:  # else the differences are noise
@@ -102,6 +105,8 @@ def _seconds(model: LoadedModel, num_layers: int, chunks: Sequence[tuple[int, in
     """
     whole, block_size = model.decoder, model.plan.block_size
     longest = whole.spec.max_position
+    if model.leader is not None:
+        longest = min(longest, model.plan.num_blocks * block_size)
     tokens = sum(count for _, count in chunks)
     chunks = [(min(start, longest - 1), min(count, longest - min(start, longest - 1))) for start, count in chunks]
     ends = [start + count for start, count in chunks]
@@ -111,7 +116,7 @@ def _seconds(model: LoadedModel, num_layers: int, chunks: Sequence[tuple[int, in
     part = replace(
         model,
         spec=spec,
-        decoder=Decoder(spec, weights, whole.backend, dtype=whole.dtype),
+        decoder=whole if model.leader is not None else Decoder(spec, weights, whole.backend, dtype=whole.dtype),
         plan=replace(model.plan, num_blocks=sum(blocks), num_states=len(chunks) if model.plan.num_states else 0),
     )
     executor = part.make_executor()
@@ -144,4 +149,5 @@ def _layer_bytes(model: LoadedModel) -> int:
 def _head_bytes(model: LoadedModel) -> int:
     """Return the bytes of the weights of the output head."""
     decoder, spec = model.decoder, model.spec
-    return decoder.backend.weight_bytes((spec.vocab_size, spec.hidden_size), role=Role.HEAD, dtype=decoder.dtype)
+    num_ids = spec.vocab_size // (1 if model.leader is None else model.leader.group.shard.size)
+    return decoder.backend.weight_bytes((num_ids, spec.hidden_size), role=Role.HEAD, dtype=decoder.dtype)

@@ -27,6 +27,7 @@ from splitfuse.kernels.cpu.bindings import (
     Mamba,
     Mixture,
     Norm,
+    Rank,
     Router,
     ShortConv,
     States,
@@ -56,6 +57,7 @@ from splitfuse.kernels.cpu.stored import (
     stored_groups,
 )
 from splitfuse.kernels.drawing import Filter
+from splitfuse.kernels.group import Group
 from splitfuse.kernels.interface import (
     AttentionSpec,
     Backend,
@@ -115,6 +117,7 @@ class CpuBackend(Backend):
         own_threads=True,
         shares_weights=True,
         lends=True,
+        divides=True,
     )
 
     def __init__(
@@ -554,6 +557,18 @@ class CpuBackend(Backend):
         if (reason := uncovered(plan)) is not None:
             raise UnsupportedModelError(f"the C++ kernels do not compute {reason}: set kernels=reference")
         return FusedNetwork(self.library, plan)
+
+    # Groups
+
+    def gather_logits(self, x: Tensor, head: Weight, bias: Tensor | None, vocabulary: int, group: Group) -> Tensor:
+        check(x, torch.bfloat16)
+        ids, rank, size = group.shard.span(vocabulary), Rank.of(group), 4 * len(x) * vocabulary
+        assert (head.rows, head.columns) == (len(ids), x.shape[1]) and size <= group.logit_bytes
+        own = group.logits_address + 4 * ids.start
+        self.library.head(
+            *(rank.address, head.address, vector_address(bias, head.rows), x.data_ptr(), len(x), own, vocabulary)
+        )
+        return group.logits(len(x), vocabulary)
 
     # Loans
 

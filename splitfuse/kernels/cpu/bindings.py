@@ -22,8 +22,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from splitfuse.errors import ConfigError, KernelError
+from splitfuse.errors import ConfigError, KernelError, RankLostError
 from splitfuse.kernels import reference
+from splitfuse.kernels.group import Group
 from splitfuse.kernels.interface import (
     AttentionSpec,
     ConvSpec,
@@ -439,13 +440,13 @@ class Mlp(Struct):
     _fields_ = [*_fields(c_void_p, "up", "up_bias", "down", "down_bias"), ("activation", c_int32)]
 
     @classmethod
-    def of(cls, spec: MlpSpec, weights: MlpWeights, hidden: int) -> Mlp:
-        """Return the MLP with these weights, which the caller keeps alive."""
+    def of(cls, spec: MlpSpec, weights: MlpWeights, hidden: int, ranks: int = 1) -> Mlp:
+        """Return the MLP with these weights, which the caller keeps alive: those of one of `ranks` that gather."""
         up: Weight = weights.gate_up if spec.gated else weights.up
         down: Weight = weights.down
         assert spec.gated or spec.activation in reference.ACTIVATIONS
         assert bool(up.gated) == spec.gated and up.rows == spec.intermediate_size * (2 if spec.gated else 1)
-        assert down.columns == spec.intermediate_size and up.columns == down.rows == hidden
+        assert down.columns == ranks * spec.intermediate_size and up.columns == ranks * down.rows == hidden
         return cls(
             up.address,
             vector_address(weights.up_bias, up.rows),
@@ -609,15 +610,17 @@ class Mixture(Struct):
     ]
 
     @classmethod
-    def of(cls, layer: LayerWeights, spec: MlpSpec, *, top_k: int) -> Mixture:
-        """Return the mixture of a layer's experts; the caller keeps the weights alive."""
+    def of(cls, layer: LayerWeights, spec: MlpSpec, *, top_k: int, ranks: int = 1) -> Mixture:
+        """Return the mixture of a layer's experts; the caller keeps the weights alive: those of one of `ranks` that
+        gather.
+        """
         up, down = layer.w13 if spec.gated else layer.w1, layer.w2
-        num_experts, (hidden, inner) = len(up), (down[0].rows, down[0].columns)
+        num_experts, (hidden, inner) = len(up), (ranks * down[0].rows, down[0].columns // ranks)
         assert len(down) == num_experts >= top_k and (spec.gated or spec.activation in reference.ACTIVATIONS)
         for first, second in zip(up, down, strict=True):
             assert bool(first.gated) == spec.gated and first.columns == hidden
             assert first.rows == inner * (2 if spec.gated else 1)
-            assert not second.gated and (second.rows, second.columns) == (hidden, inner)
+            assert not second.gated and (ranks * second.rows, second.columns) == (hidden, ranks * inner)
             assert first.is_packed_as(up[0]) and second.is_packed_as(down[0])
         mixture = cls(activation=ACTIVATIONS[spec.activation], one_order=len({weight.order for weight in up}) == 1)
         mixture.choice.num_experts, mixture.choice.top_k = num_experts, top_k
@@ -630,7 +633,7 @@ class Mixture(Struct):
             setattr(mixture, name, ctypes.addressof(each))
         return mixture
 
-    def set_block(self, layer: LayerWeights, spec: ExpertsSpec, hidden: int) -> None:
+    def set_block(self, layer: LayerWeights, spec: ExpertsSpec, hidden: int, ranks: int = 1) -> None:
         """Give the mixture what a whole network reads of the layer."""
         router, gate = layer.router, layer.shared_gate
         assert router.rows == spec.router.num_experts == self.choice.num_experts and router.columns == hidden
@@ -638,7 +641,7 @@ class Mixture(Struct):
         self.router, self.router_bias = router.address, vector_address(layer.router_bias, router.rows)
         if spec.shared is not None:
             assert layer.shared is not None
-            self.shared = Mlp.of(spec.shared, layer.shared, hidden)
+            self.shared = Mlp.of(spec.shared, layer.shared, hidden, ranks)
         if spec.shared_gate:
             assert (gate.rows, gate.columns) == (1, hidden)
             self.shared_gate = gate.address
@@ -668,6 +671,26 @@ class Layer(Struct):
     ]
 
 
+class Rank(Struct):
+    """Describes this process as a rank of a group, which it keeps alive. It is `Group` in C++."""
+
+    group: Group
+    _fields_ = [
+        *_fields(c_int32, "rank", "size"),
+        *_fields(c_void_p, "meeting", "shared"),
+        *_fields(c_int64, "shared_bytes", "patience"),
+        ("reduce", c_void_p),
+        ("failed", c_int32),
+    ]
+
+    @classmethod
+    def of(cls, group: Group) -> Rank:
+        """Return the rank of this process."""
+        rank = cls(group.shard.rank, group.shard.size, group.address, group.buffers_address, group.buffer_bytes)
+        rank.patience, rank.group = int(1000 * group.patience), group
+        return rank
+
+
 class Network(Struct):
     """Describes all of a network but its head."""
 
@@ -680,6 +703,8 @@ class Network(Struct):
         *_fields(c_void_p, "token_inputs", "token_projection"),
         ("token_input_norm", Norm),
         ("token_input_size", c_int64),
+        ("group", c_void_p),
+        *_fields(c_int64, "first_id", "num_ids"),
     ]
 
 
@@ -702,6 +727,7 @@ FUNCTIONS: dict[str, tuple[list[Any], Any]] = {
     "conv": ([c_void_p] * 6, None),
     "mamba": ([c_void_p] * 7, c_int32),
     "network": ([c_void_p] * 4, c_int32),
+    "head": ([*[c_void_p] * 5, c_int64, c_void_p, c_int64], c_int32),
     "lend": ([c_void_p, c_void_p, c_void_p, c_int64, c_void_p, c_int64], c_int32),
     "deposit": ([c_void_p, c_int64, c_void_p, c_int64], c_int32),
     "route": ([c_void_p, c_void_p, c_void_p, c_int64, c_void_p, c_void_p], None),
@@ -718,10 +744,10 @@ FUNCTIONS: dict[str, tuple[list[Any], Any]] = {
 
 
 NEEDS_MEMORY = {
-    *("linear", "linear_heads", "activated", "attend", "delta", "mamba", "network", "lend", "experts"),
-    *("draw", "choose"),
+    *("linear", "linear_heads", "activated", "attend", "delta", "mamba", "network", "head", "lend"),
+    *("experts", "draw", "choose"),
 }
-"""Functions that return 1 without it."""
+"""Functions that return 1 without it, and some 2 if a rank of their group did not come."""
 PURE = {"weight_bytes", "store_bytes", "delta_floats", "conv_floats", "mamba_floats", "deposit"}
 """Functions that need no workspace."""
 
@@ -761,6 +787,8 @@ class Library:
         def call(*arguments: Any) -> Any:
             with self.lock:
                 result = function(self._workspace, *arguments)
+            if needs_memory and result == 2:
+                raise RankLostError("a rank of the tensor-parallel group has ended, or does not answer")
             if needs_memory and result:
                 raise RuntimeError("no memory for the kernels' workspace: choose a smaller max_num_batched_tokens")
             return result

@@ -25,6 +25,7 @@ from splitfuse.kernels.cpu.bindings import (
     Mlp,
     Network,
     Norm,
+    Rank,
     Recurrent,
     States,
     Step,
@@ -84,7 +85,11 @@ class FusedNetwork:
         self._attention = next((n for n, mixer in mixers if isinstance(mixer, AttentionSpec)), None)
         self._recurrent = next((n for n, mixer in mixers if isinstance(mixer, RecurrentSpec)), None)
         packed = isinstance(weights.embed, Weight)
-        vocabulary, hidden = (weights.embed.rows, weights.embed.columns) if packed else weights.embed.shape
+        num_ids, hidden = (weights.embed.rows, weights.embed.columns) if packed else weights.embed.shape
+        self._rank = None if plan.group is None else Rank.of(plan.group)
+        self._num_ranks = 1 if plan.group is None else plan.group.shard.size
+        ids = range(num_ids) if plan.group is None else plan.group.shard.span(plan.vocabulary)
+        assert len(ids) == num_ids
         if not packed:
             check(weights.embed, torch.bfloat16)
         for entry, spec, layer in zip(self._layers, plan.layers, weights.layers, strict=True):
@@ -100,12 +105,15 @@ class FusedNetwork:
             ctypes.addressof(self._layers),
             len(self._layers),
             hidden,
-            vocabulary,
+            num_ids if plan.group is None else plan.vocabulary,
             None if packed else weights.embed.data_ptr(),
             weights.embed.address if packed else None,
             positions,
             plan.embed_scale,
             Norm.of(plan.norm, weights.norm, weights.norm_bias, hidden),
+            group=None if self._rank is None else self._rank.address,
+            first_id=ids.start,
+            num_ids=num_ids,
         )
         if weights.token_inputs is not None:
             self._set_token_inputs(plan, hidden)
@@ -130,7 +138,7 @@ class FusedNetwork:
             self._set_experts(entry, spec.mlp, layer, hidden)
         elif spec.mlp is not None:
             assert layer.mlp is not None
-            entry.mlp = Mlp.of(spec.mlp, layer.mlp, hidden)
+            entry.mlp = Mlp.of(spec.mlp, layer.mlp, hidden, self._num_ranks)
         shared = spec.parallel and spec.shared_norm
         for name in ("attn_norm", "post_attn_norm", "mlp_norm", "post_mlp_norm"):
             source = "attn_norm" if shared and name == "mlp_norm" else name
@@ -149,24 +157,26 @@ class FusedNetwork:
         self._heads.append(heads)
         entry.heads = heads
         width = spec.num_heads * spec.head_dim
-        assert layer.qkv.columns == layer.o.rows == hidden
+        ranks = self._num_ranks
+        assert layer.qkv.columns == ranks * layer.o.rows == hidden
         if spec.latent is not None:
             entry.latent = Latent.of(spec.latent, spec.num_heads, layer)
             assert layer.o.columns == spec.num_heads * spec.latent.v_dim
         else:
-            assert layer.qkv.rows == projected_heads(spec) * spec.head_dim and layer.o.columns == width
+            assert layer.qkv.rows == projected_heads(spec) * spec.head_dim and layer.o.columns == ranks * width
         entry.qkv, entry.o = layer.qkv.address, layer.o.address
         entry.qkv_bias = vector_address(layer.qkv_bias, layer.qkv.rows)
-        entry.o_bias = vector_address(layer.o_bias, hidden)
+        entry.o_bias = vector_address(layer.o_bias, layer.o.rows)
         if spec.gate:
             gate = layer.attn_gate
             assert (gate.rows, gate.columns) == (width, hidden)
             entry.attn_gate = gate.address
 
     def _set_experts(self, entry: Layer, spec: ExpertsSpec, layer: LayerWeights, hidden: int) -> None:
-        mixture = Mixture.of(layer, spec.expert, top_k=spec.router.top_k)
-        mixture.set_block(layer, spec, hidden)
-        assert layer.w2[0].rows == hidden
+        ranks = self._num_ranks
+        mixture = Mixture.of(layer, spec.expert, top_k=spec.router.top_k, ranks=ranks)
+        mixture.set_block(layer, spec, hidden, ranks)
+        assert ranks * layer.w2[0].rows == hidden
         self._mixtures.append(mixture)
         entry.mixture = mixture.address
 

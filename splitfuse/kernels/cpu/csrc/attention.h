@@ -63,6 +63,7 @@ struct Attention {
     i64 layer = 0;
     float* lent = nullptr;      // for a debtor: where merged tiles go rather than to out, [T, H] of lent_floats()
     Channel* channel = nullptr; // to the debtor
+    i64 out_stride = 0;         // from token to token in out; 0: they lie side by side
 
     // Position of the item's request's first row.
     i64 start(const Item& item) const {
@@ -404,7 +405,8 @@ SF_INLINE void end_rows(const Attention& a, const Layout& kv, const Item& item, 
     for (i32 r = 0; r < item.rows; ++r) {
         i64 row = item.first + r;
         i64 token = a.step.query_start[item.request] + row / group;
-        u16* out = a.out + (token * a.heads.num_heads + item.head * group + row % group) * kv.value_dim;
+        const i64 stride = a.out_stride ? a.out_stride : a.heads.num_heads * kv.value_dim;
+        u16* out = a.out + token * stride + (item.head * group + row % group) * kv.value_dim;
         Floats total = broadcast(all.total[r]);
         for (i64 d = 0; d < kv.value_dim; d += LANES) {
             Floats value = load(all.values + r * kv.value_padded + d) / total;

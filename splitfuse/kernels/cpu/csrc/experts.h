@@ -206,11 +206,12 @@ SF_INLINE const u16* scaled_row(const u16* x, float factor, i64 columns, u16* ou
 
 // Computes a mixture: x [T, C] in bf16, ids and weights [T, k] -> out [T, C] in fp32. For every token it sums over its
 // experts in the order of its ids, and adds last, if there are any, what the shared expert gave, times its gate [T], and the
-// residual; out may be the residual itself.
+// residual; out may be the residual itself. A rank of a group computes the columns of out that its weights give; rows of out
+// and of the residual are `stride` apart.
 inline void experts(Team& team, Workspace& work, const Mixture& m, const u16* x, i64 tokens, const i32* ids, const float* weights,
-                    const float* shared, const u16* gates, const float* residual, float* out) {
+                    const float* shared, const u16* gates, const float* residual, float* out, i64 stride) {
     const i64 k = m.choice.top_k, pairs = tokens * k, most = most_visits(pairs, m.choice.num_experts);
-    const i64 hidden = m.down->rows, inner = m.down->columns;
+    const i64 hidden = m.up->columns, inner = m.down->columns, columns = m.down->rows;
     const i32* order = reinterpret_cast<const i32*>(work.order.data());
     u16* gated = reinterpret_cast<u16*>(work.gated.data());
     float* expert_out = reinterpret_cast<float*>(work.expert_out.data());
@@ -226,11 +227,13 @@ inline void experts(Team& team, Workspace& work, const Mixture& m, const u16* x,
     });
     multiply_visits(team, work, m.up, most, one, [&](const Visit& visit) {
         Output first;
-        first.activated = gated + visit.begin * inner;
+        first.activated = gated + visit.begin * inner + first_column(work.group, m.up->gated ? m.up->rows / 2 : m.up->rows);
+        first.stride = inner;
         first.activation = m.activation;
         if (m.up_bias) first.bias = m.up_bias[visit.expert];
         return first;
     });
+    gather(team, work.group);
     pack_visits(team, work, m.down, pairs, [&](i64 at) { return gated + at * inner; });
     multiply_visits(team, work, m.down, most, false, [&](const Visit& visit) {
         Output second;
@@ -241,17 +244,17 @@ inline void experts(Team& team, Workspace& work, const Mixture& m, const u16* x,
     });
     team.split(tokens, [&](i64 begin, i64 end) {
         for (i64 token = begin; token < end; ++token)
-            for (i64 c = 0; c < hidden; c += LANES) {
-                int count = static_cast<int>(std::min<i64>(hidden - c, LANES));
+            for (i64 c = 0; c < columns; c += LANES) {
+                int count = static_cast<int>(std::min<i64>(columns - c, LANES));
                 Floats total = broadcast(0.0f);
                 for (i64 pair = token * k; pair < (token + 1) * k; ++pair)
-                    total = fma(load(expert_out + pair * hidden + c, count), broadcast(m.scales_input ? 1.0f : weights[pair]), total);
+                    total = fma(load(expert_out + pair * columns + c, count), broadcast(m.scales_input ? 1.0f : weights[pair]), total);
                 if (shared) {
-                    const Floats more = load(shared + token * hidden + c, count);
+                    const Floats more = load(shared + token * columns + c, count);
                     total = total + (gates ? more * broadcast(widen(gates[token])) : more);
                 }
-                if (residual) total = load(residual + token * hidden + c, count) + total;
-                store(out + token * hidden + c, total, count);
+                if (residual) total = load(residual + token * stride + c, count) + total;
+                store(out + token * stride + c, total, count);
             }
     });
 }

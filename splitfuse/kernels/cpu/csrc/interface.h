@@ -293,6 +293,20 @@ struct Layer {
     float output_scale;              // of what the layer gives
 };
 
+// A rank of a tensor-parallel group, in which processes compute a network together: each has a share of its weights. Ranks
+// gather if there is a meeting, else they reduce. See group.h.
+struct Meeting;
+struct Group {
+    std::int32_t rank;
+    std::int32_t size;
+    Meeting* meeting;            // in memory that all ranks share
+    std::uint8_t* shared;        // there, for what all read of a step
+    std::int64_t shared_bytes;
+    std::int64_t patience;       // milliseconds that a rank waits for the others
+    std::int32_t (*reduce)(float* numbers, std::int64_t count);  // returns whether it failed
+    std::int32_t failed;         // set if a rank did not come: what the step has computed is of no use
+};
+
 // All of a network but its output head.
 struct Network {
     const Layer* layers;
@@ -308,6 +322,9 @@ struct Network {
     const Weight* token_projection;  // [L P, C], of the embedding
     Norm token_input_norm;           // [P]
     std::int64_t token_input_size;   // P
+    Group* group;                    // or null: this process computes it alone
+    std::int64_t first_id;           // of the rows of the embedding that are here
+    std::int64_t num_ids;
 };
 
 }  // namespace splitfuse

@@ -20,21 +20,32 @@ SF_INLINE Operand pack_read(Team& team, Workspace& work, const Weight& w, const 
     }, adapted, other);
 }
 
-// Says where what a block gives goes: onto x, or, if a norm comes first, to a buffer of its own.
-SF_INLINE Output block_output(const Workspace& work, const Layer& layer, const Norm& after, float* x) {
+// Says where what a block gives goes: onto x, or to a buffer of its own if it `branches`. Of either, a rank of a group that
+// gathers writes its own columns.
+SF_INLINE Output block_output(const Workspace& work, const Layer& layer, bool branches, i64 hidden, float* x) {
     Output out;
-    out.y = after.weight ? reinterpret_cast<float*>(work.branch.data()) : x;
-    out.residual = after.weight ? nullptr : x;
+    out.y = branches ? reinterpret_cast<float*>(work.branch.data()) : x;
+    if (gathers(work.group)) {
+        out.y += work.group->rank * (hidden / work.group->size);
+        out.stride = hidden;
+    }
+    out.residual = branches ? nullptr : out.y;
     out.scale = layer.residual_scale;
     return out;
 }
 
-// Adds to x what a block gave to the buffer, normed if there is a norm.
+// Returns whether what a block gives goes to a buffer rather than onto x: if a norm or a sum over ranks comes first.
+SF_INLINE bool branches_off(const Workspace& work, const Norm& after) { return after.weight || reduces(work.group); }
+
+// Adds to x what a block gave to the buffer, normed if there is a norm. Of an x that all ranks share, each takes a part of the
+// rows.
 inline void add_branch(Team& team, Workspace& work, const Norm& after, float scale, i64 rows, i64 columns, float* x) {
     const float* branch = reinterpret_cast<const float*>(work.branch.data());
     u16* row_buffer = reinterpret_cast<u16*>(work.own[team.rank].row.data());
-    team.split(rows, [&](i64 begin, i64 end) {
-        for (i64 row = begin; row < end; ++row) {
+    const i64 ranks = gathers(work.group) ? work.group->size : 1, rank = gathers(work.group) ? work.group->rank : 0;
+    const i64 first = rows * rank / ranks, last = rows * (rank + 1) / ranks;
+    team.split(last - first, [&](i64 begin, i64 end) {
+        for (i64 row = first + begin; row < first + end; ++row) {
             const float* source = branch + row * columns;
             float* to = x + row * columns;
             if (after.weight) norm_row(source, columns, after, row_buffer);
@@ -45,6 +56,15 @@ inline void add_branch(Team& team, Workspace& work, const Norm& after, float sca
             }
         }
     });
+}
+
+// Ends a block: what all ranks of a group give is there, and what went to the buffer is added to x.
+inline void end_block(Team& team, Workspace& work, bool branches, const Norm& after, float scale, i64 rows, i64 columns, float* x) {
+    gather(team, work.group);
+    if (!branches) return;
+    reduce(team, work.group, reinterpret_cast<float*>(work.branch.data()), rows * columns);
+    add_branch(team, work, after, scale, rows, columns, x);
+    gather(team, work.group);
 }
 
 inline void scale_rows(Team& team, float scale, i64 rows, i64 columns, float* x) {
@@ -142,8 +162,11 @@ inline void attention_block(Team& team, Workspace& work, const Step& step, const
         }
         rope_store(team, step, layer.heads, layer.store, qkv.y, queries);
     }
-    Attention attention{step, layer.heads, layer.store, queries, attn_out, work.own[team.rank].tile.data(), place / LORA_TARGETS};
+    u16* own_out = attn_out + first_column(work.group, width);
+    Attention attention{step, layer.heads, layer.store, queries, own_out, work.own[team.rank].tile.data(), place / LORA_TARGETS};
+    if (gathers(work.group)) attention.out_stride = layer.o->columns;
     attend(team, attention, work.find_items(layer.heads, layer.store)->items, reinterpret_cast<float*>(work.partials.data()));
+    gather(team, work.group);
 
     out.bias = layer.o_bias;
     if (layer.attn_gate) {
@@ -219,14 +242,17 @@ inline void reserve_recurrent_block(Workspace& work, const Step& step, const Rec
 
 // Computes an MLP of rows that are packed; `adapted` is what adapters add to `up`.
 inline void mlp_block(Team& team, Workspace& work, const Mlp& mlp, const Operand& operand, Output out, const Adapted& adapted = {}) {
+    u16* gated = reinterpret_cast<u16*>(work.gated.data());
     Output inner;
     inner.adapted = adapted;
-    inner.activated = reinterpret_cast<u16*>(work.gated.data());
+    inner.activated = gated + first_column(work.group, mlp.up->gated ? mlp.up->rows / 2 : mlp.up->rows);
+    inner.stride = mlp.down->columns;
     inner.bias = mlp.up_bias;
     inner.activation = mlp.activation;
     multiply(team, operand, *mlp.up, inner);
+    gather(team, work.group);
     out.bias = mlp.down_bias;
-    linear(team, inner.activated, operand.rows, *mlp.down, work.memory(team.rank), out);
+    linear(team, gated, operand.rows, *mlp.down, work.memory(team.rank), out);
 }
 
 inline void reserve_mlp_block(Workspace& work, const Mlp& mlp, i64 tokens) {
@@ -235,7 +261,9 @@ inline void reserve_mlp_block(Workspace& work, const Mlp& mlp, i64 tokens) {
 }
 
 // Returns whether a layer's experts give their sum to the buffer rather than onto x.
-SF_INLINE bool branches_off(const Layer& layer) { return layer.post_mlp_norm.weight || layer.residual_scale != 1.0f; }
+SF_INLINE bool experts_branch_off(const Workspace& work, const Layer& layer) {
+    return branches_off(work, layer.post_mlp_norm) || layer.residual_scale != 1.0f;
+}
 
 // Writes the sum of what the experts and what the shared MLP give, each normed, plus the residual if there is one.
 inline void add_normed(Team& team, Workspace& work, const Mixture& m, const float* experts, const float* shared, i64 rows, i64 columns,
@@ -259,7 +287,7 @@ inline void add_normed(Team& team, Workspace& work, const Mixture& m, const floa
 // Computes a layer's experts of `normed`, what they read of x, the residual stream.
 inline void experts_block(Team& team, Workspace& work, const Layer& layer, i64 tokens, float* x) {
     const Mixture& m = *layer.mixture;
-    const i64 hidden = m.down->rows;
+    const i64 hidden = m.up->columns;
     const u16* normed = reinterpret_cast<const u16*>(work.normed.data());
     const u16* read = normed;
     i32* ids = reinterpret_cast<i32*>(work.ids.data());
@@ -281,19 +309,19 @@ inline void experts_block(Team& team, Workspace& work, const Layer& layer, i64 t
     if (m.shared.up) {
         shared.y = reinterpret_cast<float*>(work.shared_out.data());
         mlp_block(team, work, m.shared, pack_activations(team, *m.shared.up, tokens, memory, [&](i64 row) { return normed + row * hidden; }), shared);
+        gather(team, work.group);  // the experts overwrite what the ranks have read
     }
     if (m.shared_gate) {
         gates.activated = reinterpret_cast<u16*>(work.shared_gates.data());
         gates.activation = SIGMOID;
         linear(team, normed, tokens, *m.shared_gate, memory, gates);
     }
-    const bool branches = branches_off(layer);
-    float* out = branches ? reinterpret_cast<float*>(work.branch.data()) : x;
-    const float* residual = branches ? nullptr : x;
-    if (!m.router_norm.weight) return experts(team, work, m, read, tokens, ids, weights, shared.y, gates.activated, residual, out);
+    const Output out = block_output(work, layer, experts_branch_off(work, layer), hidden, x);
+    if (!m.router_norm.weight)
+        return experts(team, work, m, read, tokens, ids, weights, shared.y, gates.activated, out.residual, out.y, hidden);
     float* sum = reinterpret_cast<float*>(work.expert_sum.data());
-    experts(team, work, m, read, tokens, ids, weights, nullptr, nullptr, nullptr, sum);
-    add_normed(team, work, m, sum, shared.y, tokens, hidden, residual, out);
+    experts(team, work, m, read, tokens, ids, weights, nullptr, nullptr, nullptr, sum, hidden);
+    add_normed(team, work, m, sum, shared.y, tokens, hidden, out.residual, out.y);
 }
 
 inline void reserve_experts_block(Workspace& work, const Mixture& m, i64 tokens) {
@@ -352,24 +380,26 @@ inline void run_layer(Team& team, Workspace& work, const Step& step, const Layer
     u16* normed = reinterpret_cast<u16*>(work.normed.data());
     if (layer.parallel) read_rows(team, x, tokens, hidden, layer.mlp_norm, normed);  // before the mixer adds to x
     if (layer.qkv || layer.recurrent.in_proj) {
-        const Output out = block_output(work, layer, layer.post_attn_norm, x);
+        const bool branches = branches_off(work, layer.post_attn_norm);
+        const Output out = block_output(work, layer, branches, hidden, x);
         if (layer.qkv) attention_block(team, work, step, layer, place, x, out);
         else recurrent_block(team, work, step, layer, x, out);
-        if (layer.post_attn_norm.weight) add_branch(team, work, layer.post_attn_norm, layer.residual_scale, tokens, hidden, x);
+        end_block(team, work, branches, layer.post_attn_norm, layer.residual_scale, tokens, hidden, x);
     }
     if (layer.mixture) {
         if (!layer.parallel) read_rows(team, x, tokens, hidden, layer.mlp_norm, normed);
         experts_block(team, work, layer, tokens, x);
-        if (branches_off(layer)) add_branch(team, work, layer.post_mlp_norm, layer.residual_scale, tokens, hidden, x);
+        end_block(team, work, experts_branch_off(work, layer), layer.post_mlp_norm, layer.residual_scale, tokens, hidden, x);
     } else if (layer.mlp.up) {
         const Adapted adapted = work.adapted(team.rank, step.lora, tokens, place + LORA_UP);
         Operand operand = layer.parallel
             ? pack_activations(team, *layer.mlp.up, tokens, work.memory(team.rank), [&](i64 row) { return normed + row * hidden; }, adapted)
             : pack_read(team, work, *layer.mlp.up, x, tokens, layer.mlp_norm, adapted);
-        Output out = block_output(work, layer, layer.post_mlp_norm, x);
+        const bool branches = branches_off(work, layer.post_mlp_norm);
+        Output out = block_output(work, layer, branches, hidden, x);
         out.adapted = work.adapted(team.rank, step.lora, tokens, place + LORA_DOWN);
         mlp_block(team, work, layer.mlp, operand, out, adapted);
-        if (layer.post_mlp_norm.weight) add_branch(team, work, layer.post_mlp_norm, layer.residual_scale, tokens, hidden, x);
+        end_block(team, work, branches, layer.post_mlp_norm, layer.residual_scale, tokens, hidden, x);
     }
     if (layer.token_input.gate) token_input_block(team, work, layer.token_input, input, stride, tokens, x);
     if (layer.output_scale != 1.0f) scale_rows(team, layer.output_scale, tokens, hidden, x);
@@ -383,7 +413,8 @@ inline void reserve_layer(Workspace& work, const Step& step, const Layer& layer,
     else if (layer.mlp.up) reserve_mlp_block(work, layer.mlp, tokens);
     if (layer.token_input.gate) reserve_token_input(work, layer.token_input, tokens);
     if (layer.parallel || layer.mixture) work.normed.reserve(tokens * hidden * 2);
-    if (layer.post_attn_norm.weight || layer.post_mlp_norm.weight || (layer.mixture && branches_off(layer)))
+    const bool is_normed = layer.post_attn_norm.weight || layer.post_mlp_norm.weight;
+    if (is_normed || reduces(work.group) || (layer.mixture && experts_branch_off(work, layer)))
         work.branch.reserve(tokens * hidden * 4);
 }
 
@@ -393,13 +424,20 @@ inline void embed_step(Team& team, const Step& step, const Network& network, flo
     team.split(step.tokens, [&](i64 begin, i64 end) {
         for (i64 token = begin; token < end; ++token) {
             float* row = x + token * hidden;
-            embed_row(step.ids[token], network.table, network.packed_table, hidden, row);
+            const i64 id = step.ids[token] - network.first_id;
+            if (id < 0 || id >= network.num_ids) {  // another rank writes the row, or adds it
+                if (!gathers(network.group)) std::fill(row, row + hidden, 0.0f);
+                continue;
+            }
+            embed_row(static_cast<i32>(id), network.table, network.packed_table, hidden, row);
             if (network.embed_scale != 1.0f)
                 for (i64 c = 0; c < hidden; ++c) row[c] *= network.embed_scale;
             if (network.positions)
                 for (i64 c = 0; c < hidden; ++c) row[c] += widen(network.positions[step.positions[token] * hidden + c]);
         }
     });
+    gather(team, network.group);
+    reduce(team, network.group, x, step.tokens * hidden);
 }
 
 // Writes the input of each layer's own, [T, L, P]: what the embedding x is projected to, normed, and what is looked up.
@@ -432,10 +470,36 @@ inline void reserve_token_inputs(Workspace& work, const Network& network, i64 to
     work.reserve_rows(network.token_input_size);
 }
 
+// Lets the buffers that all ranks read lie in the memory which they share. Their sizes are those of the whole network.
+inline void place_shared(Workspace& work, const Step& step, const Network& network) {
+    const i64 tokens = step.tokens;
+    i64 attn_columns = 0, gated_columns = 0, at = 0;
+    for (i64 i = 0; i < network.num_layers; ++i) {
+        const Layer& layer = network.layers[i];
+        if (layer.o) attn_columns = std::max(attn_columns, layer.o->columns);
+        if (layer.mlp.up) gated_columns = std::max(gated_columns, layer.mlp.down->columns);
+        if (const Mixture* m = layer.mixture) {
+            gated_columns = std::max(gated_columns, m->choice.top_k * m->down->columns);
+            if (m->shared.up) gated_columns = std::max(gated_columns, m->shared.down->columns);
+        }
+    }
+    auto place = [&](Buffer& buffer, i64 bytes) {
+        if (at + align_up(bytes) > network.group->shared_bytes) throw std::bad_alloc();
+        buffer.borrow(network.group->shared + at, bytes);
+        at += align_up(bytes);
+    };
+    place(work.hidden, tokens * network.hidden * 4);
+    place(work.branch, tokens * network.hidden * 4);
+    place(work.attn_out, tokens * attn_columns * 2);
+    place(work.gated, tokens * gated_columns * 2);
+}
+
 // Computes a network, from token ids to the normed rows [R, C] in bf16 that the head is applied to.
 inline void run_network(Workspace& work, const Step& step, const Network& network, u16* rows) {
     const i64 hidden = network.hidden;
     work.begin_step();
+    work.group = network.group;
+    if (gathers(work.group)) place_shared(work, step, network);
     work.hidden.reserve(step.tokens * hidden * 4);
     work.reserve_rows(hidden);
     work.reserve_lora(step.lora, step.tokens);
@@ -453,7 +517,10 @@ inline void run_network(Workspace& work, const Step& step, const Network& networ
         team.split(step.num_rows, [&](i64 begin, i64 end) {
             for (i64 row = begin; row < end; ++row) norm_row(x + step.rows[row] * hidden, hidden, network.norm, rows + row * hidden);
         });
+        gather(team, work.group);  // the next step overwrites x
     });
+    if (gathers(work.group))
+        for (Buffer* each : {&work.hidden, &work.branch, &work.attn_out, &work.gated}) each->give_back();
 }
 
 }  // namespace SF_VARIANT

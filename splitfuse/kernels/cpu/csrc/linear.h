@@ -259,7 +259,7 @@ SF_INLINE Floats clamped_swiglu(Floats gate, Floats up) {
 struct Output {
     float* y = nullptr;              // [rows, N]; may be the residual itself
     u16* activated = nullptr;        // [rows, N], of a gated weight [rows, N / 2]
-    i64 stride = 0;                  // from row to row of an ungated weight's y or `activated`, if it is not N
+    i64 stride = 0;                  // from row to row of y or `activated`, if it is not their N
     const u16* bias = nullptr;       // [N]
     const float* residual = nullptr; // [rows, N]
     float scale = 1.0f;
@@ -301,7 +301,7 @@ SF_INLINE void put_gated(const Output& out, Floats gate, Floats up, i64 row, i64
         up = up + load_bf16(out.bias + width + column, count);
     }
     Floats value = out.activation == CLAMPED_SWIGLU ? clamped_swiglu(gate, up) : activate(gate, out.activation) * up;
-    u16* at = out.activated + row * width + column;
+    u16* at = out.activated + row * (out.stride ? out.stride : width) + column;
     if (count == LANES) store_bf16(at, value);
     else store_bf16(at, value, count);
 }
@@ -590,7 +590,7 @@ SF_INLINE void multiply_whole(Team& team, const Operand& x, const Weight& w, con
 inline void multiply(Team& team, const Operand& x, const Weight& w, const Output& out) {
     if (!w.parts) return multiply_whole(team, x, w, out);
     Output of_part = out;
-    of_part.stride = w.rows;
+    of_part.stride = out.stride ? out.stride : w.rows;
     Operand read = x;
     for (i64 i = 0; i < w.num_parts; ++i) {
         const i64 rows = w.parts[i].rows;

@@ -134,8 +134,27 @@ SF_EXPORT(void, conv)(Workspace* work, const Step* step, const ShortConv* conv, 
     parallel(work->num_threads, [&](Team& team) { short_conv(team, *step, *conv, *states, x, out); });
 }
 
+// Returns 0, 1 without memory, or 2 if a rank of the network's group did not come.
 SF_EXPORT(i32, network)(Workspace* work, const Step* step, const Network* network, u16* rows) {
-    return guarded([&] { run_network(*work, *step, *network, rows); });
+    const i32 out_of_memory = guarded([&] { run_network(*work, *step, *network, rows); });
+    return out_of_memory ? 1 : network->group && network->group->failed ? 2 : 0;
+}
+
+// Applies a rank's rows of the output head to x [rows, C]; its logits go to y, whose rows are `stride` apart. When it returns,
+// those of all ranks of a group that gathers are there. Returns as network() does.
+SF_EXPORT(i32, head)(Workspace* work, Group* group, const Weight* head, const u16* bias, const u16* x, i64 rows, float* y, i64 stride) {
+    const i32 out_of_memory = guarded([&] {
+        work->reserve_operand(*head, rows);
+        Output out;
+        out.y = y;
+        out.stride = stride;
+        out.bias = bias;
+        parallel(work->num_threads, [&](Team& team) {
+            linear(team, x, rows, *head, work->memory(team.rank), out);
+            gather(team, group);
+        });
+    });
+    return out_of_memory ? 1 : group->failed ? 2 : 0;
 }
 
 // Answers the debtor of a loan until it is closed: see lending.h.
@@ -155,8 +174,9 @@ SF_EXPORT(void, route)(Workspace* work, const Router* router, float* logits, i64
 
 SF_EXPORT(i32, experts)(Workspace* work, const Mixture* mixture, const u16* x, i64 tokens, const i32* ids, const float* weights, float* out) {
     return guarded([&] {
+        work->group = nullptr;
         reserve_experts(*work, *mixture, tokens);
-        parallel(work->num_threads, [&](Team& team) { experts(team, *work, *mixture, x, tokens, ids, weights, nullptr, nullptr, nullptr, out); });
+        parallel(work->num_threads, [&](Team& team) { experts(team, *work, *mixture, x, tokens, ids, weights, nullptr, nullptr, nullptr, out, mixture->down->rows); });
     });
 }
 

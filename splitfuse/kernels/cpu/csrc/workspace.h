@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "attention.h"
+#include "group.h"
 
 namespace splitfuse {
 namespace SF_VARIANT {
@@ -15,10 +16,25 @@ class Buffer {
     Buffer() = default;
     Buffer(const Buffer&) = delete;
     Buffer& operator=(const Buffer&) = delete;
-    ~Buffer() { std::free(data_); }
+    ~Buffer() { give_back(); }
+
+    // Uses memory of others, which does not grow, until it is given back.
+    void borrow(u8* data, i64 bytes) {
+        give_back();
+        data_ = data;
+        size_ = bytes;
+        is_borrowed_ = true;
+    }
+    void give_back() {
+        if (!is_borrowed_) std::free(data_);
+        data_ = nullptr;
+        size_ = 0;
+        is_borrowed_ = false;
+    }
 
     u8* reserve(i64 bytes) {
         if (bytes > size_) {
+            if (is_borrowed_) throw std::bad_alloc();
             std::free(data_);
             size_ = 0;
             data_ = static_cast<u8*>(std::aligned_alloc(64, align_up(bytes)));
@@ -32,6 +48,7 @@ class Buffer {
   private:
     u8* data_ = nullptr;
     i64 size_ = 0;
+    bool is_borrowed_ = false;
 };
 
 // The pairs of one expert in their order, from `begin` to `end` - 1, and where their operand lies. See experts.h.
@@ -55,6 +72,7 @@ struct Workspace {
     explicit Workspace(int num_threads) : num_threads(num_threads), own(num_threads) {}
 
     const int num_threads;
+    Group* group = nullptr;  // of the network that is computed
     Buffer operand, hidden, normed, branch, qkv, attn_gate, queries, attn_out, gates, gated, partials, token_inputs;
     Buffer compressed, latent_queries, latent_values;  // of latent attention
     Buffer queries_keys, gated_heads;  // of Mamba

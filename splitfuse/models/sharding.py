@@ -1,0 +1,149 @@
+"""Divides a network among the ranks of a tensor-parallel group, which compute it together.
+
+A rank has its heads, its part of the inner elements of each MLP and expert, and of the rows of o, down, embedding and
+output head. It reads all columns of each: so every sum is that of one process, to the last bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from splitfuse.errors import ConfigError
+from splitfuse.kernels.batch import RaggedBatch
+from splitfuse.kernels.drawing import Filter
+from splitfuse.kernels.group import Group
+from splitfuse.kernels.interface import AttentionSpec, Backend, ExpertsSpec, LayerSpec, MlpSpec, NetworkWeights
+from splitfuse.models.decoder import Decoder
+from splitfuse.models.kv_cache import KVCache
+from splitfuse.models.spec import ModelSpec
+
+DIVIDED = frozenset(
+    [
+        *("embed", "head", "head_bias", "qkv", "qkv_bias", "sinks", "o", "o_bias", "w13", "w1", "w1_bias"),
+        *("w2", "w2_bias"),
+        *(f"{mlp}.{name}" for mlp in ("mlp", "shared") for name in ("gate_up", "up", "up_bias", "down", "down_bias")),
+    ]
+)
+"""Names of the weights that ranks divide by rows; of the others each has a copy."""
+
+
+def rank_spec(spec: ModelSpec, size: int) -> ModelSpec:
+    """Return the network of which a rank of `size` computes all: with its heads and inner elements."""
+    return spec if size == 1 else replace(spec, layers=tuple(_rank_layer(layer, size) for layer in spec.layers))
+
+
+def _rank_layer(layer: LayerSpec, size: int) -> LayerSpec:
+    mixer, mlp = layer.mixer, layer.mlp
+    if isinstance(mixer, AttentionSpec):
+        mixer = replace(mixer, num_heads=mixer.num_heads // size, num_kv_heads=mixer.num_kv_heads // size)
+    if isinstance(mlp, ExpertsSpec):
+        shared = None if mlp.shared is None else _rank_mlp(mlp.shared, size)
+        mlp = replace(mlp, expert=_rank_mlp(mlp.expert, size), shared=shared)
+    elif mlp is not None:
+        mlp = _rank_mlp(mlp, size)
+    return replace(layer, mixer=mixer, mlp=mlp)
+
+
+def _rank_mlp(spec: MlpSpec, size: int) -> MlpSpec:
+    return replace(spec, intermediate_size=spec.intermediate_size // size)
+
+
+def check_ranks(spec: ModelSpec, backend: Backend, size: int) -> None:
+    """Raise ConfigError, naming a number of ranks that would do, unless `size` ranks can compute the network."""
+    if size == 1:
+        return
+    if not backend.capabilities.divides:
+        raise ConfigError(
+            f"tensor_parallel_size={size} needs the C++ kernels, and here are {backend.capabilities.name}: leave it out"
+        )
+    if (reason := next(filter(None, map(_obstacle, set(spec.layers))), None)) is not None:
+        raise ConfigError(f"tensor_parallel_size={size} cannot be used: the model has {reason}; leave it out")
+    sizes = dict.fromkeys(_sizes(spec))
+    if wrong := next(((name, length) for name, length in sizes if length % size), None):
+        fitting = [str(each) for each in range(1, size) if not any(length % each for _, length in sizes)]
+        raise ConfigError(
+            f"tensor_parallel_size={size} does not divide the {wrong[1]} {wrong[0]} of the model: it can be "
+            f"{' or '.join(fitting)}"
+        )
+
+
+def _sizes(spec: ModelSpec) -> list[tuple[str, int]]:
+    """Return what ranks must be able to divide evenly, by name."""
+    sizes = [("elements of hidden states", spec.hidden_size)]
+    for layer in spec.layers:
+        mlps = (layer.mlp,)
+        if isinstance(layer.mlp, ExpertsSpec):
+            mlps = (layer.mlp.expert, layer.mlp.shared)
+        if isinstance(layer.mixer, AttentionSpec):
+            sizes.append(("key/value heads", layer.mixer.num_kv_heads))
+        sizes += [("inner elements of an MLP", mlp.intermediate_size) for mlp in mlps if isinstance(mlp, MlpSpec)]
+    return sizes
+
+
+def _obstacle(layer: LayerSpec) -> str | None:
+    """Return what a layer has that ranks cannot divide, if anything."""
+    mixer, mlp = layer.mixer, layer.mlp
+    if not isinstance(mixer, AttentionSpec | None):
+        return "layers with a recurrent state"
+    if mixer is not None:
+        norms = mixer.qk_norm
+        for found, what in (
+            (mixer.latent, "latent attention"),
+            (mixer.gate, "a gate of attention"),
+            (mixer.alibi, "ALiBi, whose slopes depend on all heads"),
+            (norms and norms.whole_row, "norms over all heads of queries and keys"),
+            (norms and norms.own_weights, "norms with weights of each head"),
+        ):
+            if found:
+                return what
+    if isinstance(mlp, ExpertsSpec) and mlp.own_norm is not None:
+        return "norms of experts of their own"
+    if layer.token_input is not None or layer.output_scale:
+        return "layers with an input or a scale of their own"
+    return None
+
+
+class RankDecoder(Decoder):
+    """Computes the part of one rank. All ranks must be given the same batches and rows of hidden states, in the same
+    order; then each has the hidden states and logits of the whole network.
+
+    Raises RankLostError if another rank has ended, or does not come in time.
+    """
+
+    def __init__(
+        self, spec: ModelSpec, weights: NetworkWeights, backend: Backend, *, dtype: torch.dtype, group: Group
+    ) -> None:
+        super().__init__(spec, weights, backend, dtype=dtype, group=group)
+        self.group = group
+        self.on_step: Callable[[RaggedBatch], None] = lambda _: None
+        """Called with each batch that is about to be computed: what the other ranks must compute too."""
+        self.on_head: Callable[[Tensor], None] = lambda _: None
+        """Called with each rows of hidden states that the output head is about to be applied to."""
+
+    def forward(self, batch: RaggedBatch, kv_cache: KVCache) -> Tensor:
+        begin = batch.on_start
+
+        def start() -> None:  # only once the batch is known to be one that can be computed
+            self.on_step(batch)
+            begin()
+
+        batch.on_start = start
+        return super().forward(batch, kv_cache)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        found = super().logits(hidden)
+        return found.clone() if found.data_ptr() == self.group.logits_address else found  # the next ones overwrite them
+
+    def head_products(self, hidden: Tensor) -> Tensor:
+        self.on_head(hidden)
+        weights = self.weights
+        return self.backend.gather_logits(hidden, weights.head, weights.head_bias, self.spec.vocab_size, self.group)
+
+    def choose(
+        self, hidden: Tensor, filters: Sequence[Filter] = (), numbers: Sequence[float] = ()
+    ) -> tuple[list[int], list[float]]:
+        return self.backend.choose_from(super().logits(hidden), filters, numbers)

@@ -1,0 +1,87 @@
+"""Runs a follower: `python -m splitfuse.runtime.parallel.follower FD`, started by leader.py.
+
+FD is a connected socket that it inherits. The first message on it is a FollowerSpec; tasks follow, of which each gives
+this rank's part of what the leader computes at the same time. It ends with the leader.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import select
+import signal
+import sys
+import threading
+import traceback
+from multiprocessing.connection import Connection
+
+import msgspec
+import torch
+
+from splitfuse.errors import RankLostError, SplitfuseError
+from splitfuse.kernels.group import Group, Shard
+from splitfuse.runtime.loading import load_rank
+from splitfuse.runtime.parallel.messages import (
+    ComputeStep,
+    FollowerSpec,
+    RankFailed,
+    RankReady,
+    encode,
+    receive_task,
+)
+
+
+def main() -> None:
+    """Compute what the leader asks for until it closes the connection."""
+    for number in (signal.SIGINT, signal.SIGTERM):  # a terminal and systemd signal all of us: the leader decides
+        signal.signal(number, signal.SIG_IGN)
+    logging.basicConfig(format="%(message)s", level=logging.ERROR)  # the leader says the rest
+    connection = Connection(int(sys.argv[1]))
+    try:
+        spec = msgspec.msgpack.decode(connection.recv_bytes(), type=FollowerSpec)
+        threading.Thread(target=_end_with, args=(connection.fileno(),), daemon=True).start()
+        _follow(connection, spec)
+    except (EOFError, ConnectionError):  # the leader has ended
+        pass
+    except RankLostError as error:  # which the leader knows, or will notice by our end
+        connection.send_bytes(encode(RankFailed(str(error))))
+    except SplitfuseError as error:
+        connection.send_bytes(encode(RankFailed(str(error), type(error).__name__)))
+    except BaseException as error:
+        traceback.print_exc()
+        connection.send_bytes(encode(RankFailed(repr(error))))
+    os._exit(0)
+
+
+def _follow(connection: Connection, spec: FollowerSpec) -> None:
+    group = Group(
+        spec.memory,
+        Shard(spec.rank, spec.config.model.tensor_parallel_size),
+        logit_bytes=spec.logit_bytes,
+        patience=spec.patience,
+    )
+    os.close(spec.memory)
+    try:
+        decoder, kv_cache = load_rank(spec.config, group, digest=spec.digest)
+        connection.send_bytes(encode(RankReady()))
+        with torch.inference_mode():
+            while True:
+                task = receive_task(connection)
+                if isinstance(task, ComputeStep):
+                    decoder.forward(task.batch, kv_cache)
+                else:
+                    decoder.head_products(task.hidden)
+    finally:
+        group.end()  # the others wait for us in vain
+
+
+def _end_with(connection: int) -> None:
+    """End this process when the leader does, whatever it is doing."""
+    poller = select.poll()
+    poller.register(connection, select.POLLRDHUP)
+    poller.poll()
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,98 @@
+"""Defines what the ranks of a group tell each other, in MessagePack: the leader what is to be computed, a follower that
+it can compute.
+"""
+
+from __future__ import annotations
+
+from multiprocessing.connection import Connection
+from typing import TypeAlias
+
+import msgspec
+import torch
+
+from splitfuse.config import EngineConfig
+from splitfuse.kernels.batch import RaggedBatch
+
+
+class FollowerSpec(msgspec.Struct, frozen=True):
+    """Holds everything that a follower is started with."""
+
+    config: EngineConfig
+    """Settings, of which the memory plan has settled the sizes."""
+    rank: int
+    memory: int
+    """Descriptor of the memory of the group."""
+    logit_bytes: int
+    patience: float
+    digest: str
+    """Name of the model's files, which must be those of the leader."""
+
+
+class ComputeStep(msgspec.Struct, frozen=True, tag="step"):
+    """Asks for a step."""
+
+    num_tokens: int
+    num_requests: int
+    table_width: int
+    num_rows: int
+    packed: bytes
+
+    @classmethod
+    def of(cls, batch: RaggedBatch) -> ComputeStep:
+        """Return the message for a batch, which has neither adapters nor loans."""
+        assert batch.adapters is None and not batch.loans
+        sizes = (batch.num_tokens, batch.num_requests, batch.table_width, batch.num_rows)
+        return cls(*sizes, batch.packed.numpy().tobytes())
+
+    @property
+    def batch(self) -> RaggedBatch:
+        """Return the batch."""
+        packed = torch.frombuffer(bytearray(self.packed), dtype=torch.int32)
+        return RaggedBatch(packed, self.num_tokens, self.num_requests, self.table_width, self.num_rows)
+
+
+class ComputeHead(msgspec.Struct, frozen=True, tag="head"):
+    """Asks for the logits of rows of hidden states, in bf16."""
+
+    num_rows: int
+    rows: bytes
+
+    @classmethod
+    def of(cls, hidden: torch.Tensor) -> ComputeHead:
+        """Return the message for rows of hidden states."""
+        return cls(len(hidden), hidden.contiguous().view(torch.uint8).numpy().tobytes())
+
+    @property
+    def hidden(self) -> torch.Tensor:
+        """Return the rows."""
+        return torch.frombuffer(bytearray(self.rows), dtype=torch.bfloat16).view(self.num_rows, -1)
+
+
+class RankReady(msgspec.Struct, frozen=True, tag="ready"):
+    """Says that a follower can compute."""
+
+
+class RankFailed(msgspec.Struct, frozen=True, tag="failed"):
+    """Says why a follower ends."""
+
+    error: str
+    kind: str = ""
+    """Class of the error, if it is one of errors.py."""
+
+
+Task: TypeAlias = ComputeStep | ComputeHead
+News: TypeAlias = RankReady | RankFailed
+
+encode = msgspec.msgpack.Encoder().encode
+_decode_task = msgspec.msgpack.Decoder(Task).decode
+_decode_news = msgspec.msgpack.Decoder(News).decode
+
+
+def receive_task(connection: Connection) -> Task:
+    """Wait for the next task. Raises EOFError if the leader has ended."""
+    return _decode_task(connection.recv_bytes())
+
+
+def receive_news(connection: Connection) -> News:
+    """Wait for the next news. Raises EOFError if the follower has ended."""
+    return _decode_news(connection.recv_bytes())

@@ -1,0 +1,132 @@
+"""An engine of several processes gives the tokens and logprobs of one, to the last bit. It ends when one of them does:
+its requests go on elsewhere.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import pytest
+import tiny_models
+from router_streams import read, requests, run, running, until
+
+from splitfuse.config import EngineConfig
+from splitfuse.core.sampling_params import SamplingParams
+from splitfuse.engine.engine import Engine
+from splitfuse.engine.messages import Add
+from splitfuse.engine.remote import supervisor
+from splitfuse.engine.remote.launcher import SubprocessLauncher
+from splitfuse.engine.remote.supervisor import SupervisedEngine
+from splitfuse.engine.thread import AsyncEngine
+from splitfuse.errors import RankLostError
+from splitfuse.runtime.loading import load_model
+
+SETTINGS = {"num_blocks": 200, "max_num_batched_tokens": 128, "max_num_seqs": 4, "dtype": "bfloat16"}
+
+
+def config(ranks: int, **settings: Any) -> EngineConfig:
+    return EngineConfig.from_settings({**SETTINGS, "tensor_parallel_size": ranks, "num_threads": 1, **settings})
+
+
+def wanted(vocab_size: int) -> list[Add]:
+    """Greedy and seeded requests; one wants the logprobs of its prompt, one those of tokens."""
+    rng, made = Random(4), []
+    for number, length in enumerate((1, 150, 40, 70, 9, 33)):
+        sampling: dict[str, Any] = {"temperature": 0.9, "seed": number} if number % 2 else {"temperature": 0.0}
+        if number == 2:
+            sampling["prompt_logprobs"] = 2
+        if number == 3:
+            sampling["logprobs"] = 3
+        params = SamplingParams(max_tokens=12, ignore_eos=True, **sampling)
+        made.append(Add(str(number), tuple(rng.randrange(5, vocab_size) for _ in range(length)), params))
+    return made
+
+
+def outcomes(engine: Engine) -> dict[str, list[Any]]:
+    """Tokens and logprobs of each request."""
+    found: dict[str, list[Any]] = {}
+    for request in wanted(engine.model.spec.vocab_size):
+        engine.add(request)
+    while engine.has_unfinished:
+        for output in engine.step():
+            assert output.error is None
+            parts = (*output.token_ids, *map(str, output.logprobs or ()), *map(str, output.prompt_logprobs or ()))
+            found.setdefault(output.request_id, []).extend(parts)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("model", "quantization"),
+    [
+        ("storyteller", None),
+        ("qwen2-moe", "int4"),
+        pytest.param("storyteller", "int8", marks=pytest.mark.slow),
+        pytest.param("storyteller", "int4", marks=pytest.mark.slow),
+        pytest.param("gpt-oss", "int8", marks=pytest.mark.slow),
+        pytest.param("gemma3", None, marks=pytest.mark.slow),
+    ],
+)
+def test_ranks_give_the_bits_of_one_process(model: str, quantization: str | None, tmp_path: Path) -> None:
+    settings: dict[str, Any] = {"quantization": quantization}
+    if model != "storyteller":
+        network = tiny_models.make(model)
+        network.config.max_position_embeddings = 640
+        network.save_pretrained(tmp_path)
+        settings["model"] = str(tmp_path)
+    alone, together = (load_model(config(ranks, **settings)) for ranks in (1, 2))
+    assert together.leader is not None and alone.leader is None
+    assert together.identity == alone.identity and together.kv_fingerprint != alone.kv_fingerprint
+    assert together.plan.block * 2 == alone.plan.block and together.plan.weights < 0.8 * alone.plan.weights
+    assert "each of 2 ranks, which divide the model and the machine's memory" in str(together.plan)
+    (pid,) = together.leader.pids
+    engine = Engine(config(2, **settings), together)
+    assert outcomes(engine) == outcomes(Engine(config(1, **settings), alone))
+    engine.close()
+    assert not Path(f"/proc/{pid}").exists()
+    with pytest.raises(RankLostError, match="the tensor-parallel group has ended: it was closed"):
+        outcomes(engine)
+
+
+def ranks_of(engine: SupervisedEngine) -> list[int]:
+    """Processes that an engine's process has started."""
+    tasks = Path(f"/proc/{engine.pid}/task").iterdir()
+    return [int(child) for task in tasks for child in (task / "children").read_text().split()]
+
+
+@pytest.mark.parametrize(
+    ("how", "is_alone"),
+    [
+        (signal.SIGKILL, False),
+        pytest.param(signal.SIGKILL, True, marks=pytest.mark.slow),
+        pytest.param(signal.SIGSTOP, True, marks=pytest.mark.slow),
+    ],
+)
+def test_requests_go_on_when_a_rank_is_lost(
+    how: signal.Signals, is_alone: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They go on at another engine, or wait for this one, of which no process is left when it is started again."""
+    monkeypatch.setattr(supervisor, "FIRST_PAUSE", 0.01 if is_alone else 60.0)
+    wanted = requests(6, max_tokens=60)
+
+    async def test() -> None:
+        group, other = SupervisedEngine(SubprocessLauncher(config(2))), AsyncEngine(Engine.load(config(1)))
+        async with running(group, other) as router:
+            whole = await asyncio.gather(*(read(other.open(request)) for request in wanted))
+            if is_alone:
+                other.drain()
+            pid, (rank,) = group.pid, ranks_of(group)
+            streams = [router.open(request) for request in wanted]
+            reading = [asyncio.create_task(read(stream)) for stream in streams]
+            had = [stream for stream in streams if stream.request.request_id in group._streams]
+            await until(lambda: any(stream.num_tokens > 10 for stream in had))
+            os.kill(rank, how)
+            assert await asyncio.gather(*reading) == whole
+            assert group.pid != pid and not Path(f"/proc/{rank}").exists()
+            assert any(stream.num_resumed for stream in had) and router.num_resumed["death"] > 0
+
+    run(test())

@@ -1,0 +1,250 @@
+"""Ranks of a tensor-parallel group give the bits of one process: here threads, each with a part of the weights."""
+
+from __future__ import annotations
+
+import math
+import os
+import random
+import re
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from backends import CPU, emulation_slow, variants
+from ragged_requests import Request, Runner
+from random_networks import OWN, OwnNames, RandomWeights
+from specs import make_delta, make_experts
+from torch import Tensor
+
+from splitfuse.errors import ConfigError, RankLostError
+from splitfuse.kernels.cpu.backend import CpuBackend
+from splitfuse.kernels.group import WHOLE, Group, Shard, make_group_file
+from splitfuse.kernels.interface import (
+    AttentionSpec,
+    ExpertsSpec,
+    HeadNormSpec,
+    LayerSpec,
+    Mixer,
+    MlpSpec,
+    NormPlace,
+    NormSpec,
+    RouterSpec,
+)
+from splitfuse.kernels.reference import ReferenceBackend
+from splitfuse.models.decoder import Decoder
+from splitfuse.models.families import registry
+from splitfuse.models.families.common import Family
+from splitfuse.models.sharding import check_ranks
+from splitfuse.models.spec import ModelSpec, RopeSpec
+from splitfuse.models.weights import load_decoder, parameters, weight_bytes
+
+EPS = NormSpec(eps=1e-5)
+LOGIT_BYTES, STEP_BYTES = 2**19, 2**21
+
+
+def heads(**fields: Any) -> AttentionSpec:
+    return AttentionSpec(**{"num_heads": 12, "num_kv_heads": 6, "head_dim": 16} | fields)
+
+
+def dense(size: int, activation: str = "silu", **fields: Any) -> MlpSpec:
+    return MlpSpec(intermediate_size=size, activation=activation, **fields)
+
+
+def network(*layers: LayerSpec, **fields: Any) -> ModelSpec:
+    ropes = (RopeSpec(theta=10000.0, rotary_dim=16),)
+    sizes = {"architecture": OWN, "dtype": "bfloat16", "vocab_size": 71, "hidden_size": 96, "max_position": 700}
+    return ModelSpec(**sizes | {"norm": EPS, "ropes": ropes, "layers": layers} | fields)
+
+
+NETWORKS = {
+    "plain": network(LayerSpec(mixer=heads(), mlp=dense(132)), LayerSpec(mixer=heads(window=9), mlp=dense(66))),
+    "biases": network(
+        LayerSpec(
+            mixer=heads(qkv_bias=True, o_bias=True, sinks=True, softcap=5.0, qk_norm=HeadNormSpec(norm=EPS)),
+            mlp=dense(132, "gelu", bias=True),
+        ),
+        LayerSpec(mixer=heads(), mlp=dense(66, "clamped_swiglu", bias=True)),
+        tied_embeddings=True,
+        logit_softcap=20.0,
+        embed_scale=9.7,
+    ),
+    "sandwich": network(
+        LayerSpec(mixer=heads(), mlp=dense(132), norms=NormPlace.AROUND, residual_scale=0.7),
+        LayerSpec(mixer=heads(head_dim=18, rope=None), mlp=dense(66), norms=NormPlace.AFTER),
+        LayerSpec(mixer=heads(), mlp=make_experts(5, 2, 48), norms=NormPlace.AROUND),
+        LayerSpec(mixer=heads(), mlp=make_experts(5, 2, 48), residual_scale=0.6),
+    ),
+    "classic": network(
+        LayerSpec(mixer=heads(rope=None, qkv_bias=True), mlp=dense(36, "relu2", gated=False, bias=True)),
+        LayerSpec(mixer=heads(o_bias=True), mlp=dense(132, "gelu", gated=False), parallel=True, shared_norm=True),
+        LayerSpec(mixer=heads(), mlp=dense(66, "relu", gated=False), parallel=True),
+        LayerSpec(mixer=None, mlp=dense(42, gated=False)),
+        LayerSpec(mixer=heads(window=21), mlp=None),
+        norm=NormSpec(eps=1e-5, centered=True, bias=True),
+        learned_positions=True,
+        position_offset=2,
+    ),
+    "experts": network(
+        LayerSpec(mixer=heads(), mlp=make_experts(20, 3, 48)),
+        LayerSpec(
+            mixer=heads(),
+            mlp=ExpertsSpec(
+                router=RouterSpec(num_experts=24, top_k=3, renormalize=True, sigmoid=True, bias=True, scale=1.5),
+                expert=dense(48, "clamped_swiglu", bias=True),
+                shared=dense(72, bias=True),
+                shared_gate=True,
+            ),
+        ),
+        LayerSpec(
+            mixer=heads(),
+            mlp=replace(
+                make_experts(9, 3, 48),
+                shared=dense(72),
+                router=RouterSpec(num_experts=9, top_k=3, renormalize=False, sigmoid=True, scales_input=True),
+            ),
+        ),
+        LayerSpec(
+            mixer=heads(),
+            mlp=ExpertsSpec(
+                router=RouterSpec(num_experts=12, top_k=2, renormalize=False),
+                expert=dense(36, "relu2", gated=False, bias=True),
+                shared=dense(36, "relu2", gated=False),
+            ),
+            parallel=True,
+        ),
+    ),
+}
+FORMATS = [(None, None, False, 2), ("int8", None, True, 2), ("int8", 128, False, 3), ("int4", 64, False, 2)]
+CASES = [
+    pytest.param(*case.values, name, id=f"{case.id}-{name}", marks=case.marks)
+    for each in FORMATS
+    for case in variants(*each, id="-".join(map(str, each)))
+    for name in NETWORKS
+]
+
+
+@pytest.fixture(autouse=True)
+def own_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let networks have any layers: names of weights are those of no family."""
+    monkeypatch.setitem(registry.FAMILIES, OWN, Family("own", lambda _: NETWORKS["plain"], OwnNames()))
+
+
+def load(spec: ModelSpec, backend: CpuBackend, group: Group | None = None) -> Decoder:
+    return load_decoder(RandomWeights(), spec, dtype=torch.bfloat16, device=CPU, backend=backend, group=group)
+
+
+def make_groups(size: int, patience: float = 60.0) -> list[Group]:
+    fd = make_group_file(logit_bytes=LOGIT_BYTES, step_bytes=STEP_BYTES)
+    groups = [Group(fd, Shard(rank, size), logit_bytes=LOGIT_BYTES, patience=patience) for rank in range(size)]
+    os.close(fd)
+    return groups
+
+
+def together(decoders: list[Decoder], compute: Callable[[Decoder], list[Tensor]]) -> list[list[Tensor]]:
+    """What each rank computes, in threads."""
+    with ThreadPoolExecutor(len(decoders)) as pool:
+        return list(pool.map(compute, decoders))
+
+
+def logits(decoder: Decoder, vocab_size: int) -> list[Tensor]:
+    """Logits of every position of some prompts, computed in chunks, and of some more tokens, each chosen by them."""
+    rng = random.Random(0)
+    requests = [Request([rng.randrange(vocab_size) for _ in range(length)]) for length in (1, 3, 23, 70)]
+    runner = Runner(decoder, block_size=32, num_blocks=16)
+    runner.run_split(requests, random.Random(3))
+    runner.generate(requests, 3)
+    return [torch.stack(request.logits) for request in requests]
+
+
+@pytest.mark.parametrize(
+    ("variant", "quantization", "group_size", "kv_int8", "ranks", "name"), emulation_slow(CASES, "2-experts")
+)
+def test_ranks_give_the_bits_of_one_process(
+    variant: str, quantization: str | None, group_size: int | None, kv_int8: bool, ranks: int, name: str
+) -> None:
+    spec, formats = NETWORKS[name], {"quantization": quantization, "group_size": group_size, "kv_int8": kv_int8}
+
+    def backend(threads: int) -> CpuBackend:
+        return CpuBackend(variant=variant, num_threads=threads, **formats)  # type: ignore[arg-type]
+
+    alone = logits(load(spec, backend(1)), spec.vocab_size)
+    assert all(rows.isfinite().all() and rows.std() > 0.1 for rows in alone)
+    decoders = [load(spec, backend(1 + group.shard.rank), group) for group in make_groups(ranks)]
+    for rows in together(decoders, lambda decoder: logits(decoder, spec.vocab_size)):
+        assert all(torch.equal(ours, theirs) for ours, theirs in zip(rows, alone, strict=True))
+
+
+def test_ranks_divide_the_weights() -> None:
+    for spec in NETWORKS.values():
+        backend = CpuBackend(num_threads=1, quantization="int8")
+        parts = [
+            sum(
+                math.prod(each.of_rank(shard).shape)
+                for each in parameters(spec)
+                if each.role.linear and each.name not in ("router", "shared_gate")
+            )
+            for shard in (Shard(0, 2), Shard(1, 2), WHOLE)
+        ]
+        assert parts[0] + parts[1] == parts[2] and abs(parts[0] - parts[1]) <= 2 * spec.hidden_size
+        whole = weight_bytes(spec, torch.bfloat16, backend)
+        assert weight_bytes(spec, torch.bfloat16, backend, shard=Shard(0, 2)) < 0.75 * whole  # panels are whole
+
+
+@pytest.mark.parametrize("how", ["absent", "ended", "slow"])
+def test_a_step_fails_that_another_rank_does_not_compute(how: str) -> None:
+    spec = NETWORKS["plain"]
+    groups = make_groups(2, patience=0.2 if how == "absent" else 60.0)
+    first, second = (load(spec, CpuBackend(num_threads=2), group) for group in groups)
+    with ThreadPoolExecutor(2) as pool:
+        if how == "slow":
+            found = pool.submit(logits, first, spec.vocab_size)
+            time.sleep(0.3)  # the first one sleeps meanwhile
+            assert torch.equal(logits(second, spec.vocab_size)[0], found.result()[0])
+            return
+        found = pool.submit(logits, first, spec.vocab_size)
+        if how == "ended":
+            time.sleep(0.1)
+            groups[1].end()
+        with pytest.raises(RankLostError, match="has ended, or does not answer"):
+            found.result()
+    assert groups[0].is_broken and groups[1].is_broken
+    with pytest.raises(RankLostError):  # for ever, and at once
+        logits(second, spec.vocab_size)
+    with pytest.raises(RankLostError):
+        logits(first, spec.vocab_size)
+
+
+@pytest.mark.parametrize(
+    ("size", "layer", "message"),
+    [
+        (
+            4,
+            heads(),
+            "=4 does not divide the 6 key/value heads of the model: it can be 1 or 2 or 3",
+        ),
+        (5, heads(num_heads=10, num_kv_heads=5), "does not divide the 96 elements of hidden states of the model"),
+        (2, heads(alibi=1.0), "the model has ALiBi, whose slopes depend on all heads; leave it out"),
+        (2, heads(gate=True), "the model has a gate of attention"),
+        (2, heads(qk_norm=HeadNormSpec(norm=EPS, whole_row=True)), "norms over all heads of queries and keys"),
+        (2, make_delta(2, 6, 10, 18), "the model has layers with a recurrent state"),
+    ],
+)
+def test_what_ranks_cannot_divide_is_refused(size: int, layer: Mixer, message: str) -> None:
+    spec = network(LayerSpec(mixer=heads(), mlp=None), LayerSpec(mixer=layer, mlp=dense(132)))
+    if size == 5:
+        spec = network(LayerSpec(mixer=layer, mlp=dense(130)))
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        check_ranks(spec, CpuBackend(num_threads=1), size)
+    check_ranks(spec, CpuBackend(num_threads=1), 1)
+
+
+def test_inner_elements_that_cannot_be_divided_and_other_kernels_are_refused() -> None:
+    message = "tensor_parallel_size=3 does not divide the 130 inner elements of an MLP of the model: it can be 1 or 2"
+    with pytest.raises(ConfigError, match=message):
+        check_ranks(network(LayerSpec(mixer=heads(), mlp=dense(130))), CpuBackend(num_threads=1), 3)
+    with pytest.raises(ConfigError, match=r"tensor_parallel_size=2 needs the C\+\+ kernels, and here are"):
+        check_ranks(NETWORKS["plain"], ReferenceBackend(), 2)
