@@ -75,9 +75,9 @@ def _sizes(spec: ModelSpec) -> list[tuple[str, int]]:
     """Return what ranks must be able to divide evenly, by name."""
     sizes = [("elements of hidden states", spec.hidden_size)]
     for layer in spec.layers:
-        mlps = (layer.mlp,)
+        mlps = [layer.mlp]
         if isinstance(layer.mlp, ExpertsSpec):
-            mlps = (layer.mlp.expert, layer.mlp.shared)
+            mlps = [layer.mlp.expert, layer.mlp.shared]
         if isinstance(layer.mixer, AttentionSpec):
             sizes.append(("key/value heads", layer.mixer.num_kv_heads))
         sizes += [("inner elements of an MLP", mlp.intermediate_size) for mlp in mlps if isinstance(mlp, MlpSpec)]

@@ -53,7 +53,7 @@ def outcomes(engine: Engine) -> dict[str, list[Any]]:
     for request in wanted(engine.model.spec.vocab_size):
         engine.add(request)
     while engine.has_unfinished:
-        for output in engine.step():
+        for output in engine.step(isolate=True):
             assert output.error is None
             parts = (*output.token_ids, *map(str, output.logprobs or ()), *map(str, output.prompt_logprobs or ()))
             found.setdefault(output.request_id, []).extend(parts)
@@ -86,9 +86,13 @@ def test_ranks_give_the_bits_of_one_process(model: str, quantization: str | None
     (pid,) = together.leader.pids
     engine = Engine(config(2, **settings), together)
     assert outcomes(engine) == outcomes(Engine(config(1, **settings), alone))
+    if model == "storyteller":  # no request is to blame, and none is tried again alone
+        os.kill(pid, signal.SIGKILL)
+        with pytest.raises(RankLostError, match="tensor-parallel group"):
+            outcomes(engine)
     engine.close()
-    assert not Path(f"/proc/{pid}").exists()
-    with pytest.raises(RankLostError, match="the tensor-parallel group has ended: it was closed"):
+    assert not Path(f"/proc/{pid}").exists() and not engine.has_unfinished
+    with pytest.raises(RankLostError, match="the tensor-parallel group has ended: "):
         outcomes(engine)
 
 
@@ -98,19 +102,20 @@ def ranks_of(engine: SupervisedEngine) -> list[int]:
     return [int(child) for task in tasks for child in (task / "children").read_text().split()]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("how", "is_alone"),
     [
         (signal.SIGKILL, False),
-        pytest.param(signal.SIGKILL, True, marks=pytest.mark.slow),
-        pytest.param(signal.SIGSTOP, True, marks=pytest.mark.slow),
+        (signal.SIGKILL, True),
+        (signal.SIGSTOP, True),
     ],
 )
 def test_requests_go_on_when_a_rank_is_lost(
     how: signal.Signals, is_alone: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """They go on at another engine, or wait for this one, of which no process is left when it is started again."""
-    monkeypatch.setattr(supervisor, "FIRST_PAUSE", 0.01 if is_alone else 60.0)
+    """They go on at another engine, or when this one is there again, and no process is left of the one that was."""
+    monkeypatch.setattr(supervisor, "FIRST_PAUSE", 0.01)
     wanted = requests(6, max_tokens=60)
 
     async def test() -> None:
