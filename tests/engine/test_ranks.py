@@ -91,9 +91,10 @@ def test_ranks_give_the_bits_of_one_process(model: str, quantization: str | None
         with pytest.raises(RankLostError, match="tensor-parallel group"):
             outcomes(engine)
     engine.close()
-    assert not Path(f"/proc/{pid}").exists() and not engine.has_unfinished
+    assert not Path(f"/proc/{pid}").exists()
+    engine.add_request("late", [5, 6], SamplingParams(max_tokens=2))
     with pytest.raises(RankLostError, match="the tensor-parallel group has ended: "):
-        outcomes(engine)
+        engine.step()
 
 
 def ranks_of(engine: SupervisedEngine) -> list[int]:
