@@ -1,31 +1,45 @@
-"""Drains one of two engines while it has streams, and says how long each of them paused (docs/server.md, Draining).
+"""Drains or kills one of two engines while it has streams, and says how long each of them paused (docs/engines.md).
 
     python -m benchmarks.moves [MODEL] --streams 16 --tokens 1000
+    python -m benchmarks.moves [MODEL] --kill
 
 The engines are processes with a core each. The pause of a stream is the time between its last output at the engine that
-is drained and its first at the other one. It is counted in usual gaps, the median between two outputs of a stream
-meanwhile, and in steps of the other engine. Tokens that were computed again are those of all steps of both engines,
-less those of the same streams without a drain.
+is drained or killed and its first at the other one. It is counted in usual gaps, the median between two outputs of a
+stream from when all have begun, and in steps of the other engine.
+
+Drains are compared with runs without one; tokens that were computed again are those of all steps of both engines, less
+those of the run without. Kills (SIGKILL) are compared without and with a memory tier, in turns; tokens that were
+computed again are those that the other engine computes beyond one for each that it gives. The killed engine is
+restarted meanwhile, on its own core.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import os
+import signal
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import pairwise
 from random import Random
 from statistics import median
+from typing import Any
 
 from splitfuse.config import EngineConfig
 from splitfuse.core.sampling_params import SamplingParams
 from splitfuse.core.scheduling_options import SchedulingOptions
+from splitfuse.engine import garbage
+from splitfuse.engine.client import EngineState
 from splitfuse.engine.messages import Add
+from splitfuse.engine.remote.supervisor import SupervisedEngine
 from splitfuse.engine.replicas import make_replicas
 from splitfuse.engine.router import Router
 from splitfuse.engine.stream import Stream
+
+TIER = "1GiB"
+"""Size of the memory tier that kills are compared with."""
 
 
 @dataclass
@@ -37,6 +51,39 @@ class Answer:
     pause: float = 0.0
     num_steps: int = 0
     """Steps of the other engine in the pause."""
+    num_elsewhere: int = 0
+    """Tokens that the other engine has given."""
+
+
+@dataclass
+class Run:
+    """Holds the answers of a run."""
+
+    answers: list[Answer]
+    num_computed: int = 0
+    """Number of tokens that both engines have computed."""
+    num_computed_elsewhere: int = 0
+    """Number of tokens that the other engine has computed."""
+    seconds: float = 0.0
+    """Time that the drain took."""
+    began: float = 0.0
+    """Time from which on gaps count: all streams had begun."""
+
+    @property
+    def moved(self) -> list[Answer]:
+        """Return the answers that went on elsewhere."""
+        return [answer for answer in self.answers if answer.pause]
+
+    @property
+    def gaps(self) -> list[float]:
+        """Return the times between outputs of a stream, from when all have begun."""
+        pairs = (pair for answer in self.answers for pair in pairwise(answer.times))
+        return [after - before for before, after in pairs if before >= self.began]
+
+    def num_equal(self, other: Run) -> int:
+        """Return how many answers have the same tokens as in another run."""
+        pairs = zip(self.answers, other.answers, strict=True)
+        return sum(each.token_ids == again.token_ids for each, again in pairs)
 
 
 async def read(stream: Stream, router: Router) -> Answer:
@@ -51,6 +98,7 @@ async def read(stream: Stream, router: Router) -> Answer:
                 answer.num_steps = router.stats[1].num_steps - num_steps
             num_steps = router.stats[1].num_steps
             answer.token_ids += output.token_ids
+            answer.num_elsewhere += len(output.token_ids) if num_resumed else 0
             answer.times.append(now)
     return answer
 
@@ -65,30 +113,105 @@ def make_requests(flags: argparse.Namespace, salt: str) -> Iterator[Add]:
         yield Add(f"{salt}-{number}", prompt, params, scheduling=SchedulingOptions(cache_salt=salt))
 
 
-async def run(router: Router, flags: argparse.Namespace, salt: str, *, drain: bool) -> tuple[list[Answer], int, float]:
-    """Return what streams are given that begin at the first engine, how many tokens were computed for them, and how
-    long the drain took.
-    """
-    before, seconds = sum(stats.num_computed_tokens for stats in router.stats), 0.0
-    router.replicas[1].is_drained = True
+async def run(router: Router, flags: argparse.Namespace, salt: str, *, end: signal.Signals | str = "") -> Run:
+    """Return what streams are given that begin at the first engine, which is drained or gets a signal."""
+    first, second = router.replicas
+    before, before_elsewhere = (
+        sum(each.num_computed_tokens for each in router.stats),
+        router.stats[1].num_computed_tokens,
+    )
+    second.is_drained = True
     streams = [router.open(request) for request in make_requests(flags, salt)]
-    router.replicas[1].is_drained = False
+    second.is_drained = False
     reading = [asyncio.create_task(read(stream, router)) for stream in streams]
-    if drain:
-        while min(stream.num_tokens for stream in streams) < flags.before:
-            await asyncio.sleep(0.005)
-        began = time.monotonic()
+    while min(stream.num_tokens for stream in streams) < flags.before:
+        await asyncio.sleep(0.005)
+    began, seconds = time.monotonic(), 0.0
+    if end == "drain":
         await router.drain_engine(0)
         seconds = time.monotonic() - began
+    elif end:
+        assert isinstance(first, SupervisedEngine) and first.pid is not None
+        os.kill(first.pid, signal.Signals(end))
+        first.is_drained = True  # all go to the other one, though it is restarted soon
     answers = await asyncio.gather(*reading)
+    computed, elsewhere = num_computed(router)
     router.undrain_engine(0)
-    return answers, sum(stats.num_computed_tokens for stats in router.stats) - before, seconds
+    await first.wait_until(lambda: first.state is EngineState.READY)
+    return Run(answers, computed - before, elsewhere - before_elsewhere, seconds, began)
 
 
-async def main() -> None:
+def num_computed(router: Router) -> tuple[int, int]:
+    """Return how many tokens both engines have computed, and how many of them the second one."""
+    numbers = [stats.num_computed_tokens for stats in router.stats]
+    return sum(numbers), numbers[1]
+
+
+async def started(flags: argparse.Namespace, **settings: Any) -> Router:
+    """Return two engines with a core each."""
+    own = {"model": flags.model, "quantization": flags.quantization, "num_threads": 1}
+    router = make_replicas(EngineConfig.from_settings({**own, **settings}), replicas=2)
+    try:
+        await router.start()
+    except BaseException:
+        await router.close()
+        raise
+    garbage.freeze()  # as a server does
+    return router
+
+
+async def compare_drains(flags: argparse.Namespace) -> None:
+    """Print what drains cost."""
+    router = await started(flags)
+    try:
+        for number in range(flags.runs):
+            whole = await run(router, flags, f"stay{number}")
+            drained = await run(router, flags, f"move{number}", end="drain")
+            usual, pauses = median(drained.gaps), [answer.pause for answer in drained.moved] or [0.0]
+            steps, stays = max((answer.num_steps for answer in drained.moved), default=0), whole.gaps
+            print(
+                f"moved {len(drained.moved)} of {len(drained.answers)}, equal {drained.num_equal(whole)}, in "
+                f"{drained.seconds:.2f} s; usual gap {1e3 * usual:.1f} ms; pauses: median {median(pauses) / usual:.1f} "
+                f"and longest {max(pauses) / usual:.1f} usual gaps, at most {steps} steps; longest gap "
+                f"{max(drained.gaps) / usual:.1f}, without a drain {max(stays) / median(stays):.1f}; "
+                f"computed again: {drained.num_computed - whole.num_computed} tokens",
+                flush=True,
+            )
+    finally:
+        await router.close()
+
+
+async def compare_kills(flags: argparse.Namespace) -> None:
+    """Print how long streams pause at a kill, without and with a memory tier."""
+    routers = {"without a tier": await started(flags)}
+    pauses: dict[str, list[float]] = {}
+    try:
+        routers["with a tier"] = await started(flags, kv_memory_tier=TIER)
+        whole = {name: await run(router, flags, "whole") for name, router in routers.items()}
+        for number in range(flags.runs):
+            for name, router in routers.items():
+                killed = await run(router, flags, f"kill{number}", end=signal.SIGKILL)
+                found = [answer.pause for answer in killed.moved]
+                pauses.setdefault(name, []).extend(found)
+                again = killed.num_computed_elsewhere - sum(answer.num_elsewhere for answer in killed.answers)
+                print(
+                    f"{name}: went on {len(found)} of {len(killed.answers)}, equal {killed.num_equal(whole[name])}; "
+                    f"pauses: median {median(found):.2f} s, longest {max(found):.2f} s; computed again: {again} tokens",
+                    flush=True,
+                )
+        without, with_tier = pauses["without a tier"], pauses["with a tier"]
+        for which, figure in (("median", median), ("longest", max)):
+            print(f"{which} pause with a tier / without: {figure(with_tier) / figure(without):.3f}")
+    finally:
+        for router in routers.values():
+            await router.close()
+
+
+def main() -> None:
     """Run the comparison."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", nargs="?")
+    parser.add_argument("--kill", action="store_true", help="kill the engine, with and without a memory tier")
     parser.add_argument("--streams", type=int, default=16)
     parser.add_argument("--tokens", type=int, default=1000, help="tokens of each stream when the engine is drained")
     parser.add_argument("--before", type=int, default=50, help="how many of them are generated")
@@ -96,29 +219,8 @@ async def main() -> None:
     parser.add_argument("--quantization")
     parser.add_argument("--runs", type=int, default=3)
     flags = parser.parse_args()
-    config = EngineConfig.from_settings({"model": flags.model, "quantization": flags.quantization, "num_threads": 1})
-    router = make_replicas(config, replicas=2)
-    try:
-        await router.start()
-        for number in range(flags.runs):
-            whole, computed, _ = await run(router, flags, f"stay{number}", drain=False)
-            answers, computed_again, seconds = await run(router, flags, f"move{number}", drain=True)
-            moved = [answer for answer in answers if answer.pause]
-            equal = sum(each.token_ids == other.token_ids for each, other in zip(answers, whole, strict=True))
-            gaps = [after - before for each in answers for before, after in pairwise(each.times[flags.before :])]
-            usual, pauses = median(gaps), [answer.pause for answer in moved]
-            stays = [after - before for each in whole for before, after in pairwise(each.times[flags.before :])]
-            print(
-                f"moved {len(moved)} of {len(answers)}, equal {equal}, in {seconds:.2f} s; usual gap "
-                f"{1e3 * usual:.1f} ms; pauses: median {median(pauses) / usual:.1f}, longest {max(pauses) / usual:.1f} "
-                f"usual gaps, at most {max(answer.num_steps for answer in moved)} steps; longest gap "
-                f"{max(gaps) / usual:.1f}, without a drain {max(stays) / median(stays):.1f}; "
-                f"computed again: {computed_again - computed} tokens",
-                flush=True,
-            )
-    finally:
-        await router.close()
+    asyncio.run(compare_kills(flags) if flags.kill else compare_drains(flags))
 
 
 if __name__ == "__main__":
-    asyncio.run(main())
+    main()
