@@ -113,8 +113,8 @@ def make_requests(flags: argparse.Namespace, salt: str) -> Iterator[Add]:
         yield Add(f"{salt}-{number}", prompt, params, scheduling=SchedulingOptions(cache_salt=salt))
 
 
-async def run(router: Router, flags: argparse.Namespace, salt: str, *, end: signal.Signals | str = "") -> Run:
-    """Return what streams are given that begin at the first engine, which is drained or gets a signal."""
+async def run(router: Router, flags: argparse.Namespace, salt: str, *, end: str = "") -> Run:
+    """Return what streams are given that begin at the first engine, which is drained or killed."""
     first, second = router.replicas
     before, before_elsewhere = (
         sum(each.num_computed_tokens for each in router.stats),
@@ -130,9 +130,9 @@ async def run(router: Router, flags: argparse.Namespace, salt: str, *, end: sign
     if end == "drain":
         await router.drain_engine(0)
         seconds = time.monotonic() - began
-    elif end:
+    elif end == "kill":
         assert isinstance(first, SupervisedEngine) and first.pid is not None
-        os.kill(first.pid, signal.Signals(end))
+        os.kill(first.pid, signal.SIGKILL)
         first.is_drained = True  # all go to the other one, though it is restarted soon
     answers = await asyncio.gather(*reading)
     computed, elsewhere = num_computed(router)
@@ -190,7 +190,7 @@ async def compare_kills(flags: argparse.Namespace) -> None:
         whole = {name: await run(router, flags, "whole") for name, router in routers.items()}
         for number in range(flags.runs):
             for name, router in routers.items():
-                killed = await run(router, flags, f"kill{number}", end=signal.SIGKILL)
+                killed = await run(router, flags, f"kill{number}", end="kill")
                 found = [answer.pause for answer in killed.moved]
                 pauses.setdefault(name, []).extend(found)
                 again = killed.num_computed_elsewhere - sum(answer.num_elsewhere for answer in killed.answers)

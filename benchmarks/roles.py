@@ -186,7 +186,7 @@ async def run_load(client: EngineClient, flags: argparse.Namespace, *, share: in
     try:
         await load.begin()
         start, interval = time.monotonic(), flags.interval * share
-        coming = []
+        coming: list[asyncio.Task[float]] = []
         while time.monotonic() - start < flags.seconds - interval / 2:
             coming.append(asyncio.create_task(load.prompt(len(coming), flags.prompt)))
             await asyncio.sleep(interval)
@@ -279,10 +279,10 @@ async def compare(flags: argparse.Namespace) -> None:
     )
     print("mode             gaps  work P50     P99    most  gap P50      P99  longest  prompts  TTFT P50      P99")
     for mode, each in found.items():
-        work = "".join(f"{percentile(each.work, share):8.0f}" for share in (0.5, 0.99, 1.0))
+        works = "".join(f"{percentile(each.work, share):8.0f}" for share in (0.5, 0.99, 1.0))
         gaps = "".join(f"{1e3 * percentile(each.gaps, share):9.1f}" for share in (0.5, 0.99, 1.0))
         firsts = "".join(f"{1e3 * percentile(each.first_tokens, share):9.0f}" for share in (0.5, 0.99))
-        print(f"{mode:16}{len(each.gaps):5}  {work}{gaps}{len(each.first_tokens):9} {firsts}", flush=True)
+        print(f"{mode:16}{len(each.gaps):5}  {works}{gaps}{len(each.first_tokens):9} {firsts}", flush=True)
     if "prefill-first" in found:
         worst = found.pop("prefill-first")
         for mode, each in found.items():
