@@ -342,6 +342,11 @@ class ServerConfig:
         "after the first token (default: all are mixed).",
     )
     engine_tls: bool = setting(False, "Speak TLS with engines elsewhere, which need a certificate for that.")
+    engine_listen: str | None = setting(
+        None,
+        "Address of this machine at which engines elsewhere fetch KV blocks from its engines, such as 10.0.0.1:9100; "
+        "each of them takes one more port (default: they do not).",
+    )
     api_key: tuple[str, ...] = setting((), "API key that requests must send; may be repeated.")
     api_key_file: str | None = setting(
         None,
@@ -417,6 +422,8 @@ class ServerConfig:
         if not self.engine and (self.key_file is not None or self.engine_tls):
             name = "engine_tls" if self.key_file is None else "key_file"
             raise ConfigError(f"{name} is for engines elsewhere: name one with engine, or leave it out")
+        if self.engine_listen is not None:
+            self._check_engine_listen(self.engine_listen)
         _at_least("max_stored_responses", self.max_stored_responses, 0)
         _size("max_body_mib", self.max_body_mib)
         _size("max_stored_mib", self.max_stored_mib)
@@ -433,6 +440,25 @@ class ServerConfig:
             raise ConfigError("api_key must not be empty")
         if not all(key.isprintable() for key in self.api_key):
             raise ConfigError("api_key must have no line end, nor any other control character, in it")
+
+    def _check_engine_listen(self, text: str) -> None:
+        host, port = parse_address("engine_listen", text)
+        if not (self.engine and self.num_replicas):
+            raise ConfigError(
+                "engine_listen is for engines of this machine beside others elsewhere: set engine and replicas, or "
+                "leave it out"
+            )
+        most = max(self.num_replicas, self.max_replicas or 0)
+        if not 0 < port <= 65536 - most:
+            raise ConfigError(f"engine_listen {text} must have a port with {most - 1} more behind it, such as 9100")
+        if host in ("0.0.0.0", "::"):
+            raise ConfigError(f"engine_listen {text} must be an address at which engines elsewhere reach this machine")
+        if is_loopback(host) and not all(is_loopback(parse_address("engine", each)[0]) for each in self.engine):
+            raise ConfigError(
+                f"engine_listen {text} cannot be reached from other machines: give this one's address there"
+            )
+        if self.engine_tls and self.tls_certificate is None:
+            raise ConfigError("engine_listen with engine_tls needs tls_certificate and tls_key, which it uses too")
 
     @property
     def num_replicas(self) -> int:
@@ -511,6 +537,11 @@ def parse_address(name: str, text: str) -> tuple[str, int]:
     if match is None or int(match[2]) > 65535:
         raise ConfigError(f"{name} must be an address and a port, such as 10.0.0.2:9000, not {text!r:.200}")
     return match[1].strip("[]"), int(match[2])
+
+
+def is_loopback(host: str) -> bool:
+    """Return whether a host means the machine itself, on each machine another one."""
+    return host in ("localhost", "::1") or host.startswith("127.")
 
 
 def parse_seconds(name: str, text: str) -> float:

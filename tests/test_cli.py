@@ -7,7 +7,7 @@ import re
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,9 +16,11 @@ import pytest
 import tiny_models
 from backends import why_not
 from readable_answers import PROMPT
+from typer.testing import CliRunner
 
 import splitfuse
 from splitfuse import cli
+from splitfuse.cli import app
 from splitfuse.cli.flags import SAMPLING_FLAGS
 from splitfuse.config import EngineConfig
 from splitfuse.models.sources.hub import BUNDLED_MODEL
@@ -449,3 +451,15 @@ def test_error_in_a_subprocess_has_no_traceback() -> None:
     out, err = process.communicate()
     Ended(process.returncode, out, err).assert_mistake("there is no folder /no/such/folder")
     assert err.count("\n") == 1
+
+
+def test_serve_says_which_settings_were_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    found: list[Collection[str]] = []
+
+    async def run_server(*_: object, given: Collection[str], **__: object) -> None:
+        found.append(given)
+
+    monkeypatch.setattr("splitfuse.server.lifecycle.run_server", run_server)
+    for flags in [], ["--block-size=32", "--dtype=auto"]:  # the defaults
+        assert CliRunner().invoke(app, ["serve", *flags]).exit_code == 0
+    assert found == [[], ["dtype", "block_size"]]

@@ -212,6 +212,12 @@ def given(flags: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in flags.items() if value is not None}
 
 
+def is_chosen(context: typer.Context, name: str) -> bool:
+    """Return whether a flag of a command was given, perhaps with the value of its default."""
+    source = context.get_parameter_source(name)
+    return source is not None and source.name in ("COMMANDLINE", "ENVIRONMENT")
+
+
 def changed(settings: dict[str, Any]) -> dict[str, Any]:
     """Return the engine settings that differ from their defaults."""
     known = EngineConfig.setting_fields()

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from splitfuse.cli.flags import given, with_flags
+from splitfuse.cli.flags import given, is_chosen, with_flags
 from splitfuse.cli.log import CLEAR_LINE, logging_to_stderr
 from splitfuse.config import EngineConfig, ServerConfig
 from splitfuse.deploy.daemon import KEY_VARIABLES
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 @with_flags(also=(ServerConfig,))
 def serve(
+    context: typer.Context,
     model_argument: Annotated[
         str | None, typer.Argument(metavar="MODEL", help="The same as --model.", show_default=False)
     ] = None,
@@ -39,12 +40,14 @@ def serve(
     variable = KEY_VARIABLES["api_key"]
     if not flags["api_key"] and not os.environ.get(variable, "key").strip():
         raise ConfigError(f"{variable} is set but has no key in it: set one, or unset it to serve without")
+    chosen = [name for name in EngineConfig.setting_fields() if is_chosen(context, name)]
     engine_settings = given({name: flags.pop(name) for name in EngineConfig.setting_fields()})
     config, engine = ServerConfig.from_settings(given(flags)), EngineConfig.from_settings(engine_settings)
     from splitfuse.server.lifecycle import run_server
 
     with logging_to_stderr() as write:
-        asyncio.run(run_server(engine, config, show_stage=_shown_by(write) if sys.stderr.isatty() else None))
+        show_stage = _shown_by(write) if sys.stderr.isatty() else None
+        asyncio.run(run_server(engine, config, given=chosen, show_stage=show_stage))
 
 
 def _shown_by(write: Callable[[str], None]) -> ShowStage:

@@ -36,6 +36,7 @@ from splitfuse.engine.messages import (
     Export,
     Failed,
     Finish,
+    Leaving,
     LoadAdapter,
     Loading,
     Loan,
@@ -240,6 +241,8 @@ class LocalClient(EngineClient):
         """Listener that is called with the id of each request that the engine has no longer."""
         self.on_death: Callable[[LocalClient], object] = lambda _: None
         """Listener that is called when the engine has died."""
+        self.on_leaving: Callable[[LocalClient], object] = lambda _: None
+        """Listener that is called when a signal asks the engine to end."""
         self.role = Role.MIXED
         """Role that a router gives it."""
         self.is_drained = False
@@ -617,6 +620,8 @@ class LocalClient(EngineClient):
                     self._prefetched[report.request_id] = report.num_blocks
             case Traced():
                 _call("a trace", self.on_trace, report.records)
+            case Leaving():
+                _call("an engine that is asked to end", self.on_leaving, self)
             case Loading():
                 self.stage = report
                 if report.memory_plan:

@@ -303,6 +303,10 @@ class Alive(msgspec.Struct, frozen=True, tag=True):
     """Time on the engine's monotonic clock."""
 
 
+class Leaving(msgspec.Struct, frozen=True, tag=True):
+    """Reports that a signal asks the engine to end: its front may drain it, and sends Stop after that."""
+
+
 class InFlight(msgspec.Struct, frozen=True, tag=True):
     """Reports which requests are in the step in flight, if these are others than before: of an engine elsewhere."""
 
@@ -320,7 +324,7 @@ class Failed(msgspec.Struct, frozen=True, tag=True):
     """True if it was told to end, which no request can have caused."""
 
 
-Report = Loading | EngineInfo | StepReport | Traced | Prefetched | AdapterLoaded | Alive | InFlight | Failed
+Report = Loading | EngineInfo | StepReport | Traced | Prefetched | AdapterLoaded | Alive | Leaving | InFlight | Failed
 
 
 class Welcome(msgspec.Struct, frozen=True):

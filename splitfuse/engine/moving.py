@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Iterable, MutableMapping
+from collections.abc import Callable, MutableMapping, Sequence
 from weakref import WeakKeyDictionary
 
 from splitfuse.engine.client import LocalClient
@@ -47,9 +47,9 @@ class Mover:
         self._tasks: set[asyncio.Task[None]] = set()
         self._num_moving: dict[LocalClient, int] = {}
 
-    async def drain(self, source: LocalClient, streams: Iterable[Stream]) -> int:
-        """Let streams go on elsewhere, as long as their engine is drained. Returns how many stay, to end where they
-        are, since no other engine can ever have them.
+    async def drain(self, source: LocalClient, streams: Sequence[Stream]) -> list[Stream]:
+        """Let streams go on elsewhere, as long as their engine is drained. Returns them without those that stay, to end
+        where they are, since no other engine can ever have them.
         """
         gate = asyncio.Semaphore(MOVES_AT_ONCE)
 
@@ -66,7 +66,8 @@ class Mover:
                     source.move(stream)
                 return stays
 
-        return sum(await asyncio.gather(*(move(stream) for stream in streams)))
+        stay = await asyncio.gather(*(move(stream) for stream in streams))
+        return [stream for stream, stays in zip(streams, stay, strict=True) if not stays]
 
     def follow(self, stream: Stream, source: LocalClient, receiver: LocalClient) -> None:
         """Bring the blocks of a stream that will leave its engine after the first token to another one, behind the

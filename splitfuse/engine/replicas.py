@@ -6,12 +6,12 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
-from splitfuse.config import EngineConfig, Role, ServerConfig, parse_address
+from splitfuse.config import EngineConfig, Role, ServerConfig, is_loopback, parse_address
 from splitfuse.engine.quarantine import Quarantine
 from splitfuse.engine.remote.connector import Agreement, ConnectLauncher
-from splitfuse.engine.remote.launcher import Launcher, SubprocessLauncher
+from splitfuse.engine.remote.launcher import BlockListen, Launcher, SubprocessLauncher
 from splitfuse.engine.remote.secret import read_secret
 from splitfuse.engine.remote.supervisor import SupervisedEngine
 from splitfuse.engine.router import Router
@@ -32,12 +32,15 @@ def make_replicas(
     engines: Sequence[str] = (),
     key_file: str | None = None,
     engine_tls: bool = False,
+    listen: BlockListen | None = None,
     roles: Sequence[Role] = (),
+    given: Collection[str] = (),
 ) -> Router:
     """Return a client of `replicas` engines, each in a process of its own, and of those at the addresses `engines`,
-    which have the secret of `key_file`. They are not started yet. Requests of one that dies go on at the others, or
-    once it is there again. They have these `roles`, or are all mixed. Cores and memory are divided for `max_replicas`,
-    to which `Router.scale` can raise their number.
+    which have the secret of `key_file`, and fetch KV blocks here at `listen`. They are not started yet. Requests of one
+    that dies go on at the others, or once it is there again. They have these `roles`, or are all mixed. Cores and memory
+    are divided for `max_replicas`, to which `Router.scale` can raise their number. Settings of the names `given` were
+    chosen, though they are the defaults perhaps.
 
     Where a control group's CPU quota is below the number of cores, each engine gets its part of the quota.
 
@@ -49,7 +52,7 @@ def make_replicas(
             "kv_loans needs another engine to lend, all on this machine and without roles: set replicas to 2 or more "
             "and leave out engines elsewhere and roles, or leave out kv_loans"
         )
-    agreement = Agreement(config, has_local=replicas > 0)
+    agreement = Agreement(config, has_local=replicas > 0, given=given)
     secret = None if key_file is None else read_secret(key_file)
     all_cores = None
     if most > 1:
@@ -71,6 +74,7 @@ def make_replicas(
             name_key=name_key,
             tiers=parts[index],
             link_key=None if secret is None else secret.link_key,
+            listen=None if listen is None else listen.of_engine(index),
             on_ready=agreement.note,
         )
         for index in range(most)
@@ -102,7 +106,7 @@ def make_replicas(
 def _hidden(engines: Sequence[str]) -> list[str]:
     """Return the addresses of engines that mean this machine, where others do not: elsewhere they mean another one."""
     hosts = {each: parse_address("engine", each)[0] for each in engines}
-    local = [each for each, host in hosts.items() if host in ("localhost", "::1") or host.startswith("127.")]
+    local = [each for each, host in hosts.items() if is_loopback(host)]
     if len(local) == len(engines):
         return []
     if local:

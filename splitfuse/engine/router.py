@@ -12,6 +12,7 @@ from functools import partial
 import msgspec
 
 from splitfuse.config import Role
+from splitfuse.core.kv.fetching import LONGEST_FETCH
 from splitfuse.core.kv.names import BlockNamer, new_key
 from splitfuse.core.limits import EngineLimits
 from splitfuse.core.replica_view import ReplicaView
@@ -20,13 +21,20 @@ from splitfuse.core.routing import Candidate, choose_replica, expected_tokens
 from splitfuse.engine.client import EngineClient, EngineState, LocalClient
 from splitfuse.engine.loan_book import LoanBook, PlannedLoan
 from splitfuse.engine.machine_tiers import Held, MachineTiers
-from splitfuse.engine.messages import Add, EngineInfo, EngineStats, Loading
+from splitfuse.engine.messages import Add, EngineInfo, EngineStats, Loading, Stop
 from splitfuse.engine.moving import Mover
 from splitfuse.engine.recovery import Choice, Recovery
 from splitfuse.engine.remote.connector import Agreement
 from splitfuse.engine.scaling import Scaler
 from splitfuse.engine.stream import Stream
 from splitfuse.errors import ConfigError, EngineUnavailableError, InvalidRequestError
+
+FETCHED_POLL_SECONDS = 0.005
+"""Seconds between two looks at whether requests have gone on elsewhere."""
+LEAVING_SECONDS = 0.3
+"""Seconds before an engine is drained that a signal asks to end: systemd signals all processes of a server, which ends
+itself then.
+"""
 
 _logger = logging.getLogger(__name__)
 
@@ -77,6 +85,10 @@ class Router(EngineClient):
             drain=lambda replica: self.drain_engine(self.replicas.index(replica)),
         )
         self._followers: list[Callable[[LocalClient], object]] = []
+        self._is_ending = False
+        self._leaving: set[asyncio.Task[None]] = set()  # tasks that restart engines which are asked to end
+        for replica in self.replicas:
+            replica.on_leaving = self._begin_leaving
 
     @property
     def state(self) -> EngineState:
@@ -145,6 +157,7 @@ class Router(EngineClient):
             replica.state = EngineState.STOPPED  # its start is told of then, too
             self.replicas.append(replica)
             self._recovery.add(replica)
+            replica.on_leaving = self._begin_leaving
             for listener in self._followers:
                 listener(replica)
 
@@ -257,6 +270,10 @@ class Router(EngineClient):
             _logger.warning("%s; it is used as soon as it can be", error)
 
     async def drain_engine(self, index: int) -> int:
+        return len(await self._drain(index))
+
+    async def _drain(self, index: int) -> list[Stream]:
+        """Drain an engine, and return the streams that went on elsewhere. Raises as `drain_engine`."""
         replica = self._replica(index)
         if replica.state is EngineState.STOPPED:
             raise EngineUnavailableError(f"engine {index} is stopped: splitfuse scale starts it again")
@@ -265,13 +282,13 @@ class Router(EngineClient):
         streams = replica.drain()
         if self._loans is not None:
             self._loans.end_lent(replica)
-        num_staying = await self._mover.drain(replica, streams)
-        if num_staying and replica.is_drained:
+        moved = await self._mover.drain(replica, streams)
+        if (num_staying := len(streams) - len(moved)) and replica.is_drained:
             _logger.warning(
                 "requests that end at engine %d, since no other can go on with them: %d", index, num_staying
             )
         await replica.wait_until(lambda: not (replica.num_open and replica.is_drained))
-        return len(streams) - num_staying
+        return moved
 
     def undrain_engine(self, index: int) -> None:
         replica = self._replica(index)
@@ -285,18 +302,45 @@ class Router(EngineClient):
         was_drained = replica.is_drained
         try:
             try:
-                count = await self.drain_engine(index)
+                moved = await self._drain(index)
             except BaseException:
                 if not was_drained:
                     replica.undrain()
                 raise
             try:
+                if replica.address:  # blocks that lie ready there end with it
+                    await _fetched(moved)
                 await replica.restart()
             finally:  # it may come back later
                 replica.undrain()
         finally:
             self._restarting.remove(index)
-        return count
+        return len(moved)
+
+    def end_soon(self) -> None:
+        """Note that `close` will be called once requests have ended: no engine is to be drained meanwhile."""
+        self._is_ending = True
+
+    def _begin_leaving(self, replica: LocalClient) -> None:
+        task = asyncio.get_running_loop().create_task(self._let_leave(replica))
+        self._leaving.add(task)
+        task.add_done_callback(self._leaving.discard)
+
+    async def _let_leave(self, replica: LocalClient) -> None:
+        """Drain and restart an engine that a signal asks to end. If no other engine is ready, one of this machine goes
+        on, and one elsewhere ends at once.
+        """
+        index = self.replicas.index(replica)
+        await asyncio.sleep(LEAVING_SECONDS)
+        if self._is_ending or index in self._restarting:
+            return
+        _logger.info("engine %d is asked to end: it is drained, and used again once it is back", index)
+        try:
+            await self.restart_engine(index)
+        except EngineUnavailableError as error:
+            _logger.warning("%s", error)
+            if replica.address:
+                replica.send(Stop())
 
     def _check_not_changing(self, index: int) -> None:
         """Raise EngineUnavailableError while an engine is being restarted or ended."""
@@ -313,6 +357,9 @@ class Router(EngineClient):
         return self.replicas[index]
 
     async def close(self) -> None:
+        self.end_soon()
+        for task in self._leaving:
+            task.cancel()
         self._recovery.close()
         await asyncio.gather(*(replica.close() for replica in self.replicas), self._scaler.close())
 
@@ -438,6 +485,13 @@ async def _start(replica: LocalClient) -> EngineUnavailableError | None:
             raise
         return error
     return None
+
+
+async def _fetched(streams: Collection[Stream]) -> None:
+    """Return once none of some streams that have gone on elsewhere waits for KV blocks from where it was."""
+    until = time.monotonic() + LONGEST_FETCH
+    while time.monotonic() < until and not all(each.is_over or each.num_outputs_here for each in streams):
+        await asyncio.sleep(FETCHED_POLL_SECONDS)
 
 
 def _is_open(replica: LocalClient) -> bool:

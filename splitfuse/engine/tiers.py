@@ -198,7 +198,7 @@ class Tiers:
             if (tier := self._tier_of(name)) is None:
                 break
             count, seconds = count + 1, seconds + tier.block_seconds.at(now)
-        if count < len(names):
+        if count < len(names) and not set(sources) & set(self.block_sources):  # else it is all in the same memory
             _, more = self._find_at_peer(sources, len(names) - count, LONGEST_FETCH - seconds)
             return Found(count + more.num_blocks, seconds + more.seconds)
         return Found(count, seconds)

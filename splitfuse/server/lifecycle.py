@@ -12,7 +12,7 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Collection, Iterator
 from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
@@ -26,6 +26,7 @@ from splitfuse.engine.client import EngineClient, EngineState, LocalClient
 from splitfuse.engine.line_writer import LineWriter
 from splitfuse.engine.memory import return_large_blocks
 from splitfuse.engine.messages import EngineStats, Loading
+from splitfuse.engine.remote.launcher import BlockListen
 from splitfuse.engine.replicas import make_replicas
 from splitfuse.engine.router import Router
 from splitfuse.errors import ConfigError, RegistryError, ServerError
@@ -56,8 +57,11 @@ _Result = TypeVar("_Result")
 _logger = logging.getLogger(__name__)
 
 
-async def run_server(engine: EngineConfig, config: ServerConfig, *, show_stage: ShowStage | None = None) -> None:
-    """Serve until a signal ends it. `show_stage` shows the stages of start-up, which are logged if it is None.
+async def run_server(
+    engine: EngineConfig, config: ServerConfig, *, given: Collection[str] = (), show_stage: ShowStage | None = None
+) -> None:
+    """Serve until a signal ends it. `given` are the names of the engine's settings that were chosen, though they are
+    the defaults perhaps. `show_stage` shows the stages of start-up, which are logged if it is None.
 
     SIGTERM drains: requests that run may end, new ones are refused. A second one, or SIGINT, ends at once. Returns
     after a drain; raises ServerError if requests were cut off, KeyboardInterrupt after SIGINT. Raises ConfigError,
@@ -104,7 +108,9 @@ async def run_server(engine: EngineConfig, config: ServerConfig, *, show_stage: 
                 engines=config.engine,
                 key_file=config.key_file,
                 engine_tls=config.engine_tls,
+                listen=_block_listen(config),
                 roles=config.engine_roles,
+                given=given,
             )
             config = _bounded(config, max_connections)
             serving = asyncio.create_task(server.serve([listener]))
@@ -122,7 +128,7 @@ async def run_server(engine: EngineConfig, config: ServerConfig, *, show_stage: 
                         if is_listed:
                             with suppress(RegistryError):  # the folder has gone since
                                 registry.mark_ready(deployment)
-                        await _serve(admission, config, serving, signals)
+                        await _serve(admission, client, config, serving, signals)
             finally:
                 await _end(client, server, serving, at_once=signals.now.is_set())
         finally:
@@ -139,6 +145,13 @@ def model_name(model: str | None) -> str:
         return BUNDLED_MODEL.name
     path = Path(model).expanduser()
     return path.resolve().name if path.is_dir() else model
+
+
+def _block_listen(config: ServerConfig) -> BlockListen | None:
+    """Return where engines elsewhere fetch KV blocks; None: they do not."""
+    if config.engine_listen is None:
+        return None
+    return BlockListen(config.engine_listen, *((config.tls_certificate, config.tls_key) if config.engine_tls else ()))
 
 
 @contextmanager
@@ -233,11 +246,14 @@ async def _started(
     return None
 
 
-async def _serve(admission: Admission, config: ServerConfig, serving: asyncio.Task[None], signals: _Signals) -> None:
+async def _serve(
+    admission: Admission, client: Router, config: ServerConfig, serving: asyncio.Task[None], signals: _Signals
+) -> None:
     """Serve until a signal, then drain. Raises ServerError if requests are cut off."""
     await wait_first(serving, signals.drain.wait())
     _check_alive(serving)
     admission.drain()
+    client.end_soon()
     if admission.num_requests and not signals.now.is_set():
         _logger.info(
             "draining: %d requests may end, within %g s; a second SIGTERM ends them at once",

@@ -20,6 +20,7 @@ from splitfuse.core.latency.phases import LatencyPhase
 from splitfuse.core.request_output import FinishReason, RequestOutput
 from splitfuse.core.sampling_params import SamplingParams
 from splitfuse.engine import recovery
+from splitfuse.engine import router as router_module
 from splitfuse.engine.client import EngineState, LocalClient
 from splitfuse.engine.engine import Engine
 from splitfuse.engine.messages import (
@@ -27,14 +28,17 @@ from splitfuse.engine.messages import (
     Add,
     Command,
     Finish,
+    Leaving,
     LoadAdapter,
     StepReport,
+    Stop,
     UnloadAdapter,
 )
 from splitfuse.engine.quarantine import Quarantine, find_suspects
 from splitfuse.engine.remote import supervisor
 from splitfuse.engine.remote.launcher import SubprocessLauncher
 from splitfuse.engine.remote.supervisor import SupervisedEngine
+from splitfuse.engine.replicas import make_replicas
 from splitfuse.engine.stream import Stream
 from splitfuse.engine.thread import AsyncEngine
 from splitfuse.errors import EngineUnavailableError, InvalidRequestError, RequestQuarantinedError, SplitfuseError
@@ -643,6 +647,75 @@ def test_undo_and_another_restart_are_refused_while_an_engine_is_restarted(model
             assert await restarting == 1 and not first.is_drained
             await router.drain_engine(0)
             router.undrain_engine(0)
+
+    run(test())
+
+
+def test_an_engine_that_a_signal_asks_to_end_is_drained_first(
+    model: AsyncEngine, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(router_module, "LEAVING_SECONDS", 0.0)
+    caplog.set_level(logging.WARNING, "splitfuse")
+
+    async def test() -> None:
+        first, second = Engines(model), Engines(model)
+        async with running(first, second) as router:
+            restarted = []
+
+            async def restart() -> None:
+                restarted.append(first.num_open)
+                first.go()
+                first.come()
+
+            first.restart = restart  # type: ignore[method-assign]
+            stream = first.open(Add("a", (5, 6), PARAMS))
+            first._take(Leaving())
+            await until(lambda: first.is_drained)
+            first.give("a", 7)
+            first.give("a", reason=FinishReason.MOVED)
+            await until(lambda: restarted and not first.is_drained)
+            assert restarted == [0] and stream.num_resumed == 1 and stream.num_deaths == 0
+            assert second.added == ["a"] and router.num_resumed["drain"] == 1
+            second.go()
+            first._take(Leaving())  # no other is ready
+            await until(lambda: "cannot be drained: no other engine is ready" in caplog.text)
+            assert not first.is_drained and Stop() not in first.sent, "one of this machine goes on"
+            second.come()
+            second.go()
+            first.address = "10.0.0.2:9000"
+            first._take(Leaving())
+            await until(lambda: Stop() in first.sent)
+            first.address = ""
+            second.come()
+            router.end_soon()
+            first._take(Leaving())
+            await asyncio.gather(*router._leaving)
+            assert len(restarted) == 1 and not first.is_drained, "the server ends, and its engines with it"
+
+    run(test())
+
+
+@pytest.mark.slow
+def test_a_replica_that_is_terminated_is_drained_and_started_again() -> None:
+    wanted = requests(16, max_tokens=400)
+
+    async def test() -> None:
+        router = make_replicas(CONFIG, replicas=2)
+        await router.start()
+        try:
+            whole = await asyncio.gather(*(read(router.open(each)) for each in wanted))
+            streams = [router.open(each) for each in wanted]
+            reading = [asyncio.create_task(read(each)) for each in streams]
+            await until(lambda: min(each.num_tokens for each in streams) > 20)
+            engine = router.replicas[0]
+            assert isinstance(engine, SupervisedEngine) and engine.pid is not None
+            pid = engine.pid
+            os.kill(pid, signal.SIGTERM)
+            assert await asyncio.gather(*reading) == whole
+            await until(lambda: engine.pid != pid and engine.state is EngineState.READY and not engine.is_drained)
+            assert router.num_resumed["drain"] and not router.num_resumed["death"]
+        finally:
+            await router.close()
 
     run(test())
 

@@ -28,6 +28,8 @@ from splitfuse.engine.messages import Add
 from splitfuse.engine.quarantine import Quarantine
 from splitfuse.engine.remote import dial, peers, supervisor
 from splitfuse.engine.remote.connector import Agreement, ConnectLauncher
+from splitfuse.engine.remote.launcher import BlockListen
+from splitfuse.engine.remote.listener import Listener, let_blocks_be_fetched
 from splitfuse.engine.remote.secret import read_secret
 from splitfuse.engine.remote.supervisor import SupervisedEngine
 from splitfuse.engine.replicas import make_replicas
@@ -219,6 +221,62 @@ def test_a_drain_brings_kv_blocks_from_an_engine_elsewhere(
     run(test())
 
 
+def test_a_drain_brings_kv_blocks_to_an_engine_elsewhere(
+    engine: EngineProcess, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module, name in ((moving, "STAGE_SECONDS"), (peers, "LEAST_SECONDS")):
+        monkeypatch.setattr(module, name, PATIENCE)
+    secret = read_secret(str(folder / "key"))
+    params = SamplingParams(max_tokens=300, ignore_eos=True)
+    wanted = Add("long", tuple(Random(8).randrange(5, 700) for _ in range(400)), params)
+
+    async def test() -> None:
+        files, _ = open_tiers(CONFIG.cache, for_moves=True)
+        made = Engine(CONFIG, load_model(CONFIG), name_key=secret.name_key, tier_files=files)
+        assert made.tiers is not None
+        let_blocks_be_fetched(made.tiers, BlockListen("127.0.0.1:0"), secret.link_key, CONFIG)
+        remote, local = elsewhere(engine, folder), AsyncEngine(made)
+        router = Router([local, remote], name_key=secret.name_key)
+        await router.start()
+        try:
+            whole = await read(remote.open(msgspec.structs.replace(wanted, request_id="whole")))
+            stream = local.open(wanted)
+            reading = asyncio.create_task(read(stream))
+            await until(lambda: stream.num_tokens > 2)
+            assert await router.drain_engine(0) == 1
+            assert await reading == whole
+            await until(lambda: remote.stats[0].num_peer_blocks > 0)
+        finally:
+            await router.close()
+
+    run(test())
+
+
+def test_a_listener_for_blocks_takes_no_server(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    key = read_secret(str(folder / "key")).link_key
+
+    async def test() -> None:
+        listener = Listener("127.0.0.1:0", key, CONFIG, serves_fronts=False)
+        await asyncio.to_thread(listener.start)
+        client = SupervisedEngine(ConnectLauncher(listener.address, key, Agreement(CONFIG, has_local=True)))
+        with pytest.raises(EngineUnavailableError):
+            await client.start()
+        await client.close()
+        await asyncio.to_thread(listener.stop)
+
+    run(test())
+    assert "is refused: another server has the engine" in caplog.text
+
+
+def test_settings_that_were_given_must_be_those_of_the_engine() -> None:
+    theirs = EngineConfig.from_settings({"block_size": 16})
+    Agreement(CONFIG, has_local=True, given=("block_size",)).check_settings(theirs)
+    Agreement(EngineConfig(), has_local=False).check_settings(theirs)
+    Agreement(EngineConfig(), has_local=False, given=("dtype",)).check_settings(theirs)
+    with pytest.raises(ConfigError, match=r"it was started with block_size 16, and this server with block_size 32"):
+        Agreement(EngineConfig(), has_local=False, given=("block_size",)).check_settings(theirs)
+
+
 def test_streams_go_on_when_an_engine_elsewhere_is_killed(
     engine: EngineProcess, folder: Path, whole: list[list[int]]
 ) -> None:
@@ -277,10 +335,10 @@ def test_an_engine_that_comes_back_is_found_again(
 
 @pytest.mark.slow
 def test_an_engine_that_is_told_to_end_lets_its_requests_go_on(folder: Path, whole: list[list[int]]) -> None:
-    wanted = requests(8, max_tokens=120)
+    wanted, flags = requests(8, max_tokens=120), ("--key-file", str(folder / "key"), *FLAGS)
 
     async def test() -> None:
-        with engine_process(folder / "third", "--key-file", str(folder / "key"), *FLAGS) as ending:
+        with engine_process(folder / "third", *flags) as ending:
             remote, local = elsewhere(ending, folder), AsyncEngine(Engine.load(CONFIG))
             async with running(local, remote) as router:
                 streams = [router.open(each) for each in wanted]
@@ -289,8 +347,10 @@ def test_an_engine_that_is_told_to_end_lets_its_requests_go_on(folder: Path, who
                 ending.send(signal.SIGTERM)
                 assert await asyncio.gather(*reading) == whole
                 assert all(each.num_deaths == 0 for each in streams)
-                assert any(each.num_resumed for each in streams)
-                assert remote.death != "the connection has ended"
-            assert ending.process.wait(PATIENCE) == 0
+                assert router.num_resumed["drain"] and not router.num_resumed["death"]
+                await asyncio.to_thread(ending.process.wait, PATIENCE)
+                assert ending.process.returncode == 0
+                with engine_process(folder / "third", *flags, listen=ending.address):
+                    await until(lambda: remote.state is EngineState.READY and not remote.is_drained)
 
     run(test())

@@ -58,6 +58,7 @@ from splitfuse.errors import ConfigError, EngineUnavailableError
 
 CONFIG = EngineConfig.from_settings({"num_blocks": 256})
 KEY, OTHER_KEY = b"k" * 32, b"o" * 32
+BESIDE = {"engine": ["10.0.0.2:9000"], "key_file": "k", "replicas": 2}
 
 
 # --- the secret -------------------------------------------------------------------------------------------------------
@@ -99,6 +100,12 @@ def test_what_is_no_address_is_refused(text: str) -> None:
         ({"engine": ["h:1", "h:1"], "key_file": "k"}, "engine h:1 is given twice"),
         ({"engine": ["h:0"], "key_file": "k"}, "must have the port"),
         ({"replicas": 0}, "replicas must be at least 1"),
+        ({"engine_listen": "10.0.0.1:9100"}, "engine_listen is for engines of this machine beside others elsewhere"),
+        ({**BESIDE, "replicas": 0, "engine_listen": "10.0.0.1:9100"}, "engine_listen is for engines of this machine"),
+        ({**BESIDE, "engine_listen": "10.0.0.1:0"}, "must have a port with 1 more behind it"),
+        ({**BESIDE, "engine_listen": "0.0.0.0:9100"}, "must be an address at which engines elsewhere reach"),
+        ({**BESIDE, "engine_listen": "127.0.0.1:9100"}, "cannot be reached from other machines"),
+        ({**BESIDE, "engine_listen": "10.0.0.1:9100", "engine_tls": True}, "needs tls_certificate and tls_key"),
     ],
 )
 def test_settings_that_do_not_go_together_are_refused(settings: dict[str, Any], message: str) -> None:

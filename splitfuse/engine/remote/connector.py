@@ -36,9 +36,11 @@ class Agreement:
     first one that was ready.
     """
 
-    def __init__(self, config: EngineConfig, *, has_local: bool) -> None:
-        """`config` are the settings of the server, for its engines on this machine, if it has any."""
-        self._config, self._has_local = config, has_local
+    def __init__(self, config: EngineConfig, *, has_local: bool, given: Collection[str] = ()) -> None:
+        """`config` are the settings of the server, for its engines on this machine, if it has any. `given` are the
+        names of those that it was given, with the values of the defaults too.
+        """
+        self._config, self._has_local, self._given = config, has_local, given
         self._first: EngineInfo | None = None
         self.model_files: str | None = None
         """Digest of the model's small files on this machine, where texts are tokenized; None: not known yet."""
@@ -53,7 +55,8 @@ class Agreement:
             return
         known, own = EngineConfig.setting_fields(), theirs.settings
         for name, value in self._config.settings.items():
-            if name not in _ANYWHERE and value not in (known[name][1].default, own.get(name)):
+            is_given = name in self._given or value != known[name][1].default
+            if name not in _ANYWHERE and is_given and value != own.get(name):
                 raise ConfigError(
                     f"it was started with {_say(name, own.get(name))}, and this server with {_say(name, value)}: give "
                     "both the same, or leave it out here"

@@ -112,6 +112,24 @@ class Launcher(ABC):
         """Release what the launcher keeps between two lives of its engine."""
 
 
+class BlockListen(msgspec.Struct, frozen=True):
+    """Says where engines on other machines fetch KV blocks from one of this machine."""
+
+    address: str
+    tls_certificate: str | None = None
+    """PEM file; None: connections are not TLS."""
+    tls_key: str | None = None
+
+    def of_engine(self, index: int) -> BlockListen:
+        """Return where one of several engines listens, of which this is the first.
+
+        >>> BlockListen("10.0.0.1:9100").of_engine(2).address
+        '10.0.0.1:9102'
+        """
+        host, _, port = self.address.rpartition(":")
+        return msgspec.structs.replace(self, address=f"{host}:{int(port) + index}")
+
+
 class WorkerSpec(msgspec.Struct, frozen=True):
     """Holds everything that the process of an engine is started with."""
 
@@ -126,6 +144,8 @@ class WorkerSpec(msgspec.Struct, frozen=True):
     tiers: TierFiles | None = None
     link_key: bytes | None = None
     """Key by which engines on other machines let it have KV blocks; None: there are none."""
+    listen: BlockListen | None = None
+    """Where it lets them have its own, with the same key; None: it does not."""
 
 
 class SubprocessLauncher(Launcher):
@@ -144,11 +164,13 @@ class SubprocessLauncher(Launcher):
         name_key: bytes | None = None,
         tiers: TierFiles | None = None,
         link_key: bytes | None = None,
+        listen: BlockListen | None = None,
         on_ready: Callable[[EngineInfo], None] = lambda _: None,
     ) -> None:
         """`tiers` are closed with the launcher. `on_ready` is called with what the engine says of itself."""
         self._config, self._name_key, self._on_ready = config, name_key or new_key(), on_ready
         self._cores, self._weights, self._tiers, self._link_key = cores, weights, tiers, link_key
+        self._listen = listen
         self._in_flight: InFlightRecord | None = None
 
     async def launch(self) -> Link:
@@ -164,6 +186,7 @@ class SubprocessLauncher(Launcher):
                 weights=self._weights,
                 tiers=self._tiers,
                 link_key=self._link_key,
+                listen=self._listen,
             )
             process, connection = await _start(spec)
         except OSError as error:  # no descriptors, memory or processes now: there may be later

@@ -24,9 +24,12 @@ import msgspec
 from splitfuse.config import EngineConfig, parse_address
 from splitfuse.core.kv.fetching import Frame
 from splitfuse.engine.messages import Alive, Beat, Failed, Loading, Report, Stop, Welcome, decode_command, encode
-from splitfuse.engine.remote.handshake import NO_CERTIFICATE, HandshakeError, Purpose, greet_client
+from splitfuse.engine.private_files import check_private
+from splitfuse.engine.remote.handshake import NO_CERTIFICATE, HandshakeError, Purpose, greet_client, server_context
+from splitfuse.engine.remote.launcher import BlockListen
 from splitfuse.engine.remote.peers import serve_blocks
 from splitfuse.engine.remote.transport import HANDSHAKE_SECONDS, MAX_MESSAGE, frame, read_message
+from splitfuse.engine.tiers import Tiers
 from splitfuse.errors import ConfigError, SplitfuseError
 from splitfuse.version import __version__
 
@@ -167,14 +170,18 @@ class Listener:
         *,
         tls: ssl.SSLContext | None = None,
         certificate: bytes = NO_CERTIFICATE,
+        serves_fronts: bool = True,
     ) -> None:
-        """`certificate` is the digest of that of `tls`, `config` what fronts are told that the engine has."""
+        """`certificate` is the digest of that of `tls`, `config` what fronts are told that the engine has. Unless it
+        serves fronts, others fetch KV blocks alone.
+        """
         self.address = address
         """Address to listen on; once it has started, with the port that it has."""
         self.read_block: Callable[[bytes], Frame | None] = lambda _: None
         """Function that returns a KV block for engines on other machines, by its name; any thread may call it."""
         self._host, self._port = parse_address("listen", address)
         self._key, self._config, self._tls, self._certificate = key, config, tls, certificate
+        self._serves_fronts = serves_fronts
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="listener", daemon=True)
         self._socket: socket.socket | None = None
@@ -271,7 +278,9 @@ class Listener:
         purpose, reader, writer = let_in
         try:
             self._strangers.pop(_this_task(), None)
-            if purpose is Purpose.FRONT:
+            if purpose is Purpose.FRONT and not self._serves_fronts:
+                self._log_refused(_peer(writer).rpartition(":")[0], "another server has the engine")
+            elif purpose is Purpose.FRONT:
                 await self._serve_front(reader, writer)
             else:
                 await serve_blocks(reader, writer, self.read_block)
@@ -342,6 +351,32 @@ class Listener:
                 self._logged.clear()
             self._logged[what] = now
             _logger.warning("a connection from %s is refused: %s", host, why)
+
+
+def let_blocks_be_fetched(tiers: Tiers, listen: BlockListen, key: bytes, config: EngineConfig) -> None:
+    """Let engines on other machines fetch the blocks of tiers, as long as the process lives. Raises ConfigError if that
+    cannot be listened for.
+    """
+    tls, certificate = None, NO_CERTIFICATE
+    if listen.tls_certificate is not None and listen.tls_key is not None:
+        tls, certificate = load_certificate(listen.tls_certificate, listen.tls_key)
+    listener = Listener(listen.address, key, config, tls=tls, certificate=certificate, serves_fronts=False)
+    listener.read_block = tiers.give
+    listener.start()
+    scheme = "tcp" if tls is None else "tls"
+    tiers.block_sources = (*tiers.block_sources, f"{scheme}://{listener.address}")
+
+
+def load_certificate(certificate: str, key: str) -> tuple[ssl.SSLContext, bytes]:
+    """Return what TLS needs of a certificate and its key, and the digest of the certificate. Raises ConfigError."""
+    check_private("tls_key", key)
+    try:
+        return server_context(certificate, key)
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"tls_certificate {certificate} and tls_key {key} cannot be used: {error}; they must be a certificate and "
+            "its private key, in PEM files"
+        ) from error
 
 
 def format_address(host: str, port: int) -> str:

@@ -48,8 +48,8 @@ ROUND_TRIP = 2e-3
 """Seconds from a question to the first block, about."""
 SLACK = 8.0
 """Number of times that blocks may take as long as was measured before they are given up."""
-LEAST_SECONDS = 0.5
-"""Time that any fetch has, if computing takes as long: to connect, too."""
+LEAST_SECONDS, CONNECTED_SHARE = 0.5, 0.5
+"""Time that any fetch has, if computing takes as long: to connect, too; and the part of it if a connection stands."""
 ANSWER_SHARE = 0.9
 """Fraction of the time that a request waits, at which what has come by then is given to it."""
 FIRST_PAUSE, LONGEST_PAUSE = 1.0, 30.0
@@ -115,6 +115,10 @@ class _Peer:
     pause: float = FIRST_PAUSE
     asked_from: float = 0.0  # time before which it is not asked
     failure: str = ""  # that was said last
+
+    def is_connected(self, now: float) -> bool:
+        """Return whether a connection stands that nothing is asked of."""
+        return any(now - since < IDLE_SECONDS and not reader.at_eof() for reader, _, since in self.idle)
 
 
 class Peers:
@@ -234,7 +238,8 @@ class Peers:
     async def _fetch_in_time(self, peer: _Peer, names: Sequence[bytes], frames: list[Frame], until: float) -> None:
         """Add the leading blocks that a peer has to `frames`, as they come, until it is late or has failed."""
         asked_from, now = peer.asked_from, time.monotonic()
-        usual = max(SLACK * (ROUND_TRIP + len(names) * peer.block_seconds.at(now)), LEAST_SECONDS)
+        least = LEAST_SECONDS * (CONNECTED_SHARE if peer.is_connected(now) else 1.0)
+        usual = max(SLACK * (ROUND_TRIP + len(names) * peer.block_seconds.at(now)), least)
         patience = min(ANSWER_SHARE * (until - now), usual)
         why = ""
         try:

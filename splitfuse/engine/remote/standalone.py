@@ -19,10 +19,9 @@ from typing import TYPE_CHECKING
 
 from splitfuse.config import EngineConfig, ListenConfig
 from splitfuse.engine import garbage
-from splitfuse.engine.messages import Failed, InFlight, Loading, Stop
-from splitfuse.engine.private_files import check_private
-from splitfuse.engine.remote.handshake import NO_CERTIFICATE, server_context
-from splitfuse.engine.remote.listener import FrontSession, Listener
+from splitfuse.engine.messages import Failed, InFlight, Leaving, Loading, Stop
+from splitfuse.engine.remote.handshake import NO_CERTIFICATE
+from splitfuse.engine.remote.listener import FrontSession, Listener, load_certificate
 from splitfuse.engine.remote.secret import read_secret
 from splitfuse.engine.tier_files import open_tiers
 from splitfuse.errors import ConfigError, SplitfuseError
@@ -33,6 +32,8 @@ if TYPE_CHECKING:
 
 WATCH_SECONDS = 1.0
 """Seconds between two looks at how long a step has taken."""
+DRAIN_SECONDS = 60.0
+"""Longest time that the server may take to let requests go on elsewhere after SIGTERM; systemd waits for 90 s."""
 
 _logger = logging.getLogger(__name__)
 
@@ -52,21 +53,15 @@ class StandaloneEngine:
         self._secret = read_secret(listen.key_file)
         tls, certificate = None, NO_CERTIFICATE
         if listen.tls_certificate is not None and listen.tls_key is not None:
-            check_private("tls_key", listen.tls_key)
-            try:
-                tls, certificate = server_context(listen.tls_certificate, listen.tls_key)
-            except (OSError, ValueError) as error:
-                raise ConfigError(
-                    f"tls_certificate {listen.tls_certificate} and tls_key {listen.tls_key} cannot be used: {error}; "
-                    "they must be a certificate and its private key, in PEM files"
-                ) from error
+            tls, certificate = load_certificate(listen.tls_certificate, listen.tls_key)
         self._listener = Listener(listen.listen, self._secret.link_key, config, tls=tls, certificate=certificate)
         self._loop: EngineLoop | None = None
+        self._session: FrontSession | None = None
         self._ending = False
 
     def run(self) -> None:
-        """Load the model and serve. Returns after SIGTERM or SIGINT; a server that asks for it has the program begin
-        anew. Raises what prevents loading, and what the engine fails of.
+        """Load the model and serve. Returns after SIGTERM, once its server has drained it, or SIGINT; a server that
+        asks for it has the program begin anew. Raises what prevents loading, and what the engine fails of.
         """
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._end)
@@ -133,7 +128,7 @@ class StandaloneEngine:
         unfollow = follow_steps(engine, note)
         try:
             session.alive = loop.alive
-            self._loop = loop
+            self._loop, self._session = loop, session
             if self._ending:
                 raise _Ended
             session.report(loop.info)
@@ -150,12 +145,20 @@ class StandaloneEngine:
             self._listener.end(session)
         return session.asks_restart and not self._ending
 
-    def _end(self, *_: object) -> None:
-        """End at a signal: after the step in flight, or at once if there is none."""
-        self._ending = True
-        if self._loop is None:
+    def _end(self, number: int, _: object) -> None:
+        """End at a signal: at SIGTERM once the server has let its requests go on elsewhere, at SIGINT or a second one
+        after the step in flight, and at once if none runs.
+        """
+        loop, session, is_first, self._ending = self._loop, self._session, not self._ending, True
+        if loop is None:
             raise _Ended
-        self._loop.commands.put(Stop())
+        if number == signal.SIGTERM and is_first and session is not None:
+            session.report(Leaving())
+            timer = threading.Timer(DRAIN_SECONDS, loop.commands.put, (Stop(),))
+            timer.daemon = True
+            timer.start()
+        else:
+            loop.commands.put(Stop())
 
     def _watch(self) -> None:
         """End the process if a step does not end, and write where it is."""

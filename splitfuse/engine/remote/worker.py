@@ -23,7 +23,7 @@ import msgspec
 
 from splitfuse.engine import garbage
 from splitfuse.engine.line_writer import LineWriter
-from splitfuse.engine.messages import Alive, Failed, Loading, Report, decode_command, encode
+from splitfuse.engine.messages import Alive, Failed, Leaving, Loading, Report, decode_command, encode
 from splitfuse.engine.remote.in_flight import InFlightRecord
 from splitfuse.engine.remote.launcher import WorkerSpec
 from splitfuse.engine.remote.transport import frame, receive
@@ -38,7 +38,7 @@ HEARTBEAT = 0.25  # seconds
 def main() -> None:
     """Serve until the other side closes the connection or sends Stop."""
     for number in (signal.SIGINT, signal.SIGTERM):  # a terminal and systemd signal all of us: the front decides
-        signal.signal(number, signal.SIG_IGN)
+        signal.signal(number, signal.SIG_IGN)  # SIGTERM until there are requests
     logging.basicConfig(format="%(message)s", stream=LineWriter(sys.stderr))  # which nothing may read
     logging.captureWarnings(True)
     faulthandler.register(signal.SIGUSR1, all_threads=True)  # how the front asks a hung engine where it is
@@ -82,11 +82,16 @@ class Worker:
             )
             if spec.link_key is not None:
                 engine.use_peers(spec.link_key)
+                if spec.listen is not None and engine.tiers is not None:
+                    from splitfuse.engine.remote.listener import let_blocks_be_fetched
+
+                    let_blocks_be_fetched(engine.tiers, spec.listen, spec.link_key, spec.config)
             follow_steps(engine, InFlightRecord(spec.in_flight).write)
             self._loop = EngineLoop(engine, self._reports.put)
             garbage.freeze()
             threading.Thread(target=self._receive_all, daemon=True).start()
             self._reports.put(self._loop.info)
+            signal.signal(signal.SIGTERM, lambda *_: self._reports.put(Leaving()))
             self._loop.run()
             engine.close()
             failed = False
