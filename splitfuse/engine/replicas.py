@@ -38,9 +38,9 @@ def make_replicas(
 ) -> Router:
     """Return a client of `replicas` engines, each in a process of its own, and of those at the addresses `engines`,
     which have the secret of `key_file`, and fetch KV blocks here at `listen`. They are not started yet. Requests of one
-    that dies go on at the others, or once it is there again. They have these `roles`, or are all mixed. Cores and memory
-    are divided for `max_replicas`, to which `Router.scale` can raise their number. Settings of the names `given` were
-    chosen, though they are the defaults perhaps.
+    that dies go on at the others, or once it is there again. They have these `roles`, or are all mixed. Cores and
+    memory are divided for `max_replicas`, to which `Router.scale` can raise their number. Settings of the names `given`
+    were chosen, though they are the defaults perhaps.
 
     Where a control group's CPU quota is below the number of cores, each engine gets its part of the quota.
 
