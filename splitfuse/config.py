@@ -49,8 +49,8 @@ MAX_SIZE = 1e9
 MIN_TIMEOUT, MAX_TIMEOUT = 0.001, 1_000_000.0
 """Bounds of a timeout in the settings, in seconds: beyond them, timers of the system spin or overflow."""
 TAIL_SHARE, MAX_TAIL_SHARE = 0.15, 0.5
-MAX_SPECULATIVE_TOKENS = 64
 MAX_ENGINES = 4096
+MAX_SPECULATIVE_TOKENS = 64
 """Most tokens that can be drafted for a request in a step: more than any step is worth."""
 MAX_TOKEN_BUDGET = 2048
 """Largest token budget that is chosen by itself: up to here, every machine that was measured is saturated."""
@@ -92,6 +92,11 @@ class ModelConfig:
     )
     tensor_parallel_size: int = setting(
         1, "Number of processes on this machine that compute the model together, each with a part of its weights."
+    )
+    draft_model: str | None = setting(
+        None,
+        "Model folder, GGUF file, Hugging Face Hub name, or smollm2: a smaller model with the same vocabulary, which "
+        "drafts tokens too, where that makes tokens come faster; needs num_speculative_tokens (default: none).",
     )
     device: str = setting("cpu", "PyTorch device, such as cpu or cuda:0.")
     load_format: str = setting("safetensors", "safetensors, or dummy: random weights from the config alone.")
@@ -277,6 +282,16 @@ class EngineConfig:
                     f"{name} cannot be used with tensor_parallel_size={size}, where each rank has a part of every KV "
                     "block: leave one of them out"
                 )
+            if (draft := self.model.draft_model) is not None:
+                raise ConfigError(
+                    f"draft_model {draft} cannot be used with tensor_parallel_size={size}, whose ranks compute one "
+                    "model: leave one of them out"
+                )
+        if self.model.draft_model is not None and not self.scheduler.num_speculative_tokens:
+            raise ConfigError(
+                f"draft_model {self.model.draft_model} drafts nothing while num_speculative_tokens is 0: set it to 4, "
+                "for example"
+            )
 
     @classmethod
     def from_settings(cls, settings: Mapping[str, Any]) -> EngineConfig:

@@ -57,6 +57,7 @@ from splitfuse.core.slo.deadline_policy import DeadlinePolicy
 from splitfuse.core.slo.latency_predictor import LatencyPredictor
 from splitfuse.core.slo.targets import SloTargets
 from splitfuse.core.speculation.drafting import Drafting
+from splitfuse.core.speculation.model_drafts import Guess, Guesses, ModelDrafts
 
 VOCABULARY = 16
 EOS = 3
@@ -330,6 +331,58 @@ class Guessing(Drafting):
         return [(token, 0.99**n) for n, token in enumerate(guessed[:count], start=1)]
 
 
+class FakeDraftModel:
+    """Guesses what the fake model gives, mostly; now and then nonsense, or nothing. Its cache must lead to the tokens
+    that the request has, and to what was guessed for it in this step: `fault` says where it does not.
+    """
+
+    def __init__(self, rng: Random, block_size: int, *, seconds: float = 0.0, right: float | None = None) -> None:
+        self.requests: dict[str, Request] = {}
+        self.block_size = block_size
+        self.seconds = seconds
+        self.cache: dict[tuple[int, int], int] = {}
+        self.computed: list[list[int]] = []  # tokens of each chunk, in each step
+        self.fault: AssertionError | None = None
+        self._rng = rng
+        self._right = rng.choice((0.2, 0.6, 0.9, 1.0)) if right is None else right
+        self.fails = rng.choice((0.0, 0.0, 0.0, 0.03)) if right is None else 0.0
+
+    def guess(self, chunks: Sequence[Chunk], drafts: Sequence[Sequence[int]]) -> Guesses:
+        if self._rng.random() < self.fails:
+            raise RuntimeError("the draft model dies")
+        self.computed.append([len(chunk.token_ids) for chunk in chunks])
+        try:
+            guesses = [self._guess(chunk, each) for chunk, each in zip(chunks, drafts, strict=True)]
+        except AssertionError as error:
+            self.fault = error
+            raise
+        return Guesses(guesses, self.seconds)
+
+    def _guess(self, chunk: Chunk, drafts: Sequence[int]) -> Guess | None:
+        request, size, rng = self.requests[chunk.request_id], self.block_size, self._rng
+        slots = [(chunk.block_table[p // size], p % size) for p in range(chunk.end)]
+        self.cache |= zip(slots[chunk.start :], chunk.token_ids, strict=True)
+        known = tuple(self.cache[slot] for slot in slots)
+        assert known == (request.tokens(0, request.num_tokens) + tuple(drafts))[: len(known)]
+        if not chunk.num_logits:
+            return None
+        assert len(known) == request.num_tokens + len(drafts), "a guess behind something else"
+        if rng.random() > self._right:
+            return rng.choice((None, Guess(rng.randrange(VOCABULARY), rng.random()), Guess(-1, 1.0), Guess(10**9, 0.9)))
+        return Guess(next_token(known), rng.uniform(0.8, 1.0))
+
+    def drafting(
+        self, most: int, num_blocks: int, *, prefix: bool = True, cost: float = 0.1, per_token: float = 0.02
+    ) -> Drafting:
+        """Drafting with this model, which takes `cost` of the seconds of a step."""
+        allocator = BlockAllocator(num_blocks, self.block_size, namer=namer(self.block_size) if prefix else None)
+        sizes = {"vocab_size": VOCABULARY, "max_positions": 60}
+        drafting = Drafting(most, ModelDrafts(self, allocator, relative_cost=cost, **sizes))
+        for tokens in (1, 2, 4, 8):
+            drafting.cost.observe(tokens, 1.0 + per_token * tokens)
+        return drafting
+
+
 @dataclass
 class Outcome:
     """What a caller saw of one request."""
@@ -409,6 +462,9 @@ class Run:
         scheduler.events.subscribe(StepScheduled, _check_drafts)
         cost = None if policy is None or policy.predictor is None else policy.predictor.cost
         latencies = LatencyLedger(scheduler.events, cost=cost)
+        if drafting is not None and drafting.model is not None:
+            assert isinstance(drafting.model._model, FakeDraftModel)
+            drafting.model._model.requests = scheduler.requests.by_id
         return cls(scheduler, latencies, allocator, executor, depth, budget, max_num_seqs)
 
     def add(self, request: Request) -> None:
@@ -501,6 +557,8 @@ class Run:
             assert limit, "does not end"
         check_scheduler(self.scheduler)
         assert self.allocator.num_held == 0
+        if (drafting := self.scheduler.drafting) is not None and drafting.model is not None:
+            assert drafting.model.num_held == 0
         assert self.executor.inbox is None or self.executor.inbox.num_free == self.executor.inbox.capacity
         assert self.allocator.states is None or self.allocator.states.num_held == 0
 
@@ -552,6 +610,9 @@ class Run:
             assert self.in_flight or not (waiting or running), "no progress with nothing in flight"
             return None
         assert plan.num_tokens > 0
+        if (drafting := self.scheduler.drafting) is not None and drafting.model is not None:
+            drafting.model.check()
+            assert isinstance(fake := drafting.model._model, FakeDraftModel) and fake.fault is None, fake.fault
         has_drafts = any(chunk.num_drafts for chunk in plan.chunks)
         assert not has_drafts or not self.in_flight, "drafts whose request is in flight"
         assert not any(chunk.num_drafts for before, _ in self.in_flight for chunk in before.chunks), "planned too soon"
@@ -598,7 +659,8 @@ def _check_drafts(event: StepScheduled) -> None:
     builder, predictor = event.builder, event.builder.predictor
     if builder.drafts:
         assert builder.queue.free.blocks >= len(builder.queue.running)
-        assert predictor is None or predictor.seconds(features_of(event.plan)) <= builder.max_seconds
+        spent = float(event.time - builder.now)  # in which a draft model has guessed
+        assert predictor is None or predictor.seconds(features_of(event.plan)) + spent <= builder.max_seconds
 
 
 def num_granted(plan: StepPlan) -> int:
@@ -626,11 +688,13 @@ class Workload:
         drafts: bool = False,
         tier: bool = False,
         loans: bool = False,
+        draft_model: bool = False,
     ) -> Run:
         """Drive the workload to its end and compare every outcome with the reference. With `slo`, some requests have
         targets, and the scheduler meets them as well as it can. With `ticks` time passes at every call. With `drafts`,
-        tokens are guessed. With `tier`, blocks are saved and fetched. With `loans`, creditors hold the beginning of
-        some requests. `recurrent` workloads have states, and with one plan at a time steps that break off.
+        tokens are guessed, with `draft_model` by a fake of one. With `tier`, blocks are saved and fetched. With
+        `loans`, creditors hold the beginning of some requests. `recurrent` workloads have states, and with one plan at
+        a time steps that break off.
         """
         rng = Random(self.seed)
         block_size = rng.choice((1, 2, 4, 8))
@@ -653,6 +717,12 @@ class Workload:
         fake_tier = FakeTier(of_tier, block_size) if tier else None
         if fake_tier is not None:
             fake_tier.fill(request for request in requests if of_tier.random() < 0.6)
+        drafting = Guessing(Random(f"drafts {self.seed}")) if drafts else None
+        if draft_model:
+            of_drafts = Random(f"draft model {self.seed}")
+            model = FakeDraftModel(of_drafts, block_size)
+            count, prefix = of_drafts.choice((3, 10, 100)), of_drafts.random() < 0.5
+            drafting = model.drafting(of_drafts.randint(1, 9), count, prefix=prefix)
         run = Run.make(
             num_blocks=largest + rng.choice((0, 0, 1, 2, 5, 20)),
             block_size=block_size,
@@ -663,7 +733,7 @@ class Workload:
             policy=policy,
             spare_states=of_states.choice((0, 1, 5, 50)) if self.recurrent else None,
             interval=of_states.choice((1, 2, 3)),
-            drafting=Guessing(Random(f"drafts {self.seed}")) if drafts else None,
+            drafting=drafting,
             tier=fake_tier,
             inbox_blocks=of_tier.choice((1, 2, 5, 20, 100)),
         )

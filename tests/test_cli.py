@@ -315,6 +315,8 @@ def test_plan_memory_prints_need_and_have_without_loading(run: Run, tmp_path: Pa
     assert (ended.status, ended.err) == (0, "")
     assert [line.split()[0] for line in ended.out.splitlines()][4:6] == ["need", "have"]
     assert "100 blocks of 32: 3200 tokens" in ended.out
+    draft = ("--draft-model", tmp_path, "--num-speculative-tokens", 3)
+    assert "draft model  " in run("plan-memory", "--model", tmp_path, "--num-blocks", 100, *draft).out
     run("plan-memory", "--device", "abacus").assert_mistake("device 'abacus' cannot be used")
     run("plan-memory", "--device", "meta").assert_mistake("device 'meta' cannot be used")
     run("plan-memory", "--model", "/no/such/folder").assert_mistake("there is no folder /no/such/folder")

@@ -23,10 +23,11 @@ def plan_memory(**flags: Any) -> None:
     from splitfuse.models.weights import check_weights, resolve_dtype
     from splitfuse.runtime import memory_plan
     from splitfuse.runtime.backend_choice import choose_backend
+    from splitfuse.runtime.draft_model import open_draft
     from splitfuse.runtime.loading import check_quantization, parse_device
 
     config = EngineConfig.from_settings(given(flags))
-    parse_device(config.model.device)
+    device = parse_device(config.model.device)
     source = open_model(config.model.model, config.model.revision, gguf_file=config.model.gguf_file, weights=False)
     spec = load_spec(source)
     weights: WeightSource | None = None
@@ -35,8 +36,11 @@ def plan_memory(**flags: Any) -> None:
     if weights is not None:
         spec = check_weights(weights, spec)
         check_quantization(config, source, weights)
+    draft = open_draft(config, source, spec, device=device, fetched=False)
     backend = choose_backend(config, dtype := resolve_dtype(config.model.dtype, spec))
-    plan = memory_plan.plan_memory(spec, config, backend=backend, weights=weights)
+    plan = memory_plan.plan_memory(
+        spec, config, backend=backend, weights=weights, draft=None if draft is None else draft.sizes
+    )
     if weights is not None:
         plan = replace(plan, remarks=(*plan.remarks, *describe_kept(weights, spec, backend, dtype)))
     print(plan, flush=True)

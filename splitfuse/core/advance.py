@@ -26,7 +26,7 @@ def advance(
     if chunk.num_drafts:
         num_accepted = len(tokens) - 1
         end += num_accepted - chunk.num_drafts
-        request.drafts.count(chunk.num_drafts, num_accepted)
+        request.drafts.count(chunk.num_drafts, num_accepted, chunk.draft_kind)
         request.num_scheduled = end
         kv.truncate(allocator, end)
     kv.num_computed = end
@@ -59,5 +59,6 @@ def output_of(request: Request, chunk: Chunk, result: ChunkResult) -> RequestOut
         num_cached_tokens=request.kv.num_cached_tokens,
         num_computed=request.kv.num_computed,
         num_drafted=chunk.num_drafts,
+        draft_kind=chunk.draft_kind,
         slo_met=request.slo.met,
     )

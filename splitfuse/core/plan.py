@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import enum
 from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -18,6 +19,17 @@ PLACEHOLDER = -1
 
 ZERO_STATE = -1
 """Slot of the recurrent state before the first token, which is zero."""
+
+
+class DraftKind(enum.StrEnum):
+    """Says where drafts come from."""
+
+    LOOKUP = "lookup"
+    """What followed in the request's own tokens where its newest ones occurred before."""
+    FORM = "form"
+    """What the form of the answer leaves no choice of."""
+    MODEL = "model"
+    """Guesses of a draft model."""
 
 
 class StateSlots(NamedTuple):
@@ -95,6 +107,8 @@ class Chunk:
     samples: bool
     state: StateSlots | None = None  # None: the network has no recurrent states
     num_drafts: int = 0
+    draft_kind: DraftKind = DraftKind.LOOKUP
+    """Where its drafts come from, if it has any."""
     lands: tuple[Land, ...] = ()
     """Blocks of its `block_table` before `start` that have arrived from elsewhere."""
     loan: ChunkLoan | None = None

@@ -6,7 +6,7 @@ import enum
 from dataclasses import dataclass
 
 from splitfuse.core.latency.phases import LatencyBreakdown
-from splitfuse.core.plan import Logprobs
+from splitfuse.core.plan import DraftKind, Logprobs
 
 
 class FinishReason(enum.StrEnum):
@@ -35,5 +35,6 @@ class RequestOutput:
     num_cached_tokens: int = 0
     num_computed: int = 0  # leading positions whose keys and values are written
     num_drafted: int = 0  # tokens that were guessed; all of `token_ids` but the last were
+    draft_kind: DraftKind = DraftKind.LOOKUP  # where these come from
     slo_met: bool | None = None  # so far; None: it has no SLO
     latency_breakdown: LatencyBreakdown | None = None  # with the last output

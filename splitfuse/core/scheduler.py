@@ -26,7 +26,8 @@ without SLOs the budget is filled while runnable work and blocks remain (Holmes 
                          the request fits as if the cache had them; it ends, to go on elsewhere, if it does not answer.
                          Blocks lent to others are no part of the cache that requests have.
     drafts               core/speculation/drafting.py: tokens that may come next, if nothing is in flight. How many of
-                         them are right is known when the step is back, so nothing is planned until then.
+                         them are right is known when the step is back, so nothing is planned until then. What a draft
+                         model takes to guess them (model_drafts.py) goes before the step.
 
 One step: `Scheduler.schedule` -> `SchedulingPolicy.compose` (policy.py) -> `StepBuilder` (step_builder.py), which
 grants tokens and blocks -> `StepPlan` (plan.py); then `Scheduler.update` with its `StepResult`. The scheduler
@@ -40,7 +41,14 @@ from dataclasses import replace
 from typing import NamedTuple
 
 from splitfuse.config import SchedulerConfig
-from splitfuse.core.events import EngineEvents, RequestPreempted, RequestStarted, StepRecord, StepScheduled
+from splitfuse.core.events import (
+    EngineEvents,
+    RequestFinished,
+    RequestPreempted,
+    RequestStarted,
+    StepRecord,
+    StepScheduled,
+)
 from splitfuse.core.kv.block_allocator import BlockAllocator
 from splitfuse.core.kv.fetch_queue import FetchQueue
 from splitfuse.core.kv.fetching import Fetching
@@ -94,6 +102,8 @@ class Scheduler:
         """Requests that wait for KV blocks from elsewhere, if there is an elsewhere."""
         if fetching is not None:
             self.fetches = FetchQueue(fetching, queue, allocator, events, self.policy.predictor)
+        if drafting is not None:
+            events.subscribe(RequestFinished, lambda event: drafting.forget(event.request.request_id))
         self.requests = RequestTable(queue, allocator, events, self.fetches)
         self._num_scheduled_steps = 0
         self._in_flight: deque[_InFlight] = deque()
@@ -145,8 +155,12 @@ class Scheduler:
             self.policy.compose(step)
             if not step.granted:
                 return None
-            if self.drafting is not None and not self._in_flight:
-                self.drafting.compose(step, self.policy.predictor)
+            if (
+                self.drafting is not None
+                and not self._in_flight
+                and (seconds := self.drafting.compose(step, self.policy.predictor))
+            ):
+                now += seconds  # the step begins when its drafts are there
             plan = step.build(self._num_scheduled_steps + 1, tuple(self.requests.retired))
         except Exception as error:
             raise PlanningError(self.policy.blamed(step)) from error

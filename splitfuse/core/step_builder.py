@@ -15,7 +15,7 @@ from typing import NamedTuple
 from splitfuse.core.kv.block_allocator import BlockAllocator
 from splitfuse.core.kv.fetching import Fetch
 from splitfuse.core.limits import ceil_div
-from splitfuse.core.plan import Chunk, StepPlan
+from splitfuse.core.plan import Chunk, DraftKind, StepPlan
 from splitfuse.core.request import Request, RequestStatus
 from splitfuse.core.slo.cost_model import StepFeatures
 from splitfuse.core.slo.latency_predictor import LatencyPredictor
@@ -165,8 +165,8 @@ class StepBuilder:
         self.predictor = predictor
         self.features = StepFeatures()
         """Features of all that is granted, without drafts, if there is a predictor."""
-        self.drafts: dict[Request, tuple[int, ...]] = {}
-        """Drafts that are computed with the newest token of some requests."""
+        self.drafts: dict[Request, tuple[DraftKind, tuple[int, ...]]] = {}
+        """Drafts that are computed with the newest token of some requests, and where they come from."""
         self.claimant: Request | None = None
         """Request whose claim is being met or whose chunk is made: an exception meanwhile is put down to it."""
         self._oldest: Request | None = None
@@ -298,7 +298,7 @@ class StepBuilder:
             spare -= 1  # for the chunk that deposits tiles: only then blocks come back
         return (request.kv.num_blocks + spare) * self._allocator.block_size - request.num_scheduled
 
-    def draft(self, request: Request, token_ids: Sequence[int]) -> None:
+    def draft(self, request: Request, token_ids: Sequence[int], kind: DraftKind = DraftKind.LOOKUP) -> None:
         """Let tokens that are guesses be computed with the newest one of a request, which has been granted: those for
         which there are blocks that no running request will soon need.
         """
@@ -307,7 +307,7 @@ class StepBuilder:
         slots = (request.kv.num_blocks + spare) * self._allocator.block_size - end
         if count := min(len(token_ids), slots):
             request.kv.grow(self._allocator, request.num_scheduled, end + count)
-            self.drafts[request] = tuple(token_ids[:count])
+            self.drafts[request] = kind, tuple(token_ids[:count])
 
     def _even_chunk(self, request: Request, most: int) -> int:
         """Split the rest of a prompt into equal chunks, avoiding a short last chunk, unless the extra step would miss
@@ -367,8 +367,9 @@ class StepBuilder:
             first_wanted = max(start, request.num_prompt_logprobs)
             if first_wanted < request.num_prompt_tokens - 1:
                 num_logits = max(num_logits, end - first_wanted)  # negative if all of the chunk was given out before
-        tokens, num_drafts = request.tokens(start, end), 0
-        if drafts := self.drafts.get(request):
+        tokens, num_drafts, kind = request.tokens(start, end), 0, DraftKind.LOOKUP
+        if request in self.drafts:
+            kind, drafts = self.drafts[request]
             num_drafts = len(drafts)
             tokens, end, num_logits = tokens + drafts, end + num_drafts, num_logits + num_drafts
         table = tuple(kv.blocks[: ceil_div(end, self._allocator.block_size) - kv.num_lent])
@@ -377,5 +378,5 @@ class StepBuilder:
             table, loan = (0,) * kv.num_lent + table, kv.loan.next_chunk(start, kv.blocks)
         return Chunk(
             *(request.request_id, start, tokens, table, num_logits, samples),
-            *(kv.state_slots, num_drafts, kv.landing, loan),
+            *(kv.state_slots, num_drafts, kind, kv.landing, loan),
         )

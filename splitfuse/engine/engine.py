@@ -138,6 +138,9 @@ class Engine:
                 self.tiers, inbox = made
                 fetching = Fetching(self.tiers, inbox)
                 self.executor.sink, self.executor.inbox = self.tiers, inbox
+        draft_model = None
+        if isinstance(model, LoadedModel) and isinstance(self.executor, Executor):
+            draft_model = model.make_draft_runner(self.executor)
         self.scheduler, self.allocator, self._latencies = build_scheduler(
             *(config, plan),
             policy=policy,
@@ -146,6 +149,7 @@ class Engine:
             kv_fingerprint=model.kv_fingerprint,
             fetching=fetching,
             saves_blocks=tier_files is not None and not tier_files.for_moves,
+            draft_model=draft_model,
         )
         self.events = self.scheduler.events
         self._step_seconds = 0.0  # of the last step

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from splitfuse.core.events import StepRecord, StepScheduled
-from splitfuse.core.plan import StepPlan
+from splitfuse.core.plan import DraftKind, StepPlan
 from splitfuse.core.request_output import RequestOutput
 from splitfuse.engine.engine import Engine, rejection
 from splitfuse.engine.messages import (
@@ -236,8 +236,15 @@ class EngineLoop:
         counts.num_computed_tokens += plan.num_tokens
         for chunk in plan.chunks:
             if chunk.num_drafts:
-                counts.num_draft_tokens += chunk.num_drafts
-                counts.num_accepted_tokens += max(len(step.result[chunk.request_id].token_ids) - 1, 0)
+                drafted, accepted = chunk.num_drafts, max(len(step.result[chunk.request_id].token_ids) - 1, 0)
+                counts.num_draft_tokens += drafted
+                counts.num_accepted_tokens += accepted
+                if chunk.draft_kind is DraftKind.MODEL:
+                    counts.num_model_drafts += drafted
+                    counts.num_model_accepted += accepted
+                elif chunk.draft_kind is DraftKind.FORM:
+                    counts.num_form_drafts += drafted
+                    counts.num_form_accepted += accepted
         counts.step_tokens = plan.num_tokens
         counts.step_seconds = step.measured_seconds
         counts.predicted_step_seconds = step.predicted_seconds
@@ -273,6 +280,9 @@ class EngineLoop:
             if (peers := tiers.peers) is not None:
                 stats.num_peer_blocks = peers.num_fetched
                 stats.num_dropped_blocks += peers.num_dropped
+        drafting = self._engine.scheduler.drafting
+        if drafting is not None and drafting.model is not None:
+            self._stats.draft_model_seconds = drafting.model.seconds
         return replace(
             self._stats,
             num_running=len(queue.running),

@@ -255,6 +255,11 @@ class EngineStats:
     num_unsaved_blocks: int = 0  # not written: a tier was full, or behind
     num_lent_blocks: int = 0  # held for requests of other engines
     num_dropped_blocks: int = 0  # false by their checksum, or of another model
+    num_form_drafts: int = 0  # of the drafts, forced by the form of an answer; what no kind has is by prompt lookup
+    num_form_accepted: int = 0
+    num_model_drafts: int = 0  # of the drafts, guessed by the draft model
+    num_model_accepted: int = 0
+    draft_model_seconds: float = 0.0
     num_peer_blocks: int = 0  # of those fetched, that engines on other machines had
 
 

@@ -51,6 +51,8 @@ class RaggedEngine:
             raise ConfigError("kv_memory_tier and kv_disk_tier need a prefix cache, which RaggedEngine has not")
         if config.cache.kv_loans:
             raise ConfigError("kv_loans needs other engines, which RaggedEngine has not: leave it out")
+        if config.model.draft_model is not None:
+            raise ConfigError("draft_model needs a scheduler, which RaggedEngine has not: leave it out")
         return cls(config, load_model(config, progress=progress))
 
     @property

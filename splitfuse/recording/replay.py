@@ -32,7 +32,10 @@ from splitfuse.runtime.encoding import EncoderExecutor, LoadedEncoder, encoder_s
 from splitfuse.runtime.executor import Executor
 from splitfuse.runtime.loading import LoadedModel, load_model, open_source
 
-NOT_REPLAYED = ("ttft", "itl", "tpot", "enable_slo", "tail_share", "kv_cache_memory_gib", "num_threads")
+NOT_REPLAYED = (
+    *("ttft", "itl", "tpot", "enable_slo", "tail_share", "kv_cache_memory_gib", "num_threads"),
+    *("draft_model", "num_speculative_tokens"),
+)
 """Settings that change nothing in a replay, which has the plans already, and the threads of this machine."""
 OF_THE_MACHINE = ("kernels", "device")
 """Parts of an identity that a replay may have otherwise: then it shows whether they change bits."""

@@ -193,6 +193,7 @@ def _check(config: EngineConfig, spec: EncoderSpec) -> None:
         ("kv_cache_dtype", cache.kv_cache_dtype != "auto"),
         ("enable_slo, ttft, itl and tpot", config.scheduler.slo_enabled),
         ("num_speculative_tokens", config.scheduler.num_speculative_tokens > 0),
+        ("draft_model", config.model.draft_model is not None),
         ("gguf_file", config.model.gguf_file is not None),
         ("tensor_parallel_size", config.model.tensor_parallel_size > 1),
     ):

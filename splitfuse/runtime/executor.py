@@ -90,7 +90,8 @@ class Executor:
         self._grammars = grammars
         self.num_forced = 0
         """Most tokens that a result says to be forced by the form of the answer."""
-        self._requests: dict[str, RequestSampling] = {}
+        self.requests: dict[str, RequestSampling] = {}
+        """Requests from their first step until they retire, by id."""
         self._batches = BatchBuilder(kv_cache.block_size, decoder.device)
         self._borrowed: dict[int, Channel] = {}  # of the loans in this step, which may end meanwhile
         self._lost = set[str]()  # requests whose loan was lost in the last step
@@ -225,13 +226,13 @@ class Executor:
         return hidden
 
     def _adapter_of(self, request_id: str) -> PackedAdapter | None:
-        request = self._requests.get(request_id)
+        request = self.requests.get(request_id)
         return self.adapters[request.state.adapter] if request is not None and request.state.adapter else None
 
     def _execute(self, plan: StepPlan) -> StepResult:
         self.save(plan.saves)
         self.land(plan.lands)
-        requests = self._requests
+        requests = self.requests
         for request_id in plan.retired_requests:
             requests.pop(request_id, None)  # absent if its first step was broken off
         for new in plan.new_requests:
@@ -264,12 +265,12 @@ class Executor:
             hidden = self.hidden(chunks)
             if self._running is not None:
                 self._running.layers_done.set()
-            results = results_of(chunks, hidden, self._requests, self.decoder)
+            results = results_of(chunks, hidden, self.requests, self.decoder)
         return results | {request_id: ChunkResult(loan_lost=True) for request_id in self._lost}
 
     def _with_newest(self, chunk: Chunk) -> Chunk:
         """Return a chunk with the token that the step before has chosen."""
-        chosen = self._requests[chunk.request_id].state.output_token_ids
+        chosen = self.requests[chunk.request_id].state.output_token_ids
         # A request whose last step failed has chosen nothing; the scheduler drops the result of this one.
         newest = chosen[-1] if chosen else 0
         return replace(chunk, token_ids=tuple(newest if token == PLACEHOLDER else token for token in chunk.token_ids))

@@ -38,10 +38,11 @@ from splitfuse.models.weights import (
     weight_bytes,
 )
 from splitfuse.runtime.backend_choice import choose_backend
+from splitfuse.runtime.draft_model import DraftRunner, open_draft
 from splitfuse.runtime.executor import Executor
 from splitfuse.runtime.fingerprint import fingerprint, identify, kv_fingerprint
 from splitfuse.runtime.machine import available_memory, usable_cores
-from splitfuse.runtime.memory_plan import MemoryPlan, plan_memory, tier_bytes, token_bytes
+from splitfuse.runtime.memory_plan import DraftSizes, MemoryPlan, plan_memory, tier_bytes, token_bytes
 from splitfuse.runtime.parallel.leader import Leader
 from splitfuse.runtime.results import HEAD_ROWS
 from splitfuse.runtime.sampling.grammar import Grammars
@@ -66,6 +67,8 @@ class LoadedModel:
     """Way to make embeddings, if the model is for that."""
     leader: Leader | None = None
     """The other ranks that compute it."""
+    draft: Decoder | None = None
+    """Draft model, if there is one."""
 
     @property
     def fingerprint(self) -> str:
@@ -118,6 +121,20 @@ class LoadedModel:
         threads *= 1 if self.leader is None else self.leader.group.shard.size
         return Executor(self.decoder, cache, self.grammars, keeps_plans=threads < usable_cores())
 
+    def make_draft_runner(self, executor: Executor) -> DraftRunner | None:
+        """Return what computes the draft model for the requests of an executor, with a KV cache of its own; None if
+        there is no draft model. Raises MemoryPlanError.
+        """
+        if self.draft is None:
+            return None
+        return DraftRunner(
+            self.draft,
+            executor.requests,
+            num_blocks=self.plan.num_blocks,
+            block_size=self.plan.block_size,
+            vocab_size=self.spec.vocab_size,
+        )
+
 
 def load_model(
     config: EngineConfig,
@@ -147,9 +164,10 @@ def load_model(
         spec = replace(spec, max_position=min(pooling.max_length + 1, spec.max_position))  # one is left to generate
     if (adapter := source.adapter()) is not None:
         _logger.warning("%s holds an adapter of %s too, which is not applied", source.location, adapter)
+    draft = open_draft(config, source, spec, device=device)
     num_sharers = 1 if weight_sharing is None else weight_sharing.num_sharers
     tiers = tier_bytes(config.cache, num_sharers=num_sharers, filled=tiers_filled, for_moves=tiers_for_moves)
-    plan = _plan(spec, config, backend, weights, weight_sharing, tiers)
+    plan = _plan(spec, config, backend, weights, weight_sharing, tiers, None if draft is None else draft.sizes)
     remarks = describe_aside(weights, spec) + describe_kept(weights, spec, backend, dtype)
     plan = replace(plan, remarks=(*plan.remarks, *remarks))
     announce(plan)
@@ -170,12 +188,13 @@ def load_model(
         assert isinstance(decoder, RankDecoder)
         leader.wait()
         leader.lead(decoder)
+    draft_decoder = None if draft is None else draft.load()
     identity = identify(source, config, backend=backend, plan=plan, device=device)
     ends = end_tokens(source, spec.vocab_size)
     grammars = Grammars(partial(tokenizer_json, config, source), spec.vocab_size, ends)
     dummy = config.model.load_format == "dummy"
     open_weights = partial(DummyWeights, dtype, device) if dummy else source.weights
-    return LoadedModel(source, spec, plan, ends, decoder, identity, grammars, open_weights, pooling, leader)
+    return LoadedModel(source, spec, plan, ends, decoder, identity, grammars, open_weights, pooling, leader, draft_decoder)
 
 
 def load_rank(config: EngineConfig, group: Group, *, digest: str) -> tuple[RankDecoder, KVCache]:
@@ -297,11 +316,12 @@ def _plan(
     weights: WeightSource,
     sharing: WeightSharing | None,
     tiers: int,
+    draft: DraftSizes | None,
 ) -> MemoryPlan:
     """Return the memory plan, and let the backend share weights if it can. Weights that are there already take no more
     memory; what remains is divided among the processes that share them.
     """
-    plan = partial(plan_memory, spec, config, backend=backend, weights=weights, tiers=tiers)
+    plan = partial(plan_memory, spec, config, backend=backend, weights=weights, tiers=tiers, draft=draft)
     if sharing is None:
         return plan()
     free = available_memory(config.model.device)

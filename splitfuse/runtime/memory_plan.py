@@ -46,6 +46,16 @@ SLOTS_WITH_SNAPSHOTS = 4
 
 
 @dataclass(frozen=True)
+class DraftSizes:
+    """Holds what a draft model needs, in bytes. Its KV cache has as many blocks as the other, of as many tokens."""
+
+    name: str
+    weights: int
+    activations: int
+    block: int
+
+
+@dataclass(frozen=True)
 class MemoryPlan:
     """Holds what is needed and available, in bytes, and the sizes that follow. `str(plan)` is a table."""
 
@@ -65,6 +75,7 @@ class MemoryPlan:
     snapshot_interval: int = 0  # tokens of a prompt between snapshots of its state
     tiers: int = 0  # KV blocks behind the cache, in memory and on their way
     tiers_are_for: str = "behind the cache"
+    draft: DraftSizes | None = None  # of the draft model, if there is one
     num_seqs_lowered: bool = False  # more running requests are allowed than there is memory for the states of
     remarks: tuple[str, ...] = ()  # lines at the end
 
@@ -74,6 +85,17 @@ class MemoryPlan:
         return self.num_blocks * self.block
 
     @property
+    def draft_model(self) -> int:
+        """Return the size of the draft model with its KV cache in bytes."""
+        draft = self.draft
+        return 0 if draft is None else draft.weights + draft.activations + self.num_blocks * draft.block
+
+    @property
+    def block_of_both(self) -> int:
+        """Return the size of a KV block and one of the draft model in bytes."""
+        return self.block + (0 if self.draft is None else self.draft.block)
+
+    @property
     def states(self) -> int:
         """Return the size of all recurrent states in bytes."""
         return self.num_states * self.state
@@ -81,7 +103,7 @@ class MemoryPlan:
     @property
     def need(self) -> int:
         """Return the sum of all that is needed, in bytes."""
-        return self.weights + self.activations + self.states + self.tiers + self.kv_cache
+        return self.weights + self.activations + self.states + self.tiers + self.kv_cache + self.draft_model
 
     def __str__(self) -> str:
         sizes = f"{self.num_blocks} blocks of {self.block_size}: {self.num_blocks * self.block_size} tokens"
@@ -92,6 +114,7 @@ class MemoryPlan:
             *([f"states       {self.states / GIB:8.3f} GiB   {self._states_line}"] if self.state else ()),
             *([f"KV tiers     {self.tiers / GIB:8.3f} GiB   {self.tiers_are_for}"] if self.tiers else ()),
             *([f"KV cache     {self.kv_cache / GIB:8.3f} GiB   {sizes}"] if self.block else ()),
+            *([f"draft model  {self.draft_model / GIB:8.3f} GiB   {self._draft_line}"] if self.draft else ()),
             f"need         {self.need / GIB:8.3f} GiB",
             f"have         {self.available / GIB:8.3f} GiB",
             f"longest request: {self.max_model_len} tokens"
@@ -101,6 +124,12 @@ class MemoryPlan:
         if self.num_seqs_lowered:
             lines.append(f"running requests: {self.max_num_seqs} at most, as there is no memory for more states")
         return "\n".join(lines)
+
+    @property
+    def _draft_line(self) -> str:
+        assert self.draft is not None
+        cache = self.num_blocks * self.draft.block / GIB
+        return f"{self.draft.name}: weights {self.draft.weights / GIB:.3f}, KV cache {cache:.3f}"
 
     @property
     def _states_line(self) -> str:
@@ -115,9 +144,11 @@ def plan_memory(
     weights: WeightSource | None = None,
     available: int | None = None,
     tiers: int | None = None,
+    draft: DraftSizes | None = None,
 ) -> MemoryPlan:
     """Return the plan for one model on one device; `available` bytes are measured if not given, and `tiers` are those
-    that the settings ask for. Without `weights` those of a quantized checkpoint count as dense ones.
+    that the settings ask for. `draft` is what the draft model needs that they name. Without `weights` those of a
+    quantized checkpoint count as dense ones.
 
     Raises MemoryPlanError, with settings that would fit, if weights, activations and cache do not fit; ConfigError if
     `max_model_len` exceeds what the model allows, or for tiers or loans that the model or the backend does not have.
@@ -133,10 +164,11 @@ def plan_memory(
         )
     weight_size = weight_bytes(spec, dtype, backend, weights, shard=Shard(0, num_ranks))
     available = (available_memory(config.model.device) if available is None else available) // num_ranks
-    budget = config.scheduler.max_num_batched_tokens or _largest_budget(spec, dtype, free=available - weight_size)
+    free = available - weight_size - (0 if draft is None else draft.weights + draft.activations)
+    budget = config.scheduler.max_num_batched_tokens or _largest_budget(spec, dtype, free=free)
     plan = MemoryPlan(
         weights=weight_size,
-        activations=budget * token_bytes(spec, dtype) + HEAD_ROWS * spec.vocab_size * LOGIT_BYTES,
+        activations=step_bytes(spec, dtype, budget),
         block=block_bytes(rank_spec(spec, num_ranks), block_size=size, dtype=dtype, backend=backend),
         block_size=size,
         num_blocks=0,
@@ -148,6 +180,7 @@ def plan_memory(
         max_num_batched_tokens=budget,
         state=state_bytes(spec, backend),
         tiers=tier_bytes(config.cache) if tiers is None else tiers,
+        draft=draft,
     )
     if plan.tiers and not config.cache.has_tiers:
         plan = replace(plan, tiers_are_for="for requests that go on at another engine")
@@ -165,13 +198,13 @@ def plan_memory(
     plan = _with_tiers(plan, config)
     plan = _with_states(plan, config, free=plan.available - plan.need)
     free = plan.available - plan.need
-    if free < plan.block:
+    if free < plan.block_of_both:
         raise MemoryPlanError(
             f"the model does not fit into memory\n{plan}\n{_smaller_model(spec, config, backend, weights, plan)}"
         )
     plan = replace(plan, num_blocks=_num_blocks(config, plan, free))
     if plan.need > plan.available:
-        fitting = _cache_of(free // plan.block, plan)
+        fitting = _cache_of(free // plan.block_of_both, plan)
         raise MemoryPlanError(f"the KV cache does not fit into memory\n{plan}\n{fitting} would fit")
     longest = plan.num_blocks * size + 1  # the last token of a request is never attended to
     if longest >= wanted_len or config.cache.kv_loans:  # what this cache cannot hold, others may
@@ -249,6 +282,11 @@ def _largest_budget(spec: ModelSpec, dtype: torch.dtype, *, free: int) -> int:
     return max([FIRST_BUDGET, *(budget for budget in BUDGETS if budget <= most)])
 
 
+def step_bytes(spec: ModelSpec, dtype: torch.dtype, num_tokens: int) -> int:
+    """Return the bytes of the activations and logits of a step of so many tokens."""
+    return num_tokens * token_bytes(spec, dtype) + HEAD_ROWS * spec.vocab_size * LOGIT_BYTES
+
+
 def token_bytes(spec: ModelSpec, dtype: torch.dtype) -> int:
     """Return the bytes of one token at the widest moment of a step, generously."""
     token_inputs = 3 * spec.token_input_size * len(spec.layers)
@@ -303,7 +341,7 @@ def _num_blocks(config: EngineConfig, plan: MemoryPlan, free: int) -> int:
     if cache.kv_cache_memory_gib is not None:
         return int(cache.kv_cache_memory_gib * GIB) // plan.block
     most_useful = plan.max_num_seqs * ceil_div(plan.max_model_len, plan.block_size)
-    return max(1, min(most_useful, int(free * LARGEST_KV_SHARE) // plan.block))
+    return max(1, min(most_useful, int(free * LARGEST_KV_SHARE) // plan.block_of_both))
 
 
 def _smaller_model(
@@ -311,11 +349,13 @@ def _smaller_model(
 ) -> str:
     """Return settings with each of which weights, activations and one KV block would fit."""
     dtype = resolve_dtype(config.model.dtype, spec)
-    missing = plan.need + plan.block - plan.available
+    missing = plan.need + plan.block_of_both - plan.available
     budget = plan.max_num_batched_tokens - ceil_div(missing, token_bytes(spec, dtype))
     options = [f"max_num_batched_tokens={budget}"] if budget >= 1 else []
     if plan.tiers >= missing:
         options.insert(0, _smaller_tiers(config.cache, plan, missing))
+    if plan.draft is not None and plan.draft_model + plan.draft.block >= missing:
+        options.append("leaving out draft_model")
     shard = Shard(0, config.model.tensor_parallel_size)
     if plan.weights - weight_bytes(spec, torch.bfloat16, backend, weights, shard=shard) >= missing:
         options.append("dtype=bfloat16")
@@ -360,7 +400,7 @@ def _quantization(spec: ModelSpec, backend: Backend, most: int, shard: Shard) ->
 def _longer_cache(plan: MemoryPlan, free: int) -> str:
     """Return settings with which the longest request would fit: a lower limit, or a larger cache."""
     longest = plan.num_blocks * plan.block_size + 1
-    wanted, most = ceil_div(plan.max_model_len - 1, plan.block_size), free // plan.block
+    wanted, most = ceil_div(plan.max_model_len - 1, plan.block_size), free // plan.block_of_both
     options = [f"max_model_len={longest}"] if longest >= SHORTEST_MODEL_LEN else []
     if wanted <= most or not options:
         options.append(_cache_of(min(wanted, most), plan))

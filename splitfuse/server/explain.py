@@ -9,6 +9,8 @@ from __future__ import annotations
 import asyncio
 import re
 import time
+from collections import Counter
+from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import replace
 from operator import sub
@@ -17,6 +19,7 @@ from typing import NamedTuple
 import msgspec
 
 from splitfuse.core.latency.phases import LatencyBreakdown, LatencyPhase
+from splitfuse.core.plan import DraftKind
 from splitfuse.core.slo.targets import SloViolation
 from splitfuse.server.access_log import RequestRecord
 from splitfuse.server.context import RequestContext
@@ -38,10 +41,10 @@ class Timing(msgspec.Struct, frozen=True):
 
     queued: from its arrival until its first step began; first_token: from its arrival to the first token of any choice;
     gaps: between each token and the next of its choice, all choices one after the other; steps: number of steps that
-    computed a part of it, those of all choices added up; draft_tokens and accepted_tokens: number of tokens that were
-    drafted, and of those that were right, of all choices; resumed: number of times that a choice went on at another
-    engine, or at its own after a restart; on_loan: whether another engine holds a part of the keys and values of a
-    choice, which finishes while that engine lives; slo_met: whether all choices met their SLO, null without one;
+    computed a part of it, those of all choices added up; draft_tokens and accepted_tokens: numbers of tokens that were
+    drafted, and of those that were right, of all choices, by kind; resumed: number of times that a choice went on at
+    another engine, or at its own after a restart; on_loan: whether another engine holds a part of the keys and values
+    of a choice, which finishes while that engine lives; slo_met: whether all choices met their SLO, null without one;
     phases: where the time went.
     """
 
@@ -50,8 +53,8 @@ class Timing(msgspec.Struct, frozen=True):
     gaps: list[float]
     steps: int
     cached_tokens: int
-    draft_tokens: int
-    accepted_tokens: int
+    draft_tokens: dict[DraftKind, int]
+    accepted_tokens: dict[DraftKind, int]
     resumed: int
     on_loan: bool
     slo_met: bool | None
@@ -69,13 +72,20 @@ def timing_of(context: RequestContext, phases: dict[LatencyPhase, float] | None 
         gaps=[gap for g in begun for gap in map(sub, g.timings.tokens[1:], g.timings.tokens)],
         steps=sum(g.num_steps for g in begun),
         cached_tokens=sum(g.num_cached_tokens for g in begun),
-        draft_tokens=sum(g.num_drafted_tokens for g in begun),
-        accepted_tokens=sum(g.num_accepted_tokens for g in begun),
+        draft_tokens=_by_kind(g.num_drafted_tokens for g in begun),
+        accepted_tokens=_by_kind(g.num_accepted_tokens for g in begun),
         resumed=sum(g.stream.num_resumed for g in begun if g.stream is not None),
         on_loan=any(g.stream.on_loan for g in begun if g.stream is not None),
         slo_met=all(met) if (met := [g.slo_met for g in begun if g.slo_met is not None]) else None,
         phases=phases or {},
     )
+
+
+def _by_kind(counts: Iterable[Counter[DraftKind]]) -> dict[DraftKind, int]:
+    total = Counter[DraftKind]()
+    for each in counts:
+        total.update(each)
+    return dict(total)
 
 
 async def timing_with_phases(context: RequestContext) -> Timing:

@@ -121,6 +121,11 @@ FAMILIES = (
     ),
     Family("splitfuse:draft_tokens", "counter", "num_draft_tokens", "Drafted tokens that steps computed."),
     Family("splitfuse:accepted_tokens", "counter", "num_accepted_tokens", "Drafted tokens that were right."),
+    Family("splitfuse:form_draft_tokens", "counter", "num_form_drafts", "Of those drafted, forced by a form."),
+    Family("splitfuse:form_accepted_tokens", "counter", "num_form_accepted", "Of those, that were right."),
+    Family("splitfuse:model_draft_tokens", "counter", "num_model_drafts", "Of those drafted, by the draft model."),
+    Family("splitfuse:model_accepted_tokens", "counter", "num_model_accepted", "Of those, that were right."),
+    Family("splitfuse:draft_model_seconds", "counter", "draft_model_seconds", "Seconds of the draft model's steps."),
     Family("splitfuse:kv_lent_blocks", "gauge", "num_lent_blocks", "KV blocks held for requests of other engines."),
     Family("splitfuse:kv_tier_blocks", "gauge", "num_tier_blocks", "KV blocks in the memory and the disk tier."),
     Family("splitfuse:kv_tier_saved_blocks", "counter", "num_saved_blocks", "KV blocks written to the tiers."),
@@ -212,7 +217,7 @@ _COUNTERS = tuple(
     }
 )
 """Counters of EngineStats that a family shows."""
-_read_counters: Callable[[EngineStats], tuple[int, ...]] = attrgetter(*_COUNTERS)
+_read_counters: Callable[[EngineStats], tuple[float, ...]] = attrgetter(*_COUNTERS)
 
 
 class Metrics(Collector):
@@ -423,7 +428,7 @@ class _Totals:
 
     def __init__(self) -> None:
         self._engines: list[EngineStats] = []  # as last seen
-        self._before = [0] * len(_COUNTERS)  # of those that began again, or are gone
+        self._before: list[float] = [0] * len(_COUNTERS)  # of those that began again, or are gone
 
     def update(self, engines: Sequence[EngineStats]) -> None:
         """Take in the newest counters."""
@@ -432,12 +437,12 @@ class _Totals:
                 self._before = _sums([self._before, _read_counters(old)])
         self._engines = list(engines)
 
-    def sums(self) -> dict[str, int]:
+    def sums(self) -> dict[str, float]:
         """Return the sums by the names of the counters."""
         return dict(zip(_COUNTERS, _sums([self._before, *map(_read_counters, self._engines)]), strict=True))
 
 
-def _sums(rows: Sequence[Sequence[int]]) -> list[int]:
+def _sums(rows: Sequence[Sequence[float]]) -> list[float]:
     return list(map(sum, zip(*rows, strict=True)))
 
 

@@ -7,10 +7,11 @@ per choice holds all state of its text: requests share nothing.
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable
 from functools import cached_property
 
-from splitfuse.core.plan import Logprobs
+from splitfuse.core.plan import DraftKind, Logprobs
 from splitfuse.core.request_output import FinishReason, RequestOutput
 from splitfuse.engine.stream import Stream
 from splitfuse.text.chat_formats.formats import Channels
@@ -56,8 +57,8 @@ class Generation:
         """Number of prompt tokens found in the prefix cache."""
         self.num_steps = 0
         """Number of steps that computed a part of the request."""
-        self.num_drafted_tokens = self.num_accepted_tokens = 0
-        """Number of tokens that were guessed before they were chosen, and of those that were right."""
+        self.num_drafted_tokens, self.num_accepted_tokens = Counter[DraftKind](), Counter[DraftKind]()
+        """Numbers of tokens that were guessed before they were chosen, and of those that were right, by kind."""
         self.slo_met: bool | None = None
         """Flag of an SLO that was met so far; None without one."""
         self.timings = Timings(time.monotonic())
@@ -101,8 +102,8 @@ class Generation:
         self.values = output.values
         self.num_cached_tokens = output.num_cached_tokens
         if output.num_drafted:
-            self.num_drafted_tokens += output.num_drafted
-            self.num_accepted_tokens += len(output.token_ids) - 1
+            self.num_drafted_tokens[output.draft_kind] += output.num_drafted
+            self.num_accepted_tokens[output.draft_kind] += len(output.token_ids) - 1
         self.timings.tokens += [now] * len(output.token_ids)
         for count, token_id in enumerate(output.token_ids, start=len(self.token_ids) - len(output.token_ids) + 1):
             new = self._watch(token_id)

@@ -10,12 +10,14 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from random import Random
 from typing import Any
 
 import pytest
 import torch
 from backends import emulation_slow, variants
+from draft_models import count_drafts, draft_always, first_layers
 from forced_preemption import force_preemptions
 from guessed_drafts import guess_answers
 from scheduler_checks import check_scheduler
@@ -23,6 +25,8 @@ from stories import make_story
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import splitfuse
+from splitfuse.core.plan import DraftKind
+from splitfuse.models.sources.hub import BUNDLED_MODEL
 from splitfuse.text.prompts import PreparedRequest
 from splitfuse.text.responses import Response
 
@@ -204,6 +208,45 @@ def test_drafts_change_no_bit_of_1000_requests(variant: str, precision: str) -> 
         if guesses:
             guess_answers(pipe.engine, requests, known)
         assert [outcome(response) for response in answers(pipe, requests)] == wanted
+
+
+def check_draft_model(variant: str, precision: str, count: int, draft_model: str, *, preempt: bool) -> list[int]:
+    """Let a draft model guess for a crowd. Returns how much was drafted and accepted."""
+    requests, wanted = alone(variant, precision, count)
+    settings = {"num_blocks": 64, "max_num_seqs": 3, "num_speculative_tokens": 4, "draft_model": draft_model}
+    pipe = make_pipe(variant, precision, num_threads=2, max_num_batched_tokens=1024, **settings)
+    if preempt:
+        force_preemptions(pipe.engine)
+    draft_always(pipe.engine)
+    counts = count_drafts(pipe.engine)
+    for response, expected in zip(answers(pipe, requests), wanted, strict=True):
+        assert outcome(response) == expected, f"request {response.index}, choice {response.choice}"
+    drafting = pipe.engine.scheduler.drafting
+    assert drafting is not None and drafting.model is not None
+    drafting.model.check()
+    assert drafting.model.num_failures == drafting.model.num_held == 0
+    return counts[DraftKind.MODEL]
+
+
+@pytest.mark.parametrize("num_layers", [4, 2])
+@pytest.mark.parametrize("variant", emulation_slow(variants()))
+def test_a_draft_model_changes_no_bit(variant: str, num_layers: int, tmp_path: Path) -> None:
+    """The model itself, which guesses sampled tokens too, and one of which little is right."""
+    draft_model = first_layers(BUNDLED_MODEL, tmp_path, num_layers)
+    drafted, accepted = check_draft_model(variant, "int8-cache", FEW, draft_model, preempt=num_layers == 2)
+    assert drafted > 10 and (accepted == drafted if num_layers == 4 else 0 < accepted < drafted)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("num_layers", [4, 3, 1])
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("variant", variants())
+def test_a_draft_model_changes_no_bit_of_500_requests(
+    variant: str, precision: str, num_layers: int, tmp_path: Path
+) -> None:
+    draft_model = first_layers(BUNDLED_MODEL, tmp_path, num_layers)
+    drafted, accepted = check_draft_model(variant, precision, MANY, draft_model, preempt=True)
+    assert drafted > MANY // 2 and 0 < accepted <= drafted
 
 
 @pytest.mark.parametrize("variant", emulation_slow(variants()))

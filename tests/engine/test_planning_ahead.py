@@ -246,7 +246,7 @@ def test_requests_retire_though_their_plan_is_not_executed(
             engine.step()
     assert len(steps) == 2 and not engine.has_unfinished
     assert len(tokens_of(engine, later)) == 2
-    assert list(executor._requests) == [later]
+    assert list(executor.requests) == [later]
 
 
 def test_a_stop_that_comes_during_a_step_ends_planning(make: Callable[..., Engine]) -> None:

@@ -12,13 +12,14 @@ import msgspec
 import pytest
 import tiny_adapters
 import tiny_models
+from draft_models import count_drafts, draft_always
 from scheduler_checks import check_scheduler
 
 import splitfuse
 from splitfuse.config import EngineConfig
 from splitfuse.core.events import StepRecord
 from splitfuse.core.latency.phases import LatencyPhase
-from splitfuse.core.plan import TokenLogprob
+from splitfuse.core.plan import DraftKind, TokenLogprob
 from splitfuse.core.reasoning import Reasoning
 from splitfuse.core.request import Request, by_queue_key
 from splitfuse.core.request_output import FinishReason
@@ -139,6 +140,18 @@ def test_the_rest_is_equal_with_drafts() -> None:
     pipe, _ = two_engines()
     config = EngineConfig.from_settings({**SETTINGS, "num_speculative_tokens": 5})
     check_cuts(*(Engine(config, pipe.engine.model) for _ in range(2)), mixed(pipe))
+
+
+def test_the_rest_is_equal_with_a_draft_model() -> None:
+    pipe, _ = two_engines()
+    with_drafts = {**SETTINGS, "num_speculative_tokens": 4, "draft_model": str(BUNDLED_MODEL)}
+    model = splitfuse.pipeline(**with_drafts).engine.model
+    engines = [Engine(EngineConfig.from_settings(with_drafts), model) for _ in range(2)]
+    for engine in engines:
+        draft_always(engine)
+    counts = count_drafts(engines[1])
+    check_cuts(*engines, mixed(pipe))
+    assert counts[DraftKind.MODEL][1] > 10
 
 
 @pytest.mark.parametrize(

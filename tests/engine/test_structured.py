@@ -7,15 +7,18 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+from draft_models import count_drafts, draft_always
 from forced_preemption import break_steps, force_preemptions
 from guessed_drafts import guess_answers
 from scheduler_checks import check_scheduler
 
 import splitfuse
 from splitfuse.core.events import StepRecord
+from splitfuse.core.plan import DraftKind
 from splitfuse.core.sampling_params import SamplingParams
 from splitfuse.core.speculation.drafting import Drafting
 from splitfuse.core.structured_outputs import StructuredOutputs
+from splitfuse.models.sources.hub import BUNDLED_MODEL
 from splitfuse.runtime.executor import Executor
 from splitfuse.runtime.sampling.grammar import MAX_KEPT, Grammars
 from splitfuse.text.prompts import PreparedRequest
@@ -86,6 +89,20 @@ def test_drafts_change_no_answer_of_a_form(pipe: splitfuse.Pipeline, monkeypatch
     assert drafting.accepted > 50
     break_steps(monkeypatch)
     assert answers(pipe, requests) == wanted
+
+
+def test_a_draft_model_changes_no_answer_of_a_form(pipe: splitfuse.Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    requests = prepare(pipe)
+    wanted = answers(pipe, requests)
+    settings = {"num_speculative_tokens": 4, "draft_model": str(BUNDLED_MODEL)}
+    other = splitfuse.pipeline(dtype="float32", max_num_batched_tokens=64, **settings)
+    draft_always(other.engine)
+    counts = count_drafts(other.engine)
+    assert answers(other, prepare(other)) == wanted
+    drafted, accepted = counts[DraftKind.MODEL]
+    assert counts[DraftKind.FORM][0] > 0 and 0.9 * drafted < accepted and drafted > 50
+    break_steps(monkeypatch)
+    assert answers(other, prepare(other)) == wanted
 
 
 def test_tokens_that_a_form_forces_are_drafted(pipe: splitfuse.Pipeline) -> None:

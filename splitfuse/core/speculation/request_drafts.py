@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from itertools import accumulate, repeat, takewhile
 from operator import mul
 
+from splitfuse.core.plan import DraftKind
+from splitfuse.core.speculation.acceptance import Acceptance
 from splitfuse.core.speculation.prompt_lookup import PromptLookup
 
 FORCED_CHANCE = 0.99
@@ -29,6 +31,10 @@ class RequestDrafts:
     """Tokens that the form of the answer lets follow, and no others."""
     num_drafted: int = 0
     num_accepted: int = 0
+    acceptance: Acceptance | None = None
+    """How right the guesses of a draft model were; None: there were none."""
+    confidences: tuple[float, ...] = ()
+    """How sure the draft model was of its newest guesses."""
     _lookup: PromptLookup | None = None  # its tokens so far, once it decodes
     _num_prompt_tokens: int = 0
     _ends: Collection[int] = ()
@@ -64,7 +70,9 @@ class RequestDrafts:
                 return found[:index]
         return found
 
-    def count(self, num_drafted: int, num_accepted: int) -> None:
+    def count(self, num_drafted: int, num_accepted: int, kind: DraftKind = DraftKind.LOOKUP) -> None:
         """Count the drafts of a step, and those that were right."""
         self.num_drafted += num_drafted
         self.num_accepted += num_accepted
+        if kind is DraftKind.MODEL and self.acceptance is not None:
+            self.acceptance.observe(self.confidences[:num_drafted], num_accepted)

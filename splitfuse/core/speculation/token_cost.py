@@ -6,6 +6,8 @@ SHARE = 1 / 8
 """Seconds of one more token, as a fraction of a step of no tokens, where nothing is measured."""
 WEIGHT = 8.0
 """Weight of that fraction: of as many measured steps, of which each has a token more or less than the mean."""
+FEW_STEPS = 2.5
+"""Weight of steps that may be of another kind than those that follow: the first ones."""
 GAIN = 1 / 64
 """Weight of the newest step."""
 LONGEST = 2.0
@@ -26,6 +28,11 @@ class TokenCost:
         self._weight = 0.0
         self._tokens = self._seconds = 0.0  # means
         self._variance = self._covariance = 0.0
+
+    @property
+    def is_measured(self) -> bool:
+        """Return whether it is known from more than a step or two."""
+        return self._weight > FEW_STEPS
 
     @property
     def per_token(self) -> float:

@@ -77,6 +77,21 @@ class RequestSampling:
                 return count, True
         return len(token_ids), False
 
+    def after(self, number: int, drafts: Sequence[int]) -> Row | None:
+        """Return row `number`, of a draft model, that chooses what follows `drafts`; None if the form of the answer
+        does not allow them, or nothing behind them. What it chooses is not taken here, and has no logprobs.
+        """
+        *_, (count, state, matcher) = self.rows(0, drafts)
+        if count < len(drafts):
+            return None
+        if matcher is not None and matcher is self._matcher:
+            matcher = matcher.after((), state.thought)
+            if matcher is None:
+                return None
+        if state.params.logprobs is not None:
+            state = replace(state, params=replace(state.params, logprobs=None))
+        return Row(number, state, matcher)
+
     def rows(self, first: int, drafts: Sequence[int]) -> Iterator[Row]:
         """Yield the row that chooses the next token, number `first`, and that of each draft, up to one that the form of
         the answer does not allow: its state is as if the drafts so far were right, and its token counts if they are.
