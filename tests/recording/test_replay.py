@@ -246,7 +246,7 @@ def test_a_replay_that_keeps_going_has_the_recorded_tokens(
 
     def check(self: Executor, chunks: Sequence[Chunk]) -> dict[str, ChunkResult]:
         for chunk in chunks:
-            state = self._requests[chunk.request_id].state
+            state = self.requests[chunk.request_id].state
             tokens = [*state.prompt_token_ids, *state.output_token_ids]
             checked.append(tuple(tokens[chunk.start : chunk.end]) == chunk.token_ids)
         return compute(self, chunks)

@@ -502,7 +502,7 @@ def test_families_have_unique_names_and_a_source() -> None:
         estimated=True, prompt_tokens=512, answer_tokens=64, gap_target="ITL", ttft_share=0.5, longest_prompt=9,
         max_prompt=9, gap_share=0.2, max_decodes=3, most_decodes=4, requests_per_second=1.5,
     )  # fmt: skip
-    step_of(client, metrics, 0, EngineStats(1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1.0, 0.9, 2, 2, kept, None, *[1] * 10))
+    step_of(client, metrics, 0, EngineStats(1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1.0, 0.9, 2, 2, kept, None, *[1] * 15))
     values = Figures(metrics).values
     ending = {"gauge": "", "counter": "_total", "histogram": "_count"}
     for family in FAMILIES:
