@@ -60,10 +60,11 @@ class OpenedDraft:
     _dtype: torch.dtype
     _device: torch.device
 
-    def load(self) -> Decoder:
-        """Load it. Raises ModelError."""
+    def load(self, max_model_len: int) -> Decoder:
+        """Load it, for requests of at most so many tokens. Raises ModelError."""
         assert self._weights is not None, "it was not fetched"
-        decoder = load_decoder(self._weights, self.spec, dtype=self._dtype, device=self._device, backend=self._backend)
+        spec = replace(self.spec, max_position=min(self.spec.max_position, max_model_len))
+        decoder = load_decoder(self._weights, spec, dtype=self._dtype, device=self._device, backend=self._backend)
         self._backend.finish_loading()
         return decoder
 

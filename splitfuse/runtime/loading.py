@@ -188,13 +188,14 @@ def load_model(
         assert isinstance(decoder, RankDecoder)
         leader.wait()
         leader.lead(decoder)
-    draft_decoder = None if draft is None else draft.load()
+    draft_decoder = None if draft is None else draft.load(plan.max_model_len)
     identity = identify(source, config, backend=backend, plan=plan, device=device)
     ends = end_tokens(source, spec.vocab_size)
     grammars = Grammars(partial(tokenizer_json, config, source), spec.vocab_size, ends)
     dummy = config.model.load_format == "dummy"
     open_weights = partial(DummyWeights, dtype, device) if dummy else source.weights
-    return LoadedModel(source, spec, plan, ends, decoder, identity, grammars, open_weights, pooling, leader, draft_decoder)
+    others = pooling, leader, draft_decoder
+    return LoadedModel(source, spec, plan, ends, decoder, identity, grammars, open_weights, *others)
 
 
 def load_rank(config: EngineConfig, group: Group, *, digest: str) -> tuple[RankDecoder, KVCache]:

@@ -145,6 +145,12 @@ def test_a_draft_model_needs_tokens_to_draft() -> None:
         EngineConfig.from_settings({"draft_model": "x"})
 
 
+def test_a_draft_model_is_refused_with_ranks() -> None:
+    settings = {"draft_model": "x", "num_speculative_tokens": 4, "tensor_parallel_size": 2}
+    with pytest.raises(ConfigError, match="draft_model x cannot be used with tensor_parallel_size=2"):
+        EngineConfig.from_settings(settings)
+
+
 def test_another_vocabulary_is_refused(tmp_path: Path) -> None:
     folder = first_layers(BUNDLED_MODEL, tmp_path, 1)
     tokenizer = json.loads((tmp_path / "tokenizer.json").read_text())
