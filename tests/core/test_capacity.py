@@ -5,7 +5,7 @@ from random import Random
 
 import pytest
 
-from splitfuse.core.capacity import LONGEST_WAIT, PART, WINDOW, Arrival, replicas_needed
+from splitfuse.core.capacity import LONGEST_WAIT, PART, SURGE, WINDOW, Arrival, replicas_needed, replicas_wanted
 from splitfuse.core.slo.cost_model import CostModel, StepTimes
 from splitfuse.core.slo.targets import NO_SLO, SloTargets
 
@@ -91,3 +91,68 @@ def test_more_arrivals_never_need_fewer(seed: int) -> None:
     ]
     counts = [needed(*arrivals[:most]) for most in (50, 100, 200, 400)]
     assert counts == sorted(counts) and counts[0] < counts[-1]
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_a_guess_changes_nothing(seed: int) -> None:
+    random = Random(seed)
+    arrivals = [arrival(NOW - random.uniform(0.0, 60.0), prompt=random.randint(1, 180)) for _ in range(300)]
+    counts = {replicas_needed(arrivals, TIMES, now=NOW, guess=guess) for guess in (1, 2, 5, 9, 40)}
+    assert len(counts) == 1
+
+
+def test_the_minute_that_warms_up_is_not_judged() -> None:
+    crowd = [arrival(NOW - 100.0)] * 9
+    calm = [arrival(NOW - 50.0 + number) for number in range(40)]
+    assert replicas_needed([*crowd, *calm], TIMES, now=NOW, window=120.0) == 5
+    assert replicas_needed([*crowd, *calm], TIMES, now=NOW, window=120.0, warm_up=60.0) == 1
+    assert replicas_needed(crowd, TIMES, now=NOW, window=120.0, warm_up=60.0) == 0
+
+
+# With those that will come while one starts ---------------------------------------------------------------------------
+
+
+def steady(rate: float, *, since: float, until: float, ttft: float = 2.5) -> list[Arrival]:
+    """Prompts of 0.9 s, evenly."""
+    times = (since + number / rate for number in range(int(rate * (until - since))))
+    return [arrival(at, prompt=890, targets=SloTargets(ttft=ttft)) for at in times]
+
+
+def wanted(arrivals: list[Arrival], *, now: float = NOW, least: int = 1, most: int = 99, start: float = 60.0) -> int:
+    return replicas_wanted(
+        arrivals, TIMES, now=now, num_replicas=2, start_seconds=start, least=least, most=most, in_time=0.95
+    )
+
+
+def test_a_steady_load_needs_what_it_needed() -> None:
+    arrivals = steady(2.5, since=NOW - WINDOW, until=NOW)
+    assert wanted(arrivals) == replicas_needed(arrivals, TIMES, now=NOW) == 3
+
+
+def test_between_the_bounds() -> None:
+    assert wanted([]) == 1 and wanted([], least=2) == 2
+    arrivals = steady(2.5, since=NOW - WINDOW, until=NOW)
+    assert (wanted(arrivals, most=2), wanted(arrivals, least=5)) == (2, 5)
+
+
+def test_a_surge_is_met_before_it_breaks_the_slo() -> None:
+    """Two replicas serve 2.1/s: at 2.6 the first are late after some time, and one more takes longer to start."""
+    before = steady(1.0, since=NOW - WINDOW, until=NOW - SURGE, ttft=4.5)
+    arrivals = [*before, *steady(2.6, since=NOW - SURGE, until=NOW, ttft=4.5)]
+    assert replicas_needed(arrivals, TIMES, now=NOW, in_time=0.95) == 2 < wanted(arrivals) == 3
+    assert wanted(arrivals, start=1.0) == 2, "if one starts at once, there is time"
+
+
+def test_a_few_more_by_chance_are_no_surge() -> None:
+    random, more = Random(1), 0
+    for _ in range(8):
+        times = [random.uniform(NOW - WINDOW, NOW) for _ in range(int(0.8 * WINDOW))]
+        arrivals = [arrival(at, prompt=890, targets=SloTargets(ttft=5.0)) for at in times]
+        more += wanted(arrivals) - replicas_needed(arrivals, TIMES, now=NOW, in_time=0.95)
+    assert more <= 2
+
+
+def test_one_fewer_is_wanted_only_after_the_window() -> None:
+    arrivals = [*steady(2.5, since=NOW - WINDOW, until=NOW), *steady(0.5, since=NOW, until=NOW + 2 * WINDOW)]
+    for later, count in ((0.0, 3), (200.0, 3), (WINDOW + 1.0, 1)):
+        assert wanted([each for each in arrivals if each.at <= NOW + later], now=NOW + later) == count
