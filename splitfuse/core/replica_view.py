@@ -9,11 +9,11 @@ that the replica has not even received.
 from __future__ import annotations
 
 import math
-from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 from splitfuse.core.limits import ceil_div
+from splitfuse.core.prefix_index import PrefixMemory
 from splitfuse.core.request import Request, RequestStatus
 from splitfuse.core.request_output import RequestOutput
 from splitfuse.core.slo.admission import check_on_time
@@ -43,6 +43,7 @@ class ReplicaView:
         self._decodes: dict[str, Request] = {}
         self._work: dict[str, float] = {}  # of the prefills
         self._token_seconds: dict[str, float] = {}  # of the decodes
+        self._sums: tuple[float, float, int] | None = None  # of both, and the tokens of the prefills
         self._alone_of: tuple[StepTimes | None, Feasibility] | None = None
 
     # What happens -----------------------------------------------------------------------------------------------------
@@ -81,6 +82,7 @@ class ReplicaView:
         """Forget a request that was expected, and does not come."""
         for part in (self._prefills, self._decodes, self._work, self._token_seconds):
             part.pop(request_id, None)
+        self._sums = None
 
     def _begin_prefill(self, request: Request) -> None:
         name = request.request_id
@@ -88,6 +90,7 @@ class ReplicaView:
         self._token_seconds.pop(name, None)
         self._prefills[name] = request
         self._work[name] = self._alone.seconds(request)
+        self._sums = None
 
     def _begin_decode(self, request: Request) -> None:
         name = request.request_id
@@ -95,6 +98,7 @@ class ReplicaView:
         self._work.pop(name, None)
         self._decodes[name] = request
         self._token_seconds[name] = self._alone.seconds_of_token(request)
+        self._sums = None
 
     # What there is, as admission.py asks ------------------------------------------------------------------------------
 
@@ -123,14 +127,25 @@ class ReplicaView:
 
     # What another request would find ----------------------------------------------------------------------------------
 
+    def load(self, now: float) -> float:
+        """Return the seconds before it would begin with a new prompt, if that needs no more than a sequence slot."""
+        del now  # it hears of each step
+        work, decodes, _ = self._totals
+        step = self._alone.overhead + decodes
+        seconds = work + step
+        if len(self._prefills) + len(self._decodes) >= self._max_num_seqs:
+            left = (each.max_tokens - len(each.output_token_ids) for each in self._decodes.values())
+            seconds += step * min(left, default=0)
+        return seconds
+
     def first_token(self, request: Request, cached: int) -> float:
         """Return the seconds until the first token of a new request whose first `cached` tokens are in the prefix
         cache: after all prompts that came before it, in steps that have a token of every decode.
         """
         request.num_expected_cached = cached
-        alone, decodes = self._alone, sum(self._token_seconds.values())
-        work = sum(self._work.values()) + alone.seconds(request)
-        return self._seconds_until_room(request, alone.overhead + decodes) + work + alone.overhead + decodes
+        alone, (work, decodes, _) = self._alone, self._totals
+        step = alone.overhead + decodes
+        return self._seconds_until_room(request, step) + work + alone.seconds(request) + step
 
     def num_broken(self, request: Request, cached: int, now: float) -> int:
         """Return how many requests would miss their SLO if a new one were sent here, itself included, and would not
@@ -155,12 +170,20 @@ class ReplicaView:
             return error.retry_after
         return 0.0
 
+    @property
+    def _totals(self) -> tuple[float, float, int]:
+        """Return the seconds of all prefills, those of a token of every decode, and the tokens of the prefills."""
+        if self._sums is None:
+            num_tokens = sum([each.num_tokens for each in self._prefills.values()])
+            self._sums = sum(self._work.values()), sum(self._token_seconds.values()), num_tokens
+        return self._sums
+
     def _seconds_until_room(self, request: Request, step: float) -> float:
         """Return the seconds until there are a sequence slot and blocks for a request after those that wait, if running
         ones end with `max_tokens`.
         """
         num_open = len(self._prefills) + len(self._decodes) + 1
-        tokens = sum([each.num_tokens for each in self._prefills.values()]) + request.num_tokens
+        tokens = self._totals[2] + request.num_tokens
         most_blocks = tokens // self._block_size + len(self._prefills) + 1 + num_open
         if num_open <= self._max_num_seqs and most_blocks <= self._available_blocks:
             return 0.0
@@ -186,25 +209,3 @@ class ReplicaView:
         if self._alone_of is None or self._alone_of[0] is not self.times:
             self._alone_of = self.times, self._outlook((), now=0.0)
         return self._alone_of[1]
-
-
-class PrefixMemory:
-    """Remembers the names of the last `num_blocks` blocks of `block_size` tokens that one replica was sent."""
-
-    def __init__(self, num_blocks: int, block_size: int) -> None:
-        self._num_blocks = num_blocks
-        self._block_size = block_size
-        self._known: OrderedDict[bytes, None] = OrderedDict()
-
-    def cached_tokens(self, names: Sequence[bytes]) -> int:
-        """Return how many leading tokens of a prompt whose blocks have these names were sent before."""
-        num_known = next((count for count, name in enumerate(names) if name not in self._known), len(names))
-        return num_known * self._block_size
-
-    def add(self, names: Sequence[bytes]) -> None:
-        """Remember a prompt whose blocks have these names; the blocks sent longest ago are forgotten first."""
-        for name in names:
-            self._known[name] = None
-            self._known.move_to_end(name)
-        while len(self._known) > self._num_blocks:
-            self._known.popitem(last=False)

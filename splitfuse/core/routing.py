@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
-from splitfuse.core.replica_view import ReplicaView
 from splitfuse.core.request import Request
+from splitfuse.core.slo.cost_model import StepTimes
 
 MOST_TESTED = 4
 """Number of replicas, the soonest, for which it is tested what a request would break there."""
@@ -23,10 +23,25 @@ nothing, the one that need not fetch goes first.
 """
 
 
+class View(Protocol):
+    """Predicts what a new request would find at a replica, as a ReplicaView does."""
+
+    times: StepTimes | None
+
+    def first_token(self, request: Request, cached: int) -> float:
+        """Return the seconds until its first token, if its first `cached` tokens are in the prefix cache."""
+
+    def num_broken(self, request: Request, cached: int, now: float) -> int:
+        """Return how many requests would miss their SLO by it, itself included."""
+
+    def wait(self, request: Request, cached: int, now: float) -> float:
+        """Return the seconds until it could be admitted with `on_time_only`."""
+
+
 class Candidate(NamedTuple):
     """Is a replica that accepts requests."""
 
-    view: ReplicaView
+    view: View
     cached: int = 0
     """Leading tokens of the prompt that its prefix cache is expected to hold."""
     silent: bool = False

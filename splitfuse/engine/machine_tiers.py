@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from splitfuse.core.replica_view import PrefixMemory
+from splitfuse.core.prefix_index import PrefixMemory
 from splitfuse.engine.client import EngineState, LocalClient
 
 
@@ -41,10 +41,11 @@ class MachineTiers:
             del self._memories[address]  # its memory is gone with it
         own = {address: memory.cached_tokens(names) for address, memory in self._memories.items()}
         sources = {address: _peers(engine) for address, engine in ready.items()}
+        most = sorted(((own[each], sources[each], each) for each in own if sources.get(each)), reverse=True)[:2]
         found: dict[str, Held] = {}
-        for address in own:
-            others = [(own[each], sources[each]) for each in own if each != address and sources.get(each)]
-            found[address] = Held(own[address], *max(others, default=(0, ())))
+        for address, num_tokens in own.items():  # the most that another one has
+            elsewhere = next((each[:2] for each in most if each[2] != address), (0, ()))
+            found[address] = Held(num_tokens, *elsewhere)
         return found
 
     def add(self, engine: LocalClient, names: Sequence[bytes]) -> None:

@@ -18,6 +18,7 @@ from splitfuse.core.limits import EngineLimits
 from splitfuse.core.replica_view import ReplicaView
 from splitfuse.core.request import Request
 from splitfuse.core.routing import Candidate, choose_replica, expected_tokens
+from splitfuse.core.shortlist import ALL_ARE_PICKED, Shortlist
 from splitfuse.engine.client import EngineClient, EngineState, LocalClient
 from splitfuse.engine.loan_book import LoanBook, PlannedLoan
 from splitfuse.engine.machine_tiers import Held, MachineTiers
@@ -76,6 +77,7 @@ class Router(EngineClient):
         self._loans = LoanBook(self.replicas) if lends else None
         self.name_key = name_key or new_key()
         self._tiers = MachineTiers(self.replicas)
+        self._shortlist = Shortlist()
         self._namer: BlockNamer | None = None  # made for the first request: replicas that are ready have a block size
         self._restarting: set[int] = set()
         self._scaler = Scaler(
@@ -377,20 +379,34 @@ class Router(EngineClient):
                 return None
         names = self._name_blocks(request)
         held = self._tiers.held(names)
-        candidates = [
-            _candidate(each, names, request, held.get(each.address, Held()).num_tokens) if each in among else None
-            for each in self.replicas
-        ]
         copy, now = _copy_of(request, self.info), time.monotonic()
+        picked = self._pick(request, among, names, now)
+        candidates = [_candidate(each, names, held.get(each.address, Held()).num_tokens) for each in picked]
         index = choose_replica(candidates, copy, now)
         if index is None:
             return None
-        replica = self.replicas[index]
+        replica = picked[index]
         assert replica.view is not None, "it is ready"
         there, cached = held.get(replica.address, Held()), replica.view.memory.cached_tokens(names)
         sources = there.sources if there.elsewhere > max(there.own, cached) else ()
         taken = partial(self._sent, replica, replica.view, copy, names, planned)
         return Choice(replica, taken, None if planned is None else planned.loan, sources, copy)
+
+    def _pick(
+        self, request: Add, among: Collection[LocalClient], names: Sequence[bytes], now: float
+    ) -> Sequence[LocalClient]:
+        """Return the replicas among some that accept a request; of more than a few, those that are worth a test."""
+        if len(among) > ALL_ARE_PICKED:
+            self._shortlist.sync([each.view for each in self.replicas])
+            allowed = set(among)
+
+            def accepts(number: int) -> bool:
+                each = self.replicas[number]
+                return each in allowed and not each.silent and _accepts(each, request)
+
+            if picked := self._shortlist.pick(names, accepts, now):
+                return [self.replicas[number] for number in picked]
+        return [each for each in among if _accepts(each, request)]
 
     def _choose_receiver(self, stream: Stream, source: LocalClient) -> LocalClient | None:
         """Choose the engine that a stream is to go to from its present one; None if none can have it now."""
@@ -509,16 +525,20 @@ def _has_room(replica: LocalClient, stream: Stream) -> bool:
     return view.free.fit([*view.waiting, _copy_of(stream.resumption(0.0), replica.info)], num_running=len(view.running))
 
 
-def _candidate(replica: LocalClient, names: Sequence[bytes], request: Add, shared: int) -> Candidate | None:
-    """Return what a replica has for a prompt whose blocks have these names, of which it can fetch the first `shared`
-    tokens from tiers; None if it does not accept the request.
-    """
+def _accepts(replica: LocalClient, request: Add) -> bool:
+    """Return whether a replica can be sent a request now."""
     if replica.view is None or not _is_open(replica):
-        return None
+        return False
     if request.adapter and not replica.has_adapter(request.adapter):  # it is loaded again after a restart
-        return None
-    if not request.keeps_to(replica.info.limits):  # machines differ in memory
-        return None
+        return False
+    return request.keeps_to(replica.info.limits)  # machines differ in memory
+
+
+def _candidate(replica: LocalClient, names: Sequence[bytes], shared: int) -> Candidate:
+    """Return what a replica has for a prompt whose blocks have these names, of which it can fetch the first `shared`
+    tokens from tiers.
+    """
+    assert replica.view is not None, "it accepts requests"
     cached = replica.view.memory.cached_tokens(names)
     return Candidate(replica.view, expected_tokens(cached, shared), replica.silent)
 

@@ -27,12 +27,14 @@ from splitfuse.core.kv.fetching import WAITING_SHARE, Fetching, Inbox, places, w
 from splitfuse.core.kv.request_kv import RequestKv
 from splitfuse.core.limits import ceil_div
 from splitfuse.core.plan import ChunkResult, StepPlan
-from splitfuse.core.replica_view import PrefixMemory, ReplicaView
+from splitfuse.core.prefix_index import PrefixMemory
+from splitfuse.core.replica_view import ReplicaView
 from splitfuse.core.request import Request
 from splitfuse.core.routing import Candidate, choose_replica, expected_tokens
 from splitfuse.core.sampling_params import SamplingParams
 from splitfuse.core.scheduler import Scheduler
 from splitfuse.core.scheduling_options import SchedulingOptions
+from splitfuse.core.shortlist import ALL_ARE_PICKED, Shortlist
 from splitfuse.core.slo.cost_model import StepFeatures, StepTimes, features_of
 from splitfuse.core.slo.deadline_policy import make_policy
 from splitfuse.core.slo.targets import NO_SLO, SloTargets
@@ -120,8 +122,8 @@ class SimulatedTarget(Target):
         self._pools = Pools(self._replicas, deployment.long_queue) if deployment.is_split else None
         self._network = None if deployment.link is None else Network(deployment.link)
         self._loans = None if deployment.lending is None else LoanPool(self._replicas, deployment.lending)
+        self._shortlist = Shortlist(seed=0)
         self._numbers = itertools.count()
-        self._fails = bool(deployment.failures)
         self.vocabulary = self.answer_vocabulary = Bytes(256)
         sizes = [lane.engine.calibration for _, lane in lanes]
         room = (sum if self._loans else min)(each.num_blocks * each.block_size for each in sizes)
@@ -144,13 +146,18 @@ class SimulatedTarget(Target):
         if self._engine.client_overhead:
             await asyncio.sleep(self._engine.client_overhead)
         times: list[float] = []
+        num_landed = 0
         try:
             while len(times) < request.max_tokens:
                 known = prompt + (0,) * len(times)
+                left = request.max_tokens - len(times)
                 try:
-                    await self._continue(known, request.max_tokens - len(times), times, targets)
+                    await self._continue(known, left, times, targets, num_landed=num_landed)
                 except MachineLostError:  # what was generated is known: it is recomputed elsewhere, and goes on
+                    num_landed = 0
                     await asyncio.sleep(0)
+                except MovedError as error:
+                    num_landed = error.num_computed
         except SplitfuseError as error:
             return Answer(len(prompt), error=str(error))
         return Answer(len(prompt), tuple(times), (0,) * len(times))
@@ -158,10 +165,14 @@ class SimulatedTarget(Target):
     async def close(self) -> None:
         """Do nothing: there is nothing to release."""
 
-    async def _continue(self, known: tuple[int, ...], max_tokens: int, times: list[float], targets: SloTargets) -> None:
+    async def _continue(
+        self, known: tuple[int, ...], max_tokens: int, times: list[float], targets: SloTargets, *, num_landed: int
+    ) -> None:
         """Generate `max_tokens` tokens after those that are known, on one machine or on two, and add their `times`.
+        The KV of the first `num_landed` has come from another machine.
 
-        Raises MachineLostError if a machine fails; the times of the tokens before are there.
+        Raises MachineLostError if a machine fails, and MovedError if it is drained; the times of the tokens before are
+        there.
         """
         name = str(next(self._numbers))
         if self._loans is not None:
@@ -178,13 +189,15 @@ class SimulatedTarget(Target):
         copy = None
         if self._pools is not None:
             first, second = self._pools.choose(len(known), max_tokens, names)
-        elif len(self._replicas) == 1 and not self._fails:
+        elif len(self._replicas) == 1 and not self._deployment.failures:
             first = second = self._replicas[0]
         else:
             copy = new_request(name, known, max_tokens, targets, RequestKv())
             first = second = self._choose(copy, names)
         if first is second:
-            kv = RequestKv(block_names=names)
+            kv = LandedKv(block_names=names, num_landed=num_landed) if num_landed else RequestKv(block_names=names)
+            if copy is not None:
+                copy.num_expected_cached = max(copy.num_expected_cached, num_landed)
             await first.answer(name, known, max_tokens, times, targets, kv=kv, copy=copy)
             return
         assert self._network is not None
@@ -208,16 +221,20 @@ class SimulatedTarget(Target):
     def _choose(self, copy: Request, names: list[bytes]) -> Replica:
         """Return the replica that the router would choose for a request whose blocks have these names."""
         shared = 0 if self._tiers is None else self._tiers.cached_tokens(names)
+        now = asyncio.get_running_loop().time()
+        running = [each for each in self._replicas if each.is_running]
+        if len(running) > ALL_ARE_PICKED:
+            self._shortlist.sync([each.view if each.is_running else None for each in self._replicas])
+            running = [self._replicas[each] for each in self._shortlist.pick(names, lambda _: True, now)]
         candidates = [
-            Candidate(each.view, expected_tokens(each.memory.cached_tokens(names), shared)) if each.is_running else None
-            for each in self._replicas
+            Candidate(each.view, expected_tokens(each.memory.cached_tokens(names), shared)) for each in running
         ]
-        index = choose_replica(candidates, copy, asyncio.get_running_loop().time())
+        index = choose_replica(candidates, copy, now)
         if index is None:
             raise ServerError("all machines have failed")
         if self._tiers is not None:
             self._tiers.add(names)
-        return self._replicas[index]
+        return running[index]
 
 
 def new_request(name: str, prompt: tuple[int, ...], max_tokens: int, targets: SloTargets, kv: RequestKv) -> Request:
@@ -237,6 +254,14 @@ class MachineLostError(Exception):
     """Says that a machine has failed before it had answered."""
 
 
+class MovedError(Exception):
+    """Says that a request goes on at another machine, with the KV of its first `num_computed` tokens."""
+
+    def __init__(self, num_computed: int) -> None:
+        super().__init__(num_computed)
+        self.num_computed = num_computed
+
+
 @dataclass(slots=True)
 class _Waiting:
     """Holds a request that a replica has not answered yet."""
@@ -245,6 +270,7 @@ class _Waiting:
     done: asyncio.Future[None]
     num_tokens: int
     on_chunk: Callable[[int], None] | None
+    request: Request
 
 
 class Replica:
@@ -267,8 +293,12 @@ class Replica:
         self._copy_seconds = lane.engine.block_bytes / lane.engine.kv_memory_speed
         self._newest_seconds = 0.0  # of the newest step
         self._num_failures = 0  # under way
+        self.is_started = True
+        """Whether it is to take requests: False before it is started, and from when it is drained."""
         self.pool: LoanPool | None = None
         """Loans between the machines, if there are any."""
+        self.num_tokens = self.num_cached_tokens = 0
+        """Number of tokens that it has computed, and of those that it found in its prefix cache."""
         self._owed = 0.0  # seconds that it has computed for others since its step began
         self._start_empty()
 
@@ -315,8 +345,8 @@ class Replica:
 
     @property
     def is_running(self) -> bool:
-        """Return whether no failure of it is under way."""
-        return not self._num_failures
+        """Return whether it takes requests: no failure of it is under way."""
+        return self.is_started and not self._num_failures
 
     @property
     def num_blocks(self) -> int:
@@ -394,7 +424,7 @@ class Replica:
         if copy is not None:
             self.view.add(copy, kv.block_names)
         landed = kv.num_landed if isinstance(kv, LandedKv) else 0
-        waiting = _Waiting(times, loop.create_future(), len(prompt) - landed, on_chunk)
+        waiting = _Waiting(times, loop.create_future(), len(prompt) - landed, on_chunk, request)
         self._waiting[request_id] = waiting
         self.num_to_compute += waiting.num_tokens + max_tokens
         with self.reserve(len(prompt) + max_tokens):
@@ -408,14 +438,7 @@ class Replica:
 
         def fail() -> None:
             self._num_failures += 1
-            for handle in (self._step, self._fetched):
-                if handle is not None:
-                    handle.cancel()
-            lost = list(self._waiting.values())
-            self._start_empty()
-            for waiting in lost:
-                if not waiting.done.cancelled():
-                    waiting.done.set_exception(MachineLostError())
+            self._stop(lambda _: MachineLostError())
 
         def come_back() -> None:
             self._num_failures -= 1
@@ -423,6 +446,23 @@ class Replica:
         loop.call_later(failure.at, fail)
         if failure.seconds < math.inf:
             loop.call_later(failure.at + failure.seconds, come_back)
+
+    def drain(self) -> None:
+        """Take no more requests. Those which it has go on elsewhere with their KV, after the step in flight."""
+        self.is_started = False
+        if self._step is None:
+            self._stop(_moved)
+
+    def _stop(self, why: Callable[[Request], Exception]) -> None:
+        """End its requests with an exception each, and forget all that it had."""
+        for handle in (self._step, self._fetched):
+            if handle is not None:
+                handle.cancel()
+        lost = list(self._waiting.values())
+        self._start_empty()
+        for waiting in lost:
+            if not waiting.done.cancelled():
+                waiting.done.set_exception(why(waiting.request))
 
     def _begin_step(self) -> None:
         """Begin the next step, or wait a little for KV blocks that are asked for."""
@@ -495,9 +535,12 @@ class Replica:
         for chunk in plan.chunks:
             if (on_chunk := self._waiting[chunk.request_id].on_chunk) is not None:
                 on_chunk(chunk.end)
+        self.num_tokens += plan.num_tokens
         for output in outputs:
             if output.token_ids:
                 waiting = self._waiting[output.request_id]
+                if not waiting.times:
+                    self.num_cached_tokens += output.num_cached_tokens
                 waiting.times.append(now)
                 self.num_to_compute -= 1
                 if output.finish_reason is not None:
@@ -505,4 +548,11 @@ class Replica:
                     self.num_to_compute -= waiting.num_tokens
                     if not waiting.done.cancelled():
                         waiting.done.set_result(None)
-        self._begin_step()
+        if self.is_running:
+            self._begin_step()
+        else:
+            self._stop(_moved)
+
+
+def _moved(request: Request) -> MovedError:
+    return MovedError(request.num_scheduled)

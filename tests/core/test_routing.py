@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from scheduler_harness import Run
 
 from splitfuse.core.kv.names import BlockNamer
-from splitfuse.core.replica_view import PrefixMemory, ReplicaView
+from splitfuse.core.prefix_index import PrefixMemory
+from splitfuse.core.replica_view import ReplicaView
 from splitfuse.core.request import Request
 from splitfuse.core.request_output import FinishReason, RequestOutput
 from splitfuse.core.routing import Candidate, choose_replica

@@ -55,6 +55,34 @@ def test_a_replica_that_died_is_followed_anew() -> None:
     asyncio.run(test())
 
 
+def test_of_many_replicas_a_few_are_tested() -> None:
+    """What was sent where is known by an index: drained engines, and the caches of those that died, are not."""
+
+    async def test() -> None:
+        replicas = [Told() for _ in range(40)]
+        router = Router(replicas)
+        await router.start()
+
+        def sent_to(name: str) -> int:
+            router.open(add(name, 320))
+            (number,) = (each for each, replica in enumerate(replicas) if name in replica.sent)
+            replicas[number].tell(step(RequestOutput(name, (7,), num_computed=320)))
+            replicas[number].tell(step(RequestOutput(name, (7,), finish_reason=FinishReason.LENGTH)))
+            return number
+
+        homes = {letter: sent_to(f"1{letter}") for letter in "abcdefgh"}
+        assert len(set(homes.values())) > 3
+        assert {letter: sent_to(f"2{letter}") for letter in "abcdefgh"} == homes
+        assert await router.drain_engine(homes["a"]) == 0
+        assert sent_to("3a") != homes["a"]
+        await replicas[homes["b"]].close()
+        assert sent_to("3b") != homes["b"]
+        await replicas[homes["b"]].start()
+        assert replicas[homes["b"]].view is not None and sent_to("4b") != homes["b"], "it was sent 3b elsewhere"
+
+    asyncio.run(test())
+
+
 def test_a_request_that_no_replica_can_serve_in_time_is_told_the_least_wait() -> None:
     async def test() -> None:
         router, first, second = await two_replicas()

@@ -1,0 +1,100 @@
+"""Picks the few of many replicas that are worth the test of core/routing.py, so that a choice among ten thousand takes
+no longer than one among a dozen.
+
+They are those which have most of the prompt in their prefix cache, the least loaded, and a few at random: fronts that
+know the same would otherwise all choose the same one.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Callable, Sequence
+from itertools import islice
+from random import Random
+from typing import Protocol
+
+from splitfuse.core.prefix_index import PrefixIndex, PrefixMemory
+
+NUM_HOLDERS = 8
+"""Number of replicas that are picked for what they have of a prompt."""
+NUM_LEAST_LOADED = 2
+NUM_RANDOM = 2
+MOST_TRIES = 6
+"""Number of replicas looked at, of the least loaded and of the random ones, to find those which accept."""
+LATER = 1.0
+"""Seconds after which one that accepts nothing is looked at again."""
+ALL_ARE_PICKED = 16
+"""Number of replicas up to which a shortlist would save no time."""
+
+
+class Loaded(Protocol):
+    """Is what the front knows of a replica, as far as it is picked by that."""
+
+    memory: PrefixMemory
+
+    def load(self, now: float) -> float:
+        """Return the seconds before it would begin with a new prompt."""
+
+
+class Shortlist:
+    """Knows the replicas by number: who has which block, and when each will have done what it has."""
+
+    def __init__(self, *, seed: int | None = None) -> None:
+        """Without a `seed`, two fronts pick other replicas at random."""
+        self._random = Random(seed)
+        self.index = PrefixIndex()
+        self._views: list[Loaded | None] = []
+        self._heap: list[tuple[float, int]] = []
+        """Time at which each replica will have done what it had when it was last looked at: it may have more now."""
+        self._in_heap: set[int] = set()
+
+    def sync(self, views: Sequence[Loaded | None]) -> None:
+        """Follow the replicas that there are: one with another view than before has an empty cache."""
+        for number, view in enumerate(views):
+            if number == len(self._views):
+                self._views.append(None)
+            if view is not self._views[number]:
+                self._replace(number, view)
+        for number in range(len(views), len(self._views)):
+            self._replace(number, None)
+        del self._views[len(views) :]
+
+    def _replace(self, number: int, view: Loaded | None) -> None:
+        if (before := self._views[number]) is not None:
+            before.memory.leave()
+        self._views[number] = view
+        if view is not None:
+            view.memory.join(self.index, number)
+            if number not in self._in_heap:
+                self._push(number, 0.0)
+
+    def pick(self, names: Sequence[bytes], accepts: Callable[[int], bool], now: float) -> list[int]:
+        """Return the numbers of about a dozen replicas that accept a prompt whose blocks have these names; fewer, or
+        none, if few accept.
+        """
+        if not self._views:
+            return []
+        holders = (number for number, _ in islice(self.index.holders(names), NUM_HOLDERS + MOST_TRIES))
+        picked = dict.fromkeys(islice(filter(accepts, holders), NUM_HOLDERS))
+        picked |= dict.fromkeys(self._least_loaded(accepts, now))
+        tries = (self._random.randrange(len(self._views)) for _ in range(MOST_TRIES))
+        others = (number for number in tries if number not in picked and accepts(number))
+        picked |= dict.fromkeys(islice(others, NUM_RANDOM))
+        return list(picked)
+
+    def _least_loaded(self, accepts: Callable[[int], bool], now: float) -> list[int]:
+        """Return those with the least load of the first that should be done, and put these where they belong."""
+        looked_at: dict[int, float] = {}
+        while self._heap and len(looked_at) < MOST_TRIES:
+            _, number = heapq.heappop(self._heap)
+            self._in_heap.remove(number)
+            if number < len(self._views) and (view := self._views[number]) is not None:
+                looked_at[number] = now + view.load(now)
+        accepting = [number for number in looked_at if accepts(number)]
+        for number, done_at in looked_at.items():
+            self._push(number, done_at if number in accepting else done_at + LATER)
+        return sorted(accepting, key=looked_at.__getitem__)[:NUM_LEAST_LOADED]
+
+    def _push(self, number: int, done_at: float) -> None:
+        self._in_heap.add(number)
+        heapq.heappush(self._heap, (done_at, number))

@@ -1,0 +1,193 @@
+"""The index of prefixes, and the few replicas that it and their loads pick for a test."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from random import Random
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from splitfuse.core.cells import Cells
+from splitfuse.core.prefix_index import PrefixIndex, PrefixMemory
+from splitfuse.core.shortlist import NUM_HOLDERS, NUM_LEAST_LOADED, NUM_RANDOM, Shortlist
+from splitfuse.errors import ConfigError, EngineUnavailableError
+
+BLOCK = 16
+
+
+def names(prompt: str) -> list[bytes]:
+    """One block a letter, named as blocks are: by all up to its end."""
+    return [prompt[:end].encode() for end in range(1, len(prompt) + 1)]
+
+
+class Replica:
+    """What a shortlist knows of one."""
+
+    def __init__(self, seconds: float = 0.0, *, num_blocks: int = 100) -> None:
+        self.memory = PrefixMemory(num_blocks, BLOCK)
+        self.seconds = seconds
+
+    def load(self, now: float) -> float:
+        del now
+        return self.seconds
+
+
+@given(
+    st.lists(st.tuples(st.integers(0, 3), st.text("ab", min_size=1, max_size=5)), max_size=40),
+    st.text("ab", max_size=6),
+)
+def test_the_index_finds_what_each_memory_has(sent: list[tuple[int, str]], prompt: str) -> None:
+    index, memories = PrefixIndex(), [PrefixMemory(6, BLOCK) for _ in range(4)]
+    for number, memory in enumerate(memories[:3]):
+        memory.join(index, number)
+    for number, text in sent:
+        memories[number].add(names(text))
+    memories[3].join(index, 3)  # later, with what it has
+    runs = {number: memory.cached_tokens(names(prompt)) // BLOCK for number, memory in enumerate(memories)}
+    found = list(index.holders(names(prompt)))
+    assert dict(found) == {number: count for number, count in runs.items() if count}
+    assert [count for _, count in found] == sorted((count for _, count in found), reverse=True)
+    for memory in memories:
+        memory.leave()
+    assert not len(index) and not list(index.holders(names(prompt)))
+
+
+def test_a_prompt_is_forgotten_from_its_end() -> None:
+    memory = PrefixMemory(3, BLOCK)
+    for text in ("abc", "xy"):
+        memory.add(names(text))
+    assert [memory.cached_tokens(names(text)) // BLOCK for text in ("abc", "xy")] == [1, 2]
+
+
+def test_those_that_share_a_prompt_take_turns() -> None:
+    index, memories = PrefixIndex(), [PrefixMemory(9, BLOCK) for _ in range(3)]
+    for number, memory in enumerate(memories):
+        memory.join(index, number)
+        memory.add(names("ab"))
+    memories[0].add(names("ab"))
+    assert [number for number, _ in index.holders(names("abc"))] == [1, 2, 0]
+
+
+def picked(
+    replicas: Sequence[Replica | None], prompt: str = "", *, refuse: Sequence[int] = (), seed: int = 1
+) -> list[int]:
+    shortlist = Shortlist(seed=seed)
+    shortlist.sync(replicas)
+    return shortlist.pick(names(prompt), lambda number: number not in refuse and replicas[number] is not None, 0.0)
+
+
+def test_the_holders_of_the_longest_runs_are_picked_of_many() -> None:
+    replicas = [Replica(float(number)) for number in range(200)]
+    for number in range(20, 60):
+        replicas[number].memory.add(names("ab"))
+    for number in (150, 170):
+        replicas[number].memory.add(names("abc"))
+    found = picked(replicas, "abcd")
+    assert set(found[:2]) == {150, 170} and len(found) <= NUM_HOLDERS + NUM_LEAST_LOADED + NUM_RANDOM
+    assert sum(20 <= number < 60 for number in found) >= NUM_HOLDERS - 2
+    assert {0, 1} <= set(found), "the least loaded"
+    assert 150 not in picked(replicas, "abcd", refuse=[150])
+
+
+def test_the_least_loaded_are_found_as_loads_change() -> None:
+    replicas = [Replica(float(number)) for number in range(100)]
+    shortlist, random, now = Shortlist(seed=1), Random(1), 0.0
+    shortlist.sync(replicas)
+    found = 0
+    for _ in range(2000):
+        now += 0.05
+        for each in replicas:
+            each.seconds = max(each.seconds - 0.05, 0.0)
+        numbers = shortlist.pick([], lambda _: True, now)
+        best = min(numbers, key=lambda number: replicas[number].seconds)
+        found += replicas[best].seconds == min(each.seconds for each in replicas)
+        replicas[best].seconds += 10.0 * random.random()
+    assert found > 1900, found
+
+
+def test_several_fronts_do_not_all_pick_the_same() -> None:
+    replicas = [Replica() for _ in range(200)]
+    assert len({number for seed in range(20) for number in picked(replicas, seed=seed)}) > 30
+    assert picked(replicas, seed=3) == picked(replicas, seed=3)
+
+
+def test_one_that_is_gone_or_new_has_nothing_cached() -> None:
+    replicas: list[Replica | None] = [Replica() for _ in range(30)]
+    shortlist = Shortlist(seed=1)
+    shortlist.sync(replicas)
+    held = replicas[7]
+    assert held is not None
+    held.memory.add(names("abc"))
+    assert shortlist.pick(names("abc"), lambda _: True, 0.0)[0] == 7
+    replicas[7] = None
+    shortlist.sync(replicas)
+    for _ in range(50):
+        assert 7 not in shortlist.pick(names("abc"), lambda number: replicas[number] is not None, 0.0)
+    held.memory.add(names("abc"))  # nobody listens any more
+    replicas[7] = Replica()
+    shortlist.sync(replicas)
+    assert not list(shortlist.index.holders(names("abc")))
+    shortlist.sync(replicas[:20])
+    assert all(number < 20 for _ in range(50) for number in shortlist.pick([], lambda _: True, 0.0))
+
+
+def test_nothing_is_picked_of_nothing() -> None:
+    assert picked([]) == picked([None] * 20) == picked([Replica()] * 3, refuse=range(3)) == []
+
+
+def test_idle_replicas_that_accept_nothing_hide_no_others() -> None:
+    replicas = [Replica(0.0 if number < 50 else 1.0 + number) for number in range(60)]
+    shortlist = Shortlist(seed=1)
+    shortlist.sync(replicas)
+    found = {n for step in range(30) for n in shortlist.pick([], lambda number: number >= 50, 0.1 * step)}
+    assert {50, 51} <= found
+
+
+# Cells ----------------------------------------------------------------------------------------------------------------
+
+
+def test_a_key_stays_in_its_cell_until_that_has_more_than_its_part() -> None:
+    cells = Cells({f"c{number}": 10 for number in range(20)})
+    home = cells.choose(b"key", 1.0)
+    assert {cells.choose(b"key", 1.0) for _ in range(5)} == {home}
+    chosen = [cells.choose(b"key", 1.0) for _ in range(2000)]
+    assert len(set(chosen)) > 15, "a key alone is spread over nearly all"
+    counts = [chosen.count(name) for name in set(chosen)]
+    assert max(counts) < 1.3 * 2000 / 20
+
+
+def test_a_cell_that_is_lost_moves_its_own_keys_only() -> None:
+    keys = [b"%d" % number for number in range(500)]
+    before = Cells({f"c{number}": 10 for number in range(20)})
+    homes = {key: before.choose(key, 0.0) for key in keys}
+    before.report("c3", None)
+    after = {key: before.choose(key, 0.0) for key in keys}
+    assert all(after[key] == homes[key] for key in keys if homes[key] != "c3")
+    assert len({after[key] for key in keys if homes[key] == "c3"}) > 3
+    before.report("c3", 0.0)
+    assert {key: before.choose(key, 0.0) for key in keys} == homes
+
+
+def test_a_loaded_cell_gives_to_the_less_loaded_of_two() -> None:
+    sizes = {f"c{number}": 10 for number in range(20)}
+    home = Cells(sizes).choose(b"key", 0.0)
+    random = Random(3)
+    for _ in range(50):
+        cells = Cells(sizes)
+        loads = {name: 100.0 if name == home else 10.0 * random.random() for name in sizes}
+        for name, load in loads.items():
+            cells.report(name, load)
+        assert loads[cells.choose(b"key", 0.0)] <= 1.1 * sum(loads.values()) / 20
+
+
+def test_cells_that_cannot_be() -> None:
+    with pytest.raises(ConfigError, match="at least one replica each"):
+        Cells({})
+    with pytest.raises(ConfigError, match="at least one replica each"):
+        Cells({"a": 0})
+    cells = Cells({"a": 1})
+    cells.report("a", None)
+    with pytest.raises(EngineUnavailableError, match="no cell"):
+        cells.choose(b"key", 1.0)
