@@ -1,0 +1,286 @@
+"""Routing among many replicas: what a choice takes, and how good it is, in simulation.
+
+    python -m benchmarks.routing_at_scale decisions [--replicas 16,100,1000,10000]
+    python -m benchmarks.routing_at_scale fleet [--replicas N] [--per-replica N] [--fronts one,exact,cells,random]
+    python -m benchmarks.routing_at_scale check [--replicas 16,256] [--per-replica N]
+
+Prompts begin with one of many prefixes, which are asked for by Zipf's law: the most popular of 50,000 comes with every
+eleventh request. `decisions` prints the processor time of a choice among full views (core/replica_view.py), as the
+server has them. `fleet` lets the router's code choose among fluid replicas (splitfuse/simulator/fluid.py): `one` router
+for all; `exact`, which looks at all that have anything of the prompt, and at all loads; `cells` of a hundred replicas
+each; and `random`, which looks at two replicas. `check` compares fluid replicas with full ones, which have the real
+scheduler and cache, under the same requests.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from itertools import accumulate
+from random import Random
+
+from splitfuse.bench import metrics
+from splitfuse.bench.workload import LoadRequest
+from splitfuse.config import SchedulerConfig
+from splitfuse.core.kv.names import BlockNamer, new_key
+from splitfuse.core.prefix_index import PrefixIndex
+from splitfuse.core.replica_view import ReplicaView
+from splitfuse.core.request import Request
+from splitfuse.core.request_output import RequestOutput
+from splitfuse.core.routing import Candidate, choose_replica
+from splitfuse.core.sampling_params import SamplingParams
+from splitfuse.core.scheduling_options import SchedulingOptions
+from splitfuse.core.shortlist import Shortlist
+from splitfuse.core.slo.cost_model import StepTimes
+from splitfuse.core.slo.feasibility import Feasibility
+from splitfuse.core.slo.targets import NO_SLO, SloTargets
+from splitfuse.runtime.calibration import Calibration
+from splitfuse.simulator import virtual_time
+from splitfuse.simulator.deployment import Deployment, SimulationConfig
+from splitfuse.simulator.fluid import CellsFront, Clock, FluidReplica, Front, RouterFront, Sent, best_of, run
+from splitfuse.simulator.machines import MACHINES
+from splitfuse.simulator.simulate import SimulatedTarget
+
+MACHINE = "a100-70b"
+BLOCK = 64
+PREFIX, OWN, ANSWER = 1024, 256, 64
+"""Tokens of a prompt that others have too, of the rest of it, and of its answer."""
+NUM_BLOCKS = 320
+"""Blocks of a replica's cache: of sixteen whole prompts."""
+PREFIXES = 5
+"""Number of prefixes for each replica."""
+LOAD = 0.7
+"""Arrivals, relative to those that a replica could serve if it had all prefixes."""
+CELL = 100
+WARM_UP = 0.4
+"""Fraction of the requests, the first, which do not count: caches are empty at the start."""
+PARAMS = SamplingParams(ignore_eos=True)
+
+
+def calibration() -> Calibration:
+    return replace(MACHINES[MACHINE], block_size=BLOCK, num_blocks=NUM_BLOCKS)
+
+
+def rate() -> float:
+    """Return the requests/s of each replica."""
+    outlook = Feasibility(StepTimes(calibration().cost), (), now=0.0)
+    prompt = outlook.seconds_of(PREFIX, OWN)
+    return LOAD / (prompt + (ANSWER - 1) * outlook.seconds_of(PREFIX + OWN, 1))
+
+
+def plan(replicas: int, count: int, seed: int = 1) -> Iterator[tuple[float, int]]:
+    """Yield the time and the prefix of each request."""
+    random = Random(seed)
+    number = PREFIXES * replicas
+    weights = list(accumulate(1.0 / rank for rank in range(1, number + 1)))
+    at = 0.0
+    for _ in range(count):
+        at += random.expovariate(rate() * replicas)
+        yield at, random.choices(range(number), cum_weights=weights)[0]
+
+
+def fluid_requests(replicas: int, count: int) -> Iterator[tuple[float, Request, list[bytes]]]:
+    """Yield requests whose prompts are zeros and whose blocks have names as if they were not."""
+    prompt = (0,) * (PREFIX + OWN)
+    for number, (at, prefix) in enumerate(plan(replicas, count)):
+        names = [b"p%d %d" % (prefix, block) for block in range(PREFIX // BLOCK)]
+        names += [b"o%d %d" % (number, block) for block in range(OWN // BLOCK)]
+        yield at, new_request(str(number), prompt, at), names
+
+
+def new_request(name: str, prompt: tuple[int, ...], at: float, targets: SloTargets = NO_SLO) -> Request:
+    scheduling = SchedulingOptions(targets=targets, arrival_time=at)
+    return Request(name, prompt, PARAMS, ANSWER, seed=0, scheduling=scheduling)
+
+
+class ExactFront:
+    """Looks at every replica that has anything of a prompt, and at all to find the least loaded."""
+
+    def __init__(self, replicas: Sequence[FluidReplica]) -> None:
+        self._replicas = replicas
+        self._index = PrefixIndex()
+        for number, each in enumerate(replicas):
+            each.memory.join(self._index, number)
+
+    def choose(self, request: Request, names: Sequence[bytes], now: float) -> FluidReplica:
+        picked = [self._replicas[number] for number, _ in self._index.holders(names)]
+        picked.append(min(self._replicas, key=lambda each: each.load(now)))
+        return best_of(picked, request, names, now)
+
+
+class RandomFront:
+    """Takes the better of two replicas at random."""
+
+    def __init__(self, replicas: Sequence[FluidReplica]) -> None:
+        self._replicas, self._random = replicas, Random(1)
+
+    def choose(self, request: Request, names: Sequence[bytes], now: float) -> FluidReplica:
+        return best_of(self._random.sample(self._replicas, 2), request, names, now)
+
+
+class TimedFront:
+    """Measures the processor time of each choice of another front."""
+
+    def __init__(self, front: Front) -> None:
+        self._front = front
+        self.seconds: list[float] = []
+
+    def choose(self, request: Request, names: Sequence[bytes], now: float) -> FluidReplica:
+        began = time.process_time()
+        replica = self._front.choose(request, names, now)
+        self.seconds.append(time.process_time() - began)
+        return replica
+
+
+def make_front(kind: str, replicas: Sequence[FluidReplica]) -> Front:
+    match kind:
+        case "one":
+            return RouterFront(replicas)
+        case "cells":
+            return CellsFront(replicas, size=CELL)
+        case "exact":
+            return ExactFront(replicas)
+        case "random":
+            return RandomFront(replicas)
+    raise SystemExit(f"--fronts {kind} is unknown: choose from one, exact, cells, random")
+
+
+def summary(sent: Sequence[Sent], loads: Sequence[int]) -> str:
+    counted = sent[int(WARM_UP * len(sent)) :]
+    hits = sum(each.num_cached for each in counted) / sum(each.num_prompt for each in counted)
+    ttfts = [each.ttft for each in counted]
+    return figures(hits, ttfts, loads)
+
+
+def figures(hits: float, ttfts: list[float], loads: Sequence[int]) -> str:
+    balance = max(loads) / metrics.mean([float(each) for each in loads])
+    return (
+        f"cached {hits:6.1%}  most/mean {balance:5.2f}  TTFT mean {metrics.mean(ttfts):6.3f}  "
+        f"P50 {metrics.percentile(ttfts, 50):6.3f}  P99 {metrics.percentile(ttfts, 99):6.3f} s"
+    )
+
+
+def fleet(replicas: int, per_replica: int, kinds: Sequence[str]) -> None:
+    for kind in kinds:
+        clock = Clock()
+        members = [FluidReplica(calibration(), clock) for _ in range(replicas)]
+        front = TimedFront(make_front(kind, members))
+        loads: list[int] = []
+
+        def requests(members: list[FluidReplica] = members, loads: list[int] = loads) -> Iterator:  # type: ignore[type-arg]
+            count = replicas * per_replica
+            for number, each in enumerate(fluid_requests(replicas, count)):
+                if number == int(WARM_UP * count):
+                    loads += [member.num_tokens for member in members]
+                yield each
+
+        sent = run(requests(), members, front, clock)
+        counted = [member.num_tokens - before for member, before in zip(members, loads, strict=True)]
+        counted_seconds = front.seconds[int(WARM_UP * len(front.seconds)) :]
+        print(
+            f"{replicas:6} replicas, {kind:7}{summary(sent, counted)}  decision mean "
+            f"{1e3 * metrics.mean(counted_seconds):6.3f}  P99 {1e3 * metrics.percentile(counted_seconds, 99):6.3f} ms",
+            flush=True,
+        )
+
+
+def full_replicas(replicas: int, per_replica: int) -> str:
+    """Return the figures of full replicas."""
+    engine = SimulationConfig(calibration=calibration(), scheduler=SchedulerConfig(max_num_seqs=128))
+    target = SimulatedTarget(Deployment.of(engine, replicas=replicas))
+    count = replicas * per_replica
+    counted_from = int(WARM_UP * count)
+    random = Random(7)
+    before: list[tuple[int, int]] = []
+
+    async def send(number: int, at: float, prefix: int) -> float:
+        await asyncio.sleep(at)
+        if number == counted_from:
+            before.extend((each.num_tokens, each.num_cached_tokens) for each in target._replicas)
+        prompt = (*Random(prefix).randbytes(PREFIX), *random.randbytes(OWN))
+        answer = await target.ask(LoadRequest("", number, 0, prompt, ANSWER))
+        return answer.token_times[0] - at
+
+    async def send_all() -> list[float]:
+        planned = enumerate(plan(replicas, count))
+        return await asyncio.gather(*(send(number, at, prefix) for number, (at, prefix) in planned))
+
+    ttfts = virtual_time.run(send_all())[counted_from:]
+    after = [(each.num_tokens, each.num_cached_tokens) for each in target._replicas]
+    loads = [now[0] - then[0] for now, then in zip(after, before, strict=True)]
+    cached = sum(now[1] - then[1] for now, then in zip(after, before, strict=True))
+    return figures(cached / (len(ttfts) * (PREFIX + OWN)), ttfts, loads)
+
+
+def decisions(numbers: Sequence[int], *, has_slo: bool) -> None:
+    """Print what a choice takes among views of replicas that have eight decodes and a prompt each."""
+    targets = SloTargets(ttft=5.0, itl=1.0) if has_slo else NO_SLO
+    namer, random = BlockNamer(16, key=new_key()), Random(1)
+    prefixes = [random.randbytes(1024) for _ in range(100)]
+    for count in numbers:
+        views: list[ReplicaView] = []
+        for each in range(count):
+            view = ReplicaView(num_blocks=1000, block_size=16, max_num_seqs=128, token_budget=512)
+            view.take([], StepTimes(MACHINES[MACHINE].cost), available_blocks=1000, now=0.0)
+            lengths = []
+            for number in range(9):
+                prompt = (*random.choice(prefixes)[:512], *random.randbytes(random.randrange(100)))
+                names: list[bytes] = []
+                namer.extend(names, prompt)
+                lengths.append(len(prompt))
+                view.add(new_request(f"{each} {number}", prompt, 0.0, targets), names)
+            outputs = [
+                RequestOutput(f"{each} {number}", (7,), num_computed=length)
+                for number, length in enumerate(lengths[:8])
+            ]
+            view.take(outputs, view.times, available_blocks=600, now=0.0)
+            views.append(view)
+        shortlist = Shortlist(seed=1)
+        shortlist.sync(views)
+        naming = choosing = all_views = 0.0
+        for number in range(300):
+            prompt = (*random.choice(prefixes), *random.randbytes(1024))
+            request, now = new_request(f"new {number}", prompt, 1.0, targets), 1.0 + 0.01 * number
+            began = time.process_time()
+            names = []
+            namer.extend(names, prompt)
+            named = time.process_time()
+            picked = shortlist.pick(names, lambda _: True, now)
+            choose_replica([Candidate(views[i], views[i].memory.cached_tokens(names)) for i in picked], request, now)
+            chosen = time.process_time()
+            naming, choosing = naming + named - began, choosing + chosen - named
+            if number % 30 == 0:
+                candidates = [Candidate(each, each.memory.cached_tokens(names)) for each in views]
+                choose_replica(candidates, request, now)
+                all_views += time.process_time() - chosen
+        print(
+            f"{count:6} replicas, {'with' if has_slo else 'no'} SLO: names of 2,048 tokens {naming / 0.3:6.3f} ms  "
+            f"choice {choosing / 0.3:6.3f} ms  among all {all_views / 0.01:8.3f} ms",
+            flush=True,
+        )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=("decisions", "fleet", "check"))
+    parser.add_argument("--replicas", default="", help="numbers of replicas, separated by commas")
+    parser.add_argument("--per-replica", type=int, default=30, help="requests for each replica")
+    parser.add_argument("--fronts", default="one,exact,cells,random")
+    arguments = parser.parse_args()
+    default = {"decisions": "16,100,1000,10000", "fleet": "10000", "check": "16,256"}[arguments.what]
+    numbers = [int(each) for each in (arguments.replicas or default).split(",")]
+    if arguments.what == "decisions":
+        decisions(numbers, has_slo=False)
+        decisions(numbers, has_slo=True)
+    for count in numbers if arguments.what == "fleet" else ():
+        fleet(count, arguments.per_replica, arguments.fronts.split(","))
+    for count in numbers if arguments.what == "check" else ():
+        fleet(count, arguments.per_replica, ["one"])
+        print(f"{count:6} replicas, full   {full_replicas(count, arguments.per_replica)}", flush=True)
+
+
+if __name__ == "__main__":
+    main()

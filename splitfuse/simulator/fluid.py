@@ -1,0 +1,156 @@
+"""Simulates replicas as fluids, for more of them than full ones can be simulated: seconds of work and the names of
+blocks, no steps. The router's own code chooses among them.
+
+A FluidReplica is what a ReplicaView is to the router, and what it predicts is what happens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple, Protocol
+
+from splitfuse.core.cells import Cells
+from splitfuse.core.prefix_index import PrefixMemory
+from splitfuse.core.request import Request
+from splitfuse.core.routing import Candidate, choose_replica
+from splitfuse.core.shortlist import Shortlist
+from splitfuse.core.slo.cost_model import StepTimes
+from splitfuse.core.slo.feasibility import Feasibility
+from splitfuse.core.slo.usual_step import usual_step
+from splitfuse.core.virtual_replica import Job, VirtualReplica
+from splitfuse.runtime.calibration import Calibration
+
+
+class Clock:
+    """Holds the time of a simulation."""
+
+    now = 0.0
+
+
+class FluidReplica:
+    """Serves requests one prompt after the other, while every running one has its part of each step."""
+
+    def __init__(self, calibration: Calibration, clock: Clock) -> None:
+        self.times: StepTimes | None = StepTimes(calibration.cost)
+        self.memory = PrefixMemory(calibration.num_blocks, calibration.block_size)
+        self.num_tokens = 0
+        """Number of tokens that it was sent to compute."""
+        self._outlook = Feasibility(self.times, (), now=0.0)
+        self._fluid = VirtualReplica(self._outlook, step=usual_step(self._outlook, ()))
+        self._clock = clock
+
+    def load(self, now: float) -> float:
+        return self._fluid.wait(now)
+
+    def first_token(self, request: Request, cached: int) -> float:
+        count = max(request.num_prompt_tokens - cached, 1)
+        return self._fluid.wait(self._clock.now) + self._outlook.overhead + self._outlook.seconds_of(cached, count)
+
+    def num_broken(self, request: Request, cached: int, now: float) -> int:
+        """Return 1 if a request would be late; others have no deadline here."""
+        return int(now + self.first_token(request, cached) > request.slo.deadline)
+
+    def wait(self, request: Request, cached: int, now: float) -> float:
+        return max(now + self.first_token(request, cached) - request.slo.deadline, 0.0)
+
+    def add(self, request: Request, names: Sequence[bytes], cached: int) -> Job:
+        """Begin a request of which the first `cached` tokens are there."""
+        job = Job(
+            self._outlook,
+            num_prompt=request.num_prompt_tokens,
+            num_cached=cached,
+            num_generated=request.max_tokens,
+        )
+        self.num_tokens += request.num_prompt_tokens - cached + request.max_tokens - 1
+        self.memory.add(names)
+        self._fluid.add(job, self._clock.now)
+        return job
+
+    def finish(self) -> None:
+        """Serve what there is to its end."""
+        self._fluid.advance()
+
+
+class Front(Protocol):
+    """Chooses a replica for each request."""
+
+    def choose(self, request: Request, names: Sequence[bytes], now: float) -> FluidReplica:
+        """Return the replica that it goes to."""
+
+
+class RouterFront:
+    """Is one router, which knows all replicas: the code of the real one."""
+
+    def __init__(self, replicas: Sequence[FluidReplica], *, seed: int = 0) -> None:
+        self._replicas = replicas
+        self._shortlist = Shortlist(seed=seed)
+        self._shortlist.sync(replicas)
+
+    def choose(self, request: Request, names: Sequence[bytes], now: float) -> FluidReplica:
+        picked = self._shortlist.pick(names, _always, now)
+        return best_of([self._replicas[number] for number in picked], request, names, now)
+
+
+def best_of(replicas: Sequence[FluidReplica], request: Request, names: Sequence[bytes], now: float) -> FluidReplica:
+    """Return the one among some replicas which the router would choose."""
+    index = choose_replica([Candidate(each, each.memory.cached_tokens(names)) for each in replicas], request, now)
+    assert index is not None, "all accept requests"
+    return replicas[index]
+
+
+class CellsFront:
+    """Is a ring of cells, each with a router of its own. Every second each cell says how much it has to do."""
+
+    def __init__(self, replicas: Sequence[FluidReplica], *, size: int) -> None:
+        parts = [replicas[start : start + size] for start in range(0, len(replicas), size)]
+        self._parts = {f"cell-{number}": part for number, part in enumerate(parts)}
+        self._routers = {
+            name: RouterFront(part, seed=number) for number, (name, part) in enumerate(self._parts.items())
+        }
+        self._cells = Cells({name: len(part) for name, part in self._parts.items()})
+        self._reports_at = 0.0
+
+    def choose(self, request: Request, names: Sequence[bytes], now: float) -> FluidReplica:
+        if now >= self._reports_at:
+            self._reports_at = now + 1.0
+            for name, part in self._parts.items():
+                self._cells.report(name, sum(each.load(now) for each in part))
+        replica = next(iter(self._parts.values()))[0]
+        seconds = replica.first_token(request, 0) - replica.load(now)
+        return self._routers[self._cells.choose(names[0], seconds)].choose(request, names, now)
+
+
+def _always(number: int) -> bool:
+    del number
+    return True
+
+
+class Sent(NamedTuple):
+    """Is a request that was sent to a replica."""
+
+    at: float
+    job: Job
+    num_prompt: int
+    num_cached: int
+
+    @property
+    def ttft(self) -> float:
+        return self.job.first_token_at - self.at
+
+
+def run(
+    requests: Iterable[tuple[float, Request, Sequence[bytes]]],
+    replicas: Sequence[FluidReplica],
+    front: Front,
+    clock: Clock,
+) -> list[Sent]:
+    """Send requests at their times, and return what became of them."""
+    sent = []
+    for at, request, names in requests:
+        clock.now = at
+        replica = front.choose(request, names, at)
+        cached = min(replica.memory.cached_tokens(names), request.num_prompt_tokens - 1)
+        sent.append(Sent(at, replica.add(request, names, cached), request.num_prompt_tokens, cached))
+    for replica in replicas:
+        replica.finish()
+    return sent
