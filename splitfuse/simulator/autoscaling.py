@@ -62,7 +62,7 @@ class AutoscaledTarget(SimulatedTarget):
         self.counts: list[tuple[float, int]] = []
         """Times at which the number of replicas changed, starting ones included, and the number from then on."""
         for replica in self._replicas[scaling.least :]:
-            replica.is_running = False
+            replica.is_started = False
 
     async def start(self) -> None:
         await super().start()
@@ -129,7 +129,7 @@ class AutoscaledTarget(SimulatedTarget):
     def _begin(self, replica: Replica) -> None:
         def ready() -> None:
             del self._starting[replica]
-            replica.is_running = True
+            replica.is_started = True
 
         self._starting[replica] = asyncio.get_running_loop().call_later(self._scaling.start_seconds, ready)
 
