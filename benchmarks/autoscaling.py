@@ -37,7 +37,7 @@ from splitfuse.simulator.autoscaling import AutoscaledTarget, Autoscaling
 from splitfuse.simulator.deployment import Deployment, SimulationConfig
 from splitfuse.simulator.simulate import SimulatedTarget
 
-SCENARIO = Scenario("0.5b-bf16", "paper-small", "70%", (Slo("5", "itl 3"),))
+SCENARIO = Scenario("0.5b-int8-avx2", "paper-small", "70%", (Slo("3", "itl 3"),))
 """Machine, workload and SLO, as of benchmarks.dominance. The load is that of a replica at the peak of the day."""
 LEAST, MOST = 1, 16
 PEAK = 11.0
@@ -128,7 +128,7 @@ def oracle(day: Day, *, start_seconds: float) -> tuple[list[int], float]:
             warm_up=PART,
             guess=needed[-1] if needed else 1,
         )
-        needed.append(max(count, LEAST))
+        needed.append(min(max(count, LEAST), MOST))
     ahead = math.ceil(start_seconds / PART)
     paid = sum(max(needed[minute : minute + ahead + 1]) for minute in range(len(needed)))
     return needed, paid * PART / 3600.0
@@ -182,7 +182,7 @@ def print_oracle(day: Day, every: int) -> None:
             while full > 1 and is_enough(full - 1):
                 full -= 1
         else:
-            while not is_enough(full := full + 1):
+            while full < MOST and not is_enough(full := full + 1):
                 pass
         differences.append(needed[minute] - full)
         print(f"minute {minute:4}: virtual {needed[minute]:2}, full {full:2}", flush=True)
