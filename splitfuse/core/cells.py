@@ -1,14 +1,15 @@
 """Chooses the cell for a request: a server with about a hundred replicas, of which it alone knows the caches and loads.
 
-By consistent hashing with bounded loads (Mirrokni, Thorup and Zadimoghaddam, SODA 2018): requests with the same key, as
-the name of their first block, go to the same cell until that has more than its part of the work. Then they go to the
-less loaded of the two that follow in the key's own order, then of the next two. So a key has as many cells as it needs,
-always the same ones, and cells that come or go change the place of few.
+By consistent hashing: requests with the same key, as the name of their first block, have a cell of their own, and an
+order of the others behind it. What each cell has to do bounds what it gets: a key goes to the least loaded of the cells
+that have had it, or, once those have so much more to do that computing it anew is sooner, to the less loaded of the
+next two. So a key has as many cells as it needs, and cells that come or go change the place of few.
 """
 
 from __future__ import annotations
 
 from bisect import bisect
+from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from hashlib import blake2b
 from itertools import islice
@@ -17,10 +18,8 @@ from splitfuse.errors import ConfigError, EngineUnavailableError
 
 POINTS = 64
 """Number of places of a cell on the ring: the more, the more equal their parts."""
-BOUND = 1.1
-"""Factor of the mean load, to which a request's own seconds are added: a cell that has more to do takes no request from
-which it could save less than that by its caches.
-"""
+MOST_KEYS = 65_536
+"""Number of keys, the newest, of which it is known which cells have had them."""
 
 
 class Cells:
@@ -37,6 +36,7 @@ class Cells:
         self._places = [place for place, _ in self._ring]
         self._sizes = dict(sizes)
         self._loads = dict.fromkeys(sizes, 0.0)
+        self._sent: OrderedDict[bytes, set[str]] = OrderedDict()
 
     def report(self, cell: str, seconds: float | None) -> None:
         """Take note of what a cell says that it has to do, in seconds of one replica; None: it cannot be reached."""
@@ -51,13 +51,18 @@ class Cells:
         """
         loads = self._loads
         order = (name for name in self._order(key) if name in loads)
-        if (cell := next(order, None)) is None:
+        if (home := next(order, None)) is None:
             raise EngineUnavailableError("no cell can be reached")
-        most = BOUND * sum(loads.values()) / len(loads) + seconds
-        best = cell
-        while loads[cell] > most and (pair := list(islice(order, 2))):
-            cell = min(pair, key=loads.__getitem__)
-            best = min(best, cell, key=loads.__getitem__)
+        sent = self._sent.setdefault(key, set())
+        self._sent.move_to_end(key)
+        if len(self._sent) > MOST_KEYS:
+            self._sent.popitem(last=False)
+        best = min([home, *(name for name in sent if name in loads)], key=loads.__getitem__)
+        others = islice((name for name in order if name not in sent), 2)
+        other = min(others, key=loads.__getitem__, default=best)
+        if loads[other] + seconds < loads[best]:
+            best = other
+        sent.add(best)
         loads[best] += seconds / self._sizes[best]
         return best
 

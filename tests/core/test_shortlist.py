@@ -176,10 +176,14 @@ def test_a_loaded_cell_gives_to_the_less_loaded_of_two() -> None:
     random = Random(3)
     for _ in range(50):
         cells = Cells(sizes)
-        loads = {name: 100.0 if name == home else 10.0 * random.random() for name in sizes}
+        loads = {name: 100.0 if name == home else 10.0 * random.random() for name in sizes}  # of ten replicas
         for name, load in loads.items():
             cells.report(name, load)
-        assert loads[cells.choose(b"key", 0.0)] <= 1.1 * sum(loads.values()) / 20
+        assert cells.choose(b"key", 9.5) == home, "computing it elsewhere takes as long"
+        other = cells.choose(b"key", 8.5)
+        assert loads[other] < 10.0
+        cells.report(other, loads[home] - 1.0)
+        assert cells.choose(b"key", 99.0) == other, "which has had it, and has less to do than its own"
 
 
 def test_cells_that_cannot_be() -> None:
