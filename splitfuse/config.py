@@ -25,14 +25,14 @@ DTYPES = ("auto", "bfloat16", "float16", "float32")
 LOAD_FORMATS = ("safetensors", "dummy")
 QUANTIZATIONS = {"int8": (128,), "int4": (64, 128)}
 """Quantizations of weights, with the group sizes of each."""
-KERNELS = ("auto", "avx512_amx", "avx512_bf16", "avx512", "avx2", "torch", "reference")
+KERNELS = ("auto", "avx512_amx", "avx512_bf16", "avx512", "avx2", "triton", "torch", "reference")
 ADAPTER_NAME = re.compile(r"[\w.:/@+-]{1,128}")
 """Names that a LoRA adapter can have as a model."""
 MAX_RANKS = 64
 """Most ranks of a tensor-parallel group: more than models have key/value heads to divide."""
 MAX_THREADS = 1024
 """Number of threads of the largest machines. Hundreds of thousands end the process."""
-KV_CACHE_DTYPES = ("auto", "int8")
+KV_CACHE_DTYPES = ("auto", "int8", "fp8")
 UNITS = {"ms": 1e-3, "s": 1.0, "min": 60.0}
 SIZES = {"MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
 PER_TOKEN = "/token"
@@ -83,8 +83,8 @@ class ModelConfig:
     )
     kernels: str = setting(
         "auto",
-        "Backend: auto (the fastest available), avx512_amx, avx512_bf16, avx512 or avx2 (C++), torch (PyTorch with "
-        "oneDNN) or reference (PyTorch).",
+        "Backend: auto (the fastest available), avx512_amx, avx512_bf16, avx512 or avx2 (C++), triton (NVIDIA GPUs), "
+        "torch (PyTorch with oneDNN) or reference (PyTorch).",
     )
     num_threads: int | None = setting(
         None,
@@ -216,7 +216,9 @@ class CacheConfig:
         "Memory for the KV cache in GiB (default: enough for max_num_seqs requests, at most half of the free memory).",
     )
     kv_cache_dtype: str = setting(
-        "auto", "Dtype of the KV cache: auto (the activations') or int8 (half the memory, C++ kernels only)."
+        "auto",
+        "Dtype of the KV cache: auto (the activations'), int8 (half the memory; C++ and Triton kernels) or fp8 (the "
+        "same memory; Triton kernels).",
     )
     enable_prefix_caching: bool = setting(True, "Reuse KV blocks of prompts that begin alike.")
     kv_memory_tier: str | None = setting(

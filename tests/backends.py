@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from splitfuse.errors import KernelError
+from splitfuse.kernels.batch import Derivation
 from splitfuse.kernels.cpu.backend import CpuBackend
 from splitfuse.kernels.cpu.bindings import VARIANTS, supported_variants
 from splitfuse.kernels.interface import (
@@ -30,6 +31,7 @@ from splitfuse.kernels.interface import (
 )
 from splitfuse.kernels.onednn import OneDnnBackend
 from splitfuse.kernels.reference import ReferenceBackend
+from splitfuse.kernels.triton import capabilities as triton
 
 CPU = torch.device("cpu")
 
@@ -73,10 +75,20 @@ def _compiled(variant: str) -> BackendCase:
     return BackendCase(CpuBackend(variant=variant, num_threads=2), torch.bfloat16, torch.float32, 2e-6, 2**-7)
 
 
+def _interpreted(dtype: torch.dtype, share: float) -> Callable[[], BackendCase]:
+    def make() -> BackendCase:
+        from splitfuse.kernels.triton.backend import TritonBackend
+
+        return BackendCase(TritonBackend(device="cpu"), dtype, dtype, share, share)
+
+    return make
+
+
 MAKERS: dict[str, Callable[[], BackendCase]] = {
     "reference-float64": _reference(torch.float64, 1e-13),
     "reference-float32": _reference(torch.float32, 2e-6),
     "torch": _prepacked,
+    "triton-float32": _interpreted(torch.float32, 4e-6),
     **{variant: functools.partial(_compiled, variant) for variant in VARIANTS},
 }
 
@@ -118,10 +130,18 @@ def runnable(name: str) -> list[pytest.MarkDecorator]:
     why = why_not(name) if name in VARIANTS else None
     if name == "torch" and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
         why = "PyTorch's oneDNN does not multiply bf16 on this CPU"
+    if name.startswith("triton"):
+        why = None if triton.is_interpreted() else "there is a GPU: tests/engine/test_gpu.py has its tests"
+        why = why or triton.obstacle("cpu", torch.float32)
     return [pytest.mark.skip(reason=why)] if why else []
 
 
-BACKENDS = [pytest.param(name, id=name, marks=runnable(name)) for name in MAKERS]
+def suite_marks(name: str) -> list[pytest.MarkDecorator]:
+    """Return the marks of the suites of a backend: an interpreter takes minutes for them."""
+    return [*runnable(name), *([pytest.mark.slow] if name.startswith("triton") else ())]
+
+
+BACKENDS = [pytest.param(name, id=name, marks=suite_marks(name)) for name in MAKERS]
 
 
 def pack_experts(backend: Backend, w13: Tensor, w2: Tensor, *biases: Tensor) -> LayerWeights:
@@ -165,6 +185,26 @@ class Arrays:
     query_start: Any = None
     seq_lens: Any = None
     block_tables: Any = None
+
+    @property
+    def num_tokens(self) -> int:
+        return self.host_query_start[-1]
+
+    @property
+    def num_requests(self) -> int:
+        return len(self.seq_lens)
+
+    @property
+    def host_query_start(self) -> list[int]:
+        return self.query_start.tolist()
+
+    @property
+    def host_seq_lens(self) -> list[int]:
+        return self.seq_lens.tolist()
+
+    def derived(self, derivation: Derivation) -> tuple[Tensor, ...]:
+        """As `RaggedBatch.derived`, on the CPU."""
+        return tuple(derivation(self))
 
 
 def kv_spec(num_kv_heads: int, head_dim: int, latent: LatentSpec | None = None) -> AttentionSpec:

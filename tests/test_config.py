@@ -78,13 +78,13 @@ def test_an_unknown_setting_unlike_any_is_refused_with_all() -> None:
         (
             "kernels",
             "cuda",
-            "kernels must be one of auto, avx512_amx, avx512_bf16, avx512, avx2, torch, reference, not 'cuda'",
+            "kernels must be one of auto, avx512_amx, avx512_bf16, avx512, avx2, triton, torch, reference, not 'cuda'",
         ),
         ("kernels", None, "kernels must be str, not None"),
         ("num_threads", 0, "num_threads must be at least 1, not 0"),
         ("num_threads", 100_000, "num_threads must be at most 1024, not 100000"),
         ("num_threads", "2", "num_threads must be int or None, not '2'"),
-        ("kv_cache_dtype", "int4", "kv_cache_dtype must be one of auto, int8, not 'int4'"),
+        ("kv_cache_dtype", "int4", "kv_cache_dtype must be one of auto, int8, fp8, not 'int4'"),
     ],
 )
 def test_a_wrong_value_is_refused_by_name(name: str, value: Any, message: str) -> None:

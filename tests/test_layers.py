@@ -39,7 +39,7 @@ LAYERS: dict[str, tuple[str, ...]] = {
 STANDARD_LIBRARY_ONLY = ("version", "errors", "config", "core")
 
 # Above the kernels, only the choice of a backend knows them.
-BACKENDS = ("splitfuse.kernels.cpu", "splitfuse.kernels.onednn", "splitfuse.kernels.reference")
+BACKENDS = tuple(f"splitfuse.kernels.{name}" for name in ("cpu", "onednn", "reference", "triton"))
 MAY_IMPORT_BACKENDS = {"splitfuse.runtime.backend_choice"}
 
 

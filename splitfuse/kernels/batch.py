@@ -4,11 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import cached_property
+from typing import TypeAlias
 
+import torch
 from torch import Tensor
 
 from splitfuse.kernels.loans import RequestLoan
 from splitfuse.kernels.lora import StepAdapters
+
+Derivation: TypeAlias = Callable[["RaggedBatch"], Sequence[Tensor]]
+"""Function of a batch that returns tensors on the host, made of its numbers there. Equal ones give equal tensors."""
 
 
 class RaggedBatch:
@@ -27,8 +32,11 @@ class RaggedBatch:
         table_width: int,
         num_rows: int,
         adapters: StepAdapters | None = None,
+        on_host: Tensor | None = None,
     ) -> None:
-        """`table_width` is the length of a row of block tables: that of the longest one at least."""
+        """`table_width` is the length of a row of block tables: that of the longest one at least. `on_host` are the
+        numbers of `packed`, if that is on another device.
+        """
         self.on_start: Callable[[], None] = lambda: None
         """Called by networks of one call just before it: other threads can have Python until it returns."""
         self.adapters = adapters
@@ -36,12 +44,39 @@ class RaggedBatch:
         self.loans: Sequence[RequestLoan] = ()
         """Loans of requests: for networks that a backend computes in one call, if it `lends`."""
         self.packed = packed
+        self._on_host = packed if on_host is None else on_host
+        self._derived: dict[Derivation, tuple[Tensor, ...]] = {}
         self.num_tokens = num_tokens
         self.num_requests = num_requests
         self.table_width = table_width
         self.num_rows = num_rows
         per_token, per_request = (num_tokens,) * 3, (num_requests + 1, *(num_requests,) * 3)
         self.sizes = (num_requests * table_width, *per_token, *per_request, num_rows)
+
+    @cached_property
+    def host_query_start(self) -> list[int]:
+        """Return `query_start` as numbers on the host: [S + 1]."""
+        return self._host_part(4)
+
+    @cached_property
+    def host_seq_lens(self) -> list[int]:
+        """Return `seq_lens` as numbers on the host: [S]."""
+        return self._host_part(5)
+
+    def _host_part(self, number: int) -> list[int]:
+        begin = sum(self.sizes[:number])
+        numbers: list[int] = self._on_host[begin : begin + self.sizes[number]].tolist()
+        return numbers
+
+    def derived(self, derivation: Derivation) -> tuple[Tensor, ...]:
+        """Return the tensors of a derivation on the batch's device: made and copied once a step, not once a layer."""
+        if derivation not in self._derived:
+            made = [each.contiguous() for each in derivation(self)]
+            sizes = [each.numel() for each in made]
+            parts = torch.cat([each.flatten() for each in made]).to(self.packed.device).split_with_sizes(sizes)
+            views = (part.view(each.shape) for part, each in zip(parts, made, strict=True))
+            self._derived[derivation] = tuple(views)
+        return self._derived[derivation]
 
     @cached_property
     def _parts(self) -> tuple[Tensor, ...]:

@@ -724,6 +724,13 @@ class Backend(ABC):
     def norm(self, x: Tensor, spec: NormSpec, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         """Return the norm of x [T, C] over its last dimension, in fp32 or wider; `weight` and `bias` are [C]."""
 
+    def add_norm(
+        self, x: Tensor, branch: Tensor, scale: float, spec: NormSpec, weight: Tensor, bias: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Return the residual stream x [T, C] with `scale` times what a block gave, and its norm."""
+        total = add_branch(x, branch, scale)
+        return total, self.norm(total, spec, weight, bias)
+
     @abstractmethod
     def linear(self, x: Tensor, weight: Weight, bias: Tensor | None = None, lora: LoraRows | None = None) -> Tensor:
         """Return `x @ weight.T + bias`: [T, K] -> [T, N], and what `lora` adds to rows that have adapters. Adds no
@@ -873,6 +880,11 @@ class Backend(ABC):
         False if the loan is lost.
         """
         raise NotImplementedError(f"{self.capabilities.name} cannot lend")
+
+
+def add_branch(x: Tensor, branch: Tensor, scale: float) -> Tensor:
+    """Return the residual stream with `scale` times what a block gave."""
+    return x + (branch if scale == 1.0 else branch.to(x.dtype) * scale)
 
 
 def exact_topk(scores: Tensor, k: int) -> tuple[list[list[int]], list[list[float]]]:

@@ -32,6 +32,7 @@ from splitfuse.kernels.interface import (
     NormPlace,
     Store,
     TokenInputSpec,
+    add_branch,
 )
 from splitfuse.kernels.loans import Channel
 from splitfuse.kernels.lora import LoraRows
@@ -151,22 +152,26 @@ class Decoder:
         self, x: Tensor, layer: LayerSpec, weights: LayerWeights, store: Store, batch: RaggedBatch, lora: LoraOf
     ) -> Tensor:
         """Return the residual stream [T, C] after a layer."""
-        norms, read = layer.norms, None
+        norms, read, reads_sum = layer.norms, None, False
         if layer.mixer is not None:
             read = self._read(x, norms, weights.attn_norm, weights.attn_norm_bias)
             mixed = self._mix(read, layer.mixer, weights, store, batch, lora)
             if norms.after:
                 mixed = self._norm(mixed, weights.post_attn_norm, weights.post_attn_norm_bias)
-            x, before = _add(x, mixed, layer.residual_scale), x
+            before, reads_sum = x, layer.mlp is not None and norms.before and not layer.parallel
+            if reads_sum:  # in one operation
+                x, read = self._add_norm(x, mixed, layer.residual_scale, weights.mlp_norm, weights.mlp_norm_bias)
+            else:
+                x = add_branch(x, mixed, layer.residual_scale)
         if layer.mlp is not None:
             source = before if layer.parallel else x
-            if not (layer.parallel and layer.shared_norm):
+            if not reads_sum and not (layer.parallel and layer.shared_norm):
                 read = self._read(source, norms, weights.mlp_norm, weights.mlp_norm_bias)
             assert read is not None
             inner = mlp(read, layer.mlp, weights, self.backend, source, lora)
             if norms.after:
                 inner = self._norm(inner, weights.post_mlp_norm, weights.post_mlp_norm_bias)
-            x = _add(x, inner, layer.residual_scale)
+            x = add_branch(x, inner, layer.residual_scale)
         return x
 
     def _token_inputs(self, ids: Tensor, x: Tensor) -> Tensor:
@@ -225,6 +230,12 @@ class Decoder:
     def _read(self, x: Tensor, norms: NormPlace, weight: Tensor | None, bias: Tensor | None) -> Tensor:
         """Return what a block reads of the residual stream."""
         return self._norm(x, weight, bias) if norms.before else x.to(self.dtype)
+
+    def _add_norm(
+        self, x: Tensor, branch: Tensor, scale: float, weight: Tensor | None, bias: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        assert weight is not None
+        return self.backend.add_norm(x, branch, scale, self.spec.norm, weight, bias)
 
     def _norm(self, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
         assert weight is not None
@@ -292,8 +303,3 @@ def _dense(x: Tensor, spec: MlpSpec, weights: MlpWeights, backend: Backend, lora
 def _lora_rows(batch: RaggedBatch, layer: int, target: str) -> LoraRows | None:
     """Return what the adapters of a step add to a weight, if there are any."""
     return None if batch.adapters is None else batch.adapters.at(layer, target)
-
-
-def _add(x: Tensor, branch: Tensor, scale: float) -> Tensor:
-    """Return the residual stream with what a block gave."""
-    return x + (branch if scale == 1.0 else branch.to(x.dtype) * scale)

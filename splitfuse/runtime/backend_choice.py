@@ -20,6 +20,7 @@ from splitfuse.kernels.cpu.network import uncovered
 from splitfuse.kernels.interface import Backend, Capabilities, LayerSpec, NetworkPlan, NetworkWeights, NormSpec, Role
 from splitfuse.kernels.onednn import OneDnnBackend
 from splitfuse.kernels.reference import ReferenceBackend
+from splitfuse.kernels.triton import capabilities as triton
 from splitfuse.runtime.machine import usable_cores
 
 
@@ -33,19 +34,24 @@ class Candidate:
 
     capabilities: Capabilities
     make: Callable[[EngineConfig, str], Backend]
-    machine_obstacle: Callable[[torch.dtype], str | None] = lambda _: None
+    machine_obstacle: Callable[[EngineConfig, torch.dtype], str | None] = lambda *_: None
     auto_dtypes: tuple[torch.dtype, ...] | None = None
 
     def obstacle(self, config: EngineConfig, dtype: torch.dtype) -> str | None:
         """Return what rules the backend out, in the settings or on this machine."""
         can, device = self.capabilities, config.model.device
-        if can.devices is not None and torch.device(device).type not in can.devices:
+        if can.devices is not None and not self.runs_on(device):
             names = ["the CPU" if each == "cpu" else each for each in can.devices]
             return f"{can.name} run on {' or '.join(names)}, not on {device}"
         if can.dtypes is not None and dtype not in can.dtypes:
             names = [str(each).removeprefix("torch.") for each in (*can.dtypes, dtype)]
             return f"{can.name} compute in {' or '.join(names[:-1])}, not in {names[-1]}: set dtype={names[0]}"
-        return self.machine_obstacle(dtype)
+        return self.machine_obstacle(config, dtype)
+
+    def runs_on(self, device: str) -> bool:
+        """Return whether the backend is for devices of this type."""
+        devices = self.capabilities.devices
+        return devices is None or torch.device(device).type in devices
 
     def unhonoured(self, config: EngineConfig) -> str | None:
         """Return a setting that the backend does not honour, such as `quantization=int8`."""
@@ -86,17 +92,20 @@ def choose_backend(config: EngineConfig, dtype: torch.dtype) -> Backend:
         if obstacle := named.obstacle(config, dtype):
             raise ConfigError(f"{why} cannot be used: {obstacle}")
         return named.make(config, why)
-    why = ""
+    why = elsewhere = ""  # obstacles of the first backend for this device, and of the first for another
     for candidate in AUTO:
         if candidate.unhonoured(config) or (candidate.auto_dtypes and dtype not in candidate.auto_dtypes):
             continue
         try:
             if (obstacle := candidate.obstacle(config, dtype)) is None:
-                return candidate.make(config, why)
+                return candidate.make(config, why or elsewhere)
         except KernelError as error:
             obstacle = str(error)
-        why = why or obstacle
-    raise _unhonourable(config, AUTO[-1], why)
+        if candidate.runs_on(config.model.device):
+            why = why or obstacle
+        else:
+            elsewhere = elsewhere or obstacle
+    raise _unhonourable(config, AUTO[-1], why or elsewhere)
 
 
 def _unhonourable(config: EngineConfig, candidate: Candidate, why: str) -> ConfigError:
@@ -106,7 +115,7 @@ def _unhonourable(config: EngineConfig, candidate: Candidate, why: str) -> Confi
     return ConfigError(f"{setting} needs {' or '.join(able)}, which cannot be used: {why}")
 
 
-def _onednn_obstacle(dtype: torch.dtype) -> str | None:
+def _onednn_obstacle(_config: EngineConfig, dtype: torch.dtype) -> str | None:
     """Return why PyTorch has no prepacked linears here: it knows which dtypes this CPU can multiply."""
     try:
         OneDnnBackend().pack([torch.zeros(1, 1, dtype=dtype)], role=Role.O)
@@ -125,8 +134,19 @@ def _cpu_backend(variant: str | None, config: EngineConfig, _why: str) -> CpuBac
     )
 
 
+def _triton_obstacle(config: EngineConfig, dtype: torch.dtype) -> str | None:
+    return triton.obstacle(config.model.device, dtype, config.cache.kv_cache_dtype)
+
+
+def _triton_backend(config: EngineConfig, _why: str) -> Backend:
+    from splitfuse.kernels.triton.backend import TritonBackend  # needs Triton, which may not be installed
+
+    return TritonBackend(device=config.model.device, kv_dtype=config.cache.kv_cache_dtype)
+
+
 BACKENDS = {
     **{name: Candidate(CpuBackend.capabilities, partial(_cpu_backend, name)) for name in VARIANTS},
+    "triton": Candidate(triton.CAPABILITIES, _triton_backend, _triton_obstacle),
     "torch": Candidate(
         OneDnnBackend.capabilities, lambda _, why: OneDnnBackend(why), _onednn_obstacle, auto_dtypes=(torch.bfloat16,)
     ),
@@ -135,6 +155,7 @@ BACKENDS = {
 """Backends by the names of the setting `kernels`, best first."""
 AUTO = (
     Candidate(CpuBackend.capabilities, partial(_cpu_backend, None)),  # it knows the best variant for this CPU
-    *(candidate for name, candidate in BACKENDS.items() if name not in VARIANTS),
+    Candidate(triton.ON_GPUS, _triton_backend, _triton_obstacle),  # never interpreted
+    *(candidate for name, candidate in BACKENDS.items() if name not in (*VARIANTS, "triton")),
 )
 """Backends that `kernels=auto` tries, in this order; the last one runs everywhere."""

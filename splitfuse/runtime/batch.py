@@ -80,10 +80,15 @@ class BatchBuilder:
         numbers = array("i", [*ids, *positions, *slots, *per_request, *logit_rows])
         packed = self._write(tables, numbers)
         of_rows = _step_adapters(chunks, adapters, self._device) if any(each is not None for each in adapters) else None
-        return RaggedBatch(packed, len(ids), len(seq_lens), self._width, len(logit_rows), of_rows)
+        return RaggedBatch(
+            packed if self._device.type == "cpu" else packed.to(self._device),
+            *(len(ids), len(seq_lens), self._width, len(logit_rows)),
+            adapters=of_rows,
+            on_host=packed,
+        )
 
     def _write(self, tables: list[Sequence[int]], numbers: array[int]) -> Tensor:
-        """Return the tensor of a batch: its tables, then the other numbers."""
+        """Return the numbers of a batch on the host: its tables, then the others."""
         width = max(map(len, tables), default=0)
         if width > self._width or 4 * width < self._width:
             self._width, self._tables = ceil_div(width, 4) * 4, []
@@ -97,8 +102,7 @@ class BatchBuilder:
             rows[row, : len(tables[row])] = tables[row]
         self._tables = tables
         self._numbers[end : end + len(numbers)] = numbers
-        packed = self._packed[: end + len(numbers)]
-        return packed if self._device.type == "cpu" else packed.to(self._device)
+        return self._packed[: end + len(numbers)]
 
 
 def _step_adapters(

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from backends import BACKENDS, variants
+from backends import BACKENDS, runnable, variants
 
 import splitfuse
 from splitfuse import config
@@ -20,6 +20,7 @@ from splitfuse.kernels.cpu.backend import CpuBackend
 from splitfuse.kernels.interface import Backend, Capabilities
 from splitfuse.kernels.onednn import OneDnnBackend
 from splitfuse.kernels.reference import ReferenceBackend
+from splitfuse.kernels.triton import capabilities as triton
 from splitfuse.models.weights import DTYPES
 from splitfuse.runtime import backend_choice
 from splitfuse.runtime.backend_choice import BACKENDS as BACKENDS_BY_NAME
@@ -33,6 +34,8 @@ ONLY_CPP: list[dict[str, Any]] = [
     {"kv_cache_dtype": "int8"},
     {"num_threads": 2},
 ]
+IN_TRITON = ("kv_cache_dtype",)
+"""Settings among those that the Triton kernels honour too."""
 NOT_COMPILED = "the C++ kernels were not compiled"
 
 
@@ -76,8 +79,35 @@ def test_other_dtypes_are_computed_by_the_reference(dtype: torch.dtype) -> None:
     assert type(choose(BF16, kernels="reference")) is ReferenceBackend
 
 
-def test_another_device_is_computed_by_the_reference() -> None:
-    assert type(choose(device="cuda")) is ReferenceBackend
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_the_reference_computes_and_says_so() -> None:
+    chosen = choose(device="cuda")
+    assert type(chosen) is ReferenceBackend and chosen.describe().endswith(": PyTorch finds no NVIDIA GPU")
+
+
+@pytest.mark.parametrize("name", [pytest.param("triton", marks=runnable("triton-float32"))])
+def test_triton_kernels_are_interpreted_if_they_are_named(name: str) -> None:
+    chosen = choose(FP32, kernels=name, kv_cache_dtype="int8")
+    assert chosen.describe() == "Triton kernels: cpu, interpreted; KV cache int8"
+    assert type(choose(FP32)) is ReferenceBackend
+    with pytest.raises(ConfigError, match="Triton kernels compute in float16 or float32, not in bfloat16: set dtype="):
+        choose(BF16, kernels=name)
+
+
+def test_gpus_that_the_triton_kernels_do_not_run_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(triton, "find_spec", lambda _: object())
+
+    def reason(capability: tuple[int, int], dtype: torch.dtype = FP16, kv_dtype: str = "auto") -> str | None:
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+        return triton.obstacle("cuda:1", dtype, kv_dtype)
+
+    assert reason((7, 0)) == "float16 with the Triton kernels needs compute capability 7.5, and cuda:1 has 7.0"
+    assert reason((7, 5), BF16) == "bfloat16 with the Triton kernels needs compute capability 8.0, and cuda:1 has 7.5"
+    assert reason((8, 6), BF16, "fp8") == "fp8 with the Triton kernels needs compute capability 8.9, and cuda:1 has 8.6"
+    assert reason((7, 5)) is reason((8, 0), BF16, "int8") is reason((9, 0), BF16, "fp8") is None
+    monkeypatch.setattr(triton, "find_spec", lambda _: None)
+    assert reason((9, 0)) == "Triton is not installed (pip install triton)"
 
 
 @pytest.mark.parametrize("name", [backend for backend in BACKENDS if backend.id == "torch"])
@@ -121,13 +151,17 @@ def test_cpp_settings_need_cpp_kernels(
     with pytest.raises(ConfigError) as refusal:
         choose(dtype, **settings, **setting)
     ((name, value),) = setting.items()
-    assert str(refusal.value) == f"{name}={value} needs the C++ kernels, which cannot be used: {why}"
+    able = "the C++ kernels"
+    if name in IN_TRITON:
+        able += " or the Triton kernels"
+        why = "PyTorch finds no NVIDIA GPU" if "device" in settings else why
+    assert str(refusal.value) == f"{name}={value} needs {able}, which cannot be used: {why}"
 
 
 @pytest.mark.usefixtures("uncompiled")
 @pytest.mark.parametrize("setting", ONLY_CPP)
 def test_cpp_settings_without_a_compiler(setting: dict[str, Any]) -> None:
-    with pytest.raises(ConfigError, match=r"needs the C\+\+ kernels, which cannot be used: .*not compiled"):
+    with pytest.raises(ConfigError, match=r"needs the C\+\+ kernels.*, which cannot be used: .*not compiled"):
         choose(**setting)
 
 
@@ -192,7 +226,7 @@ def test_a_new_row_is_taken_where_it_suits(monkeypatch: pytest.MonkeyPatch) -> N
     assert type(choose(FP32, device="cuda")) is type(choose(device="cuda", kv_cache_dtype="int8")) is Other
     with pytest.raises(ConfigError, match=r"num_threads=2 needs the C.. kernels, which .* run on the CPU, not on cuda"):
         choose(device="cuda", num_threads=2)
-    with pytest.raises(ConfigError, match=r"int8 needs the other kernels or the C.. kernels, .* run on cuda, not on c"):
+    with pytest.raises(ConfigError, match=r"int8 needs the other kernels or the C.. kernels.*, .* compute in bfloat16"):
         choose(FP32, kv_cache_dtype="int8")
 
 

@@ -1,0 +1,165 @@
+"""Cuts the attention of a step into tiles of equal shape, on the host: what each program of the kernel computes.
+
+A tile is ROWS rows of one request, of the rows that each key/value head has in it: for each token its query heads,
+`token * group + head`. A tile reads keys in tiles of their own, which begin at multiples of `Tiling.keys`. Its keys may
+be divided among several programs, at multiples of `Tiling.split`: each gives a partial result, and a second kernel
+merges these in the order of the keys. Nothing here needs a GPU.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from splitfuse.kernels.batch import RaggedBatch
+from splitfuse.kernels.triton.tuning import AttentionTiles
+
+Numbers = npt.NDArray[np.int64]
+
+TILE_FIELDS = 8
+"""Number of int32 of a tile: request, first row of the request in the step, number of rows that the request has of a
+head, first of them in this tile, position of the request's first token in the step, first key, end of the keys, and
+place of the partial result or -1 if there is none.
+"""
+MERGE_FIELDS = 5
+"""Number of int32 of a merge: first row of the request in the step, number of rows that the request has of a head,
+first of them, place of the first partial result, number of them.
+"""
+SHORTEST_SPLIT = 256
+"""Least number of keys that a program reads if keys are divided: for fewer, merging takes longer than it saves."""
+PROGRAMS_PER_PROCESSOR = 4
+"""Number of programs per multiprocessor of the GPU that dividing keys aims at."""
+
+
+@dataclass(frozen=True)
+class Tiling:
+    """Holds the sizes of tiles: rows, keys, and keys of a program, a multiple of `keys` (None: all that it sees)."""
+
+    rows: int
+    keys: int
+    split: int | None = None
+
+
+@dataclass(frozen=True)
+class WorkList:
+    """Holds the programs of two launches: tiles [n, TILE_FIELDS] and merges [m, MERGE_FIELDS], int32. There are no
+    more partial results than tiles.
+    """
+
+    tiles: npt.NDArray[np.int32]
+    merges: npt.NDArray[np.int32]
+
+
+def make_work_list(
+    query_start: Sequence[int],
+    seq_lens: Sequence[int],
+    *,
+    group: int,
+    tiling: Tiling,
+    window: int | None = None,
+    chunk: int | None = None,
+) -> WorkList:
+    """Return the tiles of the requests whose rows begin at `query_start` [S + 1] and which have `seq_lens` [S]
+    positions, longest first; `group` query heads share a key/value head.
+
+    >>> make_work_list([0, 1], [100], group=4, tiling=Tiling(rows=16, keys=32)).tiles.tolist()
+    [[0, 0, 4, 0, 99, 0, 100, -1]]
+    """
+    starts, ends = np.asarray(query_start, np.int64), np.asarray(seq_lens, np.int64)
+    counts = np.diff(starts)
+    num_rows, first_position = counts * group, ends - counts
+    owner, index = _expand(-(-num_rows // tiling.rows))
+    first = index * tiling.rows
+    last = np.minimum(first + tiling.rows, num_rows[owner]) - 1
+    begin = first_seen(first_position[owner] + first // group, window, chunk) // tiling.keys * tiling.keys
+    end = first_position[owner] + last // group + 1
+    if tiling.split is None:
+        split_of, part = np.arange(len(owner)), np.zeros(len(owner), np.int64)
+        num_splits = np.ones(len(owner), np.int64)
+    else:
+        num_splits = (end - 1) // tiling.split - begin // tiling.split + 1
+        split_of, part = _expand(num_splits)
+        bound = (begin // tiling.split)[split_of] + part
+        begin = np.maximum(begin[split_of], bound * tiling.split)
+        end = np.minimum(end[split_of], (bound + 1) * tiling.split)
+    is_merged = num_splits > 1
+    first_partial = np.cumsum(np.where(is_merged, num_splits, 0)) - num_splits
+    place = np.where(is_merged[split_of], first_partial[split_of] + part, -1)
+    request = owner[split_of]
+    of_tile = (request, starts[request], num_rows[request], first[split_of], first_position[request], begin, end, place)
+    tiles = np.stack(of_tile, axis=1).astype(np.int32)
+    of_merge = (starts[owner], num_rows[owner], first, first_partial, num_splits)
+    merges = np.stack(of_merge, axis=1).astype(np.int32)[is_merged]
+    return WorkList(tiles[np.argsort(begin - end, kind="stable")], merges)
+
+
+def first_seen(position: Numbers, window: int | None, chunk: int | None) -> Numbers:
+    """Return the first position that a query at each position sees."""
+    first = np.zeros_like(position) if window is None else np.maximum(position - window + 1, 0)
+    return first if chunk is None else np.maximum(first, position // chunk * chunk)
+
+
+def choose_split(
+    query_start: Sequence[int],
+    seq_lens: Sequence[int],
+    *,
+    group: int,
+    num_kv_heads: int,
+    tiling: Tiling,
+    processors: int,
+) -> int | None:
+    """Return how many keys a program reads at most so that every multiprocessor of the GPU has work; None: all, as
+    there are tiles enough.
+    """
+    counts = np.diff(np.asarray(query_start, np.int64))
+    num_tiles = -(-counts * group // tiling.rows)
+    wanted = PROGRAMS_PER_PROCESSOR * processors
+    if 2 * int(num_tiles.sum()) * num_kv_heads >= wanted:
+        return None
+    keys = int((num_tiles * np.asarray(seq_lens, np.int64)).sum()) * num_kv_heads
+    return -(-max(SHORTEST_SPLIT, keys // wanted) // tiling.keys) * tiling.keys
+
+
+def _expand(counts: Numbers) -> tuple[Numbers, Numbers]:
+    """Return for each of the things of which owner i has `counts[i]` its owner, and its number there."""
+    owner = np.repeat(np.arange(len(counts)), counts)
+    return owner, np.arange(len(owner)) - np.repeat(np.cumsum(counts) - counts, counts)
+
+
+@dataclass(frozen=True)
+class AttentionWork:
+    """Makes the work list of a kind of attention, once a step for all layers that have it.
+
+    With `split`, keys are always divided at its multiples and all tiles have the same rows, so that a row's bits do not
+    depend on its company; otherwise as the GPU, which has so many `processors`, is best used.
+    """
+
+    sizes: AttentionTiles
+    group: int
+    num_kv_heads: int
+    window: int | None
+    chunk: int | None
+    processors: int
+    split: int | None = None
+
+    def rows(self, batch: RaggedBatch) -> int:
+        """Return the number of rows of a tile in a step: at least all heads of a token, if a tile can have them."""
+        if self.split is not None or batch.num_tokens > batch.num_requests:
+            return self.sizes.chunk_rows
+        return max(self.sizes.single_rows, min(self.sizes.chunk_rows, 1 << (self.group - 1).bit_length()))
+
+    def __call__(self, batch: RaggedBatch) -> tuple[Tensor, Tensor]:
+        """Return tiles and merges of a step, int32 on the host."""
+        starts, lengths = batch.host_query_start, batch.host_seq_lens
+        tiling = Tiling(self.rows(batch), self.sizes.keys, self.split)
+        if self.split is None:
+            shape = {"group": self.group, "num_kv_heads": self.num_kv_heads}
+            split = choose_split(starts, lengths, **shape, tiling=tiling, processors=self.processors)
+            tiling = replace(tiling, split=split)
+        work = make_work_list(starts, lengths, group=self.group, tiling=tiling, window=self.window, chunk=self.chunk)
+        return torch.from_numpy(work.tiles), torch.from_numpy(work.merges)
