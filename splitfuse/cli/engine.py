@@ -32,4 +32,4 @@ def engine(
     from splitfuse.engine.remote.standalone import StandaloneEngine
 
     with logging_to_stderr():
-        StandaloneEngine(config, listen).run()
+        StandaloneEngine.of(config, listen).run()

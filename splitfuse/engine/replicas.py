@@ -4,15 +4,19 @@ weights in memory once, and engines that run elsewhere.
 
 from __future__ import annotations
 
+import importlib.util
 import logging
 import os
 from collections.abc import Collection, Sequence
 
-from splitfuse.config import EngineConfig, Role, ServerConfig, is_loopback, parse_address
+from splitfuse.config import EngineConfig, Role, ServerConfig, is_loopback, parse_address, parse_bytes
+from splitfuse.core.kv.names import new_key
 from splitfuse.engine.quarantine import Quarantine
 from splitfuse.engine.remote.connector import Agreement, ConnectLauncher
 from splitfuse.engine.remote.launcher import BlockListen, Launcher, SubprocessLauncher
-from splitfuse.engine.remote.secret import read_secret
+from splitfuse.engine.remote.ray_cluster import EngineSpec, RayCluster
+from splitfuse.engine.remote.ray_launcher import RayLauncher
+from splitfuse.engine.remote.secret import Secret, read_secret
 from splitfuse.engine.remote.supervisor import SupervisedEngine
 from splitfuse.engine.router import Router
 from splitfuse.engine.tier_files import TierFiles, open_tiers
@@ -35,50 +39,38 @@ def make_replicas(
     listen: BlockListen | None = None,
     roles: Sequence[Role] = (),
     given: Collection[str] = (),
+    ray: str | None = None,
+    ray_memory: str | None = None,
+    ray_timeout: float = ServerConfig.ray_timeout,
 ) -> Router:
     """Return a client of `replicas` engines, each in a process of its own, and of those at the addresses `engines`,
     which have the secret of `key_file`, and fetch KV blocks here at `listen`. They are not started yet. Requests of one
     that dies go on at the others, or once it is there again. They have these `roles`, or are all mixed. Cores and
     memory are divided for `max_replicas`, to which `Router.scale` can raise their number. Settings of the names `given`
-    were chosen, though they are the defaults perhaps.
+    were chosen, though they are the defaults perhaps. With `ray`, the address of a cluster, replicas run where that has
+    room.
 
     Where a control group's CPU quota is below the number of cores, each engine gets its part of the quota.
 
-    Raises ConfigError if there are fewer cores than replicas, or if a KV tier or the key cannot be used.
+    Raises ConfigError if there are fewer cores than replicas, or if a KV tier, the key or Ray cannot be used.
     """
     most = max(replicas, max_replicas or replicas)
-    if config.cache.kv_loans and (replicas < 2 or engines or roles):
+    if config.cache.kv_loans and (replicas < 2 or engines or roles or ray):
         raise ConfigError(
             "kv_loans needs another engine to lend, all on this machine and without roles: set replicas to 2 or more "
-            "and leave out engines elsewhere and roles, or leave out kv_loans"
+            "and leave out engines elsewhere, ray and roles, or leave out kv_loans"
         )
-    agreement = Agreement(config, has_local=replicas > 0, given=given)
+    agreement = Agreement(config, has_local=replicas > 0 and ray is None, given=given)
     secret = None if key_file is None else read_secret(key_file)
-    all_cores = None
-    if most > 1:
-        all_cores = divide(sorted(os.sched_getaffinity(0)), most, paid=min(paid_cores(), default=None))
-    tiers, name_key = open_tiers(config.cache, for_moves=most + len(engines) > 1) if replicas else (None, b"")
-    if secret is not None:
-        name_key = secret.name_key
-    weights = None
-    if most > 1 and hasattr(os, "memfd_create"):
-        weights = WeightSharing(os.memfd_create("splitfuse-weights"), most)
-    parts: list[TierFiles | None] = [tiers]
-    if most > 1:
-        parts = [*tiers.split(most)] if tiers else [None] * most
-    launchers: list[Launcher] = [
-        SubprocessLauncher(
-            config,
-            cores=None if all_cores is None else all_cores[index],
-            weights=weights,
-            name_key=name_key,
-            tiers=parts[index],
-            link_key=None if secret is None else secret.link_key,
-            listen=None if listen is None else listen.of_engine(index),
-            on_ready=agreement.note,
-        )
-        for index in range(most)
-    ]
+    cluster = None
+    if ray is not None:
+        secret, cluster = secret or Secret(new_key(), new_key()), RayCluster(ray)
+        spec = _on_ray(config, secret, step_timeout, ray_memory, ray_timeout)
+        launchers: list[Launcher] = [RayLauncher(cluster, spec, agreement) for _ in range(most)]
+        name_key, why_no_more = secret.name_key, f"max_replicas is {most}"
+    else:
+        launchers, name_key = _here(config, most, len(engines), agreement, secret, listen)
+        why_no_more = f"cores and memory are divided among {most}; restart with a larger max_replicas for more"
     launchers, spare = launchers[:replicas], launchers[replicas:]
     if secret is not None:
         hidden = _hidden(engines)
@@ -99,7 +91,67 @@ def make_replicas(
         lends=config.cache.kv_loans,
         num_scaled=replicas,
         spare=supervised(spare),
-        why_no_more=f"cores and memory are divided among {most}; restart with a larger max_replicas for more",
+        why_no_more=why_no_more,
+        on_close=None if cluster is None else cluster.close,
+    )
+
+
+def _here(
+    config: EngineConfig,
+    count: int,
+    num_elsewhere: int,
+    agreement: Agreement,
+    secret: Secret | None,
+    listen: BlockListen | None,
+) -> tuple[list[Launcher], bytes]:
+    """Return launchers of so many engines on this machine, and the key by which they name blocks."""
+    if not count:
+        return [], b"" if secret is None else secret.name_key
+    cores = None
+    if count > 1:
+        cores = divide(sorted(os.sched_getaffinity(0)), count, paid=min(paid_cores(), default=None))
+    tiers, name_key = open_tiers(config.cache, for_moves=count + num_elsewhere > 1)
+    if secret is not None:
+        name_key = secret.name_key
+    weights = None
+    if count > 1 and hasattr(os, "memfd_create"):
+        weights = WeightSharing(os.memfd_create("splitfuse-weights"), count)
+    parts: list[TierFiles | None] = [tiers]
+    if count > 1:
+        parts = [*tiers.split(count)] if tiers else [None] * count
+    launchers: list[Launcher] = [
+        SubprocessLauncher(
+            config,
+            cores=None if cores is None else cores[index],
+            weights=weights,
+            name_key=name_key,
+            tiers=parts[index],
+            link_key=None if secret is None else secret.link_key,
+            listen=None if listen is None else listen.of_engine(index),
+            on_ready=agreement.note,
+        )
+        for index in range(count)
+    ]
+    return launchers, name_key
+
+
+def _on_ray(
+    config: EngineConfig, secret: Secret, step_timeout: float, memory: str | None, seconds: float
+) -> EngineSpec:
+    """Return what each engine on Ray is. Raises ConfigError if Ray, or the number of its threads, is missing."""
+    if importlib.util.find_spec("ray") is None:
+        raise ConfigError("ray needs the package ray: pip install splitfuse[ray]")
+    if config.model.num_threads is None:
+        raise ConfigError("ray needs num_threads: the threads of each engine, for which Ray is asked as CPUs")
+    return EngineSpec(
+        config=config,
+        link_key=secret.link_key,
+        name_key=secret.name_key,
+        step_timeout=step_timeout,
+        cpus=config.model.num_threads * config.model.tensor_parallel_size,
+        gpus=int(config.model.device.startswith("cuda")),
+        memory=0 if memory is None else parse_bytes("ray_memory", memory),
+        seconds=seconds,
     )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 
@@ -58,17 +58,20 @@ class Router(EngineClient):
         num_scaled: int = 0,
         spare: Sequence[LocalClient] = (),
         why_no_more: str = "the number of its engines is fixed",
+        on_close: Callable[[], Awaitable[None]] | None = None,
     ) -> None:
         """`name_key` is the key by which the replicas name KV blocks; left out, the router's names are its own.
         `agreement` is that of engines which run elsewhere. If it `lends`, a replica may hold KV blocks of another's
         request: see loan_book.py. Without `roles` all replicas are mixed. `scale` changes how many there are of the
-        first `num_scaled` and the `spare` ones; `why_no_more` says what limits them.
+        first `num_scaled` and the `spare` ones; `why_no_more` says what limits them. `on_close`
+        is called when all engines are closed.
         """
         self.replicas = list(replicas)
         for replica, role in zip(self.replicas, roles, strict=False):
             replica.role = role
         self._has_roles = any(replica.role is not Role.MIXED for replica in self.replicas)
         self.agreement = agreement
+        self._on_close = on_close
         self._is_lone = len(self.replicas) + len(spare) == 1  # then there is no choice
         for replica in (*self.replicas, *spare):
             replica.keeps_view = not self._is_lone
@@ -364,6 +367,8 @@ class Router(EngineClient):
             task.cancel()
         self._recovery.close()
         await asyncio.gather(*(replica.close() for replica in self.replicas), self._scaler.close())
+        if self._on_close is not None:
+            await self._on_close()
 
     def _choose(self, request: Add, among: Collection[LocalClient]) -> Choice | None:
         """Choose the replica for a request among some; None if none of these accepts it."""

@@ -103,7 +103,7 @@ async def run_server(
             client = make_replicas(
                 engine,
                 replicas=config.num_replicas,
-                max_replicas=config.max_replicas,
+                max_replicas=config.most_replicas,
                 step_timeout=config.step_timeout,
                 engines=config.engine,
                 key_file=config.key_file,
@@ -111,6 +111,9 @@ async def run_server(
                 listen=_block_listen(config),
                 roles=config.engine_roles,
                 given=given,
+                ray=config.ray,
+                ray_memory=config.ray_memory,
+                ray_timeout=config.ray_timeout,
             )
             config = _bounded(config, max_connections)
             serving = asyncio.create_task(server.serve([listener]))
@@ -285,7 +288,7 @@ def _make_app(
 
     model = engine.model
     # Fetched once, before several engines ask for it.
-    needs_weights = config.num_replicas > 0 and model.load_format != "dummy"
+    needs_weights = config.num_replicas > 0 and config.ray is None and model.load_format != "dummy"
     source = open_model(model.model, model.revision, gguf_file=model.gguf_file, weights=needs_weights)
     source.config()  # before the tokenizer: a folder that is no model should be called that
     if client.agreement is not None:

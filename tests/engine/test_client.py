@@ -478,6 +478,18 @@ def test_cores_are_divided_into_runs_of_neighbours() -> None:
         divide([0, 1], 3)
 
 
+def test_what_replicas_on_ray_need(monkeypatch: pytest.MonkeyPatch) -> None:
+    is_there = False
+    monkeypatch.setattr("importlib.util.find_spec", lambda _: object() if is_there else None)
+    with pytest.raises(ConfigError, match=re.escape("ray needs the package ray: pip install splitfuse[ray]")):
+        make_replicas(EngineConfig(), ray="local")
+    is_there = True
+    with pytest.raises(ConfigError, match="ray needs num_threads: the threads of each engine"):
+        make_replicas(EngineConfig(), ray="local")
+    with pytest.raises(ConfigError, match="kv_loans needs another engine to lend, all on this machine"):
+        make_replicas(EngineConfig.from_settings({"kv_loans": True}), replicas=2, ray="local")
+
+
 # --- messages ---------------------------------------------------------------------------------------------------------
 
 

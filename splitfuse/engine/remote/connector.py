@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import math
 import time
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
 from typing import Any
 
@@ -100,6 +100,14 @@ class ConnectLauncher(Launcher):
         self._tls = client_context() if tls else None
 
     async def launch(self) -> Link:
+        return await self._connect()
+
+    async def _connect(
+        self, *, release: Callable[[], object] = lambda: None, is_lost: Callable[[], bool] = lambda: False
+    ) -> Link:
+        """Connect to the engine. `release` is called once the link has ended; `is_lost` says whether the engine has
+        been ended from outside, which no request has caused.
+        """
         until = time.monotonic() + LEAVING_SECONDS
         while True:
             reader, writer = await connect(self.address, self._key, Purpose.FRONT, tls=self._tls)
@@ -108,7 +116,8 @@ class ConnectLauncher(Launcher):
                 if not welcome.front:
                     self._agreement.check_settings(welcome.config)
                     scheme = "tcp" if self._tls is None else "tls"
-                    return _SocketLink(reader, writer, f"{scheme}://{self.address}" if self._is_source else None)
+                    source = f"{scheme}://{self.address}" if self._is_source else None
+                    return _SocketLink(reader, writer, source, release, is_lost)
                 if time.monotonic() > until:
                     message = f"the server at {welcome.front} has it: end that, or use another engine"
                     raise EngineUnavailableError(message)
@@ -139,10 +148,17 @@ class _SocketLink(Link):
 
     is_local = False
 
-    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, source: str | None) -> None:
-        """`source` is where others can fetch blocks from it, if they can."""
+    def __init__(
+        self,
+        reader: asyncio.StreamReader,
+        writer: asyncio.StreamWriter,
+        source: str | None,
+        release: Callable[[], object],
+        is_lost: Callable[[], bool],
+    ) -> None:
+        """`source` is where others can fetch blocks from it, if they can; for the others see ConnectLauncher."""
         super().__init__(reader, writer)
-        self._source = source
+        self._source, self._release, self._is_lost = source, release, is_lost
         self._clocks = ClockDifference()
         self._in_flight: Collection[str] = ()
         self._beat_sent, self._stopped = time.monotonic(), -math.inf
@@ -155,7 +171,7 @@ class _SocketLink(Link):
         while True:
             match report := await super().receive():
                 case None:  # what it said last may be lost to what we wrote meanwhile
-                    self.is_blameless = self.is_blameless or self._was_stopped()
+                    self.is_blameless = self.is_blameless or self._was_stopped() or self._is_lost()
                     return None
                 case InFlight(request_ids=ids):
                     self._in_flight = ids
@@ -181,9 +197,12 @@ class _SocketLink(Link):
     async def end(self, seconds: float) -> str:
         self._beating.cancel()
         self._writer.close()
-        with suppress(OSError, TimeoutError):
-            async with asyncio.timeout(min(seconds, 1.0)):
-                await self._writer.wait_closed()
+        try:
+            with suppress(OSError, TimeoutError):
+                async with asyncio.timeout(min(seconds, 1.0)):
+                    await self._writer.wait_closed()
+        finally:
+            self._release()
         return "the connection has ended"
 
     async def end_hung(self) -> None:

@@ -221,9 +221,9 @@ class Listener:
         self._thread.join()
         self._loop.close()
 
-    def next_front(self) -> FrontSession:
-        """Return the next front, once there is one."""
-        return self._fronts.get()
+    def next_front(self, timeout: float | None = None) -> FrontSession:
+        """Return the next front, once there is one. Raises queue.Empty if there is none for `timeout` seconds."""
+        return self._fronts.get(timeout=timeout)
 
     def show(self, stage: Loading) -> None:
         """Report a stage of start-up to the front that there is, or that comes."""

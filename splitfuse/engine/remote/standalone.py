@@ -9,12 +9,16 @@ from __future__ import annotations
 
 import faulthandler
 import logging
+import math
 import os
+import queue
 import signal
+import ssl
 import sys
 import threading
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from splitfuse.config import EngineConfig, ListenConfig
@@ -22,7 +26,7 @@ from splitfuse.engine import garbage
 from splitfuse.engine.messages import Failed, InFlight, Leaving, Loading, Stop
 from splitfuse.engine.remote.handshake import NO_CERTIFICATE
 from splitfuse.engine.remote.listener import FrontSession, Listener, load_certificate
-from splitfuse.engine.remote.secret import read_secret
+from splitfuse.engine.remote.secret import Secret, read_secret
 from splitfuse.engine.tier_files import open_tiers
 from splitfuse.errors import ConfigError, SplitfuseError
 
@@ -39,51 +43,79 @@ _logger = logging.getLogger(__name__)
 
 
 class StandaloneEngine:
-    """Serves servers on other machines, one after the other, until a signal. Belongs to the main thread."""
+    """Serves servers on other machines, one after the other."""
 
-    def __init__(self, config: EngineConfig, listen: ListenConfig) -> None:
-        """Raises ConfigError if the key, the certificate or a setting cannot be used."""
-        assert listen.listen is not None and listen.key_file is not None, "ListenConfig has checked it"
+    def __init__(
+        self,
+        config: EngineConfig,
+        address: str,
+        secret: Secret,
+        *,
+        step_timeout: float,
+        tls: ssl.SSLContext | None = None,
+        certificate: bytes = NO_CERTIFICATE,
+    ) -> None:
+        """`certificate` is the digest of that of `tls`. Raises ConfigError if a setting cannot be used."""
         if config.cache.kv_loans:
             raise ConfigError(
                 "kv_loans needs another engine on the same machine and of the same server: leave it out, or serve with "
                 "replicas"
             )
-        self._config, self._step_timeout = config, listen.step_timeout
-        self._secret = read_secret(listen.key_file)
-        tls, certificate = None, NO_CERTIFICATE
-        if listen.tls_certificate is not None and listen.tls_key is not None:
-            tls, certificate = load_certificate(listen.tls_certificate, listen.tls_key)
-        self._listener = Listener(listen.listen, self._secret.link_key, config, tls=tls, certificate=certificate)
+        self._config, self._secret, self._step_timeout = config, secret, step_timeout
+        self._listener = Listener(address, secret.link_key, config, tls=tls, certificate=certificate)
         self._loop: EngineLoop | None = None
         self._session: FrontSession | None = None
         self._ending = False
 
+    @classmethod
+    def of(cls, config: EngineConfig, listen: ListenConfig) -> StandaloneEngine:
+        """Make the engine of `splitfuse engine`. Raises ConfigError if key, certificate or a setting cannot be used."""
+        assert listen.listen is not None and listen.key_file is not None, "ListenConfig has checked it"
+        secret = read_secret(listen.key_file)
+        tls, certificate = None, NO_CERTIFICATE
+        if listen.tls_certificate is not None and listen.tls_key is not None:
+            tls, certificate = load_certificate(listen.tls_certificate, listen.tls_key)
+        return cls(config, listen.listen, secret, step_timeout=listen.step_timeout, tls=tls, certificate=certificate)
+
     def run(self) -> None:
-        """Load the model and serve. Returns after SIGTERM, once its server has drained it, or SIGINT; a server that
-        asks for it has the program begin anew. Raises what prevents loading, and what the engine fails of.
+        """Load the model and serve, in the main thread. Returns after SIGTERM, once its server has drained it, or
+        SIGINT; a server that asks for it has the program begin anew. Raises what prevents loading, and what the engine
+        fails of.
         """
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._end)
         faulthandler.register(signal.SIGUSR1, all_threads=True)
+        _logger.info("splitfuse engine listens on %s", self.listen())
+        with suppress(_Ended):
+            if self.serve():
+                os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+
+    def listen(self) -> str:
+        """Begin to listen, and return the address. Raises ConfigError if that is not possible."""
         self._listener.start()
-        _logger.info("splitfuse engine listens on %s", self._listener.address)
+        return self._listener.address
+
+    def serve(self, *, most_fronts: float = math.inf, patience: float | None = None) -> bool:
+        """Load the model and serve: so many servers, and until none comes for `patience` seconds. Returns whether one
+        asks for a restart. Raises what prevents loading, and what the engine fails of.
+        """
         try:
-            try:
-                engine = self._load()
-            except SplitfuseError as error:  # the server that waits should know
-                self._listener.fail(Failed(str(error), type(error).__name__, is_planned=True))
-                raise
-            threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
-            try:
-                while not self._ending:
-                    if self._serve(engine, self._listener.next_front()):
-                        engine.close()
-                        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
-            finally:
-                engine.close()
-        except _Ended:
-            pass
+            engine = self._load()
+        except SplitfuseError as error:  # the server that waits should know
+            self._listener.fail(Failed(str(error), type(error).__name__, is_planned=True))
+            raise
+        threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
+        num_fronts = 0
+        try:
+            while not self._ending and num_fronts < most_fronts:
+                num_fronts += 1
+                if self._serve(engine, self._listener.next_front(patience)):
+                    return True
+        except queue.Empty:
+            _logger.info("no server has come for %g s", patience)
+        finally:
+            engine.close()
+        return False
 
     def _load(self) -> Engine:
         self._listener.show(Loading("importing"))

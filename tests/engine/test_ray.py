@@ -1,0 +1,257 @@
+"""Engines on a Ray cluster of three nodes, on this machine: 127.0.0.2 to 127.0.0.4.
+
+Needs the package `ray`; `make test-extras` installs it. It takes about a minute, and 1.5 GB of memory.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import importlib.util
+import logging
+import os
+import re
+import secrets
+import signal
+import sys
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from router_streams import read, requests, run, until
+from server_process import server_process
+
+from splitfuse.config import EngineConfig
+from splitfuse.core.request import SchedulingOptions
+from splitfuse.engine.client import EngineState, LocalClient
+from splitfuse.engine.messages import Add
+from splitfuse.engine.remote.ray_cluster import DRIVER
+from splitfuse.engine.replicas import make_replicas
+from splitfuse.engine.router import Router
+from splitfuse.errors import EngineUnavailableError
+
+pytestmark = pytest.mark.extras
+
+HEAD, *OTHERS = (f"127.0.0.{number}" for number in (2, 3, 4))
+SETTINGS: dict[str, Any] = {"num_blocks": 400, "max_num_batched_tokens": 64, "num_threads": 1}
+FAST_DEATH = {
+    "health_check_period_ms": 500,
+    "health_check_timeout_ms": 500,
+    "health_check_failure_threshold": 4,
+    "health_check_initial_delay_ms": 500,
+}
+STORE = 80 * 2**20
+
+
+class RayNodes:
+    """The cluster: its head has no room for engines, the others have a CPU each."""
+
+    def __init__(self, cluster: Any, nodes: dict[str, Any], make: Any) -> None:
+        self.address: str = cluster.address
+        self._cluster, self._nodes, self._make = cluster, nodes, make
+
+    def remove(self, host: str) -> None:
+        self._cluster.remove_node(self._nodes.pop(host), allow_graceful=False)
+
+    def mend(self) -> None:
+        """Add the nodes that were removed."""
+        for host in OTHERS:
+            if host not in self._nodes:
+                self._nodes[host] = self._make(host)
+
+
+@pytest.fixture(scope="module")
+def nodes() -> Iterator[RayNodes]:
+    if importlib.util.find_spec("ray") is None:
+        pytest.skip("the extra ray is not installed")
+    with pytest.MonkeyPatch.context() as environment:
+        environment.setenv("RAY_AUTH_MODE", "token")  # for all processes, before Ray reads it
+        environment.setenv("RAY_AUTH_TOKEN", secrets.token_hex(32))
+        environment.setenv("RAY_USAGE_STATS_ENABLED", "0")
+        environment.setenv("PYTHONPATH", os.pathsep.join(filter(None, sys.path)))
+        from ray.cluster_utils import Cluster
+
+        cluster = Cluster()
+
+        def make(host: str, num_cpus: int = 1, **more: Any) -> Any:
+            return cluster.add_node(
+                node_ip_address=host,
+                num_cpus=num_cpus,
+                object_store_memory=STORE,
+                include_dashboard=False,
+                **more,
+            )
+
+        try:
+            made = {HEAD: make(HEAD, 0, _system_config=FAST_DEATH)}
+            made |= {host: make(host) for host in OTHERS}
+            yield RayNodes(cluster, made, make)
+        finally:
+            cluster.shutdown()
+
+
+@asynccontextmanager
+async def on_ray(nodes: RayNodes, replicas: int, **settings: Any) -> AsyncIterator[Router]:
+    config = EngineConfig.from_settings({**SETTINGS, **settings})
+    router = make_replicas(config, replicas=replicas, max_replicas=8, ray=nodes.address)
+    try:
+        await router.start()
+        yield router
+    finally:
+        await router.close()
+
+
+def named(name: str, wanted: Sequence[Add]) -> list[Add]:
+    salted = SchedulingOptions(cache_salt=name)  # no engine has anything of them
+    return [Add(f"{name}{each.request_id}", each.prompt_token_ids, each.params, scheduling=salted) for each in wanted]
+
+
+async def answers(router: Router, wanted: Sequence[Add]) -> list[list[int]]:
+    return list(await asyncio.gather(*(read(router.open(each)) for each in wanted)))
+
+
+def hosts(router: Router) -> list[str]:
+    return [each.address.rpartition(":")[0] for each in router.engines if each.state is EngineState.READY]
+
+
+@pytest.fixture(scope="module")
+def wanted() -> list[Add]:
+    return requests(6, max_tokens=200)
+
+
+@pytest.fixture(scope="module")
+def whole(wanted: list[Add]) -> list[list[int]]:
+    """Answers of an engine of this machine, without Ray."""
+    found: list[list[int]] = []
+
+    async def test() -> None:
+        router = make_replicas(EngineConfig.from_settings(SETTINGS))
+        await router.start()
+        found.extend(await answers(router, wanted))
+        await router.close()
+
+    run(test())
+    return found
+
+
+def test_engines_that_are_lost_are_replaced_and_their_requests_go_on(
+    nodes: RayNodes, wanted: list[Add], whole: list[list[int]], caplog: pytest.LogCaptureFixture
+) -> None:
+    """An actor is killed, then the process that speaks with Ray, and then a node is removed, amid the streams."""
+
+    caplog.set_level(logging.INFO)
+
+    async def test() -> None:
+        async with on_ray(nodes, 2) as router:
+            assert sorted(hosts(router)) == OTHERS, "spread over the nodes"
+            assert await answers(router, named("first", wanted)) == whole
+
+            for name in ("actor", "driver", "node"):
+                streams = [router.open(each) for each in named(name, wanted)]
+                reading = [asyncio.create_task(read(stream)) for stream in streams]
+                await until(lambda streams=streams: all(stream.num_tokens > 5 for stream in streams))
+                lost = router.engines[0]
+                assert lost.num_open
+                host = lost.address.rpartition(":")[0]
+                if name == "actor":
+                    os.kill(process_of(lost, caplog), signal.SIGKILL)
+                elif name == "driver":
+                    os.kill(driver(), signal.SIGKILL)
+                else:
+                    await asyncio.to_thread(nodes.remove, host)
+                await until(lambda lost=lost: lost.state is EngineState.DEAD)
+                assert await asyncio.gather(*reading) == whole
+                assert any(stream.num_resumed for stream in streams)
+                if name != "node":
+                    await until(lambda: len(hosts(router)) == 2)
+                    assert sorted(hosts(router)) == OTHERS, "there are no other places"
+            assert host not in hosts(router), "there is no place left"
+            assert await answers(router, named("last", wanted)) == whole
+
+    try:
+        run(test())
+    finally:
+        nodes.mend()
+
+
+def process_of(engine: LocalClient, log: pytest.LogCaptureFixture) -> int:
+    """The number of the process of an engine, which is on this machine in truth."""
+    found = re.search(rf"placed an engine at {re.escape(engine.address)} \(process (\d+)\)", log.text)
+    assert found is not None
+    return int(found[1])
+
+
+def driver() -> int:
+    """The number of the process that speaks with Ray."""
+    (found,) = [each for each in Path("/proc").glob("[0-9]*") if DRIVER.encode() in cmdline(each)]
+    return int(found.name)
+
+
+def cmdline(process: Path) -> bytes:
+    try:
+        return (process / "cmdline").read_bytes()
+    except OSError:  # it has ended
+        return b""
+
+
+def test_no_token_is_lost_from_one_to_two_and_back(nodes: RayNodes, wanted: list[Add], whole: list[list[int]]) -> None:
+    async def test() -> None:
+        async with on_ray(nodes, 1) as router:
+            streams = [router.open(each) for each in named("one", wanted)]
+            reading = [asyncio.create_task(read(stream)) for stream in streams]
+            assert await router.scale(2) == 0 and sorted(hosts(router)) == OTHERS
+            assert await asyncio.gather(*reading) == whole
+            streams = [router.open(each) for each in named("two", wanted)]
+            reading = [asyncio.create_task(read(stream)) for stream in streams]
+            assert all(engine.num_open for engine in router.engines)
+            await until(lambda: all(stream.num_tokens > 5 for stream in streams))
+            num_there = router.engines[1].num_open
+            assert await router.scale(1) == num_there and len(hosts(router)) == 1
+            assert await asyncio.gather(*reading) == whole
+
+            with pytest.raises(EngineUnavailableError, match=r"needs 1 CPU on one node; node 127\.0\.0\.2 has 0 CPU"):
+                await router.scale(3)  # there is room for one more
+            assert router.num_replicas == 1 and len(hosts(router)) == 1
+            assert await answers(router, named("after", wanted)) == whole
+
+    run(test())
+
+
+def test_what_fits_on_no_node_is_said_at_once(nodes: RayNodes) -> None:
+    async def test() -> None:
+        with pytest.raises(EngineUnavailableError, match=r"needs 64 CPU on one node; .*127\.0\.0\.3 has 1 CPU"):
+            async with on_ray(nodes, 1, num_threads=64):
+                raise AssertionError("it cannot be")
+
+    run(test())
+
+
+def test_a_wrong_token_is_said_in_a_sentence(nodes: RayNodes, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_AUTH_TOKEN", secrets.token_hex(32))
+
+    async def test() -> None:
+        with pytest.raises(EngineUnavailableError, match="RAY_AUTH_TOKEN"):
+            async with on_ray(nodes, 1):
+                raise AssertionError("it cannot be")
+
+    run(test())
+
+
+def test_a_server_on_ray_by_the_command_line(nodes: RayNodes, tmp_path: Path) -> None:
+    """What it has placed ends with it, though it is killed."""
+    flags = ("--ray", nodes.address, "--replicas", "1", "--num-threads", "1", "--num-blocks", "400")
+    with server_process(tmp_path, "on-ray", *flags) as server, server.client() as client:
+        (answer,) = client("Tom lives in", max_new_tokens=20)
+        assert client.scale(2)["replicas"] == 2
+        engines = client.engines()
+        assert sorted(each["address"].rpartition(":")[0] for each in engines) == OTHERS
+        assert [each.generated_text for each in client("Tom lives in", max_new_tokens=20)] == [answer.generated_text]
+        server.process.kill()
+        server.process.wait()
+
+    async def gone() -> None:
+        async with on_ray(nodes, 2) as router:  # their places are free again
+            assert sorted(hosts(router)) == OTHERS
+
+    run(gone())
