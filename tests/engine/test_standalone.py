@@ -30,7 +30,7 @@ KEY = b"k" * 32
 
 def standalone(folder: Path, settings: dict[str, Any] | None = None, **listen: Any) -> StandaloneEngine:
     listen = {"listen": "127.0.0.1:0", "key_file": make_key(folder), **listen}
-    return StandaloneEngine(EngineConfig.from_settings(settings or {}), ListenConfig(**listen))
+    return StandaloneEngine.of(EngineConfig.from_settings(settings or {}), ListenConfig(**listen))
 
 
 def test_loans_need_engines_of_one_machine(tmp_path: Path) -> None:
