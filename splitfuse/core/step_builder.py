@@ -144,8 +144,8 @@ class StepBuilder:
         allocator: BlockAllocator,
         *,
         token_budget: int,
-        most_tokens: int = 0,
         choose_victim: Callable[..., Request | None],
+        most_tokens: int = 0,
         predictor: LatencyPredictor | None = None,
         now: float = 0.0,
     ) -> None:
