@@ -31,7 +31,7 @@ SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "
 COMPILED = (
     *("advance", "policy", "request", "request_table", "scheduler", "step_builder"),
     *("kv/block_allocator", "kv/fetch_queue", "kv/request_kv", "kv/request_state", "kv/state_allocator"),
-    *("latency/reasons", "slo/admission", "slo/deadline_policy", "slo/fair_share", "slo/feasibility"),
+    *("latency/reasons", "slo/admission", "slo/answers", "slo/deadline_policy", "slo/fair_share", "slo/feasibility"),
     *("slo/fewest_late", "slo/gaps", "slo/latency_predictor", "slo/request_slo", "slo/turns", "slo/usual_step"),
     *("speculation/acceptance", "speculation/prompt_lookup", "speculation/request_drafts", "speculation/token_cost"),
 )

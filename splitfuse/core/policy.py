@@ -121,6 +121,10 @@ class SchedulingPolicy(ABC):
         """Take note of a new request, which is not in the queue yet."""
         del request, queue, now
 
+    def finish(self, request: Request) -> None:
+        """Take note of a request that has finished."""
+        del request
+
     def check_admission(self, request: Request, queue: RequestQueue, *, now: float) -> None:
         """Raise SloUnattainableError if a new request with `on_time_only` cannot meet its SLO, InvalidRequestError if
         it has none that this policy heeds.

@@ -10,6 +10,7 @@ from splitfuse.core.events import EngineEvents, RequestAdded, RequestFinished
 from splitfuse.core.kv.block_allocator import BlockAllocator
 from splitfuse.core.kv.fetch_queue import FetchQueue
 from splitfuse.core.plan import Chunk, ChunkResult, Save, StepPlan
+from splitfuse.core.policy import SchedulingPolicy
 from splitfuse.core.request import Request, RequestStatus
 from splitfuse.core.request_output import FinishReason, RequestOutput
 from splitfuse.core.slo.fair_share import FairShare
@@ -27,7 +28,12 @@ class RequestTable:
     """
 
     def __init__(
-        self, queue: RequestQueue, allocator: BlockAllocator, events: EngineEvents, fetches: FetchQueue | None
+        self,
+        queue: RequestQueue,
+        allocator: BlockAllocator,
+        events: EngineEvents,
+        policy: SchedulingPolicy,
+        fetches: FetchQueue | None,
     ) -> None:
         self.by_id: dict[str, Request] = {}
         """Requests that are unfinished, or finished and still in flight."""
@@ -40,6 +46,7 @@ class RequestTable:
         self._queue = queue
         self._allocator = allocator
         self._events = events
+        events.subscribe(RequestFinished, lambda event: policy.finish(event.request))
         self._fetches = fetches
 
     def accept(self, request: Request, *, sent_time: float, now: float) -> None:

@@ -104,7 +104,7 @@ class Scheduler:
             self.fetches = FetchQueue(fetching, queue, allocator, events, self.policy.predictor)
         if drafting is not None:
             events.subscribe(RequestFinished, lambda event: drafting.forget(event.request.request_id))
-        self.requests = RequestTable(queue, allocator, events, self.fetches)
+        self.requests = RequestTable(queue, allocator, events, self.policy, self.fetches)
         self._num_scheduled_steps = 0
         self._in_flight: deque[_InFlight] = deque()
         self._last_update = 0.0

@@ -26,6 +26,7 @@ from splitfuse.core.policy import (
 from splitfuse.core.request import Request, by_queue_key
 from splitfuse.core.scheduling_options import Priority
 from splitfuse.core.slo.admission import check_on_time
+from splitfuse.core.slo.answers import Answers
 from splitfuse.core.slo.cost_model import CostModel
 from splitfuse.core.slo.feasibility import Feasibility, Prefill
 from splitfuse.core.slo.latency_predictor import LatencyPredictor
@@ -74,7 +75,7 @@ class DeadlinePolicy(Fcfs):
         self.predictor = self._predictor = predictor
         self._token_budget = token_budget
         self._turns = Turns(tail_share)
-        self._arrivals = Arrivals()
+        self._arrivals, self._answers = Arrivals(), Answers()
         self._in_time: set[Request] = set()
         """Prompts that could be in time when the last step was planned."""
 
@@ -94,6 +95,11 @@ class DeadlinePolicy(Fcfs):
         margin = request.slo.ttft_target - outlook.overhead - outlook.with_floor(in_time + own)
         self._arrivals.accept(arrival_time=request.slo.arrival_time, margin=margin)
         self._turns.accept(request, own=own, before=before)
+        self._answers.expect(request)
+
+    def finish(self, request: Request) -> None:
+        """See SchedulingPolicy."""
+        self._answers.end(request)
 
     def compose(self, step: StepBuilder) -> None:
         """See SchedulingPolicy."""

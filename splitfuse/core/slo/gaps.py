@@ -9,7 +9,7 @@ depends on the measure:
     mean              of all gaps of the answer: the time per output token of DistServe and Splitwise.
 
 A moving average above its target has missed it for good. A percentile or a mean may be behind, and recover before the
-answer ends.
+answer ends: what can be made up for counts as slack, as far as the answer probably goes on (answers.py).
 """
 
 from __future__ import annotations
@@ -57,11 +57,16 @@ class GapTarget(ABC):
         """Seconds from each token to the next."""
         self.is_missed = False
         """True while the gaps so far miss the target, and for good once nothing can mend that."""
+        self._num_expected, self._mean_expected = 0, math.inf
 
     @property
     def is_lost(self) -> bool:
         """Return whether the target is missed for good."""
         return False
+
+    def expect(self, num_gaps: int, mean: float) -> None:
+        """Take the answer to have at least so many gaps, and these to be so long on average."""
+        self._num_expected, self._mean_expected = num_gaps, mean
 
     @abstractmethod
     def add(self, gap: float) -> None:
@@ -69,8 +74,8 @@ class GapTarget(ABC):
 
     @abstractmethod
     def longest_next(self) -> float:
-        """Return the seconds that the next gap may take for the target to be met with it. If it is behind and can only
-        catch up over several gaps this may be negative.
+        """Return the seconds that the next gap may take for the target to be met with it, or with those that are
+        expected after it. If it is behind and can only catch up over further ones this may be negative.
         """
 
     @abstractmethod
@@ -126,7 +131,8 @@ class PercentileTarget(GapTarget):
         self.is_missed = self._num_late > self._num_allowed(self._num_gaps)
 
     def longest_next(self) -> float:
-        return math.inf if self._num_late + 1 <= self._num_allowed(self._num_gaps + 1) else self.target
+        num_gaps = max(self._num_gaps + 1, self._num_expected)
+        return math.inf if self._num_late + 1 <= self._num_allowed(num_gaps) else self.target
 
     def violation(self, before: SloViolation) -> SloViolation:
         in_time = 100.0 * (1.0 - self._num_late / self._num_gaps)
@@ -156,7 +162,8 @@ class MeanTarget(GapTarget):
         self.is_missed = self._total > self.target * self._num_gaps * ROUNDING
 
     def longest_next(self) -> float:
-        return self.target * (self._num_gaps + 1) - self._total
+        later = max(self._num_expected - self._num_gaps - 1, 0) * max(self.target - self._mean_expected, 0.0)
+        return self.target * (self._num_gaps + 1) - self._total + later
 
     def violation(self, before: SloViolation) -> SloViolation:
         return replace(before, mean_gap=self._total / self._num_gaps, tpot_target=self.target)

@@ -39,6 +39,10 @@ class RequestSlo:
         self.itl_target = min((each for each in (targets.itl, targets.tpot) if each is not None), default=None)
         """Seconds from token to token to aim at; None without a target for them."""
         self._gaps = gap_targets(targets)
+        self.num_gaps = 0
+        """Number of gaps between tokens so far."""
+        self.gap_seconds = 0.0
+        """Their sum."""
         self._newest_token_time: float | None = None
         self._ttft_violation: SloViolation | None = None
 
@@ -60,6 +64,11 @@ class RequestSlo:
                 found = gap.violation(found)
         return found
 
+    def expect(self, num_gaps: int, mean: float) -> None:
+        """Take the answer to have at least so many gaps, and these to be so long on average."""
+        for gap in self._gaps:
+            gap.expect(num_gaps, mean)
+
     def observe_tokens(self, now: float, count: int) -> None:
         """Record that tokens have been generated at once: from each to the next it takes no time."""
         for _ in range(count if self.exists else 0):
@@ -72,8 +81,11 @@ class RequestSlo:
                 self._ttft_violation = SloViolation(now - self.arrival_time, self.ttft_target)
                 self.missed = True
         else:
+            seconds = now - self._newest_token_time
+            self.num_gaps += 1
+            self.gap_seconds += seconds
             for gap in self._gaps:
-                gap.add(now - self._newest_token_time)
+                gap.add(seconds)
                 self.missed |= gap.is_lost
         self._newest_token_time = now
         if self.itl_target is None:

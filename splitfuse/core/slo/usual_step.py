@@ -18,15 +18,15 @@ from splitfuse.core.slo.feasibility import Feasibility
 EFFICIENCY, MIN_EFFICIENCY = 0.975, 0.75
 """Throughput of a step, relative to the highest, for which steps are as long as they are without deadlines to meet; and
 the least that they are shortened to for TTFT targets."""
-NUM_ARRIVALS = 32
-"""Number of requests, the newest ones, that decide how long steps are without deadlines to meet."""
+NEWEST = 32
+"""Number of requests, the newest ones, by which the policy judges those that come."""
 
 
 class Arrivals:
     """Holds how long the step could have been that each of the newest requests waited for."""
 
     def __init__(self) -> None:
-        self.longest_steps: deque[float] = deque(maxlen=NUM_ARRIVALS)
+        self.longest_steps: deque[float] = deque(maxlen=NEWEST)
         """Seconds; infinity for a request that waited for none, or has no TTFT target."""
         self._waiting: list[tuple[float, float]] = []  # when they came, and their margins
         self._planned_at = 0.0
