@@ -79,7 +79,9 @@ class ModelConfig:
     dtype: str = setting(
         "auto", "Dtype of weights and activations: auto (the checkpoint's), bfloat16, float16 or float32."
     )
-    quantization: str | None = setting(None, "Quantize weights while loading, to int8 or int4 (C++ kernels only).")
+    quantization: str | None = setting(
+        None, "Quantize weights while loading, to int8 or int4 (C++ and Triton kernels)."
+    )
     quantization_group_size: int | None = setting(
         None, "Columns per scale: 128 for int8, 64 or 128 for int4 (default: a whole row for int8, 64 for int4)."
     )
@@ -101,6 +103,11 @@ class ModelConfig:
         "drafts tokens too, where that makes tokens come faster; needs num_speculative_tokens (default: none).",
     )
     device: str = setting("cpu", "PyTorch device, such as cpu or cuda:0.")
+    batch_invariant: bool = setting(
+        False,
+        "Give a request the same bits whatever the other requests are. The C++ kernels always do; the Triton kernels "
+        "are slower then, and others cannot.",
+    )
     load_format: str = setting("safetensors", "safetensors, or dummy: random weights from the config alone.")
     lora: tuple[str, ...] = setting(
         (), "LoRA adapter to load, as name=path of its folder or Hub name; requests choose it by name. May be repeated."

@@ -132,7 +132,15 @@ def test_the_table_of_flags_has_what_the_command_takes() -> None:
     taken = {flag for option in command.params for flag in (*option.opts, *option.secondary_opts) if flag[:2] == "--"}
     assert (
         set(re.findall(r"`(--[\w-]+)`", flag_table()))
-        | {"--no-log-prompts", "--no-enable-slo", "--no-console", "--no-otel", "--no-engine-tls", "--no-kv-loans"}
+        | {
+            "--no-log-prompts",
+            "--no-enable-slo",
+            "--no-console",
+            "--no-otel",
+            "--no-engine-tls",
+            "--no-kv-loans",
+            "--no-batch-invariant",
+        }
         == taken
     )
 

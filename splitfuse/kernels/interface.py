@@ -532,6 +532,7 @@ class Capabilities:
     kv_dtypes: tuple[str, ...] = ()  # values of kv_cache_dtype other than "auto"
     block_multiple: int = 1  # block_size must be a multiple of it
     max_head_dim: int | None = None
+    invariant: bool = False  # a row's bits can be the same whatever the other rows are
     own_threads: bool = False  # num_threads is honoured
     shares_weights: bool = False  # processes can share one copy of the weights
     lends: bool = False  # another process can hold the leading keys and values of a request

@@ -60,6 +60,7 @@ class Candidate:
             ("quantization", config.model.quantization, can.quantizations),
             ("kv_cache_dtype", config.cache.kv_cache_dtype, ("auto", *can.kv_dtypes)),
             ("num_threads", threads, (threads,) if can.own_threads else ()),
+            ("batch_invariant", config.model.batch_invariant or None, (True,) if can.invariant else ()),
         ):
             if value is not None and value not in honoured:
                 return f"{name}={value}"
@@ -141,7 +142,13 @@ def _triton_obstacle(config: EngineConfig, dtype: torch.dtype) -> str | None:
 def _triton_backend(config: EngineConfig, _why: str) -> Backend:
     from splitfuse.kernels.triton.backend import TritonBackend  # needs Triton, which may not be installed
 
-    return TritonBackend(device=config.model.device, kv_dtype=config.cache.kv_cache_dtype)
+    return TritonBackend(
+        device=config.model.device,
+        kv_dtype=config.cache.kv_cache_dtype,
+        quantization=config.model.quantization,
+        group_size=config.model.quantization_group_size,
+        invariant=config.model.batch_invariant,
+    )
 
 
 BACKENDS = {

@@ -33,8 +33,9 @@ ONLY_CPP: list[dict[str, Any]] = [
     {"quantization": "int4"},
     {"kv_cache_dtype": "int8"},
     {"num_threads": 2},
+    {"batch_invariant": True},
 ]
-IN_TRITON = ("kv_cache_dtype",)
+IN_TRITON = ("kv_cache_dtype", "quantization", "batch_invariant")
 """Settings among those that the Triton kernels honour too."""
 NOT_COMPILED = "the C++ kernels were not compiled"
 
@@ -88,7 +89,7 @@ def test_without_a_gpu_the_reference_computes_and_says_so() -> None:
 @pytest.mark.parametrize("name", [pytest.param("triton", marks=runnable("triton-float32"))])
 def test_triton_kernels_are_interpreted_if_they_are_named(name: str) -> None:
     chosen = choose(FP32, kernels=name, kv_cache_dtype="int8")
-    assert chosen.describe() == "Triton kernels: cpu, interpreted; KV cache int8"
+    assert chosen.describe() == "Triton kernels: cpu, interpreted; weights as activations, KV cache int8"
     assert type(choose(FP32)) is ReferenceBackend
     with pytest.raises(ConfigError, match="Triton kernels compute in float16 or float32, not in bfloat16: set dtype="):
         choose(BF16, kernels=name)
@@ -251,7 +252,7 @@ def test_unsupported_settings_fail_before_loading(variant: str, settings: dict[s
 
 def test_config_lists_what_the_kernels_support() -> None:
     """config.py lists it again, as neither may import the other."""
-    assert CpuBackend.capabilities.quantizations == config.QUANTIZATIONS
+    assert CpuBackend.capabilities.quantizations == triton.ON_GPUS.quantizations == config.QUANTIZATIONS
     assert ("auto", *BACKENDS_BY_NAME) == config.KERNELS
     assert ("auto", *DTYPES) == config.DTYPES
 

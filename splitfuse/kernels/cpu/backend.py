@@ -114,6 +114,7 @@ class CpuBackend(Backend):
         kv_dtypes=("int8",),
         block_multiple=PIECE,
         max_head_dim=MAX_HEAD_DIM,
+        invariant=True,
         own_threads=True,
         shares_weights=True,
         lends=True,

@@ -4,6 +4,9 @@ cuBLAS, and layers with recurrent states.
 
 from __future__ import annotations
 
+import weakref
+from collections.abc import Sequence
+
 import torch
 import triton
 from torch import Tensor
@@ -13,15 +16,19 @@ from splitfuse.kernels.batch import RaggedBatch
 from splitfuse.kernels.interface import (
     AttentionSpec,
     LayerWeights,
+    MlpSpec,
     NormSpec,
+    Role,
     RopeTable,
     Store,
     Weight,
 )
 from splitfuse.kernels.lora import LoraRows
-from splitfuse.kernels.reference import ReferenceBackend, alibi_slopes, place_heads, query_scales
+from splitfuse.kernels.reference import ReferenceBackend, add_lora, alibi_slopes, place_heads, query_scales
 from splitfuse.kernels.triton.attention import attention_kernel, merge_kernel
 from splitfuse.kernels.triton.capabilities import CAPABILITIES, is_interpreted
+from splitfuse.kernels.triton.products import grouped_kernel, quantized_kernel
+from splitfuse.kernels.triton.quantized import Quantized, choose_format
 from splitfuse.kernels.triton.rows import (
     ACTIVATIONS,
     NO_NORM,
@@ -38,6 +45,13 @@ from splitfuse.kernels.triton.work_list import AttentionWork
 
 ELEMENTS = 1024
 """Number of columns of a program that goes along rows."""
+FIXED_SPLIT = 8192
+"""Number of keys of a program, if bits must not depend on the other rows: partial results are few in usual contexts."""
+SMALL_STEP = 64
+"""Number of rows up to which weights in 8 or 4 bits are multiplied as they are; beyond, cuBLAS multiplies a copy in the
+dtype of activations."""
+PRODUCT_ROWS, PRODUCT_COLUMNS, PRODUCT_DEPTH = 16, 64, 64
+"""Sizes of a tile of our own products."""
 PLACED_ELEMENTS = 2048
 """Number of elements of a tile of `place_kernel`: a head of so many tokens."""
 
@@ -45,31 +59,52 @@ PLACED_ELEMENTS = 2048
 class TritonBackend(ReferenceBackend):
     """Computes on an NVIDIA GPU; in Triton's interpreter (TRITON_INTERPRET=1) on the CPU, for tests.
 
-    `kv_dtype` is "auto" (the dtype of activations), "int8" or "fp8".
+    `kv_dtype` is "auto" (the dtype of activations), "int8" or "fp8", `quantization` None, "int8" or "int4", and
+    `group_size` the number of columns that share a scale. If it is `invariant`, a row's bits are the same whatever the
+    other rows of a step are: all products are then its own, and tiles and splits have fixed sizes, which is slower.
+    Raises ConfigError for a group size that the quantization does not have.
 
     >>> TritonBackend().describe()  # doctest: +SKIP
-    'Triton kernels: NVIDIA H200 (compute capability 9.0); KV cache as activations'
+    'Triton kernels: NVIDIA H200 (compute capability 9.0); weights and KV cache as activations'
     """
 
     capabilities = CAPABILITIES
 
-    def __init__(self, *, device: str = "cuda", kv_dtype: str = "auto") -> None:
+    def __init__(
+        self,
+        *,
+        device: str = "cuda",
+        kv_dtype: str = "auto",
+        quantization: str | None = None,
+        group_size: int | None = None,
+        invariant: bool = False,
+    ) -> None:
         super().__init__()
-        self.kv_dtype = kv_dtype
-        self.device = "cpu, interpreted"
+        choose_format(Role.QKV, quantization, group_size)  # raises, if there is none
+        self.kv_dtype, self.quantization, self.group_size = kv_dtype, quantization, group_size
+        self.invariant = invariant
+        self.device, self.device_name = device, "cpu, interpreted"
         self.compute_capability: tuple[int, int] | None = None
         self.processors = 1
         self._alibi: dict[AttentionSpec, Tensor] = {}
+        self._tables: dict[int, tuple[weakref.ref[Tensor], Tensor]] = {}  # of addresses, by that of the first
         if not is_interpreted():
             properties = torch.cuda.get_device_properties(device)
-            self.device, self.processors = properties.name, properties.multi_processor_count
+            self.device_name, self.processors = properties.name, properties.multi_processor_count
             self.compute_capability = (properties.major, properties.minor)
 
     def describe(self) -> str:
-        name = self.device
+        name = self.device_name
         if self.compute_capability is not None:
             name += " (compute capability {}.{})".format(*self.compute_capability)
-        return f"Triton kernels: {name}; KV cache {'as activations' if self.kv_dtype == 'auto' else self.kv_dtype}"
+        kept = choose_format(Role.QKV, self.quantization, self.group_size)
+        weights = "as activations" if kept is None else f"int{kept.bits}"
+        if kept is not None and kept.group:
+            weights += f" in groups of {kept.group}"
+        cache = "as activations" if self.kv_dtype == "auto" else self.kv_dtype
+        return f"Triton kernels: {name}; weights {weights}, KV cache {cache}" + (
+            "; batch-invariant" if self.invariant else ""
+        )
 
     # Keys and values
 
@@ -112,6 +147,157 @@ class TritonBackend(ReferenceBackend):
             part.copy_(data[begin : begin + size].view(part.dtype).view(part.shape))
             begin += size
         return None
+
+    # Weights
+
+    def weight_bytes(self, shape: Sequence[int], *, role: Role, dtype: torch.dtype) -> int:
+        kept = choose_format(role, self.quantization, self.group_size)
+        return super().weight_bytes(shape, role=role, dtype=dtype) if kept is None else kept.num_bytes(shape)
+
+    def pack(self, pieces: Sequence[Tensor], *, role: Role, dtype: torch.dtype | None = None) -> Weight:
+        weight = super().pack(pieces, role=role, dtype=dtype)
+        kept = choose_format(role, self.quantization, self.group_size)
+        return weight if kept is None else Quantized.of(weight, kept)
+
+    def quantized(self, quantization: str) -> TritonBackend:
+        return TritonBackend(device=self.device, quantization=quantization, group_size=self.group_size)
+
+    def embed(self, ids: Tensor, table: Weight) -> Tensor:
+        if isinstance(table, Quantized):
+            return table.dequantize(table.dtype, ids.long())
+        return super().embed(ids, table)
+
+    # Products
+
+    def linear(self, x: Tensor, weight: Weight, bias: Tensor | None = None, lora: LoraRows | None = None) -> Tensor:
+        if isinstance(weight, Quantized):
+            if self.invariant or len(x) <= SMALL_STEP:
+                return add_lora(self._quantized_linear(x, weight, bias), x, lora)
+            weight = weight.dequantize(x.dtype)
+        if not self.invariant:
+            return super().linear(x, weight, bias, lora)
+        rows = torch.arange(len(x), dtype=torch.int32, device=x.device)
+        groups = self._groups(torch.zeros_like(rows), 1, rows)
+        y = self._grouped(x, [weight], None if bias is None else [bias], groups, width=len(weight))
+        return add_lora(y, x, lora)
+
+    def _quantized_linear(self, x: Tensor, weight: Quantized, bias: Tensor | None) -> Tensor:
+        x, (num_rows, depth), width = x.contiguous(), x.shape, len(weight.levels)
+        out = x.new_empty(num_rows, width)
+        if not out.numel():
+            return out
+        group, columns = weight.format.group, 32
+        quantized_kernel[(triton.cdiv(num_rows, PRODUCT_ROWS), triton.cdiv(width, columns))](
+            out,
+            x,
+            weight.levels,
+            weight.scales,
+            weight.scales if weight.offsets is None else weight.offsets,
+            x if bias is None else bias,
+            num_rows,
+            width,
+            depth,
+            weight.padded,
+            IS_4_BIT=weight.format.bits == 4,
+            GROUP=group,
+            HAS_OFFSETS=weight.offsets is not None,
+            HAS_BIAS=bias is not None,
+            ROWS=PRODUCT_ROWS,
+            COLUMNS=columns,
+            DEPTH=min(group, PRODUCT_DEPTH) if group else PRODUCT_DEPTH,
+        )
+        return out
+
+    def linear_heads(self, x: Tensor, weight: Weight) -> Tensor:
+        if not self.invariant:
+            return super().linear_heads(x, weight)
+        tokens, heads, depth = x.shape
+        rows = torch.arange(tokens * heads, dtype=torch.int32, device=x.device)
+        groups = self._groups(rows % heads, heads, rows)
+        y = self._grouped(x.reshape(-1, depth), weight, None, groups, width=weight.shape[1])
+        return y.view(tokens, heads, -1)
+
+    def experts(self, x: Tensor, ids: Tensor, weights: Tensor, spec: MlpSpec, layer: LayerWeights) -> Tensor:
+        first = layer.w13 if spec.gated else layer.w1
+        if any(isinstance(each, Quantized) for each in (*first, *layer.w2)):  # one expert after the other
+            return super().experts(x, ids, weights, spec, layer)
+        num_pairs, k = ids.numel(), ids.shape[1]
+        flat = ids.flatten()
+        pairs = torch.arange(num_pairs, dtype=torch.int32, device=x.device)
+        groups = self._groups(flat, len(layer.w2), pairs)
+        biases = (layer.w1_bias, layer.w2_bias) if spec.bias else (None, None)
+        inner = self._grouped(
+            *(x, first, biases[0], groups),
+            top_k=k,
+            width=len(first[0]) // (1 + spec.gated),
+            kind=ACTIVATIONS[spec.activation],
+            gated=spec.gated,
+        )
+        outputs = self._grouped(inner, layer.w2, biases[1], groups, width=len(layer.w2[0]))
+        weighted = outputs.view(-1, k, x.shape[1]).float() * weights.float().unsqueeze(-1)
+        return weighted.sum(dim=1).to(x.dtype)
+
+    def _groups(self, owners: Tensor, num_owners: int, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Return rows by their owners, the weights that they are multiplied by, and tiles of them as `grouped_kernel`
+        wants both. Nothing is read back from the GPU: there are as many tiles as there can be.
+        """
+        owners, order = owners.long().sort(stable=True)
+        numbers = torch.arange(num_owners + 1, device=owners.device)
+        bounds = torch.searchsorted(owners, numbers)
+        per_owner = -(-bounds.diff() // PRODUCT_ROWS)
+        ends = per_owner.cumsum(0)
+        count = len(rows) // PRODUCT_ROWS + min(num_owners, len(rows))
+        index = torch.arange(count, device=owners.device)
+        owner = torch.searchsorted(ends, index, right=True)
+        known = owner.clamp_max(num_owners - 1)
+        begin = bounds[known] + (index - (ends - per_owner)[known]) * PRODUCT_ROWS
+        number = torch.where(owner < num_owners, owner, -1)
+        return rows[order], torch.stack((number, begin, bounds[known + 1]), dim=1).int()
+
+    def _grouped(
+        self,
+        x: Tensor,
+        weights: Sequence[Tensor] | Tensor,
+        biases: Sequence[Tensor] | None,
+        groups: tuple[Tensor, Tensor],
+        *,
+        width: int,
+        top_k: int = 1,
+        kind: int = -1,
+        gated: bool = False,
+    ) -> Tensor:
+        """Return each row of a group times the weight of its owner, [rows, width]."""
+        rows, tiles = groups
+        x, out = x.contiguous(), x.new_empty(len(rows), width)
+        if len(tiles):
+            grouped_kernel[(len(tiles), triton.cdiv(width, PRODUCT_COLUMNS))](
+                out,
+                x,
+                self._addresses(weights),
+                rows if biases is None else self._addresses(biases),
+                rows,
+                tiles,
+                top_k,
+                width,
+                x.shape[1],
+                KIND=kind,
+                IS_GATED=gated,
+                HAS_BIAS=biases is not None,
+                ROWS=PRODUCT_ROWS,
+                COLUMNS=PRODUCT_COLUMNS,
+                DEPTH=PRODUCT_DEPTH,
+            )
+        return out
+
+    def _addresses(self, tensors: Sequence[Tensor] | Tensor) -> Tensor:
+        """Return where tensors lie, or the parts of one, int64 on their device. Made once, as weights stay."""
+        owner = tensors if isinstance(tensors, Tensor) else tensors[0]
+        known = self._tables.get(owner.data_ptr())
+        if known is None or known[0]() is not owner or len(known[1]) != len(tensors):
+            assert all(each.is_contiguous() for each in tensors)
+            table = torch.tensor([each.data_ptr() for each in tensors], dtype=torch.int64).to(owner.device)
+            known = self._tables[owner.data_ptr()] = weakref.ref(owner), table
+        return known[1]
 
     # Rows
 
@@ -244,7 +430,8 @@ class TritonBackend(ReferenceBackend):
         values, scales, levels, _ = _parts(store)
         value_dim, group = spec.value_dim, spec.num_heads // spec.num_kv_heads
         sizes = attention_tiles(spec.head_dim, self.compute_capability, itemsize=q.element_size())
-        work = AttentionWork(sizes, group, spec.num_kv_heads, spec.window, spec.chunk, self.processors)
+        split = FIXED_SPLIT if self.invariant else None
+        work = AttentionWork(sizes, group, spec.num_kv_heads, spec.window, spec.chunk, self.processors, split)
         tiles, merges = batch.derived(work)
         if not len(tiles):
             return out

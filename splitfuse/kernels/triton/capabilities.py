@@ -9,6 +9,7 @@ from importlib.util import find_spec
 import torch
 
 from splitfuse.kernels.interface import Capabilities
+from splitfuse.kernels.triton.quantized import GROUP_SIZES
 
 OLDEST = (7, 5)
 """Least compute capability of GPUs that the kernels run on (Turing). On others the reference does."""
@@ -21,7 +22,9 @@ ON_GPUS = Capabilities(
     name="the Triton kernels",
     devices=("cuda",),
     dtypes=(torch.bfloat16, torch.float16, torch.float32),
+    quantizations=GROUP_SIZES,
     kv_dtypes=("int8", "fp8"),
+    invariant=True,
     max_head_dim=1024,
 )
 INTERPRETED = replace(ON_GPUS, devices=("cuda", "cpu"), dtypes=(torch.float16, torch.float32))

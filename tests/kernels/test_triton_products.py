@@ -1,0 +1,162 @@
+"""Products of the Triton kernels in the interpreter: by experts, by weights in 8 and 4 bits, and with equal bits."""
+
+from __future__ import annotations
+
+from random import Random
+from typing import Any
+
+import backends
+import numpy as np
+import pytest
+import torch
+from backends import Requests, pack_experts, runnable
+from torch import Tensor
+
+from splitfuse.errors import ConfigError
+from splitfuse.kernels.interface import Backend, Role
+from splitfuse.kernels.reference import GATED_ACTIVATIONS, ReferenceBackend
+from splitfuse.kernels.triton.quantized import Format, Quantized, choose_format
+
+pytestmark = [*runnable("triton-float32"), pytest.mark.usefixtures("seeded")]
+
+TOLERANCE = {torch.float32: 5e-6, torch.float16: 4e-3}
+
+
+def make_backend(**options: object) -> Backend:
+    from splitfuse.kernels.triton.backend import TritonBackend
+
+    return TritonBackend(device="cpu", **options)
+
+
+def assert_near(ours: Tensor, wanted: Tensor) -> None:
+    tolerance, largest = TOLERANCE[ours.dtype], float(wanted.abs().max()) if wanted.numel() else 0.0
+    torch.testing.assert_close(ours, wanted, rtol=tolerance, atol=tolerance * max(1.0, largest))
+
+
+@pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
+@pytest.mark.parametrize("seed", range(6))
+def test_experts(seed: int, dtype: torch.dtype) -> None:
+    rng = Random(f"{seed} {dtype}")
+    tokens, experts, hidden, inner = rng.choice((1, 5, 40)), rng.choice((1, 3, 8)), rng.choice((5, 64, 70)), 33
+    top_k, kind = rng.randint(1, experts), rng.choice(list(GATED_ACTIVATIONS))
+    x = torch.randn(tokens, hidden, dtype=dtype)
+    w13 = torch.randn(experts, 2 * inner, hidden, dtype=dtype) / hidden**0.5
+    w2 = torch.randn(experts, hidden, inner, dtype=dtype) / inner**0.5
+    biases = [torch.randn(experts, 2 * inner, dtype=dtype), torch.randn(experts, hidden, dtype=dtype)]
+    ids = torch.stack([torch.randperm(experts)[:top_k] for _ in range(tokens)])
+    weights = torch.rand(tokens, top_k)
+    found = []
+    for each in (make_backend(), ReferenceBackend()):
+        layer = pack_experts(each, w13, w2, *(biases if rng.random() < 2 and seed % 2 else ()))
+        found.append(backends.experts(each, x, ids, weights, layer, kind))
+    assert_near(*found)
+
+
+def test_experts_of_no_tokens() -> None:
+    layer = pack_experts(make_backend(), torch.randn(2, 6, 4), torch.randn(2, 4, 3))
+    empty = torch.empty(0, 4), torch.empty(0, 2, dtype=torch.int64), torch.empty(0, 2)
+    assert backends.experts(make_backend(), *empty, layer).shape == (0, 4)
+
+
+FORMATS = [Format(8, 0), Format(8, 128), Format(4, 64), Format(4, 128)]
+
+
+@pytest.mark.parametrize("kept", FORMATS, ids=str)
+@pytest.mark.parametrize(("rows", "inputs", "outputs"), [(0, 64, 3), (1, 1, 1), (5, 257, 40), (20, 512, 33)])
+def test_weights_of_few_bits(kept: Format, rows: int, inputs: int, outputs: int) -> None:
+    weight, bias = torch.randn(outputs, inputs), torch.randn(outputs)
+    packed, x = Quantized.of(weight, kept), torch.randn(rows, inputs)
+    nearest = packed.dequantize(torch.float32)
+    if kept.bits == 8:
+        half_steps = weight.abs().amax(1, keepdim=True) / 253
+    else:
+        half_steps = (weight.amax(1, keepdim=True) - weight.amin(1, keepdim=True)).clamp_min(4) / 29
+    assert ((nearest - weight).abs() <= half_steps).all()
+    backend = make_backend()
+    assert_near(backend.linear(x, packed, bias), torch.nn.functional.linear(x, nearest, bias))
+    many = torch.randn(70, inputs)  # multiplied by cuBLAS
+    assert_near(backend.linear(many, packed), many @ nearest.T)
+    assert kept.num_bytes(weight.shape) == sum(
+        each.nbytes for each in (packed.levels, packed.scales, packed.offsets) if each is not None
+    )
+
+
+def test_formats_by_role() -> None:
+    assert choose_format(Role.QKV, None, None) is choose_format(Role.ROUTER, "int8", None) is None
+    assert choose_format(Role.V_B, "int4", None) is choose_format(Role.NORM, "int4", None) is None
+    assert choose_format(Role.DOWN, "int4", None) == Format(4, 64)
+    assert choose_format(Role.HEAD, "int8", 128) == Format(8, 128)
+    with pytest.raises(ConfigError, match="quantization_group_size=64 cannot be used with int8: use 128"):
+        make_backend(quantization="int8", group_size=64)
+
+
+def test_a_quantized_head_is_looked_up() -> None:
+    backend = make_backend(quantization="int8")
+    table = torch.randn(7, 30, dtype=torch.float16)
+    rows = backend.embed(torch.tensor([6, 0], dtype=torch.int32), backend.pack([table], role=Role.HEAD))
+    assert rows.dtype == torch.float16 and (rows - table[[6, 0]]).abs().max() < 0.02
+
+
+# --- equal bits -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def ordered_sums(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let `tl.dot` add in one order for all rows of a tile, as a GPU does: BLAS adds by the place of a row."""
+
+    def matmul(a: Any, b: Any, dtype: Any = None) -> Any:
+        return (a.astype(dtype)[:, :, None] * b.astype(dtype)[None]).sum(1)
+
+    monkeypatch.setattr(np, "matmul", matmul)
+
+
+@pytest.mark.usefixtures("ordered_sums")
+@pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
+@pytest.mark.parametrize("quantization", [None, "int4"])
+def test_a_row_alone_has_the_bits_that_it_has_in_company(dtype: torch.dtype, quantization: str | None) -> None:
+    backend = make_backend(invariant=True, quantization=quantization)
+    x = torch.randn(70, 100, dtype=dtype)
+    weight = backend.pack([torch.randn(33, 100, dtype=dtype)], role=Role.O)
+    heads = backend.pack([torch.randn(5, 7, 20, dtype=dtype)], role=Role.K_B)
+    together, by_head = backend.linear(x, weight), backend.linear_heads(x.view(70, 5, 20), heads)
+    for rows in (slice(0, 1), slice(69, 70), slice(3, 40)):
+        assert torch.equal(backend.linear(x[rows], weight), together[rows])
+        assert torch.equal(backend.linear_heads(x[rows].view(-1, 5, 20), heads), by_head[rows])
+    if quantization is None:
+        assert_near(together, torch.nn.functional.linear(x, weight))
+        assert_near(by_head, ReferenceBackend().linear_heads(x.view(70, 5, 20), heads))
+
+
+@pytest.mark.usefixtures("ordered_sums")
+@pytest.mark.parametrize("window", [None, 50])
+def test_attention_to_a_prompt_has_the_same_bits_however_it_is_cut(
+    window: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from splitfuse.kernels.triton import backend as module
+
+    monkeypatch.setattr(module, "FIXED_SPLIT", 64)
+    backend = make_backend(invariant=True)
+    backend.processors = 1000  # type: ignore[attr-defined] # it must not matter
+    case = backends.BackendCase(backend, torch.float32, torch.float32, 1e-5, 1e-5)
+    requests = Requests.random([150, 20], block_size=16, num_kv_heads=2, head_dim=32)
+    store, q = requests.store(case, pieces=64), torch.randn(150, 4, 32)
+
+    def attend(*parts: tuple[int, int, int]) -> Tensor:
+        """Attention of the queries from `begin` to `end` of each request: (request, begin, end)."""
+        counts = [end - begin for _, begin, end in parts]
+        return backends.attend(
+            backend,
+            torch.cat([q[begin:end] for _, begin, end in parts]),
+            store,
+            query_start=torch.tensor([0, *counts]).cumsum(0).int(),
+            seq_lens=torch.tensor([end for *_, end in parts], dtype=torch.int32),
+            block_tables=requests.block_tables[[request for request, *_ in parts]],
+            scale=0.3,
+            window=window,
+        )
+
+    whole = attend((0, 0, 150))
+    assert torch.equal(attend((0, 149, 150)), whole[149:])
+    assert torch.equal(attend((1, 3, 20), (0, 40, 113))[17:], whole[40:113])
+    exact, magnitude = backends.attention(q.double(), requests.keys[0], requests.values[0], scale=0.3, window=window)
+    case.near(whole, exact, magnitude, share=case.attention)
