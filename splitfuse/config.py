@@ -356,6 +356,11 @@ class ServerConfig:
         "Largest number of replicas that splitfuse scale can start: cores and memory of this machine are divided among "
         "so many (default: replicas; 256 with ray).",
     )
+    autoscale: str | None = setting(
+        None,
+        "Bounds of the number of replicas, such as 1:4: as many of them run as recent arrivals need to meet their SLO "
+        "(default: the number changes by splitfuse scale alone).",
+    )
     engine: tuple[str, ...] = setting(
         (), "Engine to use that runs elsewhere (splitfuse engine), as host:port; may be repeated."
     )
@@ -445,6 +450,8 @@ class ServerConfig:
                 f"max_replicas must be at least replicas, which is {self.num_replicas}, and at most {MAX_ENGINES}, not "
                 f"{self.max_replicas}"
             )
+        if self.autoscale is not None:
+            self._check_autoscale(*parse_autoscale(self.autoscale))
         if self.max_replicas is not None and not self.num_replicas:
             raise ConfigError("max_replicas needs replicas of at least 1 beside the engines elsewhere")
         for name, text in (("engine", each) for each in self.engine):
@@ -502,6 +509,15 @@ class ServerConfig:
         if self.engine_tls and self.tls_certificate is None:
             raise ConfigError("engine_listen with engine_tls needs tls_certificate and tls_key, which it uses too")
 
+    def _check_autoscale(self, least: int, most: int) -> None:
+        for name in ("max_replicas", "roles"):
+            if getattr(self, name) is not None:
+                raise ConfigError(f"autoscale and {name} are mutually exclusive: leave one of them out")
+        if not least <= self.num_replicas <= most:
+            raise ConfigError(
+                f"replicas {self.replicas} must be from {least} to {most}, as autoscale says, or be left out"
+            )
+
     def _check_ray(self, address: str) -> None:
         if address not in ("local", "auto"):
             if address.startswith("ray://"):
@@ -517,6 +533,8 @@ class ServerConfig:
     @property
     def num_replicas(self) -> int:
         """Return the number of engines that belong to the server: on this machine, or on Ray."""
+        if self.replicas is None and self.autoscale is not None:
+            return parse_autoscale(self.autoscale)[0]
         return self.replicas if self.replicas is not None else int(not self.engine or self.ray is not None)
 
     @property
@@ -539,6 +557,8 @@ class ServerConfig:
         """Return the most replicas that it can come to have."""
         if self.max_replicas is not None:
             return self.max_replicas
+        if self.autoscale is not None:
+            return parse_autoscale(self.autoscale)[1]
         return max(self.num_replicas, MOST_ON_RAY if self.ray is not None else 0)
 
     @classmethod
@@ -643,6 +663,20 @@ def parse_disk_tier(text: str) -> tuple[str, int]:
             f"{text!r:.200}"
         )
     return path, parse_bytes("the size of kv_disk_tier", size)
+
+
+def parse_autoscale(text: str) -> tuple[int, int]:
+    """Return the least and the largest number of replicas, given as `1:4`. Raises ConfigError.
+
+    >>> parse_autoscale("1:4")
+    (1, 4)
+    """
+    match = re.fullmatch(r"(\d{1,4}):(\d{1,4})", text, re.ASCII)
+    if match is None or not 1 <= int(match[1]) <= int(match[2]) <= MAX_ENGINES:
+        raise ConfigError(
+            f"autoscale must be the least and the largest number of replicas, such as 1:4, not {text!r:.80}"
+        )
+    return int(match[1]), int(match[2])
 
 
 def parse_roles(text: str, num_engines: int) -> tuple[Role, ...]:

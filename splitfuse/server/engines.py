@@ -104,6 +104,10 @@ class Scaled(msgspec.Struct, frozen=True):
 async def scale(state: AppState, context: RequestContext, body: ScaleRequest) -> None:
     """Answer POST /scale, once it is done. It is done, too, if its client leaves meanwhile."""
     check_observer(context.owner, context.scope, "engines are started and ended")
+    if state.config.autoscale is not None:
+        bounds = state.config.autoscale
+        message = f"the number of replicas follows the load (autoscale {bounds}): restart without that to set it"
+        raise InvalidRequestError(message, parameter="replicas")
     client, before = state.service.client, state.service.client.num_replicas
     scaling = asyncio.ensure_future(client.scale(body.replicas))
     moved = await asyncio.shield(scaling)

@@ -18,7 +18,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from splitfuse.config import EngineConfig, SchedulerConfig, ServerConfig, parse_adapter
+from splitfuse.config import EngineConfig, SchedulerConfig, ServerConfig, parse_adapter, parse_autoscale
 from splitfuse.deploy import registry
 from splitfuse.deploy.registry import Deployment
 from splitfuse.engine import garbage
@@ -71,6 +71,7 @@ async def run_server(
     sys.setswitchinterval(SWITCH_INTERVAL)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # no pool of threads in this process: it tokenizes nothing
     ApiKeys(config).check(engine.scheduler)
+    _check_autoscale(engine, config)
     model = config.served_model_name or model_name(engine.model.model)
     config = replace(config, served_model_name=model)
     if model in (parse_adapter(each)[0] for each in engine.model.lora):
@@ -186,6 +187,28 @@ def _request_spans(config: ServerConfig) -> Iterator[RequestSpans | None]:
         yield spans
 
 
+@contextmanager
+def _autoscaled(client: Router, config: ServerConfig) -> Iterator[None]:
+    """Change the number of replicas by their load while the context lasts, if the settings ask for it."""
+    if config.autoscale is None:
+        yield
+        return
+    from splitfuse.server.autoscaler import Autoscaler
+
+    with Autoscaler(client, *parse_autoscale(config.autoscale)).running():
+        yield
+
+
+def _check_autoscale(engine: EngineConfig, config: ServerConfig) -> None:
+    """Raise ConfigError if the number of replicas cannot follow the load."""
+    if config.autoscale is None:
+        return
+    if not engine.scheduler.slo_enabled:
+        raise ConfigError("autoscale needs an SLO, by which it knows what is enough: set ttft, itl, tpot or enable_slo")
+    if engine.cache.kv_loans:
+        raise ConfigError("autoscale and kv_loans are mutually exclusive: leave one of them out")
+
+
 def _register(deployment: Deployment) -> bool:
     """List a deployment, and return whether it is listed: a server also runs where no folder can be written."""
     try:
@@ -253,7 +276,8 @@ async def _serve(
     admission: Admission, client: Router, config: ServerConfig, serving: asyncio.Task[None], signals: _Signals
 ) -> None:
     """Serve until a signal, then drain. Raises ServerError if requests are cut off."""
-    await wait_first(serving, signals.drain.wait())
+    with _autoscaled(client, config):
+        await wait_first(serving, signals.drain.wait())
     _check_alive(serving)
     admission.drain()
     client.end_soon()

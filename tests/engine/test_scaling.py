@@ -6,55 +6,18 @@ from typing import Any
 
 import pytest
 from router_streams import read, requests, run
-from told_replicas import Told, add, step
+from told_replicas import Stoppable, add, router_of, step
 
 from splitfuse.config import EngineConfig, Role
 from splitfuse.core.request import SchedulingOptions
 from splitfuse.core.request_output import FinishReason, RequestOutput
 from splitfuse.engine.client import EngineState
-from splitfuse.engine.messages import Add, Command, Finish
+from splitfuse.engine.messages import Add
 from splitfuse.engine.replicas import make_replicas
 from splitfuse.engine.router import Router
 from splitfuse.errors import ConfigError, EngineUnavailableError, InvalidRequestError
 
 SETTINGS: dict[str, Any] = {"num_blocks": 400, "max_num_batched_tokens": 64, "num_threads": 1}
-
-
-class Stoppable(Told):
-    """A replica that lets requests go when it is told to, and can be stopped."""
-
-    def __init__(self, name: str = "") -> None:
-        super().__init__(name=name)
-        self.starts: list[str] = []
-        self.prevented: Exception | None = None
-        self.lets_go = True
-
-    def _send(self, command: Command) -> None:
-        super()._send(command)
-        if isinstance(command, Finish) and command.reason is FinishReason.MOVED and self.lets_go:
-            output = RequestOutput(command.request_id, finish_reason=FinishReason.MOVED)
-            asyncio.get_running_loop().call_soon(self.tell, step(output))
-
-    async def start(self) -> None:
-        self._enter(EngineState.STARTING)
-        await asyncio.sleep(0)
-        if self.prevented is not None:
-            self._enter(EngineState.DEAD)
-            raise self.prevented
-        self.starts.append(self.state)
-        await super().start()
-
-    async def stop(self) -> None:
-        assert not self.num_open
-        self._die("it was stopped")
-        self._note_stopped()
-
-
-async def router_of(running: int, spare: int) -> tuple[Router, list[Stoppable]]:
-    made = [Stoppable(str(index)) for index in range(running + spare)]
-    router = Router(made[:running], num_scaled=running, spare=made[running:], why_no_more="there is no room")
-    await router.start()
-    return router, made
 
 
 def states(router: Router) -> str:
