@@ -13,6 +13,7 @@ answers do not end: for a model with random weights. Engine FLAGS as --name=valu
 from __future__ import annotations
 
 import argparse
+import time
 from collections.abc import Collection, Sequence
 from contextlib import AbstractContextManager
 from random import Random
@@ -33,6 +34,7 @@ from splitfuse.models.sources.source import ModelSource, Piece, WeightSource
 from splitfuse.runtime import draft_model
 from splitfuse.text.prompts import PreparedRequest
 
+CLOCKS = {"wall": time.perf_counter, "processor": time.process_time}
 CONFIDENCE = 0.9
 """Confidence of guesses that are exchanged."""
 
@@ -110,6 +112,7 @@ def main() -> None:
     parser.add_argument("--questions", type=int, default=4, help="number of questions for one client")
     parser.add_argument("--kinds", nargs="*", choices=QUESTIONS, default=["free text"])
     parser.add_argument("--temperatures", type=float, nargs="*", default=[0.0, 0.7])
+    parser.add_argument("--clock", choices=CLOCKS, default="wall", help="processor: seconds of all threads together")
     parser.add_argument("--random", action="store_true")
     arguments, flags = parser.parse_known_args()
     settings: dict[str, Any] = dict(flag.removeprefix("--").replace("-", "_").split("=", 1) for flag in flags)
@@ -131,7 +134,7 @@ def main() -> None:
         for kind in ["random"] if arguments.random else arguments.kinds:
             requests = prepare(pipe, kind, max(arguments.questions, clients * 2), arguments)
             for right in arguments.right or [None]:
-                compare(pipe, both, kind, requests, clients, right, arguments.turns)
+                compare(pipe, both, kind, requests, clients, right, arguments)
 
 
 def prepare(pipe: splitfuse.Pipeline, kind: str, count: int, arguments: argparse.Namespace) -> list[PreparedRequest]:
@@ -163,10 +166,11 @@ def compare(
     requests: list[PreparedRequest],
     clients: int,
     right: float | None,
-    turns: int,
+    arguments: argparse.Namespace,
 ) -> None:
     """Print a row: the same requests without drafts, by prompt lookup, and with the draft model too."""
     assert both.model is not None
+    turns, clock = arguments.turns, CLOCKS[arguments.clock]
     engine, lookup, own = pipe.engine, Drafting(both.most), both.model._model
     unsubscribe = engine.events.subscribe(StepRecord, lookup.observe)
     engine.scheduler.drafting = None
@@ -182,7 +186,7 @@ def compare(
     before = both.model.seconds
     for _ in range(turns):
         for engine.scheduler.drafting, some in runs.items():
-            some.append(run(pipe, requests, clients))
+            some.append(run(pipe, requests, clients, clock))
     both.model._model = own
     unsubscribe()
     by_lookup, by_model = runs[lookup], runs[both]

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from statistics import median
 from typing import Any
@@ -167,7 +168,12 @@ def compare(
     )
 
 
-def run(pipe: splitfuse.Pipeline, requests: list[PreparedRequest], clients: int) -> Run:
+def run(
+    pipe: splitfuse.Pipeline,
+    requests: list[PreparedRequest],
+    clients: int,
+    clock: Callable[[], float] = time.perf_counter,
+) -> Run:
     """Answer requests, so many at a time, and count what steps of decodes take."""
     num_steps = num_decodes = num_drafted = num_accepted = 0
 
@@ -179,7 +185,7 @@ def run(pipe: splitfuse.Pipeline, requests: list[PreparedRequest], clients: int)
             num_drafted, num_accepted = num_drafted + chunk.num_drafts, num_accepted + max(got - 1, 0)
 
     unsubscribe = pipe.engine.events.subscribe(StepRecord, count)
-    began, engine, seconds = time.perf_counter(), pipe.engine, 0.0
+    began, engine, seconds = clock(), pipe.engine, 0.0
     tokens: list[list[int]] = [[] for _ in requests]
     waiting, running = list(range(len(requests)))[::-1], set[int]()
     while waiting or running:
@@ -191,7 +197,7 @@ def run(pipe: splitfuse.Pipeline, requests: list[PreparedRequest], clients: int)
             if output.finish_reason is not None:
                 running.remove(int(output.request_id))
         if not seconds and not waiting and len(running) < clients:  # from here on, fewer and fewer are answered at once
-            seconds = (time.perf_counter() - began) * clients / sum(map(len, tokens))
+            seconds = (clock() - began) * clients / sum(map(len, tokens))
     unsubscribe()
     return Run(tokens, seconds, num_decodes, num_steps, num_drafted, num_accepted)
 
