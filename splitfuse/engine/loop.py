@@ -7,7 +7,8 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from copy import copy
+from dataclasses import dataclass
 from typing import Any
 
 from splitfuse.core.events import StepRecord, StepScheduled
@@ -270,9 +271,10 @@ class EngineLoop:
                     self._stats.num_cached_tokens += num_cached
 
     def _stats_now(self) -> EngineStats:
-        queue = self._engine.scheduler.queue
-        if (tiers := self._engine.tiers) is not None:
-            stats, done = self._stats, tiers.stats
+        stats, engine = self._stats, self._engine
+        queue, drafting = engine.scheduler.queue, engine.scheduler.drafting
+        if (tiers := engine.tiers) is not None:
+            done = tiers.stats
             stats.num_tier_blocks, stats.num_saved_blocks = tiers.num_blocks, done.num_saved
             stats.num_fetched_blocks, stats.num_unsaved_blocks = done.num_fetched, done.num_unsaved
             stats.num_moved_bytes = (done.num_saved + done.num_fetched) * tiers.block_bytes
@@ -280,19 +282,16 @@ class EngineLoop:
             if (peers := tiers.peers) is not None:
                 stats.num_peer_blocks = peers.num_fetched
                 stats.num_dropped_blocks += peers.num_dropped
-        drafting = self._engine.scheduler.drafting
         if drafting is not None and drafting.model is not None:
-            self._stats.draft_model_seconds = drafting.model.seconds
-        return replace(
-            self._stats,
-            num_running=len(queue.running),
-            num_waiting=len(queue.waiting) + len(queue.fetching) + self._engine.num_held,
-            num_available_blocks=self._engine.allocator.num_available,
-            num_lent_blocks=self._engine.allocator.num_lent,
-            num_preemptions=queue.num_preemptions - self._num_preemptions,
-            token_budget=self._engine.scheduler.budget.tokens,
-            step_times=self._engine.step_times,
-        )
+            stats.draft_model_seconds = drafting.model.seconds
+        stats.num_running = len(queue.running)
+        stats.num_waiting = len(queue.waiting) + len(queue.fetching) + engine.num_held
+        stats.num_available_blocks = engine.allocator.num_available
+        stats.num_lent_blocks = engine.allocator.num_lent
+        stats.num_preemptions = queue.num_preemptions - self._num_preemptions
+        stats.token_budget = engine.scheduler.budget.tokens
+        stats.step_times = engine.step_times
+        return copy(stats)  # a third of the time of `replace`, which calls the class with all fields
 
 
 def follow_steps(engine: Engine, write: Callable[[Sequence[str]], None]) -> Callable[[], None]:
