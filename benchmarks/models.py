@@ -85,13 +85,17 @@ MODEL_TYPES = {
 
 def write_model(shape: ModelShape, folder: Path) -> int:
     """Write config, weights and tokenizer into `folder`; return the bytes of the weights."""
+    write_without_weights(shape, folder)
+    return write_weights(random_weights(shape), folder)
+
+
+def write_without_weights(shape: ModelShape, folder: Path) -> None:
+    """Write config and tokenizer into `folder`: enough for `--load-format dummy`."""
     folder.mkdir(parents=True, exist_ok=True)
-    size = write_weights(random_weights(shape), folder)
     write_json(folder / "config.json", config(shape))
     write_json(folder / "generation_config.json", {"bos_token_id": 1, "eos_token_id": 2})
     tokenizer().save(str(folder / "tokenizer.json"))
     write_json(folder / "tokenizer_config.json", tokenizer_config())
-    return size
 
 
 def write_weights(weights: Iterable[tuple[str, Tensor]], folder: Path) -> int:

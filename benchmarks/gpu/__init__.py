@@ -1,0 +1,1 @@
+"""Check, tune and measure the Triton kernels on a GPU."""

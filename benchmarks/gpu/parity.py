@@ -1,0 +1,150 @@
+"""Compares each kernel with the reference in fp64, over random shapes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from random import Random
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.gpu.attention import Step, make_step
+from benchmarks.gpu.measure import Setting, Table
+from splitfuse.kernels.interface import AttentionSpec, HeadNormSpec, LatentSpec, LayerWeights, MlpSpec, NormSpec
+from splitfuse.kernels.reference import ReferenceBackend
+from splitfuse.kernels.triton.quantized import Format, Quantized
+
+CASES = 20
+TOLERANCE = {torch.float32: 1e-5, torch.float16: 6e-3, torch.bfloat16: 5e-2}
+"""Largest error by dtype, of the largest number: some roundings of a dtype one after the other."""
+KINDS = ("silu", "gelu", "gelu_tanh", "relu", "relu2", "sigmoid", "clamped_swiglu")
+
+
+def parity(setting: Setting) -> bool:
+    """Print the worst error of each kernel; return whether all are within the tolerance."""
+    table = Table("kernel          ", "cases", "worst error", "allowed", "right")
+    all_right = True
+    checks: dict[str, Callable[[Setting, Random], tuple[Tensor, Tensor]]] = {
+        "attention": attention,
+        "heads": heads,
+        "norm and sum": norm,
+        "gated": gated,
+        "experts": experts,
+        "few bits": few_bits,
+        "equal rows": equal_rows,
+    }
+    for name, check in checks.items():
+        worst, count = 0.0, 2 if setting.is_rehearsal else CASES
+        for seed in range(count):
+            torch.manual_seed(seed)
+            ours, wanted = check(setting, Random(seed))
+            error = (ours.double().cpu() - wanted.double().cpu()).abs().max() / wanted.double().abs().max().cpu()
+            worst = max(worst, float("inf") if error.isnan() else float(error))
+        is_exact = check is equal_rows and not setting.is_rehearsal  # BLAS adds by the place of a row
+        allowed = 0.0 if is_exact else TOLERANCE[setting.dtype]
+        all_right &= worst <= allowed
+        table.row(name, count, worst, allowed, worst <= allowed)
+    return all_right
+
+
+def random_attention(rng: Random, setting: Setting) -> AttentionSpec:
+    """Return the attention of some layer."""
+    if rng.random() < 0.2:
+        ranks = {"q_rank": None, "kv_rank": 512, "rope_dim": 64, "nope_dim": 128, "v_dim": 128}
+        latent = LatentSpec(norm=NormSpec(eps=1e-6), **ranks)
+        return AttentionSpec(num_heads=16, num_kv_heads=1, head_dim=576, latent=latent)
+    kv_heads = rng.choice((1, 2, 8))
+    return AttentionSpec(
+        num_heads=kv_heads * rng.choice((1, 4, 7)),
+        num_kv_heads=kv_heads,
+        head_dim=rng.choice(setting.few((32, 64, 80, 96, 128, 256), (32, 80))),
+        window=rng.choice((None, None, 33)),
+        softcap=rng.choice((None, 20.0)),
+        alibi=rng.choice((None, None, 0.5)),
+    )
+
+
+def wide(step: Step, spec: AttentionSpec) -> Tensor:
+    """Return attention in fp64 on the CPU."""
+    batch = step.on_cpu()
+    return ReferenceBackend().attend(step.q.double().cpu(), step.store.double().cpu(), spec, batch)
+
+
+def attention(setting: Setting, rng: Random) -> tuple[Tensor, Tensor]:
+    spec = random_attention(rng, setting)
+    most = 60 if setting.is_rehearsal else 2000
+    chunks = [(rng.choice((0, rng.randrange(most))), rng.choice((1, 1, rng.randint(1, 40)))) for _ in range(4)]
+    step = make_step(setting, spec, chunks)
+    return setting.backend().attend(step.q, step.store, spec, step.batch), wide(step, spec)
+
+
+def heads(setting: Setting, rng: Random) -> tuple[Tensor, Tensor]:
+    norms = HeadNormSpec(norm=NormSpec(eps=1e-6), after_rope=rng.random() < 0.3)
+    spec = AttentionSpec(num_heads=4, num_kv_heads=2, head_dim=rng.choice((64, 80, 128)), qk_norm=norms)
+    step = make_step(setting, spec, [(5, 9), (0, 1)])
+    qkv = torch.randn(10, 8 * spec.head_dim, device=setting.device, dtype=setting.dtype)
+    angles = torch.rand(20, spec.head_dim // 2) * 6
+    found = []
+    for backend, device, dtype in (
+        (setting.backend(), setting.device, setting.dtype),
+        (ReferenceBackend(), "cpu", None),
+    ):
+        weights = LayerWeights(
+            q_norm=torch.ones(spec.head_dim, device=device), k_norm=torch.ones(spec.head_dim, device=device)
+        )
+        batch = step.batch if dtype is not None else step.on_cpu()
+        store, given = step.store.to(device), qkv.to(device)
+        if dtype is None:
+            store, given = store.double(), given.double()
+        rope = (angles.cos().to(device), angles.sin().to(device))
+        q = backend.rope_store(given, store, spec, batch, rope, weights)
+        found.append(torch.cat((q.flatten().cpu().double(), store.flatten().cpu().double())))
+    return found[0], found[1]
+
+
+def norm(setting: Setting, rng: Random) -> tuple[Tensor, Tensor]:
+    width = rng.choice((5, 1000, 4096))
+    x, branch = (torch.randn(7, width, device=setting.device, dtype=setting.dtype) for _ in range(2))
+    weight, spec = torch.randn(width, device=setting.device), NormSpec(eps=1e-6, centered=rng.random() < 0.5)
+    ours = setting.backend().add_norm(x, branch, 1.0, spec, weight)
+    wanted = ReferenceBackend().add_norm(x.double(), branch.double(), 1.0, spec, weight.double())
+    return torch.cat(ours), torch.cat(wanted)
+
+
+def gated(setting: Setting, rng: Random) -> tuple[Tensor, Tensor]:
+    x, kind = torch.randn(5, 64, device=setting.device, dtype=setting.dtype), rng.choice(KINDS)
+    weight = torch.randn(96, 64, device=setting.device, dtype=setting.dtype)
+    wanted = ReferenceBackend().gated(x.double(), weight.double(), None, kind)
+    return setting.backend().gated(x, weight, None, kind), wanted
+
+
+def experts(setting: Setting, rng: Random) -> tuple[Tensor, Tensor]:
+    tokens, count, inner, hidden = rng.choice((1, 20, 100)), 8, 48, 64
+    options: dict[str, Any] = {"device": setting.device, "dtype": setting.dtype}
+    x, weights = torch.randn(tokens, hidden, **options), torch.rand(tokens, 2, device=setting.device)
+    w13 = [torch.randn(2 * inner, hidden, **options) / 8 for _ in range(count)]
+    w2 = [torch.randn(hidden, inner, **options) / 8 for _ in range(count)]
+    ids = torch.stack([torch.randperm(count)[:2] for _ in range(tokens)]).to(setting.device)
+    spec = MlpSpec(intermediate_size=inner, activation="silu")
+    ours = setting.backend().experts(x, ids, weights, spec, LayerWeights(w13=w13, w2=w2))
+    exact = LayerWeights(w13=[each.double() for each in w13], w2=[each.double() for each in w2])
+    return ours, ReferenceBackend().experts(x.double(), ids, weights.double(), spec, exact)
+
+
+def few_bits(setting: Setting, rng: Random) -> tuple[Tensor, Tensor]:
+    kept = rng.choice((Format(8, 0), Format(8, 128), Format(4, 64), Format(4, 128)))
+    weight = torch.randn(70, 300, device=setting.device, dtype=setting.dtype)
+    packed, x = (
+        Quantized.of(weight, kept),
+        torch.randn(rng.choice((1, 20, 90)), 300, device=setting.device, dtype=setting.dtype),
+    )
+    return setting.backend().linear(x, packed), x.double() @ packed.dequantize(torch.float64).T
+
+
+def equal_rows(setting: Setting, rng: Random) -> tuple[Tensor, Tensor]:
+    """Return a product of a row alone and in company: of equal bits on a GPU, where the error must be 0."""
+    weight = torch.randn(200, 500, device=setting.device, dtype=setting.dtype)
+    x, row = torch.randn(130, 500, device=setting.device, dtype=setting.dtype), rng.randrange(130)
+    backend = setting.backend(invariant=True)
+    return backend.linear(x[row : row + 1], weight), backend.linear(x, weight)[row : row + 1]
