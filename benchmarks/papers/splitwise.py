@@ -310,12 +310,13 @@ def _row(name: str, system: str, count: Count) -> tuple[str, str, int, int]:
         both = [kind.machine(role, "orca", WHOLE_PROMPTS) for role in (Role.PROMPT, Role.GENERATION)]
         best, chosen = high + 1, 0
         for generating in GENERATING:  # if they are few, the mixed pool helps out
-            make = split(both[0], both[1], generating)
-            if best <= high and not count.is_enough(make(best - 1), name, f"{best - 1 - generating} + {generating}"):
+            make, fewer = split(both[0], both[1], generating), best - 1 - generating
+            if best <= high and (fewer < 1 or not count.is_enough(make(best - 1), name, f"{fewer} + {generating}")):
                 continue
             top = min(best, high + 1) - 1
             guess = prompts + tokens if best > high else top
-            found = count.least(make, name, guess=guess, low=least, high=top, above=generating)
+            low = max(least, generating)
+            found = count.least(make, name, guess=guess, low=low, high=top, above=generating)
             if found <= top:
                 best, chosen = found, generating
         how = f"{best - chosen} + {chosen}" if best <= high else f"more than {high}"
