@@ -33,7 +33,9 @@ def main() -> None:
     second = papers.add_parser("distserve", parents=[shared], help="requests/s for each GPU")
     second.add_argument("--workloads", default=",".join(distserve.WORKLOADS), help="rows of the table")
     second.add_argument("--requests", type=int, default=distserve.REQUESTS, help="requests that count at each load")
-    second.add_argument("--explain", action="store_true", help="instead: the rates with longer TTFT targets")
+    second.add_argument(
+        "--explain", action="store_true", help="instead: the rates with longer TTFT targets, and with more KV memory"
+    )
     third = papers.add_parser("infinite-llm", parents=[shared], help="tokens/s with loans")
     third.add_argument("--networks", default=",".join(infinite_llm.SHAPES), help="a table for each")
     third.add_argument("--longest", default=",".join(map(str, infinite_llm.LONGEST)), help="rows of the table")
@@ -84,7 +86,11 @@ def simulated(paper: str, arguments: argparse.Namespace) -> list[Table]:
         return [pensieve.run(names, systems, conversations=arguments.conversations, kept=kept)]
     search = distserve.Search(arguments.requests, kept)
     if arguments.explain:
-        return [distserve.explain(name, search) for name in arguments.workloads.split(",")]
+        return [
+            table
+            for name in arguments.workloads.split(",")
+            for table in (distserve.explain(name, search), distserve.explain_memory(name, search))
+        ]
     return distserve.run(arguments.workloads.split(","), search)
 
 

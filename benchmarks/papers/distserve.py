@@ -8,7 +8,7 @@ the paper's; step times are the fits of its simulator, for its own engine and fo
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 from benchmarks.papers.data import Engine, distserve_engine, workload
@@ -32,6 +32,8 @@ NVLINK = Link(bytes_per_second=300e9)
 """Both parts are on one node: NVIDIA's data sheet of the A100, 600 GB/s both ways."""
 MAX_NUM_SEQS = 1024
 BUDGETS = (256, 512, 1024, 2048)
+MORE_MEMORY = (1, 2, 4)
+"""Multiples of the KV cache of machines that generate for which rates are explained."""
 LONGER_TTFTS = (1.0, 1.1, 1.2, 1.4)
 """Multiples of a workload's TTFT target for which its rates are explained."""
 VLLM_LOADS = {
@@ -182,6 +184,41 @@ def explain(name: str, search: Search) -> Table:
         ]
         ratio = f"{found[-1] / found[0]:.2f}" if found[0] else "-"
         table.add(f"{1e3 * times * case.ttft:g} ms", *(f"{each:.2f}" for each in found), ratio)
+        print(table.rows[-1], flush=True)
+    return table
+
+
+def with_more_memory(deployment: Deployment, times: int) -> Deployment:
+    """Return a deployment whose machines that generate have so many times the KV cache."""
+
+    def larger(machine: Machine) -> Machine:
+        calibration = machine.engine.calibration
+        calibration = replace(calibration, num_blocks=times * calibration.num_blocks)
+        return replace(machine, engine=replace(machine.engine, calibration=calibration))
+
+    machines = (each if each.role is Role.PROMPT else larger(each) for each in deployment.machines)
+    return replace(deployment, machines=tuple(machines))
+
+
+def explain_memory(name: str, search: Search) -> Table:
+    """Return the rates of a workload with more KV memory: how much of its ratio is the room for answers."""
+    case = WORKLOADS[name]
+    goal, (vllm, _, phases) = search.goal(case), engines(case)
+    table = Table(
+        f"Requests/s for each GPU of {name} by KV memory where answers are generated",
+        ("memory", "vLLM", "split, DistServe's engine", "ratio to vLLM"),
+    )
+    for times in MORE_MEMORY:
+        found = [
+            search.rate(
+                with_more_memory(deployment, times),
+                *(case.lengths, goal, name, system),
+                *([f"KV x {times}"] if times > 1 else []),
+            )
+            for system, deployment in (("vLLM", vllm), ("split", phases))
+        ]
+        ratio = f"{found[1] / found[0]:.2f}" if found[0] else "-"
+        table.add(f"x {times}", *(f"{each:.2f}" for each in found), ratio)
         print(table.rows[-1], flush=True)
     return table
 
