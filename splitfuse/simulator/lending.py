@@ -134,6 +134,10 @@ class LoanPool:
         """Return how many blocks a machine has that no request may need; one is left for each that runs."""
         return replica.num_blocks - self._reserved[replica] - replica.num_open - 1
 
+    def _free(self, replica: Lender, room: int) -> int:
+        """Return how many blocks of its room a machine can lend now: a debtor holds what it has not deposited yet."""
+        return min(room, replica.allocator.num_available)
+
     def _place(self, need: int) -> Admission | None:
         """Return where a request of `need` blocks goes now: to the machine with most room, if that is enough; else its
         leading tiles are divided among the others by their room, those with most first.
@@ -146,8 +150,8 @@ class LoanPool:
             return Admission(index, debtor, need)
         tile = TILE // debtor.block_size
         others = others[: self._lending.most_creditors]
-        lenders = [(room // tile * tile, self._replicas[number]) for room, number in others]
-        lenders = [(room, each) for room, each in lenders if room > 0]
+        found = [(self._free(self._replicas[number], room), self._replicas[number]) for room, number in others]
+        lenders = [(free // tile * tile, each) for free, each in found if free >= tile]
         total = room + sum(room for room, _ in lenders)
         if total < need or room < FEWEST_TILES * tile:
             return None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from dataclasses import replace
+from random import Random
 from typing import Any
 
 import pytest
@@ -107,6 +108,15 @@ def test_what_is_not_simulated_is_refused(changes: dict[str, Any], message: str)
         Lending(latency=-1.0, layers=1)
     with pytest.raises(ConfigError, match="at least 1"):
         Lending(latency=0.0, layers=0)
+
+
+@pytest.mark.parametrize("seed", [5, 50])
+def test_machines_lend_what_is_free_at_the_time(seed: int) -> None:
+    """A debtor that is to lend holds more of its own request than it will need, until that is deposited elsewhere."""
+    random = Random(seed)
+    requests = [(int(2 ** random.uniform(7, 13)), random.randint(5, 60)) for _ in range(25)]
+    answers = ask(target_of(deployment(4)), *requests)
+    assert [len(answer.token_times) for answer in answers] == [count for _, count in requests]
 
 
 def test_instances_of_infinite_llm_hold_what_they_should() -> None:
