@@ -592,6 +592,12 @@ class Backend(ABC):
     def fill_kv(self, store: Store, byte: int) -> None:
         """Write `byte` everywhere in a store, for timing: `byte` must make a finite number of every dtype."""
 
+    def have_kv(self, store: Store, first: int, num_blocks: int) -> bool:  # noqa: ARG002
+        """Have the memory of some blocks there that the system would give when they are first written; what they hold
+        stays. Returns False where that is not to be had, or not needed.
+        """
+        return False
+
     @abstractmethod
     def read_block(self, store: Store, block: int, out: Tensor) -> None:
         """Copy all that a store has of a block into `out`, uint8 [kv_bytes] on the CPU."""

@@ -6,6 +6,10 @@ Knows block numbers only as indices: which request owns a block is the allocator
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from heapq import merge
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -24,6 +28,19 @@ def block_bytes(spec: ModelSpec, *, block_size: int, dtype: torch.dtype, backend
 def state_bytes(spec: ModelSpec, backend: Backend) -> int:
     """Return the bytes of one recurrent state over all layers; 0 in a network without."""
     return sum(backend.state_bytes(layer.mixer) for layer in spec.layers if isinstance(layer.mixer, RecurrentSpec))
+
+
+PIECE_BYTES = 2**21
+"""Bytes of a piece of a store, about: those of a huge page."""
+
+
+class Piece(NamedTuple):
+    """Names some blocks of one of the stores."""
+
+    first: int
+    place: int
+    """Index of the store among those with blocks of their own."""
+    num_blocks: int
 
 
 class KVCache:
@@ -83,6 +100,21 @@ class KVCache:
                 wanted += f" and {num_states} recurrent states ({size / 2**30:.1f} GiB)"
                 settings += " or max_num_seqs"
             raise MemoryPlanError(f"no memory for {wanted}: choose a smaller {settings}") from error
+
+    def pieces(self) -> Iterator[Piece]:
+        """Yield the pieces of all stores by their first blocks."""
+
+        def of_store(place: int, num_bytes: int) -> Iterator[Piece]:
+            most = max(PIECE_BYTES // num_bytes, 1)
+            for first in range(0, self.num_blocks, most):
+                yield Piece(first, place, min(most, self.num_blocks - first))
+
+        return merge(*(of_store(place, part.stop - part.start) for place, (_, part) in enumerate(self._parts)))
+
+    def have(self, piece: Piece) -> bool:
+        """Have the memory of a piece there, whose content stays. Returns False if that is not to be had."""
+        store, _ = self._parts[piece.place]
+        return self._backend.have_kv(store, piece.first, piece.num_blocks)
 
     def read_block(self, block: int, out: Tensor) -> None:
         """Copy the keys and values of a block, of all layers, into `out`, uint8 [block_bytes] on the CPU."""

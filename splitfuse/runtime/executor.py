@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field, replace
@@ -23,6 +24,7 @@ from splitfuse.kernels.lora import PackedAdapter
 from splitfuse.models.decoder import Decoder
 from splitfuse.models.kv_cache import KVCache
 from splitfuse.runtime.batch import BatchBuilder
+from splitfuse.runtime.memory_ahead import MemoryAhead
 from splitfuse.runtime.results import results_of
 from splitfuse.runtime.sampling.grammar import Grammars
 from splitfuse.runtime.sampling.request import RequestSampling
@@ -97,6 +99,7 @@ class Executor:
         self._lost = set[str]()  # requests whose loan was lost in the last step
         self._num_submitted = 0
         self._last_collected = 0
+        self._ahead = MemoryAhead(kv_cache)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="executor")
         self._newest: StepHandle | None = None  # that may still run
         self._running: StepProgress | None = None  # of the step that the thread executes
@@ -193,7 +196,8 @@ class Executor:
         if not handle.done.set_running_or_notify_cancel():
             return
         before, handle.before = handle.before, None
-        progress = self._running = handle.progress
+        progress, began = handle.progress, time.monotonic()
+        self._running = progress
         try:
             if before is not None and before.done.exception() is not None:
                 raise RuntimeError("the step before it failed")
@@ -204,6 +208,7 @@ class Executor:
         if progress is not None:
             progress.begun.set()
             progress.layers_done.set()
+        self._ahead.follow(handle.plan.chunks, time.monotonic() - began)
 
     def hidden(self, chunks: Sequence[Chunk]) -> Tensor:
         """Run one forward step; return final hidden states [sum of num_logits, hidden], in the order of the chunks."""

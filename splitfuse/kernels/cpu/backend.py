@@ -43,7 +43,7 @@ from splitfuse.kernels.cpu.bindings import (
     vector_address,
 )
 from splitfuse.kernels.cpu.lora import PackedLora, place_of, step_lora
-from splitfuse.kernels.cpu.memory import OwnWeights, SharedWeights, allocate
+from splitfuse.kernels.cpu.memory import OwnWeights, SharedWeights, allocate, have
 from splitfuse.kernels.cpu.network import FusedNetwork, uncovered
 from splitfuse.kernels.cpu.quantization import GROUP_SIZES, QVALUES, choose_format
 from splitfuse.kernels.cpu.stored import (
@@ -165,6 +165,9 @@ class CpuBackend(Backend):
 
     def fill_kv(self, store: Store, byte: int) -> None:
         store.memory.fill_(byte)
+
+    def have_kv(self, store: Store, first: int, num_blocks: int) -> bool:
+        return have(store.memory.view(store.num_blocks, -1)[first : first + num_blocks])
 
     def read_block(self, store: Store, block: int, out: Tensor) -> None:
         out.copy_(store.block(block))

@@ -1,7 +1,7 @@
 """Allocates memory for weights, keys and values, of one process or shared by several.
 
 In huge pages where the system has them: a page of 2 MiB instead of 512 of 4 KiB spares the processor most of its
-address translations. Memory costs nothing until it is written.
+address translations. Memory costs nothing until it is written, or until `have` asks for it.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ HUGE_PAGE = 2**21
 CACHE_LINE = 64
 OWN_CHUNK = 2**28
 """Bytes that OwnWeights allocates at once."""
-_PROT_NONE, _MAP_FIXED, _MADV_COLLAPSE = 0, 0x10, 25  # of Linux
+_PROT_NONE, _MAP_FIXED, _MADV_POPULATE_WRITE, _MADV_COLLAPSE = 0, 0x10, 23, 25  # of Linux
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.mmap.restype = ctypes.c_void_p
 _libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_long]
@@ -43,6 +43,15 @@ def allocate(num_bytes: int) -> Tensor:
         with contextlib.suppress(OSError):  # a system without huge pages: slower, not wrong
             mapping.madvise(mmap.MADV_HUGEPAGE, begin, in_whole_pages)
     return whole[begin : begin + num_bytes]
+
+
+def have(memory: Tensor) -> bool:
+    """Have the pages of some memory there that the system would give when they are first written. What they hold stays,
+    and others may write to them meanwhile. Returns False if the system cannot do that.
+    """
+    begin, end = memory.data_ptr(), memory.data_ptr() + memory.nbytes
+    begin -= begin % mmap.PAGESIZE
+    return _libc.madvise(ctypes.c_void_p(begin), ctypes.c_size_t(end - begin), _MADV_POPULATE_WRITE) == 0
 
 
 class OwnWeights:

@@ -1,0 +1,84 @@
+"""The memory of a KV cache is there before blocks are used, and stays what it is."""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+from splitfuse.core.plan import Chunk
+from splitfuse.kernels.cpu.memory import HUGE_PAGE, allocate, have
+from splitfuse.models.kv_cache import PIECE_BYTES, Piece
+from splitfuse.runtime import memory_ahead
+from splitfuse.runtime.memory_ahead import MemoryAhead
+
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+def is_there(memory: Tensor) -> list[bool]:
+    """Whether each page of some memory is."""
+    num_pages = memory.nbytes // mmap.PAGESIZE
+    found = (ctypes.c_ubyte * num_pages)()
+    address, size = ctypes.c_void_p(memory.data_ptr()), ctypes.c_size_t(memory.nbytes)
+    assert _libc.mincore(address, size, found) == 0
+    return [bool(each & 1) for each in found]
+
+
+def test_memory_is_there_and_stays_what_it_is() -> None:
+    memory = allocate(4 * HUGE_PAGE)
+    if not have(memory[:1]):
+        pytest.skip("this system gives memory only when it is written: Linux 5.14 and later do at a request")
+    assert not any(is_there(memory[2 * HUGE_PAGE :]))
+    memory[2 * HUGE_PAGE + 5] = 7
+    assert have(memory[2 * HUGE_PAGE + 100 :]) and all(is_there(memory[2 * HUGE_PAGE :]))
+    assert memory[2 * HUGE_PAGE :].sum() == 7 == memory[2 * HUGE_PAGE + 5]
+    assert not have(torch.frombuffer((ctypes.c_uint8 * 1).from_address(mmap.PAGESIZE), dtype=torch.uint8))
+
+
+class Cache:
+    """A KV cache of two stores with blocks of a fourth and a half of a piece, in which nothing is stored."""
+
+    block_bytes = PIECE_BYTES * 3 // 4
+
+    def __init__(self, *, can: bool = True) -> None:
+        self.had: list[tuple[int, int, int]] = []
+        self._can = can
+
+    def pieces(self) -> Iterator[Piece]:
+        return iter(
+            sorted([Piece(first, 0, 4) for first in (0, 4, 8)] + [Piece(first, 1, 2) for first in range(0, 12, 2)])
+        )
+
+    def have(self, piece: Piece) -> bool:
+        self.had.append(piece)
+        return self._can
+
+
+def chunk(*blocks: int) -> Chunk:
+    return Chunk("a", 0, (1,), blocks, 1, samples=True)
+
+
+def test_pieces_come_one_after_the_other_up_to_some_bytes_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory_ahead, "AHEAD_BYTES", 3 * PIECE_BYTES)  # four blocks
+    cache = Cache()
+    ahead = MemoryAhead(cache)  # type: ignore[arg-type]
+    for step in range(1, 6):
+        ahead.follow([chunk(0)], 0.0)
+        assert len(cache.had) == min(step, 5), "one a step: those of blocks 0, 2 and 4"
+    assert [first for first, *_ in cache.had] == [0, 0, 2, 4, 4]
+    ahead.follow([chunk(0, 9), chunk(3)], 1e9)
+    assert [first for first, *_ in cache.had[5:]] == [6, 8, 8, 10], "a long step leaves time for all"
+    ahead.follow([chunk(11)], 1e9)
+    assert len(cache.had) == 9
+
+
+def test_it_ends_where_memory_cannot_be_asked_for() -> None:
+    cache = Cache(can=False)
+    ahead = MemoryAhead(cache)  # type: ignore[arg-type]
+    for _ in range(3):
+        ahead.follow([chunk(0)], 1e9)
+    assert len(cache.had) == 1
