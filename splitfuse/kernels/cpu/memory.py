@@ -51,7 +51,7 @@ def have(memory: Tensor) -> bool:
     """
     begin, end = memory.data_ptr(), memory.data_ptr() + memory.nbytes
     begin -= begin % mmap.PAGESIZE
-    return _libc.madvise(ctypes.c_void_p(begin), ctypes.c_size_t(end - begin), _MADV_POPULATE_WRITE) == 0
+    return not _libc.madvise(ctypes.c_void_p(begin), ctypes.c_size_t(end - begin), _MADV_POPULATE_WRITE)
 
 
 class OwnWeights:
