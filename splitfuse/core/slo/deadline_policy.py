@@ -1,8 +1,8 @@
 """Meets SLOs: those of as many requests as possible, the others when there is time.
 
 A decode with an ITL target of 250 ms needs no token earlier: the time that it lends lets prefills meet their TTFT
-targets, and what is left over goes back to the decodes. Without any SLO, and where nobody can meet it, the order is
-that of `Fcfs`.
+targets, and what is left over goes back to the decodes. Without any SLO, and where no request can meet its own, the
+order is that of `Fcfs`.
 """
 
 from __future__ import annotations
@@ -186,11 +186,12 @@ class DeadlinePolicy(Fcfs):
         """
         every = outlook.overhead + outlook.decode_seconds
         usual = usual_step(outlook, self._arrivals.longest_steps)
-        soon = every + sum(outlook.seconds_of(prefill.request.num_tokens, 1) for prefill in feasible)
-        if decodes and soon < DECODES_PER_STEP * outlook.floor:
+        half = DECODES_PER_STEP * outlook.floor
+        if decodes and every < half:
             # Steps of decodes alone would waste the time in which prompts are computed, also when these decode: so in
             # many short steps. Where they will fill more of the floor, prompts are done at full throughput.
-            usual = 0.0
+            soon = sum(outlook.seconds_of(prefill.request.num_tokens, 1) for prefill in feasible)
+            usual = usual if every + soon >= half else 0.0
         usual = max(usual, every / DECODES_PER_STEP, self._shortest(outlook))
         seconds, spare, before = usual, math.inf, 0.0
         for request, work, room in feasible:

@@ -32,7 +32,9 @@ class Arrivals:
         self._planned_at = 0.0
 
     def accept(self, *, arrival_time: float, margin: float) -> None:
-        """Take note of a new request, which can wait `margin` seconds: it waits for the next plan."""
+        """Take note of a new request, which can wait `margin` seconds: it waits for the next plan. It counts even if it
+        is ended before that: others come as it did.
+        """
         self._waiting.append((arrival_time, margin))
 
     def plan(self, now: float) -> None:
