@@ -5,11 +5,11 @@
     python -m benchmarks.routing_at_scale check [--replicas 16,256] [--per-replica N]
 
 Prompts begin with one of many prefixes, which are asked for by Zipf's law: the most popular of 50,000 comes with every
-eleventh request. `decisions` prints the processor time of a choice among full views (core/replica_view.py), as the
-server has them. `fleet` lets the router's code choose among fluid replicas (splitfuse/simulator/fluid.py): `one` router
-for all; `exact`, which looks at all that have anything of the prompt, and at all loads; `cells` of a hundred replicas
-each; and `random`, which looks at two replicas. `check` compares fluid replicas with full ones, which have the real
-scheduler and cache, under the same requests.
+eleventh request. `decisions` prints the processor time that the server's router takes to choose (engine/router.py).
+`fleet` lets the router's code choose among fluid replicas (splitfuse/simulator/fluid.py): `one` router for all; `exact`,
+which looks at all that have anything of the prompt, and at all loads; `cells` of a hundred replicas each; and `random`,
+which looks at two replicas. `check` compares fluid replicas with full ones, which have the real scheduler and cache,
+under the same requests.
 """
 
 from __future__ import annotations
@@ -25,19 +25,19 @@ from random import Random
 from splitfuse.bench import metrics
 from splitfuse.bench.workload import LoadRequest
 from splitfuse.config import SchedulerConfig
-from splitfuse.core.kv.names import BlockNamer, new_key
+from splitfuse.core.kv.names import BlockNamer
+from splitfuse.core.limits import EngineLimits
 from splitfuse.core.prefix_index import PrefixIndex
-from splitfuse.core.replica_view import ReplicaView
 from splitfuse.core.request import Request
 from splitfuse.core.request_output import RequestOutput
-from splitfuse.core.routing import Candidate, choose_replica
 from splitfuse.core.sampling_params import SamplingParams
 from splitfuse.core.scheduling_options import SchedulingOptions
-from splitfuse.core.shortlist import Shortlist
 from splitfuse.core.slo.cost_model import StepTimes
 from splitfuse.core.slo.feasibility import Feasibility
 from splitfuse.core.slo.targets import NO_SLO, SloTargets
-from splitfuse.runtime.calibration import Calibration
+from splitfuse.engine.client import LocalClient
+from splitfuse.engine.messages import Add, Command, EngineInfo
+from splitfuse.engine.router import Router
 from splitfuse.simulator import virtual_time
 from splitfuse.simulator.deployment import Deployment, SimulationConfig
 from splitfuse.simulator.fluid import CellsFront, Clock, FluidReplica, Front, RouterFront, Sent, best_of, run
@@ -60,13 +60,14 @@ WARM_UP = 0.4
 PARAMS = SamplingParams(ignore_eos=True)
 
 
-def calibration() -> Calibration:
-    return replace(MACHINES[MACHINE], block_size=BLOCK, num_blocks=NUM_BLOCKS)
+def engine() -> SimulationConfig:
+    calibration = replace(MACHINES[MACHINE], block_size=BLOCK, num_blocks=NUM_BLOCKS)
+    return SimulationConfig(calibration=calibration, scheduler=SchedulerConfig(max_num_seqs=128))
 
 
 def rate() -> float:
     """Return the requests/s of each replica."""
-    outlook = Feasibility(StepTimes(calibration().cost), (), now=0.0)
+    outlook = Feasibility(StepTimes(MACHINES[MACHINE].cost), (), now=0.0)
     prompt = outlook.seconds_of(PREFIX, OWN)
     return LOAD / (prompt + (ANSWER - 1) * outlook.seconds_of(PREFIX + OWN, 1))
 
@@ -166,7 +167,7 @@ def figures(hits: float, ttfts: list[float], loads: Sequence[int]) -> str:
 def fleet(replicas: int, per_replica: int, kinds: Sequence[str]) -> None:
     for kind in kinds:
         clock = Clock()
-        members = [FluidReplica(calibration(), clock) for _ in range(replicas)]
+        members = [FluidReplica(engine(), clock) for _ in range(replicas)]
         front = TimedFront(make_front(kind, members))
         loads: list[int] = []
 
@@ -189,8 +190,7 @@ def fleet(replicas: int, per_replica: int, kinds: Sequence[str]) -> None:
 
 def full_replicas(replicas: int, per_replica: int) -> str:
     """Return the figures of full replicas."""
-    engine = SimulationConfig(calibration=calibration(), scheduler=SchedulerConfig(max_num_seqs=128))
-    target = SimulatedTarget(Deployment.of(engine, replicas=replicas))
+    target = SimulatedTarget(Deployment.of(engine(), replicas=replicas))
     count = replicas * per_replica
     counted_from = int(WARM_UP * count)
     random = Random(7)
@@ -215,52 +215,69 @@ def full_replicas(replicas: int, per_replica: int) -> str:
     return figures(cached / (len(ttfts) * (PREFIX + OWN)), ttfts, loads)
 
 
-def decisions(numbers: Sequence[int], *, has_slo: bool) -> None:
-    """Print what a choice takes among views of replicas that have eight decodes and a prompt each."""
-    targets = SloTargets(ttft=5.0, itl=1.0) if has_slo else NO_SLO
-    namer, random = BlockNamer(16, key=new_key()), Random(1)
-    prefixes = [random.randbytes(1024) for _ in range(100)]
-    for count in numbers:
-        views: list[ReplicaView] = []
-        for each in range(count):
-            view = ReplicaView(num_blocks=1000, block_size=16, max_num_seqs=128, token_budget=512)
-            view.take([], StepTimes(MACHINES[MACHINE].cost), available_blocks=1000, now=0.0)
-            lengths = []
-            for number in range(9):
-                prompt = (*random.choice(prefixes)[:512], *random.randbytes(random.randrange(100)))
-                names: list[bytes] = []
-                namer.extend(names, prompt)
-                lengths.append(len(prompt))
-                view.add(new_request(f"{each} {number}", prompt, 0.0, targets), names)
-            outputs = [
-                RequestOutput(f"{each} {number}", (7,), num_computed=length)
-                for number, length in enumerate(lengths[:8])
-            ]
-            view.take(outputs, view.times, available_blocks=600, now=0.0)
-            views.append(view)
-        shortlist = Shortlist(seed=1)
-        shortlist.sync(views)
-        naming = choosing = all_views = 0.0
-        for number in range(300):
-            prompt = (*random.choice(prefixes), *random.randbytes(1024))
-            request, now = new_request(f"new {number}", prompt, 1.0, targets), 1.0 + 0.01 * number
-            began = time.process_time()
-            names = []
-            namer.extend(names, prompt)
-            named = time.process_time()
-            picked = shortlist.pick(names, lambda _: True, now)
-            choose_replica([Candidate(views[i], views[i].memory.cached_tokens(names)) for i in picked], request, now)
-            chosen = time.process_time()
-            naming, choosing = naming + named - began, choosing + chosen - named
-            if number % 30 == 0:
-                candidates = [Candidate(each, each.memory.cached_tokens(names)) for each in views]
-                choose_replica(candidates, request, now)
-                all_views += time.process_time() - chosen
-        print(
-            f"{count:6} replicas, {'with' if has_slo else 'no'} SLO: names of 2,048 tokens {naming / 0.3:6.3f} ms  "
-            f"choice {choosing / 0.3:6.3f} ms  among all {all_views / 0.01:8.3f} ms",
-            flush=True,
+class Idle(LocalClient):
+    """Is an engine of a router that is sent nothing."""
+
+    def _send(self, command: Command) -> None:
+        del command
+
+    async def start(self) -> None:
+        cost = MACHINES[MACHINE].cost
+        info = EngineInfo(
+            model="none",
+            limits=EngineLimits(max_model_len=4096, vocab_size=256, num_blocks=1000, block_size=16),
+            max_num_batched_tokens=512,
+            memory_plan="",
+            max_num_seqs=128,
+            step_times=StepTimes(cost),
         )
+        self._take(info)
+
+    async def close(self) -> None:
+        """Do nothing."""
+
+
+async def decisions(count: int, targets: SloTargets) -> None:
+    """Print what the server's router takes to choose among engines that have eight decodes and a prompt each."""
+    engines = [Idle() for _ in range(count)]
+    router = Router(engines)
+    await router.start()
+    namer, random = BlockNamer(16, key=router.name_key), Random(1)
+    prefixes = [random.randbytes(1024) for _ in range(100)]
+    options = SchedulingOptions(targets=targets)
+    for each, engine_client in enumerate(engines):
+        view = engine_client.view
+        assert view is not None
+        lengths = []
+        for number in range(9):
+            prompt = (*random.choice(prefixes)[:512], *random.randbytes(random.randrange(100)))
+            names: list[bytes] = []
+            namer.extend(names, prompt)
+            lengths.append(len(prompt))
+            view.add(new_request(f"{each} {number}", prompt, time.monotonic(), targets), names)
+        outputs = [
+            RequestOutput(f"{each} {number}", (7,), num_computed=length) for number, length in enumerate(lengths[:8])
+        ]
+        view.take(outputs, view.times, available_blocks=600, now=time.monotonic())
+    params = SamplingParams(max_tokens=ANSWER)
+    named, chosen = [], []
+    for number in range(301):
+        prompt = (*random.choice(prefixes), *random.randbytes(1024))
+        request = Add(f"new {number}", prompt, params, scheduling=options)
+        began = time.process_time()
+        router._name_blocks(request)
+        between = time.process_time()
+        choice = router._choose(request, router.replicas)
+        ended = time.process_time()
+        assert choice is not None
+        named.append(between - began)
+        chosen.append(ended - between)
+    naming, choosing = 1e3 * metrics.mean(named[1:]), 1e3 * metrics.mean(chosen[1:])  # the first makes the index
+    print(
+        f"{count:6} engines, {'no SLO' if targets == NO_SLO else 'SLO   '}: {choosing:6.3f} ms, of which the names of "
+        f"2,048 tokens {naming:6.3f} ms, and the choice {choosing - naming:6.3f} ms",
+        flush=True,
+    )
 
 
 def main() -> None:
@@ -273,8 +290,9 @@ def main() -> None:
     default = {"decisions": "16,100,1000,10000", "fleet": "10000", "check": "16,256"}[arguments.what]
     numbers = [int(each) for each in (arguments.replicas or default).split(",")]
     if arguments.what == "decisions":
-        decisions(numbers, has_slo=False)
-        decisions(numbers, has_slo=True)
+        for count in numbers:
+            asyncio.run(decisions(count, NO_SLO))
+            asyncio.run(decisions(count, SloTargets(ttft=5.0, itl=1.0)))
     for count in numbers if arguments.what == "fleet" else ():
         fleet(count, arguments.per_replica, arguments.fronts.split(","))
     for count in numbers if arguments.what == "check" else ():

@@ -35,7 +35,8 @@ MOST_ARRIVALS = 4096
 """Number of arrivals, the newest, that are looked at."""
 MOST_REPLICAS = 1024
 LONGEST_FORECAST = 120.0
-"""Seconds ahead that are looked at, if a replica takes longer to start: what comes later is anybody's guess."""
+"""Seconds ahead that are looked at, if a replica takes longer to start: the last minutes say little of what comes then.
+"""
 SURGE = 15.0
 """Seconds at the end of the window in which more arrivals than before are taken to go on."""
 SURE = 2.0

@@ -23,7 +23,7 @@ MOST_KEYS = 65_536
 
 
 class Cells:
-    """Places cells on a ring and knows what each has to do. Belongs to whoever sends requests to them.
+    """Places cells on a ring and knows what each has to do. Belongs to what sends requests to several servers.
 
     `sizes` are the numbers of replicas, by the names of the cells. Raises ConfigError without any cell, and for one
     without replicas.

@@ -273,6 +273,8 @@ class LocalClient(EngineClient):
         """Listener that is called with what the engine traces: see `set_tracing`."""
         self.on_state: Callable[[], None] = lambda: None
         """Listener that is called when `state` has changed."""
+        self.on_change: Callable[[], None] = lambda: None
+        """Listener of a router, which is called when `state`, `info` or `view` may have changed."""
         self._trace_level = TraceLevel.OFF
         self.arrivals: deque[Arrival] = deque(maxlen=MOST_ARRIVALS)
         """Newest requests, also those that have ended."""
@@ -578,6 +580,7 @@ class LocalClient(EngineClient):
             self.state = state
             self._news.set()
             _call("a state", self.on_state)
+        _call("an engine that has changed", self.on_change)
 
     def _take(self, report: Report) -> None:
         """Process a report of the engine, in the event loop."""

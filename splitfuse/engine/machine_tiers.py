@@ -30,17 +30,22 @@ class MachineTiers:
     def __init__(self, replicas: Sequence[LocalClient]) -> None:
         self._replicas = replicas
         self._memories: dict[str, PrefixMemory] = {}
+        self._sources: dict[str, tuple[str, ...]] = {}
 
-    def held(self, names: Sequence[bytes]) -> dict[str, Held]:
-        """Return what each machine with tiers has, or can fetch, of a prompt whose blocks have these names."""
+    def follow(self) -> None:
+        """Take note of which engines are ready."""
         ready = {each.address: each for each in self._replicas if each.state is EngineState.READY}
         for address, engine in ready.items():
             if address not in self._memories and (num_slots := engine.info.num_tier_slots):
                 self._memories[address] = PrefixMemory(num_slots, engine.info.limits.block_size)
         for address in [each for each in self._memories if each and each not in ready]:
             del self._memories[address]  # its memory is gone with it
+        self._sources = {address: _peers(engine) for address, engine in ready.items()}
+
+    def held(self, names: Sequence[bytes]) -> dict[str, Held]:
+        """Return what each machine with tiers has, or can fetch, of a prompt whose blocks have these names."""
         own = {address: memory.cached_tokens(names) for address, memory in self._memories.items()}
-        sources = {address: _peers(engine) for address, engine in ready.items()}
+        sources = self._sources
         most = sorted(((own[each], sources[each], each) for each in own if sources.get(each)), reverse=True)[:2]
         found: dict[str, Held] = {}
         for address, num_tokens in own.items():  # the most that another one has

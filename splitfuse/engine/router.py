@@ -81,6 +81,8 @@ class Router(EngineClient):
         self.name_key = name_key or new_key()
         self._tiers = MachineTiers(self.replicas)
         self._shortlist = Shortlist()
+        self._largest: EngineInfo | None = None
+        self._has_changed = True  # a replica, since the shortlist and the tiers followed it
         self._namer: BlockNamer | None = None  # made for the first request: replicas that are ready have a block size
         self._restarting: set[int] = set()
         self._scaler = Scaler(
@@ -93,7 +95,7 @@ class Router(EngineClient):
         self._is_ending = False
         self._leaving: set[asyncio.Task[None]] = set()  # tasks that restart engines which are asked to end
         for replica in self.replicas:
-            replica.on_leaving = self._begin_leaving
+            replica.on_leaving, replica.on_change = self._begin_leaving, self._note_change
 
     @property
     def state(self) -> EngineState:
@@ -109,9 +111,11 @@ class Router(EngineClient):
     @property
     def info(self) -> EngineInfo:
         """Return what is known of the replica with the largest limits, dead or not: what it can hold is no error."""
-        if not (infos := [info for each in self.replicas if (info := each.known_info) is not None]):
-            raise EngineUnavailableError("no engine is ready yet")
-        info = max(infos, key=_room)
+        if self._largest is None:
+            if not (infos := [info for each in self.replicas if (info := each.known_info) is not None]):
+                raise EngineUnavailableError("no engine is ready yet")
+            self._largest = max(infos, key=_room)
+        info = self._largest
         return info if self._loans is None else msgspec.structs.replace(info, limits=self._loans.limits(info))
 
     @property
@@ -162,7 +166,8 @@ class Router(EngineClient):
             replica.state = EngineState.STOPPED  # its start is told of then, too
             self.replicas.append(replica)
             self._recovery.add(replica)
-            replica.on_leaving = self._begin_leaving
+            replica.on_leaving, replica.on_change = self._begin_leaving, self._note_change
+            self._note_change()
             for listener in self._followers:
                 listener(replica)
 
@@ -382,6 +387,7 @@ class Router(EngineClient):
                 among, request = [planned.debtor], msgspec.structs.replace(request, loan=planned.loan)
             else:
                 return None
+        self._follow()
         names = self._name_blocks(request)
         held = self._tiers.held(names)
         copy, now = _copy_of(request, self.info), time.monotonic()
@@ -397,17 +403,28 @@ class Router(EngineClient):
         taken = partial(self._sent, replica, replica.view, copy, names, planned)
         return Choice(replica, taken, None if planned is None else planned.loan, sources, copy)
 
+    def _note_change(self) -> None:
+        self._has_changed, self._largest = True, None
+
+    def _follow(self) -> None:
+        """Follow the replicas as they are, if one has changed: what is asked of all of them is not asked each time."""
+        if self._has_changed:
+            self._has_changed = False
+            self._tiers.follow()
+            if len(self.replicas) > ALL_ARE_PICKED:
+                self._shortlist.sync([each.view for each in self.replicas])
+
     def _pick(
         self, request: Add, among: Collection[LocalClient], names: Sequence[bytes], now: float
     ) -> Sequence[LocalClient]:
         """Return the replicas among some that accept a request; of more than a few, those that are worth a test."""
         if len(among) > ALL_ARE_PICKED:
-            self._shortlist.sync([each.view for each in self.replicas])
-            allowed = set(among)
+            allowed = None if among is self.replicas else set(among)
 
             def accepts(number: int) -> bool:
                 each = self.replicas[number]
-                return each in allowed and not each.silent and _accepts(each, request)
+                is_allowed = allowed is None or each in allowed
+                return is_allowed and not each.silent and _accepts(each, request)
 
             if picked := self._shortlist.pick(names, accepts, now):
                 return [self.replicas[number] for number in picked]

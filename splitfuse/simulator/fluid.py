@@ -16,9 +16,8 @@ from splitfuse.core.routing import Candidate, choose_replica
 from splitfuse.core.shortlist import Shortlist
 from splitfuse.core.slo.cost_model import StepTimes
 from splitfuse.core.slo.feasibility import Feasibility
-from splitfuse.core.slo.usual_step import usual_step
 from splitfuse.core.virtual_replica import Job, VirtualReplica
-from splitfuse.runtime.calibration import Calibration
+from splitfuse.simulator.deployment import SimulationConfig
 
 
 class Clock:
@@ -30,13 +29,16 @@ class Clock:
 class FluidReplica:
     """Serves requests one prompt after the other, while every running one has its part of each step."""
 
-    def __init__(self, calibration: Calibration, clock: Clock) -> None:
+    def __init__(self, engine: SimulationConfig, clock: Clock) -> None:
+        """Simulate an engine without an SLO, whose steps have as many tokens as its budget while there are prompts."""
+        calibration, budget = engine.calibration, engine.budget.tokens
         self.times: StepTimes | None = StepTimes(calibration.cost)
         self.memory = PrefixMemory(calibration.num_blocks, calibration.block_size)
         self.num_tokens = 0
         """Number of tokens that it was sent to compute."""
         self._outlook = Feasibility(self.times, (), now=0.0)
-        self._fluid = VirtualReplica(self._outlook, step=usual_step(self._outlook, ()))
+        step = self._outlook.overhead + self._outlook.seconds_of(budget, budget)
+        self._fluid = VirtualReplica(self._outlook, step=step)
         self._clock = clock
 
     def load(self, now: float) -> float:

@@ -123,6 +123,9 @@ class SimulatedTarget(Target):
         self._network = None if deployment.link is None else Network(deployment.link)
         self._loans = None if deployment.lending is None else LoanPool(self._replicas, deployment.lending)
         self._shortlist = Shortlist(seed=0)
+        self._is_synced = False
+        for replica in self._replicas:
+            replica.on_emptied = self._note_emptied
         self._numbers = itertools.count()
         self.vocabulary = self.answer_vocabulary = Bytes(256)
         sizes = [lane.engine.calibration for _, lane in lanes]
@@ -218,14 +221,21 @@ class SimulatedTarget(Target):
             landed = LandedKv(block_names=names, num_landed=len(known))
             await second.answer(name, (*known, 0), max_tokens - 1, times, targets, kv=landed)
 
+    def _note_emptied(self) -> None:
+        self._is_synced = False
+
     def _choose(self, copy: Request, names: list[bytes]) -> Replica:
         """Return the replica that the router would choose for a request whose blocks have these names."""
         shared = 0 if self._tiers is None else self._tiers.cached_tokens(names)
         now = asyncio.get_running_loop().time()
-        running = [each for each in self._replicas if each.is_running]
-        if len(running) > ALL_ARE_PICKED:
-            self._shortlist.sync([each.view if each.is_running else None for each in self._replicas])
-            running = [self._replicas[each] for each in self._shortlist.pick(names, lambda _: True, now)]
+        if len(self._replicas) > ALL_ARE_PICKED:
+            if not self._is_synced:
+                self._is_synced = True
+                self._shortlist.sync([each.view for each in self._replicas])
+            picked = self._shortlist.pick(names, lambda number: self._replicas[number].is_running, now)
+            running = [self._replicas[number] for number in picked]
+        else:
+            running = [each for each in self._replicas if each.is_running]
         candidates = [
             Candidate(each.view, expected_tokens(each.memory.cached_tokens(names), shared)) for each in running
         ]
@@ -293,6 +303,8 @@ class Replica:
         self._copy_seconds = lane.engine.block_bytes / lane.engine.kv_memory_speed
         self._newest_seconds = 0.0  # of the newest step
         self._num_failures = 0  # under way
+        self.on_emptied: Callable[[], None] = lambda: None
+        """Listener that is called when it has lost all that it had, and has another `view`."""
         self.is_started = True
         """Whether it is to take requests: False before it is started, and from when it is drained."""
         self.pool: LoanPool | None = None
@@ -342,6 +354,7 @@ class Replica:
         self._waiting: dict[str, _Waiting] = {}
         self._step: asyncio.TimerHandle | None = None
         self._fetched: asyncio.TimerHandle | None = None  # when there is nothing to do before
+        self.on_emptied()
 
     @property
     def is_running(self) -> bool:

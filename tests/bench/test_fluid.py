@@ -11,7 +11,7 @@ from splitfuse.simulator.fluid import CellsFront, Clock, FluidReplica, Front, Ro
 def fluid(replicas: int, per_replica: int, kind: str) -> tuple[float, float, float]:
     """Return the share of cached tokens, the mean time to a first token, and the most loaded to the mean."""
     clock = Clock()
-    members = [FluidReplica(scale.calibration(), clock) for _ in range(replicas)]
+    members = [FluidReplica(scale.engine(), clock) for _ in range(replicas)]
     front: Front = CellsFront(members, size=20) if kind == "cells" else scale.make_front(kind, members)
     sent = run(scale.fluid_requests(replicas, replicas * per_replica), members, front, clock)
     cached = sum(each.num_cached for each in sent) / sum(each.num_prompt for each in sent)
@@ -21,7 +21,7 @@ def fluid(replicas: int, per_replica: int, kind: str) -> tuple[float, float, flo
 
 def test_a_lone_request_takes_what_the_cost_model_says() -> None:
     clock = Clock()
-    replica = FluidReplica(scale.calibration(), clock)
+    replica = FluidReplica(scale.engine(), clock)
     request = scale.new_request("a", (0,) * 1280, 0.0)
     expected = replica.first_token(request, 0)
     assert replica.first_token(request, 1024) < 0.5 * expected
