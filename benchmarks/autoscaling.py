@@ -1,15 +1,16 @@
 """Autoscaling by SLO against an oracle, and what sixteen replicas are worth, in simulation.
 
-    python -m benchmarks.autoscaling day [--hours H] [--start-seconds S] [--window S] [--in-time F] [--seed N]
+    python -m benchmarks.autoscaling day [--hours H] [--start-seconds S] [--window S] [--in-time F] [--seed N] [--full]
     python -m benchmarks.autoscaling fixed [--replicas 8,12,16] [--hours H] [--seed N]
     python -m benchmarks.autoscaling oracle [--hours H] [--seed N] [--every N]
     python -m benchmarks.autoscaling scaling [--replicas 1,2,4,8,16] [--clients N]
 
-`day` simulates a day with bursts, with one to sixteen replicas: the real scheduler, router and `replicas_wanted`
-(splitfuse/core/capacity.py), where a replica takes some time to start and one that is stopped is drained. Prints the
-share of the requests that met the SLO, the replica-hours, and those of an oracle: for each minute the smallest number
-of replicas that keeps 95 % of its requests within the SLO, knowing them, by virtual replicas, each started as long
-before as it takes. With few hours the day is that much faster, while replicas take as long as ever to start. `fixed`
+`day` simulates a day with bursts, with one to sixteen replicas: the real router and `replicas_wanted`
+(splitfuse/core/capacity.py), where a replica takes some time to start and one that is stopped is drained. Replicas are
+fluids (splitfuse/simulator/fluid.py), or with --full have the real scheduler, which takes a hundred times as long. It
+prints the share of the requests that met the SLO, the replica-hours, and those of an oracle: for each minute the
+smallest number of replicas that keeps 95 % of its requests within the SLO, knowing them, by virtual replicas, each
+started as long before as it takes. With few hours the day is that much faster, while replicas take as long as ever to start. `fixed`
 prints the share with a number of replicas that does not change. `oracle` compares its number with that of full
 replicas, for one minute of every so many. `scaling` prints the requests/s of a closed loop with so many clients for
 each replica.
@@ -30,21 +31,28 @@ from splitfuse.bench.results import MeasuredRequest
 from splitfuse.bench.workload import LoadRequest
 from splitfuse.config import SchedulerConfig
 from splitfuse.core.capacity import PART, Arrival, replicas_needed
+from splitfuse.core.request import Request
+from splitfuse.core.sampling_params import SamplingParams
+from splitfuse.core.scheduling_options import SchedulingOptions
 from splitfuse.core.slo.cost_model import StepTimes
+from splitfuse.core.slo.feasibility import Feasibility
 from splitfuse.core.slo.targets import NO_SLO
+from splitfuse.core.slo.usual_step import usual_step
 from splitfuse.simulator import virtual_time
 from splitfuse.simulator.autoscaling import AutoscaledTarget, Autoscaling
 from splitfuse.simulator.deployment import Deployment, SimulationConfig
+from splitfuse.simulator.fluid import Clock, FluidReplica, best_of
 from splitfuse.simulator.simulate import SimulatedTarget
 
-SCENARIO = Scenario("0.5b-int8-avx2", "paper-small", "70%", (Slo("3", "itl 3"),))
+SCENARIO = Scenario("0.5b-int8-avx2", "paper-small", "70%", (Slo("3", "itl 10"),))
 """Machine, workload and SLO, as of benchmarks.dominance. The load is that of a replica at the peak of the day."""
 LEAST, MOST = 1, 16
 PEAK = 11.0
 """Replicas' loads at the peak, without bursts."""
 NIGHT = 0.1
 """Load at night, relative to the peak."""
-BURSTS = 10
+BURSTS = 3.0
+"""Number of bursts in an hour."""
 BURST = (1.3, 1.8)
 """Factors of the smallest and of the largest burst."""
 BURST_SECONDS = (120.0, 480.0)
@@ -58,8 +66,9 @@ class Day:
         random = Random(f"{seed} day")
         self.seconds = 3600.0 * hours
         self._bursts = []
-        for number in range(BURSTS):
-            begin = self.seconds * (number + random.random()) / BURSTS
+        bursts = round(BURSTS * hours)
+        for number in range(bursts):
+            begin = self.seconds * (number + random.random()) / bursts
             self._bursts.append((begin, begin + random.uniform(*BURST_SECONDS), random.uniform(*BURST)))
         self.times: list[float] = []
         most, at = PEAK * BURST[1] * SCENARIO.rate, 0.0
@@ -134,22 +143,93 @@ def oracle(day: Day, *, start_seconds: float) -> tuple[list[int], float]:
     return needed, paid * PART / 3600.0
 
 
-def print_day(day: Day, scaling: Autoscaling) -> None:
+class FluidServer:
+    """Simulates the day with fluid replicas: as AutoscaledTarget does with full ones, but those that are drained serve
+    what they have to its end, and count until then.
+    """
+
+    def __init__(self, day: Day, scaling: Autoscaling) -> None:
+        self._day, self._scaling, self._clock = day, scaling, Clock()
+        self._arrivals = day.arrivals()
+        self._times = StepTimes(SCENARIO.calibration.cost)
+        outlook = Feasibility(self._times, (), now=0.0)
+        margin = (day.targets.ttft or 0.0) / 2
+        self._step = usual_step(outlook, [margin])
+        self._ready = [self._replica() for _ in range(scaling.least)]
+        self._starting: list[float] = []  # when they will be ready
+        self._draining: list[FluidReplica] = []
+        self.replica_seconds = 0.0
+        self.counts = [(0.0, scaling.least)]
+
+    def _replica(self) -> FluidReplica:
+        return FluidReplica(engine(), self._clock, step=self._step)
+
+    def run(self) -> list[tuple[float, bool]]:
+        """Return when each request came, and whether it met its SLO."""
+        check, sent, first = self._scaling.check_seconds, [], 0
+        for number, arrival in enumerate(self._arrivals):
+            while check <= arrival.at:
+                while self._arrivals[first].at < check - self._scaling.window:
+                    first += 1
+                self._check(check, self._arrivals[first:number])
+                check += self._scaling.check_seconds
+            self._clock.now = arrival.at
+            self._begin(arrival.at)
+            request = Request(
+                *(str(number), (0,) * arrival.num_prompt, SamplingParams(), arrival.max_tokens),
+                seed=0,
+                scheduling=SchedulingOptions(targets=arrival.targets, arrival_time=arrival.at),
+            )
+            replica = best_of(self._ready, request, (), arrival.at)
+            sent.append((arrival.at, replica.add(request, (), 0)))
+        for replica in (*self._ready, *self._draining):
+            replica.finish()
+        return [(at, not job.is_late) for at, job in sent]
+
+    def _begin(self, now: float) -> None:
+        """Let those take requests that have started."""
+        for at in [at for at in self._starting if at <= now]:
+            self._starting.remove(at)
+            self._ready.append(self._replica())
+
+    def _check(self, now: float, arrivals: Sequence[Arrival]) -> None:
+        self._clock.now = now
+        self._begin(now)
+        self._draining = [each for each in self._draining if not each.is_idle]
+        before = len(self._ready) + len(self._starting)
+        self.replica_seconds += (before + len(self._draining)) * self._scaling.check_seconds
+        wanted = self._scaling.wanted(arrivals, self._times, now=now, num_replicas=before)
+        self._starting += [now + self._scaling.start_seconds] * (wanted - before)
+        while len(self._ready) + len(self._starting) > wanted:
+            if self._starting:
+                self._starting.pop()
+            else:
+                self._draining.append(self._ready.pop())
+        if wanted != before:
+            self.counts.append((now, wanted))
+
+
+def print_day(day: Day, scaling: Autoscaling, *, is_full: bool) -> None:
     began = time.process_time()
-    target = AutoscaledTarget(engine(), scaling)
-    answers = send(target, day)
+    server: AutoscaledTarget | FluidServer
+    if is_full:
+        server = AutoscaledTarget(engine(), scaling)
+        answers = send(server, day)
+    else:
+        server = FluidServer(day, scaling)
+        answers = server.run()
     took = time.process_time() - began
-    hours = target.replica_seconds / 3600.0
+    hours = server.replica_seconds / 3600.0
     needed, oracle_hours = oracle(day, start_seconds=scaling.start_seconds)
     met = sum(kept for _, kept in answers) / len(answers)
     by_minute: dict[int, list[bool]] = {}
     for at, kept in answers:
         by_minute.setdefault(int(at // PART), []).append(kept)
     good = sum(sum(kept) >= KEPT * len(kept) for kept in by_minute.values()) / len(by_minute)
-    numbers = [number for _, number in target.counts]
+    numbers = [number for _, number in server.counts]
     print(
         f"{len(answers)} requests, {min(numbers)} to {max(numbers)} replicas (oracle {min(needed)} to {max(needed)}), "
-        f"{len(numbers) - 2} changes: within the SLO {met:.2%}, minutes with {KEPT:.0%} {good:.1%}; replica-hours "
+        f"{len(numbers) - 1} changes: within the SLO {met:.2%}, minutes with {KEPT:.0%} {good:.1%}; replica-hours "
         f"{hours:.2f}, oracle {oracle_hours:.2f}: {hours / oracle_hours:.3f}; always {MOST}: "
         f"{MOST * day.seconds / 3600:.0f}  ({took:.0f} s)",
         flush=True,
@@ -227,13 +307,14 @@ def print_scaling(numbers: Sequence[int], clients: int, per_client: int) -> None
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=("day", "fixed", "oracle", "scaling"))
-    parser.add_argument("--hours", type=float, default=4.0)
+    parser.add_argument("--hours", type=float, default=24.0)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--start-seconds", type=float, default=60.0)
     parser.add_argument("--check-seconds", type=float, default=10.0)
     parser.add_argument("--window", type=float, default=300.0)
     parser.add_argument("--in-time", type=float, default=KEPT)
     parser.add_argument("--every", type=int, default=12)
+    parser.add_argument("--full", action="store_true", help="simulate full replicas, steps and all")
     parser.add_argument("--replicas", default="", help="numbers of replicas, separated by commas")
     parser.add_argument("--clients", type=int, default=16)
     parser.add_argument("--per-client", type=int, default=8)
@@ -253,7 +334,7 @@ def main() -> None:
                 window=arguments.window,
                 in_time=arguments.in_time,
             )
-            print_day(day, scaling)
+            print_day(day, scaling, is_full=arguments.full)
         case "fixed":
             print_fixed(day, numbers or [8, 12, 16])
         case _:

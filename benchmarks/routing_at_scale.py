@@ -1,7 +1,7 @@
 """Routing among many replicas: what a choice takes, and how good it is, in simulation.
 
     python -m benchmarks.routing_at_scale decisions [--replicas 16,100,1000,10000]
-    python -m benchmarks.routing_at_scale fleet [--replicas N] [--per-replica N] [--fronts one,exact,cells,random]
+    python -m benchmarks.routing_at_scale fleet [--replicas N] [--per-replica N] [--load F] [--fronts one,exact,cells,random]
     python -m benchmarks.routing_at_scale check [--replicas 16,256] [--per-replica N]
 
 Prompts begin with one of many prefixes, which are asked for by Zipf's law: the most popular of 50,000 comes with every
@@ -52,8 +52,7 @@ NUM_BLOCKS = 320
 """Blocks of a replica's cache: of sixteen whole prompts."""
 PREFIXES = 5
 """Number of prefixes for each replica."""
-LOAD = 0.5
-"""Arrivals, relative to those that a replica could serve if it had all prefixes."""
+LOAD = 0.6
 CELL = 100
 WARM_UP = 0.4
 """Fraction of the requests, the first, which do not count: caches are empty at the start."""
@@ -65,28 +64,28 @@ def engine() -> SimulationConfig:
     return SimulationConfig(calibration=calibration, scheduler=SchedulerConfig(max_num_seqs=128))
 
 
-def rate() -> float:
-    """Return the requests/s of each replica."""
+def rate(load: float) -> float:
+    """Return the requests/s of each replica, relative to those that it could serve if it had all prefixes."""
     outlook = Feasibility(StepTimes(MACHINES[MACHINE].cost), (), now=0.0)
     prompt = outlook.seconds_of(PREFIX, OWN)
-    return LOAD / (prompt + (ANSWER - 1) * outlook.seconds_of(PREFIX + OWN, 1))
+    return load / (prompt + (ANSWER - 1) * outlook.seconds_of(PREFIX + OWN, 1))
 
 
-def plan(replicas: int, count: int, seed: int = 1) -> Iterator[tuple[float, int]]:
+def plan(replicas: int, count: int, load: float = LOAD, *, seed: int = 1) -> Iterator[tuple[float, int]]:
     """Yield the time and the prefix of each request."""
     random = Random(seed)
     number = PREFIXES * replicas
     weights = list(accumulate(1.0 / rank for rank in range(1, number + 1)))
     at = 0.0
     for _ in range(count):
-        at += random.expovariate(rate() * replicas)
+        at += random.expovariate(rate(load) * replicas)
         yield at, random.choices(range(number), cum_weights=weights)[0]
 
 
-def fluid_requests(replicas: int, count: int) -> Iterator[tuple[float, Request, list[bytes]]]:
+def fluid_requests(replicas: int, count: int, load: float = LOAD) -> Iterator[tuple[float, Request, list[bytes]]]:
     """Yield requests whose prompts are zeros and whose blocks have names as if they were not."""
     prompt = (0,) * (PREFIX + OWN)
-    for number, (at, prefix) in enumerate(plan(replicas, count)):
+    for number, (at, prefix) in enumerate(plan(replicas, count, load)):
         names = [b"p%d %d" % (prefix, block) for block in range(PREFIX // BLOCK)]
         names += [b"o%d %d" % (number, block) for block in range(OWN // BLOCK)]
         yield at, new_request(str(number), prompt, at), names
@@ -164,7 +163,7 @@ def figures(hits: float, ttfts: list[float], loads: Sequence[int]) -> str:
     )
 
 
-def fleet(replicas: int, per_replica: int, kinds: Sequence[str]) -> None:
+def fleet(replicas: int, per_replica: int, load: float, kinds: Sequence[str]) -> None:
     for kind in kinds:
         clock = Clock()
         members = [FluidReplica(engine(), clock) for _ in range(replicas)]
@@ -173,7 +172,7 @@ def fleet(replicas: int, per_replica: int, kinds: Sequence[str]) -> None:
 
         def requests(members: list[FluidReplica] = members, loads: list[int] = loads) -> Iterator:  # type: ignore[type-arg]
             count = replicas * per_replica
-            for number, each in enumerate(fluid_requests(replicas, count)):
+            for number, each in enumerate(fluid_requests(replicas, count, load)):
                 if number == int(WARM_UP * count):
                     loads += [member.num_tokens for member in members]
                 yield each
@@ -188,7 +187,7 @@ def fleet(replicas: int, per_replica: int, kinds: Sequence[str]) -> None:
         )
 
 
-def full_replicas(replicas: int, per_replica: int) -> str:
+def full_replicas(replicas: int, per_replica: int, load: float) -> str:
     """Return the figures of full replicas."""
     target = SimulatedTarget(Deployment.of(engine(), replicas=replicas))
     count = replicas * per_replica
@@ -205,7 +204,7 @@ def full_replicas(replicas: int, per_replica: int) -> str:
         return answer.token_times[0] - at
 
     async def send_all() -> list[float]:
-        planned = enumerate(plan(replicas, count))
+        planned = enumerate(plan(replicas, count, load))
         return await asyncio.gather(*(send(number, at, prefix) for number, (at, prefix) in planned))
 
     ttfts = virtual_time.run(send_all())[counted_from:]
@@ -285,6 +284,7 @@ def main() -> None:
     parser.add_argument("what", choices=("decisions", "fleet", "check"))
     parser.add_argument("--replicas", default="", help="numbers of replicas, separated by commas")
     parser.add_argument("--per-replica", type=int, default=30, help="requests for each replica")
+    parser.add_argument("--load", type=float, default=LOAD, help="of what a replica serves that has all prefixes")
     parser.add_argument("--fronts", default="one,exact,cells,random")
     arguments = parser.parse_args()
     default = {"decisions": "16,100,1000,10000", "fleet": "10000", "check": "16,256"}[arguments.what]
@@ -294,10 +294,10 @@ def main() -> None:
             asyncio.run(decisions(count, NO_SLO))
             asyncio.run(decisions(count, SloTargets(ttft=5.0, itl=1.0)))
     for count in numbers if arguments.what == "fleet" else ():
-        fleet(count, arguments.per_replica, arguments.fronts.split(","))
+        fleet(count, arguments.per_replica, arguments.load, arguments.fronts.split(","))
     for count in numbers if arguments.what == "check" else ():
-        fleet(count, arguments.per_replica, ["one"])
-        print(f"{count:6} replicas, full   {full_replicas(count, arguments.per_replica)}", flush=True)
+        fleet(count, arguments.per_replica, arguments.load, ["one"])
+        print(f"{count:6} replicas, full   {full_replicas(count, arguments.per_replica, arguments.load)}", flush=True)
 
 
 if __name__ == "__main__":

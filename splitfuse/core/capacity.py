@@ -37,6 +37,8 @@ MOST_REPLICAS = 1024
 LONGEST_FORECAST = 120.0
 """Seconds ahead that are looked at, if a replica takes longer to start: the last minutes say little of what comes then.
 """
+CHECKED_EVERY = 128
+"""Number of arrivals after which it is looked whether too many are late already."""
 SURGE = 15.0
 """Seconds at the end of the window in which more arrivals than before are taken to go on."""
 SURE = 2.0
@@ -118,12 +120,20 @@ def replicas_needed(
     def is_enough(count: int) -> bool:
         replicas = [VirtualReplica(outlook, step=step) for _ in range(count)]
         jobs = [each.job(outlook) for each in expected]
-        for job, (arrival, _) in zip(jobs, expected, strict=True):
-            min(replicas, key=lambda each: each.wait(arrival.at)).add(job, arrival.at)
+
+        def is_kept() -> bool:
+            late = Counter(part for job, part in zip(jobs, parts, strict=True) if job.is_late)
+            return all(late[part] <= most for part, most in allowed.items())
+
+        for number, (job, (arrival, _)) in enumerate(zip(jobs, expected, strict=True)):
+            at = arrival.at
+            if number % CHECKED_EVERY == 0 and not is_kept():
+                return False
+            waits = [each.wait(at) for each in replicas]
+            replicas[waits.index(min(waits))].add(job, at)
         for replica in replicas:
             replica.advance()
-        late = Counter(part for job, part in zip(jobs, parts, strict=True) if job.is_late)
-        return all(late[part] <= most for part, most in allowed.items())
+        return is_kept()
 
     return _smallest(is_enough, max(guess, 1))
 

@@ -64,6 +64,11 @@ class VirtualReplica:
         self._speed = 1.0
         """Seconds of prompts that are done in a second."""
 
+    @property
+    def is_idle(self) -> bool:
+        """Return whether it had nothing to do when it last advanced."""
+        return not (self._due or self._overdue or self._decodes)
+
     def wait(self, now: float) -> float:
         """Return about how long a new prompt waits, as the router counts it."""
         return max(self._backlog - (now - self._now) * self._speed, 0.0) + self._decode_seconds

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from splitfuse.bench.target import Answer
@@ -42,6 +43,20 @@ class Autoscaling:
                 f"autoscaling needs seconds to start of at least 0, checks some seconds apart and a window of at least "
                 f"60 s, not {self.start_seconds}, {self.check_seconds} and {self.window}"
             )
+
+    def wanted(self, arrivals: Sequence[Arrival], times: StepTimes, *, now: float, num_replicas: int) -> int:
+        """Return how many replicas there should be, where there are `num_replicas`."""
+        return replicas_wanted(
+            arrivals,
+            times,
+            now=now,
+            num_replicas=num_replicas,
+            start_seconds=self.start_seconds,
+            least=self.least,
+            most=self.most,
+            window=self.window,
+            in_time=self.in_time,
+        )
 
 
 class AutoscaledTarget(SimulatedTarget):
@@ -94,17 +109,7 @@ class AutoscaledTarget(SimulatedTarget):
             await asyncio.sleep(scaling.check_seconds)
             while self._arrivals and self._arrivals[0].at < loop.time() - scaling.window:
                 self._arrivals.popleft()
-            wanted = replicas_wanted(
-                self._arrivals,
-                self._times,
-                now=loop.time(),
-                num_replicas=self._num_paid,
-                start_seconds=scaling.start_seconds,
-                least=scaling.least,
-                most=scaling.most,
-                window=scaling.window,
-                in_time=scaling.in_time,
-            )
+            wanted = scaling.wanted(self._arrivals, self._times, now=loop.time(), num_replicas=self._num_paid)
             self._scale(wanted)
 
     def _scale(self, wanted: int) -> None:

@@ -29,16 +29,18 @@ class Clock:
 class FluidReplica:
     """Serves requests one prompt after the other, while every running one has its part of each step."""
 
-    def __init__(self, engine: SimulationConfig, clock: Clock) -> None:
-        """Simulate an engine without an SLO, whose steps have as many tokens as its budget while there are prompts."""
+    def __init__(self, engine: SimulationConfig, clock: Clock, *, step: float | None = None) -> None:
+        """While there are prompts steps take `step` seconds, if no ITL target asks for shorter ones; left out, they
+        have as many tokens as the engine's budget.
+        """
         calibration, budget = engine.calibration, engine.budget.tokens
         self.times: StepTimes | None = StepTimes(calibration.cost)
         self.memory = PrefixMemory(calibration.num_blocks, calibration.block_size)
         self.num_tokens = 0
         """Number of tokens that it was sent to compute."""
         self._outlook = Feasibility(self.times, (), now=0.0)
-        step = self._outlook.overhead + self._outlook.seconds_of(budget, budget)
-        self._fluid = VirtualReplica(self._outlook, step=step)
+        whole = self._outlook.overhead + self._outlook.seconds_of(budget, budget)
+        self._fluid = VirtualReplica(self._outlook, step=whole if step is None else step)
         self._clock = clock
 
     def load(self, now: float) -> float:
@@ -62,11 +64,19 @@ class FluidReplica:
             num_prompt=request.num_prompt_tokens,
             num_cached=cached,
             num_generated=request.max_tokens,
+            deadline=request.slo.deadline,
+            gap=request.slo.itl_target,
         )
         self.num_tokens += request.num_prompt_tokens - cached + request.max_tokens - 1
         self.memory.add(names)
         self._fluid.add(job, self._clock.now)
         return job
+
+    @property
+    def is_idle(self) -> bool:
+        """Return whether it has no request."""
+        self._fluid.advance(self._clock.now)
+        return self._fluid.is_idle
 
     def finish(self) -> None:
         """Serve what there is to its end."""
