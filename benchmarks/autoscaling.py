@@ -10,10 +10,10 @@
 fluids (splitfuse/simulator/fluid.py), or with --full have the real scheduler, which takes a hundred times as long. It
 prints the share of the requests that met the SLO, the replica-hours, and those of an oracle: for each minute the
 smallest number of replicas that keeps 95 % of its requests within the SLO, knowing them, by virtual replicas, each
-started as long before as it takes. With few hours the day is that much faster, while replicas take as long as ever to start. `fixed`
-prints the share with a number of replicas that does not change. `oracle` compares its number with that of full
-replicas, for one minute of every so many. `scaling` prints the requests/s of a closed loop with so many clients for
-each replica.
+started as long before as it takes. With few hours the day is that much faster, while replicas take as long as ever to
+start. `fixed` prints the share with a number of replicas that does not change. `oracle` compares its number with that
+of full replicas, for one minute of every so many. `scaling` prints the requests/s of a closed loop with so many
+clients for each replica.
 """
 
 from __future__ import annotations

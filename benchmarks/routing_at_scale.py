@@ -1,7 +1,7 @@
 """Routing among many replicas: what a choice takes, and how good it is, in simulation.
 
     python -m benchmarks.routing_at_scale decisions [--replicas 16,100,1000,10000]
-    python -m benchmarks.routing_at_scale fleet [--replicas N] [--per-replica N] [--load F] [--fronts one,exact,cells,random]
+    python -m benchmarks.routing_at_scale fleet [--replicas N] [--per-replica N] [--load F] [--fronts one,exact,...]
     python -m benchmarks.routing_at_scale check [--replicas 16,256] [--per-replica N]
 
 Prompts begin with one of many prefixes, which are asked for by Zipf's law: the most popular of 50,000 comes with every
