@@ -83,7 +83,9 @@ class Add(msgspec.Struct, frozen=True, tag=True):
     def keeps_to(self, limits: EngineLimits) -> bool:
         """Return whether the request, but for what is lent to it, keeps to the limits of an engine."""
         lent = 0 if self.loan is None else self.loan.num_blocks
-        return replace(limits, lent_blocks=lent).fits(len(self.prompt_token_ids), self.params)
+        if lent != limits.lent_blocks:
+            limits = replace(limits, lent_blocks=lent)
+        return limits.fits(len(self.prompt_token_ids), self.params)
 
     @property
     def known_tokens(self) -> tuple[int, ...]:

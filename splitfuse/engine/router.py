@@ -7,7 +7,7 @@ import logging
 import time
 from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from dataclasses import replace
-from functools import cache, partial
+from functools import partial
 
 import msgspec
 
@@ -418,18 +418,17 @@ class Router(EngineClient):
         self, request: Add, among: Collection[LocalClient], names: Sequence[bytes], now: float
     ) -> Sequence[LocalClient]:
         """Return the replicas among some that accept a request; of more than a few, those that are worth a test."""
-        fits = cache(request.keeps_to)  # machines differ in memory, though most do not
         if len(among) > ALL_ARE_PICKED:
             allowed = None if among is self.replicas else set(among)
 
             def accepts(number: int) -> bool:
                 each = self.replicas[number]
                 is_allowed = allowed is None or each in allowed
-                return is_allowed and not each.silent and _accepts(each, request, fits)
+                return is_allowed and not each.silent and _accepts(each, request)
 
             if picked := self._shortlist.pick(names, accepts, now):
                 return [self.replicas[number] for number in picked]
-        return [each for each in among if _accepts(each, request, fits)]
+        return [each for each in among if _accepts(each, request)]
 
     def _choose_receiver(self, stream: Stream, source: LocalClient) -> LocalClient | None:
         """Choose the engine that a stream is to go to from its present one; None if none can have it now."""
@@ -548,13 +547,13 @@ def _has_room(replica: LocalClient, stream: Stream) -> bool:
     return view.free.fit([*view.waiting, _copy_of(stream.resumption(0.0), replica.info)], num_running=len(view.running))
 
 
-def _accepts(replica: LocalClient, request: Add, fits: Callable[[EngineLimits], bool]) -> bool:
+def _accepts(replica: LocalClient, request: Add) -> bool:
     """Return whether a replica can be sent a request now."""
     if replica.view is None or not _is_open(replica):
         return False
     if request.adapter and not replica.has_adapter(request.adapter):  # it is loaded again after a restart
         return False
-    return fits(replica.info.limits)
+    return request.keeps_to(replica.info.limits)  # machines differ in memory
 
 
 def _candidate(replica: LocalClient, names: Sequence[bytes], shared: int) -> Candidate:
