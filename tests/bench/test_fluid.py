@@ -26,7 +26,7 @@ def test_a_lone_request_takes_what_the_cost_model_says() -> None:
     expected = replica.first_token(request, 0)
     assert replica.first_token(request, 1024) < 0.5 * expected
     (sent,) = run([(0.0, request, [b"a", b"b"])], [replica], RouterFront([replica]), clock)
-    assert sent.ttft == pytest.approx(expected, rel=0.05) and sent.job.ended_at > sent.job.first_token_at
+    assert sent.ttft == pytest.approx(expected, rel=0.1) and sent.job.ended_at > sent.job.first_token_at
     assert replica.memory.cached_tokens([b"a", b"b", b"c"]) == 2 * scale.BLOCK
 
 
