@@ -238,6 +238,18 @@ def test_a_wrong_token_is_said_in_a_sentence(nodes: RayNodes, monkeypatch: pytes
     run(test())
 
 
+def test_a_cluster_of_this_machine_alone(wanted: list[Add], whole: list[list[int]]) -> None:
+    async def test() -> None:
+        router = make_replicas(EngineConfig.from_settings(SETTINGS), ray="local")
+        try:
+            await router.start()
+            assert await answers(router, named("local", wanted)) == whole
+        finally:
+            await router.close()
+
+    run(test())
+
+
 def test_a_server_on_ray_by_the_command_line(nodes: RayNodes, tmp_path: Path) -> None:
     """What it has placed ends with it, though it is killed."""
     flags = ("--ray", nodes.address, "--replicas", "1", "--num-threads", "1", "--num-blocks", "400")

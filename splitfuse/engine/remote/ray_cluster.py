@@ -25,6 +25,8 @@ DRIVER = "splitfuse.engine.remote.ray_driver"
 """Module which the process runs."""
 LOCAL = "local"
 """Address that stands for a cluster of this machine alone, which is started and ends with the server."""
+LONGEST_CALL = 100.0
+"""Longest time, in seconds, until a cluster has let us in and the process of an engine listens, besides its place."""
 TIME_TO_END = 5.0
 """Seconds that the process has to release what it has placed."""
 
@@ -108,7 +110,12 @@ class RayCluster:
         self._waiting[number] = placed
         self._driver.send(Place(number, spec))
         try:
-            return await placed
+            async with asyncio.timeout(spec.seconds + LONGEST_CALL):
+                return await placed
+        except TimeoutError:
+            self.release(number)
+            message = f"Ray has not answered for {spec.seconds + LONGEST_CALL:g} s"
+            raise EngineUnavailableError(message) from None
         except BaseException:
             self.release(number)  # if it comes later
             raise

@@ -37,13 +37,17 @@ CONNECT_SECONDS = 5.0
 """Longest time until the head of a cluster accepts a connection."""
 INIT_SECONDS = 30.0
 """Longest time until Ray has let us in, or has started a cluster of this machine, on however busy a machine."""
+LEAVE_SECONDS = 1.0
+"""Longest time that Ray has to let us in after the server has left."""
 ACTOR_SECONDS = 60.0
 """Longest time until the process of an actor listens, once Ray has a place for it."""
 GIB = 2**30
 
 
 class Driver:
-    """Obeys orders, each in a thread of its own: calls of Ray block."""
+    """Obeys orders, each in a thread of its own: calls of Ray block. Belongs to the main thread, with which a cluster
+    ends that was started here.
+    """
 
     def __init__(self, connection: socket.socket, address: str) -> None:
         self._connection, self._address = connection, address
@@ -52,17 +56,24 @@ class Driver:
         self._groups: dict[int, Any] = {}
         self._actors: dict[int, Any] = {}
         self._released: set[int] = set()
-        self._connected = threading.Event()
+        self._connected, self._left = threading.Event(), threading.Event()
         self._refusal: SplitfuseError | None = None
 
     def run(self) -> None:
         """Obey until the server has left."""
-        threading.Thread(target=self._answer_all, daemon=True).start()
-        threading.Thread(target=self._connect, daemon=True).start()
+        for work in (self._answer_all, self._receive_all):
+            threading.Thread(target=work, daemon=True).start()
+        self._connect()
+        self._left.wait()
+
+    def _receive_all(self) -> None:
         while (message := receive(self._connection)) is not None:
             order = decode_order(message)
             work = self._place if isinstance(order, Place) else self._release
             threading.Thread(target=work, args=(order,), daemon=True).start()
+        self._left.set()
+        if not self._connected.wait(LEAVE_SECONDS):
+            os._exit(1)
 
     def _connect(self) -> None:
         try:
