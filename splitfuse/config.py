@@ -95,7 +95,14 @@ class ModelConfig:
         "Threads of the C++ kernels, in each rank (default: the cores available to this process, divided among them).",
     )
     tensor_parallel_size: int = setting(
-        1, "Number of processes on this machine that compute the model together, each with a part of its weights."
+        1, "Number of processes that compute the model together, each with a part of its weights."
+    )
+    rank: tuple[str, ...] = setting(
+        (),
+        "One of them on another machine (splitfuse rank), as host:port; repeated for all but this process.",
+    )
+    rank_key_file: str | None = setting(
+        None, "File with the secret that ranks elsewhere have too, readable by its owner only; needed with rank."
     )
     draft_model: str | None = setting(
         None,
@@ -136,6 +143,18 @@ class ModelConfig:
         _at_least("tensor_parallel_size", self.tensor_parallel_size, 1)
         if self.tensor_parallel_size > MAX_RANKS:
             raise ConfigError(f"tensor_parallel_size must be at most {MAX_RANKS}, not {self.tensor_parallel_size}")
+        for text in self.rank:
+            if parse_address("rank", text)[1] == 0:
+                raise ConfigError(f"rank {text} must have the port that it listens on, such as 9100")
+        if self.rank and self.tensor_parallel_size != len(self.rank) + 1:
+            raise ConfigError(
+                f"tensor_parallel_size={self.tensor_parallel_size} must count this process and the {len(self.rank)} of "
+                f"rank, on other machines: set it to {len(self.rank) + 1}"
+            )
+        if twice := next((each for each in self.rank if self.rank.count(each) > 1), None):
+            raise ConfigError(f"rank {twice} is given twice: give each once")
+        if bool(self.rank) != (self.rank_key_file is not None):
+            raise ConfigError("rank and rank_key_file go together: give both or none")
         if self.lora and self.tensor_parallel_size > 1:
             raise ConfigError(
                 f"lora cannot be used with tensor_parallel_size={self.tensor_parallel_size}, whose ranks have no "
@@ -144,6 +163,11 @@ class ModelConfig:
         names = [parse_adapter(each)[0] for each in self.lora]
         if twice := next((name for name in names if names.count(name) > 1), None):
             raise ConfigError(f"lora gives the name {twice!r} to two adapters: each needs one of its own")
+
+    @property
+    def num_local_ranks(self) -> int:
+        """Return how many processes of this machine compute the model together."""
+        return 1 if self.rank else self.tensor_parallel_size
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -566,6 +590,26 @@ class ServerConfig:
         """Return the configuration from flat settings. Raises ConfigError for an unknown name or a wrong type."""
         refuse_unknown(settings, [each.name for each in dataclasses.fields(cls)])
         return _parse(cls, settings)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RankConfig:
+    """Says how a rank is reached that computes a model with a server on another machine (splitfuse rank)."""
+
+    model: str | None = setting(None, "Model folder, GGUF file or Hub name here (default: the server's).")
+    listen: str | None = setting(None, "Address and port to listen on, such as 10.0.0.2:9100; 0.0.0.0 for any address.")
+    key_file: str | None = setting(
+        None, "File with the secret that the server has as rank_key_file, readable by its owner only."
+    )
+
+    def __post_init__(self) -> None:
+        if self.listen is None:
+            raise ConfigError("listen is missing: give the address to listen on, such as --listen 10.0.0.2:9100")
+        parse_address("listen", self.listen)
+        if self.key_file is None:
+            raise ConfigError(
+                "key_file is missing: give a file with a secret, which (umask 077; openssl rand -hex 32 > FILE) makes"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -20,6 +20,7 @@ from splitfuse.cli.generate import generate
 from splitfuse.cli.models import models
 from splitfuse.cli.plan_memory import plan_memory
 from splitfuse.cli.ps import ps
+from splitfuse.cli.rank import rank
 from splitfuse.cli.replay import replay
 from splitfuse.cli.scale import scale
 from splitfuse.cli.serve import serve
@@ -40,6 +41,7 @@ app.command()(generate)
 app.command()(chat)
 app.command()(serve)
 app.command()(engine)
+app.command()(rank)
 app.command()(ps)
 app.command()(stop)
 app.command()(drain)

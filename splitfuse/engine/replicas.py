@@ -16,13 +16,13 @@ from splitfuse.engine.remote.connector import Agreement, ConnectLauncher
 from splitfuse.engine.remote.launcher import BlockListen, Launcher, SubprocessLauncher
 from splitfuse.engine.remote.ray_cluster import EngineSpec, RayCluster
 from splitfuse.engine.remote.ray_launcher import RayLauncher
-from splitfuse.engine.remote.secret import Secret, read_secret
 from splitfuse.engine.remote.supervisor import SupervisedEngine
 from splitfuse.engine.router import Router
 from splitfuse.engine.tier_files import TierFiles, open_tiers
 from splitfuse.errors import ConfigError
 from splitfuse.kernels.sharing import WeightSharing
 from splitfuse.runtime.machine import paid_cores
+from splitfuse.runtime.secret import Secret, read_secret
 
 _logger = logging.getLogger(__name__)
 

@@ -1,6 +1,6 @@
 """Describes tensor-parallel groups: processes, the ranks, that compute one network together: see csrc/group.h.
 
-Ranks on one machine gather: they share the memory that all read, and meet there.
+Ranks on one machine gather: they share the memory that all read, and meet there. Others add up partial sums.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ import ctypes
 import mmap
 import os
 import struct
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
 import torch
@@ -27,10 +28,13 @@ _BROKEN = struct.Struct("<I")
 
 @dataclass(frozen=True)
 class Shard:
-    """Names the part of a network that one of `size` ranks computes."""
+    """Names the part of a network that one of `size` ranks computes. With `sums`, what o and down give are partial sums
+    over the columns of a rank, which are added; else they give rows of a rank, over all columns.
+    """
 
     rank: int
     size: int
+    sums: bool = False
 
     def span(self, length: int) -> range:
         """Return which of `length` rows are this rank's.
@@ -45,12 +49,27 @@ WHOLE = Shard(0, 1)
 """Part of a network that one process computes alone: all of it."""
 
 
-class Group:
-    """Maps the memory that the ranks of a group share, a file that all have open: `logits` of some rows, and buffers of
-    a step. It ends when one of them breaks it, or waits too long for the others.
+class Group(ABC):
+    """Connects a rank to the others. It ends when one of them does, or waits too long for another."""
 
-    >>> group = Group(make_group_file(logit_bytes=2**10, step_bytes=2**20), WHOLE, logit_bytes=2**10)
-    >>> group.is_broken
+    shard: Shard
+
+    @property
+    @abstractmethod
+    def is_broken(self) -> bool:
+        """Return whether the group has ended."""
+
+    @abstractmethod
+    def end(self) -> None:
+        """End the group, so that no rank waits for this one."""
+
+
+class SharedGroup(Group):
+    """Maps the memory that the ranks of a group on one machine share, a file that all have open: `logits` of some rows,
+    and buffers of a step.
+
+    >>> file = make_group_file(logit_bytes=2**10, step_bytes=2**20)
+    >>> SharedGroup(file, WHOLE, logit_bytes=2**10).is_broken
     False
     """
 
@@ -73,12 +92,25 @@ class Group:
 
     @property
     def is_broken(self) -> bool:
-        """Return whether the group has ended."""
         return bool(_BROKEN.unpack_from(self._map, BROKEN_AT)[0])
 
     def end(self) -> None:
         """End the group for all ranks: a meeting that one waits for fails within some hundredths of a second."""
         _BROKEN.pack_into(self._map, BROKEN_AT, 1)
+
+
+class SummingGroup(Group):
+    """Connects ranks that share no memory. Each calls the same methods in the same order."""
+
+    @abstractmethod
+    def add_up(self, numbers: Tensor) -> None:
+        """Replace numbers in fp32 by their sums over all ranks, added in their order. Raises RankLostError."""
+
+    @abstractmethod
+    def join_columns(self, own: Tensor, columns: int) -> Tensor:
+        """Return the columns of all ranks side by side, [R, columns] in fp32, from those of this one. Raises
+        RankLostError.
+        """
 
 
 def make_group_file(*, logit_bytes: int, step_bytes: int) -> int:

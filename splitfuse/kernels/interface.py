@@ -866,7 +866,7 @@ class Backend(ABC):
 
     def gather_logits(self, x: Tensor, head: Weight, bias: Tensor | None, vocabulary: int, group: Group) -> Tensor:
         """Return the logits [R, V] in fp32 of rows x [R, C], which all ranks have, by the rows of the head of each.
-        They lie in the memory of the group, until it is used again.
+        Where ranks share memory they lie there, until it is used again.
         """
         raise NotImplementedError(f"{self.capabilities.name} cannot be divided among ranks")
 

@@ -1,7 +1,8 @@
 """Divides a network among the ranks of a tensor-parallel group, which compute it together.
 
 A rank has its heads, its part of the inner elements of each MLP and expert, and of the rows of o, down, embedding and
-output head. It reads all columns of each: so every sum is that of one process, to the last bit.
+output head. It reads all columns of each: so every sum is that of one process, to the last bit. Ranks that share no
+memory have the columns of o and down that belong to their heads and inner elements, and add up what these give.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from torch import Tensor
 from splitfuse.errors import ConfigError
 from splitfuse.kernels.batch import RaggedBatch
 from splitfuse.kernels.drawing import Filter
-from splitfuse.kernels.group import Group
+from splitfuse.kernels.group import Group, SharedGroup
 from splitfuse.kernels.interface import AttentionSpec, Backend, ExpertsSpec, LayerSpec, MlpSpec, NetworkWeights
 from splitfuse.models.decoder import Decoder
 from splitfuse.models.kv_cache import KVCache
@@ -29,6 +30,10 @@ DIVIDED = frozenset(
     ]
 )
 """Names of the weights that ranks divide by rows; of the others each has a copy."""
+SUMMED = frozenset(["o", "w2", "mlp.down", "shared.down"])
+"""Names of those which ranks that add up divide by columns instead."""
+ADDED_ONCE = frozenset(f"{name}_bias" for name in SUMMED)
+"""Names of the biases that the first of such ranks adds alone."""
 
 
 def rank_spec(spec: ModelSpec, size: int) -> ModelSpec:
@@ -136,7 +141,8 @@ class RankDecoder(Decoder):
 
     def logits(self, hidden: Tensor) -> Tensor:
         found = super().logits(hidden)
-        return found.clone() if found.data_ptr() == self.group.logits_address else found  # the next ones overwrite them
+        is_shared = isinstance(self.group, SharedGroup) and found.data_ptr() == self.group.logits_address
+        return found.clone() if is_shared else found  # the next ones overwrite them
 
     def head_products(self, hidden: Tensor) -> Tensor:
         self.on_head(hidden)

@@ -44,7 +44,7 @@ from splitfuse.models.families.common import WeightNames
 from splitfuse.models.families.layouts import Place, Stored
 from splitfuse.models.families.registry import find_family
 from splitfuse.models.families.wrappers import kind_aside, text_names
-from splitfuse.models.sharding import DIVIDED, RankDecoder, rank_spec
+from splitfuse.models.sharding import ADDED_ONCE, DIVIDED, SUMMED, RankDecoder, rank_spec
 from splitfuse.models.sources.source import Piece, Shape, WeightSource
 from splitfuse.models.spec import ModelSpec
 
@@ -72,9 +72,14 @@ class Parameter:
     sections: tuple[int, ...]  # rows that ranks divide each for itself: of queries, keys and values, say
 
     def of_rank(self, shard: Shard) -> Parameter:
-        """Return the rows of a rank: its part of each section, or all if every rank has the whole weight."""
+        """Return what a rank has of the weight: its part of each section of rows, or of the columns, or all of it."""
         if shard.size == 1 or self.name not in DIVIDED:
             return self
+        if shard.sums and self.name in SUMMED:
+            columns = shard.span(self.shape[1])
+            return replace(self, parts=tuple(part.only_columns(columns) for part in self.parts))
+        if shard.sums and self.name in ADDED_ONCE:
+            return replace(self, parts=tuple(replace(part, is_zero=shard.rank > 0) for part in self.parts))
         ends = list(accumulate(self.sections, initial=0))
         spans = [(first, shard.span(size)) for first, size in zip(ends, self.sections, strict=False)]
         wanted = [range(first + span.start, first + span.stop) for first, span in spans]
@@ -108,19 +113,29 @@ class Part:
     place: Place
     shape: Shape
     chosen: range | None = None  # of the rows that are taken
+    columns: range | None = None  # of each row
+    is_zero: bool = False  # zeros in place of what is stored
 
     def only(self, rows: range) -> Part:
         """Return some of the rows."""
         return replace(self, chosen=rows, shape=(len(rows), *self.shape[1:]))
 
+    def only_columns(self, columns: range) -> Part:
+        """Return some of the columns."""
+        return replace(self, columns=columns, shape=(self.shape[0], len(columns)))
+
     def take(self, tensor: Tensor) -> Tensor:
         """Return the rows, of the stored tensor."""
         taken = self.stored.take(tensor, self.place)
-        return taken if self.chosen is None else taken[self.chosen.start : self.chosen.stop]
+        if self.chosen is not None:
+            taken = taken[self.chosen.start : self.chosen.stop]
+        if self.columns is not None:
+            taken = taken[:, self.columns.start : self.columns.stop]
+        return torch.zeros_like(taken) if self.is_zero else taken
 
     def row_numbers(self) -> Tensor | None:
         """Return which rows of the stored tensor these are, in order; None if they are no whole rows of it."""
-        if len(self.piece.shape) != 2:
+        if len(self.piece.shape) != 2 or self.columns is not None:
             return None
         numbers = self.take(torch.arange(self.piece.shape[0]).unsqueeze(1))
         return numbers[:, 0] if numbers.shape == (self.shape[0], 1) else None

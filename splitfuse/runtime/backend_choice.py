@@ -128,7 +128,7 @@ def _onednn_obstacle(_config: EngineConfig, dtype: torch.dtype) -> str | None:
 def _cpu_backend(variant: str | None, config: EngineConfig, _why: str) -> CpuBackend:
     return CpuBackend(
         variant=variant,
-        num_threads=config.model.num_threads or max(1, usable_cores() // config.model.tensor_parallel_size),
+        num_threads=config.model.num_threads or max(1, usable_cores() // config.model.num_local_ranks),
         quantization=config.model.quantization,
         group_size=config.model.quantization_group_size,
         kv_int8=config.cache.kv_cache_dtype == "int8",

@@ -45,6 +45,8 @@ def identify(
         "device": gpu(device) or device.type,
         "max_model_len": plan.max_model_len,
     }
+    if model.rank:  # which add up partial sums; others give the same bits as one process
+        parts["ranks"] = model.tensor_parallel_size
     return {name: str(part) for name, part in parts.items()}
 
 

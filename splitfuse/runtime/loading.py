@@ -118,7 +118,7 @@ class LoadedModel:
             num_states=self.plan.num_states,
         )
         threads = getattr(self.decoder.backend, "num_threads", math.inf)
-        threads *= 1 if self.leader is None else self.leader.group.shard.size
+        threads *= 1 if self.leader is None else self.leader.num_local_ranks
         return Executor(self.decoder, cache, self.grammars, keeps_plans=threads < usable_cores())
 
     def make_draft_runner(self, executor: Executor) -> DraftRunner | None:

@@ -162,8 +162,9 @@ def plan_memory(
         raise ConfigError(
             f"max_model_len is {wanted_len}, but the model has {spec.max_position} positions: use at most that"
         )
-    weight_size = weight_bytes(spec, dtype, backend, weights, shard=Shard(0, num_ranks))
-    available = (available_memory(config.model.device) if available is None else available) // num_ranks
+    weight_size = weight_bytes(spec, dtype, backend, weights, shard=first_shard(config))
+    available = available_memory(config.model.device) if available is None else available
+    available //= config.model.num_local_ranks
     free = available - weight_size - (0 if draft is None else draft.weights + draft.activations)
     budget = config.scheduler.max_num_batched_tokens or _largest_budget(spec, dtype, free=free)
     plan = MemoryPlan(
@@ -194,7 +195,8 @@ def plan_memory(
     if config.cache.kv_loans:
         check_loans(spec, backend, block_size=size)
     if num_ranks > 1:
-        plan = replace(plan, remarks=(f"each of {num_ranks} ranks, which divide the model and the machine's memory",))
+        divided = "the model" if config.model.rank else "the model and the machine's memory"
+        plan = replace(plan, remarks=(f"each of {num_ranks} ranks, which divide {divided}",))
     plan = _with_tiers(plan, config)
     plan = _with_states(plan, config, free=plan.available - plan.need)
     free = plan.available - plan.need
@@ -215,6 +217,11 @@ def plan_memory(
     raise MemoryPlanError(
         f"the KV cache cannot hold one request of {wanted_len} tokens\n{plan}\n{_longer_cache(plan, free)}"
     )
+
+
+def first_shard(config: EngineConfig) -> Shard:
+    """Return the part of the model that rank 0 has, which is that of an engine."""
+    return Shard(0, config.model.tensor_parallel_size, sums=bool(config.model.rank))
 
 
 def tier_bytes(cache: CacheConfig, *, num_sharers: int = 1, filled: int = 0, for_moves: bool = False) -> int:
@@ -356,7 +363,7 @@ def _smaller_model(
         options.insert(0, _smaller_tiers(config.cache, plan, missing))
     if plan.draft is not None and plan.draft_model + plan.draft.block >= missing:
         options.append("leaving out draft_model")
-    shard = Shard(0, config.model.tensor_parallel_size)
+    shard = first_shard(config)
     if plan.weights - weight_bytes(spec, torch.bfloat16, backend, weights, shard=shard) >= missing:
         options.append("dtype=bfloat16")
     quantization = _quantization(spec, backend, plan.weights - missing, shard)

@@ -30,7 +30,6 @@ from splitfuse.engine.remote import dial, peers, supervisor
 from splitfuse.engine.remote.connector import Agreement, ConnectLauncher
 from splitfuse.engine.remote.launcher import BlockListen
 from splitfuse.engine.remote.listener import Listener, let_blocks_be_fetched
-from splitfuse.engine.remote.secret import read_secret
 from splitfuse.engine.remote.supervisor import SupervisedEngine
 from splitfuse.engine.replicas import make_replicas
 from splitfuse.engine.router import Router
@@ -38,6 +37,7 @@ from splitfuse.engine.thread import AsyncEngine
 from splitfuse.engine.tier_files import open_tiers
 from splitfuse.errors import ConfigError, EngineUnavailableError
 from splitfuse.runtime.loading import load_model
+from splitfuse.runtime.secret import read_secret
 
 SETTINGS = {"num_blocks": 600, "num_threads": 1}
 FLAGS = ("--num-blocks=600",)

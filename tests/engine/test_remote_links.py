@@ -52,9 +52,9 @@ from splitfuse.engine.remote.handshake import (
     server_context,
 )
 from splitfuse.engine.remote.listener import Listener
-from splitfuse.engine.remote.secret import read_secret
 from splitfuse.engine.trace import FinishTrace, PhaseTrace, RequestTrace, StepTrace
 from splitfuse.errors import ConfigError, EngineUnavailableError
+from splitfuse.runtime.secret import read_secret
 
 CONFIG = EngineConfig.from_settings({"num_blocks": 256})
 KEY, OTHER_KEY = b"k" * 32, b"o" * 32

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from backends import CPU, emulation_slow, variants
 from ragged_requests import Request, Runner
 from random_networks import OWN, OwnNames, RandomWeights
@@ -22,7 +23,7 @@ from torch import Tensor
 
 from splitfuse.errors import ConfigError, RankLostError
 from splitfuse.kernels.cpu.backend import CpuBackend
-from splitfuse.kernels.group import WHOLE, Group, Shard, make_group_file
+from splitfuse.kernels.group import WHOLE, Group, Shard, SharedGroup, make_group_file
 from splitfuse.kernels.interface import (
     AttentionSpec,
     ExpertsSpec,
@@ -41,6 +42,7 @@ from splitfuse.models.families.common import Family
 from splitfuse.models.sharding import check_ranks
 from splitfuse.models.spec import ModelSpec, RopeSpec
 from splitfuse.models.weights import load_decoder, parameters, weight_bytes
+from splitfuse.runtime.parallel.gloo import GlooGroup
 
 EPS = NormSpec(eps=1e-5)
 LOGIT_BYTES, STEP_BYTES = 2**19, 2**21
@@ -139,9 +141,19 @@ def load(spec: ModelSpec, backend: CpuBackend, group: Group | None = None) -> De
 
 def make_groups(size: int, patience: float = 60.0) -> list[Group]:
     fd = make_group_file(logit_bytes=LOGIT_BYTES, step_bytes=STEP_BYTES)
-    groups = [Group(fd, Shard(rank, size), logit_bytes=LOGIT_BYTES, patience=patience) for rank in range(size)]
+    shards = [Shard(rank, size) for rank in range(size)]
+    groups: list[Group] = [SharedGroup(fd, shard, logit_bytes=LOGIT_BYTES, patience=patience) for shard in shards]
     os.close(fd)
     return groups
+
+
+def make_summing_groups(size: int, patience: float = 60.0) -> list[Group]:
+    """Groups that add up by gloo, made in threads, since they wait for each other."""
+    store = dist.HashStore()
+    shards = [Shard(rank, size, sums=True) for rank in range(size)]
+    with ThreadPoolExecutor(size) as pool:
+        made = pool.map(lambda shard: GlooGroup(store, shard, address="127.0.0.1", patience=patience), shards)
+        return list(made)
 
 
 def together(decoders: list[Decoder], compute: Callable[[Decoder], list[Tensor]]) -> list[list[Tensor]]:
@@ -150,12 +162,12 @@ def together(decoders: list[Decoder], compute: Callable[[Decoder], list[Tensor]]
         return list(pool.map(compute, decoders))
 
 
-def logits(decoder: Decoder, vocab_size: int) -> list[Tensor]:
+def logits(decoder: Decoder, vocab_size: int, seed: int = 3) -> list[Tensor]:
     """Logits of every position of some prompts, computed in chunks, and of some more tokens, each chosen by them."""
     rng = random.Random(0)
     requests = [Request([rng.randrange(vocab_size) for _ in range(length)]) for length in (1, 3, 23, 70)]
     runner = Runner(decoder, block_size=32, num_blocks=16)
-    runner.run_split(requests, random.Random(3))
+    runner.run_split(requests, random.Random(seed))
     runner.generate(requests, 3)
     return [torch.stack(request.logits) for request in requests]
 
@@ -176,6 +188,47 @@ def test_ranks_give_the_bits_of_one_process(
     decoders = [load(spec, backend(1 + group.shard.rank), group) for group in make_groups(ranks)]
     for rows in together(decoders, lambda decoder: logits(decoder, spec.vocab_size)):
         assert all(torch.equal(ours, theirs) for ours, theirs in zip(rows, alone, strict=True))
+
+
+SUMS = [
+    pytest.param(*case.values, name, id=f"{case.id}-{name}", marks=case.marks)
+    for each in ((None, None, 2), ("int8", None, 2), ("int4", 64, 3))
+    for case in variants(*each, id="-".join(map(str, each)))
+    for name in NETWORKS
+    if each[0] != "int4" or name == "experts"
+]
+
+
+@pytest.mark.parametrize(("variant", "quantization", "group_size", "ranks", "name"), emulation_slow(SUMS, "2-experts"))
+def test_ranks_that_add_up_agree_and_depend_on_nothing_but_their_number(
+    variant: str, quantization: str | None, group_size: int | None, ranks: int, name: str
+) -> None:
+    spec = NETWORKS[name]
+
+    def backend(threads: int) -> CpuBackend:
+        return CpuBackend(variant=variant, num_threads=threads, quantization=quantization, group_size=group_size)
+
+    alone = logits(load(spec, backend(1)), spec.vocab_size)
+    groups = make_summing_groups(ranks)
+    found = []
+    for threads, seed in ((1, 3), (2, 8)):
+        decoders = [load(spec, backend(threads), group) for group in groups]
+        found += together(decoders, lambda decoder, seed=seed: logits(decoder, spec.vocab_size, seed))  # type: ignore[misc]
+    for rows in found[1:]:
+        assert all(torch.equal(ours, theirs) for ours, theirs in zip(rows, found[0], strict=True))
+    for ours, theirs in zip(found[0], alone, strict=True):  # which were rounded elsewhere; later tokens may differ
+        likeness = torch.cosine_similarity(ours[:-3], theirs[:-3], dim=-1)
+        assert likeness.numel() == 0 or likeness.median() > (0.999 if quantization is None else 0.98)
+
+
+def test_a_sum_fails_that_another_rank_does_not_add_to() -> None:
+    spec = NETWORKS["plain"]
+    groups = make_summing_groups(2, patience=0.3)
+    first, _ = (load(spec, CpuBackend(num_threads=2), group) for group in groups)
+    for _ in range(2):
+        with pytest.raises(RankLostError):
+            logits(first, spec.vocab_size)
+    assert groups[0].is_broken
 
 
 def test_ranks_divide_the_weights() -> None:

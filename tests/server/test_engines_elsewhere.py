@@ -3,51 +3,26 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import suppress
 from pathlib import Path
 
 import pytest
 from engine_process import engine_process, make_key
 from patience import PATIENCE
 from server_process import server_process, wait_until
+from two_machines import FIRST, SECOND, SECOND_ADDRESS, ip, two_machines, within
 
 DRIVER = Path(__file__).with_name("stream_all.py")
-ENGINE = "10.77.0.2:9000"
-SERVER_SPACE, ENGINE_SPACE = (f"splitfuse-{os.getpid()}-{name}" for name in ("server", "engine"))
+ENGINE = f"{SECOND_ADDRESS}:9000"
 
 
-def within(space: str) -> tuple[str, ...]:
-    return "ip", "netns", "exec", space
-
-
-def ip(*arguments: str) -> None:
-    subprocess.run(["ip", *arguments], check=True, capture_output=True)
-
-
-@pytest.fixture
-def two_machines() -> Iterator[None]:
-    """Two network namespaces with a cable between them."""
-    try:
-        ip("netns", "add", SERVER_SPACE)
-    except (OSError, subprocess.CalledProcessError) as error:
-        pytest.skip(f"this process may create no network namespaces: {getattr(error, 'stderr', error)!r}")
-    try:
-        ip("netns", "add", ENGINE_SPACE)
-        ip("link", "add", "sf0", "netns", SERVER_SPACE, "type", "veth", "peer", "name", "sf0", "netns", ENGINE_SPACE)
-        for space, address in ((SERVER_SPACE, "10.77.0.1/24"), (ENGINE_SPACE, "10.77.0.2/24")):
-            ip("-n", space, "address", "add", address, "dev", "sf0")
-            for device in ("lo", "sf0"):
-                ip("-n", space, "link", "set", device, "up")
+@pytest.fixture(name="two_machines")
+def machines() -> Iterator[None]:
+    with two_machines():
         yield
-    finally:
-        for space in (SERVER_SPACE, ENGINE_SPACE):
-            with suppress(subprocess.CalledProcessError):
-                ip("netns", "del", space)
 
 
 @pytest.mark.slow
@@ -58,15 +33,15 @@ def test_streams_go_on_when_the_other_machine_is_lost(how: str, tmp_path: Path) 
     flags = ("--replicas", "1", "--num-threads", "1", "--engine", ENGINE, "--key-file", key)
     with (
         engine_process(
-            tmp_path / "engine", "--key-file", key, "--num-blocks=400", listen=ENGINE, prefix=within(ENGINE_SPACE)
+            tmp_path / "engine", "--key-file", key, "--num-blocks=400", listen=ENGINE, prefix=within(SECOND)
         ) as engine,
-        server_process(tmp_path, "elsewhere", *flags, prefix=within(SERVER_SPACE)) as server,
+        server_process(tmp_path, "elsewhere", *flags, prefix=within(FIRST)) as server,
     ):
         server.wait_for("splitfuse serves ")
         url = server.said.rpartition(" on ")[2].split()[0]
 
         def streams() -> subprocess.Popen[str]:
-            command = [*within(SERVER_SPACE), sys.executable, str(DRIVER), url, "8", "250"]
+            command = [*within(FIRST), sys.executable, str(DRIVER), url, "8", "250"]
             return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
 
         def answers(process: subprocess.Popen[str]) -> list[list[object]]:
@@ -79,15 +54,15 @@ def test_streams_go_on_when_the_other_machine_is_lost(how: str, tmp_path: Path) 
         if how == "killed":
             engine.send(signal.SIGKILL)
         else:
-            ip("-n", ENGINE_SPACE, "link", "set", "sf0", "down")
+            ip("-n", SECOND, "link", "set", "sf0", "down")
         after = answers(process)
         assert [text for text, _ in after] == [text for text, _ in whole]
         assert any(resumed for _, resumed in after)
         command = [sys.executable, "-m", "splitfuse.cli", "ps"]
-        listed = subprocess.run([*within(SERVER_SPACE), *command], capture_output=True, text=True, check=True)
+        listed = subprocess.run([*within(FIRST), *command], capture_output=True, text=True, check=True)
         assert "elsewhere/0  here" in listed.stdout and f"elsewhere/1  {ENGINE}" in listed.stdout
         wait_until(lambda: f"the engine {ENGINE} is gone" in server.said)
         if how == "cut off":
-            ip("-n", ENGINE_SPACE, "link", "set", "sf0", "up")
+            ip("-n", SECOND, "link", "set", "sf0", "up")
             server.wait_for(f"the engine {ENGINE} is ready again")
             assert [text for text, _ in answers(streams())] == [text for text, _ in whole]

@@ -13,8 +13,8 @@ import traceback
 import msgspec
 
 from splitfuse.config import EngineConfig
-from splitfuse.engine.remote.secret import Secret
 from splitfuse.engine.remote.standalone import StandaloneEngine
+from splitfuse.runtime.secret import Secret
 
 WAIT_SECONDS = 60.0
 """Seconds within which the server comes."""

@@ -26,9 +26,9 @@ from splitfuse.engine import garbage
 from splitfuse.engine.messages import Failed, InFlight, Leaving, Loading, Stop
 from splitfuse.engine.remote.handshake import NO_CERTIFICATE
 from splitfuse.engine.remote.listener import FrontSession, Listener, load_certificate
-from splitfuse.engine.remote.secret import Secret, read_secret
 from splitfuse.engine.tier_files import open_tiers
 from splitfuse.errors import ConfigError, SplitfuseError
+from splitfuse.runtime.secret import Secret, read_secret
 
 if TYPE_CHECKING:
     from splitfuse.engine.engine import Engine

@@ -15,7 +15,7 @@ import threading
 from array import array
 from collections.abc import Callable, Sequence
 from ctypes import c_double, c_float, c_int32, c_int64, c_uint8, c_uint64, c_void_p
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from torch import Tensor
 
 from splitfuse.errors import ConfigError, KernelError, RankLostError
 from splitfuse.kernels import reference
-from splitfuse.kernels.group import Group
+from splitfuse.kernels.group import Group, SharedGroup, SummingGroup
 from splitfuse.kernels.interface import (
     AttentionSpec,
     ConvSpec,
@@ -671,10 +671,15 @@ class Layer(Struct):
     ]
 
 
+_Reduce = ctypes.CFUNCTYPE(c_int32, c_void_p, c_int64)
+_ANY_FLOATS = c_float * 2**40  # one type for all lengths: types of arrays are never freed
+
+
 class Rank(Struct):
     """Describes this process as a rank of a group, which it keeps alive. It is `Group` in C++."""
 
     group: Group
+    callback: Any
     _fields_ = [
         *_fields(c_int32, "rank", "size"),
         *_fields(c_void_p, "meeting", "shared"),
@@ -686,9 +691,28 @@ class Rank(Struct):
     @classmethod
     def of(cls, group: Group) -> Rank:
         """Return the rank of this process."""
-        rank = cls(group.shard.rank, group.shard.size, group.address, group.buffers_address, group.buffer_bytes)
-        rank.patience, rank.group = int(1000 * group.patience), group
+        rank = cls(group.shard.rank, group.shard.size)
+        rank.group = group
+        if isinstance(group, SharedGroup):
+            rank.meeting, rank.shared, rank.shared_bytes = group.address, group.buffers_address, group.buffer_bytes
+            rank.patience = int(1000 * group.patience)
+        else:
+            assert isinstance(group, SummingGroup)
+            rank.callback = _Reduce(partial(_add_up, group))
+            rank.reduce = ctypes.cast(rank.callback, c_void_p)
         return rank
+
+
+def _add_up(group: SummingGroup, address: int, count: int) -> int:
+    """Add numbers up over all ranks, for C++. Returns whether that failed."""
+    try:
+        group.add_up(torch.frombuffer(_ANY_FLOATS.from_address(address), dtype=torch.float32, count=count))
+    except RankLostError:
+        return 1
+    except Exception:
+        _logger.exception("sums of ranks could not be added")
+        return 1
+    return 0
 
 
 class Network(Struct):

@@ -87,7 +87,8 @@ class FusedNetwork:
         packed = isinstance(weights.embed, Weight)
         num_ids, hidden = (weights.embed.rows, weights.embed.columns) if packed else weights.embed.shape
         self._rank = None if plan.group is None else Rank.of(plan.group)
-        self._num_ranks = 1 if plan.group is None else plan.group.shard.size
+        gathers = plan.group is not None and not plan.group.shard.sums
+        self._num_ranks = plan.group.shard.size if plan.group is not None and gathers else 1
         ids = range(num_ids) if plan.group is None else plan.group.shard.span(plan.vocabulary)
         assert len(ids) == num_ids
         if not packed:

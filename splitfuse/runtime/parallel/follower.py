@@ -1,7 +1,8 @@
-"""Runs a follower: `python -m splitfuse.runtime.parallel.follower FD`, started by leader.py.
+"""Runs a follower: `python -m splitfuse.runtime.parallel.follower FD [MODEL]`, started by leader.py or rank_server.py.
 
 FD is a connected socket that it inherits. The first message on it is a FollowerSpec; tasks follow, of which each gives
-this rank's part of what the leader computes at the same time. It ends with the leader.
+this rank's part of what the leader computes at the same time. It ends with the leader. MODEL says where the model is
+here, if that is elsewhere than at the leader.
 """
 
 from __future__ import annotations
@@ -10,25 +11,32 @@ import logging
 import os
 import select
 import signal
+import socket
 import sys
 import threading
 import traceback
+from datetime import timedelta
 from multiprocessing.connection import Connection
 
 import msgspec
 import torch
+import torch.distributed as dist
 
-from splitfuse.errors import RankLostError, SplitfuseError
-from splitfuse.kernels.group import Group, Shard
+from splitfuse.config import EngineConfig
+from splitfuse.errors import ConfigError, RankLostError, SplitfuseError
+from splitfuse.kernels.group import Group, Shard, SharedGroup
 from splitfuse.runtime.loading import load_rank
+from splitfuse.runtime.parallel.gloo import GlooGroup
 from splitfuse.runtime.parallel.messages import (
     ComputeStep,
     FollowerSpec,
     RankFailed,
     RankReady,
+    SharedMemory,
     encode,
     receive_task,
 )
+from splitfuse.version import __version__
 
 
 def main() -> None:
@@ -40,7 +48,7 @@ def main() -> None:
     try:
         spec = msgspec.msgpack.decode(connection.recv_bytes(), type=FollowerSpec)
         threading.Thread(target=_end_with, args=(connection.fileno(),), daemon=True).start()
-        _follow(connection, spec)
+        _follow(connection, spec, *sys.argv[2:])
     except (EOFError, ConnectionError):  # the leader has ended
         pass
     except RankLostError as error:  # which the leader knows, or will notice by our end
@@ -53,16 +61,15 @@ def main() -> None:
     os._exit(0)
 
 
-def _follow(connection: Connection, spec: FollowerSpec) -> None:
-    group = Group(
-        spec.memory,
-        Shard(spec.rank, spec.config.model.tensor_parallel_size),
-        logit_bytes=spec.logit_bytes,
-        patience=spec.patience,
-    )
-    os.close(spec.memory)
+def _follow(connection: Connection, spec: FollowerSpec, model: str | None = None) -> None:
+    if spec.version != __version__:
+        raise ConfigError(f"a rank is splitfuse {__version__}, and its leader {spec.version}: use the same version")
+    config = spec.config
+    if model is not None:
+        config = EngineConfig.from_settings({**config.settings, "model": model})
+    group = _join(connection, spec)
     try:
-        decoder, kv_cache = load_rank(spec.config, group, digest=spec.digest)
+        decoder, kv_cache = load_rank(config, group, digest=spec.digest)
         connection.send_bytes(encode(RankReady()))
         with torch.inference_mode():
             while True:
@@ -73,6 +80,19 @@ def _follow(connection: Connection, spec: FollowerSpec) -> None:
                     decoder.head_products(task.hidden)
     finally:
         group.end()  # the others wait for us in vain
+
+
+def _join(connection: Connection, spec: FollowerSpec) -> Group:
+    """Return our place in the group. Raises RankLostError."""
+    link, size = spec.link, spec.config.model.tensor_parallel_size
+    if isinstance(link, SharedMemory):
+        group = SharedGroup(link.fd, Shard(spec.rank, size), logit_bytes=link.logit_bytes, patience=spec.patience)
+        os.close(link.fd)
+        return group
+    with socket.fromfd(connection.fileno(), socket.AF_INET, socket.SOCK_STREAM) as ours:
+        host = ours.getsockname()[0]
+    store = dist.TCPStore(link.host, link.port, is_master=False, timeout=timedelta(seconds=spec.patience))
+    return GlooGroup(store, Shard(spec.rank, size, sums=True), address=host, patience=spec.patience)
 
 
 def _end_with(connection: int) -> None:

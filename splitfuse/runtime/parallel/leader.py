@@ -17,25 +17,33 @@ import weakref
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
+from datetime import timedelta
 from multiprocessing.connection import Connection
 
+import torch.distributed as dist
 from torch import Tensor
 
 from splitfuse import errors
 from splitfuse.config import EngineConfig, change_settings
 from splitfuse.errors import EngineUnavailableError, RankLostError, SplitfuseError
 from splitfuse.kernels.batch import RaggedBatch
-from splitfuse.kernels.group import PATIENCE, Group, Shard, make_group_file
+from splitfuse.kernels.group import PATIENCE, Group, Shard, SharedGroup, make_group_file
 from splitfuse.models.sharding import RankDecoder
+from splitfuse.runtime.parallel.gloo import GlooGroup
+from splitfuse.runtime.parallel.link import connect
 from splitfuse.runtime.parallel.messages import (
     ComputeHead,
     ComputeStep,
     FollowerSpec,
     RankFailed,
+    Rendezvous,
+    SharedMemory,
     Task,
     encode,
     receive_news,
 )
+from splitfuse.runtime.secret import read_secret
+from splitfuse.version import __version__
 
 FOLLOWER = "splitfuse.runtime.parallel.follower"
 """Module which the process of a follower runs."""
@@ -45,19 +53,34 @@ _logger = logging.getLogger(__name__)
 
 @dataclass
 class _Follower:
-    rank: int
-    process: subprocess.Popen[bytes]
+    name: str
     connection: Connection
+    process: subprocess.Popen[bytes] | None
+    """Process of this machine that we have started; None: it is on another one."""
     is_ended: bool = False
     """Whether we have ended it."""
 
-    @property
-    def name(self) -> str:
-        return f"rank {self.rank} (process {self.process.pid})"
+    def end(self) -> None:
+        """End the process: one that is stopped too. One elsewhere ends with the connection."""
+        self.is_ended = True
+        if self.process is not None:
+            self.process.kill()
+
+    def close(self) -> str:
+        """Wait for the end, and return how it ended."""
+        how = "its connection has ended"
+        if self.process is not None:
+            code = self.process.wait()
+            how = f"it ended with {f'signal {-code} ({signal.Signals(-code).name})' if code < 0 else f'code {code}'}"
+        with suppress(OSError):
+            self.connection.close()
+        return how
 
 
 class Leader:
     """Owns the followers of an engine, whose process is rank 0."""
+
+    group: Group
 
     def __init__(
         self,
@@ -70,32 +93,85 @@ class Leader:
         max_model_len: int,
         patience: float = PATIENCE,
     ) -> None:
-        """Start the followers, which load their parts of the model. Raises EngineUnavailableError if that cannot be
-        done now.
+        """Start the followers, which load their parts of the model; those on other machines wait for us there.
+
+        Raises EngineUnavailableError if that cannot be done now, ConfigError if a rank elsewhere is none or has another
+        key.
         """
         self.on_lost: Callable[[str], object] = lambda _: None
         """Called by a thread with the reason once a follower is lost."""
         self.num_blocks = num_blocks
         """Number of KV blocks of each follower."""
-        self._lost: str | None = None
+        self.num_local_ranks = config.model.num_local_ranks
+        self._digest, self._patience, self._lost = digest, patience, ""
         self._lock = threading.Lock()
         self._followers: list[_Follower] = []
-        size = config.model.tensor_parallel_size
         settings = change_settings(config.settings, {"num_blocks": num_blocks, "max_model_len": max_model_len})
-        config = EngineConfig.from_settings(settings)
+        self._config = EngineConfig.from_settings(settings)
         try:
-            memory = make_group_file(logit_bytes=logit_bytes, step_bytes=step_bytes)
-            try:
-                self.group = Group(memory, Shard(0, size), logit_bytes=logit_bytes, patience=patience)
-                for rank in range(1, size):
-                    spec = FollowerSpec(config, rank, memory, logit_bytes, patience, digest)
-                    self._followers.append(_start(spec))
-            finally:
-                os.close(memory)
+            if config.model.rank:
+                self._join()
+            else:
+                self._start(logit_bytes, step_bytes)
         except OSError as error:
             self.close()
             raise EngineUnavailableError(f"the ranks of the engine could not be started: {error.strerror}") from error
+        except BaseException:
+            self.close()
+            raise
         self._end = weakref.finalize(self, _end_all, self._followers)
+
+    def _start(self, logit_bytes: int, step_bytes: int) -> None:
+        """Start processes of this machine."""
+        size = self._config.model.tensor_parallel_size
+        memory = make_group_file(logit_bytes=logit_bytes, step_bytes=step_bytes)
+        try:
+            self.group = SharedGroup(memory, Shard(0, size), logit_bytes=logit_bytes, patience=self._patience)
+            for rank in range(1, size):
+                ours, theirs = socket.socketpair()
+                with theirs:
+                    connection = self._connection(ours)
+                    process = subprocess.Popen(
+                        [sys.executable, "-m", FOLLOWER, str(theirs.fileno())],
+                        pass_fds=[theirs.fileno(), memory],
+                        stdin=subprocess.DEVNULL,
+                        stdout=2,  # what a library prints must not mix with our own output
+                    )
+                self._followers.append(_Follower(f"rank {rank} (process {process.pid})", connection, process))
+                connection.send_bytes(encode(self._spec(rank, SharedMemory(memory, logit_bytes))))
+        finally:
+            os.close(memory)
+
+    def _join(self) -> None:
+        """Connect to processes on other machines, and them to each other."""
+        model = self._config.model
+        assert model.rank_key_file is not None
+        key, host = read_secret(model.rank_key_file).link_key, ""
+        for rank, address in enumerate(model.rank, 1):
+            ours = connect(address, key)
+            host = host or ours.getsockname()[0]
+            self._followers.append(_Follower(f"rank {rank} ({address})", self._connection(ours), None))
+        store = dist.TCPStore(
+            host, 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=self._patience)
+        )
+        for rank, follower in enumerate(self._followers, 1):
+            follower.connection.send_bytes(encode(self._spec(rank, Rendezvous(host, store.port))))
+        shard = Shard(0, model.tensor_parallel_size, sums=True)
+        try:
+            self.group = GlooGroup(store, shard, address=host, patience=self._patience)
+        except RankLostError:
+            self.wait()  # if one of them knows why, that is raised
+            raise
+
+    def _spec(self, rank: int, link: SharedMemory | Rendezvous) -> FollowerSpec:
+        return FollowerSpec(__version__, self._config, rank, link, self._patience, self._digest)
+
+    def _connection(self, ours: socket.socket) -> Connection:
+        """Return a connection by which no sending waits without end: a follower that is stopped takes nothing."""
+        seconds = max(self._patience, 0.001)
+        limit = struct.pack("ll", int(seconds), int(seconds % 1 * 1e6))
+        ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, limit)
+        return Connection(ours.detach())
 
     def wait(self) -> None:
         """Wait until all followers have loaded their parts. Raises the error with which one of them failed."""
@@ -103,7 +179,7 @@ class Leader:
             try:
                 news = receive_news(follower.connection)
             except (EOFError, OSError):
-                news = RankFailed(f"{follower.name} ended with {follower.process.wait()} while it loaded the model")
+                news = RankFailed(f"{follower.name} was lost while it loaded the model: {follower.close()}")
             if isinstance(news, RankFailed):
                 self.close()
                 kind = getattr(errors, news.kind, EngineUnavailableError) if news.kind else EngineUnavailableError
@@ -125,13 +201,13 @@ class Leader:
 
     @property
     def pids(self) -> list[int]:
-        """Return the ids of the followers' processes."""
-        return [follower.process.pid for follower in self._followers]
+        """Return the ids of the followers' processes on this machine."""
+        return [follower.process.pid for follower in self._followers if follower.process is not None]
 
     def lose(self, why: str) -> None:
         """End the group, once."""
         with self._lock:
-            if self._lost is not None:
+            if self._lost:
                 return
             self._lost = why
         self.group.end()
@@ -148,42 +224,13 @@ class Leader:
     def _tell(self, task: Task) -> None:
         """Give a task to all followers. Raises RankLostError."""
         message = encode(task)
-        for follower in self._followers if self._lost is None else ():
+        for follower in () if self._lost else self._followers:
             try:
                 follower.connection.send_bytes(message)
             except (OSError, ValueError) as error:  # ValueError: its end was closed
                 self.lose(f"{follower.name} takes no tasks: {error}")
-        if self._lost is not None:
+        if self._lost:
             raise RankLostError(f"the tensor-parallel group has ended: {self._lost}")
-
-
-def _start(spec: FollowerSpec) -> _Follower:
-    """Start a follower. Raises OSError."""
-    ours, theirs = socket.socketpair()
-    seconds = max(spec.patience, 0.001)
-    ours.setsockopt(  # one that is stopped takes nothing, and must not hold us up
-        socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("ll", int(seconds), int(seconds % 1 * 1e6))
-    )
-    connection = Connection(ours.detach())
-    try:
-        process = subprocess.Popen(
-            [sys.executable, "-m", FOLLOWER, str(theirs.fileno())],
-            pass_fds=[theirs.fileno(), spec.memory],
-            stdin=subprocess.DEVNULL,
-            stdout=2,  # what a library prints must not mix with our own output
-        )
-    except BaseException:
-        connection.close()
-        raise
-    finally:
-        theirs.close()
-    follower = _Follower(spec.rank, process, connection)
-    try:
-        connection.send_bytes(encode(spec))  # it fits into the socket's buffer
-    except BaseException:
-        _end_all([follower])
-        raise
-    return follower
 
 
 def _watch(leader: weakref.ref[Leader], follower: _Follower) -> None:
@@ -192,20 +239,13 @@ def _watch(leader: weakref.ref[Leader], follower: _Follower) -> None:
         news = receive_news(follower.connection)
         why = f"{follower.name} failed: {news.error if isinstance(news, RankFailed) else news}"
     except (EOFError, OSError):
-        why = f"{follower.name} ended with {_exit(follower.process.wait())}"
+        why = f"{follower.name} was lost: {follower.close()}"
     if not follower.is_ended and (found := leader()) is not None:
         found.lose(why)
 
 
-def _exit(code: int) -> str:
-    return f"signal {-code} ({signal.Signals(-code).name})" if code < 0 else f"code {code}"
-
-
 def _end_all(followers: list[_Follower]) -> None:
     for follower in followers:
-        follower.is_ended = True
-        follower.process.kill()  # one that is stopped too
+        follower.end()
     for follower in followers:
-        follower.process.wait()
-        with suppress(OSError):
-            follower.connection.close()
+        follower.close()

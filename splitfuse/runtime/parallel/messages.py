@@ -14,15 +14,28 @@ from splitfuse.config import EngineConfig
 from splitfuse.kernels.batch import RaggedBatch
 
 
+class SharedMemory(msgspec.Struct, frozen=True, tag="memory"):
+    """Names the memory of a group on one machine."""
+
+    fd: int
+    logit_bytes: int
+
+
+class Rendezvous(msgspec.Struct, frozen=True, tag="store"):
+    """Names the store through which ranks on several machines find each other."""
+
+    host: str
+    port: int
+
+
 class FollowerSpec(msgspec.Struct, frozen=True):
     """Holds everything that a follower is started with."""
 
+    version: str
     config: EngineConfig
     """Settings, of which the memory plan has settled the sizes."""
     rank: int
-    memory: int
-    """Descriptor of the memory of the group."""
-    logit_bytes: int
+    link: SharedMemory | Rendezvous
     patience: float
     digest: str
     """Name of the model's files, which must be those of the leader."""

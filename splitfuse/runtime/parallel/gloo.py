@@ -1,0 +1,67 @@
+"""Adds up what ranks on several machines give, by torch.distributed's gloo over TCP."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from splitfuse.errors import RankLostError
+from splitfuse.kernels.group import PATIENCE, Shard, SummingGroup
+
+JOIN_SECONDS = 60.0
+"""Longest time until all ranks are connected, in seconds: a process has to begin."""
+
+
+class GlooGroup(SummingGroup):
+    """Connects a rank to the others, which find each other through a store. `address` is that of this machine which
+    they reach. Raises RankLostError if they do not come.
+    """
+
+    def __init__(self, store: dist.Store, shard: Shard, *, address: str, patience: float = PATIENCE) -> None:
+        self.shard = shard
+        self._is_broken = False
+        options = dist.ProcessGroupGloo._Options()
+        options._timeout = timedelta(seconds=JOIN_SECONDS)
+        options._devices = [dist.ProcessGroupGloo.create_device(hostname=address)]
+        try:
+            self._ranks = dist.ProcessGroupGloo(store, shard.rank, shard.size, options)
+        except RuntimeError as error:
+            raise RankLostError(f"the ranks of the group cannot connect to each other: {error}") from error
+        self._ranks._set_default_timeout(timedelta(seconds=patience))
+
+    def add_up(self, numbers: Tensor) -> None:
+        first, *others = self._of_all(numbers)
+        for each in others:
+            first += each
+        numbers.copy_(first)
+
+    def join_columns(self, own: Tensor, columns: int) -> Tensor:
+        spans = [Shard(rank, self.shard.size).span(columns) for rank in range(self.shard.size)]
+        padded = own.new_zeros(len(own), max(map(len, spans)))  # all must send as much
+        padded[:, : own.shape[1]] = own
+        parts = [each[:, : len(span)] for each, span in zip(self._of_all(padded), spans, strict=True)]
+        return torch.cat(parts, dim=1)
+
+    def _of_all(self, numbers: Tensor) -> Sequence[Tensor]:
+        """Return what each rank has in its place."""
+        if self._is_broken:
+            raise RankLostError("the tensor-parallel group has ended")
+        found = [torch.empty_like(numbers) for _ in range(self.shard.size)]
+        try:
+            self._ranks.allgather([found], [numbers]).wait()
+        except RuntimeError as error:
+            self._is_broken = True
+            raise RankLostError(f"a rank of the tensor-parallel group does not answer: {error}") from error
+        return found
+
+    @property
+    def is_broken(self) -> bool:
+        return self._is_broken
+
+    def end(self) -> None:
+        """End the group for this rank: the others notice when its process ends."""
+        self._is_broken = True
