@@ -60,6 +60,10 @@ def make_replicas(
             "kv_loans needs another engine to lend, all on this machine and without roles: set replicas to 2 or more "
             "and leave out engines elsewhere, ray and roles, or leave out kv_loans"
         )
+    if config.model.rank and most > 1:
+        raise ConfigError(
+            f"rank {config.model.rank[0]} computes with one engine at a time, not with {most}: set replicas to 1"
+        )
     agreement = Agreement(config, has_local=replicas > 0 and ray is None, given=given)
     secret = None if key_file is None else read_secret(key_file)
     cluster = None

@@ -91,7 +91,7 @@ def identify(config: EngineConfig, source: ModelSource | None = None) -> dict[st
         "cores": sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
     }
     if (num_ranks := config.model.tensor_parallel_size) > 1:
-        identity["tensor_parallel_size"] = num_ranks
+        identity |= {"tensor_parallel_size": num_ranks, "ranks": config.model.rank}
     name = gpu(parse_device(config.model.device))
     return identity if name is None else identity | {"gpu": name}
 

@@ -15,18 +15,16 @@ import socket
 import sys
 import threading
 import traceback
-from datetime import timedelta
 from multiprocessing.connection import Connection
 
 import msgspec
 import torch
-import torch.distributed as dist
 
 from splitfuse.config import EngineConfig
 from splitfuse.errors import ConfigError, RankLostError, SplitfuseError
 from splitfuse.kernels.group import Group, Shard, SharedGroup
 from splitfuse.runtime.loading import load_rank
-from splitfuse.runtime.parallel.gloo import GlooGroup
+from splitfuse.runtime.parallel.gloo import GlooGroup, open_store
 from splitfuse.runtime.parallel.messages import (
     ComputeStep,
     FollowerSpec,
@@ -91,7 +89,7 @@ def _join(connection: Connection, spec: FollowerSpec) -> Group:
         return group
     with socket.fromfd(connection.fileno(), socket.AF_INET, socket.SOCK_STREAM) as ours:
         host = ours.getsockname()[0]
-    store = dist.TCPStore(link.host, link.port, is_master=False, timeout=timedelta(seconds=spec.patience))
+    store = open_store(link.host, link.port)
     return GlooGroup(store, Shard(spec.rank, size, sums=True), address=host, patience=spec.patience)
 
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from datetime import timedelta
+from typing import Any, TypeAlias
 
 import torch
-import torch.distributed as dist
+import torch.distributed
 from torch import Tensor
 
 from splitfuse.errors import RankLostError
@@ -14,6 +15,22 @@ from splitfuse.kernels.group import PATIENCE, Shard, SummingGroup
 
 JOIN_SECONDS = 60.0
 """Longest time until all ranks are connected, in seconds: a process has to begin."""
+Store: TypeAlias = Any
+"""Place through which ranks find each other."""
+_dist: Any = torch.distributed  # whose types say less than there is
+
+
+def make_store(host: str) -> Store:
+    """Return a store at a free port of this address. It lasts as long as the object."""
+    return _dist.TCPStore(host, 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=JOIN_SECONDS))
+
+
+def open_store(host: str, port: int) -> Store:
+    """Return the store of another rank. Raises RankLostError if it cannot be reached."""
+    try:
+        return _dist.TCPStore(host, port, is_master=False, timeout=timedelta(seconds=JOIN_SECONDS))
+    except RuntimeError as error:
+        raise RankLostError(f"the store of the group at {host}:{port} cannot be reached: {error}") from error
 
 
 class GlooGroup(SummingGroup):
@@ -21,14 +38,14 @@ class GlooGroup(SummingGroup):
     they reach. Raises RankLostError if they do not come.
     """
 
-    def __init__(self, store: dist.Store, shard: Shard, *, address: str, patience: float = PATIENCE) -> None:
+    def __init__(self, store: Store, shard: Shard, *, address: str, patience: float = PATIENCE) -> None:
         self.shard = shard
         self._is_broken = False
-        options = dist.ProcessGroupGloo._Options()
+        options = _dist.ProcessGroupGloo._Options()
         options._timeout = timedelta(seconds=JOIN_SECONDS)
-        options._devices = [dist.ProcessGroupGloo.create_device(hostname=address)]
+        options._devices = [_dist.ProcessGroupGloo.create_device(hostname=address)]
         try:
-            self._ranks = dist.ProcessGroupGloo(store, shard.rank, shard.size, options)
+            self._ranks = _dist.ProcessGroupGloo(store, shard.rank, shard.size, options)
         except RuntimeError as error:
             raise RankLostError(f"the ranks of the group cannot connect to each other: {error}") from error
         self._ranks._set_default_timeout(timedelta(seconds=patience))

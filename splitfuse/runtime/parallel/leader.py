@@ -17,10 +17,8 @@ import weakref
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
-from datetime import timedelta
 from multiprocessing.connection import Connection
 
-import torch.distributed as dist
 from torch import Tensor
 
 from splitfuse import errors
@@ -65,6 +63,12 @@ class _Follower:
         self.is_ended = True
         if self.process is not None:
             self.process.kill()
+            return
+        with (  # closing it would wait for the thread that reads from it
+            suppress(OSError),
+            socket.fromfd(self.connection.fileno(), socket.AF_INET, socket.SOCK_STREAM) as ours,
+        ):
+            ours.shutdown(socket.SHUT_RDWR)
 
     def close(self) -> str:
         """Wait for the end, and return how it ended."""
@@ -151,9 +155,7 @@ class Leader:
             ours = connect(address, key)
             host = host or ours.getsockname()[0]
             self._followers.append(_Follower(f"rank {rank} ({address})", self._connection(ours), None))
-        store = dist.TCPStore(
-            host, 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=self._patience)
-        )
+        store = make_store(host)
         for rank, follower in enumerate(self._followers, 1):
             follower.connection.send_bytes(encode(self._spec(rank, Rendezvous(host, store.port))))
         shard = Shard(0, model.tensor_parallel_size, sums=True)
