@@ -27,7 +27,7 @@ from splitfuse.errors import EngineUnavailableError, RankLostError, SplitfuseErr
 from splitfuse.kernels.batch import RaggedBatch
 from splitfuse.kernels.group import PATIENCE, Group, Shard, SharedGroup, make_group_file
 from splitfuse.models.sharding import RankDecoder
-from splitfuse.runtime.parallel.gloo import GlooGroup
+from splitfuse.runtime.parallel.gloo import GlooGroup, make_store
 from splitfuse.runtime.parallel.link import connect
 from splitfuse.runtime.parallel.messages import (
     ComputeHead,
