@@ -152,7 +152,9 @@ class RayCluster:
         """Note that the process has ended: another one is started for the next engine."""
         if self._driver is driver:
             self._driver, self._oldest = None, self._newest + 1
-            _logger.warning("the process that speaks with Ray has ended (%s), and with it all engines there", how)
+            _logger.warning(
+                "the process that speaks with Ray has ended (%s); another one is started for the next engine", how
+            )
         waiting, self._waiting = self._waiting, {}
         for placed in waiting.values():
             if not placed.done():
