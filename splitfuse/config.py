@@ -109,11 +109,16 @@ class ModelConfig:
         "Model folder, GGUF file, Hugging Face Hub name, or smollm2: a smaller model with the same vocabulary, which "
         "drafts tokens too, where that makes tokens come faster; needs num_speculative_tokens (default: none).",
     )
-    device: str = setting("cpu", "PyTorch device, such as cpu or cuda:0.")
+    device: str = setting(
+        "auto", "PyTorch device, such as cpu or cuda:0; auto: a GPU that has room, if there is one, else the CPU."
+    )
     batch_invariant: bool = setting(
         False,
         "Give a request the same bits whatever the other requests are. The C++ kernels always do; the Triton kernels "
         "are slower then, and others cannot.",
+    )
+    cuda_graphs: bool = setting(
+        False, "Replay steps whose shapes recur as CUDA graphs (Triton kernels; not yet tried on a GPU)."
     )
     load_format: str = setting("safetensors", "safetensors, or dummy: random weights from the config alone.")
     lora: tuple[str, ...] = setting(
@@ -248,6 +253,11 @@ class CacheConfig:
         None,
         "Memory for the KV cache in GiB (default: enough for max_num_seqs requests, at most half of the free memory).",
     )
+    gpu_memory_share: float = setting(
+        0.9,
+        "Fraction of a GPU's memory that an engine takes at most, from 0.05 to 1: its KV cache takes what weights and "
+        "activations leave of that.",
+    )
     kv_cache_dtype: str = setting(
         "auto",
         "Dtype of the KV cache: auto (the activations'), int8 (half the memory; C++ and Triton kernels) or fp8 (the "
@@ -274,6 +284,8 @@ class CacheConfig:
         if tiers and not self.enable_prefix_caching:
             raise ConfigError(f"{tiers[0]} needs enable_prefix_caching: without it no block is found again; set it too")
         _at_least("block_size", self.block_size, 1)
+        if not 0.05 <= self.gpu_memory_share <= 1.0:
+            raise ConfigError(f"gpu_memory_share must be from 0.05 to 1, not {self.gpu_memory_share}")
         _choice("kv_cache_dtype", self.kv_cache_dtype, KV_CACHE_DTYPES)
         _at_least("num_blocks", self.num_blocks, 1)
         if self.kv_cache_memory_gib is not None:

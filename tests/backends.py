@@ -185,6 +185,7 @@ class Arrays:
     query_start: Any = None
     seq_lens: Any = None
     block_tables: Any = None
+    is_padded: bool = False
 
     @property
     def num_tokens(self) -> int:

@@ -44,7 +44,8 @@ def test_an_unknown_setting_is_refused_with_the_nearest_one(wrong: str, right: s
 
 def test_an_unknown_setting_unlike_any_is_refused_with_all() -> None:
     with pytest.raises(
-        ConfigError, match="unknown setting 'zzz'; known: batch_invariant, block_size, device, draft_model, dtype,"
+        ConfigError,
+        match="unknown setting 'zzz'; known: batch_invariant, block_size, cuda_graphs, device, draft_model, dtype,",
     ):
         EngineConfig.from_settings({"zzz": 1})
 

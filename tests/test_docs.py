@@ -140,6 +140,7 @@ def test_the_table_of_flags_has_what_the_command_takes() -> None:
             "--no-engine-tls",
             "--no-kv-loans",
             "--no-batch-invariant",
+            "--no-cuda-graphs",
         }
         == taken
     )

@@ -23,11 +23,12 @@ def plan_memory(**flags: Any) -> None:
     from splitfuse.models.weights import check_weights, resolve_dtype
     from splitfuse.runtime import memory_plan
     from splitfuse.runtime.backend_choice import choose_backend
+    from splitfuse.runtime.device import choose_device, device_of
     from splitfuse.runtime.draft_model import open_draft
     from splitfuse.runtime.loading import check_quantization, parse_device
 
     config = EngineConfig.from_settings(given(flags))
-    device = parse_device(config.model.device)
+    device = parse_device(device_of(config))
     source = open_model(config.model.model, config.model.revision, gguf_file=config.model.gguf_file, weights=False)
     spec = load_spec(source)
     weights: WeightSource | None = None
@@ -43,4 +44,5 @@ def plan_memory(**flags: Any) -> None:
     )
     if weights is not None:
         plan = replace(plan, remarks=(*plan.remarks, *describe_kept(weights, spec, backend, dtype)))
+    plan = replace(plan, remarks=(*plan.remarks, *choose_device(config).remarks))
     print(plan, flush=True)

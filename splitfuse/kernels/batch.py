@@ -33,9 +33,11 @@ class RaggedBatch:
         num_rows: int,
         adapters: StepAdapters | None = None,
         on_host: Tensor | None = None,
+        is_padded: bool = False,
     ) -> None:
         """`table_width` is the length of a row of block tables: that of the longest one at least. `on_host` are the
-        numbers of `packed`, if that is on another device.
+        numbers of `packed`, if that is on another device. With `is_padded` the last tokens are no request's, the last
+        requests may have no tokens, and derivations must give tensors whose shapes depend on the sizes alone.
         """
         self.on_start: Callable[[], None] = lambda: None
         """Called by networks of one call just before it: other threads can have Python until it returns."""
@@ -44,6 +46,7 @@ class RaggedBatch:
         self.loans: Sequence[RequestLoan] = ()
         """Loans of requests: for networks that a backend computes in one call, if it `lends`."""
         self.packed = packed
+        self.is_padded = is_padded
         self._on_host = packed if on_host is None else on_host
         self._derived: dict[Derivation, tuple[Tensor, ...]] = {}
         self.num_tokens = num_tokens
@@ -63,10 +66,25 @@ class RaggedBatch:
         """Return `seq_lens` as numbers on the host: [S]."""
         return self._host_part(5)
 
+    @property
+    def host_parts(self) -> tuple[Tensor, ...]:
+        """Return all tensors of `packed` on the host, flat, in its order."""
+        return self._on_host.split_with_sizes(self.sizes)
+
     def _host_part(self, number: int) -> list[int]:
-        begin = sum(self.sizes[:number])
-        numbers: list[int] = self._on_host[begin : begin + self.sizes[number]].tolist()
+        numbers: list[int] = self.host_parts[number].tolist()
         return numbers
+
+    def on_device(self, device: torch.device) -> RaggedBatch:
+        """Return a copy of a batch on the host, on another device."""
+        sizes = (self.num_tokens, self.num_requests, self.table_width, self.num_rows)
+        return RaggedBatch(self.packed.to(device), *sizes, on_host=self.packed, is_padded=self.is_padded)
+
+    def derive_again(self, other: RaggedBatch) -> None:
+        """Write what the derivations of this batch give of another one of its sizes into the tensors of this one."""
+        for derivation, kept in self._derived.items():
+            for mine, made in zip(kept, derivation(other), strict=True):
+                mine.copy_(made)
 
     def derived(self, derivation: Derivation) -> tuple[Tensor, ...]:
         """Return the tensors of a derivation on the batch's device: made and copied once a step, not once a layer."""

@@ -533,6 +533,7 @@ class Capabilities:
     block_multiple: int = 1  # block_size must be a multiple of it
     max_head_dim: int | None = None
     invariant: bool = False  # a row's bits can be the same whatever the other rows are
+    captures: bool = False  # attention and MLPs read nothing back from a GPU: a CUDA graph can have them
     own_threads: bool = False  # num_threads is honoured
     shares_weights: bool = False  # processes can share one copy of the weights
     lends: bool = False  # another process can hold the leading keys and values of a request

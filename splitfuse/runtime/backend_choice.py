@@ -21,6 +21,7 @@ from splitfuse.kernels.interface import Backend, Capabilities, LayerSpec, Networ
 from splitfuse.kernels.onednn import OneDnnBackend
 from splitfuse.kernels.reference import ReferenceBackend
 from splitfuse.kernels.triton import capabilities as triton
+from splitfuse.runtime.device import device_of
 from splitfuse.runtime.machine import usable_cores
 
 
@@ -39,7 +40,7 @@ class Candidate:
 
     def obstacle(self, config: EngineConfig, dtype: torch.dtype) -> str | None:
         """Return what rules the backend out, in the settings or on this machine."""
-        can, device = self.capabilities, config.model.device
+        can, device = self.capabilities, device_of(config)
         if can.devices is not None and not self.runs_on(device):
             names = ["the CPU" if each == "cpu" else each for each in can.devices]
             return f"{can.name} run on {' or '.join(names)}, not on {device}"
@@ -102,7 +103,7 @@ def choose_backend(config: EngineConfig, dtype: torch.dtype) -> Backend:
                 return candidate.make(config, why or elsewhere)
         except KernelError as error:
             obstacle = str(error)
-        if candidate.runs_on(config.model.device):
+        if candidate.runs_on(device_of(config)):
             why = why or obstacle
         else:
             elsewhere = elsewhere or obstacle
@@ -136,14 +137,14 @@ def _cpu_backend(variant: str | None, config: EngineConfig, _why: str) -> CpuBac
 
 
 def _triton_obstacle(config: EngineConfig, dtype: torch.dtype) -> str | None:
-    return triton.obstacle(config.model.device, dtype, config.cache.kv_cache_dtype)
+    return triton.obstacle(device_of(config), dtype, config.cache.kv_cache_dtype)
 
 
 def _triton_backend(config: EngineConfig, _why: str) -> Backend:
     from splitfuse.kernels.triton.backend import TritonBackend  # needs Triton, which may not be installed
 
     return TritonBackend(
-        device=config.model.device,
+        device=device_of(config),
         kv_dtype=config.cache.kv_cache_dtype,
         quantization=config.model.quantization,
         group_size=config.model.quantization_group_size,

@@ -67,6 +67,7 @@ def identify(config: EngineConfig, source: ModelSource | None = None) -> dict[st
     from splitfuse.models.sources.hub import open_model
     from splitfuse.models.weights import resolve_dtype
     from splitfuse.runtime.backend_choice import choose_backend
+    from splitfuse.runtime.device import device_of
     from splitfuse.runtime.loading import parse_device
     from splitfuse.runtime.machine import gpu, processor
 
@@ -85,14 +86,14 @@ def identify(config: EngineConfig, source: ModelSource | None = None) -> dict[st
         "quantization_group_size": config.model.quantization_group_size,
         "kv_cache_dtype": config.cache.kv_cache_dtype,
         "block_size": config.cache.block_size,
-        "device": config.model.device,
+        "device": device_of(config),
         "cpu": processor(),
         "num_threads": config.model.num_threads,
         "cores": sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
     }
     if (num_ranks := config.model.tensor_parallel_size) > 1:
         identity |= {"tensor_parallel_size": num_ranks, "ranks": config.model.rank}
-    name = gpu(parse_device(config.model.device))
+    name = gpu(parse_device(device_of(config)))
     return identity if name is None else identity | {"gpu": name}
 
 

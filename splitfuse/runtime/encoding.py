@@ -25,6 +25,7 @@ from splitfuse.models.sources.pooling import Pooling
 from splitfuse.models.sources.source import ModelSource
 from splitfuse.models.weights import resolve_dtype
 from splitfuse.runtime.backend_choice import choose_backend
+from splitfuse.runtime.device import AUTO
 from splitfuse.runtime.executor import StepHandle
 from splitfuse.runtime.fingerprint import fingerprint, identify
 from splitfuse.runtime.loading import open_source, parse_device, tokenizer_json, use_cores
@@ -137,6 +138,8 @@ def load_encoder(
 
     Raises ModelError, MemoryPlanError, or ConfigError for a setting that encoders do not have.
     """
+    if config.model.device == AUTO:
+        config = replace(config, model=replace(config.model, device="cpu"))
     source = source or open_source(config)
     spec = read_encoder(source)
     _check(config, spec)

@@ -28,6 +28,7 @@ from splitfuse.runtime.memory_ahead import MemoryAhead
 from splitfuse.runtime.results import results_of
 from splitfuse.runtime.sampling.grammar import Grammars
 from splitfuse.runtime.sampling.request import RequestSampling
+from splitfuse.runtime.step_graphs import StepGraphs
 
 _logger = logging.getLogger(__name__)
 
@@ -76,10 +77,19 @@ class Executor:
         outputs = scheduler.update(plan, executor.collect(handle))
     """
 
-    def __init__(self, decoder: Decoder, kv_cache: KVCache, grammars: Grammars, *, keeps_plans: bool = False) -> None:
+    def __init__(
+        self,
+        decoder: Decoder,
+        kv_cache: KVCache,
+        grammars: Grammars,
+        *,
+        keeps_plans: bool = False,
+        cuda_graphs: bool = False,
+    ) -> None:
         self.keeps_plans = keeps_plans
         """Whether `submit` returns before the plan is executed: for kernels that leave a core free."""
         self.decoder = decoder
+        self._graphs = StepGraphs(decoder, kv_cache) if cuda_graphs else None
         self.kv_cache = kv_cache
         self.adapters: dict[str, PackedAdapter] = {}
         """LoRA adapters by digest; requests may have those that are here as long as they run."""
@@ -226,7 +236,8 @@ class Executor:
             for place, chunk in enumerate(chunks)
             if chunk.loan is not None
         ]
-        hidden = self.decoder.forward(batch, self.kv_cache)
+        graphs = self._graphs
+        hidden = self.decoder.forward(batch, self.kv_cache) if graphs is None else graphs.forward(batch)
         self._lost = {chunks[loan.request].request_id for loan in batch.loans if loan.is_lost}
         return hidden
 

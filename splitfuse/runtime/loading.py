@@ -38,6 +38,7 @@ from splitfuse.models.weights import (
     weight_bytes,
 )
 from splitfuse.runtime.backend_choice import choose_backend
+from splitfuse.runtime.device import choose_device, device_of
 from splitfuse.runtime.draft_model import DraftRunner, open_draft
 from splitfuse.runtime.executor import Executor
 from splitfuse.runtime.fingerprint import fingerprint, identify, kv_fingerprint
@@ -46,6 +47,7 @@ from splitfuse.runtime.memory_plan import DraftSizes, MemoryPlan, plan_memory, t
 from splitfuse.runtime.parallel.leader import Leader
 from splitfuse.runtime.results import HEAD_ROWS
 from splitfuse.runtime.sampling.grammar import Grammars
+from splitfuse.runtime.step_graphs import StepGraphs
 
 _logger = logging.getLogger(__name__)
 
@@ -69,6 +71,8 @@ class LoadedModel:
     """The other ranks that compute it."""
     draft: Decoder | None = None
     """Draft model, if there is one."""
+    cuda_graphs: bool = False
+    """Whether steps are captured in CUDA graphs."""
 
     @property
     def fingerprint(self) -> str:
@@ -119,7 +123,8 @@ class LoadedModel:
         )
         threads = getattr(self.decoder.backend, "num_threads", math.inf)
         threads *= 1 if self.leader is None else self.leader.num_local_ranks
-        return Executor(self.decoder, cache, self.grammars, keeps_plans=threads < usable_cores())
+        keeps_plans = threads < usable_cores()
+        return Executor(self.decoder, cache, self.grammars, keeps_plans=keeps_plans, cuda_graphs=self.cuda_graphs)
 
     def make_draft_runner(self, executor: Executor) -> DraftRunner | None:
         """Return what computes the draft model for the requests of an executor, with a KV cache of its own; None if
@@ -169,7 +174,7 @@ def load_model(
     tiers = tier_bytes(config.cache, num_sharers=num_sharers, filled=tiers_filled, for_moves=tiers_for_moves)
     plan = _plan(spec, config, backend, weights, weight_sharing, tiers, None if draft is None else draft.sizes)
     remarks = describe_aside(weights, spec) + describe_kept(weights, spec, backend, dtype)
-    plan = replace(plan, remarks=(*plan.remarks, *remarks))
+    plan = replace(plan, remarks=(*plan.remarks, *choose_device(config).remarks, *remarks))
     announce(plan)
     spec = replace(spec, max_position=plan.max_model_len)  # no larger tables than will be read
     leader = None if config.model.tensor_parallel_size == 1 else _start_ranks(config, source, spec, plan, dtype)
@@ -195,7 +200,10 @@ def load_model(
     dummy = config.model.load_format == "dummy"
     open_weights = partial(DummyWeights, dtype, device) if dummy else source.weights
     others = pooling, leader, draft_decoder
-    return LoadedModel(source, spec, plan, ends, decoder, identity, grammars, open_weights, *others)
+    if config.model.cuda_graphs and (obstacle := StepGraphs.obstacle(decoder)):
+        raise ConfigError(f"cuda_graphs cannot be used: {obstacle}")
+    graphs = config.model.cuda_graphs
+    return LoadedModel(source, spec, plan, ends, decoder, identity, grammars, open_weights, *others, cuda_graphs=graphs)
 
 
 def load_rank(config: EngineConfig, group: Group, *, digest: str) -> tuple[RankDecoder, KVCache]:
@@ -245,7 +253,7 @@ def _open(config: EngineConfig, source: ModelSource | None = None) -> _Opened:
     """Open the model that `config` names, and check its weights: its numbers may be impossible."""
     source = source or open_source(config)
     spec = load_spec(source)
-    device = parse_device(config.model.device)
+    device = parse_device(device_of(config))
     use_cores(device)
     dtype = resolve_dtype(config.model.dtype, spec)
     weights = DummyWeights(dtype, device) if config.model.load_format == "dummy" else source.weights()
@@ -325,7 +333,7 @@ def _plan(
     plan = partial(plan_memory, spec, config, backend=backend, weights=weights, tiers=tiers, draft=draft)
     if sharing is None:
         return plan()
-    free = available_memory(config.model.device)
+    free = available_memory(device_of(config))
     num_sharers = sharing.num_sharers
     if not backend.capabilities.shares_weights or config.model.tensor_parallel_size > 1:  # each has its own
         return plan(available=free // num_sharers)

@@ -24,6 +24,7 @@ from splitfuse.models.sources.source import WeightSource
 from splitfuse.models.spec import LongRopeScaling, ModelSpec
 from splitfuse.models.storage import may_be_quantized
 from splitfuse.models.weights import resolve_dtype, weight_bytes
+from splitfuse.runtime.device import device_of
 from splitfuse.runtime.machine import GIB, available_memory
 from splitfuse.runtime.results import HEAD_ROWS
 
@@ -163,8 +164,10 @@ def plan_memory(
             f"max_model_len is {wanted_len}, but the model has {spec.max_position} positions: use at most that"
         )
     weight_size = weight_bytes(spec, dtype, backend, weights, shard=first_shard(config))
-    available = available_memory(config.model.device) if available is None else available
+    available = available_memory(device_of(config)) if available is None else available
     available //= config.model.num_local_ranks
+    if (most := _gpu_share(config)) is not None:
+        available = min(available, most)
     free = available - weight_size - (0 if draft is None else draft.weights + draft.activations)
     budget = config.scheduler.max_num_batched_tokens or _largest_budget(spec, dtype, free=free)
     plan = MemoryPlan(
@@ -185,7 +188,7 @@ def plan_memory(
     )
     if plan.tiers and not config.cache.has_tiers:
         plan = replace(plan, tiers_are_for="for requests that go on at another engine")
-        if plan.state or num_ranks > 1 or torch.device(config.model.device).type != "cpu":  # not used, or elsewhere
+        if plan.state or num_ranks > 1 or torch.device(device_of(config)).type != "cpu":  # not used, or elsewhere
             plan = replace(plan, tiers=0)
     if plan.state and config.cache.has_tiers:
         raise ConfigError(
@@ -242,7 +245,7 @@ def _with_tiers(plan: MemoryPlan, config: EngineConfig) -> MemoryPlan:
         return plan
     num_bytes = config.cache.memory_tier_bytes + config.cache.disk_tier_bytes
     plan = replace(plan, tiers=plan.tiers + _index_bytes(num_bytes, plan))
-    if torch.device(config.model.device).type == "cpu":
+    if torch.device(device_of(config)).type == "cpu":
         return plan
     if plan.tiers > (free := available_memory("cpu")):
         raise MemoryPlanError(
@@ -348,7 +351,22 @@ def _num_blocks(config: EngineConfig, plan: MemoryPlan, free: int) -> int:
     if cache.kv_cache_memory_gib is not None:
         return int(cache.kv_cache_memory_gib * GIB) // plan.block
     most_useful = plan.max_num_seqs * ceil_div(plan.max_model_len, plan.block_size)
-    return max(1, min(most_useful, int(free * LARGEST_KV_SHARE) // plan.block_of_both))
+    return max(1, min(most_useful, int(free * _kv_share(config)) // plan.block_of_both))
+
+
+def _kv_share(config: EngineConfig) -> float:
+    """Return the fraction of the memory left by weights and activations that a KV cache takes: on a GPU all of it, as
+    what is for others is left out already.
+    """
+    return LARGEST_KV_SHARE if torch.device(device_of(config)).type == "cpu" else 1.0
+
+
+def _gpu_share(config: EngineConfig) -> int | None:
+    """Return the most bytes of a GPU's memory that an engine takes; None on the CPU."""
+    device = torch.device(device_of(config))
+    if device.type == "cpu" or not torch.cuda.is_available():
+        return None
+    return int(config.cache.gpu_memory_share * torch.cuda.get_device_properties(device).total_memory)
 
 
 def _smaller_model(

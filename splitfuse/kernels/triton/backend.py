@@ -425,13 +425,17 @@ class TritonBackend(ReferenceBackend):
     ) -> Tensor:
         starts = batch.host_query_start
         out = q.new_empty(*q.shape[:2], spec.value_dim)
-        if starts[-1] < len(q):
+        if batch.is_padded:  # any of its rows may be no request's when this is replayed
+            out.zero_()
+        elif starts[-1] < len(q):
             out[starts[-1] :] = 0  # rows of no request
         values, scales, levels, _ = _parts(store)
         value_dim, group = spec.value_dim, spec.num_heads // spec.num_kv_heads
         sizes = attention_tiles(spec.head_dim, self.compute_capability, itemsize=q.element_size())
         split = FIXED_SPLIT if self.invariant else None
-        work = AttentionWork(sizes, group, spec.num_kv_heads, spec.window, spec.chunk, self.processors, split)
+        work = AttentionWork(
+            sizes, group, spec.num_kv_heads, spec.window, spec.chunk, self.processors, values.shape[2], split
+        )
         tiles, merges = batch.derived(work)
         if not len(tiles):
             return out

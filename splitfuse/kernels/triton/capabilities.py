@@ -25,6 +25,7 @@ ON_GPUS = Capabilities(
     quantizations=GROUP_SIZES,
     kv_dtypes=("int8", "fp8"),
     invariant=True,
+    captures=True,
     max_head_dim=1024,
 )
 INTERPRETED = replace(ON_GPUS, devices=("cuda", "cpu"), dtypes=(torch.float16, torch.float32))

@@ -145,6 +145,7 @@ class AttentionWork:
     window: int | None
     chunk: int | None
     processors: int
+    block_size: int
     split: int | None = None
 
     def rows(self, batch: RaggedBatch) -> int:
@@ -162,4 +163,18 @@ class AttentionWork:
             split = choose_split(starts, lengths, **shape, tiling=tiling, processors=self.processors)
             tiling = replace(tiling, split=split)
         work = make_work_list(starts, lengths, group=self.group, tiling=tiling, window=self.window, chunk=self.chunk)
-        return torch.from_numpy(work.tiles), torch.from_numpy(work.merges)
+        tiles, merges = torch.from_numpy(work.tiles), torch.from_numpy(work.merges)
+        return self._filled_up(tiles, merges, batch, tiling.rows) if batch.is_padded else (tiles, merges)
+
+    def _filled_up(self, tiles: Tensor, merges: Tensor, batch: RaggedBatch, rows: int) -> tuple[Tensor, Tensor]:
+        """Return tiles and merges with others that compute nothing, as many as there can be in steps of these sizes."""
+        most_merges = -(-batch.num_tokens * self.group // rows) + batch.num_requests
+        if self.split is None:  # of divided keys all programs but one for each tile have a full split
+            parts = most_merges + -(-PROGRAMS_PER_PROCESSOR * self.processors // self.num_kv_heads)
+        else:
+            parts = most_merges * (-(-batch.table_width * self.block_size // self.split))
+        filled = []
+        for each, count in ((tiles, most_merges + parts), (merges, most_merges)):
+            assert len(each) <= count, f"{len(each)} programs, of {count} that there can be"
+            filled.append(torch.cat((each, each.new_zeros(count - len(each), each.shape[1]))))
+        return filled[0], filled[1]

@@ -1,0 +1,145 @@
+"""Replays steps as CUDA graphs: the launches of a whole step in one, without Python between its kernels.
+
+A graph is of one shape, and steps are padded to few: by tokens of slot -1 that belong to no request, and by requests
+without tokens. Dynamic SplitFuse makes the same shapes recur. Not measured, nor run on a GPU, yet.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from splitfuse.kernels.batch import RaggedBatch
+from splitfuse.kernels.interface import AttentionSpec, ExpertsSpec
+from splitfuse.models.decoder import Decoder
+from splitfuse.models.kv_cache import KVCache
+
+_logger = logging.getLogger(__name__)
+
+MAX_BYTES = 2**30
+"""Memory that graphs take at most; then no more are captured."""
+STEPS_PER_OCTAVE = 4
+"""Number of sizes between a power of two and the next: at most a fifth of a step is padding."""
+
+
+class Bucket(NamedTuple):
+    """Sizes of a padded step: tokens, requests, blocks of a table, and rows that need logits."""
+
+    tokens: int
+    requests: int
+    table_width: int
+    rows: int
+
+    @classmethod
+    def of(cls, batch: RaggedBatch) -> Bucket:
+        """Return the bucket that a batch belongs to. A step of single tokens stays one: kernels may look at that."""
+        requests = round_up(batch.num_requests)
+        is_single = batch.num_tokens == batch.num_requests
+        tokens = requests if is_single else max(round_up(batch.num_tokens), requests + 1)
+        return cls(tokens, requests, round_up(batch.table_width), round_up(batch.num_rows))
+
+
+def round_up(size: int) -> int:
+    """Return the least size of a bucket that is not below `size`.
+
+    >>> [round_up(size) for size in (0, 3, 9, 33, 2048)]
+    [0, 3, 10, 40, 2048]
+    """
+    unit = max(1, (1 << size.bit_length()) // (2 * STEPS_PER_OCTAVE))
+    return -(-size // unit) * unit
+
+
+def pad(batch: RaggedBatch, bucket: Bucket) -> RaggedBatch:
+    """Return a batch of a bucket's sizes on the host, with the numbers of `batch`, and others that change nothing."""
+    tables, ids, positions, slots, starts, lengths, reads, writes, rows = batch.host_parts
+    padded_tables = torch.zeros(bucket.requests, bucket.table_width, dtype=torch.int32)
+    padded_tables[: batch.num_requests, : batch.table_width] = tables.view(batch.num_requests, batch.table_width)
+
+    def extend(part: Tensor, size: int, number: int) -> Tensor:
+        return torch.cat((part, part.new_full((size - len(part),), number)))
+
+    packed = torch.cat(
+        (
+            padded_tables.flatten(),
+            extend(ids, bucket.tokens, 0),
+            extend(positions, bucket.tokens, 0),
+            extend(slots, bucket.tokens, -1),
+            extend(starts, bucket.requests + 1, batch.num_tokens),
+            extend(lengths, bucket.requests, 0),
+            extend(reads, bucket.requests, -1),
+            extend(writes, bucket.requests, -1),
+            extend(rows, bucket.rows, 0),
+        )
+    )
+    sizes = (bucket.tokens, bucket.requests, bucket.table_width, bucket.rows)
+    return RaggedBatch(packed, *sizes, is_padded=True)
+
+
+@dataclass
+class _Captured:
+    """Holds a graph, and the tensors that it reads and writes at each replay."""
+
+    graph: Any
+    batch: RaggedBatch
+    hidden: Tensor
+
+
+class StepGraphs:
+    """Computes steps of a decoder, those of a shape that came before by a graph."""
+
+    def __init__(self, decoder: Decoder, kv_cache: KVCache) -> None:
+        self._decoder, self._kv_cache = decoder, kv_cache
+        self._captured: dict[Bucket, _Captured] = {}
+        self._pool: Any = None
+        self._bytes_left = MAX_BYTES
+
+    @staticmethod
+    def obstacle(decoder: Decoder) -> str | None:
+        """Return why steps of this decoder cannot be captured, or None."""
+        backend = decoder.backend
+        if decoder.device.type != "cuda" or not backend.capabilities.captures:
+            return f"{backend.capabilities.name} on {decoder.device.type} cannot be captured"
+        if any(not isinstance(layer.mixer, AttentionSpec | None) for layer in decoder.spec.layers):
+            return "layers with a recurrent state read numbers back"
+        if backend.quantization and any(isinstance(layer.mlp, ExpertsSpec) for layer in decoder.spec.layers):
+            return "quantized experts read numbers back"
+        return None
+
+    def forward(self, batch: RaggedBatch) -> Tensor:
+        """Return what `Decoder.forward` does."""
+        if batch.adapters is not None or not batch.num_tokens:
+            return self._decoder.forward(batch, self._kv_cache)
+        bucket = Bucket.of(batch)
+        captured = self._captured.get(bucket)
+        if captured is None:
+            if self._bytes_left <= 0:
+                return self._decoder.forward(batch, self._kv_cache)
+            captured = self._captured[bucket] = self._capture(pad(batch, bucket))
+        else:
+            padded = pad(batch, bucket)
+            captured.batch.packed.copy_(padded.packed)
+            captured.batch.derive_again(padded)
+        captured.graph.replay()
+        return captured.hidden[: batch.num_rows].clone()
+
+    def _capture(self, padded: RaggedBatch) -> _Captured:
+        """Return the graph of a step of this shape."""
+        free_before = torch.cuda.mem_get_info(self._decoder.device)[0]
+        batch = padded.on_device(self._decoder.device)
+        stream = torch.cuda.Stream(self._decoder.device)
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):  # compiles what was not compiled, and derives what the kernels read
+            self._decoder.forward(batch, self._kv_cache)
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self._pool):
+            hidden = self._decoder.forward(batch, self._kv_cache)
+        self._pool = self._pool or graph.pool()
+        self._bytes_left -= max(0, free_before - torch.cuda.mem_get_info(self._decoder.device)[0])
+        if self._bytes_left <= 0:
+            _logger.warning("CUDA graphs have taken %d MiB: steps of other shapes run without", MAX_BYTES >> 20)
+        return _Captured(graph, batch, hidden)
