@@ -130,7 +130,8 @@ class StepGraphs:
         """Return the graph of a step of this shape."""
         free_before = torch.cuda.mem_get_info(self._decoder.device)[0]
         batch = padded.on_device(self._decoder.device)
-        stream = torch.cuda.Stream(self._decoder.device)
+        make_stream: Any = torch.cuda.Stream  # which has no types
+        stream = make_stream(self._decoder.device)
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):  # compiles what was not compiled, and derives what the kernels read
             self._decoder.forward(batch, self._kv_cache)
