@@ -63,8 +63,8 @@ def test_a_server_with_roles_answers_as_one_without(tmp_path: Path) -> None:
         listed = subprocess.run(
             [sys.executable, "-m", "splitfuse.cli", "ps"], capture_output=True, text=True, timeout=PATIENCE, check=True
         )
-        line = next(each for each in listed.stdout.splitlines() if each.split()[0] == "roles")
-        assert "prompt:1,generation:1" in line
+        shown = [row for each in listed.stdout.splitlines() if (row := each.split())]
+        assert {row[0]: row[2] for row in shown if "/" in row[0]} == {"roles/0": "prompt", "roles/1": "generation"}
 
 
 @pytest.mark.slow
