@@ -55,7 +55,8 @@ def make_replicas(
     Raises ConfigError if there are fewer cores than replicas, or if a KV tier, the key or Ray cannot be used.
     """
     most = max(replicas, max_replicas or replicas)
-    if config.cache.kv_loans and (replicas < 2 or engines or roles or ray):
+    is_split = any(role is not Role.MIXED for role in roles)
+    if config.cache.kv_loans and (replicas < 2 or engines or is_split or ray):
         raise ConfigError(
             "kv_loans needs another engine to lend, all on this machine and without roles: set replicas to 2 or more "
             "and leave out engines elsewhere, ray and roles, or leave out kv_loans"

@@ -410,7 +410,12 @@ def test_request_goes_on_when_its_creditor_is_gone(folder: Path, how: signal.Sig
 
 
 def test_loans_are_refused_where_they_cannot_work(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
-    for how in ({"replicas": 1}, {"replicas": 2, "engines": ("127.0.0.1:1",)}):
+    make_replicas(config(folder, SMALL), replicas=2, roles=ServerConfig(replicas=2).engine_roles)  # all are mixed
+    for how in (
+        {"replicas": 1},
+        {"replicas": 2, "engines": ("127.0.0.1:1",)},
+        {"replicas": 2, "roles": ServerConfig(replicas=2, roles="prompt:1,generation:1").engine_roles},
+    ):
         with pytest.raises(ConfigError, match="set replicas to 2 or more"):
             make_replicas(config(folder, SMALL), **how)
     with pytest.raises(ConfigError, match="needs the C\\+\\+ kernels"):
