@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from patience import PATIENCE
 from router_streams import read, requests, run, until
 from server_process import server_process
 
@@ -26,7 +27,7 @@ from splitfuse.config import EngineConfig
 from splitfuse.core.request import SchedulingOptions
 from splitfuse.engine.client import EngineState, LocalClient
 from splitfuse.engine.messages import Add
-from splitfuse.engine.remote.ray_cluster import DRIVER
+from splitfuse.engine.remote.ray_cluster import DRIVER, EngineSpec, RayCluster
 from splitfuse.engine.replicas import make_replicas
 from splitfuse.engine.router import Router
 from splitfuse.errors import EngineUnavailableError
@@ -262,8 +263,14 @@ def test_a_server_on_ray_by_the_command_line(nodes: RayNodes, tmp_path: Path) ->
         server.process.kill()
         server.process.wait()
 
-    async def gone() -> None:
-        async with on_ray(nodes, 2) as router:  # their places are free again
-            assert sorted(hosts(router)) == OTHERS
+    async def places_are_free() -> None:
+        keys = {"link_key": secrets.token_bytes(32), "name_key": secrets.token_bytes(32)}
+        spec = EngineSpec(EngineConfig.from_settings(SETTINGS), step_timeout=60.0, cpus=1, seconds=PATIENCE, **keys)
+        cluster = RayCluster(nodes.address)
+        try:
+            placed = await asyncio.gather(cluster.place(spec), cluster.place(spec))
+        finally:
+            await cluster.close()
+        assert sorted(each.address.rpartition(":")[0] for each in placed) == OTHERS
 
-    run(gone())
+    run(places_are_free())
