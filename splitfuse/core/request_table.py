@@ -9,7 +9,7 @@ from splitfuse.core.advance import advance, output_of
 from splitfuse.core.events import EngineEvents, RequestAdded, RequestFinished
 from splitfuse.core.kv.block_allocator import BlockAllocator
 from splitfuse.core.kv.fetch_queue import FetchQueue
-from splitfuse.core.plan import Chunk, ChunkResult, Save, StepPlan
+from splitfuse.core.plan import Chunk, ChunkResult, Save, StepPlan, StepResult
 from splitfuse.core.policy import SchedulingPolicy
 from splitfuse.core.request import Request, RequestStatus
 from splitfuse.core.request_output import FinishReason, RequestOutput
@@ -61,6 +61,19 @@ class RequestTable:
         if self._fetches is not None:
             self._fetches.add(request)
         self._events.emit(RequestAdded(request, min(sent_time, now), now))
+
+    def take_results(self, plan: StepPlan, results: StepResult, now: float) -> list[RequestOutput]:
+        """Move the requests of a plan on. Those that have ended are to be settled."""
+        outputs = []
+        for chunk in plan.chunks:
+            request = self.by_id[chunk.request_id]
+            request.num_plans_in_flight -= 1
+            request.num_output_placeholders -= chunk.samples
+            if not request.is_finished:
+                outputs.append(self.take_result(request, chunk, results[chunk.request_id], now))
+                if request.is_leaving and not request.is_finished and not request.num_plans_in_flight:
+                    outputs.append(self.leave(request, now))
+        return outputs
 
     def take_result(self, request: Request, chunk: Chunk, result: ChunkResult, now: float) -> RequestOutput:
         """Move a request on by one computed chunk. An exception ends this request, and no other."""
@@ -138,6 +151,12 @@ class RequestTable:
         """Return the saves of the blocks with the first `num_tokens` tokens of a request: see RequestKv.save."""
         tokens = request.tokens(0, num_tokens)
         return request.kv.save(self._allocator, tokens, part=part, salt=request.scheduling.cache_salt)
+
+    def settle_all(self, plan: StepPlan, now: float) -> None:
+        """Settle the requests of a plan that is back."""
+        for request in [self.by_id[chunk.request_id] for chunk in plan.chunks]:
+            if request.is_finished or request.kv.preempt_on_return:
+                self.settle(request, now)
 
     def settle(self, request: Request, now: float) -> None:
         """Release a request that has finished, or preempt one that is to be, unless one of its plans is in flight."""

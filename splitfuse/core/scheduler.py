@@ -41,14 +41,7 @@ from dataclasses import replace
 from typing import NamedTuple
 
 from splitfuse.config import SchedulerConfig
-from splitfuse.core.events import (
-    EngineEvents,
-    RequestFinished,
-    RequestPreempted,
-    RequestStarted,
-    StepRecord,
-    StepScheduled,
-)
+from splitfuse.core.events import EngineEvents, RequestPreempted, RequestStarted, StepRecord, StepScheduled
 from splitfuse.core.kv.block_allocator import BlockAllocator
 from splitfuse.core.kv.fetch_queue import FetchQueue
 from splitfuse.core.kv.fetching import Fetching
@@ -103,7 +96,7 @@ class Scheduler:
         if fetching is not None:
             self.fetches = FetchQueue(fetching, queue, allocator, events, self.policy.predictor)
         if drafting is not None:
-            events.subscribe(RequestFinished, lambda event: drafting.forget(event.request.request_id))
+            drafting.follow(events)
         self.requests = RequestTable(queue, allocator, events, self.policy, self.fetches)
         self._num_scheduled_steps = 0
         self._in_flight: deque[_InFlight] = deque()
@@ -140,7 +133,11 @@ class Scheduler:
 
         Raises PlanningError, from the exception that the policy or the builder has raised. Nothing is in flight then.
         """
-        if self._in_flight and self._awaits_drafts():
+        if (
+            self.drafting is not None
+            and self._in_flight
+            and (any(each.has_drafts for each in self._in_flight) or self.drafting.is_expected(self.queue.running))
+        ):
             return None
         step = StepBuilder(
             self.queue,
@@ -155,12 +152,8 @@ class Scheduler:
             self.policy.compose(step)
             if not step.granted:
                 return None
-            if (
-                self.drafting is not None
-                and not self._in_flight
-                and (seconds := self.drafting.compose(step, self.policy.predictor))
-            ):
-                now += seconds  # the step begins when its drafts are there
+            if self.drafting is not None and not self._in_flight:
+                now += self.drafting.compose(step, self.policy.predictor)  # the step begins when its drafts are there
             plan = step.build(self._num_scheduled_steps + 1, tuple(self.requests.retired))
         except Exception as error:
             raise PlanningError(self.policy.blamed(step)) from error
@@ -187,20 +180,10 @@ class Scheduler:
         predicted = 0.0 if predictor is None else predictor.observe(features_of(plan), now - start_time)
         running, waiting = self.queue.running, self.queue.waiting
         self.events.emit(StepRecord(plan, result, start_time, now, predicted, len(running), len(waiting)))
-        outputs = []
-        requests = [self.requests.by_id[chunk.request_id] for chunk in plan.chunks]
-        for request, chunk in zip(requests, plan.chunks, strict=True):
-            request.num_plans_in_flight -= 1
-            request.num_output_placeholders -= chunk.samples
-            if not request.is_finished:
-                outputs.append(self.requests.take_result(request, chunk, result[chunk.request_id], now))
-                if request.is_leaving and not request.is_finished and not request.num_plans_in_flight:
-                    outputs.append(self.requests.leave(request, now))
+        outputs = self.requests.take_results(plan, result, now)
         if self.fetches is not None:
             self.fetches.end(plan, is_done=all(each.error is None for each in result.values()))
-        for request in requests:  # once it is known which have ended, and so which is the oldest
-            if request.is_finished or request.kv.preempt_on_return:
-                self.requests.settle(request, now)
+        self.requests.settle_all(plan, now)  # once it is known which have ended, and so which is the oldest
         return outputs
 
     def finish(
@@ -233,13 +216,3 @@ class Scheduler:
         self.requests.finish(request, reason, now, wanted_until)
         self.requests.settle(request, now)
         return True
-
-    def _awaits_drafts(self) -> bool:
-        """Return whether the next step is to be planned only when those in flight are back: they have drafts, or it may
-        have some.
-        """
-        if self.drafting is None:
-            return False
-        if any(step.has_drafts for step in self._in_flight):
-            return True
-        return self.drafting.is_expected([each for each in self.queue.running if each.num_output_placeholders])

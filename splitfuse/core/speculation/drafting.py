@@ -18,7 +18,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 
-from splitfuse.core.events import StepRecord
+from splitfuse.core.events import EngineEvents, RequestFinished, StepRecord
 from splitfuse.core.plan import DraftKind
 from splitfuse.core.request import Request
 from splitfuse.core.slo.latency_predictor import LatencyPredictor
@@ -40,13 +40,14 @@ class Drafting:
         if all(chunk.samples and len(chunk.token_ids) == 1 + chunk.num_drafts for chunk in step.plan.chunks):
             self.cost.observe(step.plan.num_tokens, step.measured_seconds)
 
-    def forget(self, request_id: str) -> None:
-        """Give back what the draft model holds for a request."""
-        if self.model is not None:
-            self.model.forget(request_id)
+    def follow(self, events: EngineEvents) -> None:
+        """Give back what the draft model holds for a request when that ends."""
+        if (model := self.model) is not None:
+            events.subscribe(RequestFinished, lambda event: model.forget(event.request.request_id))
 
-    def is_expected(self, requests: Sequence[Request]) -> bool:
-        """Return whether the next step is likely to have drafts, of requests whose tokens are in flight."""
+    def is_expected(self, running: Sequence[Request]) -> bool:
+        """Return whether the next step is likely to have drafts, of running requests whose tokens are in flight."""
+        requests = [each for each in running if each.num_output_placeholders]
         if self.model is not None and self.model.is_on and requests:
             return True
         least = self._least(len(requests))
