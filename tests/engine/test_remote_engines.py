@@ -334,7 +334,10 @@ def test_an_engine_that_comes_back_is_found_again(
 
 
 @pytest.mark.slow
-def test_an_engine_that_is_told_to_end_lets_its_requests_go_on(folder: Path, whole: list[list[int]]) -> None:
+def test_an_engine_that_is_told_to_end_lets_its_requests_go_on(
+    folder: Path, whole: list[list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("splitfuse.engine.router.LEAVING_SECONDS", 0.0)  # they are short
     wanted, flags = requests(8, max_tokens=120), ("--key-file", str(folder / "key"), *FLAGS)
 
     async def test() -> None:
