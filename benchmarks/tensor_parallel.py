@@ -1,9 +1,11 @@
 """Tensor parallel: steps of ranks of one thread each beside steps of one process with as many threads.
 
-    python -m benchmarks.tensor_parallel MODEL [--ranks 2] [--turns 10] [FLAGS]
+    python -m benchmarks.tensor_parallel MODEL [--ranks 2] [--turns 10] [--gloo] [FLAGS]
 
 Both have the model loaded, and compute the same steps in turns A B A B, output head and greedy choice included; their
 tokens are compared. On a machine with one memory bus both read the same bytes through it: ranks can at best be as fast.
+With --gloo the ranks add up partial sums over TCP, as those of several machines do, here over loopback; their tokens
+may be others.
 
 MODEL is a folder, such as `python -m benchmarks.models 0.5b FOLDER` writes. Engine FLAGS as --name=value.
 """
@@ -11,7 +13,13 @@ MODEL is a folder, such as `python -m benchmarks.models 0.5b FOLDER` writes. Eng
 from __future__ import annotations
 
 import argparse
+import secrets
+import subprocess
+import sys
+import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -34,13 +42,22 @@ def main() -> None:
     parser.add_argument("model", type=Path)
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--turns", type=int, default=10)
+    parser.add_argument("--gloo", action="store_true", help="ranks that share no memory")
     arguments, flags = parser.parse_known_args()
     settings: dict[str, Any] = {"model": str(arguments.model), "num_blocks": 600, "max_num_batched_tokens": 512}
     for flag in flags:
         name, _, text = flag.removeprefix("--").replace("-", "_").partition("=")
         settings[name] = int(text) if text.isdigit() else text
     threads = load(settings, num_threads=arguments.ranks)
-    ranks = load(settings, num_threads=1, tensor_parallel_size=arguments.ranks)
+    own: dict[str, Any] = {"num_threads": 1, "tensor_parallel_size": arguments.ranks}
+    if arguments.gloo:
+        with ranks_elsewhere(arguments.ranks - 1) as (addresses, key_file):
+            compare(threads, load(settings, **own, rank=addresses, rank_key_file=key_file), arguments)
+    else:
+        compare(threads, load(settings, **own), arguments)
+
+
+def compare(threads: LoadedModel, ranks: LoadedModel, arguments: argparse.Namespace) -> None:
     print(threads.plan.kernels, ranks.plan.kernels, sep="\n")
     executors = threads.make_executor(), ranks.make_executor()
     print(f"{'step':16} {'threads, ms':>12} {'ranks, ms':>12} {'speed of ranks':>16}")
@@ -49,7 +66,7 @@ def main() -> None:
         times: list[tuple[float, float]] = []
         for _ in range(arguments.turns):
             (one, tokens), (other, same) = (timed(executor, chunks) for executor in executors)
-            assert tokens == same, "ranks choose other tokens"
+            assert arguments.gloo or tokens == same, "ranks choose other tokens"
             times.append((one, other))
         ratio = median(one / other for one, other in times)
         one, other = (median(each) for each in zip(*times, strict=True))
@@ -58,7 +75,27 @@ def main() -> None:
     ranks.leader.close()
 
 
-def load(settings: dict[str, Any], **own: int) -> LoadedModel:
+@contextmanager
+def ranks_elsewhere(count: int) -> Iterator[tuple[list[str], str]]:
+    """Run so many `splitfuse rank` on loopback; yield their addresses and the file with their secret."""
+    addresses = [f"127.0.0.1:{9177 + number}" for number in range(count)]
+    with tempfile.TemporaryDirectory() as folder:
+        key_file = Path(folder) / "key"
+        key_file.touch(mode=0o600)
+        key_file.write_text(secrets.token_hex(32), encoding="ascii")
+        command = [sys.executable, "-m", "splitfuse.cli", "rank", "--key-file", str(key_file), "--listen"]
+        processes = [subprocess.Popen([*command, each], stderr=subprocess.PIPE, text=True) for each in addresses]
+        try:
+            for process in processes:
+                assert process.stderr is not None and "listens on" in process.stderr.readline()
+            yield addresses, str(key_file)
+        finally:
+            for process in processes:
+                process.terminate()
+                process.wait()
+
+
+def load(settings: dict[str, Any], **own: Any) -> LoadedModel:
     return load_model(EngineConfig.from_settings({**settings, **own}))
 
 
