@@ -67,7 +67,6 @@ def outcomes(engine: Engine) -> dict[str, list[Any]]:
         ("qwen2-moe", "int4"),
         pytest.param("storyteller", "int8", marks=pytest.mark.slow),
         pytest.param("storyteller", "int4", marks=pytest.mark.slow),
-        pytest.param("gpt-oss", "int8", marks=pytest.mark.slow),
         pytest.param("gemma3", None, marks=pytest.mark.slow),
     ],
 )
