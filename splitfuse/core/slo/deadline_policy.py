@@ -186,13 +186,10 @@ class DeadlinePolicy(Fcfs):
         """
         every = outlook.overhead + outlook.decode_seconds
         usual = usual_step(outlook, self._arrivals.longest_steps)
-        half = DECODES_PER_STEP * outlook.floor
-        if 0 < len(decodes) >= len(feasible) and every < half:
-            # Steps of decodes alone would waste the time in which prompts are computed, also when these decode: so in
-            # many short steps. Where they will fill more of the floor, or more can be in time than decode, prompts are
-            # done at full throughput.
-            soon = sum(outlook.seconds_of(prefill.request.num_tokens, 1) for prefill in feasible)
-            usual = usual if every + soon >= half else 0.0
+        if 0 < len(decodes) >= len(feasible) and every < DECODES_PER_STEP * outlook.floor:
+            # A step of decodes alone would waste the time in which prompts are computed: so in many short steps. Where
+            # more can be in time, they are done at full throughput: it is further decodes that fill the floor.
+            usual = 0.0
         usual = max(usual, every / DECODES_PER_STEP, self._shortest(outlook))
         seconds, spare, before = usual, math.inf, 0.0
         for request, work, room in feasible:
