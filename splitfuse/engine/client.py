@@ -119,23 +119,23 @@ class EngineClient(ABC):
 
         Raises InvalidRequestError if there is no such engine, EngineUnavailableError if no other is ready.
         """
-        raise NotImplementedError
+        raise InvalidRequestError("a lone engine cannot be drained: its requests have no other", parameter="engine")
 
     def undrain_engine(self, index: int) -> None:
         """Let a drained engine take requests again. Raises InvalidRequestError if there is no such engine."""
-        raise NotImplementedError
+        raise InvalidRequestError("a lone engine cannot be drained: its requests have no other", parameter="engine")
 
     async def restart_engine(self, index: int) -> int:
         """Drain an engine, restart it, and let it take requests again. Returns how many went on elsewhere.
 
         Raises as `drain_engine`; EngineUnavailableError if it does not come back.
         """
-        raise NotImplementedError
+        raise InvalidRequestError("a lone engine cannot be drained: its requests have no other", parameter="engine")
 
     @property
     def num_replicas(self) -> int:
         """Return how many engines there are, ready or not, of those whose number `scale` changes."""
-        raise NotImplementedError
+        return 1
 
     async def scale(self, count: int) -> int:
         """Have so many replicas: more of them are started, or requests of some go on at others, and these are ended.
@@ -144,7 +144,7 @@ class EngineClient(ABC):
         Raises InvalidRequestError for a number that there cannot be, ConfigError or EngineUnavailableError if it cannot
         be had: there are as many replicas as before then.
         """
-        raise NotImplementedError
+        raise InvalidRequestError(f"there cannot be {count} replicas of a lone engine", parameter="replicas")
 
     @property
     @abstractmethod

@@ -34,7 +34,7 @@ from splitfuse.engine.client import EngineState
 from splitfuse.engine.engine import Engine
 from splitfuse.engine.messages import Add
 from splitfuse.engine.ragged import RaggedEngine
-from splitfuse.engine.router import _candidate
+from splitfuse.engine.router import _accepts, _candidate
 from splitfuse.engine.tier_files import open_tiers
 from splitfuse.errors import ConfigError, EngineUnavailableError, InvalidRequestError
 from splitfuse.runtime.loading import load_model
@@ -275,17 +275,15 @@ def test_a_router_counts_what_replicas_can_fetch() -> None:
     names = [bytes([number]) * 16 for number in range(4)]
 
     def cached(shared: int) -> int:
-        candidate = _candidate(replica, names, Add("a", (1,), SamplingParams(max_tokens=9)), shared)
-        assert candidate is not None
-        return candidate.cached
+        return _candidate(replica, names, shared).cached
 
     assert (cached(0), cached(128)) == (0, 124)
     view.memory.add(names[:2])
     assert (cached(0), cached(32), cached(128)) == (64, 64, 126)
     view.memory.add(names)
     assert cached(128) == 128
-    large = Add("b", (1,) * 200, SamplingParams(max_tokens=9))
-    assert _candidate(replica, names, large, 0) is None, "machines differ in memory"
+    small, large = (Add("a", (1,) * count, SamplingParams(max_tokens=9)) for count in (1, 200))
+    assert _accepts(replica, small) and not _accepts(replica, large), "machines differ in memory"
 
 
 def test_a_rejected_request_does_not_end_an_engine_that_waits_for_blocks(

@@ -116,7 +116,7 @@ def random_step(rng: Random) -> tuple[list[tuple[int, int]], dict[str, Any]]:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["float32", "float16"])
-@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("seed", [0, 1, *(pytest.param(each, marks=pytest.mark.slow) for each in range(2, 6))])
 def test_random_ragged_steps(seed: int, dtype: torch.dtype) -> None:
     rng = Random(f"{seed} {dtype}")
     chunks, options = random_step(rng)

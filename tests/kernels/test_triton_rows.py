@@ -107,7 +107,7 @@ def norm_weights(spec: AttentionSpec) -> LayerWeights:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("seed", range(16))
+@pytest.mark.parametrize("seed", [*range(5), *(pytest.param(each, marks=pytest.mark.slow) for each in range(5, 16))])
 def test_heads_are_normed_rotated_and_kept(seed: int, dtype: torch.dtype) -> None:
     rng = Random(f"{seed} {dtype}")
     spec = AttentionSpec(**random_heads(rng))

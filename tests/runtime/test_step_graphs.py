@@ -62,7 +62,9 @@ def make_backend(name: str) -> Backend:
     return backend
 
 
-@pytest.mark.parametrize("name", ["reference", pytest.param("triton", marks=runnable("triton-float32"))])
+@pytest.mark.parametrize(
+    "name", ["reference", pytest.param("triton", marks=[*runnable("triton-float32"), pytest.mark.slow])]
+)
 def test_padded_steps_give_the_same_and_write_the_same(name: str, tmp_path: Path) -> None:
     tiny_models.save("gpt-oss", tmp_path)
     weights, spec = ModelFolder(tmp_path).weights(), load_spec(ModelFolder(tmp_path))

@@ -54,6 +54,7 @@ def test_answers_go_on_while_engines_are_drained_and_restarted(tmp_path: Path) -
         assert "there is no engine 7: this server has 2" in drain(f"{name}/7")
 
 
+@pytest.mark.slow  # tests/engine/test_scaling.py has the same without HTTP
 def test_replicas_are_added_and_ended_while_answers_go_on(tmp_path: Path) -> None:
     name = "scaled"
     flags = ("--replicas", "1", "--max-replicas", "2", "--num-threads", "1", "--ttft", "60s")
