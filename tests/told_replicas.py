@@ -37,7 +37,7 @@ INFO = EngineInfo(
 
 
 class Told(LocalClient):
-    """A replica that computes nothing: it notes what it is sent, and takes what it is told."""
+    """Stands for a replica that computes nothing: it notes what it is sent, and takes what it is told."""
 
     def __init__(self, info: EngineInfo = INFO, name: str = "") -> None:
         super().__init__()
@@ -68,7 +68,7 @@ def step(*outputs: RequestOutput, times: StepTimes | None = TIMES) -> StepReport
 
 
 class Stoppable(Told):
-    """A replica that lets requests go when it is told to, and can be stopped."""
+    """Stands for a replica that lets requests go when it is told to, and can be stopped."""
 
     def __init__(self, name: str = "") -> None:
         super().__init__(name=name)

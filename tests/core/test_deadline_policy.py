@@ -260,7 +260,7 @@ def test_a_prompt_at_risk_is_not_given_up_unless_another_is_in_time() -> None:
     assert names(make_policy().order([], [late, risky, safe], now=0.002)) == ([], ["safe", "late", "risky"])
 
 
-def test_where_no_request_can_be_in_time_the_order_is_first_come_first_served() -> None:
+def test_order_is_fcfs_where_no_request_can_be_in_time() -> None:
     late, prompt = decode("d", 0.1, token_at=0.0), request("p", 100, SloTargets(0.05, 0.1), arrival_time=5.0)
     late.slo.observe_token(5.0)
     prompt.turn, policy = 9.0, make_policy()

@@ -18,12 +18,12 @@ BLOCK = 16
 
 
 def names(prompt: str) -> list[bytes]:
-    """One block a letter, named as blocks are: by all up to its end."""
+    """Return one block a letter, named as blocks are: by all up to its end."""
     return [prompt[:end].encode() for end in range(1, len(prompt) + 1)]
 
 
 class Replica:
-    """What a shortlist knows of one."""
+    """Holds what a shortlist knows of a replica."""
 
     def __init__(self, seconds: float = 0.0, *, num_blocks: int = 100) -> None:
         self.memory = PrefixMemory(num_blocks, BLOCK)
@@ -125,7 +125,7 @@ def test_one_that_is_gone_or_new_has_nothing_cached() -> None:
     shortlist.sync(replicas)
     for _ in range(50):
         assert 7 not in shortlist.pick(names("abc"), lambda number: replicas[number] is not None, 0.0)
-    held.memory.add(names("abc"))  # nobody listens any more
+    held.memory.add(names("abc"))  # no index follows it any more
     replicas[7] = Replica()
     shortlist.sync(replicas)
     assert not list(shortlist.index.holders(names("abc")))

@@ -34,7 +34,7 @@ def config(ranks: int, **settings: Any) -> EngineConfig:
 
 
 def wanted(vocab_size: int) -> list[Add]:
-    """Greedy and seeded requests; one wants the logprobs of its prompt, one those of tokens."""
+    """Return greedy and seeded requests; one wants the logprobs of its prompt, one those of tokens."""
     rng, made = Random(4), []
     for number, length in enumerate((1, 150, 40, 70, 9, 33)):
         sampling: dict[str, Any] = {"temperature": 0.9, "seed": number} if number % 2 else {"temperature": 0.0}
@@ -48,7 +48,7 @@ def wanted(vocab_size: int) -> list[Add]:
 
 
 def outcomes(engine: Engine) -> dict[str, list[Any]]:
-    """Tokens and logprobs of each request."""
+    """Return the tokens and logprobs of each request."""
     found: dict[str, list[Any]] = {}
     for request in wanted(engine.model.spec.vocab_size):
         engine.add(request)
@@ -97,7 +97,7 @@ def test_ranks_give_the_bits_of_one_process(model: str, quantization: str | None
 
 
 def ranks_of(engine: SupervisedEngine) -> list[int]:
-    """Processes that an engine's process has started."""
+    """Return the processes that an engine's process has started."""
     tasks = Path(f"/proc/{engine.pid}/task").iterdir()
     return [int(child) for task in tasks for child in (task / "children").read_text().split()]
 

@@ -123,7 +123,7 @@ def wanted() -> list[Add]:
 
 @pytest.fixture(scope="module")
 def whole(wanted: list[Add]) -> list[list[int]]:
-    """Answers of an engine of this machine, without Ray."""
+    """Return the answers of an engine of this machine, without Ray."""
     found: list[list[int]] = []
 
     async def test() -> None:
@@ -136,7 +136,7 @@ def whole(wanted: list[Add]) -> list[list[int]]:
     return found
 
 
-def test_engines_that_are_lost_are_replaced_and_their_requests_go_on(
+def test_lost_engines_are_replaced_and_their_requests_go_on(
     nodes: RayNodes, wanted: list[Add], whole: list[list[int]], caplog: pytest.LogCaptureFixture
 ) -> None:
     """An actor is killed, then the process that speaks with Ray, and then a node is removed, amid the streams."""
@@ -177,14 +177,14 @@ def test_engines_that_are_lost_are_replaced_and_their_requests_go_on(
 
 
 def process_of(engine: LocalClient, log: pytest.LogCaptureFixture) -> int:
-    """The number of the process of an engine, which is on this machine in truth."""
+    """Return the number of the process of an engine, which really runs on this machine."""
     found = re.search(rf"placed an engine at {re.escape(engine.address)} \(process (\d+)\)", log.text)
     assert found is not None
     return int(found[1])
 
 
 def driver() -> int:
-    """The number of the process that speaks with Ray."""
+    """Return the number of the process that speaks with Ray."""
     (found,) = [each for each in Path("/proc").glob("[0-9]*") if DRIVER.encode() in cmdline(each)]
     return int(found.name)
 

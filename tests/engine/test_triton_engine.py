@@ -63,7 +63,7 @@ def generate(**settings: Any) -> tuple[list[list[int]], splitfuse.Pipeline]:
     return [list(answer.token_ids) for answer in answers], pipe
 
 
-def test_an_engine_gives_the_tokens_of_the_reference_whatever_the_company() -> None:
+def test_engine_gives_the_tokens_of_the_reference_in_any_batch() -> None:
     wanted, _ = generate(kernels="reference", max_num_batched_tokens=64)
     found, pipe = generate(kernels="triton", max_num_batched_tokens=17)
     assert found == wanted

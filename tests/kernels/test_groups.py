@@ -148,7 +148,7 @@ def make_groups(size: int, patience: float = 60.0) -> list[Group]:
 
 
 def make_summing_groups(size: int, patience: float = 60.0) -> list[Group]:
-    """Groups that add up by gloo, made in threads, since they wait for each other."""
+    """Return groups that add up by gloo, made in threads, since they wait for each other."""
     store = dist.HashStore()
     shards = [Shard(rank, size, sums=True) for rank in range(size)]
     with ThreadPoolExecutor(size) as pool:
@@ -157,13 +157,13 @@ def make_summing_groups(size: int, patience: float = 60.0) -> list[Group]:
 
 
 def together(decoders: list[Decoder], compute: Callable[[Decoder], list[Tensor]]) -> list[list[Tensor]]:
-    """What each rank computes, in threads."""
+    """Return what each rank computes, in threads."""
     with ThreadPoolExecutor(len(decoders)) as pool:
         return list(pool.map(compute, decoders))
 
 
 def logits(decoder: Decoder, vocab_size: int, seed: int = 3) -> list[Tensor]:
-    """Logits of every position of some prompts, computed in chunks, and of some more tokens, each chosen by them."""
+    """Return the logits of every position of some prompts, computed in chunks, and of some tokens chosen by them."""
     rng = random.Random(0)
     requests = [Request([rng.randrange(vocab_size) for _ in range(length)]) for length in (1, 3, 23, 70)]
     runner = Runner(decoder, block_size=32, num_blocks=16)
@@ -200,7 +200,7 @@ SUMS = [
 
 
 @pytest.mark.parametrize(("variant", "quantization", "group_size", "ranks", "name"), emulation_slow(SUMS, "2-experts"))
-def test_ranks_that_add_up_agree_and_depend_on_nothing_but_their_number(
+def test_sums_of_ranks_depend_on_their_number_alone(
     variant: str, quantization: str | None, group_size: int | None, ranks: int, name: str
 ) -> None:
     spec = NETWORKS[name]
@@ -295,7 +295,7 @@ def test_what_ranks_cannot_divide_is_refused(size: int, layer: Mixer, message: s
     check_ranks(spec, CpuBackend(num_threads=1), 1)
 
 
-def test_inner_elements_that_cannot_be_divided_and_other_kernels_are_refused() -> None:
+def test_indivisible_elements_and_other_kernels_are_refused() -> None:
     message = "tensor_parallel_size=3 does not divide the 130 inner elements of an MLP of the model: it can be 1 or 2"
     with pytest.raises(ConfigError, match=message):
         check_ranks(network(LayerSpec(mixer=heads(), mlp=dense(130))), CpuBackend(num_threads=1), 3)

@@ -20,7 +20,7 @@ _libc = ctypes.CDLL(None, use_errno=True)
 
 
 def is_there(memory: Tensor) -> list[bool]:
-    """Whether each page of some memory is."""
+    """Return whether each page of some memory is resident."""
     num_pages = memory.nbytes // mmap.PAGESIZE
     found = (ctypes.c_ubyte * num_pages)()
     address, size = ctypes.c_void_p(memory.data_ptr()), ctypes.c_size_t(memory.nbytes)
@@ -40,7 +40,7 @@ def test_memory_is_there_and_stays_what_it_is() -> None:
 
 
 class Cache:
-    """A KV cache of two stores with blocks of a fourth and a half of a piece, in which nothing is stored."""
+    """Return a KV cache of two stores with blocks of a fourth and a half of a piece, in which nothing is stored."""
 
     block_bytes = PIECE_BYTES * 3 // 4
 

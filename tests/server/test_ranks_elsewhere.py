@@ -37,7 +37,7 @@ def rank(address: str, key: str, prefix: Sequence[str] = ()) -> Iterator[subproc
 
 
 def generate(*flags: str, prefix: Sequence[str] = ()) -> list[tuple[Any, ...]]:
-    """Tokens of greedy and seeded answers."""
+    """Return the tokens of greedy and seeded answers."""
     command = [*prefix, sys.executable, "-m", "splitfuse.cli", "generate", *PROMPTS, *FLAGS, *flags]
     command += ["--max-new-tokens=40", "--seed=7", "--temperature=0.7", "--ignore-eos"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE, check=False)

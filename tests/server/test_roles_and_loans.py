@@ -33,14 +33,14 @@ def metric(client: httpx.Client, name: str, label: str = "") -> float:
 
 
 def complete(client: httpx.Client, prompt: str, **fields: Any) -> tuple[str, dict[str, Any]]:
-    """The text that follows, and where its time went."""
+    """Return the text that follows, and where its time went."""
     body = {"prompt": prompt, "temperature": 0, "ignore_eos": True, "splitfuse_timing": True, **fields}
     answer = client.post("/v1/completions", json=body).raise_for_status().json()
     return answer["choices"][0]["text"], answer["splitfuse_timing"]
 
 
 def alone(prompt: str, max_tokens: int) -> str:
-    """The text that one engine with room for all gives."""
+    """Return the text that one engine with room for all gives."""
     with splitfuse.pipeline(num_blocks=400) as pipe:
         return pipe(prompt, temperature=0, max_new_tokens=max_tokens, ignore_eos=True)[0].generated_text
 
