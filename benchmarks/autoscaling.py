@@ -1,4 +1,4 @@
-"""Autoscaling by SLO against an oracle, and what sixteen replicas are worth, in simulation.
+"""Simulates autoscaling by SLO beside an oracle, and what sixteen replicas are worth.
 
     python -m benchmarks.autoscaling day [--hours H] [--start-seconds S] [--window S] [--in-time F] [--seed N] [--full]
     python -m benchmarks.autoscaling fixed [--replicas 8,12,16] [--hours H] [--seed N]
@@ -60,7 +60,7 @@ KEPT = 0.95
 
 
 class Day:
-    """Is a load: its rate by the hour, and its requests."""
+    """Describes a load: its rate by the hour, and its requests."""
 
     def __init__(self, hours: float, seed: int) -> None:
         random = Random(f"{seed} day")

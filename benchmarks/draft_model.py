@@ -1,4 +1,4 @@
-"""A draft model: time per token with it and without, by how often its guesses are right.
+"""Measures the time per token with a draft model and without, by how often its guesses are right.
 
     python -m benchmarks.draft_model --model MODEL (--draft-model DRAFT | --draft-layers N) [--right 0.6 0.8 1] [FLAGS]
 

@@ -1,4 +1,4 @@
-"""Routing among many replicas: what a choice takes, and how good it is, in simulation.
+"""Measures the time of a choice among many replicas, and simulates how good the choices are.
 
     python -m benchmarks.routing_at_scale decisions [--replicas 16,100,1000,10000]
     python -m benchmarks.routing_at_scale fleet [--replicas N] [--per-replica N] [--load F] [--fronts one,exact,...]
@@ -55,7 +55,7 @@ PREFIXES = 5
 LOAD = 0.6
 CELL = 100
 WARM_UP = 0.4
-"""Fraction of the requests, the first, which do not count: caches are empty at the start."""
+"""Fraction of the requests, the first ones, which do not count: caches are empty at the start."""
 PARAMS = SamplingParams(ignore_eos=True)
 
 
@@ -215,7 +215,7 @@ def full_replicas(replicas: int, per_replica: int, load: float) -> str:
 
 
 class Idle(LocalClient):
-    """Is an engine of a router that is sent nothing."""
+    """Stands for an engine of a router, and is sent nothing."""
 
     def _send(self, command: Command) -> None:
         del command

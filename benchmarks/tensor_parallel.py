@@ -1,4 +1,4 @@
-"""Tensor parallel: steps of ranks of one thread each beside steps of one process with as many threads.
+"""Compares steps of tensor-parallel ranks of one thread each with those of one process with as many threads.
 
     python -m benchmarks.tensor_parallel MODEL [--ranks 2] [--turns 10] [--gloo] [FLAGS]
 

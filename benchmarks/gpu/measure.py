@@ -1,4 +1,4 @@
-"""What the stages share: where they run, how they time, and what the GPU can do."""
+"""Defines what the stages share: where they run, how they time, and what the GPU can do."""
 
 from __future__ import annotations
 

@@ -57,7 +57,7 @@ NETWORK_LATENCY = 5e-6
 
 @dataclass(frozen=True)
 class Shape:
-    """Is a network in fp16: https://huggingface.co/meta-llama, config.json."""
+    """Describes a network in fp16: https://huggingface.co/meta-llama, config.json."""
 
     name: str
     layers: int

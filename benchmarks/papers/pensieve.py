@@ -112,7 +112,7 @@ def scaled_turns() -> tuple[tuple[tuple[int, int], ...], ...]:
 
 @dataclass(frozen=True)
 class Engine:
-    """Is a model on its GPUs with an engine: its cost model, and the times of its steps if they are others."""
+    """Describes a model on its GPUs with an engine: its cost model, and the times of its steps if they are others."""
 
     calibration: Calibration
     times: StepClock | None = None

@@ -67,7 +67,7 @@ MOST = 1.4
 
 @dataclass(frozen=True)
 class Case:
-    """Is a model and the load that its machines are counted for."""
+    """Names a model and the load that its machines are counted for."""
 
     model: str
     rate: float

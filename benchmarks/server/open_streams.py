@@ -1,4 +1,4 @@
-"""Cost of many open streams for one front process: its memory, its processor time, and whether all of them go on.
+"""Measures what many open streams cost one front process: memory and processor time, and whether all of them go on.
 
     python -m benchmarks.server.open_streams [--streams 32 500 5000] [--prompt 16] [--generate 64] [SERVE FLAGS]
 
@@ -34,7 +34,7 @@ NUM_SPARE = 64
 
 @dataclass
 class StreamTimes:
-    """When events of one stream came, in seconds of this machine's clock."""
+    """Holds when events of one stream came, in seconds of this machine's clock."""
 
     times: list[float] = field(default_factory=list)
     tail: bytes = b""
@@ -52,7 +52,7 @@ class StreamTimes:
 
 @dataclass(frozen=True)
 class Run:
-    """What one number of streams took."""
+    """Holds what one number of streams took."""
 
     num_streams: int
     seconds: float

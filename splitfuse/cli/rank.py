@@ -21,8 +21,8 @@ def rank(
 ) -> None:
     """Compute a part of a model for a server on another machine: splitfuse serve --rank HOST:PORT.
 
-    It listens until SIGTERM or Ctrl-C, and lets in who has the secret of --key-file, one server at a time. Its settings
-    come from the server.
+    It listens until SIGTERM or Ctrl-C, and serves one server at a time, which must have the secret of --key-file. Its
+    settings come from the server.
     """
     if model_argument is not None:
         if flags["model"] is not None:

@@ -150,7 +150,7 @@ class AsyncClient:
         return done
 
     async def scale(self, replicas: int) -> dict[str, Any]:
-        """Have so many replicas; those that are ended let their requests go on at others.
+        """Change the number of replicas; requests of those that are ended go on at others.
 
         Returns how many `replicas` there are, once it is done, and how many requests have `moved`. Raises
         InvalidRequestError or EngineUnavailableError, with the reason, if there cannot be so many: then there are as

@@ -35,7 +35,7 @@ MOST_ARRIVALS = 4096
 """Number of arrivals, the newest, that are looked at."""
 MOST_REPLICAS = 1024
 LONGEST_FORECAST = 120.0
-"""Seconds ahead that are looked at, if a replica takes longer to start: the last minutes say little of what comes then.
+"""Longest forecast in seconds, however long a replica takes to start: the last minutes say little of what comes later.
 """
 CHECKED_EVERY = 128
 """Number of arrivals after which it is looked whether too many are late already."""
@@ -60,7 +60,7 @@ class Arrival:
 
 
 class _Expected(NamedTuple):
-    """Is an arrival with the number of tokens that it is expected to generate."""
+    """Holds an arrival and the number of tokens that it is expected to generate."""
 
     arrival: Arrival
     num_generated: float

@@ -1,6 +1,6 @@
 """Chooses the cell for a request: a server with about a hundred replicas, of which it alone knows the caches and loads.
 
-By consistent hashing: requests with the same key, as the name of their first block, have a cell of their own, and an
+Hashing is consistent: requests with the same key, such as the name of their first block, have their own cell, and an
 order of the others behind it. What each cell has to do bounds what it gets: a key goes to the least loaded of the cells
 that have had it, or, once those have so much more to do that computing it anew is sooner, to the less loaded of the
 next two. So a key has as many cells as it needs, and cells that come or go change the place of few.
@@ -23,7 +23,7 @@ MOST_KEYS = 65_536
 
 
 class Cells:
-    """Places cells on a ring and knows what each has to do. Belongs to what sends requests to several servers.
+    """Places cells on a ring and knows what each has to do. Belongs to a gateway in front of several servers.
 
     `sizes` are the numbers of replicas, by the names of the cells. Raises ConfigError without any cell, and for one
     without replicas.

@@ -25,9 +25,9 @@ class DraftKind(enum.StrEnum):
     """Says where drafts come from."""
 
     LOOKUP = "lookup"
-    """What followed in the request's own tokens where its newest ones occurred before."""
+    """Tokens that followed where the request's newest ones occurred before."""
     FORM = "form"
-    """What the form of the answer leaves no choice of."""
+    """Tokens that the grammar of the answer leaves no choice of."""
     MODEL = "model"
     """Guesses of a draft model."""
 
@@ -108,7 +108,7 @@ class Chunk:
     state: StateSlots | None = None  # None: the network has no recurrent states
     num_drafts: int = 0
     draft_kind: DraftKind = DraftKind.LOOKUP
-    """Where its drafts come from, if it has any."""
+    """Source of its drafts, if it has any."""
     lands: tuple[Land, ...] = ()
     """Blocks of its `block_table` before `start` that have arrived from elsewhere."""
     loan: ChunkLoan | None = None

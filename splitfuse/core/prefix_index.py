@@ -39,13 +39,13 @@ class PrefixMemory:
                 index[0].forget(name, index[1])
 
     def join(self, index: PrefixIndex, number: int) -> None:
-        """Tell an index, in which this replica has a number, what is known and will be."""
+        """Report to an index what is known, and what will be, under the number of this replica."""
         self._index = index, number
         for name in self._known:
             index.note(name, number)
 
     def leave(self) -> None:
-        """Take out of its index what is known."""
+        """Remove what is known from the index."""
         if self._index is not None:
             index, number = self._index
             for name in self._known:

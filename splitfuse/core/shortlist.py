@@ -22,13 +22,13 @@ NUM_RANDOM = 2
 MOST_TRIES = 6
 """Number of replicas looked at, of the least loaded and of the random ones, to find those which accept."""
 LATER = 1.0
-"""Seconds after which one that accepts nothing is looked at again."""
+"""Seconds after which a replica that accepts nothing is looked at again."""
 ALL_ARE_PICKED = 16
 """Number of replicas up to which a shortlist would save no time."""
 
 
 class Loaded(Protocol):
-    """Is what the front knows of a replica, as far as it is picked by that."""
+    """Describes what a shortlist needs to know of a replica."""
 
     memory: PrefixMemory
 
@@ -37,10 +37,10 @@ class Loaded(Protocol):
 
 
 class Shortlist:
-    """Knows the replicas by number: who has which block, and when each will have done what it has."""
+    """Knows the replicas by number: which of them has which block, and when each will have done what it has."""
 
     def __init__(self, *, seed: int | None = None) -> None:
-        """Without a `seed`, two fronts pick other replicas at random."""
+        """`seed` fixes the random picks; left out, those of two fronts differ."""
         self._random = Random(seed)
         self.index = PrefixIndex()
         self._views: list[Loaded | None] = []
@@ -83,7 +83,7 @@ class Shortlist:
         return list(picked)
 
     def _least_loaded(self, accepts: Callable[[int], bool], now: float) -> list[int]:
-        """Return those with the least load of the first that should be done, and put these where they belong."""
+        """Return the least loaded of the replicas at the top of the heap, and correct the places of all of these."""
         looked_at: dict[int, float] = {}
         while self._heap and len(looked_at) < MOST_TRIES:
             _, number = heapq.heappop(self._heap)

@@ -174,7 +174,7 @@ class StepBuilder:
         self._reserved_share = 0.0
 
     def raise_budget(self) -> None:
-        """Let the step have as many tokens as one may that is limited by time. Nothing may be granted before."""
+        """Raise the token budget to that of a step which is limited by time. Call it before tokens are granted."""
         assert not self.granted
         self._token_budget = self.tokens_left = max(self._token_budget, self._most_tokens)
 

@@ -1,4 +1,4 @@
-"""Counts what a replica does with the requests that it is sent as a fluid: `VirtualReplica` has no steps, only seconds
+"""Models a replica as a fluid, to predict what becomes of its requests: `VirtualReplica` has no steps, only seconds
 that prompts take one after the other, by deadline, while every decode has its part of each of them.
 
 core/capacity.py sends arrivals to such replicas to say how many they need, and simulations of more than full ones can

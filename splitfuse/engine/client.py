@@ -67,7 +67,7 @@ class EngineState(enum.StrEnum):
     READY = "ready"
     DEAD = "dead"
     STOPPED = "stopped"
-    """Ended since there are to be fewer engines, until there are to be more."""
+    """State of an engine that `scale` has ended, until `scale` starts it again."""
 
 
 class EngineClient(ABC):
@@ -119,26 +119,26 @@ class EngineClient(ABC):
 
         Raises InvalidRequestError if there is no such engine, EngineUnavailableError if no other is ready.
         """
-        raise InvalidRequestError("a lone engine cannot be drained: its requests have no other", parameter="engine")
+        raise InvalidRequestError(f"engine {index} is alone: its requests have no other", parameter="engine")
 
     def undrain_engine(self, index: int) -> None:
         """Let a drained engine take requests again. Raises InvalidRequestError if there is no such engine."""
-        raise InvalidRequestError("a lone engine cannot be drained: its requests have no other", parameter="engine")
+        raise InvalidRequestError(f"engine {index} is alone: its requests have no other", parameter="engine")
 
     async def restart_engine(self, index: int) -> int:
         """Drain an engine, restart it, and let it take requests again. Returns how many went on elsewhere.
 
         Raises as `drain_engine`; EngineUnavailableError if it does not come back.
         """
-        raise InvalidRequestError("a lone engine cannot be drained: its requests have no other", parameter="engine")
+        raise InvalidRequestError(f"engine {index} is alone: its requests have no other", parameter="engine")
 
     @property
     def num_replicas(self) -> int:
-        """Return how many engines there are, ready or not, of those whose number `scale` changes."""
+        """Return the number of engines, ready or not, that `scale` changes."""
         return 1
 
     async def scale(self, count: int) -> int:
-        """Have so many replicas: more of them are started, or requests of some go on at others, and these are ended.
+        """Change the number of replicas to `count`: start some, or end some, whose requests go on at others.
         Returns how many went on elsewhere, once it is done.
 
         Raises InvalidRequestError for a number that there cannot be, ConfigError or EngineUnavailableError if it cannot

@@ -31,10 +31,10 @@ from splitfuse.engine.stream import Stream
 from splitfuse.errors import ConfigError, EngineUnavailableError, InvalidRequestError
 
 FETCHED_POLL_SECONDS = 0.005
-"""Seconds between two looks at whether requests have gone on elsewhere."""
+"""Seconds between two checks whether requests have gone on elsewhere."""
 LEAVING_SECONDS = 0.3
-"""Seconds before an engine is drained that a signal asks to end: systemd signals all processes of a server, which ends
-itself then.
+"""Seconds between a signal to an engine and its drain: systemd signals all processes of a server, which then ends
+itself.
 """
 
 _logger = logging.getLogger(__name__)

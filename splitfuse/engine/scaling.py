@@ -34,7 +34,7 @@ class Scaler:
         """
         self._replicas, self._spare = [*running], [*spare]
         self._why_no_more, self._adopt, self._drain = why_no_more, adopt, drain
-        self._change = ""  # that is being made
+        self._change = ""  # being made, in words
         self._leaving: list[LocalClient] = []
 
     @property
@@ -52,7 +52,7 @@ class Scaler:
         return engine in self._leaving
 
     async def scale(self, count: int) -> int:
-        """Have so many replicas. See EngineClient.scale."""
+        """Change the number of replicas to `count`. See EngineClient.scale."""
         if not 1 <= count <= self.most:
             raise InvalidRequestError(
                 f"there cannot be {count} replicas, but 1 to {self.most}: {self._why_no_more}", parameter="replicas"
@@ -70,7 +70,7 @@ class Scaler:
             self._change = ""
 
     async def _start(self, count: int) -> None:
-        """Start so many replicas more. If one cannot be, none is."""
+        """Start `count` more replicas: all of them or none."""
         starting = [each for each in self._replicas if each.state is EngineState.STOPPED][:count]
         while len(starting) < count:
             self._replicas.append(self._spare.pop(0))
@@ -86,7 +86,7 @@ class Scaler:
             raise
 
     async def _end(self, count: int) -> int:
-        """End so many replicas: those that take no requests first, and of the others the newest."""
+        """End `count` replicas: those that take no requests first, and of the others the newest."""
         running = [each for each in reversed(self._replicas) if each.state is not EngineState.STOPPED]
         leaving = self._leaving = sorted(running, key=_is_open)[:count]
         were_drained = [each.is_drained for each in leaving]
@@ -105,7 +105,7 @@ class Scaler:
         return moved
 
     async def _end_all(self, engines: Sequence[LocalClient]) -> None:
-        """End engines of which one could not be started; those that could may have requests by now."""
+        """End engines of which one could not be started; the others may have requests by now."""
         self._leaving = [*engines]
         try:
             for each in engines:

@@ -1,6 +1,6 @@
-"""Describes tensor-parallel groups: processes, the ranks, that compute one network together: see csrc/group.h.
+"""Describes tensor-parallel groups: processes (ranks) that compute one network together. See csrc/group.h.
 
-Ranks on one machine gather: they share the memory that all read, and meet there. Others add up partial sums.
+Ranks on one machine gather: they share the memory that all read, and meet there. Ranks on several add up partial sums.
 """
 
 from __future__ import annotations

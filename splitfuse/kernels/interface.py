@@ -594,8 +594,8 @@ class Backend(ABC):
         """Write `byte` everywhere in a store, for timing: `byte` must make a finite number of every dtype."""
 
     def have_kv(self, store: Store, first: int, num_blocks: int) -> bool:  # noqa: ARG002
-        """Have the memory of some blocks there that the system would give when they are first written; what they hold
-        stays. Returns False where that is not to be had, or not needed.
+        """Ask for the memory of some blocks that the system would give when they are first written. What they hold
+        stays. Returns False where the system does not give it, or there is no need to ask.
         """
         return False
 

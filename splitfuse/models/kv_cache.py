@@ -112,7 +112,7 @@ class KVCache:
         return merge(*(of_store(place, part.stop - part.start) for place, (_, part) in enumerate(self._parts)))
 
     def have(self, piece: Piece) -> bool:
-        """Have the memory of a piece there, whose content stays. Returns False if that is not to be had."""
+        """Ask for the memory of a piece, whose content stays. Returns False if the system does not give it."""
         store, _ = self._parts[piece.place]
         return self._backend.have_kv(store, piece.first, piece.num_blocks)
 

@@ -2,7 +2,7 @@
 
 A rank has its heads, its part of the inner elements of each MLP and expert, and of the rows of o, down, embedding and
 output head. It reads all columns of each: so every sum is that of one process, to the last bit. Ranks that share no
-memory have the columns of o and down that belong to their heads and inner elements, and add up what these give.
+memory have the columns of o and down that belong to their heads and inner elements, and add up the partial sums.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ DIVIDED = frozenset(
 )
 """Names of the weights that ranks divide by rows; of the others each has a copy."""
 SUMMED = frozenset(["o", "w2", "mlp.down", "shared.down"])
-"""Names of those which ranks that add up divide by columns instead."""
+"""Names of the weights that ranks which add up divide by columns instead."""
 ADDED_ONCE = frozenset(f"{name}_bias" for name in SUMMED)
-"""Names of the biases that the first of such ranks adds alone."""
+"""Names of the biases that only the first of such ranks adds."""
 
 
 def rank_spec(spec: ModelSpec, size: int) -> ModelSpec:

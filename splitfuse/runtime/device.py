@@ -18,7 +18,7 @@ LEAST_FREE = 0.5
 
 @dataclass(frozen=True)
 class DeviceChoice:
-    """Holds the name of a device, and why it was chosen; nothing to say where there is no GPU."""
+    """Holds the name of a device, and why it was chosen; empty if the settings name it, or there is no GPU."""
 
     name: str
     why: str = ""

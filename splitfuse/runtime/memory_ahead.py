@@ -1,7 +1,7 @@
-"""Has the memory of a KV cache there before its blocks are used.
+"""Asks the system for the memory of a KV cache before its blocks are used.
 
 A system gives memory when it is first written, a huge page at a time, and that takes milliseconds. Blocks are used in
-their order, and the pages of all layers begin at about the same block: without this one step in a hundred would wait
+their order, and the pages of all layers begin at about the same block: without this, one step in a hundred would wait
 for as many pages as there are layers. docs/decisions/0057 has the figures.
 """
 
@@ -14,13 +14,13 @@ from splitfuse.core.plan import Chunk
 from splitfuse.models.kv_cache import KVCache
 
 AHEAD_BYTES = 2**24
-"""Bytes of blocks, of all layers, that are there beyond the last one in use."""
+"""Bytes of blocks, of all layers, whose memory is asked for beyond the last one in use."""
 SHARE = 1 / 8
 """Fraction of the time of a step that this may take after it; one piece is always allowed."""
 
 
 class MemoryAhead:
-    """Follows steps. Belongs to the thread that executes them."""
+    """Asks for memory after each step. Belongs to the thread that executes steps."""
 
     def __init__(self, kv_cache: KVCache) -> None:
         self._kv_cache = kv_cache
@@ -30,7 +30,7 @@ class MemoryAhead:
         self._next = next(self._pieces, None)
 
     def follow(self, chunks: Sequence[Chunk], seconds: float) -> None:
-        """Have more memory there after a step of these chunks, which took some seconds."""
+        """Ask for more memory after a step of these chunks, which took `seconds`."""
         if self._next is None:
             return
         self._last_used = max(self._last_used, *(chunk.block_table[-1] for chunk in chunks if chunk.block_table))

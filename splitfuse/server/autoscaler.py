@@ -1,6 +1,6 @@
 """Changes the number of a server's replicas by its load: as many as its recent arrivals need to meet their SLO.
 
-How many these are, core/capacity.py says, which simulations ask too. Here is when it is asked, and what is done.
+core/capacity.py computes that number, for simulations too; this module decides when to ask for it, and scales.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class Autoscaler:
                 _logger.exception("the number of replicas cannot be changed")
 
     async def check(self) -> float:
-        """Have as many replicas as there should be. Returns the seconds that counting has taken. Raises SplitfuseError
+        """Scale to the number of replicas that is needed. Returns the seconds that counting took. Raises SplitfuseError
         if there are too few, and none more can be had.
         """
         began = time.monotonic()
@@ -65,7 +65,7 @@ class Autoscaler:
         return took
 
     async def count(self) -> int:
-        """Return how many replicas there should be."""
+        """Return the number of replicas that is needed."""
         client, now = self._client, time.monotonic()
         times = next((each.step_times for each in client.stats if each.step_times is not None), None)
         if times is None:  # no engine has made a step
@@ -83,7 +83,7 @@ class Autoscaler:
         )
 
     async def _scale(self, wanted: int) -> None:
-        """Have so many replicas or, if these cannot be had, some of them. Raises SplitfuseError if none can."""
+        """Scale to `wanted` replicas or, if that fails, part of the way. Raises SplitfuseError if that fails too."""
         before = self._client.num_replicas
         while wanted != before:
             try:

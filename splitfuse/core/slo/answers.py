@@ -18,7 +18,7 @@ class Answers:
     """Holds the gaps of the newest answers that ended."""
 
     def __init__(self) -> None:
-        self._ended: deque[tuple[int, float]] = deque(maxlen=NEWEST)  # their number, and their sum
+        self._ended: deque[tuple[int, float]] = deque(maxlen=NEWEST)  # number of gaps, and their sum
 
     def end(self, request: Request) -> None:
         """Take note of a request that has finished. One that was ended from outside says nothing of others."""

@@ -187,8 +187,8 @@ class DeadlinePolicy(Fcfs):
         every = outlook.overhead + outlook.decode_seconds
         usual = usual_step(outlook, self._arrivals.longest_steps)
         if 0 < len(decodes) >= len(feasible) and every < DECODES_PER_STEP * outlook.floor:
-            # A step of decodes alone would waste the time in which prompts are computed: so in many short steps. Where
-            # more can be in time, they are done at full throughput: it is further decodes that fill the floor.
+            # Steps of decodes alone would waste the rest of the floor: prompts are computed in many short steps. If
+            # more can be in time, they are computed at full throughput: the decodes that they become fill the floor.
             usual = 0.0
         usual = max(usual, every / DECODES_PER_STEP, self._shortest(outlook))
         seconds, spare, before = usual, math.inf, 0.0

@@ -65,7 +65,7 @@ class GapTarget(ABC):
         return False
 
     def expect(self, num_gaps: int, mean: float) -> None:
-        """Take the answer to have at least so many gaps, and these to be so long on average."""
+        """Assume that the answer has at least `num_gaps` gaps, of `mean` seconds on average."""
         self._num_expected, self._mean_expected = num_gaps, mean
 
     @abstractmethod

@@ -42,7 +42,7 @@ class RequestSlo:
         self.num_gaps = 0
         """Number of gaps between tokens so far."""
         self.gap_seconds = 0.0
-        """Their sum."""
+        """Sum of these gaps in seconds."""
         self._newest_token_time: float | None = None
         self._ttft_violation: SloViolation | None = None
 
@@ -65,7 +65,7 @@ class RequestSlo:
         return found
 
     def expect(self, num_gaps: int, mean: float) -> None:
-        """Take the answer to have at least so many gaps, and these to be so long on average."""
+        """Assume that the answer has at least `num_gaps` gaps, of `mean` seconds on average."""
         for gap in self._gaps:
             gap.expect(num_gaps, mean)
 

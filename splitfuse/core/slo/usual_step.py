@@ -1,4 +1,4 @@
-"""Chooses how long steps are where no deadline says it: as the most of the requests that arrive meanwhile are in time.
+"""Chooses how long steps are where no deadline says it: by the goodput of the requests that arrive meanwhile.
 
 A request that arrives during a step waits for its end. It is in time if what it waits is at most its *margin*: its TTFT
 target, less what its own prompt takes and those in time before it. So the step could have been longer, or should have
@@ -23,11 +23,11 @@ NEWEST = 32
 
 
 class Arrivals:
-    """Holds how long the step could have been that each of the newest requests waited for."""
+    """Holds, for each of the newest requests, how long the step that it waited for could have been."""
 
     def __init__(self) -> None:
         self.longest_steps: deque[float] = deque(maxlen=NEWEST)
-        """Seconds; infinity for a request that waited for none, or has no TTFT target."""
+        """Lengths in seconds; infinity for a request that waited for no step, or has no TTFT target."""
         self._waiting: list[tuple[float, float]] = []  # when they came, and their margins
         self._planned_at = 0.0
 
@@ -49,8 +49,8 @@ class Arrivals:
 
 
 def usual_step(outlook: Feasibility, longest_steps: Iterable[float]) -> float:
-    """Return the seconds of a step without deadlines to meet, of which requests say how long it can be: the best of
-    these and of the bounds, and the longest of those that are equally good.
+    """Return the seconds of a step without deadlines to meet: of its bounds and `longest_steps` between them, that with
+    the highest goodput, the longest of those that are equally good.
     """
     ordered = sorted(longest_steps)
     least, most = outlook.efficient_step(MIN_EFFICIENCY), outlook.efficient_step(EFFICIENCY)

@@ -10,8 +10,8 @@ CONFIDENCES = (0.3, 0.5, 0.7, 0.85, 0.95, 0.99)
 CHANCES = (0.2, 0.35, 0.5, 0.65, 0.8, 0.9, 0.97)
 """Chances that a guess of each kind is right before any was checked."""
 MEAN = 0.8
-"""Chance that the next guess is right before any was made: that of a good model. Else one would never be tried that has
-to be good, since its steps take half as long as the other's.
+"""Chance that the next guess is right before any was made: that of a good model. With less, a draft model of half the
+size, which pays only if it is good, would never be tried.
 """
 GAIN = 1 / 8
 """Weight of the newest guess of a request in its own chances."""
@@ -26,7 +26,7 @@ tries a model whose guesses were poor.
 
 
 class Acceptance:
-    """Counts for one request, or for all (`common`), from which requests begin.
+    """Learns the chances for one request, or for all (`common`), with which new ones begin.
 
     >>> common = Acceptance()
     >>> own = common.begin()
@@ -43,7 +43,7 @@ class Acceptance:
         """Chance that the next guess is right if all before it are, whatever it will be."""
 
     def begin(self) -> Acceptance:
-        """Return what a new request begins with."""
+        """Return the chances that a new request begins with."""
         self.mean += FORGOTTEN * (MEAN - self.mean)
         self._chances = [own + FORGOTTEN * (first - own) for own, first in zip(self._chances, CHANCES, strict=True)]
         return Acceptance(self)

@@ -25,7 +25,7 @@ from splitfuse.core.speculation.acceptance import Acceptance
 from splitfuse.core.speculation.token_cost import TokenCost
 
 WORTH = 1.25
-"""Least worth of a draft, relative to what it costs: chances and costs are estimates, and to draft takes time too."""
+"""Least worth of a draft, relative to its cost: both are estimates, and deciding takes time too."""
 FEW_TOKENS = 8
 """Most tokens of a request that are computed with its first guess whatever they take: about those of a step."""
 CATCH_UP_SHARE = 1 / 4
@@ -33,7 +33,7 @@ CATCH_UP_SHARE = 1 / 4
 MAX_CATCH_UP = 256
 """Most such tokens in a step of the draft model."""
 MIN_SECONDS = 1e-9
-"""Shortest time of a token that is divided by."""
+"""Lower bound of the time of a token, which is divided by."""
 MAX_FAILURES = 3
 """Number of failures after which the draft model is not used any more."""
 
@@ -69,7 +69,7 @@ class StepWorth(NamedTuple):
     """Describes a step of decodes before the model has drafted anything."""
 
     tokens: float
-    """Tokens that it will give."""
+    """Number of tokens that it will give."""
     seconds: float
     per_token: float
     """Seconds that one more token adds to it."""
@@ -78,7 +78,7 @@ class StepWorth(NamedTuple):
     seconds_left: float
     """Seconds that drafts may take until one of its requests would miss its SLO."""
     most_drafts: int
-    """Most drafts that it may have."""
+    """Largest number of drafts that it may have."""
 
 
 @dataclass(slots=True)
@@ -90,9 +90,9 @@ class _Run:
     token_ids: array[int] = field(default_factory=lambda: array("i"))
     """Tokens whose keys and values are written: of guesses too, until `confirm`."""
     num_confirmed: int = 0
-    """Leading ones that the request has been given."""
+    """Number of leading tokens that the request has been given."""
     num_full: int = 0
-    """Blocks that were full when it was last published."""
+    """Number of blocks that were full when it was last published."""
     num_published: int = 0
 
     def confirm(self, request: Request) -> None:
@@ -111,7 +111,7 @@ class _Ask:
     request: Request
     acceptance: Acceptance
     most: int
-    """Most drafts."""
+    """Largest number of drafts."""
     run: _Run = field(default_factory=_Run)
     drafts: list[int] = field(default_factory=list)
     confidences: list[float] = field(default_factory=list)
@@ -262,7 +262,7 @@ class ModelDrafts:
             del ready[max(worth.most_drafts - sum(len(ask.drafts) for ask in asks), 0) :]
 
     def _ask(self, request: Request, most: int) -> _Ask | None:
-        """Return what guesses for a request begin with; None if it can have none."""
+        """Return the state of a request that has no guesses yet in this step; None if it can have none."""
         most = min(
             most, request.max_tokens - len(request.output_token_ids) - 1, self._max_positions - request.num_tokens
         )
@@ -284,7 +284,7 @@ class ModelDrafts:
         return bool(asks) and sum(ask.gain for ask in asks) * value > WORTH * takes and takes < seconds_left
 
     def _begin(self, ask: _Ask) -> None:
-        """Have the run of a request, which is the most recently used then, with what is known of its tokens."""
+        """Give an ask the run of its request, as the most recently used one, with what is known of its tokens."""
         request, size, salt = ask.request, self._allocator.block_size, ask.request.scheduling.cache_salt
         run = self._runs.pop(request.request_id, None)
         if run is None:
@@ -302,7 +302,7 @@ class ModelDrafts:
             )
 
     def _pieces(self, asks: Sequence[_Ask], value: float, worth: StepWorth) -> list[tuple[_Ask, int]]:
-        """Return of which requests that are behind tokens are computed, and how many, in a fraction of a step."""
+        """Return which requests that are behind catch up in a fraction of a step, and by how many tokens."""
         takes = self.cost.seconds(len(asks)) + len(asks) * worth.per_token
         saved = (sum(ask.gain for ask in asks) * value - takes) / len(asks)  # of each, in a step
         per_token = max(self.cost.per_token, MIN_SECONDS)

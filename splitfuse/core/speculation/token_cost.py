@@ -7,7 +7,7 @@ SHARE = 1 / 8
 WEIGHT = 8.0
 """Weight of that fraction: of as many measured steps, of which each has a token more or less than the mean."""
 FEW_STEPS = 2.5
-"""Weight of steps that may be of another kind than those that follow: the first ones."""
+"""Weight of the first steps, which may be of another kind than those that follow."""
 GAIN = 1 / 64
 """Weight of the newest step."""
 LONGEST = 2.0
@@ -31,7 +31,7 @@ class TokenCost:
 
     @property
     def is_measured(self) -> bool:
-        """Return whether it is known from more than a step or two."""
+        """Return whether more than a step or two were measured."""
         return self._weight > FEW_STEPS
 
     @property

@@ -1,6 +1,6 @@
 """Runs an engine in a process that Ray has placed: `splitfuse engine`, listening on the address of its node.
 
-It is its server's alone, and ends when that has left, or does not come.
+It serves one server, and ends when that has left, or does not come.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from splitfuse.engine.remote.standalone import StandaloneEngine
 from splitfuse.runtime.secret import Secret
 
 WAIT_SECONDS = 60.0
-"""Seconds within which the server comes."""
+"""Longest time in seconds until the server connects."""
 
 
 class EngineActor:

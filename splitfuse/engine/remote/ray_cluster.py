@@ -26,7 +26,7 @@ DRIVER = "splitfuse.engine.remote.ray_driver"
 LOCAL = "local"
 """Address that stands for a cluster of this machine alone, which is started and ends with the server."""
 LONGEST_CALL = 100.0
-"""Longest time, in seconds, until a cluster has let us in and the process of an engine listens, besides its place."""
+"""Longest time in seconds to connect to a cluster and until the process of an engine listens, besides its place."""
 TIME_TO_END = 5.0
 """Seconds that the process has to release what it has placed."""
 
@@ -45,7 +45,7 @@ class EngineSpec(msgspec.Struct, frozen=True):
     memory: int = 0
     """Bytes of memory that Ray keeps for it; 0: it is not asked for any."""
     seconds: float = 2.0
-    """Longest time until Ray has a place."""
+    """Longest time in seconds until Ray has a place."""
 
 
 class Place(msgspec.Struct, frozen=True, tag=True):
@@ -162,7 +162,7 @@ class RayCluster:
 
 
 class _Driver:
-    """Is the process."""
+    """Owns the process that talks to Ray, and its connection."""
 
     def __init__(
         self,
@@ -203,7 +203,7 @@ class _Driver:
         self._writer.write(frame(encode(order)))
 
     async def close(self) -> None:
-        """End the process, in time."""
+        """End the process, within TIME_TO_END."""
         self._writer.close()
         try:
             with suppress(TimeoutError):

@@ -1,6 +1,6 @@
 """Runs the process that speaks with Ray: `python -m splitfuse.engine.remote.ray_driver FD ADDRESS`, see ray_cluster.py.
 
-FD is a connected socket that it inherits: orders come, and answers go. It is a driver of Ray, whose actors end with it.
+FD is a connected socket that it inherits, for orders and answers. It is a driver of Ray, whose actors end with it.
 An engine is an actor in a placement group of one bundle: Ray prefers the node with most room for it, so that engines
 are spread over nodes. Ray restarts none: a server asks for another place.
 """
@@ -36,9 +36,9 @@ from splitfuse.errors import EngineUnavailableError, SplitfuseError
 CONNECT_SECONDS = 5.0
 """Longest time until the head of a cluster accepts a connection."""
 INIT_SECONDS = 30.0
-"""Longest time until Ray has let us in, or has started a cluster of this machine, on however busy a machine."""
+"""Longest time to connect to Ray, or to start a cluster on this machine, however busy it is."""
 LEAVE_SECONDS = 1.0
-"""Longest time that Ray has to let us in after the server has left."""
+"""Longest time to wait for the connection to Ray after the server has left."""
 ACTOR_SECONDS = 60.0
 """Longest time until the process of an actor listens, once Ray has a place for it."""
 GIB = 2**30
@@ -92,7 +92,7 @@ class Driver:
         try:
             if not self._connected.wait(INIT_SECONDS):
                 raise EngineUnavailableError(
-                    f"Ray at {self._address} has not let this server in within {INIT_SECONDS:g} s: look whether it "
+                    f"Ray at {self._address} has not accepted this server within {INIT_SECONDS:g} s: check that it "
                     "runs, and whether RAY_AUTH_TOKEN is its own"
                 )
             if self._refusal is not None:
@@ -197,7 +197,7 @@ def connect(address: str) -> None:
         ray.init(address=address, configure_logging=False, **options)
     except ray.exceptions.AuthenticationError as error:
         raise EngineUnavailableError(
-            f"the Ray cluster at {address} does not let this server in: set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN to "
+            f"the Ray cluster at {address} refuses this server: set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN to "
             "the cluster's token, or RAY_AUTH_TOKEN_PATH to its file"
         ) from error
     except ConnectionError as error:

@@ -12,12 +12,12 @@ _logger = logging.getLogger(__name__)
 
 
 class RayLauncher(ConnectLauncher):
-    """Has an engine placed for each of its lives, and connects to it."""
+    """Asks for a place each time that the engine is started, and connects to the engine there."""
 
     ends, begins = "died", "placing it"
 
     def __init__(self, cluster: RayCluster, spec: EngineSpec, agreement: Agreement) -> None:
-        """`spec` is what each of the engines is."""
+        """`spec` describes the engine."""
         super().__init__("", spec.link_key, agreement)
         self.name = "an engine on Ray"
         self._cluster, self._spec = cluster, spec

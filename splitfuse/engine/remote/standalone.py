@@ -43,7 +43,7 @@ _logger = logging.getLogger(__name__)
 
 
 class StandaloneEngine:
-    """Serves servers on other machines, one after the other."""
+    """Runs an engine for servers on other machines, one after the other."""
 
     def __init__(
         self,
@@ -79,7 +79,7 @@ class StandaloneEngine:
 
     def run(self) -> None:
         """Load the model and serve, in the main thread. Returns after SIGTERM, once its server has drained it, or
-        SIGINT; a server that asks for it has the program begin anew. Raises what prevents loading, and what the engine
+        SIGINT; starts the program anew if a server asks for it. Raises what prevents loading, and what the engine
         fails of.
         """
         for number in (signal.SIGTERM, signal.SIGINT):

@@ -46,7 +46,7 @@ def allocate(num_bytes: int) -> Tensor:
 
 
 def have(memory: Tensor) -> bool:
-    """Have the pages of some memory there that the system would give when they are first written. What they hold stays,
+    """Ask for the pages of some memory that the system would give when they are first written. What they hold stays,
     and others may write to them meanwhile. Returns False if the system cannot do that.
     """
     begin, end = memory.data_ptr(), memory.data_ptr() + memory.nbytes

@@ -1,4 +1,4 @@
-"""Computes what is small but launched in every layer, a row or a few at a time: norms, gated activations, the best
+"""Computes the small operations of every layer, a row or a few at a time: norms, gated activations, the best
 token, and what `Backend.rope_store` does with queries, keys and values.
 
 Each row's sums are taken over a tile of one shape, whatever else is in the step.

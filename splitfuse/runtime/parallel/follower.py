@@ -1,8 +1,8 @@
 """Runs a follower: `python -m splitfuse.runtime.parallel.follower FD [MODEL]`, started by leader.py or rank_server.py.
 
 FD is a connected socket that it inherits. The first message on it is a FollowerSpec; tasks follow, of which each gives
-this rank's part of what the leader computes at the same time. It ends with the leader. MODEL says where the model is
-here, if that is elsewhere than at the leader.
+this rank's part of what the leader computes at the same time. It ends with the leader. MODEL is the path of the model
+here, if it is not the leader's.
 """
 
 from __future__ import annotations

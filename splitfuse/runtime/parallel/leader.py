@@ -44,7 +44,7 @@ from splitfuse.runtime.secret import read_secret
 from splitfuse.version import __version__
 
 FOLLOWER = "splitfuse.runtime.parallel.follower"
-"""Module which the process of a follower runs."""
+"""Module that the process of a follower runs."""
 
 _logger = logging.getLogger(__name__)
 
@@ -54,12 +54,12 @@ class _Follower:
     name: str
     connection: Connection
     process: subprocess.Popen[bytes] | None
-    """Process of this machine that we have started; None: it is on another one."""
+    """Process on this machine that the leader has started; None: the follower is on another machine."""
     is_ended: bool = False
-    """Whether we have ended it."""
+    """Whether the leader has ended it."""
 
     def end(self) -> None:
-        """End the process: one that is stopped too. One elsewhere ends with the connection."""
+        """End the process, also a stopped one. A process on another machine ends with the connection."""
         self.is_ended = True
         if self.process is not None:
             self.process.kill()

@@ -20,13 +20,13 @@ from splitfuse.errors import ConfigError, EngineUnavailableError
 MAGIC = b"splitfuse rank 1"
 NONCE_BYTES = MAC_BYTES = 32
 CONNECT_SECONDS = 5.0
-"""Longest time until a connection is there, and of a handshake."""
+"""Longest time in seconds to connect, and of a handshake."""
 SILENCE: Final = 10
 """Seconds after which a machine that does not answer is taken to be gone."""
 
 
 class LinkError(Exception):
-    """Says, as what follows "it", why the other end is not spoken to."""
+    """Says why the other end is refused, in words that follow "it"."""
 
 
 def connect(address: str, key: bytes) -> socket.socket:

@@ -1,5 +1,5 @@
-"""Serves leaders on other machines, one at a time: `splitfuse rank`. Each gets a process of its own, which computes its
-part, and ends with it.
+"""Serves leaders on other machines, one at a time (`splitfuse rank`): each gets a process, which computes this
+rank's part, and ends with the leader.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class RankServer:
                 try:
                     prove(connection, self._key, is_leader=False)
                 except (LinkError, OSError) as error:
-                    _logger.warning("%s is not let in: it %s", host, error)
+                    _logger.warning("refused %s: it %s", host, error)
                     continue
                 _logger.info("computes with %s", host)
                 self._serve(connection)
