@@ -93,7 +93,7 @@ class Driver:
             if not self._connected.wait(INIT_SECONDS):
                 raise EngineUnavailableError(
                     f"Ray at {self._address} has not accepted this server within {INIT_SECONDS:g} s: check that it "
-                    "runs, and whether RAY_AUTH_TOKEN is its own"
+                    "runs, and that RAY_AUTH_TOKEN is its own"
                 )
             if self._refusal is not None:
                 raise self._refusal
