@@ -490,6 +490,8 @@ class ServerConfig:
             self._check_autoscale(*parse_autoscale(self.autoscale))
         if self.max_replicas is not None and not self.num_replicas:
             raise ConfigError("max_replicas needs replicas of at least 1 beside the engines elsewhere")
+        if self.max_replicas is not None and self.roles is not None:
+            raise ConfigError("max_replicas and roles are mutually exclusive: leave one of them out")
         for name, text in (("engine", each) for each in self.engine):
             if parse_address(name, text)[1] == 0:
                 raise ConfigError(f"engine {text} must have the port that the engine listens on, such as 9000")
@@ -499,7 +501,8 @@ class ServerConfig:
             self._check_ray(self.ray)
         elif self.ray_memory is not None:
             raise ConfigError("ray_memory is for replicas on Ray: set ray, or leave it out")
-        _timeout("ray_timeout", self.ray_timeout)
+        elif self.ray_timeout != ServerConfig.ray_timeout:
+            raise ConfigError("ray_timeout is for replicas on Ray: set ray, or leave it out")
         if self.roles is not None:
             parse_roles(self.roles, self.num_engines)
         if self.engine and self.key_file is None:
@@ -517,6 +520,8 @@ class ServerConfig:
             raise ConfigError(f"record_max_mib must be at least {MIN_RECORD_MIB:g}, not {self.record_max_mib}")
         if self.record is not None and not self.record.strip():
             raise ConfigError(f"record {self.record!r} must be the path of a file, such as server.rec")
+        if self.record is None and self.record_max_mib != ServerConfig.record_max_mib:
+            raise ConfigError("record_max_mib is for a recording: set record, or leave it out")
         for name in ("step_timeout", "drain_timeout", "client_timeout", "keep_alive_timeout"):
             _timeout(name, getattr(self, name))
         if (self.tls_certificate is None) != (self.tls_key is None):
@@ -533,7 +538,7 @@ class ServerConfig:
                 "engine_listen is for engines of this machine beside others elsewhere: set engine and replicas, or "
                 "leave it out"
             )
-        most = max(self.num_replicas, self.max_replicas or 0)
+        most = self.most_replicas
         if not 0 < port <= 65536 - most:
             raise ConfigError(f"engine_listen {text} must have a port with {most - 1} more behind it, such as 9100")
         if host in ("0.0.0.0", "::"):
@@ -561,6 +566,7 @@ class ServerConfig:
             parse_address("ray", address)
         if self.ray_memory is not None:
             parse_bytes("ray_memory", self.ray_memory)
+        _timeout("ray_timeout", self.ray_timeout)
         if self.replicas == 0:
             raise ConfigError("ray needs replicas of at least 1: leave one of them out")
         if self.engine_listen is not None:
@@ -595,7 +601,8 @@ class ServerConfig:
             return self.max_replicas
         if self.autoscale is not None:
             return parse_autoscale(self.autoscale)[1]
-        return max(self.num_replicas, MOST_ON_RAY if self.ray is not None else 0)
+        can_grow = self.ray is not None and self.roles is None
+        return max(self.num_replicas, MOST_ON_RAY if can_grow else 0)
 
     @classmethod
     def from_settings(cls, settings: Mapping[str, Any]) -> ServerConfig:

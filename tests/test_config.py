@@ -209,6 +209,16 @@ def test_a_size_that_is_no_number_of_bytes_is_refused(part: type[ServerConfig | 
         ({"autoscale": "1:4", "max_replicas": 4}, "autoscale and max_replicas are mutually exclusive"),
         ({"autoscale": "1:4", "replicas": 5}, "replicas 5 must be from 1 to 4, as autoscale says, or be left out"),
         ({"ray": "auto", "ray_timeout": 0.0}, "ray_timeout must be a number of seconds"),
+        ({"ray_timeout": 300.0}, "ray_timeout is for replicas on Ray: set ray, or leave it out"),
+        (
+            {"max_replicas": 4, "replicas": 2, "roles": "prompt:1,generation:1"},
+            "max_replicas and roles are mutually exclusive: leave one of them out",
+        ),
+        (
+            {"autoscale": "1:8", "engine_listen": "10.0.0.1:65529", "engine": ("10.0.0.2:9000",), "key_file": "key"},
+            "engine_listen 10.0.0.1:65529 must have a port with 7 more behind it",
+        ),
+        ({"record_max_mib": 512.0}, "record_max_mib is for a recording: set record, or leave it out"),
     ],
     ids=str,
 )
@@ -229,6 +239,8 @@ def test_how_many_replicas_there_can_be() -> None:
         ({"autoscale": "2:5", "replicas": 3}, 3, 5),
         ({"ray": "auto", "replicas": 300}, 300, 300),
         ({"ray": "auto", "max_replicas": 8, **elsewhere}, 1, 8),
+        ({"ray": "auto", "replicas": 2, "roles": "prompt:1,generation:1"}, 2, 2),
+        ({"autoscale": "1:8", "engine_listen": "10.0.0.1:65528", **elsewhere}, 1, 8),
     ):
         config = ServerConfig.from_settings(settings)
         assert (config.num_replicas, config.most_replicas) == (at_first, at_most)

@@ -52,7 +52,8 @@ def make_replicas(
 
     Where a control group's CPU quota is below the number of cores, each engine gets its part of the quota.
 
-    Raises ConfigError if there are fewer cores than replicas, or if a KV tier, the key or Ray cannot be used.
+    Raises ConfigError if there are fewer cores than replicas, if their number cannot change though `max_replicas` is
+    above it, or if a KV tier, the key or Ray cannot be used.
     """
     most = max(replicas, max_replicas or replicas)
     is_split = any(role is not Role.MIXED for role in roles)
@@ -61,9 +62,16 @@ def make_replicas(
             "kv_loans needs another engine to lend, all on this machine and without roles: set replicas to 2 or more "
             "and leave out engines elsewhere, ray and roles, or leave out kv_loans"
         )
-    if config.model.rank and most > 1:
+    if most > replicas and (config.cache.kv_loans or is_split):
+        fixed = "kv_loans" if config.cache.kv_loans else "roles"
         raise ConfigError(
-            f"rank {config.model.rank[0]} computes with one engine at a time, not with {most}: set replicas to 1"
+            f"max_replicas is {most}, and with {fixed} there are {replicas} replicas from the start on: leave out "
+            f"max_replicas or {fixed}"
+        )
+    if config.model.rank and most > 1:
+        what = "replicas to 1" if replicas > 1 else "max_replicas to 1, and leave out autoscale"
+        raise ConfigError(
+            f"rank {config.model.rank[0]} computes with one engine at a time, and there could be {most}: set {what}"
         )
     agreement = Agreement(config, has_local=replicas > 0 and ray is None, given=given)
     secret = None if key_file is None else read_secret(key_file)
@@ -76,6 +84,8 @@ def make_replicas(
     else:
         launchers, name_key = _here(config, most, len(engines), agreement, secret, listen)
         why_no_more = f"cores and memory are divided among {most}; restart with a larger max_replicas for more"
+    if not replicas:
+        why_no_more = "all engines run elsewhere; restart with replicas of at least 1 for some here"
     launchers, spare = launchers[:replicas], launchers[replicas:]
     if secret is not None:
         hidden = _hidden(engines)

@@ -21,7 +21,7 @@ import pytest
 from patience import PATIENCE
 
 import splitfuse
-from splitfuse.config import EngineConfig
+from splitfuse.config import EngineConfig, Role
 from splitfuse.core.plan import Logprobs, TokenLogprob
 from splitfuse.core.request_output import FinishReason, RequestOutput
 from splitfuse.core.sampling_params import SamplingParams
@@ -488,6 +488,18 @@ def test_what_replicas_on_ray_need(monkeypatch: pytest.MonkeyPatch) -> None:
         make_replicas(EngineConfig(), ray="local")
     with pytest.raises(ConfigError, match="kv_loans needs another engine to lend, all on this machine"):
         make_replicas(EngineConfig.from_settings({"kv_loans": True}), replicas=2, ray="local")
+
+
+def test_places_for_replicas_that_could_never_come_are_refused() -> None:
+    ranks = {"rank": ("10.0.0.2:9100",), "tensor_parallel_size": 2, "rank_key_file": "key"}
+    for settings, how, message in (
+        ({"kv_loans": True}, {"replicas": 2}, "max_replicas is 4, and with kv_loans there are 2 replicas from the"),
+        ({}, {"replicas": 2, "roles": (Role.PROMPT, Role.GENERATION)}, "leave out max_replicas or roles"),
+        (ranks, {"replicas": 2}, "with one engine at a time, and there could be 4: set replicas to 1"),
+        (ranks, {}, "with one engine at a time, and there could be 4: set max_replicas to 1, and leave out autoscale"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            make_replicas(EngineConfig.from_settings(settings), max_replicas=4, **how)
 
 
 # --- messages ---------------------------------------------------------------------------------------------------------
