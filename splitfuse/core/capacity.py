@@ -78,6 +78,10 @@ class _Expected(NamedTuple):
         job.deadline = arrival.at + (LONGEST_WAIT + job.work if target == math.inf else target)
         return job
 
+    def attainable(self, outlook: Feasibility) -> _Expected:
+        """Return it without its SLO if it would miss that even alone: then it is as one that has none."""
+        return self if self.meets_alone(outlook) else self._replace(arrival=replace(self.arrival, targets=NO_SLO))
+
     def meets_alone(self, outlook: Feasibility) -> bool:
         """Return whether it would be in time on an idle replica."""
         job = self.job(outlook)
@@ -94,18 +98,21 @@ def replicas_needed(
     in_time: float = IN_TIME,
     warm_up: float = 0.0,
     guess: int = 1,
+    most: int = MOST_REPLICAS,
 ) -> int:
     """Return the smallest number of replicas with which the fraction `in_time` of the requests that arrived in each
-    part of the window would have had their first token in time, and kept their ITL and TPOT targets; 0 if none arrived.
+    part of the window would have had their first token in time, and kept their ITL and TPOT targets; `most` if no
+    smaller one is enough, 0 if none arrived.
 
-    Requests that would be late even alone count for nothing, and those of the first `warm_up` seconds only as load.
-    What an unfinished one will generate is not known: it is taken to be the mean of those that have ended, or of the
-    most that they may if none has. A `guess` that is near saves time.
+    Requests that would be late even alone count as those without an SLO: no number of replicas lets them keep it, but
+    they are computed. Those of the first `warm_up` seconds count only as load. What an unfinished one will generate is
+    not known: it is taken to be the mean of those that have ended, or of the most that they may if none has. A `guess`
+    that is near saves time.
     """
     start = now - window
     recent = sorted((each for each in arrivals if start <= each.at <= now), key=lambda each: each.at)[-MOST_ARRIVALS:]
     outlook = Feasibility(times, (), now=0.0)
-    expected = [each for each in _expected(recent) if each.meets_alone(outlook)]
+    expected = [each.attainable(outlook) for each in _expected(recent)]
     parts = [int((each.arrival.at - start) // PART) if each.arrival.at >= start + warm_up else -1 for each in expected]
     allowed = {part: (1.0 - in_time) * count for part, count in Counter(parts).items() if part >= 0}
     if not allowed:
@@ -123,7 +130,7 @@ def replicas_needed(
 
         def is_kept() -> bool:
             late = Counter(part for job, part in zip(jobs, parts, strict=True) if job.is_late)
-            return all(late[part] <= most for part, most in allowed.items())
+            return all(late[part] <= num_late for part, num_late in allowed.items())
 
         for number, (job, (arrival, _)) in enumerate(zip(jobs, expected, strict=True)):
             at = arrival.at
@@ -135,7 +142,13 @@ def replicas_needed(
             replica.advance()
         return is_kept()
 
-    return _smallest(is_enough, max(guess, 1))
+    return _smallest(is_enough, guess=max(guess, 1), most=most)
+
+
+def share_late_alone(arrivals: Iterable[Arrival], times: StepTimes) -> float:
+    """Return which fraction of the requests would miss their SLO even alone on an idle replica; 0 if there are none."""
+    outlook = Feasibility(times, (), now=0.0)
+    return fmean([not each.meets_alone(outlook) for each in _expected([*arrivals])] or [0.0])
 
 
 def replicas_wanted(
@@ -162,7 +175,7 @@ def replicas_wanted(
     ahead = min(start_seconds, LONGEST_FORECAST)
     soon = _forecast(recent, now=now, seconds=ahead)
     needed = replicas_needed(
-        [*recent, *soon], times, now=now + ahead, window=window + ahead, in_time=in_time, guess=num_replicas
+        [*recent, *soon], times, now=now + ahead, window=window + ahead, in_time=in_time, guess=num_replicas, most=most
     )
     return max(least, min(needed, most))
 
@@ -192,17 +205,17 @@ def _expected(recent: Sequence[Arrival]) -> list[_Expected]:
     ]
 
 
-def _smallest(is_enough: Callable[[int], bool], guess: int) -> int:
-    """Return the smallest number that is enough, at most MOST_REPLICAS, looking near the guess first."""
-    is_enough = cache(is_enough)
-    if is_enough(guess):
-        most, step = guess, 1
-        while most > 1 and is_enough(max(most - step, 1)):
-            most, step = max(most - step, 1), 2 * step
-        low = max(most - step, 0)
+def _smallest(is_enough: Callable[[int], bool], *, guess: int, most: int) -> int:
+    """Return the smallest number that is enough, looking near the guess first; `most` if no smaller one is."""
+    is_enough, guess = cache(is_enough), min(guess, most)
+    if guess == most or is_enough(guess):
+        high, step = guess, 1
+        while high > 1 and is_enough(max(high - step, 1)):
+            high, step = max(high - step, 1), 2 * step
+        low = max(high - step, 0)
     else:
         low, step = guess, 1
-        while low + step < MOST_REPLICAS and not is_enough(low + step):
+        while low + step < most and not is_enough(low + step):
             low, step = low + step, 2 * step
-        most = min(low + step, MOST_REPLICAS)
-    return bisect_left(range(most), True, lo=low + 1, key=is_enough)
+        high = min(low + step, most)
+    return bisect_left(range(high), True, lo=low + 1, key=is_enough)

@@ -93,7 +93,7 @@ class VirtualReplica:
                 self._now = until
                 return
             gaps = self._gaps if prompts else [self._step_of_decodes] * len(self._decodes)
-            first = prompts[0][2].work / self._speed if prompts else math.inf
+            first = prompts[0][2].work / self._speed if prompts and self._speed else math.inf
             ends = min([each.tokens * gap for each, gap in zip(self._decodes, gaps, strict=True)], default=math.inf)
             seconds = min(first, ends, until - self._now)
             self._now += seconds

@@ -2,12 +2,24 @@
 
 from dataclasses import replace
 from random import Random
+from typing import Any
 
 import pytest
 
-from splitfuse.core.capacity import LONGEST_WAIT, PART, SURGE, WINDOW, Arrival, replicas_needed, replicas_wanted
+from splitfuse.core import capacity
+from splitfuse.core.capacity import (
+    LONGEST_WAIT,
+    PART,
+    SURGE,
+    WINDOW,
+    Arrival,
+    replicas_needed,
+    replicas_wanted,
+    share_late_alone,
+)
 from splitfuse.core.slo.cost_model import CostModel, StepTimes
 from splitfuse.core.slo.targets import NO_SLO, SloTargets
+from splitfuse.core.virtual_replica import VirtualReplica
 
 TIMES = StepTimes(CostModel(floor=0.01, per_token=0.001))
 SOON = SloTargets(ttft=0.25)
@@ -54,10 +66,13 @@ def test_one_in_a_hundred_may_be_late() -> None:
     assert needed(*twice, *[arrival(NOW - 10.0), arrival(NOW - 20.0)] * 2) == 2, "two of 124 are"
 
 
-def test_what_is_late_even_alone_counts_for_nothing() -> None:
-    assert needed(*[arrival(NOW - 1.0, prompt=400)] * 5) == 0
-    assert needed(*[arrival(NOW - 1.0, prompt=400)] * 5, arrival(NOW - 2.0)) == 1
-    assert needed(arrival(NOW - 1.0, generated=9, targets=SloTargets(tpot=0.01))) == 0
+def test_what_is_late_even_alone_counts_as_without_an_slo() -> None:
+    late = [arrival(NOW - 30.0, prompt=490)] * 30  # 0.5 s each
+    assert needed(*late) == needed(*[replace(each, targets=NO_SLO) for each in late]) == 2
+    assert needed(*late[:5], arrival(NOW - 40.0)) == 1
+    slow = arrival(NOW - 1.0, generated=9, targets=SloTargets(tpot=0.01))
+    assert needed(slow) == 1
+    assert share_late_alone([slow, *late, *[arrival(NOW)] * 31], TIMES) == 0.5 and share_late_alone([], TIMES) == 0.0
 
 
 def test_decodes_that_cannot_keep_their_target_together_need_more() -> None:
@@ -101,6 +116,19 @@ def test_a_guess_changes_nothing(seed: int) -> None:
     assert len(counts) == 1
 
 
+@pytest.mark.parametrize("most", range(1, 6))
+@pytest.mark.parametrize("guess", [1, 3, 9])
+def test_a_bound_changes_nothing_below_it(most: int, guess: int) -> None:
+    for count in range(1, 14):
+        crowd = [arrival(NOW - 1.0)] * count
+        assert replicas_needed(crowd, TIMES, now=NOW, guess=guess, most=most) == min(-(-count // 2), most)
+
+
+def test_decodes_that_leave_no_time_for_prompts_end_first() -> None:
+    targets = SloTargets(ttft=5.0, itl=0.0205)  # ten decodes leave a little of a step, eleven nothing
+    assert needed(*[arrival(NOW - 60.0, prompt=10, generated=500, targets=targets)] * 30) > 2
+
+
 def test_the_minute_that_warms_up_is_not_judged() -> None:
     crowd = [arrival(NOW - 100.0)] * 9
     calm = [arrival(NOW - 50.0 + number) for number in range(40)]
@@ -133,6 +161,24 @@ def test_between_the_bounds() -> None:
     assert wanted([]) == 1 and wanted([], least=2) == 2
     arrivals = steady(2.5, since=NOW - WINDOW, until=NOW)
     assert (wanted(arrivals, most=2), wanted(arrivals, least=5)) == (2, 5)
+
+
+def test_a_load_that_is_late_even_alone_has_its_replicas() -> None:
+    assert wanted(steady(2.5, since=NOW - WINDOW, until=NOW, ttft=0.3)) == 3
+
+
+def test_no_more_are_tried_than_there_can_be(monkeypatch: pytest.MonkeyPatch) -> None:
+    num_made = 0
+
+    def make(*arguments: Any, **how: Any) -> VirtualReplica:
+        nonlocal num_made
+        num_made += 1
+        return VirtualReplica(*arguments, **how)
+
+    monkeypatch.setattr(capacity, "VirtualReplica", make)
+    crowd = [arrival(NOW - 1.0)] * 99
+    assert wanted(crowd, most=4) == 4
+    assert num_made == 2 + 3, "two by the guess, then one more, and four are enough or the most"
 
 
 def test_a_surge_is_met_before_it_breaks_the_slo() -> None:
