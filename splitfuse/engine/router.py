@@ -146,6 +146,11 @@ class Router(EngineClient):
         """Return the most that `scale` can have."""
         return self._scaler.most
 
+    @property
+    def engines_elsewhere(self) -> list[LocalClient]:
+        """Return the engines whose number `scale` does not change."""
+        return [each for each in self.replicas if not self._scaler.has(each)]
+
     async def scale(self, count: int) -> int:
         if self._loans is not None or self._has_roles:
             what = "kv_loans" if self._loans is not None else "roles"

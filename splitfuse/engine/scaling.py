@@ -47,6 +47,10 @@ class Scaler:
         """Return how many replicas there can be."""
         return len(self._replicas) + len(self._spare)
 
+    def has(self, engine: LocalClient) -> bool:
+        """Return whether an engine is one of those whose number changes."""
+        return engine in self._replicas
+
     def is_leaving(self, engine: LocalClient) -> bool:
         """Return whether a replica is being ended."""
         return engine in self._leaving

@@ -1,6 +1,7 @@
 """Changes the number of a server's replicas by its load: as many as its recent arrivals need to meet their SLO.
 
 core/capacity.py computes that number, for simulations too; this module decides when to ask for it, and scales.
+Engines that were named with --engine take part of the load, so that fewer replicas are needed.
 """
 
 from __future__ import annotations
@@ -8,11 +9,13 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
-from splitfuse.core.capacity import replicas_wanted
-from splitfuse.engine.client import EngineClient
+from splitfuse.core.capacity import IN_TIME, PART, Arrival, replicas_wanted, share_late_alone
+from splitfuse.core.slo.cost_model import StepTimes
+from splitfuse.engine.client import EngineState
+from splitfuse.engine.router import Router
 from splitfuse.errors import SplitfuseError
 
 CHECK_SECONDS = 10.0
@@ -28,10 +31,12 @@ _logger = logging.getLogger(__name__)
 
 
 class Autoscaler:
-    """Scales a client between `least` and `most` replicas. Belongs to the event loop's thread."""
+    """Scales a router between `least` and `most` replicas. Belongs to the event loop's thread."""
 
-    def __init__(self, client: EngineClient, least: int, most: int) -> None:
+    def __init__(self, client: Router, least: int, most: int) -> None:
         self._client, self._least, self._most = client, least, most
+        self._is_attainable = True
+        """Whether nearly all recent requests could meet their SLO, each alone."""
 
     @contextmanager
     def running(self) -> Iterator[None]:
@@ -70,17 +75,34 @@ class Autoscaler:
         times = next((each.step_times for each in client.stats if each.step_times is not None), None)
         if times is None:  # no engine has made a step
             return max(client.num_replicas, self._least)
-        starts = [each.start_seconds for each in client.engines if each.start_seconds is not None]
-        return await asyncio.to_thread(
+        elsewhere = client.engines_elsewhere
+        replicas = [each for each in client.engines if each not in elsewhere]
+        starts = [each.start_seconds for each in replicas if each.start_seconds is not None]
+        helpers = sum(each.state is EngineState.READY and not each.is_drained for each in elsewhere)
+        arrivals = [arrival for engine in client.engines for arrival in engine.arrivals]
+        wanted = await asyncio.to_thread(
             replicas_wanted,
-            [arrival for engine in client.engines for arrival in engine.arrivals],
-            times,
+            *(arrivals, times),
             now=now,
-            num_replicas=client.num_replicas,
+            num_replicas=client.num_replicas + helpers,
             start_seconds=max(starts, default=USUAL_START),
-            least=self._least,
-            most=self._most,
+            least=self._least + helpers,
+            most=self._most + helpers,
         )
+        await self._note_late(arrivals, times, now)
+        return wanted - helpers
+
+    async def _note_late(self, arrivals: Sequence[Arrival], times: StepTimes, now: float) -> None:
+        """Log once that too many of the recent requests cannot meet their SLO, however many replicas there are."""
+        recent = [each for each in arrivals if now - PART <= each.at <= now]
+        late = await asyncio.to_thread(share_late_alone, recent, times)
+        was_attainable, self._is_attainable = self._is_attainable, late <= 1.0 - IN_TIME
+        if was_attainable and not self._is_attainable:
+            _logger.warning(
+                "%.0f %% of the last minute's requests cannot meet their SLO with any number of replicas: even alone "
+                "they take longer than that",
+                100 * late,
+            )
 
     async def _scale(self, wanted: int) -> None:
         """Scale to `wanted` replicas or, if that fails, part of the way. Raises SplitfuseError if that fails too."""

@@ -5,7 +5,7 @@ import logging
 from typing import Any
 
 import pytest
-from told_replicas import add, router_of, step
+from told_replicas import Stoppable, add, router_of, step
 
 from splitfuse.config import EngineConfig, ServerConfig
 from splitfuse.engine.client import EngineState
@@ -77,6 +77,57 @@ def test_it_goes_on_after_failures(monkeypatch: pytest.MonkeyPatch, caplog: pyte
                 await asyncio.sleep(0.001)
             while "replicas: 2, not 1, by load" not in caplog.text:
                 await asyncio.sleep(0.001)
+        await router.close()
+
+    asyncio.run(test())
+
+
+def test_engines_elsewhere_have_their_part_of_the_load() -> None:
+    async def test() -> None:
+        alone, made = await router_of(1, 0)
+        made[0].tell(step())
+        load(alone, 9)
+        needed = await Autoscaler(alone, 1, 99).count()
+        assert needed > 4
+
+        made = [Stoppable(str(index)) for index in range(5)]
+        router = Router(made[:3], num_scaled=1, spare=made[3:], why_no_more="there is no room")
+        await router.start()
+        assert router.engines_elsewhere == made[1:3]
+        for each in made[1:3]:
+            each.start_seconds = 0.1  # that is how long a connection has taken
+        made[0].tell(step())
+        load(router, 9)
+        scaler = Autoscaler(router, 1, 99)
+        assert await scaler.count() == needed - 2
+        assert await Autoscaler(router, 1, 2).count() == 2
+        made[1].is_drained = True
+        assert await scaler.count() == needed - 1
+        made[2].is_drained = True
+        assert await scaler.count() == needed
+        for each in router.engines:
+            each.is_drained = False
+            each.arrivals.clear()
+        assert await scaler.count() == 1
+        await alone.close()
+        await router.close()
+
+    asyncio.run(test())
+
+
+def test_an_slo_that_no_number_of_replicas_keeps_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
+    async def test() -> None:
+        router, made = await router_of(1, 1)
+        made[0].tell(step())
+        load(router, 3)
+        scaler = Autoscaler(router, 1, 2)
+        await scaler.count()
+        assert not caplog.records
+        router.open(add("late", 2000))  # 201 s, and its first token is due within 100 s
+        for _ in range(2):
+            await scaler.count()
+        (record,) = caplog.records
+        assert "25 % of the last minute's requests cannot meet their SLO with any number" in record.getMessage()
         await router.close()
 
     asyncio.run(test())
