@@ -224,6 +224,8 @@ class LocalClient(EngineClient):
     """True if an engine that could not be reached at the start may be reached later."""
     start_seconds: float | None = None
     """Seconds that its last start has taken; None: not known."""
+    came_at: float | None = None
+    """Time when it was ready first, or again after it was stopped, by the monotonic clock; None: it is not there."""
     state = EngineState.STARTING
     stage = Loading("starting")
 
@@ -578,6 +580,10 @@ class LocalClient(EngineClient):
         """Change the state, and tell of it."""
         if state is not self.state:
             self.state = state
+            if state is EngineState.READY and self.came_at is None:
+                self.came_at = time.monotonic()
+            elif state is EngineState.STOPPED:
+                self.came_at = None
             self._news.set()
             _call("a state", self.on_state)
         _call("an engine that has changed", self.on_change)

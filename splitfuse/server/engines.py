@@ -60,13 +60,13 @@ async def show(state: AppState, context: RequestContext) -> None:
     check_observer(context.owner, context.scope, "engines are shown")
     client, now = state.service.client, time.monotonic()
     running = [each for each in enumerate(client.engines) if each[1].state is not EngineState.STOPPED]
-    seconds = min(WINDOW_SECONDS, max(time.time() - state.started, 1.0))
-    found = [_status(number, engine, now=now, seconds=seconds) for number, engine in running]
+    found = [status_of(number, engine, now=now) for number, engine in running]
     await context.answer(EngineList(client.num_replicas, found))
 
 
-def _status(number: int, engine: LocalClient, *, now: float, seconds: float) -> EngineStatus:
-    """Return what an engine does; of its answers those of the last seconds count."""
+def status_of(number: int, engine: LocalClient, *, now: float) -> EngineStatus:
+    """Return what an engine does; of its answers those of the last minute count, or since it came if that is less."""
+    seconds = WINDOW_SECONDS if engine.came_at is None else min(WINDOW_SECONDS, max(now - engine.came_at, 1.0))
     stats, info = engine.stats[0], engine.known_info
     blocks = info.limits.num_blocks if info is not None and stats.num_steps else 0
     ends = [met for at, met in engine.ends if now - at <= seconds]
