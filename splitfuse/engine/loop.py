@@ -108,6 +108,7 @@ class EngineLoop:
             num_export_slots=0 if engine.tiers is None else engine.tiers.num_export_slots,
             num_speculative_tokens=0 if (drafting := engine.scheduler.drafting) is None else drafting.most,
             memory_plan=str(engine.model.plan),
+            planned_bytes=engine.model.plan.available * engine.config.model.num_local_ranks,
             embedding_size=engine.model.spec.hidden_size,
             is_embedder=engine.model.pooling is not None,
             slo_enabled=engine.slo_enabled,

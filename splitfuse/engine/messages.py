@@ -188,6 +188,8 @@ class EngineInfo(msgspec.Struct, frozen=True, tag=True):
     """Most tokens that a step can have."""
     memory_plan: str
     """Memory plan as it is printed; its first line names the kernels."""
+    planned_bytes: int = 0
+    """Memory that the plan could take, in bytes."""
     embedding_size: int = 0
     """Numbers of an embedding."""
     is_embedder: bool = False

@@ -171,6 +171,8 @@ def load_model(
         _logger.warning("%s holds an adapter of %s too, which is not applied", source.location, adapter)
     draft = open_draft(config, source, spec, device=device)
     num_sharers = 1 if weight_sharing is None else weight_sharing.num_sharers
+    if weight_sharing is not None and weight_sharing.share is not None:
+        tiers_filled = 0  # its share was measured before that
     tiers = tier_bytes(config.cache, num_sharers=num_sharers, filled=tiers_filled, for_moves=tiers_for_moves)
     plan = _plan(spec, config, backend, weights, weight_sharing, tiers, None if draft is None else draft.sizes)
     remarks = describe_aside(weights, spec) + describe_kept(weights, spec, backend, dtype)
@@ -328,17 +330,19 @@ def _plan(
     draft: DraftSizes | None,
 ) -> MemoryPlan:
     """Return the memory plan, and let the backend share weights if it can. Weights that are there already take no more
-    memory; what remains is divided among the processes that share them.
+    memory; what remains is divided among the processes that share them. One that starts once others run has what the
+    first had, if so much is free: what others take of their shares is no longer free, and not to be divided again.
     """
     plan = partial(plan_memory, spec, config, backend=backend, weights=weights, tiers=tiers, draft=draft)
     if sharing is None:
         return plan()
     free = available_memory(device_of(config))
-    num_sharers = sharing.num_sharers
+    num_sharers, share = sharing.num_sharers, sharing.share
     if not backend.capabilities.shares_weights or config.model.tensor_parallel_size > 1:  # each has its own
-        return plan(available=free // num_sharers)
+        return plan(available=free // num_sharers if share is None else min(share, free))
     size = weight_bytes(spec, resolve_dtype(config.model.dtype, spec), backend, weights)
-    shared = plan(available=size + (free if sharing.filled else free - size) // num_sharers)
+    divided = (free if sharing.filled else free - size) // num_sharers if share is None else min(share - size, free)
+    shared = plan(available=size + divided)
     backend.share_weights(sharing, size)
     return shared
 

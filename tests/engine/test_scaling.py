@@ -164,6 +164,7 @@ def test_no_token_is_lost_from_one_to_two_and_back() -> None:
             streams = [router.open(again(each, "first")) for each in wanted]
             reading = [asyncio.create_task(read(stream)) for stream in streams]
             assert await router.scale(2) == 0
+            assert len({engine.info.planned_bytes for engine in router.engines}) == 1, "the memory was divided before"
             assert await asyncio.gather(*reading) == whole
             streams = [router.open(again(each, "both")) for each in wanted]
             reading = [asyncio.create_task(read(stream)) for stream in streams]

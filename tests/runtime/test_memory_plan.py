@@ -393,7 +393,13 @@ def test_memory_left_by_shared_weights_is_divided(kernels: str, monkeypatch: pyt
     fd = os.memfd_create("test")
     first = loading.load_model(config, weight_sharing=WeightSharing(fd, filled=False, num_sharers=3)).plan
     second = loading.load_model(config, weight_sharing=WeightSharing(fd, filled=True, num_sharers=3)).plan
+    later = WeightSharing(fd, filled=True, num_sharers=3, share=first.available)
+    monkeypatch.setattr(loading, "available_memory", lambda _: GIB // 2)  # others have taken their shares
+    assert loading.load_model(config, weight_sharing=later).plan.available == first.available
+    monkeypatch.setattr(loading, "available_memory", lambda _: GIB // 4)
+    scarce = loading.load_model(config, weight_sharing=later).plan
     os.close(fd)
+    assert scarce.available == GIB // 4 + (0 if kernels == "reference" else first.weights)
     if kernels == "reference":  # each has its own
         assert first.available == second.available == GIB // 3
     else:

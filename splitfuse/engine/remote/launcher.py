@@ -195,8 +195,8 @@ class SubprocessLauncher(Launcher):
         return _SubprocessLink(reader, writer, process, self._in_flight)
 
     def accept(self, info: EngineInfo) -> None:
-        if self._weights is not None:
-            self._weights.filled = True
+        if self._weights is not None and not self._weights.filled:
+            self._weights.filled, self._weights.share = True, info.planned_bytes
         self._on_ready(info)
 
     def close(self) -> None:
