@@ -336,19 +336,30 @@ class FakeDraftModel:
     that the request has, and to what was guessed for it in this step: `fault` says where it does not.
     """
 
-    def __init__(self, rng: Random, block_size: int, *, seconds: float = 0.0, right: float | None = None) -> None:
+    def __init__(
+        self,
+        rng: Random,
+        block_size: int,
+        *,
+        seconds: float = 0.0,
+        right: float | None = None,
+        vocab_size: int = VOCABULARY,
+    ) -> None:
         self.requests: dict[str, Request] = {}
+        self.vocab_size = vocab_size
         self.block_size = block_size
         self.seconds = seconds
         self.cache: dict[tuple[int, int], int] = {}
         self.computed: list[list[int]] = []  # tokens of each chunk, in each step
         self.fault: AssertionError | None = None
+        self.num_failures = 0
         self._rng = rng
         self._right = rng.choice((0.2, 0.6, 0.9, 1.0)) if right is None else right
         self.fails = rng.choice((0.0, 0.0, 0.0, 0.03)) if right is None else 0.0
 
     def guess(self, chunks: Sequence[Chunk], drafts: Sequence[Sequence[int]]) -> Guesses:
         if self._rng.random() < self.fails:
+            self.num_failures += 1
             raise RuntimeError("the draft model dies")
         self.computed.append([len(chunk.token_ids) for chunk in chunks])
         try:
@@ -361,6 +372,7 @@ class FakeDraftModel:
     def _guess(self, chunk: Chunk, drafts: Sequence[int]) -> Guess | None:
         request, size, rng = self.requests[chunk.request_id], self.block_size, self._rng
         slots = [(chunk.block_table[p // size], p % size) for p in range(chunk.end)]
+        assert all(0 <= token < self.vocab_size for token in chunk.token_ids), "it has no such token"
         self.cache |= zip(slots[chunk.start :], chunk.token_ids, strict=True)
         known = tuple(self.cache[slot] for slot in slots)
         assert known == (request.tokens(0, request.num_tokens) + tuple(drafts))[: len(known)]
@@ -376,7 +388,7 @@ class FakeDraftModel:
     ) -> Drafting:
         """Drafting with this model, which takes `cost` of the seconds of a step."""
         allocator = BlockAllocator(num_blocks, self.block_size, namer=namer(self.block_size) if prefix else None)
-        sizes = {"vocab_size": VOCABULARY, "max_positions": 60}
+        sizes = {"vocab_size": self.vocab_size, "max_positions": 60}
         drafting = Drafting(most, ModelDrafts(self, allocator, relative_cost=cost, **sizes))
         for tokens in (1, 2, 4, 8):
             drafting.cost.observe(tokens, 1.0 + per_token * tokens)

@@ -74,7 +74,7 @@ def _model_drafts(model: DraftRunner, plan: MemoryPlan, *, caching: bool) -> Mod
     return ModelDrafts(
         model,
         BlockAllocator(plan.num_blocks, plan.block_size, namer=namer),
-        vocab_size=model.vocab_size,
+        vocab_size=min(model.vocab_size, model.decoder.spec.vocab_size),
         max_positions=model.decoder.spec.max_position,
         relative_cost=plan.draft.weights / plan.weights,
     )

@@ -3,7 +3,7 @@
 from random import Random
 
 import pytest
-from scheduler_harness import FakeDraftModel, Run, Workload
+from scheduler_harness import VOCABULARY, FakeDraftModel, Run, Workload
 
 from splitfuse.core.events import StepRecord
 from splitfuse.core.plan import DraftKind
@@ -30,9 +30,11 @@ def test_every_workload_ends_as_if_no_model_drafted(depth: int, part: int, slo: 
         except AssertionError as error:
             raise AssertionError(f"Workload({seed}).run({depth}, slo={slo}, draft_model=True): {error}") from error
         assert run.scheduler.drafting is not None and run.scheduler.drafting.model is not None
+        model = run.scheduler.drafting.model._model
+        assert isinstance(model, FakeDraftModel)
         drafted += drafts_by(run, DraftKind.MODEL)
         accepted += run.num_accepted
-        failures += run.scheduler.drafting.model.num_failures
+        failures += model.num_failures
         preemptions += run.scheduler.queue.num_preemptions
     assert drafted > 100 and accepted > 50 and preemptions > 3 and failures, "too tame to prove anything"
 
@@ -51,8 +53,9 @@ class Drafted:
         cost: float = 0.1,
         per_token: float = 0.02,
         seconds: float = 0.0,
+        vocab_size: int = VOCABULARY,
     ) -> None:
-        self.model = FakeDraftModel(Random(0), 4, right=right, seconds=seconds)
+        self.model = FakeDraftModel(Random(0), 4, right=right, seconds=seconds, vocab_size=vocab_size)
         drafting = self.model.drafting(4, 200, cost=cost, per_token=per_token)
         self.run = Run.make(num_blocks=200, block_size=4, budget=budget, drafting=drafting)
         self.drafts = drafting.model
@@ -138,6 +141,30 @@ def test_a_draft_model_that_dies_is_used_no_more(caplog: pytest.LogCaptureFixtur
     assert not drafted.drafts.is_on and drafted.drafts.num_held == 0
     assert [record.message for record in caplog.records][-1].endswith("and is not used any more")
     assert len(caplog.records) == MAX_FAILURES
+
+
+def test_failures_with_guesses_between_them_do_not_add_up() -> None:
+    drafted = Drafted(2, max_tokens=57)
+    for _ in range(MAX_FAILURES + 1):
+        drafted.model.fails = 1.0
+        assert drafted.num_drafts() == [0, 0] and drafted.drafts.num_failures == 1
+        drafted.model.fails = 0.0
+        assert any(sum(drafted.num_drafts()) for _ in range(4))
+    assert drafted.drafts.is_on and drafted.drafts.num_failures == 0
+
+
+def test_a_request_with_a_token_that_the_model_lacks_is_left_alone() -> None:
+    """A generated one, or one of the prompt: all others have drafts as before."""
+    odd = VOCABULARY - 1
+    drafted, lacking, num_drafts = Drafted(6, max_tokens=40, vocab_size=odd), set[str](), 0
+    drafted.run.add(Request("odd", (1, odd, 2), SamplingParams(), max_tokens=40, seed=0))
+    while drafted.run.running:
+        lacking = {each.request_id for each in drafted.run.running if odd in each.tokens(0, each.num_tokens)}
+        drafted.run.step()
+        guessed = {each.request_id for each in drafted.run.plans[-1].chunks if each.draft_kind is DraftKind.MODEL}
+        assert not guessed & lacking
+        num_drafts += len(guessed)
+    assert "odd" in lacking and num_drafts > 6 and drafted.drafts.num_failures == drafted.drafts.num_held == 0
 
 
 def test_a_model_that_answers_too_little_is_taken_to_have_failed() -> None:

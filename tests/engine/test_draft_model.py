@@ -128,13 +128,16 @@ def test_a_draft_model_with_fewer_tokens_guesses_what_it_has(tmp_path: Path, wan
     vocab = tokenizer["model"]["vocab"]
     tokenizer["model"]["vocab"] = {text: number for text, number in vocab.items() if number < 3040}
     (tmp_path / "tokenizer.json").write_text(json.dumps(tokenizer))
+    lacking = (7, 8, 3050)
+    wanted = {**wanted, "4": run(load(None), [lacking])["0"]}
     for first, second in ((None, folder), (folder, str(BUNDLED_MODEL))):
         engine = load(second, model=first) if first else load(second)
         draft_always(engine)
         counts = count_drafts(engine)
-        tokens = run(engine)
+        tokens = run(engine, PROMPTS if first else [*PROMPTS, lacking])
         assert first is not None or tokens == wanted
         assert counts[DraftKind.MODEL][1] > 10
+        assert engine.scheduler.drafting.model.num_failures == 0  # type: ignore[union-attr]
 
 
 # --- what is refused, and planned -------------------------------------------------------------------------------------

@@ -35,7 +35,7 @@ MAX_CATCH_UP = 256
 MIN_SECONDS = 1e-9
 """Lower bound of the time of a token, which is divided by."""
 MAX_FAILURES = 3
-"""Number of failures after which the draft model is not used any more."""
+"""Number of failures in a row after which the draft model is not used any more."""
 
 logger = logging.getLogger(__name__)
 
@@ -150,9 +150,9 @@ class _Ask:
 
 
 class ModelDrafts:
-    """Drafts by a second model. `allocator` has the blocks of its KV cache, `vocab_size` is that of the model which it
-    drafts for, and `max_positions` how many it has itself. Until its steps are measured, one is taken to last for
-    `relative_cost` of a step of the other.
+    """Drafts by a second model. `allocator` has the blocks of its KV cache, `vocab_size` is how many token ids both
+    models have, and `max_positions` how many positions it has itself. Until its steps are measured, one is taken to
+    last for `relative_cost` of a step of the other.
     """
 
     def __init__(
@@ -170,6 +170,7 @@ class ModelDrafts:
         self.seconds = 0.0
         """Seconds that its steps have taken."""
         self.num_failures = 0
+        """Failures since it last guessed."""
         self._model = model
         self._allocator = allocator
         self._vocab_size = vocab_size
@@ -196,6 +197,8 @@ class ModelDrafts:
             for request_id in list(self._runs):
                 self.forget(request_id)
             return {}
+        if any(ask.drafts for ask in asks):
+            self.num_failures = 0
         found = {}
         for ask in asks:
             chance, drafts = 1.0, []
@@ -268,9 +271,22 @@ class ModelDrafts:
         )
         if most < 1 or not request.sent_to_executor or request.pooling is not None:
             return None
+        if not self._can_read(request):
+            self.forget(request.request_id)
+            return None
         if request.drafts.acceptance is None:
             request.drafts.acceptance = self.acceptance.begin()
         return _Ask(request, request.drafts.acceptance, most)
+
+    def _can_read(self, request: Request) -> bool:
+        """Return whether the draft model has all tokens of a request. One that it lacks would fail its step, and on a
+        GPU the engine.
+        """
+        drafts, end = request.drafts, request.num_tokens
+        if drafts.num_readable is not None:
+            new = request.tokens(drafts.num_readable, end)
+            drafts.num_readable = end if max(new, default=0) < self._vocab_size else None
+        return drafts.num_readable is not None
 
     def _is_worth_it(self, ask: _Ask, value: float, worth: StepWorth) -> bool:
         """Return whether the next guess for a request is worth its own row in both models' steps, at so many seconds a

@@ -35,6 +35,8 @@ class RequestDrafts:
     """How right the guesses of a draft model were; None: there were none."""
     confidences: tuple[float, ...] = ()
     """How sure the draft model was of its newest guesses."""
+    num_readable: int | None = 0
+    """Number of leading tokens that are known to be in the vocabulary of a draft model; None: one is not in it."""
     _lookup: PromptLookup | None = None  # its tokens so far, once it decodes
     _num_prompt_tokens: int = 0
     _ends: Collection[int] = ()
