@@ -21,7 +21,7 @@ from torch import Tensor
 
 from splitfuse.config import EngineConfig
 from splitfuse.core.plan import Chunk
-from splitfuse.core.speculation.model_drafts import MAX_CATCH_UP, Guess, Guesses
+from splitfuse.core.speculation.model_drafts import Guess, Guesses, most_tokens
 from splitfuse.errors import ConfigError, ModelError, WeightsError
 from splitfuse.kernels.drawing import GREEDY
 from splitfuse.kernels.interface import AttentionSpec, Backend
@@ -108,7 +108,7 @@ def open_draft(
     if quantization is not None and weights is not None and not may_be_quantized(weights, quantization):
         model = replace(model, quantization=None, quantization_group_size=None)  # it is already
     backend = choose_backend(replace(config, model=model), dtype)
-    size, num_tokens = config.cache.block_size, MAX_CATCH_UP + 2 * config.scheduler.max_num_seqs
+    size, num_tokens = config.cache.block_size, most_tokens(config.scheduler.max_num_seqs)
     backend.check_block_size(size)
     sizes = DraftSizes(
         name=draft.name,

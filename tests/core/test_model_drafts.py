@@ -10,7 +10,14 @@ from splitfuse.core.plan import DraftKind
 from splitfuse.core.request import Request
 from splitfuse.core.sampling_params import SamplingParams
 from splitfuse.core.speculation.acceptance import Acceptance
-from splitfuse.core.speculation.model_drafts import CATCH_UP_SHARE, FEW_TOKENS, MAX_FAILURES, Guesses
+from splitfuse.core.speculation.model_drafts import (
+    CATCH_UP_SHARE,
+    FEW_TOKENS,
+    MAX_CATCH_UP,
+    MAX_FAILURES,
+    Guesses,
+    most_tokens,
+)
 
 PARTS = [pytest.param(part, marks=() if part < 1 else pytest.mark.slow) for part in range(20)]
 
@@ -131,6 +138,17 @@ def test_a_long_prompt_is_caught_up_with_in_pieces_once_that_pays() -> None:
     per_token = drafted.drafts.cost.per_token
     assert sum(pieces) >= 40 - FEW_TOKENS and all(count * per_token <= CATCH_UP_SHARE * 1.5 for count in pieces)
     assert Drafted(num_prompt_tokens=50, max_tokens=3).model.computed == [], "for an answer of three tokens"
+
+
+def test_all_requests_may_be_behind_at_once() -> None:
+    drafted = Drafted(4, max_tokens=40)
+    drafted.drafts.num_failures = MAX_FAILURES
+    while drafted.run.running[0].num_tokens < FEW_TOKENS:
+        drafted.run.step()
+    drafted.drafts.num_failures = 0
+    drafted.run.step()
+    assert drafted.model.computed[0] == [FEW_TOKENS] * 4
+    assert most_tokens(4) == MAX_CATCH_UP + 4 * FEW_TOKENS
 
 
 def test_a_draft_model_that_dies_is_used_no_more(caplog: pytest.LogCaptureFixture) -> None:

@@ -6,18 +6,21 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from draft_models import count_drafts, draft_always, first_layers
 
 from splitfuse.config import EngineConfig
 from splitfuse.core.plan import Chunk, DraftKind
 from splitfuse.core.sampling_params import SamplingParams
-from splitfuse.core.speculation.model_drafts import MAX_FAILURES, Guess, Guesses
+from splitfuse.core.speculation.model_drafts import MAX_FAILURES, Guess, Guesses, most_tokens
 from splitfuse.engine.engine import Engine
 from splitfuse.engine.loop import EngineLoop
 from splitfuse.engine.ragged import RaggedEngine
 from splitfuse.errors import ConfigError, MemoryPlanError
 from splitfuse.models.sources.hub import BUNDLED_MODEL
 from splitfuse.runtime.draft_model import DraftRunner
+from splitfuse.runtime.loading import LoadedModel
+from splitfuse.runtime.memory_plan import step_bytes
 
 PROMPTS = [(7, 8, 9, 10 + number, 300 + number) for number in range(4)]
 
@@ -180,9 +183,13 @@ def test_a_recurrent_state_is_refused(which: str, folder_of: Callable[[str], str
 
 
 def test_a_draft_model_larger_than_memory_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    plan = load(num_blocks=None, kv_cache_memory_gib=0.01).model.plan
+    model = load(num_blocks=None, kv_cache_memory_gib=0.01).model
+    assert isinstance(model, LoadedModel) and model.draft is not None
+    plan = model.plan
     assert plan.draft is not None and plan.need == plan.weights + plan.activations + plan.kv_cache + plan.draft_model
     assert plan.draft_model == plan.draft.weights + plan.draft.activations + plan.num_blocks * plan.draft.block
+    num_tokens = most_tokens(plan.max_num_seqs)
+    assert plan.draft.activations == step_bytes(model.draft.spec, torch.float32, num_tokens)
     assert "draft model" in str(plan) and "storyteller: weights 0.0" in str(plan)
     little = plan.weights + plan.activations + 4 * plan.block + plan.draft.weights // 2
     monkeypatch.setattr("splitfuse.runtime.memory_plan.available_memory", lambda _: little)

@@ -40,6 +40,11 @@ MAX_FAILURES = 3
 logger = logging.getLogger(__name__)
 
 
+def most_tokens(num_requests: int) -> int:
+    """Return the most tokens of a step of the draft model, for so many requests."""
+    return MAX_CATCH_UP + FEW_TOKENS * num_requests
+
+
 class Guess(NamedTuple):
     """Holds what the draft model takes to come next."""
 
