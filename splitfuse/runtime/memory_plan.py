@@ -27,6 +27,7 @@ from splitfuse.models.weights import resolve_dtype, weight_bytes
 from splitfuse.runtime.device import device_of
 from splitfuse.runtime.machine import GIB, available_memory
 from splitfuse.runtime.results import HEAD_ROWS
+from splitfuse.runtime.step_graphs import MAX_BYTES
 
 INDEX_BYTES = 256
 """Bytes that each engine takes for a block in a tier: its entry in the file and in the index (241 were measured)."""
@@ -170,9 +171,10 @@ def plan_memory(
         available = min(available, most)
     free = available - weight_size - (0 if draft is None else draft.weights + draft.activations)
     budget = config.scheduler.max_num_batched_tokens or _largest_budget(spec, dtype, free=free)
+    activations = step_bytes(spec, dtype, budget)
     plan = MemoryPlan(
         weights=weight_size,
-        activations=step_bytes(spec, dtype, budget),
+        activations=activations + (graph_bytes(activations) if config.model.cuda_graphs else 0),
         block=block_bytes(rank_spec(spec, num_ranks), block_size=size, dtype=dtype, backend=backend),
         block_size=size,
         num_blocks=0,
@@ -297,6 +299,11 @@ def step_bytes(spec: ModelSpec, dtype: torch.dtype, num_tokens: int) -> int:
     return num_tokens * token_bytes(spec, dtype) + HEAD_ROWS * spec.vocab_size * LOGIT_BYTES
 
 
+def graph_bytes(activations: int) -> int:
+    """Return the most bytes that CUDA graphs keep, of steps that have so many bytes of activations."""
+    return MAX_BYTES + activations
+
+
 def token_bytes(spec: ModelSpec, dtype: torch.dtype) -> int:
     """Return the bytes of one token at the widest moment of a step, generously."""
     token_inputs = 3 * spec.token_input_size * len(spec.layers)
@@ -381,6 +388,8 @@ def _smaller_model(
         options.insert(0, _smaller_tiers(config.cache, plan, missing))
     if plan.draft is not None and plan.draft_model + plan.draft.block >= missing:
         options.append("leaving out draft_model")
+    if config.model.cuda_graphs and graph_bytes(step_bytes(spec, dtype, plan.max_num_batched_tokens)) >= missing:
+        options.append("leaving out cuda_graphs")
     shard = first_shard(config)
     if plan.weights - weight_bytes(spec, torch.bfloat16, backend, weights, shard=shard) >= missing:
         options.append("dtype=bfloat16")

@@ -21,7 +21,7 @@ from splitfuse.models.kv_cache import KVCache
 _logger = logging.getLogger(__name__)
 
 MAX_BYTES = 2**30
-"""Memory that graphs take at most; then no more are captured."""
+"""Memory of graphs at which no more are captured: the last one may take more."""
 STEPS_PER_OCTAVE = 4
 """Number of sizes between a power of two and the next: at most a fifth of a step is padding."""
 
@@ -115,16 +115,28 @@ class StepGraphs:
             return self._decoder.forward(batch, self._kv_cache)
         bucket = Bucket.of(batch)
         captured = self._captured.get(bucket)
-        if captured is None:
-            if self._bytes_left <= 0:
-                return self._decoder.forward(batch, self._kv_cache)
-            captured = self._captured[bucket] = self._capture(pad(batch, bucket))
-        else:
+        if captured is not None:
             padded = pad(batch, bucket)
             captured.batch.packed.copy_(padded.packed)
             captured.batch.derive_again(padded)
+        elif (captured := self._new(batch, bucket)) is None:
+            return self._decoder.forward(batch, self._kv_cache)
         captured.graph.replay()
         return captured.hidden[: batch.num_rows].clone()
+
+    def _new(self, batch: RaggedBatch, bucket: Bucket) -> _Captured | None:
+        """Return a new graph for steps of a bucket, with the numbers of `batch`; None if there are to be no more. One
+        that fails, for lack of memory say, is the last: steps run without.
+        """
+        if self._bytes_left <= 0:
+            return None
+        try:
+            captured = self._captured[bucket] = self._capture(pad(batch, bucket))
+        except RuntimeError as error:
+            self._bytes_left = 0
+            _logger.warning("a CUDA graph was not captured: steps of other shapes run without (%s)", error)
+            return None
+        return captured
 
     def _capture(self, padded: RaggedBatch) -> _Captured:
         """Return the graph of a step of this shape."""
@@ -135,9 +147,10 @@ class StepGraphs:
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):  # compiles what was not compiled, and derives what the kernels read
             self._decoder.forward(batch, self._kv_cache)
-        torch.cuda.current_stream().wait_stream(stream)
+        current = torch.cuda.current_stream()
+        current.wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool):
+        with torch.cuda.stream(current), torch.cuda.graph(graph, pool=self._pool):  # back to it if a capture fails, too
             hidden = self._decoder.forward(batch, self._kv_cache)
         self._pool = self._pool or graph.pool()
         self._bytes_left -= max(0, free_before - torch.cuda.mem_get_info(self._decoder.device)[0])

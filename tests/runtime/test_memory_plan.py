@@ -305,6 +305,14 @@ def test_quantization_is_offered_if_it_alone_fits(
     assert plan_in_cpp(least, kernels=variant, **{**settings, "quantization": offer}).need <= least
 
 
+def test_cuda_graphs_keep_the_activations_of_their_steps() -> None:
+    without, found = (plan(4 * GIB, num_blocks=4, cuda_graphs=each).activations for each in (False, True))
+    assert found == 2 * without + GIB
+    assert refusal(FIXED + BLOCK, cuda_graphs=True).endswith("\nleaving out cuda_graphs would fit")
+    assert plan(FIXED + BLOCK).num_blocks == 1
+    assert "leaving out" not in refusal(FIXED + BLOCK - 1, cuda_graphs=True)
+
+
 def test_refusal_says_when_nothing_fits() -> None:
     assert "no setting makes it fit: choose a smaller model" in refusal(WEIGHTS // 2)
 

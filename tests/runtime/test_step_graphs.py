@@ -21,7 +21,7 @@ from splitfuse.models.kv_cache import KVCache
 from splitfuse.models.sources.folder import ModelFolder
 from splitfuse.models.weights import load_decoder
 from splitfuse.runtime.batch import BatchBuilder
-from splitfuse.runtime.step_graphs import Bucket, pad, round_up
+from splitfuse.runtime.step_graphs import Bucket, StepGraphs, pad, round_up
 
 CPU = torch.device("cpu")
 BLOCK = 4
@@ -108,6 +108,26 @@ def test_derived_tensors_are_written_again() -> None:
     (kept,) = first.derived(derivation)
     first.derive_again(second)
     assert kept.tolist() == second.host_seq_lens == [4, 9, 0]
+
+
+def test_a_capture_that_fails_is_the_last_and_costs_no_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    tiny_models.save("llama-gqa", tmp_path)
+    weights, spec = ModelFolder(tmp_path).weights(), load_spec(ModelFolder(tmp_path))
+    decoder = load_decoder(weights, spec, dtype=torch.float32, device=CPU, backend=ReferenceBackend())
+    sizes = {"num_blocks": 12, "block_size": BLOCK, "dtype": torch.float32, "device": CPU}
+    cache = KVCache(spec, **sizes, backend=decoder.backend)
+    graphs, captures = StepGraphs(decoder, cache), list[RaggedBatch]()
+
+    def capture(padded: RaggedBatch) -> None:
+        captures.append(padded)
+        raise torch.OutOfMemoryError("no memory is left")
+
+    monkeypatch.setattr(graphs, "_capture", capture)
+    for step in (build((0, 9), (0, 2)), build((0, 9), (0, 2)), build((0, 3))):
+        assert torch.equal(graphs.forward(step), decoder.forward(step, cache))
+    assert len(captures) == 1 and "no memory is left" in caplog.text
 
 
 def test_where_steps_cannot_be_captured_the_setting_is_refused() -> None:
