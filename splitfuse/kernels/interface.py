@@ -626,6 +626,11 @@ class Backend(ABC):
     def weight_bytes(self, shape: Sequence[int], *, role: Role, dtype: torch.dtype) -> int:
         """Return the bytes of a weight of this shape and role as it is kept."""
 
+    def copy_bytes(self, shape: Sequence[int], *, role: Role, dtype: torch.dtype) -> int:
+        """Return the most bytes that a step takes for a copy of a weight, in another form than it is kept in."""
+        del shape, role, dtype
+        return 0
+
     @abstractmethod
     def pack(self, pieces: Sequence[Tensor], *, role: Role, dtype: torch.dtype | None = None) -> Weight:
         """Return a linear weight [N, K] in the form that `linear`, `gated` or `experts` wants, from the pieces of its

@@ -333,6 +333,11 @@ def weight_bytes(
     return sum(parameter_bytes(parameter, formats, dtype, backend) for parameter, formats in plan)
 
 
+def copy_bytes(spec: ModelSpec, dtype: torch.dtype, backend: Backend) -> int:
+    """Return the bytes of the largest copy of a weight that `backend` makes in a step."""
+    return max(backend.copy_bytes(each.shape, role=each.role, dtype=dtype) for each in parameters(spec))
+
+
 def parameter_bytes(parameter: Parameter, formats: KeptFormats, dtype: torch.dtype, backend: Backend) -> int:
     """Return the bytes of a weight as `backend` keeps it, of parts in these formats."""
     if not any(formats):

@@ -23,7 +23,7 @@ from splitfuse.models.sharding import check_ranks, rank_spec
 from splitfuse.models.sources.source import WeightSource
 from splitfuse.models.spec import LongRopeScaling, ModelSpec
 from splitfuse.models.storage import may_be_quantized
-from splitfuse.models.weights import resolve_dtype, weight_bytes
+from splitfuse.models.weights import copy_bytes, resolve_dtype, weight_bytes
 from splitfuse.runtime.device import device_of
 from splitfuse.runtime.machine import GIB, available_memory
 from splitfuse.runtime.results import HEAD_ROWS
@@ -171,7 +171,7 @@ def plan_memory(
         available = min(available, most)
     free = available - weight_size - (0 if draft is None else draft.weights + draft.activations)
     budget = config.scheduler.max_num_batched_tokens or _largest_budget(spec, dtype, free=free)
-    activations = step_bytes(spec, dtype, budget)
+    activations = step_bytes(spec, dtype, budget, backend)
     plan = MemoryPlan(
         weights=weight_size,
         activations=activations + (graph_bytes(activations) if config.model.cuda_graphs else 0),
@@ -294,9 +294,12 @@ def _largest_budget(spec: ModelSpec, dtype: torch.dtype, *, free: int) -> int:
     return max([FIRST_BUDGET, *(budget for budget in BUDGETS if budget <= most)])
 
 
-def step_bytes(spec: ModelSpec, dtype: torch.dtype, num_tokens: int) -> int:
-    """Return the bytes of the activations and logits of a step of so many tokens."""
-    return num_tokens * token_bytes(spec, dtype) + HEAD_ROWS * spec.vocab_size * LOGIT_BYTES
+def step_bytes(spec: ModelSpec, dtype: torch.dtype, num_tokens: int, backend: Backend) -> int:
+    """Return the bytes of the activations and logits of a step of so many tokens, and of the copies of weights that
+    `backend` makes for it.
+    """
+    sizes = num_tokens * token_bytes(spec, dtype), HEAD_ROWS * spec.vocab_size * LOGIT_BYTES
+    return sum(sizes) + copy_bytes(spec, dtype, backend)
 
 
 def graph_bytes(activations: int) -> int:
@@ -388,12 +391,14 @@ def _smaller_model(
         options.insert(0, _smaller_tiers(config.cache, plan, missing))
     if plan.draft is not None and plan.draft_model + plan.draft.block >= missing:
         options.append("leaving out draft_model")
-    if config.model.cuda_graphs and graph_bytes(step_bytes(spec, dtype, plan.max_num_batched_tokens)) >= missing:
+    activations = step_bytes(spec, dtype, plan.max_num_batched_tokens, backend)
+    if config.model.cuda_graphs and graph_bytes(activations) >= missing:
         options.append("leaving out cuda_graphs")
     shard = first_shard(config)
     if plan.weights - weight_bytes(spec, torch.bfloat16, backend, weights, shard=shard) >= missing:
         options.append("dtype=bfloat16")
-    quantization = _quantization(spec, backend, plan.weights - missing, shard)
+    of_weights = plan.weights + copy_bytes(spec, dtype, backend)
+    quantization = _quantization(spec, backend, of_weights - missing, shard)
     if quantization and (weights is None or may_be_quantized(weights, quantization)):
         options.append(f"quantization={quantization}")
     if not options:
@@ -422,13 +427,17 @@ def _smaller_tiers(cache: CacheConfig, plan: MemoryPlan, missing: int) -> str:
 
 
 def _quantization(spec: ModelSpec, backend: Backend, most: int, shard: Shard) -> str | None:
-    """Return the quantization that loses least among those that leave at most `most` bytes of weights and are smaller
-    than the backend's own; None if there is none.
+    """Return the quantization that loses least among those that leave at most `most` bytes of weights, copies of them
+    included, and are smaller than the backend's own; None if there is none.
     """
     names = list(backend.capabilities.quantizations)
     begin = 0 if backend.quantization is None else names.index(backend.quantization) + 1
-    sizes = ((name, weight_bytes(spec, torch.bfloat16, backend.quantized(name), shard=shard)) for name in names[begin:])
-    return next((name for name, size in sizes if size <= most), None)
+    for name in names[begin:]:
+        other = backend.quantized(name)
+        size = weight_bytes(spec, torch.bfloat16, other, shard=shard) + copy_bytes(spec, torch.bfloat16, other)
+        if size <= most:
+            return name
+    return None
 
 
 def _longer_cache(plan: MemoryPlan, free: int) -> str:

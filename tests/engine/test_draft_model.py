@@ -188,8 +188,8 @@ def test_a_draft_model_larger_than_memory_is_refused(monkeypatch: pytest.MonkeyP
     plan = model.plan
     assert plan.draft is not None and plan.need == plan.weights + plan.activations + plan.kv_cache + plan.draft_model
     assert plan.draft_model == plan.draft.weights + plan.draft.activations + plan.num_blocks * plan.draft.block
-    num_tokens = most_tokens(plan.max_num_seqs)
-    assert plan.draft.activations == step_bytes(model.draft.spec, torch.float32, num_tokens)
+    sizes = model.draft.spec, torch.float32, most_tokens(plan.max_num_seqs), model.draft.backend
+    assert plan.draft.activations == step_bytes(*sizes)
     assert "draft model" in str(plan) and "storyteller: weights 0.0" in str(plan)
     little = plan.weights + plan.activations + 4 * plan.block + plan.draft.weights // 2
     monkeypatch.setattr("splitfuse.runtime.memory_plan.available_memory", lambda _: little)

@@ -10,12 +10,17 @@ import numpy as np
 import pytest
 import torch
 from backends import Requests, pack_experts, runnable
+from specs import make_spec
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from splitfuse.config import EngineConfig
 from splitfuse.errors import ConfigError
 from splitfuse.kernels.interface import Backend, Role
 from splitfuse.kernels.reference import GATED_ACTIVATIONS, ReferenceBackend
+from splitfuse.kernels.triton import quantized
 from splitfuse.kernels.triton.quantized import Format, Quantized, choose_format
+from splitfuse.runtime.memory_plan import plan_memory
 
 pytestmark = [*runnable("triton-float32"), pytest.mark.usefixtures("seeded")]
 
@@ -79,6 +84,44 @@ def test_weights_of_few_bits(kept: Format, rows: int, inputs: int, outputs: int)
     assert kept.num_bytes(weight.shape) == sum(
         each.nbytes for each in (packed.levels, packed.scales, packed.offsets) if each is not None
     )
+
+
+class LargestNumbers(TorchDispatchMode):
+    """Notes the most elements in fp32 that an operation has given."""
+
+    largest = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, Tensor) and result.dtype == torch.float32:
+            self.largest = max(self.largest, result.numel())
+        return result
+
+
+@pytest.mark.parametrize("kept", FORMATS, ids=str)
+def test_copies_are_made_of_few_rows_at_a_time(kept: Format, monkeypatch: pytest.MonkeyPatch) -> None:
+    packed, some = Quantized.of(torch.randn(37, 200), kept), torch.tensor([36, 0, 5, 5, 8, 1, 2])
+    whole = packed.dequantize(torch.bfloat16)
+    monkeypatch.setattr(quantized, "AT_ONCE", 3 * packed.padded)
+    with LargestNumbers() as seen:
+        found, rows = packed.dequantize(torch.bfloat16), packed.dequantize(torch.bfloat16, some)
+    assert torch.equal(found, whole) and torch.equal(rows, whole[some])
+    assert seen.largest == 3 * packed.padded
+    assert kept.copy_bytes((37, 200), torch.bfloat16) == found.nbytes + 3 * packed.padded * quantized.AT_ONCE_BYTES
+
+
+@pytest.mark.parametrize("invariant", [False, True])
+def test_the_largest_copy_is_in_the_memory_plan(invariant: bool) -> None:
+    heads = {"num_heads": 4, "num_kv_heads": 2, "head_dim": 16}
+    sizes = {"vocab_size": 5000, "hidden_size": 128, "intermediate_size": 300, "max_position": 1000}
+    spec = make_spec(dtype="bfloat16", num_layers=1, **sizes, **heads)
+    config = EngineConfig.from_settings({"max_num_batched_tokens": 64, "num_blocks": 1, "device": "cpu"})
+    without, found = (
+        plan_memory(spec, config, backend=make_backend(quantization=each, invariant=invariant), available=2**30)
+        for each in (None, "int8")
+    )
+    copied = 0 if invariant else 600 * 128 * (2 + quantized.AT_ONCE_BYTES)
+    assert found.activations - without.activations == copied
 
 
 def test_formats_by_role() -> None:

@@ -1,8 +1,9 @@
 """Need, have and the sizes that follow; and that every value an error names does fit."""
 
+import math
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from specs import make_experts, make_spec
 from splitfuse.config import CacheConfig, EngineConfig
 from splitfuse.core.kv.fetching import INBOX_BYTES, STAGED_BYTES
 from splitfuse.errors import ConfigError, MemoryPlanError
-from splitfuse.kernels.interface import ConvSpec
+from splitfuse.kernels.interface import ConvSpec, Role
 from splitfuse.kernels.reference import ReferenceBackend
 from splitfuse.kernels.sharing import WeightSharing
 from splitfuse.models.spec import LongRopeScaling, RopeSpec
@@ -303,6 +304,15 @@ def test_quantization_is_offered_if_it_alone_fits(
         return
     assert last == f"quantization={offer} would fit"
     assert plan_in_cpp(least, kernels=variant, **{**settings, "quantization": offer}).need <= least
+
+
+def test_the_largest_copy_of_a_weight_is_part_of_a_step() -> None:
+    class Copying(ReferenceBackend):
+        def copy_bytes(self, shape: Sequence[int], *, role: Role, dtype: torch.dtype) -> int:
+            return dtype.itemsize * math.prod(shape) if role is Role.GATE_UP else 0
+
+    found = plan_memory(SPEC, EngineConfig(), backend=Copying(), available=FIXED + GIB)
+    assert found.activations == plan(FIXED + GIB).activations + 4 * 192 * 64
 
 
 def test_cuda_graphs_keep_the_activations_of_their_steps() -> None:

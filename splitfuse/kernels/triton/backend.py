@@ -154,6 +154,12 @@ class TritonBackend(ReferenceBackend):
         kept = choose_format(role, self.quantization, self.group_size)
         return super().weight_bytes(shape, role=role, dtype=dtype) if kept is None else kept.num_bytes(shape)
 
+    def copy_bytes(self, shape: Sequence[int], *, role: Role, dtype: torch.dtype) -> int:
+        kept = choose_format(role, self.quantization, self.group_size)
+        if kept is None or self.invariant or role is Role.HEAD:  # which has few rows at a time
+            return 0
+        return kept.copy_bytes(shape, dtype)
+
     def pack(self, pieces: Sequence[Tensor], *, role: Role, dtype: torch.dtype | None = None) -> Weight:
         weight = super().pack(pieces, role=role, dtype=dtype)
         kept = choose_format(role, self.quantization, self.group_size)

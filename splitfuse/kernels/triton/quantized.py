@@ -17,6 +17,10 @@ from splitfuse.kernels.interface import Role
 GROUP_SIZES = {"int8": (128,), "int4": (64, 128)}
 """Quantizations, the one that loses least first, and the group sizes of each."""
 INT4_GROUP = 64
+AT_ONCE = 2**23
+"""Number of elements, about, that are dequantized at a time: they exist in fp32 too."""
+AT_ONCE_BYTES = 5
+"""Bytes of each of them besides the result: a number in fp32, and its level in a byte."""
 
 
 @dataclass(frozen=True)
@@ -36,6 +40,11 @@ class Format:
         rows, padded = shape[0], self.padded(shape[1])
         groups = padded // self.group if self.group else 1
         return rows * (padded * self.bits // 8 + groups * (8 if self.bits == 4 else 4))
+
+    def copy_bytes(self, shape: Sequence[int], dtype: torch.dtype) -> int:
+        """Return the bytes that `Quantized.dequantize` takes for a weight [N, K]: its result, and what it computes."""
+        rows, padded = shape[0], self.padded(shape[1])
+        return rows * shape[1] * dtype.itemsize + min(rows, rows_at_once(padded)) * padded * AT_ONCE_BYTES
 
 
 def choose_format(role: Role, quantization: str | None, group_size: int | None) -> Format | None:
@@ -95,16 +104,29 @@ class Quantized:
         return self.levels.shape[1] * (2 if self.format.bits == 4 else 1)
 
     def dequantize(self, dtype: torch.dtype, rows: Tensor | None = None) -> Tensor:
-        """Return the weight, or some of its rows."""
-        parts = (self.levels, self.scales, self.offsets)
-        levels, scales, offsets = (each if each is None or rows is None else each[rows] for each in parts)
-        assert levels is not None and scales is not None
+        """Return the weight, or some of its rows: what fp32 arithmetic makes of it, rounded to `dtype`."""
+        num_rows, step = len(self.levels if rows is None else rows), rows_at_once(self.padded)
+        out = torch.empty(num_rows, self.columns, dtype=dtype, device=self.levels.device)
+        for begin in range(0, num_rows, step):
+            part = slice(begin, begin + step)
+            out[part] = self._in_fp32(part if rows is None else rows[part])[:, : self.columns]
+        return out
+
+    def _in_fp32(self, rows: slice | Tensor) -> Tensor:
+        """Return some rows with all columns that are kept."""
+        levels, scales = self.levels[rows], self.scales[rows]
         if self.format.bits == 4:
             levels = torch.cat((levels & 15, levels >> 4), dim=1)
-        grouped = levels.float().view(len(levels), scales.shape[1], -1) * scales.unsqueeze(-1)
-        if offsets is not None:
-            grouped = grouped + offsets.unsqueeze(-1)
-        return grouped.flatten(1)[:, : self.columns].to(dtype)
+        grouped = levels.float().view(len(levels), scales.shape[1], -1)
+        grouped *= scales.unsqueeze(-1)
+        if self.offsets is not None:
+            grouped += self.offsets[rows].unsqueeze(-1)
+        return grouped.flatten(1)
+
+
+def rows_at_once(padded: int) -> int:
+    """Return the number of rows of so many columns that are dequantized at a time."""
+    return max(1, AT_ONCE // max(padded, 1))
 
 
 def _rounded(grouped: Tensor, scales: Tensor) -> Tensor:
