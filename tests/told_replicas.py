@@ -70,10 +70,14 @@ def step(*outputs: RequestOutput, times: StepTimes | None = TIMES) -> StepReport
 class Stoppable(Told):
     """Stands for a replica that lets requests go when it is told to, and can be stopped."""
 
+    restarts = True
+
     def __init__(self, name: str = "") -> None:
         super().__init__(name=name)
         self.starts: list[str] = []
         self.prevented: Exception | None = None
+        self.may_start = asyncio.Event()
+        self.may_start.set()
         self.lets_go = True
 
     def _send(self, command: Command) -> None:
@@ -85,11 +89,16 @@ class Stoppable(Told):
     async def start(self) -> None:
         self._enter(EngineState.STARTING)
         await asyncio.sleep(0)
+        await self.may_start.wait()
         if self.prevented is not None:
             self._enter(EngineState.DEAD)
             raise self.prevented
         self.starts.append(self.state)
         await super().start()
+
+    async def restart(self) -> None:
+        self._die("it is restarted")
+        await self.wait_until(lambda: self.state is EngineState.READY)
 
     async def stop(self) -> None:
         assert not self.num_open

@@ -89,7 +89,8 @@ class Router(EngineClient):
             *(self.replicas[:num_scaled], spare),
             why_no_more=why_no_more,
             adopt=self._adopt,
-            drain=lambda replica: self.drain_engine(self.replicas.index(replica)),
+            empty=lambda replica: self._empty(self.replicas.index(replica)),
+            check_open=self._check_open,
         )
         self._followers: list[Callable[[LocalClient], object]] = []
         self._is_ending = False
@@ -305,6 +306,21 @@ class Router(EngineClient):
         await replica.wait_until(lambda: not (replica.num_open and replica.is_drained))
         return moved
 
+    async def _empty(self, index: int) -> int:
+        """Drain an engine that is to end, and return how many streams went on elsewhere, once they need nothing of it.
+        Raises as `drain_engine`, also if no other engine is ready at the end.
+        """
+        moved = await self._drain(index)
+        if self.replicas[index].address:  # blocks that lie ready there end with it
+            await _fetched(moved)
+        self._check_open()
+        return len(moved)
+
+    def _check_open(self) -> None:
+        """Raise EngineUnavailableError if no engine takes requests."""
+        if not any(map(_is_open, self.replicas)):
+            raise EngineUnavailableError("no other engine is ready any more: none is ended")
+
     def undrain_engine(self, index: int) -> None:
         replica = self._replica(index)
         self._check_not_changing(index)
@@ -317,20 +333,18 @@ class Router(EngineClient):
         was_drained = replica.is_drained
         try:
             try:
-                moved = await self._drain(index)
+                moved = await self._empty(index)
             except BaseException:
                 if not was_drained:
                     replica.undrain()
                 raise
             try:
-                if replica.address:  # blocks that lie ready there end with it
-                    await _fetched(moved)
                 await replica.restart()
             finally:  # it may come back later
                 replica.undrain()
         finally:
             self._restarting.remove(index)
-        return len(moved)
+        return moved
 
     def end_soon(self) -> None:
         """Note that `close` will be called once requests have ended: no engine is to be drained meanwhile."""

@@ -26,14 +26,16 @@ class Scaler:
         *,
         why_no_more: str,
         adopt: Callable[[LocalClient], object],
-        drain: Callable[[LocalClient], Awaitable[int]],
+        empty: Callable[[LocalClient], Awaitable[int]],
+        check_open: Callable[[], object],
     ) -> None:
         """`running` are the replicas that there are at the start, and `spare` those that can be started too, in their
-        order; `why_no_more` says what limits them. `adopt` is called with a replica before it is started, and
-        `drain` lets the requests of one go on elsewhere and returns how many have.
+        order; `why_no_more` says what limits them. `adopt` is called with a replica before it is started, and `empty`
+        lets the requests of one go on elsewhere and returns how many have. `empty` and `check_open` raise
+        EngineUnavailableError if no other engine takes requests.
         """
         self._replicas, self._spare = [*running], [*spare]
-        self._why_no_more, self._adopt, self._drain = why_no_more, adopt, drain
+        self._why_no_more, self._adopt, self._empty, self._check_open = why_no_more, adopt, empty, check_open
         self._change = ""  # being made, in words
         self._leaving: list[LocalClient] = []
 
@@ -74,7 +76,7 @@ class Scaler:
             self._change = ""
 
     async def _start(self, count: int) -> None:
-        """Start `count` more replicas: all of them or none."""
+        """Start `count` more replicas. If one does not start, they are ended again."""
         starting = [each for each in self._replicas if each.state is EngineState.STOPPED][:count]
         while len(starting) < count:
             self._replicas.append(self._spare.pop(0))
@@ -86,7 +88,7 @@ class Scaler:
             if failed := next(filter(None, errors), None):
                 raise failed
         except BaseException:
-            await self._end_all(starting)
+            await self._end_again(starting)
             raise
 
     async def _end(self, count: int) -> int:
@@ -97,7 +99,8 @@ class Scaler:
         try:
             for each in leaving:  # so that none receives the requests of another
                 each.is_drained = True
-            moved = sum(await asyncio.gather(*map(self._drain, leaving)))
+            moved = sum(await asyncio.gather(*map(self._empty, leaving)))
+            self._check_open()  # those that stay may have died since the first was empty
             await asyncio.gather(*(each.stop() for each in leaving))
         except BaseException:
             for each, was_drained in zip(leaving, were_drained, strict=True):
@@ -108,16 +111,30 @@ class Scaler:
             self._leaving = []
         return moved
 
-    async def _end_all(self, engines: Sequence[LocalClient]) -> None:
-        """End engines of which one could not be started; the others may have requests by now."""
+    async def _end_again(self, engines: Sequence[LocalClient]) -> None:
+        """End engines of which one could not be started; the others may have requests by now. One that is ready
+        stays where no other engine is.
+        """
         self._leaving = [*engines]
         try:
             for each in engines:
                 each.is_drained = True
-            await asyncio.gather(*(self._drain(each) for each in engines if each.num_open))
-            await asyncio.gather(*(each.stop() for each in engines))
+            for failure in await asyncio.gather(*map(self._end_one, engines), return_exceptions=True):
+                if isinstance(failure, Exception):
+                    _logger.error("a replica could not be ended", exc_info=failure)
         finally:
             self._leaving = []
+
+    async def _end_one(self, engine: LocalClient) -> None:
+        """End an engine that has just been started, if another is ready or this one is not."""
+        if engine.state is EngineState.READY:
+            try:
+                await self._empty(engine)
+            except EngineUnavailableError as error:
+                _logger.warning("a replica is kept that was started with one that did not start: %s", error)
+                engine.undrain()
+                return
+        await engine.stop()
 
     async def close(self) -> None:
         """Release the replicas that were never started."""

@@ -1,11 +1,12 @@
 """The number of a router's replicas changes while it serves."""
 
 import asyncio
+import math
 from collections.abc import Callable
 from typing import Any
 
 import pytest
-from router_streams import read, requests, run
+from router_streams import read, requests, run, until
 from told_replicas import Stoppable, add, router_of, step
 
 from splitfuse.config import EngineConfig, Role
@@ -73,6 +74,105 @@ def test_if_one_cannot_be_started_none_is() -> None:
         made[2].prevented = None
         await router.scale(3)
         assert states(router) == "ready ready ready"
+        await router.close()
+
+    asyncio.run(test())
+
+
+def test_a_new_replica_is_kept_where_no_other_engine_is_ready() -> None:
+    """The first one dies while two are started, of which one cannot be."""
+
+    async def test() -> None:
+        router, made = await router_of(1, 2)
+        made[2].may_start.clear()
+        made[2].prevented = ConfigError("there is no memory for it")
+        scaling = asyncio.create_task(router.scale(3))
+        await until(lambda: made[1].state is EngineState.READY)
+        made[0]._die("it was killed")
+        stream = router.open(add("a", 50))
+        made[2].may_start.set()
+        with pytest.raises(ConfigError, match="there is no memory for it"):
+            await scaling
+        assert states(router) == "dead ready stopped" and router.num_replicas == 2
+        router.open(add("b", 50))
+        assert made[1].sent == ["a", "b"] and not stream.is_over
+        made[2].prevented = None
+        assert await router.scale(3) == 0 and states(router) == "dead ready ready"
+        await router.close()
+
+    asyncio.run(test())
+
+
+def test_of_new_replicas_one_is_kept_at_most() -> None:
+    async def test() -> None:
+        router, made = await router_of(1, 3)
+        made[3].may_start.clear()
+        made[3].prevented = ConfigError("there is no memory for it")
+        scaling = asyncio.create_task(router.scale(4))
+        await until(lambda: made[2].state is EngineState.READY)
+        made[0]._die("it was killed")
+        made[3].may_start.set()
+        with pytest.raises(ConfigError, match="there is no memory for it"):
+            await scaling
+        assert states(router) == "dead ready stopped stopped"
+        await router.close()
+
+    asyncio.run(test())
+
+
+def test_nothing_is_ended_if_the_replica_that_stays_dies_meanwhile() -> None:
+    async def test() -> None:
+        router, made = await router_of(3, 0)
+        made[1].lets_go = False
+        streams = [router.open(add(name, 50)) for name in "abc"]
+        assert [each.sent for each in made] == [["a"], ["b"], ["c"]]
+        scaling = asyncio.create_task(router.scale(1))
+        await until(lambda: made[0].sent == ["a", "c"] and made[1]._moving)
+        made[0]._die("it was killed")
+        made[1].tell(step(RequestOutput("b", finish_reason=FinishReason.MOVED)))
+        with pytest.raises(EngineUnavailableError, match="no other engine is ready any more: none is ended"):
+            await scaling
+        assert states(router) == "dead ready ready" and not any(each.is_drained for each in made)
+        assert made[1].num_open + made[2].num_open == 3 and not any(stream.is_over for stream in streams)
+        await router.close()
+
+    asyncio.run(test())
+
+
+def test_an_engine_is_not_restarted_if_the_other_dies_meanwhile() -> None:
+    async def test() -> None:
+        router, made = await router_of(2, 0)
+        made[1].lets_go = False
+        for name in "ab":
+            router.open(add(name, 50))
+        restarting = asyncio.create_task(router.restart_engine(1))
+        await until(lambda: made[1]._moving)
+        made[0]._die("it was killed")
+        made[1].tell(step(RequestOutput("b", finish_reason=FinishReason.MOVED)))
+        with pytest.raises(EngineUnavailableError, match="no other engine is ready any more: none is ended"):
+            await restarting
+        assert states(router) == "dead ready" and not made[1].is_drained and made[1].num_open == 2
+        await router.close()
+
+    asyncio.run(test())
+
+
+def test_an_engine_elsewhere_is_not_ended_before_its_blocks_are_fetched(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They lie ready in its process until the engine that goes on has them, and has given a token."""
+    monkeypatch.setattr("splitfuse.engine.router.LONGEST_FETCH", math.inf)
+
+    async def test() -> None:
+        router, made = await router_of(2, 0)
+        made[1].address = "10.0.0.2:9000"
+        for name in "ab":
+            router.open(add(name, 50))
+        scaling = asyncio.create_task(router.scale(1))
+        await until(lambda: made[0].sent == ["a", "b"])
+        for _ in range(20):
+            await asyncio.sleep(0)
+        assert states(router) == "ready ready"
+        made[0].tell(step(RequestOutput("b", (7,))))
+        assert await scaling == 1 and states(router) == "ready stopped"
         await router.close()
 
     asyncio.run(test())
