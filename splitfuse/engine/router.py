@@ -105,8 +105,10 @@ class Router(EngineClient):
 
     @property
     def stage(self) -> Loading:
-        """Return the stage of the replica that has come farthest of those that are not ready; ready once all are."""
-        stages = [replica.stage for replica in self.replicas]
+        """Return the stage of the replica that has come farthest of those that are not ready; ready once all are. A
+        replica that is dead has the last stage that it came to, one that is stopped has none.
+        """
+        stages = [replica.stage for replica in self.replicas if replica.state is not EngineState.STOPPED]
         return max([stage for stage in stages if stage.stage != "ready"] or stages, key=_progress)
 
     @property
@@ -158,8 +160,12 @@ class Router(EngineClient):
             raise InvalidRequestError(
                 f"with {what} the number of engines is fixed: restart with other replicas", parameter="replicas"
             )
-        for index in self._restarting:
-            self._check_not_changing(index)
+        if self._is_ending:
+            raise EngineUnavailableError("the server is ending: the number of its replicas does not change any more")
+        if count < self.num_replicas:  # the one that is restarted would be the first to be ended
+            for index in self._restarting:
+                if self._scaler.has(self.replicas[index]):
+                    self._check_not_changing(index)
         if loading := next(iter(self.loading_adapters), None):
             raise EngineUnavailableError(f"the adapter {loading!r:.200} is being loaded: scale once it is")
         return await self._scaler.scale(count)
@@ -341,13 +347,16 @@ class Router(EngineClient):
             try:
                 await replica.restart()
             finally:  # it may come back later
-                replica.undrain()
+                if not self._scaler.is_leaving(replica):
+                    replica.undrain()
         finally:
             self._restarting.remove(index)
         return moved
 
     def end_soon(self) -> None:
-        """Note that `close` will be called once requests have ended: no engine is to be drained meanwhile."""
+        """Note that `close` will be called once requests have ended: no engine is to be drained meanwhile, and their
+        number stays.
+        """
         self._is_ending = True
 
     def _begin_leaving(self, replica: LocalClient) -> None:
@@ -390,7 +399,7 @@ class Router(EngineClient):
         for task in self._leaving:
             task.cancel()
         self._recovery.close()
-        await asyncio.gather(*(replica.close() for replica in self.replicas), self._scaler.close())
+        await asyncio.gather(self._scaler.close(), *(replica.close() for replica in self.replicas))
         if self._on_close is not None:
             await self._on_close()
 

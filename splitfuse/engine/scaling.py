@@ -38,6 +38,7 @@ class Scaler:
         self._why_no_more, self._adopt, self._empty, self._check_open = why_no_more, adopt, empty, check_open
         self._change = ""  # being made, in words
         self._leaving: list[LocalClient] = []
+        self._is_closed = False
 
     @property
     def num_replicas(self) -> int:
@@ -88,7 +89,8 @@ class Scaler:
             if failed := next(filter(None, errors), None):
                 raise failed
         except BaseException:
-            await self._end_again(starting)
+            if not self._is_closed:  # else all are closed
+                await self._end_again(starting)
             raise
 
     async def _end(self, count: int) -> int:
@@ -137,7 +139,8 @@ class Scaler:
         await engine.stop()
 
     async def close(self) -> None:
-        """Release the replicas that were never started."""
+        """Release the replicas that were never started, once and for all."""
+        self._is_closed = True
         await asyncio.gather(*(each.close() for each in self._spare))
 
 

@@ -13,7 +13,9 @@ from splitfuse.config import EngineConfig, Role
 from splitfuse.core.request import SchedulingOptions
 from splitfuse.core.request_output import FinishReason, RequestOutput
 from splitfuse.engine.client import EngineState
-from splitfuse.engine.messages import Add
+from splitfuse.engine.messages import Add, EngineInfo
+from splitfuse.engine.remote.launcher import Launcher, Link
+from splitfuse.engine.remote.supervisor import SupervisedEngine
 from splitfuse.engine.replicas import make_replicas
 from splitfuse.engine.router import Router
 from splitfuse.errors import ConfigError, EngineUnavailableError, InvalidRequestError
@@ -23,6 +25,12 @@ SETTINGS: dict[str, Any] = {"num_blocks": 400, "max_num_batched_tokens": 64, "nu
 
 def states(router: Router) -> str:
     return " ".join(engine.state for engine in router.engines)
+
+
+async def begin_restart(router: Router, index: int) -> asyncio.Task[int]:
+    restarting = asyncio.create_task(router.restart_engine(index))
+    await until(lambda: router.engines[index].state is EngineState.DEAD)
+    return restarting
 
 
 def test_replicas_come_and_go_and_keep_their_numbers() -> None:
@@ -173,6 +181,97 @@ def test_an_engine_elsewhere_is_not_ended_before_its_blocks_are_fetched(monkeypa
         assert states(router) == "ready ready"
         made[0].tell(step(RequestOutput("b", (7,))))
         assert await scaling == 1 and states(router) == "ready stopped"
+        await router.close()
+
+    asyncio.run(test())
+
+
+def test_the_number_changes_while_an_engine_is_restarted() -> None:
+    """More replicas can be had meanwhile, and fewer if the engine is none of them."""
+
+    async def test() -> None:
+        made = [Stoppable(str(index)) for index in range(4)]
+        router = Router(made[:3], num_scaled=2, spare=made[3:], why_no_more="there is no room")
+        await router.start()
+        restarting = await begin_restart(router, 2)  # which is none of the replicas
+        assert await router.scale(3) == 0 and states(router) == "ready ready dead ready"
+        assert await router.scale(2) == 0 and states(router) == "ready ready dead stopped"
+        await made[2].start()
+        assert await restarting == 0
+        restarting = await begin_restart(router, 1)
+        assert await router.scale(3) == 0 and states(router) == "ready dead ready ready"
+        with pytest.raises(EngineUnavailableError, match="engine 1 is being restarted"):
+            await router.scale(2)
+        await made[1].start()
+        assert await restarting == 0
+        assert await router.scale(2) == 0 and states(router) == "ready ready ready stopped"
+        await router.close()
+
+    asyncio.run(test())
+
+
+class NeverReady(Launcher):
+    """Begins to bring an engine up, and does not end."""
+
+    async def launch(self) -> Link:
+        await asyncio.Event().wait()
+        raise AssertionError
+
+    def accept(self, info: EngineInfo) -> None:
+        raise AssertionError(info)
+
+    def close(self) -> None:
+        pass
+
+
+def test_what_waits_for_an_engine_is_told_that_it_was_ended() -> None:
+    async def test() -> None:
+        engine = SupervisedEngine(NeverReady())
+        for end in (engine.stop, engine.close):
+            starting = asyncio.create_task(engine.start())
+            await until(lambda: engine._tasks)
+            engine.is_drained = True
+            restarting = asyncio.create_task(engine.restart())
+            await asyncio.sleep(0)
+            await end()
+            with pytest.raises(EngineUnavailableError, match="the engine did not start: it was "):
+                await starting
+            with pytest.raises(EngineUnavailableError, match="an engine was ended while it was restarted"):
+                await restarting
+        with pytest.raises(EngineUnavailableError, match="the engine was closed"):
+            await engine.start()
+
+    run(test())
+
+
+def test_a_server_that_ends_starts_no_replicas() -> None:
+    """Those that are being started end with it."""
+
+    async def test() -> None:
+        first, spare = Stoppable(), SupervisedEngine(NeverReady())
+        router = Router([first], num_scaled=1, spare=[spare])
+        await router.start()
+        scaling = asyncio.create_task(router.scale(2))
+        await until(lambda: spare._tasks)
+        router.end_soon()
+        with pytest.raises(EngineUnavailableError, match="the server is ending"):
+            await router.scale(2)
+        await router.close()
+        with pytest.raises(EngineUnavailableError, match="the engine did not start: it was closed"):
+            await scaling
+        assert states(router) == "dead dead"
+
+    run(test())
+
+
+def test_a_replica_that_was_ended_has_no_stage() -> None:
+    """A server of which the last engine has died is dead, and not starting."""
+
+    async def test() -> None:
+        router, made = await router_of(2, 0)
+        await router.scale(1)
+        made[0]._die("it was killed")
+        assert (router.state, router.stage.stage) == (EngineState.DEAD, "ready")
         await router.close()
 
     asyncio.run(test())

@@ -84,16 +84,21 @@ class SupervisedEngine(LocalClient):
         except TimeoutError:
             message = f"a drained engine is not ready again after {RESTART_SECONDS:g} s"
             raise EngineUnavailableError(message) from None
-        if self._closing:
-            raise EngineUnavailableError("the server was closed while an engine was restarted")
+        if self._has_ended():
+            raise EngineUnavailableError("an engine was ended while it was restarted")
 
     def _has_restarted(self) -> bool:
-        return self._closing or (self.state is EngineState.READY and not self._restarting)
+        return self._has_ended() or (self.state is EngineState.READY and not self._restarting)
+
+    def _has_ended(self) -> bool:
+        return self._closing or self.state is EngineState.STOPPED
 
     def absolve(self, request: Add) -> None:
         self._quarantine.absolve(request)
 
     async def start(self) -> None:
+        if self._closing:
+            raise EngineUnavailableError("the engine was closed")
         self._started = asyncio.get_running_loop().create_future()
         self._tasks = [asyncio.create_task(self._supervise())]
         await asyncio.wait({self._started})  # cancelling the wait does not end the start
@@ -102,7 +107,7 @@ class SupervisedEngine(LocalClient):
     async def stop(self) -> None:
         assert not self.num_open, "its requests would be lost"
         await self._end("it was stopped")
-        self._closing, self._died_at = False, None
+        self._closing, self._restarting, self._died_at = False, False, None
         self._note_stopped()
 
     async def close(self) -> None:
@@ -119,6 +124,9 @@ class SupervisedEngine(LocalClient):
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
+        if self._started is not None and not self._started.done():  # it cannot be any more
+            self._started.set_exception(EngineUnavailableError(f"the engine did not start: {why}"))
+            self._started.exception()  # the waiting caller may be gone: else asyncio would complain
         self._die(why)
         self._link = None
 
