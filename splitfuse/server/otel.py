@@ -15,10 +15,11 @@ from __future__ import annotations
 import os
 import threading
 import time
+from collections.abc import Iterable
 from typing import Any
 
 from splitfuse.core.latency.phases import AFTER_ENGINE, BEFORE_ENGINE
-from splitfuse.engine.client import EngineState
+from splitfuse.engine.client import EngineState, LocalClient
 from splitfuse.engine.trace import FinishTrace, PreemptTrace, RequestTrace, TraceLevel
 from splitfuse.errors import ConfigError
 from splitfuse.server.explain import why_missed
@@ -175,9 +176,14 @@ class RequestSpans:
         assert event.context is not None
         adapter = event.context.adapter
         if adapter and self._hub is not None:
-            names = self._hub.engines[0].adapters
-            return next((name for name, digest in names.items() if digest == adapter), self._model)
+            return _adapter_name(self._hub.engines, adapter) or self._model
         return self._model
+
+
+def _adapter_name(engines: Iterable[LocalClient], adapter: str) -> str | None:
+    """Return the name that the adapter of a digest has at the first engine which has it; None if none has."""
+    names = ((name, digest) for engine in engines for name, digest in engine.adapters.items())
+    return next((name for name, digest in names if digest == adapter), None)
 
 
 def _stages(event: RequestEnd, arrival: float) -> list[tuple[str, float, float]]:

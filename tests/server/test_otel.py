@@ -7,14 +7,16 @@ from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
+import msgspec
 import pytest
 from patience import PATIENCE
 from running_server import RunningServer
+from told_replicas import INFO, Told
 
 from splitfuse.core.request_output import FinishReason
 from splitfuse.engine.trace import FinishTrace, PreemptTrace, RequestTrace
 from splitfuse.errors import ConfigError
-from splitfuse.server.otel import RequestSpans
+from splitfuse.server.otel import RequestSpans, _adapter_name
 from splitfuse.server.traces import EngineRecords
 
 TRACE, PARENT = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
@@ -214,6 +216,13 @@ def test_preemptions_are_remembered_until_their_request_ends() -> None:
     assert spans._preempted == {"abc": [2.0, 3.0]}
     spans._take(EngineRecords(0, (finish,)))
     assert not spans._ids
+
+
+def test_an_adapter_has_its_name_from_an_engine_that_lives() -> None:
+    ended, living = Told(), Told()
+    living.tell(msgspec.structs.replace(INFO, adapters={"tales": "d1", "poems": "d2"}))
+    assert _adapter_name([ended, living], "d2") == "poems"
+    assert _adapter_name([ended, living], "d3") is None
 
 
 def test_without_the_extra_the_error_names_it(monkeypatch: pytest.MonkeyPatch) -> None:
