@@ -154,7 +154,7 @@ class AsyncClient:
 
         Returns how many `replicas` there are, once it is done, and how many requests have `moved`. Raises
         InvalidRequestError or EngineUnavailableError, with the reason, if there cannot be so many: then there are as
-        many as before.
+        many as before, or one more if no other engine is ready.
         """
         answer = await self._send("POST", "/scale", {"replicas": replicas})
         done: dict[str, Any] = answer.json()

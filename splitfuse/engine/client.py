@@ -141,8 +141,9 @@ class EngineClient(ABC):
         """Change the number of replicas to `count`: start some, or end some, whose requests go on at others.
         Returns how many went on elsewhere, once it is done.
 
-        Raises InvalidRequestError for a number that there cannot be, ConfigError or EngineUnavailableError if it cannot
-        be had: there are as many replicas as before then.
+        Raises InvalidRequestError for a number that there cannot be, EngineUnavailableError if it cannot be had now,
+        and what a new replica raises that does not start. Then there are as many as before, and of new ones at most one
+        that is ready, where no other engine is.
         """
         raise InvalidRequestError(f"there cannot be {count} replicas of a lone engine", parameter="replicas")
 

@@ -11,8 +11,8 @@ from typing import Annotated
 import msgspec
 from msgspec import Meta
 
-from splitfuse.engine.client import EngineState, LocalClient
-from splitfuse.errors import InvalidRequestError
+from splitfuse.engine.client import EngineClient, EngineState, LocalClient
+from splitfuse.errors import EngineUnavailableError, InvalidRequestError, SplitfuseError
 from splitfuse.server.auth import check_observer
 from splitfuse.server.context import RequestContext
 from splitfuse.server.dialect import Route
@@ -109,10 +109,23 @@ async def scale(state: AppState, context: RequestContext, body: ScaleRequest) ->
         message = f"the number of replicas follows the load (autoscale {bounds}): restart without that to set it"
         raise InvalidRequestError(message, parameter="replicas")
     client, before = state.service.client, state.service.client.num_replicas
-    scaling = asyncio.ensure_future(client.scale(body.replicas))
-    moved = await asyncio.shield(scaling)
+    moved = await asyncio.shield(asyncio.ensure_future(_scale(client, body.replicas)))
     _logger.info("replicas: %d, not %d; %d requests went on elsewhere", client.num_replicas, before, moved)
     await context.answer(Scaled(client.num_replicas, moved))
+
+
+async def _scale(client: EngineClient, count: int) -> int:
+    """Have so many replicas. Raises EngineUnavailableError, too, for what a replica raises that does not start: that is
+    no mistake of this request, nor a bug.
+    """
+    try:
+        return await client.scale(count)
+    except (InvalidRequestError, EngineUnavailableError):
+        raise
+    except SplitfuseError as error:
+        _logger.warning("a replica cannot be started: %s", error)
+        lines = str(error).splitlines()  # of a memory plan the last one says what would fit
+        raise EngineUnavailableError(f"a replica cannot be started: {'; '.join(lines[:1] + lines[1:][-1:])}") from error
 
 
 # Whether they take requests ------------------------------------------------------------------------------------------
