@@ -627,7 +627,7 @@ class Backend(ABC):
         """Return the bytes of a weight of this shape and role as it is kept."""
 
     def copy_bytes(self, shape: Sequence[int], *, role: Role, dtype: torch.dtype) -> int:
-        """Return the most bytes that a step takes for a copy of a weight, in another form than it is kept in."""
+        """Return the most bytes that a step takes for a copy of a weight which is kept quantized, in another form."""
         del shape, role, dtype
         return 0
 

@@ -308,6 +308,8 @@ def test_quantization_is_offered_if_it_alone_fits(
 
 def test_the_largest_copy_of_a_weight_is_part_of_a_step() -> None:
     class Copying(ReferenceBackend):
+        quantization = "int8"
+
         def copy_bytes(self, shape: Sequence[int], *, role: Role, dtype: torch.dtype) -> int:
             return dtype.itemsize * math.prod(shape) if role is Role.GATE_UP else 0
 
