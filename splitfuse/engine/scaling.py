@@ -60,6 +60,10 @@ class Scaler:
 
     async def scale(self, count: int) -> int:
         """Change the number of replicas to `count`. See EngineClient.scale."""
+        if not self.most:
+            raise InvalidRequestError(
+                f"there are no replicas whose number could change: {self._why_no_more}", parameter="replicas"
+            )
         if not 1 <= count <= self.most:
             raise InvalidRequestError(
                 f"there cannot be {count} replicas, but 1 to {self.most}: {self._why_no_more}", parameter="replicas"

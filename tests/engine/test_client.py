@@ -18,6 +18,7 @@ from typing import Any
 
 import msgspec
 import pytest
+from engine_process import make_key
 from patience import PATIENCE
 
 import splitfuse
@@ -500,6 +501,12 @@ def test_places_for_replicas_that_could_never_come_are_refused() -> None:
     ):
         with pytest.raises(ConfigError, match=message):
             make_replicas(EngineConfig.from_settings(settings), max_replicas=4, **how)
+
+
+def test_without_replicas_there_is_nothing_to_scale(tmp_path: Path) -> None:
+    router = make_replicas(EngineConfig(), replicas=0, engines=["127.0.0.1:1"], key_file=make_key(tmp_path))
+    with pytest.raises(InvalidRequestError, match="no replicas whose number could change: all engines run elsewhere"):
+        asyncio.run(router.scale(1))
 
 
 # --- messages ---------------------------------------------------------------------------------------------------------
