@@ -145,6 +145,16 @@ class RankDecoder(Decoder):
         return found.clone() if is_shared else found  # the next ones overwrite them
 
     def head_products(self, hidden: Tensor) -> Tensor:
+        most = len(hidden)
+        if isinstance(self.group, SharedGroup):
+            most = self.group.logit_bytes // (4 * self.spec.vocab_size)
+        if len(hidden) <= most:
+            return self._products(hidden)
+        starts = range(0, len(hidden), most)
+        return torch.cat([self._products(hidden[start : start + most]).clone() for start in starts])
+
+    def _products(self, hidden: Tensor) -> Tensor:
+        """Return the products of rows for which there is room."""
         self.on_head(hidden)
         weights = self.weights
         return self.backend.gather_logits(hidden, weights.head, weights.head_bias, self.spec.vocab_size, self.group)

@@ -13,18 +13,21 @@ from typing import Any
 
 import pytest
 import tiny_models
+import torch
 from router_streams import read, requests, run, running, until
 
 from splitfuse.config import EngineConfig
 from splitfuse.core.sampling_params import SamplingParams
 from splitfuse.engine.engine import Engine
 from splitfuse.engine.messages import Add
+from splitfuse.engine.ragged import RaggedEngine
 from splitfuse.engine.remote import supervisor
 from splitfuse.engine.remote.launcher import SubprocessLauncher
 from splitfuse.engine.remote.supervisor import SupervisedEngine
 from splitfuse.engine.thread import AsyncEngine
 from splitfuse.errors import RankLostError
 from splitfuse.runtime.loading import load_model
+from splitfuse.runtime.results import HEAD_ROWS
 
 SETTINGS = {"num_blocks": 200, "max_num_batched_tokens": 128, "max_num_seqs": 4, "dtype": "bfloat16"}
 
@@ -85,6 +88,11 @@ def test_ranks_give_the_bits_of_one_process(model: str, quantization: str | None
     (pid,) = together.leader.pids
     engine = Engine(config(2, **settings), together)
     assert outcomes(engine) == outcomes(Engine(config(1, **settings), alone))
+    rows = [  # more than the ranks compute at once
+        RaggedEngine(config(ranks), loaded).put(range(HEAD_ROWS + 1), [[5 + n] for n in range(HEAD_ROWS + 1)])
+        for ranks, loaded in ((1, alone), (2, together))
+    ]
+    assert torch.equal(*rows)
     if model == "storyteller":  # no request is to blame, and none is tried again alone
         os.kill(pid, signal.SIGKILL)
         with pytest.raises(RankLostError, match="tensor-parallel group"):

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from queue import SimpleQueue
 from typing import Any
 
 import pytest
@@ -269,6 +270,25 @@ def test_a_step_fails_that_another_rank_does_not_compute(how: str) -> None:
         logits(second, spec.vocab_size)
     with pytest.raises(RankLostError):
         logits(first, spec.vocab_size)
+
+
+def head_rows(count: int) -> Tensor:
+    """Hidden states, as the output head reads them."""
+    return torch.randn(count, 96, generator=torch.Generator().manual_seed(count)).bfloat16()
+
+
+def test_logits_for_which_shared_memory_has_no_room_are_computed_in_parts() -> None:
+    spec = NETWORKS["biases"]
+    count = LOGIT_BYTES // (4 * spec.vocab_size) + 5
+    alone = load(spec, CpuBackend(num_threads=1)).logits(head_rows(count))
+    leader, follower = (load(spec, CpuBackend(num_threads=1), group) for group in make_groups(2))
+    assert isinstance(leader, RankDecoder)
+    tasks = SimpleQueue[Tensor]()
+    leader.on_head = tasks.put
+    with ThreadPoolExecutor(1) as pool:
+        done = pool.submit(lambda: [len(follower.head_products(tasks.get(timeout=60))) for _ in range(2)])
+        assert torch.equal(leader.logits(head_rows(count)), alone)
+        assert done.result() == [count - 5, 5]
 
 
 @pytest.mark.parametrize(
