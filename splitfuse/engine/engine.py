@@ -494,8 +494,6 @@ class Engine:
                 self._plan_ahead(ended, isolate, before_planning)
             result = self._collect_isolated() if isolate else self._collect()
         except BaseException as error:  # Ctrl-C too: what the step left in the cache is unknown, so its requests end
-            if isinstance(error, RankLostError) and self._leader is not None:
-                self._leader.lose(str(error))  # one that was stopped does not end by itself
             self.executor.drain()
             failed = ChunkResult(error=f"the forward step failed: {error!r}")
             while self._in_flight:

@@ -7,13 +7,18 @@ memory have the columns of o and down that belong to their heads and inner eleme
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import logging
+import signal
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from splitfuse.errors import ConfigError
+from splitfuse.errors import ConfigError, RankLostError
 from splitfuse.kernels.batch import RaggedBatch
 from splitfuse.kernels.drawing import Filter
 from splitfuse.kernels.group import Group, SharedGroup
@@ -21,6 +26,8 @@ from splitfuse.kernels.interface import AttentionSpec, Backend, ExpertsSpec, Lay
 from splitfuse.models.decoder import Decoder
 from splitfuse.models.kv_cache import KVCache
 from splitfuse.models.spec import ModelSpec
+
+_logger = logging.getLogger(__name__)
 
 DIVIDED = frozenset(
     [
@@ -116,7 +123,8 @@ class RankDecoder(Decoder):
     """Computes the part of one rank. All ranks must be given the same batches and rows of hidden states, in the same
     order; then each has the hidden states and logits of the whole network.
 
-    Raises RankLostError if another rank has ended, or does not come in time.
+    Raises RankLostError if another rank has ended, or does not come in time. If this one fails in what all compute, the
+    group ends: the others wait for it in the midst of a step, and would take the next one for that.
     """
 
     def __init__(
@@ -128,16 +136,20 @@ class RankDecoder(Decoder):
         """Called with each batch that is about to be computed: what the other ranks must compute too."""
         self.on_head: Callable[[Tensor], None] = lambda _: None
         """Called with each rows of hidden states that the output head is about to be applied to."""
+        self.on_failed: Callable[[str], None] = lambda _: None
+        """Called with the reason once this rank has failed in what the others compute too."""
 
     def forward(self, batch: RaggedBatch, kv_cache: KVCache) -> Tensor:
         begin = batch.on_start
+        with self._together() as tell:
 
-        def start() -> None:  # only once the batch is known to be one that can be computed
-            self.on_step(batch)
-            begin()
+            def start() -> None:  # only once the batch is known to be one that can be computed
+                tell()
+                self.on_step(batch)
+                begin()
 
-        batch.on_start = start
-        return super().forward(batch, kv_cache)
+            batch.on_start = start
+            return super().forward(batch, kv_cache)
 
     def logits(self, hidden: Tensor) -> Tensor:
         found = super().logits(hidden)
@@ -155,11 +167,58 @@ class RankDecoder(Decoder):
 
     def _products(self, hidden: Tensor) -> Tensor:
         """Return the products of rows for which there is room."""
-        self.on_head(hidden)
         weights = self.weights
-        return self.backend.gather_logits(hidden, weights.head, weights.head_bias, self.spec.vocab_size, self.group)
+        with self._together() as tell:
+            tell()
+            self.on_head(hidden)
+            return self.backend.gather_logits(hidden, weights.head, weights.head_bias, self.spec.vocab_size, self.group)
+
+    @contextmanager
+    def _together(self) -> Iterator[Callable[[], None]]:
+        """Surround what all ranks compute. What this yields is to be called just before the others are told: what fails
+        after that ends the group.
+        """
+        is_told = False
+
+        def tell() -> None:
+            nonlocal is_told
+            is_told = True
+
+        with _without_ctrl_c():
+            try:
+                yield tell
+            except BaseException as error:
+                if not is_told:
+                    raise
+                self.group.end()
+                if isinstance(error, RankLostError):
+                    self.on_failed(str(error))
+                    raise
+                reason = f"rank {self.group.shard.rank} failed in a step of all ranks: {error!r}"
+                self.on_failed(reason)
+                if not isinstance(error, Exception):
+                    raise
+                _logger.error("%s", reason, exc_info=True)
+                raise RankLostError(reason) from error
 
     def choose(
         self, hidden: Tensor, filters: Sequence[Filter] = (), numbers: Sequence[float] = ()
     ) -> tuple[list[int], list[float]]:
         return self.backend.choose_from(super().logits(hidden), filters, numbers)
+
+
+@contextmanager
+def _without_ctrl_c() -> Iterator[None]:
+    """Let Ctrl-C wait for the end of what all ranks compute: broken off at one of them, it would end the group."""
+    handler = signal.getsignal(signal.SIGINT)
+    if not callable(handler) or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    caught: list[tuple[Any, ...]] = []
+    signal.signal(signal.SIGINT, lambda *signals: caught.append(signals))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, handler)
+        if caught:
+            handler(*caught[-1])

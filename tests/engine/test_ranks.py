@@ -63,6 +63,10 @@ def outcomes(engine: Engine) -> dict[str, list[Any]]:
     return found
 
 
+def out_of_memory(*_: object) -> None:
+    raise RuntimeError("no memory")
+
+
 @pytest.mark.parametrize(
     ("model", "quantization"),
     [
@@ -73,7 +77,9 @@ def outcomes(engine: Engine) -> dict[str, list[Any]]:
         pytest.param("gemma3", None, marks=pytest.mark.slow),
     ],
 )
-def test_ranks_give_the_bits_of_one_process(model: str, quantization: str | None, tmp_path: Path) -> None:
+def test_ranks_give_the_bits_of_one_process(
+    model: str, quantization: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     settings: dict[str, Any] = {"quantization": quantization}
     if model != "storyteller":
         network = tiny_models.make(model)
@@ -95,8 +101,11 @@ def test_ranks_give_the_bits_of_one_process(model: str, quantization: str | None
     assert torch.equal(*rows)
     if model == "storyteller":  # no request is to blame, and none is tried again alone
         os.kill(pid, signal.SIGKILL)
-        with pytest.raises(RankLostError, match="tensor-parallel group"):
-            outcomes(engine)
+    else:
+        monkeypatch.setattr(together.decoder.backend.library, "network", out_of_memory)  # type: ignore[attr-defined]
+    with pytest.raises(RankLostError, match="tensor-parallel group" if model == "storyteller" else "no memory"):
+        outcomes(engine)
+    assert together.leader.group.is_broken
     engine.close()
     assert not Path(f"/proc/{pid}").exists()
     engine.add_request("late", [5, 6], SamplingParams(max_tokens=2))

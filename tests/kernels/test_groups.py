@@ -6,6 +6,7 @@ import math
 import os
 import random
 import re
+import signal
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -40,7 +41,7 @@ from splitfuse.kernels.reference import ReferenceBackend
 from splitfuse.models.decoder import Decoder
 from splitfuse.models.families import registry
 from splitfuse.models.families.common import Family
-from splitfuse.models.sharding import check_ranks
+from splitfuse.models.sharding import RankDecoder, check_ranks
 from splitfuse.models.spec import ModelSpec, RopeSpec
 from splitfuse.models.weights import load_decoder, parameters, weight_bytes
 from splitfuse.runtime.parallel.gloo import GlooGroup
@@ -289,6 +290,51 @@ def test_logits_for_which_shared_memory_has_no_room_are_computed_in_parts() -> N
         done = pool.submit(lambda: [len(follower.head_products(tasks.get(timeout=60))) for _ in range(2)])
         assert torch.equal(leader.logits(head_rows(count)), alone)
         assert done.result() == [count - 5, 5]
+
+
+@pytest.mark.parametrize("what", ["network", "head"])
+def test_a_rank_that_fails_in_what_others_compute_too_ends_the_group(
+    what: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else the others, which wait for it in this step, would take the next one for it."""
+    spec, why = NETWORKS["plain"], list[str]()
+    groups = make_groups(2)
+    backend = CpuBackend(num_threads=1)
+    first, second = load(spec, backend, groups[0]), load(spec, CpuBackend(num_threads=1), groups[1])
+    assert isinstance(first, RankDecoder)
+    first.on_failed = why.append
+    with pytest.raises(IndexError):  # the others are not told of what cannot be computed
+        logits(first, 10**6)
+    assert not groups[0].is_broken and not why
+
+    def fail(*_: object) -> None:
+        raise RuntimeError("no memory")
+
+    monkeypatch.setattr(backend.library, what, fail)
+    with ThreadPoolExecutor(1) as pool:
+        found = pool.submit(logits, second, spec.vocab_size)
+        with pytest.raises(RankLostError, match="rank 0 failed in a step of all ranks: RuntimeError"):
+            logits(first, spec.vocab_size)
+        with pytest.raises(RankLostError):
+            found.result()
+    assert groups[0].is_broken and len(why) == 1
+
+
+def test_ctrl_c_waits_until_all_ranks_have_computed() -> None:
+    spec = NETWORKS["plain"]
+    first, second = (load(spec, CpuBackend(num_threads=1), group) for group in make_groups(2))
+    assert isinstance(first, RankDecoder)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell may have let us ignore
+    try:
+        with ThreadPoolExecutor(1) as pool:
+            theirs = pool.submit(lambda: [second.logits(head_rows(count)) for count in (3, 4)])
+            first.on_head = lambda _: os.kill(os.getpid(), signal.SIGINT)
+            with pytest.raises(KeyboardInterrupt):
+                first.logits(head_rows(3))
+            first.on_head = lambda _: None
+            assert torch.equal(first.logits(head_rows(4)), theirs.result()[1])
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 @pytest.mark.parametrize(

@@ -709,7 +709,7 @@ def _add_up(group: SummingGroup, address: int, count: int) -> int:
         group.add_up(torch.frombuffer(_ANY_FLOATS.from_address(address), dtype=torch.float32, count=count))
     except RankLostError:
         return 1
-    except Exception:
+    except BaseException:  # C++ would go on with what was not added
         _logger.exception("sums of ranks could not be added")
         return 1
     return 0

@@ -194,6 +194,7 @@ class Leader:
         """Let the followers compute what a decoder, which is rank 0, computes."""
         decoder.on_step = self._compute_step
         decoder.on_head = self._compute_head
+        decoder.on_failed = self.lose  # one that was stopped does not end by itself
 
     def close(self) -> None:
         """End the followers."""
