@@ -29,25 +29,35 @@ def identify(
     """Return texts that are all equal where requests with a seed have equal answers; where they may not have, one
     differs. Budgets, blocks and numbers of threads change no token.
     """
-    model, is_dummy = config.model, config.model.load_format == "dummy"
+    model = config.model
     parts = {
         "version": __version__,
         "torch": torch.__version__,
         "llguidance": llguidance.__version__,
-        "model": source.digest(weights=not is_dummy),
+        "model": digest(source, config),
         "tokenizer": model.tokenizer,
         "load_format": model.load_format,
         "dtype": model.dtype,
         "quantization": model.quantization,
         "quantization_group_size": model.quantization_group_size,
         "kv_cache_dtype": config.cache.kv_cache_dtype,
-        "kernels": re.sub(r", \d+ threads?", "", backend.describe()),
+        "kernels": describe_kernels(backend),
         "device": gpu(device) or device.type,
         "max_model_len": plan.max_model_len,
     }
     if model.rank:  # which add up partial sums; others give the same bits as one process
         parts["ranks"] = model.tensor_parallel_size
     return {name: str(part) for name, part in parts.items()}
+
+
+def describe_kernels(backend: Backend) -> str:
+    """Return a text that is equal where kernels give equal bits."""
+    return re.sub(r", \d+ threads?", "", backend.describe())
+
+
+def digest(source: ModelSource, config: EngineConfig, *, weights: bool = True) -> str:
+    """Return a name of what the model's files say, with `weights` also of samples of those that are read."""
+    return source.digest(weights=weights and config.model.load_format != "dummy")
 
 
 def fingerprint(identity: Mapping[str, str]) -> str:

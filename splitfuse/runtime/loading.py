@@ -41,7 +41,7 @@ from splitfuse.runtime.backend_choice import choose_backend
 from splitfuse.runtime.device import choose_device, device_of
 from splitfuse.runtime.draft_model import DraftRunner, open_draft
 from splitfuse.runtime.executor import Executor
-from splitfuse.runtime.fingerprint import fingerprint, identify, kv_fingerprint
+from splitfuse.runtime.fingerprint import describe_kernels, digest, fingerprint, identify, kv_fingerprint
 from splitfuse.runtime.machine import available_memory, usable_cores
 from splitfuse.runtime.memory_plan import DraftSizes, MemoryPlan, plan_memory, tier_bytes, token_bytes
 from splitfuse.runtime.parallel.leader import Leader
@@ -179,7 +179,7 @@ def load_model(
     plan = replace(plan, remarks=(*plan.remarks, *choose_device(config).remarks, *remarks))
     announce(plan)
     spec = replace(spec, max_position=plan.max_model_len)  # no larger tables than will be read
-    leader = None if config.model.tensor_parallel_size == 1 else _start_ranks(config, source, spec, plan, dtype)
+    leader = None if config.model.tensor_parallel_size == 1 else _start_ranks(config, opened, spec, plan)
     decoder = load_decoder(
         weights,
         spec,
@@ -208,14 +208,24 @@ def load_model(
     return LoadedModel(source, spec, plan, ends, decoder, identity, grammars, open_weights, *others, cuda_graphs=graphs)
 
 
-def load_rank(config: EngineConfig, group: Group, *, digest: str) -> tuple[RankDecoder, KVCache]:
-    """Load the part of a follower, for a leader whose model has files of this digest. The settings name all sizes.
+def load_rank(config: EngineConfig, group: Group, *, files: str, kernels: str) -> tuple[RankDecoder, KVCache]:
+    """Load the part of a follower, for a leader that has such files and kernels. The settings name all sizes.
 
     Raises as `load_model` does.
     """
     opened = _open(config)
-    if opened.source.digest(weights=False) != digest:
-        raise ModelError(f"{opened.source.location} was changed while it was loaded: start again")
+    location = opened.source.location
+    if _files(opened.source, config) != files:
+        raise ModelError(
+            f"the model in {location} is not that of the leader: copy that one's files to the machine of this rank"
+            if config.model.rank
+            else f"{location} was changed while it was loaded: start again"
+        )
+    if (ours := describe_kernels(opened.backend)) != kernels:
+        raise ConfigError(
+            f"a rank has {ours}, and its leader {kernels}: their bits differ; name kernels that both have, such as "
+            "kernels=avx2"
+        )
     num_blocks, max_model_len = config.cache.num_blocks, config.model.max_model_len
     assert num_blocks is not None and max_model_len is not None
     decoder = load_decoder(
@@ -264,16 +274,20 @@ def _open(config: EngineConfig, source: ModelSource | None = None) -> _Opened:
     return _Opened(source, spec, dtype, device, weights, choose_backend(config, dtype))
 
 
-def _start_ranks(
-    config: EngineConfig, source: ModelSource, spec: ModelSpec, plan: MemoryPlan, dtype: torch.dtype
-) -> Leader:
+def _files(source: ModelSource, config: EngineConfig) -> str:
+    """Return a name of the files that all ranks must have. On one machine they read the same weights."""
+    return digest(source, config, weights=bool(config.model.rank))
+
+
+def _start_ranks(config: EngineConfig, opened: _Opened, spec: ModelSpec, plan: MemoryPlan) -> Leader:
     """Start the other ranks, which load their parts at the same time as this one."""
     tokens = max(plan.max_num_batched_tokens, MAX_TOKEN_BUDGET)  # what is not used costs nothing
     return Leader(
         config,
-        digest=source.digest(weights=False),
+        files=_files(opened.source, config),
+        kernels=describe_kernels(opened.backend),
         logit_bytes=4 * HEAD_ROWS * spec.vocab_size,
-        step_bytes=tokens * token_bytes(spec, dtype),
+        step_bytes=tokens * token_bytes(spec, opened.dtype),
         num_blocks=plan.num_blocks,
         max_model_len=plan.max_model_len,
     )

@@ -25,8 +25,11 @@ from splitfuse.engine.remote import supervisor
 from splitfuse.engine.remote.launcher import SubprocessLauncher
 from splitfuse.engine.remote.supervisor import SupervisedEngine
 from splitfuse.engine.thread import AsyncEngine
-from splitfuse.errors import RankLostError
-from splitfuse.runtime.loading import load_model
+from splitfuse.errors import ConfigError, ModelError, RankLostError
+from splitfuse.kernels.group import Shard, SharedGroup, make_group_file
+from splitfuse.runtime.backend_choice import choose_backend
+from splitfuse.runtime.fingerprint import describe_kernels, digest
+from splitfuse.runtime.loading import load_model, load_rank, open_source
 from splitfuse.runtime.results import HEAD_ROWS
 
 SETTINGS = {"num_blocks": 200, "max_num_batched_tokens": 128, "max_num_seqs": 4, "dtype": "bfloat16"}
@@ -111,6 +114,28 @@ def test_ranks_give_the_bits_of_one_process(
     engine.add_request("late", [5, 6], SamplingParams(max_tokens=2))
     with pytest.raises(RankLostError, match="the tensor-parallel group has ended: "):
         engine.step()
+
+
+def test_a_rank_with_other_weights_or_kernels_is_refused(tmp_path: Path) -> None:
+    folders = [tmp_path / name for name in ("leader", "rank")]
+    for folder in folders:
+        network = tiny_models.make("llama-gqa")
+        if folder.name == "rank":  # as another fine-tune of it
+            network.model.norm.weight.data += 1
+        network.save_pretrained(folder)
+    fd = make_group_file(logit_bytes=2**10, step_bytes=2**10)
+    group = SharedGroup(fd, Shard(1, 2), logit_bytes=2**10)
+    os.close(fd)
+    there = {"rank": ["10.0.0.2:9100"], "rank_key_file": "key"}
+    ours, theirs = (config(2, **there, model=str(folder), max_model_len=32) for folder in folders)
+    opened = open_source(ours)
+    files = digest(opened, ours)
+    kernels = describe_kernels(choose_backend(ours, torch.bfloat16))
+    load_rank(ours, group, files=files, kernels=kernels)
+    with pytest.raises(ModelError, match="rank is not that of the leader: copy that one's files"):
+        load_rank(theirs, group, files=files, kernels=kernels)
+    with pytest.raises(ConfigError, match="its leader other kernels: their bits differ; name kernels that both have"):
+        load_rank(ours, group, files=files, kernels="other kernels")
 
 
 def ranks_of(engine: SupervisedEngine) -> list[int]:

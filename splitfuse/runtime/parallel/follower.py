@@ -67,7 +67,7 @@ def _follow(connection: Connection, spec: FollowerSpec, model: str | None = None
         config = EngineConfig.from_settings({**config.settings, "model": model})
     group = _join(connection, spec)
     try:
-        decoder, kv_cache = load_rank(config, group, digest=spec.digest)
+        decoder, kv_cache = load_rank(config, group, files=spec.files, kernels=spec.kernels)
         connection.send_bytes(encode(RankReady()))
         with torch.inference_mode():
             while True:

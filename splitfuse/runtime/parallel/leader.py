@@ -90,7 +90,8 @@ class Leader:
         self,
         config: EngineConfig,
         *,
-        digest: str,
+        files: str,
+        kernels: str,
         logit_bytes: int,
         step_bytes: int,
         num_blocks: int,
@@ -107,7 +108,7 @@ class Leader:
         self.num_blocks = num_blocks
         """Number of KV blocks of each follower."""
         self.num_local_ranks = config.model.num_local_ranks
-        self._digest, self._patience, self._lost = digest, patience, ""
+        self._files, self._kernels, self._patience, self._lost = files, kernels, patience, ""
         self._lock = threading.Lock()
         self._followers: list[_Follower] = []
         settings = change_settings(config.settings, {"num_blocks": num_blocks, "max_model_len": max_model_len})
@@ -166,7 +167,7 @@ class Leader:
             raise
 
     def _spec(self, rank: int, link: SharedMemory | Rendezvous) -> FollowerSpec:
-        return FollowerSpec(__version__, self._config, rank, link, self._patience, self._digest)
+        return FollowerSpec(__version__, self._config, rank, link, self._patience, self._files, self._kernels)
 
     def _connection(self, ours: socket.socket) -> Connection:
         """Return a connection by which no sending waits without end: a follower that is stopped takes nothing."""

@@ -37,8 +37,10 @@ class FollowerSpec(msgspec.Struct, frozen=True):
     rank: int
     link: SharedMemory | Rendezvous
     patience: float
-    digest: str
+    files: str
     """Name of the model's files, which must be those of the leader."""
+    kernels: str
+    """Kernels of the leader, which all must have."""
 
 
 class ComputeStep(msgspec.Struct, frozen=True, tag="step"):
