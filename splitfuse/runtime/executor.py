@@ -218,7 +218,8 @@ class Executor:
         if progress is not None:
             progress.begun.set()
             progress.layers_done.set()
-        self._ahead.follow(handle.plan.chunks, time.monotonic() - began)
+        tables = [chunk.block_table for chunk in handle.plan.chunks if chunk.block_table]
+        self._ahead.follow(max((table[-1] for table in tables), default=-1), time.monotonic() - began)
 
     def hidden(self, chunks: Sequence[Chunk]) -> Tensor:
         """Run one forward step; return final hidden states [sum of num_logits, hidden], in the order of the chunks."""

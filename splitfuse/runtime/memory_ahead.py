@@ -8,9 +8,7 @@ for as many pages as there are layers. docs/decisions/0057 has the figures.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
 
-from splitfuse.core.plan import Chunk
 from splitfuse.models.kv_cache import KVCache
 
 AHEAD_BYTES = 2**24
@@ -29,11 +27,11 @@ class MemoryAhead:
         self._pieces = kv_cache.pieces()
         self._next = next(self._pieces, None)
 
-    def follow(self, chunks: Sequence[Chunk], seconds: float) -> None:
-        """Ask for more memory after a step of these chunks, which took `seconds`."""
+    def follow(self, last_block: int, seconds: float) -> None:
+        """Ask for more memory after a step of so many seconds, which used blocks up to this one; -1: none."""
         if self._next is None:
             return
-        self._last_used = max(self._last_used, *(chunk.block_table[-1] for chunk in chunks if chunk.block_table))
+        self._last_used = max(self._last_used, last_block)
         until = time.monotonic() + SHARE * seconds
         while self._next is not None and self._next.first <= self._last_used + self._ahead:
             is_given = self._kv_cache.have(self._next)

@@ -18,7 +18,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from backends import CPU, emulation_slow, variants
-from ragged_requests import Request, Runner
+from ragged_requests import Chunk, Request, Runner
 from random_networks import OWN, OwnNames, RandomWeights
 from specs import make_delta, make_experts
 from torch import Tensor
@@ -41,10 +41,14 @@ from splitfuse.kernels.reference import ReferenceBackend
 from splitfuse.models.decoder import Decoder
 from splitfuse.models.families import registry
 from splitfuse.models.families.common import Family
+from splitfuse.models.kv_cache import KVCache, Piece
 from splitfuse.models.sharding import RankDecoder, check_ranks
 from splitfuse.models.spec import ModelSpec, RopeSpec
 from splitfuse.models.weights import load_decoder, parameters, weight_bytes
+from splitfuse.runtime.batch import BatchBuilder
+from splitfuse.runtime.parallel.follower import RankExecutor
 from splitfuse.runtime.parallel.gloo import GlooGroup
+from splitfuse.runtime.parallel.messages import ComputeHead, ComputeStep
 
 EPS = NormSpec(eps=1e-5)
 LOGIT_BYTES, STEP_BYTES = 2**19, 2**21
@@ -318,6 +322,28 @@ def test_a_rank_that_fails_in_what_others_compute_too_ends_the_group(
         with pytest.raises(RankLostError):
             found.result()
     assert groups[0].is_broken and len(why) == 1
+
+
+def test_a_follower_has_memory_there_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
+    """After the head, for which the leader asks at once."""
+    had: list[Piece] = []
+
+    def have(_: KVCache, piece: Piece) -> bool:
+        had.append(piece)
+        return True
+
+    monkeypatch.setattr(KVCache, "have", have)
+    decoder = load(NETWORKS["plain"], CpuBackend(num_threads=1), make_groups(1)[0])
+    assert isinstance(decoder, RankDecoder)
+    for num_rows in (1, 0):
+        executor = RankExecutor(decoder, Runner(decoder, block_size=32, num_blocks=16).cache)
+        batch = BatchBuilder(32, CPU).build([Chunk(0, (5, 6), (3,), num_rows)])
+        had.clear()
+        executor.execute(ComputeStep.of(batch))
+        assert bool(had) == (num_rows == 0)
+        if num_rows:
+            executor.execute(ComputeHead.of(head_rows(1)))
+            assert had
 
 
 def test_ctrl_c_waits_until_all_ranks_have_computed() -> None:

@@ -10,7 +10,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from splitfuse.core.plan import Chunk
 from splitfuse.kernels.cpu.memory import HUGE_PAGE, allocate, have
 from splitfuse.models.kv_cache import PIECE_BYTES, Piece
 from splitfuse.runtime import memory_ahead
@@ -58,21 +57,17 @@ class Cache:
         return self._can
 
 
-def chunk(*blocks: int) -> Chunk:
-    return Chunk("a", 0, (1,), blocks, 1, samples=True)
-
-
 def test_pieces_come_one_after_the_other_up_to_some_bytes_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(memory_ahead, "AHEAD_BYTES", 3 * PIECE_BYTES)  # four blocks
     cache = Cache()
     ahead = MemoryAhead(cache)  # type: ignore[arg-type]
     for step in range(1, 6):
-        ahead.follow([chunk(0)], 0.0)
+        ahead.follow(0, 0.0)
         assert len(cache.had) == min(step, 5), "one a step: those of blocks 0, 2 and 4"
     assert [first for first, *_ in cache.had] == [0, 0, 2, 4, 4]
-    ahead.follow([chunk(0, 9), chunk(3)], 1e9)
+    ahead.follow(9, 1e9)
     assert [first for first, *_ in cache.had[5:]] == [6, 8, 8, 10], "a long step leaves time for all"
-    ahead.follow([chunk(11)], 1e9)
+    ahead.follow(11, 1e9)
     assert len(cache.had) == 9
 
 
@@ -80,5 +75,5 @@ def test_it_ends_where_memory_cannot_be_asked_for() -> None:
     cache = Cache(can=False)
     ahead = MemoryAhead(cache)  # type: ignore[arg-type]
     for _ in range(3):
-        ahead.follow([chunk(0)], 1e9)
+        ahead.follow(0, 1e9)
     assert len(cache.had) == 1

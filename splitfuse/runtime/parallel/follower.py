@@ -14,6 +14,7 @@ import signal
 import socket
 import sys
 import threading
+import time
 import traceback
 from multiprocessing.connection import Connection
 
@@ -23,7 +24,10 @@ import torch
 from splitfuse.config import EngineConfig
 from splitfuse.errors import ConfigError, RankLostError, SplitfuseError
 from splitfuse.kernels.group import Group, Shard, SharedGroup
+from splitfuse.models.kv_cache import KVCache
+from splitfuse.models.sharding import RankDecoder
 from splitfuse.runtime.loading import load_rank
+from splitfuse.runtime.memory_ahead import MemoryAhead
 from splitfuse.runtime.parallel.gloo import GlooGroup, open_store
 from splitfuse.runtime.parallel.messages import (
     ComputeStep,
@@ -31,6 +35,7 @@ from splitfuse.runtime.parallel.messages import (
     RankFailed,
     RankReady,
     SharedMemory,
+    Task,
     encode,
     receive_task,
 )
@@ -67,17 +72,39 @@ def _follow(connection: Connection, spec: FollowerSpec, model: str | None = None
         config = EngineConfig.from_settings({**config.settings, "model": model})
     group = _join(connection, spec)
     try:
-        decoder, kv_cache = load_rank(config, group, files=spec.files, kernels=spec.kernels)
+        executor = RankExecutor(*load_rank(config, group, files=spec.files, kernels=spec.kernels))
         connection.send_bytes(encode(RankReady()))
         with torch.inference_mode():
             while True:
-                task = receive_task(connection)
-                if isinstance(task, ComputeStep):
-                    decoder.forward(task.batch, kv_cache)
-                else:
-                    decoder.head_products(task.hidden)
+                executor.execute(receive_task(connection))
     finally:
         group.end()  # the others wait for us in vain
+
+
+class RankExecutor:
+    """Executes the tasks of a follower."""
+
+    def __init__(self, decoder: RankDecoder, kv_cache: KVCache) -> None:
+        self._decoder, self._kv_cache = decoder, kv_cache
+        self._ahead = MemoryAhead(kv_cache)
+        self._last_block, self._seconds = -1, 0.0  # of the last step
+
+    def execute(self, task: Task) -> None:
+        """Compute this rank's part of a task. Raises RankLostError."""
+        if not isinstance(task, ComputeStep):
+            self._decoder.head_products(task.hidden)
+            self._follow()
+            return
+        batch, began = task.batch, time.monotonic()
+        self._decoder.forward(batch, self._kv_cache)
+        self._last_block = int(batch.slot_mapping.max()) // self._kv_cache.block_size
+        self._seconds = time.monotonic() - began
+        if not batch.num_rows:  # else the leader asks for the head at once, and is not to wait
+            self._follow()
+
+    def _follow(self) -> None:
+        self._ahead.follow(self._last_block, self._seconds)
+        self._seconds = 0.0
 
 
 def _join(connection: Connection, spec: FollowerSpec) -> Group:
