@@ -35,6 +35,8 @@ SHORTEST_MODEL_LEN = 2  # a token of prompt and one of output
 LOGIT_BYTES = 20
 """Bytes of each logit while rows are sampled, about: in fp32, also in the kernels' own buffer, adjusted in fp64, and
 what drawing adds."""
+SUM_BYTES = 8
+"""Bytes of each number that a rank receives of another one to add it up: in fp32, and in gloo's own buffer."""
 LARGEST_KV_SHARE = 0.5
 """Fraction of the memory left by weights and activations that a KV cache takes by default; the rest is for others."""
 LARGEST_STATE_SHARE = 0.25
@@ -170,8 +172,10 @@ def plan_memory(
     if (most := _gpu_share(config)) is not None:
         available = min(available, most)
     free = available - weight_size - (0 if draft is None else draft.weights + draft.activations)
-    budget = config.scheduler.max_num_batched_tokens or _largest_budget(spec, dtype, free=free)
-    activations = step_bytes(spec, dtype, budget, backend)
+    num_sums = _num_sums(config)
+    token_size = token_bytes(spec, dtype, num_sums=num_sums)
+    budget = config.scheduler.max_num_batched_tokens or _largest_budget(token_size, free=free)
+    activations = step_bytes(spec, dtype, budget, backend, num_sums=num_sums)
     plan = MemoryPlan(
         weights=weight_size,
         activations=activations + (graph_bytes(activations) if config.model.cuda_graphs else 0),
@@ -286,20 +290,25 @@ def _rope_remarks(spec: ModelSpec, max_model_len: int) -> tuple[str, ...]:
     )
 
 
-def _largest_budget(spec: ModelSpec, dtype: torch.dtype, *, free: int) -> int:
+def _num_sums(config: EngineConfig) -> int:
+    """Return the number of partial sums that are added up."""
+    return config.model.tensor_parallel_size if config.model.rank else 0
+
+
+def _largest_budget(token_size: int, *, free: int) -> int:
     """Return the largest token budget whose activations take no more than their share of the memory that the weights
     leave, and FIRST_BUDGET in any case.
     """
-    most = int(free * LARGEST_ACTIVATION_SHARE) // token_bytes(spec, dtype)
+    most = int(free * LARGEST_ACTIVATION_SHARE) // token_size
     return max([FIRST_BUDGET, *(budget for budget in BUDGETS if budget <= most)])
 
 
-def step_bytes(spec: ModelSpec, dtype: torch.dtype, num_tokens: int, backend: Backend) -> int:
+def step_bytes(spec: ModelSpec, dtype: torch.dtype, num_tokens: int, backend: Backend, *, num_sums: int = 0) -> int:
     """Return the bytes of the activations and logits of a step of so many tokens, and of the copies of weights that
     `backend` makes for it.
     """
-    sizes = num_tokens * token_bytes(spec, dtype), HEAD_ROWS * spec.vocab_size * LOGIT_BYTES
-    return sum(sizes) + copy_bytes(spec, dtype, backend)
+    token_size = token_bytes(spec, dtype, num_sums=num_sums)
+    return num_tokens * token_size + HEAD_ROWS * spec.vocab_size * LOGIT_BYTES + copy_bytes(spec, dtype, backend)
 
 
 def graph_bytes(activations: int) -> int:
@@ -307,11 +316,13 @@ def graph_bytes(activations: int) -> int:
     return MAX_BYTES + activations
 
 
-def token_bytes(spec: ModelSpec, dtype: torch.dtype) -> int:
-    """Return the bytes of one token at the widest moment of a step, generously."""
+def token_bytes(spec: ModelSpec, dtype: torch.dtype, *, num_sums: int = 0) -> int:
+    """Return the bytes of one token at the widest moment of a step, generously. `num_sums` ranks add up what they give
+    of a hidden state.
+    """
     token_inputs = 3 * spec.token_input_size * len(spec.layers)
     width = max(_layer_width(layer, spec.hidden_size) for layer in set(spec.layers)) + token_inputs
-    return width * max(dtype.itemsize, 4)
+    return width * max(dtype.itemsize, 4) + num_sums * spec.hidden_size * SUM_BYTES
 
 
 def _layer_width(layer: LayerSpec, hidden: int) -> int:
@@ -385,7 +396,8 @@ def _smaller_model(
     """Return settings with each of which weights, activations and one KV block would fit."""
     dtype = resolve_dtype(config.model.dtype, spec)
     missing = plan.need + plan.block_of_both - plan.available
-    budget = plan.max_num_batched_tokens - ceil_div(missing, token_bytes(spec, dtype))
+    token_size = token_bytes(spec, dtype, num_sums=_num_sums(config))
+    budget = plan.max_num_batched_tokens - ceil_div(missing, token_size)
     options = [f"max_num_batched_tokens={budget}"] if budget >= 1 else []
     if plan.tiers >= missing:
         options.insert(0, _smaller_tiers(config.cache, plan, missing))

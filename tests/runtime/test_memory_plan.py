@@ -16,6 +16,7 @@ from specs import make_experts, make_spec
 from splitfuse.config import CacheConfig, EngineConfig
 from splitfuse.core.kv.fetching import INBOX_BYTES, STAGED_BYTES
 from splitfuse.errors import ConfigError, MemoryPlanError
+from splitfuse.kernels.cpu.backend import CpuBackend
 from splitfuse.kernels.interface import ConvSpec, Role
 from splitfuse.kernels.reference import ReferenceBackend
 from splitfuse.kernels.sharing import WeightSharing
@@ -50,6 +51,17 @@ FIXED = WEIGHTS + ACTIVATIONS
 
 def plan(available: int, **settings: Any) -> MemoryPlan:
     return plan_memory(SPEC, EngineConfig.from_settings(settings), backend=ReferenceBackend(), available=available)
+
+
+def test_what_other_ranks_give_to_be_added_up_counts() -> None:
+    here: dict[str, Any] = {"tensor_parallel_size": 2, "max_num_batched_tokens": 100, "dtype": "bfloat16"}
+    elsewhere = {**here, "rank": ["10.0.0.2:9100"], "rank_key_file": "key"}
+    plans = [
+        plan_memory(SPEC, EngineConfig.from_settings(settings), backend=CpuBackend(num_threads=1), available=GIB)
+        for settings in (here, elsewhere)
+    ]
+    gathered, added = (each.activations for each in plans)
+    assert added - gathered == 100 * 2 * 64 * 8
 
 
 STATE = 2 * 4 * 64 * 1000
