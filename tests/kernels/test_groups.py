@@ -278,7 +278,7 @@ def test_a_step_fails_that_another_rank_does_not_compute(how: str) -> None:
 
 
 def head_rows(count: int) -> Tensor:
-    """Hidden states, as the output head reads them."""
+    """Return hidden states, as the output head reads them."""
     return torch.randn(count, 96, generator=torch.Generator().manual_seed(count)).bfloat16()
 
 
