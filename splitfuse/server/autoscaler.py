@@ -78,19 +78,19 @@ class Autoscaler:
         elsewhere = client.engines_elsewhere
         replicas = [each for each in client.engines if each not in elsewhere]
         starts = [each.start_seconds for each in replicas if each.start_seconds is not None]
-        helpers = sum(each.state is EngineState.READY and not each.is_drained for each in elsewhere)
+        num_elsewhere = sum(each.state is EngineState.READY and not each.is_drained for each in elsewhere)
         arrivals = [arrival for engine in client.engines for arrival in engine.arrivals]
         wanted = await asyncio.to_thread(
             replicas_wanted,
             *(arrivals, times),
             now=now,
-            num_replicas=client.num_replicas + helpers,
+            num_replicas=client.num_replicas + num_elsewhere,
             start_seconds=max(starts, default=USUAL_START),
-            least=self._least + helpers,
-            most=self._most + helpers,
+            least=self._least + num_elsewhere,
+            most=self._most + num_elsewhere,
         )
         await self._note_late(arrivals, times, now)
-        return wanted - helpers
+        return wanted - num_elsewhere
 
     async def _note_late(self, arrivals: Sequence[Arrival], times: StepTimes, now: float) -> None:
         """Log once that too many of the recent requests cannot meet their SLO, however many replicas there are."""
