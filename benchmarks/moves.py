@@ -27,14 +27,13 @@ from random import Random
 from statistics import median
 from typing import Any
 
+from benchmarks import roles
 from splitfuse.config import EngineConfig
 from splitfuse.core.sampling_params import SamplingParams
 from splitfuse.core.scheduling_options import SchedulingOptions
-from splitfuse.engine import garbage
 from splitfuse.engine.client import EngineState
 from splitfuse.engine.messages import Add
 from splitfuse.engine.remote.supervisor import SupervisedEngine
-from splitfuse.engine.replicas import make_replicas
 from splitfuse.engine.router import Router
 from splitfuse.engine.stream import Stream
 
@@ -150,14 +149,7 @@ def num_computed(router: Router) -> tuple[int, int]:
 async def started(flags: argparse.Namespace, **settings: Any) -> Router:
     """Return two engines with a core each."""
     own = {"model": flags.model, "quantization": flags.quantization, "num_threads": 1}
-    router = make_replicas(EngineConfig.from_settings({**own, **settings}), replicas=2)
-    try:
-        await router.start()
-    except BaseException:
-        await router.close()
-        raise
-    garbage.freeze()  # as a server does
-    return router
+    return await roles.started(EngineConfig.from_settings({**own, **settings}))
 
 
 async def compare_drains(flags: argparse.Namespace) -> None:
