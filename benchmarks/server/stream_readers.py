@@ -18,7 +18,7 @@ from multiprocessing.connection import Connection
 import httpx
 
 from splitfuse.bench.endpoint import _decode_event
-from splitfuse.bench.http_stream import Address, post_stream
+from splitfuse.clients.http_stream import Address, post_stream
 
 EVENT = {
     "id": "cmpl-0123456789abcdef",

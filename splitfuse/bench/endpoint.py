@@ -14,9 +14,9 @@ from urllib.parse import urlsplit
 
 import msgspec
 
-from splitfuse.bench.http_stream import Address, get, post_stream
 from splitfuse.bench.target import Answer, Target
 from splitfuse.bench.workload import WORDS, LoadRequest, TokenIds, Vocabulary, Words
+from splitfuse.clients.http_stream import Address, get, post_stream
 from splitfuse.errors import ConfigError, InvalidRequestError, RequestFailedError, ServerError
 from splitfuse.runtime.machine import resident_bytes
 

@@ -9,10 +9,9 @@ import asyncio
 import functools
 import logging
 import os
-import signal
 import sys
 import threading
-from collections.abc import Awaitable, Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
@@ -35,6 +34,7 @@ from splitfuse.server.access_log import note_dropped
 from splitfuse.server.auth import ApiKeys
 from splitfuse.server.connections import connection_limit, num_newcomers
 from splitfuse.server.listen import App, HttpServer, listening_socket
+from splitfuse.server.signals import Signals, wait_first
 
 if TYPE_CHECKING:
     from splitfuse.recording.recorder import Recorder
@@ -76,7 +76,7 @@ async def run_server(
     config = replace(config, served_model_name=model)
     if model in (parse_adapter(each)[0] for each in engine.model.lora):
         raise ConfigError(f"lora gives an adapter the name {model!r} of the model itself: choose another")
-    signals = _Signals()
+    signals = Signals()
     with (
         signals.handled(),
         LineWriter(sys.stdout, note=note_dropped) as log,
@@ -260,7 +260,7 @@ async def _start(
 
 
 async def _started(
-    starting: asyncio.Task[tuple[Admission, TextService]], serving: asyncio.Task[None], signals: _Signals
+    starting: asyncio.Task[tuple[Admission, TextService]], serving: asyncio.Task[None], signals: Signals
 ) -> tuple[Admission, TextService] | None:
     """Return the result of starting; None if a signal comes first."""
     await wait_first(starting, serving, signals.drain.wait())
@@ -273,7 +273,7 @@ async def _started(
 
 
 async def _serve(
-    admission: Admission, client: Router, config: ServerConfig, serving: asyncio.Task[None], signals: _Signals
+    admission: Admission, client: Router, config: ServerConfig, serving: asyncio.Task[None], signals: Signals
 ) -> None:
     """Serve until a signal, then drain. Raises ServerError if requests are cut off."""
     with _autoscaled(client, config):
@@ -379,15 +379,6 @@ def _check_alive(serving: asyncio.Task[None]) -> None:
         raise ServerError(f"the HTTP server has ended unexpectedly: {serving.exception()!r}")
 
 
-async def wait_first(*events: Awaitable[Any], timeout: float | None = None) -> None:
-    """Wait for the first of these, at most `timeout` seconds. Tasks go on; coroutines are cancelled."""
-    tasks = [asyncio.ensure_future(event) for event in events]
-    await asyncio.wait(tasks, timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
-    for event, task in zip(events, tasks, strict=True):
-        if event is not task:
-            task.cancel()
-
-
 async def run_in_daemon_thread(work: Callable[[], _Result]) -> _Result:
     """Return the result of `work`, done in a thread that does not keep the process from ending."""
     loop = asyncio.get_running_loop()
@@ -407,38 +398,6 @@ async def run_in_daemon_thread(work: Callable[[], _Result]) -> _Result:
 
     threading.Thread(target=run, name="start-up", daemon=True).start()
     return await future
-
-
-class _Signals:
-    """Signals to end: `drain` is set by any of them, `now` if requests are not waited for."""
-
-    def __init__(self) -> None:
-        self.drain = asyncio.Event()
-        self.now = asyncio.Event()
-        self.interrupted = False
-
-    @contextmanager
-    def handled(self) -> Iterator[None]:
-        """Handle signals while the context lasts."""
-        loop = asyncio.get_running_loop()
-        loop.add_signal_handler(signal.SIGTERM, self._terminate)
-        loop.add_signal_handler(signal.SIGINT, self._interrupt)
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, (signal.SIGTERM, signal.SIGINT))  # what starts us may block them
-        try:
-            yield
-        finally:
-            loop.remove_signal_handler(signal.SIGTERM)
-            loop.remove_signal_handler(signal.SIGINT)
-
-    def _terminate(self) -> None:
-        if self.drain.is_set():
-            self.now.set()
-        self.drain.set()
-
-    def _interrupt(self) -> None:
-        self.interrupted = True
-        self.drain.set()
-        self.now.set()
 
 
 # Stages of start-up --------------------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ from running_server import PATIENCE, RunningServer, running_server
 from server_load import http_request
 
 import splitfuse
-from splitfuse.bench.http_stream import Address, post_stream
+from splitfuse.clients.http_stream import Address, post_stream
 from splitfuse.server import context
 
 COMMENT = b": keep-alive\n\n"

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from splitfuse.bench.http_stream import Address, _body, get, post_stream
+from splitfuse.clients.http_stream import Address, _body, get, post_stream
 from splitfuse.errors import RequestFailedError, ServerError
 
 HEAD = b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\n"
