@@ -1,69 +1,94 @@
 """Chooses the cell for a request: a server with about a hundred replicas, of which it alone knows the caches and loads.
 
-Hashing is consistent: requests with the same key, such as the name of their first block, have their own cell, and an
-order of the others behind it. What each cell has to do bounds what it gets: a key goes to the least loaded of the cells
-that have had it, or, once those have so much more to do that computing it anew is sooner, to the less loaded of the
-next two. So a key has as many cells as it needs, and cells that come or go change the place of few.
+Hashing is consistent: prompts that begin alike have their own cell, and an order of the others behind it. What is there
+to do bounds what a cell gets. Costs are in seconds: those that a cell has to do for each of its replicas, and those
+that the request takes, without what a cell saves which has had the beginning of the prompt. A request goes to the
+cheapest of its own cell, those which have had some of its prompt, and the next two. So a prompt has as many cells as it
+needs, a conversation stays where its turns were, and cells that come or go change the place of few.
 """
 
 from __future__ import annotations
 
 from bisect import bisect
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from hashlib import blake2b
 from itertools import islice
+from typing import NamedTuple
 
 from splitfuse.errors import ConfigError, EngineUnavailableError
 
 POINTS = 64
 """Number of places of a cell on the ring: the more, the more equal their parts."""
-MOST_KEYS = 65_536
-"""Number of keys, the newest, of which it is known which cells have had them."""
+MOST_NAMES = 65_536
+"""Number of beginnings of prompts, the newest, of which it is known which cells have had them."""
+
+
+class Prefix(NamedTuple):
+    """Is a beginning of a prompt, which others may have too."""
+
+    name: bytes
+    """Name that stands for all tokens up to its end."""
+    seconds: float
+    """Seconds that a replica saves which has it cached."""
 
 
 class Cells:
     """Places cells on a ring and knows what each has to do. Belongs to a gateway in front of several servers.
 
-    `sizes` are the numbers of replicas, by the names of the cells. Raises ConfigError without any cell, and for one
-    without replicas.
+    All can be reached, have one replica, and nothing to do until `report` says otherwise. Raises ConfigError without
+    any cell.
     """
 
-    def __init__(self, sizes: Mapping[str, int]) -> None:
-        if not sizes or min(sizes.values()) < 1:
-            raise ConfigError(f"cells need at least one replica each, such as {{'a': 100}}, not {dict(sizes)}")
-        self._ring = sorted((_place(f"{name}/{point}".encode()), name) for name in sizes for point in range(POINTS))
+    def __init__(self, names: Iterable[str]) -> None:
+        self._sizes = dict.fromkeys(names, 1)
+        if not self._sizes:
+            raise ConfigError("there are no cells: give at least one")
+        self._ring = sorted(
+            (_place(f"{name}/{point}".encode()), name) for name in self._sizes for point in range(POINTS)
+        )
         self._places = [place for place, _ in self._ring]
-        self._sizes = dict(sizes)
-        self._loads = dict.fromkeys(sizes, 0.0)
+        self._loads = dict.fromkeys(self._sizes, 0.0)
         self._sent: OrderedDict[bytes, set[str]] = OrderedDict()
 
-    def report(self, cell: str, seconds: float | None) -> None:
-        """Take note of what a cell says that it has to do, in seconds of one replica; None: it cannot be reached."""
+    def report(self, cell: str, seconds: float | None, *, replicas: int = 1) -> None:
+        """Take note of what a cell says that it has to do, in seconds of one replica, and how many of these it has;
+        None: it takes no requests now. Raises ConfigError for a cell without replicas.
+        """
+        if replicas < 1:
+            raise ConfigError(f"a cell that takes requests has at least 1 replica, not {replicas}")
         if seconds is None:
             self._loads.pop(cell, None)
         else:
-            self._loads[cell] = seconds / self._sizes[cell]
+            self._sizes[cell], self._loads[cell] = replicas, seconds / replicas
 
-    def choose(self, key: bytes, seconds: float) -> str:
-        """Return the cell for a request that takes a replica so many seconds, and count it there until the cell's next
-        report. Raises EngineUnavailableError if no cell can be reached.
+    def choose(self, prefixes: Sequence[Prefix], seconds: float, *, without: Collection[str] = ()) -> str:
+        """Return the cell, other than those of `without`, for a request that takes a replica so many seconds if nothing
+        of it is cached, and count it there until the cell's next report. `prefixes` are one or more beginnings of its
+        prompt, the shortest first. Raises EngineUnavailableError if no cell is left.
         """
-        loads = self._loads
-        order = (name for name in self._order(key) if name in loads)
+        loads = (
+            self._loads if not without else {name: each for name, each in self._loads.items() if name not in without}
+        )
+        order = (name for name in self._order(prefixes[0].name) if name in loads)
         if (home := next(order, None)) is None:
-            raise EngineUnavailableError("no cell can be reached")
-        sent = self._sent.setdefault(key, set())
-        self._sent.move_to_end(key)
-        if len(self._sent) > MOST_KEYS:
+            raise EngineUnavailableError("no cell takes requests")
+        saved: dict[str, float] = {}
+        for prefix in reversed(prefixes):
+            for name in self._sent.get(prefix.name, ()):
+                if name in loads:
+                    saved.setdefault(name, prefix.seconds)
+        # What nobody has had begins at home, where another gateway, or this one before its restart, has sent it.
+        saved = {home: saved.get(home, prefixes[0].seconds if saved else prefixes[-1].seconds), **saved}
+        others = dict.fromkeys(islice((name for name in order if name not in saved), 2), 0.0)
+        takes = {name: seconds - each for name, each in (*saved.items(), *others.items())}
+        best = min(takes, key=lambda name: loads[name] + takes[name])
+        for prefix in prefixes:
+            self._sent.setdefault(prefix.name, set()).add(best)
+            self._sent.move_to_end(prefix.name)
+        while len(self._sent) > MOST_NAMES:
             self._sent.popitem(last=False)
-        best = min([home, *(name for name in sent if name in loads)], key=loads.__getitem__)
-        others = islice((name for name in order if name not in sent), 2)
-        other = min(others, key=loads.__getitem__, default=best)
-        if loads[other] + seconds < loads[best]:
-            best = other
-        sent.add(best)
-        loads[best] += seconds / self._sizes[best]
+        self._loads[best] += takes[best] / self._sizes[best]
         return best
 
     def _order(self, key: bytes) -> Iterator[str]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple, Protocol
 
-from splitfuse.core.cells import Cells
+from splitfuse.core.cells import Cells, Prefix
 from splitfuse.core.prefix_index import PrefixMemory
 from splitfuse.core.request import Request
 from splitfuse.core.routing import Candidate, choose_replica
@@ -35,12 +35,13 @@ class FluidReplica:
         """
         calibration, budget = engine.calibration, engine.budget.tokens
         self.times: StepTimes | None = StepTimes(calibration.cost)
-        self.memory = PrefixMemory(calibration.num_blocks, calibration.block_size)
+        self.block_size = calibration.block_size
+        self.memory = PrefixMemory(calibration.num_blocks, self.block_size)
         self.num_tokens = 0
         """Number of tokens that it was sent to compute."""
-        self._outlook = Feasibility(self.times, (), now=0.0)
-        whole = self._outlook.overhead + self._outlook.seconds_of(budget, budget)
-        self._fluid = VirtualReplica(self._outlook, step=whole if step is None else step)
+        self.outlook = Feasibility(self.times, (), now=0.0)
+        whole = self.outlook.overhead + self.outlook.seconds_of(budget, budget)
+        self._fluid = VirtualReplica(self.outlook, step=whole if step is None else step)
         self._clock = clock
 
     def load(self, now: float) -> float:
@@ -48,7 +49,7 @@ class FluidReplica:
 
     def first_token(self, request: Request, cached: int) -> float:
         count = max(request.num_prompt_tokens - cached, 1)
-        return self._fluid.wait(self._clock.now) + self._outlook.overhead + self._outlook.seconds_of(cached, count)
+        return self._fluid.wait(self._clock.now) + self.outlook.overhead + self.outlook.seconds_of(cached, count)
 
     def num_broken(self, request: Request, cached: int, now: float) -> int:
         """Return 1 if a request would be late; others have no deadline here."""
@@ -60,7 +61,7 @@ class FluidReplica:
     def add(self, request: Request, names: Sequence[bytes], cached: int) -> Job:
         """Begin a request of which the first `cached` tokens are there."""
         job = Job(
-            self._outlook,
+            self.outlook,
             num_prompt=request.num_prompt_tokens,
             num_cached=cached,
             num_generated=request.max_tokens,
@@ -119,17 +120,20 @@ class CellsFront:
         self._routers = {
             name: RouterFront(part, seed=number) for number, (name, part) in enumerate(self._parts.items())
         }
-        self._cells = Cells({name: len(part) for name, part in self._parts.items()})
+        self._cells = Cells(self._parts)
+        self._outlook, self._block_size = replicas[0].outlook, replicas[0].block_size
         self._reports_at = 0.0
 
     def choose(self, request: Request, names: Sequence[bytes], now: float) -> FluidReplica:
         if now >= self._reports_at:
             self._reports_at = now + 1.0
             for name, part in self._parts.items():
-                self._cells.report(name, sum(each.load(now) for each in part))
-        replica = next(iter(self._parts.values()))[0]
-        seconds = replica.first_token(request, 0) - replica.load(now)
-        return self._routers[self._cells.choose(names[0], seconds)].choose(request, names, now)
+                self._cells.report(name, sum(each.load(now) for each in part), replicas=len(part))
+        prompt, seconds_of = request.num_prompt_tokens, self._outlook.seconds_of
+        ends = [1 << power for power in range(len(names).bit_length()) if 1 << power <= len(names)]
+        prefixes = [Prefix(names[end - 1], seconds_of(0, min(end * self._block_size, prompt))) for end in ends]
+        seconds = seconds_of(0, prompt) + (request.max_tokens - 1) * seconds_of(prompt, 1)
+        return self._routers[self._cells.choose(prefixes, seconds)].choose(request, names, now)
 
 
 def _always(number: int) -> bool:

@@ -5,14 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from random import Random
 
-import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from splitfuse.core.cells import Cells
 from splitfuse.core.prefix_index import PrefixIndex, PrefixMemory
 from splitfuse.core.shortlist import NUM_HOLDERS, NUM_LEAST_LOADED, NUM_RANDOM, Shortlist
-from splitfuse.errors import ConfigError, EngineUnavailableError
 
 BLOCK = 16
 
@@ -143,55 +140,3 @@ def test_idle_replicas_that_accept_nothing_hide_no_others() -> None:
     shortlist.sync(replicas)
     found = {n for step in range(30) for n in shortlist.pick([], lambda number: number >= 50, 0.1 * step)}
     assert {50, 51} <= found
-
-
-# Cells ----------------------------------------------------------------------------------------------------------------
-
-
-def test_a_key_stays_in_its_cell_until_that_has_more_than_its_part() -> None:
-    cells = Cells({f"c{number}": 10 for number in range(20)})
-    home = cells.choose(b"key", 1.0)
-    assert {cells.choose(b"key", 1.0) for _ in range(5)} == {home}
-    chosen = [cells.choose(b"key", 1.0) for _ in range(2000)]
-    assert len(set(chosen)) > 15, "a key alone is spread over nearly all"
-    counts = [chosen.count(name) for name in set(chosen)]
-    assert max(counts) < 1.3 * 2000 / 20
-
-
-def test_a_cell_that_is_lost_moves_its_own_keys_only() -> None:
-    keys = [b"%d" % number for number in range(500)]
-    before = Cells({f"c{number}": 10 for number in range(20)})
-    homes = {key: before.choose(key, 0.0) for key in keys}
-    before.report("c3", None)
-    after = {key: before.choose(key, 0.0) for key in keys}
-    assert all(after[key] == homes[key] for key in keys if homes[key] != "c3")
-    assert len({after[key] for key in keys if homes[key] == "c3"}) > 3
-    before.report("c3", 0.0)
-    assert {key: before.choose(key, 0.0) for key in keys} == homes
-
-
-def test_a_loaded_cell_gives_to_the_less_loaded_of_two() -> None:
-    sizes = {f"c{number}": 10 for number in range(20)}
-    home = Cells(sizes).choose(b"key", 0.0)
-    random = Random(3)
-    for _ in range(50):
-        cells = Cells(sizes)
-        loads = {name: 100.0 if name == home else 10.0 * random.random() for name in sizes}  # of ten replicas
-        for name, load in loads.items():
-            cells.report(name, load)
-        assert cells.choose(b"key", 10.5) == home, "computing it elsewhere takes as long"
-        other = cells.choose(b"key", 8.5)
-        assert loads[other] < 10.0
-        cells.report(other, loads[home] - 1.0)
-        assert cells.choose(b"key", 99.0) == other, "which has had it, and has less to do than its own"
-
-
-def test_cells_that_cannot_be() -> None:
-    with pytest.raises(ConfigError, match="at least one replica each"):
-        Cells({})
-    with pytest.raises(ConfigError, match="at least one replica each"):
-        Cells({"a": 0})
-    cells = Cells({"a": 1})
-    cells.report("a", None)
-    with pytest.raises(EngineUnavailableError, match="no cell"):
-        cells.choose(b"key", 1.0)
