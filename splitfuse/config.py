@@ -612,6 +612,70 @@ class ServerConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class GatewayConfig:
+    """Says which servers a gateway passes requests on to, and how it meets its clients (splitfuse gateway)."""
+
+    server: tuple[str, ...] = setting(
+        (), "URL of a server to pass requests on to, a cell, such as http://10.0.0.2:8000; repeated for each."
+    )
+    server_key_file: str | None = setting(
+        None,
+        "File with an API key of the servers, with which their /metrics are read, readable by its owner only; needed "
+        "where they have keys.",
+    )
+    server_certificate: str | None = setting(
+        None, "PEM file with the certificates that servers at https may have (default: the system's authorities)."
+    )
+    host: str = setting("127.0.0.1", "Address to listen on; the default accepts connections from this machine only.")
+    port: int = setting(8080, "Port to listen on; 0 picks a free one.")
+    name: str = setting("gateway", "Name of the deployment, for ps and stop.")
+    tls_certificate: str | None = setting(None, "PEM certificate file; with tls_key, enables HTTPS.")
+    tls_key: str | None = setting(None, "PEM key file.")
+    max_open_requests: int = setting(4096, "Maximum number of open requests; further requests get HTTP 429.")
+    max_body_mib: float = setting(16.0, "Maximum size of a request body in MiB.")
+    drain_timeout: float = setting(60.0, "Seconds that open requests may take to finish after SIGTERM.")
+    client_timeout: float = setting(
+        60.0,
+        "Seconds that a client may take to send a head or a body (plus a second for each 16 KiB), or to read; then it "
+        "is disconnected.",
+    )
+    keep_alive_timeout: float = setting(120.0, "Seconds after which an idle connection is closed.")
+
+    def __post_init__(self) -> None:
+        if not self.server:
+            raise ConfigError("server is missing: give the URL of each server, such as --server http://10.0.0.2:8000")
+        urls = [parse_url("server", each) for each in self.server]
+        if twice := next((each for each in urls if urls.count(each) > 1), None):
+            raise ConfigError(f"server {twice} is given twice: give each once")
+        if self.server_certificate is not None and not any(each.startswith("https:") for each in urls):
+            raise ConfigError("server_certificate is for servers at https: leave it out")
+        _at_least("max_open_requests", self.max_open_requests, 1)
+        assert self.front is not None  # which checks the rest
+
+    @property
+    def front(self) -> ServerConfig:
+        """Return the settings of its HTTP server."""
+        return ServerConfig(
+            host=self.host,
+            port=self.port,
+            name=self.name,
+            tls_certificate=self.tls_certificate,
+            tls_key=self.tls_key,
+            max_queued_requests=self.max_open_requests,
+            max_body_mib=self.max_body_mib,
+            drain_timeout=self.drain_timeout,
+            client_timeout=self.client_timeout,
+            keep_alive_timeout=self.keep_alive_timeout,
+        )
+
+    @classmethod
+    def from_settings(cls, settings: Mapping[str, Any]) -> GatewayConfig:
+        """Return the configuration from flat settings. Raises ConfigError for an unknown name or a wrong type."""
+        refuse_unknown(settings, [each.name for each in dataclasses.fields(cls)])
+        return _parse(cls, settings)
+
+
+@dataclass(frozen=True, kw_only=True)
 class RankConfig:
     """Says how a rank is reached that computes a model with a server on another machine (splitfuse rank)."""
 
@@ -681,6 +745,18 @@ def parse_address(name: str, text: str) -> tuple[str, int]:
     if match is None or int(match[2]) > 65535:
         raise ConfigError(f"{name} must be an address and a port, such as 10.0.0.2:9000, not {text!r:.200}")
     return match[1].strip("[]"), int(match[2])
+
+
+def parse_url(name: str, text: str) -> str:
+    """Return the URL of a server without a slash at its end. Raises ConfigError, naming the setting.
+
+    >>> parse_url("server", "http://10.0.0.2:8000/")
+    'http://10.0.0.2:8000'
+    """
+    url = text.rstrip("/")
+    if not re.fullmatch(r"https?://(\[[0-9a-fA-F:.]+\]|[\w.-]+)(:\d{1,5})?", url, re.ASCII):
+        raise ConfigError(f"{name} must be the URL of a server, such as http://10.0.0.2:8000, not {text!r:.200}")
+    return url
 
 
 def is_loopback(host: str) -> bool:

@@ -6,7 +6,9 @@
 import dataclasses
 import json
 import re
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import typer
@@ -14,7 +16,7 @@ from running_server import running_server
 
 from splitfuse.cli import app
 from splitfuse.cli.models import HEADS, cells
-from splitfuse.config import EngineConfig, ServerConfig
+from splitfuse.config import EngineConfig, GatewayConfig, ServerConfig
 from splitfuse.core.latency.phases import LatencyPhase
 from splitfuse.core.sampling_params import PARAMETERS
 from splitfuse.errors import (
@@ -58,7 +60,17 @@ GENERATING = {"completions": CompletionRequest, "chat": ChatRequest}
 
 def flag_table() -> str:
     """Every setting of a server and of its engines, as a table."""
-    fields = [*dataclasses.fields(ServerConfig), *(field for _, field in EngineConfig.setting_fields().values())]
+    return _table_of(
+        [*dataclasses.fields(ServerConfig), *(field for _, field in EngineConfig.setting_fields().values())]
+    )
+
+
+def gateway_table() -> str:
+    """Every setting of a gateway, as a table."""
+    return _table_of(dataclasses.fields(GatewayConfig))
+
+
+def _table_of(fields: Iterable[dataclasses.Field[Any]]) -> str:
     lines = []
     for field in fields:
         name = field.name.replace("_", "-")
@@ -90,6 +102,7 @@ def model_sentence() -> str:
 
 TABLES = {
     "flags": (SERVER_PAGE, flag_table),
+    "gateway": (ROOT / "docs" / "gateway.md", gateway_table),
     "sampling": (SERVER_PAGE, sampling_table),
     "models": (ROOT / "docs" / "models.md", model_table),
     "architectures": (ROOT / "README.md", model_sentence),

@@ -16,6 +16,7 @@ from splitfuse.cli.chat import chat
 from splitfuse.cli.drain import drain
 from splitfuse.cli.engine import engine
 from splitfuse.cli.explain import explain
+from splitfuse.cli.gateway import gateway
 from splitfuse.cli.generate import generate
 from splitfuse.cli.models import models
 from splitfuse.cli.plan_memory import plan_memory
@@ -41,6 +42,7 @@ app.command()(generate)
 app.command()(chat)
 app.command()(serve)
 app.command()(engine)
+app.command()(gateway)
 app.command()(rank)
 app.command()(ps)
 app.command()(stop)

@@ -1,4 +1,5 @@
-"""Speaks HTTP/1.1 for a load generator, which shares the cores with the server that it measures.
+"""Speaks HTTP/1.1 for programs that send many requests: a load generator, which shares the cores with the server that
+it measures, and the gateway.
 
 A connection for each request; streams of server-sent events, handed over as they arrive. An event costs a fraction of
 the processor time that a client library takes (docs/bench.md has the figures).
@@ -12,6 +13,7 @@ import time
 from collections.abc import AsyncGenerator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from typing import NamedTuple
 from urllib.parse import urlsplit
 
 from splitfuse.clients.sse import DONE, EventParser
@@ -60,8 +62,8 @@ async def get(address: Address, path: str, *, timeout: float) -> tuple[int, byte
 
     Raises ServerError if the server is unreachable, RequestFailedError if the answer breaks off.
     """
-    async with _exchange(address, address.head("GET", path, 0), timeout) as (status, pieces):
-        return status, b"".join([piece async for piece in pieces])
+    async with exchange(address, address.head("GET", path, 0), timeout=timeout) as answer:
+        return answer.status, b"".join([piece async for piece in answer.pieces])
 
 
 async def post_stream(
@@ -71,24 +73,35 @@ async def post_stream(
 
     Raises ServerError if the server is unreachable, RequestFailedError if the stream breaks off.
     """
-    async with _exchange(address, address.head("POST", path, len(body)) + body, timeout) as (status, pieces):
-        if status != 200:
-            return status, b"".join([piece async for piece in pieces])
+    async with exchange(address, address.head("POST", path, len(body)) + body, timeout=timeout) as answer:
+        if answer.status != 200:
+            return answer.status, b"".join([piece async for piece in answer.pieces])
         parser = EventParser()
-        async for piece in pieces:
+        async for piece in answer.pieces:
             now = time.monotonic()
             for data in parser.feed(piece):
                 if data == DONE:
-                    return status, b""
+                    return answer.status, b""
                 take(data, now)
-        return status, b""
+        return answer.status, b""
+
+
+class Answer(NamedTuple):
+    """Holds the head of an answer, and gives its body as it arrives."""
+
+    status: int
+    headers: list[tuple[bytes, bytes]]
+    """Headers, with their names in lower case."""
+    pieces: AsyncGenerator[bytes, None]
 
 
 @asynccontextmanager
-async def _exchange(
-    address: Address, request: bytes, timeout: float
-) -> AsyncGenerator[tuple[int, AsyncGenerator[bytes, None]], None]:
-    """Send one request on a connection of its own; yield the status and the body as it arrives."""
+async def exchange(address: Address, request: bytes, *, timeout: float | None) -> AsyncGenerator[Answer, None]:
+    """Send one request on a connection of its own, with its whole head and body, and yield the answer.
+
+    Raises ServerError if the server is unreachable, RequestFailedError if the answer breaks off, or does not end within
+    `timeout` seconds (None: there is no limit).
+    """
     where = f"{address.host}:{address.port}"
     try:
         async with asyncio.timeout(CONNECT_SECONDS):
@@ -101,23 +114,24 @@ async def _exchange(
         async with asyncio.timeout(timeout):
             writer.write(request)
             status, headers = await _read_head(reader)
-            yield status, _body(reader, headers)
+            yield Answer(status, headers, _body(reader, {name: value.lower() for name, value in headers}))
     except TimeoutError as error:
-        raise RequestFailedError(f"the answer from {where} took longer than {timeout:g} s") from error
+        limit = "the system's limit" if timeout is None else f"{timeout:g} s"
+        raise RequestFailedError(f"the answer from {where} took longer than {limit}") from error
     except (asyncio.IncompleteReadError, asyncio.LimitOverrunError, OSError) as error:
         raise RequestFailedError(f"the connection to {where} was lost: {error or type(error).__name__}") from error
     finally:
         writer.close()
 
 
-async def _read_head(reader: asyncio.StreamReader) -> tuple[int, dict[bytes, bytes]]:
+async def _read_head(reader: asyncio.StreamReader) -> tuple[int, list[tuple[bytes, bytes]]]:
     head = await reader.readuntil(b"\r\n\r\n")
     first, *lines = head[:-4].split(b"\r\n")
     words = first.split(b" ", 2)
     if len(words) < 2 or not words[0].startswith(b"HTTP/1.") or not words[1].isdigit():
         raise RequestFailedError(f"not an HTTP/1.1 answer: {first[:80]!r}")
     fields = (line.partition(b":") for line in lines)
-    return int(words[1]), {name.strip().lower(): value.strip().lower() for name, _, value in fields}
+    return int(words[1]), [(name.strip().lower(), value.strip()) for name, _, value in fields]
 
 
 async def _body(reader: asyncio.StreamReader, headers: dict[bytes, bytes]) -> AsyncGenerator[bytes, None]:

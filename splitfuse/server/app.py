@@ -54,7 +54,6 @@ from splitfuse.version import __version__
 CLIENT_GONE = 499
 """Status in the log where the client has disconnected before there was one, as other servers write it."""
 
-_SANE_ID = re.compile(rb"[A-Za-z0-9._:-]{1,128}")
 _logger = logging.getLogger(__name__)
 
 
@@ -213,9 +212,6 @@ class _Endpoint:
             return
         route = next((each for each in self.routes if scope["method"] in each.methods), self.routes[0])
         context = RequestContext(scope, receive, send, dialect=route.dialect, unique_id=secrets.token_hex(16))
-        wanted_id = context.headers.get(b"x-request-id", b"")
-        if _SANE_ID.fullmatch(wanted_id):
-            context.request_id = wanted_id.decode()
         failure: Exception | None = None
         try:
             if route.needs_key and self.keys.are_required:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+import re
 import time
 from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping, MutableMapping
 from contextlib import suppress
@@ -36,6 +37,7 @@ STREAM_HEADERS = {
 }
 """Headers of streams: nothing between keeps them, and no page of another origin gets one as a script or an image."""
 
+_SANE_ID = re.compile(rb"[A-Za-z0-9._:-]{1,128}")
 _Result = TypeVar("_Result")
 
 
@@ -55,7 +57,8 @@ class RequestContext:
 
     def __init__(self, scope: Scope, receive: Receive, send: Send, *, dialect: Dialect, unique_id: str) -> None:
         self.scope = scope
-        self.request_id = unique_id
+        wanted = self.headers.get(b"x-request-id", b"")
+        self.request_id = wanted.decode() if _SANE_ID.fullmatch(wanted) else unique_id
         """Name that the client gave it, or ours."""
         self.unique_id = unique_id
         self.dialect = dialect

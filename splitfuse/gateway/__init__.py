@@ -1,0 +1,1 @@
+"""Passes requests on to one of several servers, its cells: `splitfuse gateway`."""

@@ -1,0 +1,152 @@
+"""Runs a gateway from its socket to its last request: listen, register, look at the cells, serve, drain, end."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import ssl
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+
+from splitfuse.clients.http_stream import Address
+from splitfuse.config import GatewayConfig, ServerConfig, parse_url
+from splitfuse.deploy import registry
+from splitfuse.deploy.registry import Deployment
+from splitfuse.engine.private_files import check_private
+from splitfuse.errors import ConfigError, RegistryError, ServerError, unreadable
+from splitfuse.gateway.app import Gateway
+from splitfuse.gateway.cell import Cell
+from splitfuse.server.connections import connection_limit, num_newcomers
+from splitfuse.server.listen import HttpServer, listening_socket
+from splitfuse.server.signals import Signals, wait_first
+
+_logger = logging.getLogger(__name__)
+
+
+async def run_gateway(config: GatewayConfig) -> None:
+    """Pass requests on until a signal ends it: SIGTERM drains, a second one or SIGINT ends at once.
+
+    Returns after a drain; raises ServerError if requests were cut off, KeyboardInterrupt after SIGINT. Raises
+    ConfigError or ServerError for what keeps it from serving.
+    """
+    front = config.front
+    cells = make_cells(config)
+    signals = Signals()
+    with signals.handled(), listening_socket(front.host, front.port, front.client_timeout) as listener:
+        front, max_connections = _bounded(front)
+        server = HttpServer(front, max_connections=max_connections)
+        gateway = Gateway(cells, front)
+        deployment = Deployment(
+            name=front.name,
+            host=front.host,
+            port=listener.getsockname()[1],
+            scheme="http" if front.tls_certificate is None else "https",
+            model=f"{len(cells)} cells",
+            needs_key=False,
+            drain_timeout=front.drain_timeout,
+            tls_certificate=None if front.tls_certificate is None else str(Path(front.tls_certificate).resolve()),
+        )
+        is_listed = True
+        try:
+            registry.register(deployment)
+        except RegistryError as error:
+            is_listed = False
+            _logger.warning("%s. Until then splitfuse ps and stop do not find the gateway", error)
+        for each in cells:
+            _logger.info("cell %d is %s", each.number, each.url)
+        try:
+            await asyncio.gather(*(each.look() for each in cells))
+            watching = asyncio.create_task(gateway.watch())
+            server.app = gateway
+            serving = asyncio.create_task(server.serve([listener]))
+            try:
+                _logger.info("splitfuse passes requests on at %s (name %s)", deployment.url, deployment.name)
+                if is_listed:
+                    with suppress(RegistryError):  # the folder has gone since
+                        registry.mark_ready(deployment)
+                await _serve(gateway, front.drain_timeout, serving, watching, signals)
+            finally:
+                watching.cancel()
+                server.should_exit, server.force_exit = True, signals.now.is_set()
+                await asyncio.gather(watching, serving, return_exceptions=True)
+        finally:
+            if is_listed:
+                with suppress(RegistryError):
+                    registry.unregister(deployment)
+    if signals.interrupted:
+        raise KeyboardInterrupt
+
+
+def _bounded(front: ServerConfig) -> tuple[ServerConfig, int]:
+    """Return the settings with no more open requests than files allow, each of which takes a connection to its cell
+    besides its client's, and the number of connections of clients.
+    """
+    most = front.max_queued_requests
+    total = connection_limit(replace(front, max_queued_requests=2 * most))
+    connections = max(total - most, total // 2)
+    if (allowed := connections - num_newcomers(connections)) >= most:
+        return front, connections
+    _logger.warning(
+        "the limit of open files allows %d open requests, not %d (max_open_requests); raise it with ulimit -n",
+        allowed,
+        most,
+    )
+    return replace(front, max_queued_requests=allowed), connections
+
+
+def make_cells(config: GatewayConfig) -> list[Cell]:
+    """Return the cells. Raises ConfigError for a key or a certificate that cannot be used."""
+    key = _key_in(config.server_key_file)
+    tls = _trust(config.server_certificate)
+    cells = []
+    for number, text in enumerate(config.server):
+        url = parse_url("server", text)
+        address = Address.of(url, key)
+        cells.append(Cell(number, url, replace(address, tls=tls) if address.tls is not None and tls else address))
+    return cells
+
+
+async def _serve(
+    gateway: Gateway, drain_timeout: float, serving: asyncio.Task[None], watching: asyncio.Task[None], signals: Signals
+) -> None:
+    """Serve until a signal, then drain. Raises ServerError if requests are cut off."""
+    await wait_first(serving, watching, signals.drain.wait())
+    for task in (serving, watching):
+        if task.done():
+            raise ServerError(f"the gateway has ended unexpectedly: {task.exception()!r}")
+    admission = gateway.admission
+    admission.drain()
+    if admission.num_requests and not signals.now.is_set():
+        _logger.info("draining: %d requests may end, within %g s", admission.num_requests, drain_timeout)
+    await wait_first(admission.wait_empty(), signals.now.wait(), timeout=drain_timeout)
+    if admission.num_requests and not signals.interrupted:
+        when = "at a second SIGTERM" if signals.now.is_set() else f"after {drain_timeout:g} s of draining"
+        raise ServerError(f"{admission.num_requests} requests were cut off {when}")
+
+
+def _key_in(path: str | None) -> str | None:
+    """Return the key in a file: its first word, so that a file of --api-key-file will do."""
+    if path is None:
+        return None
+    check_private("server_key_file", path)
+    try:
+        words = Path(path).read_text(encoding="utf-8").split()
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"server_key_file {path} cannot be read: {unreadable(error)}") from error
+    if not words:
+        raise ConfigError(f"server_key_file {path} has no key in it: write one in its first line")
+    return words[0]
+
+
+def _trust(path: str | None) -> ssl.SSLContext | None:
+    """Return the context that trusts the certificates in a file, whatever name is in them; None: the system's."""
+    if path is None:
+        return None
+    try:
+        context = ssl.create_default_context(cafile=path)
+    except (OSError, ssl.SSLError) as error:
+        raise ConfigError(f"server_certificate {path} cannot be used: {unreadable(error)}") from error
+    context.check_hostname = False
+    context.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN
+    return context
