@@ -106,9 +106,9 @@ class ExactFront:
             each.memory.join(self._index, number)
 
     def choose(self, request: Request, names: Sequence[bytes], now: float) -> FluidReplica:
-        picked = [self._replicas[number] for number, _ in self._index.holders(names)]
-        picked.append(min(self._replicas, key=lambda each: each.load(now)))
-        return best_of(picked, request, names, now)
+        least = min(self._replicas, key=lambda each: each.load(now))
+        picked = [(self._replicas[number], count) for number, count in self._index.holders(names)]
+        return best_of([*picked, (least, least.memory.cached_blocks(names))], request, now)
 
 
 class RandomFront:
@@ -118,7 +118,8 @@ class RandomFront:
         self._replicas, self._random = replicas, Random(1)
 
     def choose(self, request: Request, names: Sequence[bytes], now: float) -> FluidReplica:
-        return best_of(self._random.sample(self._replicas, 2), request, names, now)
+        picked = self._random.sample(self._replicas, 2)
+        return best_of([(each, each.memory.cached_blocks(names)) for each in picked], request, now)
 
 
 class TimedFront:

@@ -16,14 +16,18 @@ class PrefixMemory:
     """Remembers the names of the last `num_blocks` blocks of `block_size` tokens that one replica was sent."""
 
     def __init__(self, num_blocks: int, block_size: int) -> None:
+        self.block_size = block_size
         self._num_blocks = num_blocks
-        self._block_size = block_size
         self._known: OrderedDict[bytes, None] = OrderedDict()
         self._index: tuple[PrefixIndex, int] | None = None
 
     def cached_tokens(self, names: Sequence[bytes]) -> int:
         """Return how many leading tokens of a prompt whose blocks have these names were sent before."""
-        return _num_leading(names, self._known) * self._block_size
+        return self.cached_blocks(names) * self.block_size
+
+    def cached_blocks(self, names: Sequence[bytes]) -> int:
+        """Return how many leading blocks were sent before, of a prompt whose blocks have these names."""
+        return _num_leading(names, self._known)
 
     def add(self, names: Sequence[bytes]) -> None:
         """Remember a prompt whose blocks have these names; the blocks sent longest ago are forgotten first."""

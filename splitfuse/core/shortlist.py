@@ -68,19 +68,25 @@ class Shortlist:
             if number not in self._in_heap:
                 self._push(number, 0.0)
 
-    def pick(self, names: Sequence[bytes], accepts: Callable[[int], bool], now: float) -> list[int]:
-        """Return the numbers of about a dozen replicas that accept a prompt whose blocks have these names; fewer, or
-        none, if few accept.
+    def pick(self, names: Sequence[bytes], accepts: Callable[[int], bool], now: float) -> dict[int, int]:
+        """Return the numbers of about a dozen replicas that accept a prompt whose blocks have these names, and how many
+        of these each has; fewer, or none, if few accept.
         """
         if not self._views:
-            return []
-        holders = (number for number, _ in islice(self.index.holders(names), NUM_HOLDERS + MOST_TRIES))
-        picked = dict.fromkeys(islice(filter(accepts, holders), NUM_HOLDERS))
-        picked |= dict.fromkeys(self._least_loaded(accepts, now))
+            return {}
+        found: dict[int, int] = {}
+        for number, count in islice(self.index.holders(names), NUM_HOLDERS + MOST_TRIES):
+            if accepts(number):
+                found[number] = count
+                if len(found) == NUM_HOLDERS:
+                    break
+        others = [number for number in self._least_loaded(accepts, now) if number not in found]
         tries = (self._random.randrange(len(self._views)) for _ in range(MOST_TRIES))
-        others = (number for number in tries if number not in picked and accepts(number))
-        picked |= dict.fromkeys(islice(others, NUM_RANDOM))
-        return list(picked)
+        fresh = (number for number in tries if number not in found and number not in others and accepts(number))
+        for number in (*others, *islice(fresh, NUM_RANDOM)):
+            view = self._views[number]
+            found[number] = 0 if view is None else view.memory.cached_blocks(names)
+        return found
 
     def _least_loaded(self, accepts: Callable[[int], bool], now: float) -> list[int]:
         """Return the least loaded of the replicas at the top of the heap, and correct the places of all of these."""

@@ -37,6 +37,7 @@ LEAVING_SECONDS = 0.3
 itself.
 """
 
+_NOTHING = Held()
 _logger = logging.getLogger(__name__)
 
 
@@ -420,15 +421,17 @@ class Router(EngineClient):
         held = self._tiers.held(names)
         copy, now = _copy_of(request, self.info), time.monotonic()
         picked = self._pick(request, among, names, now)
-        candidates = [_candidate(each, names, held.get(each.address, Held()).num_tokens) for each in picked]
+        candidates = [
+            Candidate(view, expected_tokens(cached, held.get(each.address, _NOTHING).num_tokens), each.silent)
+            for each, view, cached in picked
+        ]
         index = choose_replica(candidates, copy, now)
         if index is None:
             return None
-        replica = picked[index]
-        assert replica.view is not None, "it is ready"
-        there, cached = held.get(replica.address, Held()), replica.view.memory.cached_tokens(names)
+        replica, view, cached = picked[index]
+        there = held.get(replica.address, _NOTHING)
         sources = there.sources if there.elsewhere > max(there.own, cached) else ()
-        taken = partial(self._sent, replica, replica.view, copy, names, planned)
+        taken = partial(self._sent, replica, view, copy, names, planned)
         return Choice(replica, taken, None if planned is None else planned.loan, sources, copy)
 
     def _note_change(self) -> None:
@@ -444,8 +447,10 @@ class Router(EngineClient):
 
     def _pick(
         self, request: Add, among: Collection[LocalClient], names: Sequence[bytes], now: float
-    ) -> Sequence[LocalClient]:
-        """Return the replicas among some that accept a request; of more than a few, those that are worth a test."""
+    ) -> Sequence[tuple[LocalClient, ReplicaView, int]]:
+        """Return the replicas among some that accept a request, with their views and the tokens that each has cached of
+        it; of more than a few, those that are worth a test.
+        """
         if len(among) > ALL_ARE_PICKED:
             allowed = None if among is self.replicas else set(among)
 
@@ -454,9 +459,16 @@ class Router(EngineClient):
                 is_allowed = allowed is None or each in allowed
                 return is_allowed and not each.silent and _accepts(each, request)
 
-            if picked := self._shortlist.pick(names, accepts, now):
-                return [self.replicas[number] for number in picked]
-        return [each for each in among if _accepts(each, request)]
+            if found := self._shortlist.pick(names, accepts, now):
+                picked = [(self.replicas[number], count) for number, count in found.items()]
+                return [
+                    (each, view, n * view.memory.block_size) for each, n in picked if (view := each.view) is not None
+                ]
+        return [
+            (each, view, view.memory.cached_tokens(names))
+            for each in among
+            if (view := each.view) is not None and _accepts(each, request)
+        ]
 
     def _choose_receiver(self, stream: Stream, source: LocalClient) -> LocalClient | None:
         """Choose the engine that a stream is to go to from its present one; None if none can have it now."""
@@ -582,15 +594,6 @@ def _accepts(replica: LocalClient, request: Add) -> bool:
     if request.adapter and not replica.has_adapter(request.adapter):  # it is loaded again after a restart
         return False
     return request.keeps_to(replica.info.limits)  # machines differ in memory
-
-
-def _candidate(replica: LocalClient, names: Sequence[bytes], shared: int) -> Candidate:
-    """Return what a replica has for a prompt whose blocks have these names, of which it can fetch the first `shared`
-    tokens from tiers.
-    """
-    assert replica.view is not None, "it accepts requests"
-    cached = replica.view.memory.cached_tokens(names)
-    return Candidate(replica.view, expected_tokens(cached, shared), replica.silent)
 
 
 def _copy_of(request: Add, info: EngineInfo) -> Request:

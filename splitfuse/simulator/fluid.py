@@ -35,8 +35,7 @@ class FluidReplica:
         """
         calibration, budget = engine.calibration, engine.budget.tokens
         self.times: StepTimes | None = StepTimes(calibration.cost)
-        self.block_size = calibration.block_size
-        self.memory = PrefixMemory(calibration.num_blocks, self.block_size)
+        self.memory = PrefixMemory(calibration.num_blocks, calibration.block_size)
         self.num_tokens = 0
         """Number of tokens that it was sent to compute."""
         self.outlook = Feasibility(self.times, (), now=0.0)
@@ -100,15 +99,18 @@ class RouterFront:
         self._shortlist.sync(replicas)
 
     def choose(self, request: Request, names: Sequence[bytes], now: float) -> FluidReplica:
-        picked = self._shortlist.pick(names, _always, now)
-        return best_of([self._replicas[number] for number in picked], request, names, now)
+        picked = [
+            (self._replicas[number], count) for number, count in self._shortlist.pick(names, _always, now).items()
+        ]
+        return best_of(picked, request, now)
 
 
-def best_of(replicas: Sequence[FluidReplica], request: Request, names: Sequence[bytes], now: float) -> FluidReplica:
-    """Return the one among some replicas which the router would choose."""
-    index = choose_replica([Candidate(each, each.memory.cached_tokens(names)) for each in replicas], request, now)
+def best_of(replicas: Sequence[tuple[FluidReplica, int]], request: Request, now: float) -> FluidReplica:
+    """Return the one among some replicas, with the blocks that each has of a prompt, which the router would choose."""
+    candidates = [Candidate(each, count * each.memory.block_size) for each, count in replicas]
+    index = choose_replica(candidates, request, now)
     assert index is not None, "all accept requests"
-    return replicas[index]
+    return replicas[index][0]
 
 
 class CellsFront:
@@ -121,7 +123,7 @@ class CellsFront:
             name: RouterFront(part, seed=number) for number, (name, part) in enumerate(self._parts.items())
         }
         self._cells = Cells(self._parts)
-        self._outlook, self._block_size = replicas[0].outlook, replicas[0].block_size
+        self._outlook, self._block_size = replicas[0].outlook, replicas[0].memory.block_size
         self._reports_at = 0.0
 
     def choose(self, request: Request, names: Sequence[bytes], now: float) -> FluidReplica:

@@ -72,7 +72,9 @@ def picked(
 ) -> list[int]:
     shortlist = Shortlist(seed=seed)
     shortlist.sync(replicas)
-    return shortlist.pick(names(prompt), lambda number: number not in refuse and replicas[number] is not None, 0.0)
+    return list(
+        shortlist.pick(names(prompt), lambda number: number not in refuse and replicas[number] is not None, 0.0)
+    )
 
 
 def test_the_holders_of_the_longest_runs_are_picked_of_many() -> None:
@@ -117,7 +119,7 @@ def test_one_that_is_gone_or_new_has_nothing_cached() -> None:
     held = replicas[7]
     assert held is not None
     held.memory.add(names("abc"))
-    assert shortlist.pick(names("abc"), lambda _: True, 0.0)[0] == 7
+    assert next(iter(shortlist.pick(names("abc"), lambda _: True, 0.0).items())) == (7, 3)
     replicas[7] = None
     shortlist.sync(replicas)
     for _ in range(50):
