@@ -99,7 +99,8 @@ class ModelConfig:
     )
     rank: tuple[str, ...] = setting(
         (),
-        "One of them on another machine (splitfuse rank), as host:port; repeated for all but this process.",
+        "Address of a process of these on another machine (splitfuse rank), as host:port; give one for each but this "
+        "process. Such ranks wait for the network twice a layer.",
     )
     rank_key_file: str | None = setting(
         None, "File with the secret that ranks elsewhere have too, readable by its owner only; needed with rank."
@@ -394,8 +395,9 @@ class ServerConfig:
     )
     autoscale: str | None = setting(
         None,
-        "Bounds of the number of replicas, such as 1:4: as many of them run as recent arrivals need to meet their SLO "
-        "(default: the number changes by splitfuse scale alone).",
+        "Least and largest number of replicas, such as 1:4: every 10 s there are as many as the arrivals of the last "
+        "five minutes, and those expected while one starts, need to meet their SLOs; needs an SLO (default: the number "
+        "changes by splitfuse scale alone).",
     )
     engine: tuple[str, ...] = setting(
         (), "Engine to use that runs elsewhere (splitfuse engine), as host:port; may be repeated."
