@@ -13,6 +13,7 @@ import dataclasses
 import enum
 import math
 import re
+import sys
 import types
 import typing
 from collections.abc import Collection, Iterable, Mapping
@@ -51,6 +52,8 @@ MIN_TIMEOUT, MAX_TIMEOUT = 0.001, 1_000_000.0
 TAIL_SHARE, MAX_TAIL_SHARE = 0.15, 0.5
 MAX_SPECULATIVE_TOKENS = 64
 """Most tokens that can be drafted for a request in a step: more than any step is worth."""
+MAX_FRONTS = 64
+"""Largest number of processes that speak HTTP for a server."""
 MAX_ENGINES = 4096
 MOST_ON_RAY = 256
 """Number of replicas up to which a server on Ray can be scaled, unless max_replicas says another."""
@@ -385,6 +388,9 @@ class ServerConfig:
     host: str = setting("127.0.0.1", "Address to listen on; the default accepts connections from this machine only.")
     port: int = setting(8000, "Port to listen on; 0 picks a free one.")
     name: str = setting("splitfuse", "Name of the deployment, for client(), ps and stop.")
+    fronts: int = setting(
+        1, "Number of processes that speak HTTP on this port, for when one core of HTTP is not enough (Linux)."
+    )
     replicas: int | None = setting(
         None, "Number of engine processes, which divide the cores of this machine (default: 1, with engine 0)."
     )
@@ -480,6 +486,18 @@ class ServerConfig:
             raise ConfigError(f"port must be from 0 to 65535, not {self.port}")
         if not self.name or not all(c.isalnum() or c in "-_." for c in self.name) or self.name.startswith("."):
             raise ConfigError(f"name must be made of letters, digits, '-', '_' and '.', not {self.name!r}")
+        if not 1 <= self.fronts <= MAX_FRONTS:
+            raise ConfigError(f"fronts must be from 1 to {MAX_FRONTS}, not {self.fronts}")
+        if self.fronts > 1 and sys.platform != "linux":
+            raise ConfigError(
+                f"fronts must be 1 on {sys.platform}, not {self.fronts}: only Linux divides connections among the "
+                "sockets of one port"
+            )
+        if self.fronts > 1 and self.otel:
+            raise ConfigError(
+                "fronts and otel are mutually exclusive: a span needs the headers of its request, which stay in a "
+                "front: leave one of them out"
+            )
         for name in ("max_queued_requests", "max_queued_tokens", "max_prompts"):
             _at_least(name, getattr(self, name), 1)
         _at_least("replicas", self.replicas, 0 if self.engine else 1)

@@ -18,7 +18,7 @@ from splitfuse.models.sources.hub import open_model
 from splitfuse.server.access_log import RequestLog
 from splitfuse.server.admission import Admission
 from splitfuse.server.app import make_app
-from splitfuse.server.listen import HttpServer, listening_socket
+from splitfuse.server.listen import HttpServer, listening_sockets
 from splitfuse.server.metrics import Metrics
 from splitfuse.server.traces import TraceHub
 from splitfuse.text.service import TextService
@@ -56,7 +56,7 @@ class RunningServer:
     async def _run(self) -> None:
         await self.client.start()
         self._serving = asyncio.current_task()
-        with listening_socket("127.0.0.1", 0, self.config.client_timeout) as listener:
+        with listening_sockets("127.0.0.1", 0, self.config.client_timeout) as (listener,):
             self.port = listener.getsockname()[1]
             await self.server.serve([listener])
         await self.client.close()

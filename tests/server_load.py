@@ -39,11 +39,15 @@ class Measured:
         )
 
 
-def children(pid: int) -> list[int]:
-    """The engines that a server's process has started, and not its processes for texts."""
+ENGINE, FRONT = "engine.remote.worker", "fronts.process"
+"""Modules that processes of a server run, as their command lines have them."""
+
+
+def children(pid: int, module: str = ENGINE) -> list[int]:
+    """The engines that a server's process has started, or those of its processes that run another module."""
     tasks = Path(f"/proc/{pid}/task").iterdir()
     started = [int(child) for task in tasks for child in (task / "children").read_text().split()]
-    return [child for child in started if b"engine.remote.worker" in Path(f"/proc/{child}/cmdline").read_bytes()]
+    return [child for child in started if module.encode() in Path(f"/proc/{child}/cmdline").read_bytes()]
 
 
 def metrics(http: httpx.Client) -> dict[str, float]:

@@ -1,11 +1,13 @@
-"""Measures what many open streams cost one front process: memory and processor time, and whether all of them go on.
+"""Measures what many open streams cost what speaks HTTP: memory and processor time, and whether all of them go on.
 
-    python -m benchmarks.server.open_streams [--streams 32 500 5000] [--prompt 16] [--generate 64] [SERVE FLAGS]
+    python -m benchmarks.server.open_streams [--streams 32 500] [--fronts 1 2] [--prompt 16] [--generate 64] [FLAGS]
 
-For each number of streams so many clients each open a connection, at once, and read an answer as it comes. The engine
-may run all of them in one step, so that it is the front that has to keep up. This process reads, on the same cores.
-Printed are the front's memory at rest and with all streams open, its processor time per token, and of the gaps between
-the events of a stream the median, and the longest of any stream: one that starves would have a gap of many medians.
+For each number of fronts a server is started; for each number of streams so many clients each open a connection, at
+once, and read an answer as it comes. The engine may run all of them in one step, so that HTTP has to keep up. This
+process reads, on the same cores. Printed are the memory of the server's process and of its fronts with all streams
+open, beyond that at rest; the processor time per token of the server's process and of its fronts together; the tokens a
+second at which the busiest of these fills a core; and of the gaps between the events of a stream the median, and the
+longest of any stream: one that starves would have a gap of many medians.
 """
 
 from __future__ import annotations
@@ -15,13 +17,14 @@ import asyncio
 import resource
 import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from random import Random
 from statistics import median
 
 import httpx
-from server_load import Measured, http_request, metrics, wait_until_idle
+from server_load import FRONT, Measured, children, http_request, metrics, wait_until_idle
 from server_process import server_process
 
 from benchmarks.server.front_cost import processor_seconds
@@ -51,15 +54,23 @@ class StreamTimes:
 
 
 @dataclass(frozen=True)
+class Cost:
+    """Holds what a process has taken."""
+
+    seconds: float  # of a processor
+    rest: int  # bytes before
+    peak: int
+
+
+@dataclass(frozen=True)
 class Run:
     """Holds what one number of streams took."""
 
     num_streams: int
     seconds: float
-    front_seconds: float  # processor time
     step_seconds: float  # mean
-    rest: int  # bytes of the front at rest, before
-    peak: int
+    server: Cost
+    fronts: list[Cost]  # none: the server's process speaks HTTP itself
     streams: list[StreamTimes]
 
     def row(self, generate: int) -> str:
@@ -67,24 +78,34 @@ class Run:
         gaps = [gap for stream in self.streams for gap in stream.gaps()]
         longest = [max(stream.gaps(), default=0.0) for stream in self.streams]
         ends = sorted(stream.times[-1] for stream in self.streams)
-        kilobytes = (self.peak - self.rest) / self.num_streams / 1e3
+        num_tokens = self.num_streams * generate
+        front_seconds = [each.seconds for each in self.fronts]
+        busiest = max(self.server.seconds, *front_seconds, 0.0)
+        kilobytes = [
+            sum(each.peak - each.rest for each in costs) / self.num_streams / 1e3
+            for costs in ([self.server], self.fronts)
+        ]
         return (
-            f"| {self.num_streams:,} | {self.seconds:.1f} | {1e3 * self.step_seconds:.1f} "
-            f"| {self.rest / 1e6:.0f} | {self.peak / 1e6:.0f} | {kilobytes:.0f} "
-            f"| {1e6 * self.front_seconds / (self.num_streams * generate):.0f} "
+            f"| {max(len(self.fronts), 1)} | {self.num_streams:,} | {self.seconds:.1f} | {1e3 * self.step_seconds:.1f} "
+            f"| {sum(each.peak for each in (self.server, *self.fronts)) / 1e6:.0f} "
+            f"| {kilobytes[0]:.0f} + {kilobytes[1]:.0f} "
+            f"| {1e6 * self.server.seconds / num_tokens:.0f} | {1e6 * sum(front_seconds) / num_tokens:.0f} "
+            f"| {num_tokens / busiest:,.0f} "
             f"| {1e3 * median(gaps):.0f} | {1e3 * max(longest):.0f} | {ends[-1] - ends[0]:.1f} |"
         )
 
 
 COLUMNS = (
-    *("streams", "seconds", "step, ms", "front at rest, MB", "its peak, MB", "kB a stream"),
-    *("processor time, us a token", "gap P50, ms", "longest gap, ms", "first to last end, s"),
+    *("fronts", "streams", "seconds", "step, ms", "peak of all, MB", "kB a stream: server + fronts"),
+    *("server, us a token", "fronts, us a token", "tokens/s that fill a core"),
+    *("gap P50, ms", "longest gap, ms", "first to last end, s"),
 )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--streams", type=int, nargs="+", default=[32, 500, 5000])
+    parser.add_argument("--fronts", type=int, nargs="+", default=[1])
     parser.add_argument("--prompt", type=int, default=16)
     parser.add_argument("--generate", type=int, default=64)
     arguments, flags = parser.parse_known_args()
@@ -97,43 +118,46 @@ def main() -> None:
     room = [f"--max-num-seqs={most}", f"--max-num-batched-tokens={2 * most}", f"--block-size={BLOCK_SIZE}"]
     room += [f"--num-blocks={most * blocks_each + NUM_SPARE}", f"--max-queued-requests={most + NUM_SPARE}"]
     room += ["--no-enable-prefix-caching", *flags]
-    with (
-        server_process(folder, f"bench-{folder.name}", *room) as server,
-        server.client() as client,
-        httpx.Client(base_url=client.url, timeout=600, trust_env=False) as http,
-    ):
-        print(f"| {' | '.join(COLUMNS)} |\n|{'---|' * len(COLUMNS)}", flush=True)
-        for count in arguments.streams:
-            print(measure(http, server.process.pid, count, arguments).row(arguments.generate), flush=True)
+    print(f"| {' | '.join(COLUMNS)} |\n|{'---|' * len(COLUMNS)}", flush=True)
+    for num_fronts in arguments.fronts:
+        with (
+            server_process(folder, f"{folder.name}-{num_fronts}", f"--fronts={num_fronts}", *room) as server,
+            server.client() as client,
+            httpx.Client(base_url=client.url, timeout=600, trust_env=False) as http,
+        ):
+            processes = [server.process.pid, *children(server.process.pid, FRONT)]
+            for count in arguments.streams:
+                print(measure(http, processes, count, arguments).row(arguments.generate), flush=True)
 
 
-def measure(http: httpx.Client, front: int, count: int, arguments: argparse.Namespace) -> Run:
-    """Open so many streams, read them to their ends, and return what the front took for it."""
-    before, rest = metrics(http), Measured.of(front).anonymous
-    began, front_began = time.monotonic(), processor_seconds(front)
-    streams, peak = asyncio.run(
-        read_all((http.base_url.host, http.base_url.port or 0), front, count, arguments.prompt, arguments.generate)
+def measure(http: httpx.Client, processes: Sequence[int], count: int, arguments: argparse.Namespace) -> Run:
+    """Open so many streams, read them to their ends, and return what the server's process and its fronts took."""
+    before, rest = metrics(http), [Measured.of(each).anonymous for each in processes]
+    began, processors = time.monotonic(), [processor_seconds(each) for each in processes]
+    streams, peaks = asyncio.run(
+        read_all((http.base_url.host, http.base_url.port or 0), processes, count, arguments.prompt, arguments.generate)
     )
-    seconds, front_seconds = time.monotonic() - began, processor_seconds(front) - front_began
+    seconds = time.monotonic() - began
+    taken = [processor_seconds(each) - earlier for each, earlier in zip(processes, processors, strict=True)]
     wait_until_idle(http)
     after = metrics(http)
     steps, step_seconds = (
         after[name] - before[name] for name in ("splitfuse:steps_total", "splitfuse:step_seconds_sum")
     )
-    return Run(count, seconds, front_seconds, step_seconds / steps, rest, peak, streams)
+    server, *fronts = map(Cost, taken, rest, peaks)
+    return Run(count, seconds, step_seconds / steps, server, fronts, streams)
 
 
 async def read_all(
-    address: tuple[str, int], front: int, count: int, prompt: int, generate: int
-) -> tuple[list[StreamTimes], int]:
-    """Read so many answers at once; return when their events came, and the most memory that the front had."""
+    address: tuple[str, int], processes: Sequence[int], count: int, prompt: int, generate: int
+) -> tuple[list[StreamTimes], list[int]]:
+    """Read so many answers at once; return when their events came, and the most memory that each process had."""
     random = Random(count)
-    peak = 0
+    peaks = [0] * len(processes)
 
     async def watch() -> None:
-        nonlocal peak
         while True:
-            peak = max(peak, Measured.of(front).anonymous)
+            peaks[:] = map(max, peaks, (Measured.of(each).anonymous for each in processes))
             await asyncio.sleep(0.5)
 
     watching = asyncio.create_task(watch())
@@ -143,7 +167,7 @@ async def read_all(
             for _ in range(count)
         ]
     watching.cancel()
-    return [task.result() for task in tasks], peak
+    return [task.result() for task in tasks], peaks
 
 
 async def read_one(address: tuple[str, int], prompt: list[int], generate: int) -> StreamTimes:

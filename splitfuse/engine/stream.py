@@ -57,6 +57,8 @@ class Stream:
         """True once it has come past that step, until it may be what has killed another engine."""
         self.on_output: Callable[[RequestOutput], object] = lambda _: None
         """Listener that is called after each output."""
+        self.deliver: Callable[[RequestOutput, float], object] | None = None
+        """Function that takes each output, with the seconds of its step, in place of an iteration."""
         self.began: float | None = None
         """Time at which its first step began, on the monotonic clock."""
         self.ended_at = math.inf
@@ -109,6 +111,11 @@ class Stream:
         return bool(self._token_ids or self._num_prompt_logprobs)
 
     @property
+    def error(self) -> Exception | None:
+        """Return the error that has ended it, if one has."""
+        return self._error
+
+    @property
     def is_over(self) -> bool:
         """Return whether nothing more will come, or is wanted."""
         return self._ended or self._released
@@ -147,8 +154,11 @@ class Stream:
             if self._num_cached is None or not self.num_resumed:
                 self._num_cached = output.num_cached_tokens
             output.num_cached_tokens = self._num_cached  # of its prompt, as its first engine has found it
-            self._outputs.append(output)
-            self._news.set()
+            if self.deliver is not None:
+                self.deliver(output, step_seconds)
+            else:
+                self._outputs.append(output)
+                self._news.set()
         try:
             self.on_output(output)
         except Exception:

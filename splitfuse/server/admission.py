@@ -10,7 +10,7 @@ import asyncio
 import math
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 from splitfuse.config import ServerConfig
 from splitfuse.errors import MAX_WAIT, DrainingError, InvalidRequestError, OverloadedError, whole_seconds
@@ -75,6 +75,12 @@ class Admission:
             self.num_logprobs -= num_logprobs
             if not self.num_requests:
                 self._empty.set()
+
+    async def reserve(self, num_tokens: int, num_requests: int = 1, *, num_logprobs: int = 0) -> Callable[[], None]:
+        """Enter `admit`, and return what leaves it. A front asks the server's process: see fronts/app.py."""
+        entered = ExitStack()
+        entered.enter_context(self.admit(num_tokens, num_requests, num_logprobs=num_logprobs))
+        return entered.close
 
     def progressed(self, num_tokens: int, seconds: float) -> None:
         """Note that an engine has computed `num_tokens` in a step of `seconds`."""

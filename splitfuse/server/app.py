@@ -13,8 +13,9 @@ import re
 import secrets
 import time
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Protocol
 
 import msgspec
 from starlette.middleware.cors import CORSMiddleware
@@ -72,28 +73,55 @@ def make_app(
 
     It neither starts nor ends the engine client. The caller lets `admission` and `metrics` know of steps.
     """
+    state = make_state(service, config, admission=admission, metrics=metrics, log=log, traces=traces)
+    return app_of(state, ApiKeys(config, name_key=name_key))
+
+
+def make_state(
+    service: TextService,
+    config: ServerConfig,
+    *,
+    admission: Admission,
+    metrics: Metrics,
+    log: RequestLog,
+    traces: TraceHub,
+) -> AppState:
+    """Return what all routes share."""
     frames = ConsoleStore(traces, lambda: console.describe_model(state)) if config.console else None
     state = AppState(service, config, admission, metrics, log, int(time.time()), AnswerStore.of(config), traces, frames)
     metrics.num_text_restarts = lambda: service.num_ended_processes
     if frames is not None:
         metrics.consoles = lambda: (frames.num_viewers, frames.num_dropped)
-    keys = ApiKeys(config, name_key=name_key)
-    routes: dict[str, list[Route]] = {}
-    for route in ROUTES:
-        routes.setdefault(route.path, []).append(route)
+    return state
+
+
+def app_of(
+    state: AppState, keys: ApiKeys, *, routes: Sequence[Route] | None = None, note_end: NoteEnd | None = None
+) -> App:
+    """Return the ASGI application of some routes, or of all. `note_end` notes how a request has ended; left out, that
+    is noted in the state.
+    """
+    note = note_end or functools.partial(_note_end, state)
+
+    def endpoint(*routes: Route) -> _Endpoint:
+        return _Endpoint(routes, state, keys, note)
+
+    by_path: dict[str, list[Route]] = {}
+    for route in ROUTES if routes is None else routes:
+        by_path.setdefault(route.path, []).append(route)
     app = Router(
         [
-            *(StarletteRoute(path, _Endpoint(tuple(each), state, keys)) for path, each in routes.items()),
-            StarletteRoute(anthropic.PATH + "/{rest:path}", _Endpoint((_UNKNOWN_MESSAGES,), state, keys)),
+            *(StarletteRoute(path, endpoint(*each)) for path, each in by_path.items()),
+            StarletteRoute(anthropic.PATH + "/{rest:path}", endpoint(_UNKNOWN_MESSAGES)),
         ],
         redirect_slashes=False,
-        default=_Endpoint((_UNKNOWN,), state, keys),
+        default=endpoint(_UNKNOWN),
     )
-    if not config.allow_origin:
+    if not state.config.allow_origin:
         return app
     return CORSMiddleware(
         app,
-        allow_origins=config.allow_origin,
+        allow_origins=state.config.allow_origin,
         allow_methods=("GET", "POST", "DELETE"),
         allow_headers=("*",),
         expose_headers=("x-request-id", "retry-after"),
@@ -205,6 +233,7 @@ class _Endpoint:
     routes: tuple[Route, ...]
     state: AppState
     keys: ApiKeys
+    note_end: NoteEnd
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "websocket":
@@ -244,31 +273,64 @@ class _Endpoint:
             return  # the client no longer reads
 
     def _record(self, context: RequestContext, route: Route, error: Exception | None) -> None:
-        state = self.state
-        if error is not None and not context.admitted and not isinstance(error, ClientGoneError):
-            state.metrics.request_refused(answer_to(error).code)
+        is_refused = error is not None and not context.admitted and not isinstance(error, ClientGoneError)
         # One that is cancelled with its server has neither a status nor an error.
         status = CLIENT_GONE if isinstance(error, ClientGoneError) else context.status or CLIENT_GONE
         ended = time.monotonic()
         record = record_of(context, route=route.path, status=status, error=error, ended=ended)
-        state.metrics.request_ended(record)
-        write = functools.partial(state.log.write, prompt=context.prompt, text=context.text)
+        refused = answer_to(error).code if is_refused and error is not None else ""
+        self.note_end(context, record, ended, refused=refused, is_logged=route.is_logged)
 
-        def explain(engine: asyncio.Future[LatencyBreakdown]) -> None:
-            breakdown = breakdown_of(context, engine.result(), ended=ended)
-            state.explanations.end(context.unique_id, (record, breakdown))
-            state.traces.publish(RequestEnd(context.unique_id, record, breakdown, ended, context))
-            if record.slo_met is False:
-                write(dataclasses.replace(record, slo_violation=why_missed(record, breakdown)))
 
-        if (last := context.last) is None:
-            state.explanations.end(context.unique_id, None)
-            if route.is_logged:
-                state.traces.publish(RequestEnd(context.unique_id, record, None, ended, context))
-        else:  # the engine tells where the time went within a step or two
-            last.breakdown.add_done_callback(explain)
-        if last is None or record.slo_met is not False:
-            write(record)
+class NoteEnd(Protocol):
+    """Notes how a request has ended that was answered, refused or given up."""
+
+    def __call__(
+        self, context: RequestContext, record: RequestRecord, ended: float, *, refused: str, is_logged: bool
+    ) -> None:
+        """`ended` is the time on the monotonic clock, `refused` the reason if it was refused before any work."""
+
+
+def _note_end(
+    state: AppState, context: RequestContext, record: RequestRecord, ended: float, *, refused: str, is_logged: bool
+) -> None:
+    """Note an end in this process; what its engine tells of it, as soon as that is known."""
+    count_end(state, record, refused)
+    write = functools.partial(state.log.write, prompt=context.prompt, text=context.text)
+
+    def explain(engine: asyncio.Future[LatencyBreakdown]) -> None:
+        breakdown = breakdown_of(context, engine.result(), ended=ended)
+        explain_end(state, RequestEnd(context.unique_id, record, breakdown, ended, context))
+        if record.slo_met is False:
+            write(explained(record, breakdown))
+
+    if (last := context.last) is not None:  # the engine tells where the time went within a step or two
+        last.breakdown.add_done_callback(explain)
+    else:
+        explain_end(state, RequestEnd(context.unique_id, record, None, ended, context), is_logged=is_logged)
+    if last is None or record.slo_met is not False:
+        write(record)
+
+
+def count_end(state: AppState, record: RequestRecord, refused: str) -> None:
+    """Count a request that has ended, for what `refused` says if it was refused before any work."""
+    if refused:
+        state.metrics.request_refused(refused)
+    state.metrics.request_ended(record)
+
+
+def explain_end(state: AppState, end: RequestEnd, *, is_logged: bool = True) -> None:
+    """Keep what explains a request that has ended, and tell those who watch."""
+    state.explanations.end(end.unique_id, None if end.breakdown is None else (end.record, end.breakdown))
+    if is_logged:
+        state.traces.publish(end)
+
+
+def explained(record: RequestRecord, breakdown: LatencyBreakdown | None) -> RequestRecord:
+    """Return a record with a sentence about its SLO if it has missed that."""
+    if record.slo_met is not False or breakdown is None:
+        return record
+    return dataclasses.replace(record, slo_violation=why_missed(record, breakdown))
 
 
 def record_of(

@@ -10,10 +10,10 @@ import hashlib
 import hmac
 import math
 import secrets
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from splitfuse.config import TARGETS, SchedulerConfig, ServerConfig
 from splitfuse.core.scheduling_options import MAX_WEIGHT, MIN_WEIGHT, Priority
@@ -56,27 +56,34 @@ class ApiKeys:
 
         Raises ConfigError for a file that cannot be read or has no key, and for a malformed line.
         """
-        self._secret = hashlib.blake2b(name_key or secrets.token_bytes(32), digest_size=32, person=b"api keys").digest()
+        self.secret = hashlib.blake2b(name_key or secrets.token_bytes(32), digest_size=32, person=b"api keys").digest()
         owners = {key.strip(): Owner(f"key {number}") for number, key in enumerate(config.api_key, 1)}
         if config.api_key_file is not None:
             _read(config.api_key_file, owners)
-        self._owners = [(self._digest(key.encode()), owner) for key, owner in owners.items()]
+        self.owners = [(self._digest(key.encode()), owner) for key, owner in owners.items()]
+
+    @classmethod
+    def restored(cls, secret: bytes, owners: Sequence[tuple[bytes, Owner]]) -> Self:
+        """Return the keys of another process, from their `secret` and `owners`: the digests and their owners."""
+        keys = cls(ServerConfig())
+        keys.secret, keys.owners = secret, [*owners]
+        return keys
 
     def check(self, scheduler: SchedulerConfig) -> None:
         """Raise ConfigError if a key has an SLO that engines of that config would ignore."""
-        owner = next((owner for _, owner in self._owners if owner.targets is not None), None)
+        owner = next((owner for _, owner in self.owners if owner.targets is not None), None)
         if owner is not None and not scheduler.slo_enabled:
             raise ConfigError(f"api_key_file gives {owner.name!r} an SLO, but {SLO_DISABLED}")
 
     @property
     def are_required(self) -> bool:
         """Return whether requests need a key."""
-        return bool(self._owners)
+        return bool(self.owners)
 
     def identify(self, key: bytes) -> Owner:
         """Return the owner of a key. Raises RefusedError (401) if it has none."""
         presented = self._digest(key)
-        matches = [hmac.compare_digest(presented, digest) for digest, _ in self._owners]
+        matches = [hmac.compare_digest(presented, digest) for digest, _ in self.owners]
         if not any(matches):
             what = (
                 "this API key is not valid"
@@ -84,11 +91,11 @@ class ApiKeys:
                 else "an API key is required: send Authorization: Bearer KEY or X-Api-Key: KEY"
             )
             raise RefusedError(401, what, code="invalid_api_key", headers={"www-authenticate": "Bearer"})
-        return replace(self._owners[matches.index(True)][1], cache_salt=presented.hex())
+        return replace(self.owners[matches.index(True)][1], cache_salt=presented.hex())
 
     def _digest(self, key: bytes) -> bytes:
         """Return a digest under a secret of the deployment, without which no key can be guessed from it."""
-        return hashlib.blake2b(key, key=self._secret, digest_size=32).digest()
+        return hashlib.blake2b(key, key=self.secret, digest_size=32).digest()
 
 
 def check_admin(owner: Owner, what: str) -> None:

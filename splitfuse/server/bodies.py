@@ -40,8 +40,12 @@ class BodyBudget:
 
     @classmethod
     def of(cls, config: ServerConfig) -> BodyBudget:
-        """Return the budget of a server: for several of the largest bodies, and for the values of one."""
-        return cls(BODIES * int(config.max_body_mib * 2**20) + MAX_VALUES * BYTES_PER_VALUE)
+        """Return the budget of a server: for several of the largest bodies, and for the values of one. With several
+        fronts, each of its processes has a part, with which it can read at least one of them.
+        """
+        body, values = int(config.max_body_mib * 2**20), MAX_VALUES * BYTES_PER_VALUE
+        whole = BODIES * body + values
+        return cls(whole if config.fronts == 1 else max(whole // (config.fronts + 1), 2 * (body + values)))
 
     def hold(self, size: int, *, held: int) -> int:
         """Return the bytes that a request of `size` bytes holds, which held `held` before. Raises OverloadedError if

@@ -159,8 +159,12 @@ class Explanations:
 
     def begin(self, context: RequestContext) -> None:
         """Note a request that goes to an engine."""
+        self.begin_one(context.unique_id, context.request_id, key=context.owner.name)
+
+    def begin_one(self, unique_id: str, request_id: str, *, key: str | None) -> None:
+        """Note a request by its ids, of the owner of a key."""
         account = asyncio.get_running_loop().create_future()
-        self._running[context.unique_id] = _Known(context.owner.name, context.unique_id, context.request_id, account)
+        self._running[unique_id] = _Known(key, unique_id, request_id, account)
 
     def end(self, unique_id: str, account: tuple[RequestRecord, LatencyBreakdown] | None) -> None:
         """Keep the record and the breakdown of a request that has ended, and forget the oldest if there are too many.

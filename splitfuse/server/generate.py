@@ -207,13 +207,13 @@ async def _run(state: AppState, context: RequestContext, request: GenerationRequ
     service, admission, n = state.service, state.admission, request.params.n
     limits, open_limits = service.client.info.limits, service.client.open_limits
     with ExitStack() as admitted:
-        admitted.enter_context(admission.admit(0, request.num_prompts * n))
+        admitted.callback(await admission.reserve(0, request.num_prompts * n))
         encoded = await request.encode(service)
         encoded = [replace(each, adapter=context.adapter) for each in encoded]
         prepared = [_sized(limits, open_limits, each, request.default_max_tokens) for each in encoded]
         num_tokens = sum((len(each.token_ids) + (each.params.max_tokens or 0)) * n for each in prepared)
         num_logprobs = sum(map(_num_logprobs, prepared))
-        admitted.enter_context(admission.admit(num_tokens, 0, num_logprobs=num_logprobs))
+        admitted.callback(await admission.reserve(num_tokens, 0, num_logprobs=num_logprobs))
         context.admitted = True
         context.generations = service.begin(prepared, request_id=context.unique_id)
         is_large = num_logprobs > MANY_LOGPROBS

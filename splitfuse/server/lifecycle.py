@@ -33,25 +33,20 @@ from splitfuse.models.sources.hub import BUNDLED_MODEL, open_model
 from splitfuse.server.access_log import note_dropped
 from splitfuse.server.auth import ApiKeys
 from splitfuse.server.connections import connection_limit, num_newcomers
-from splitfuse.server.listen import App, HttpServer, listening_socket
+from splitfuse.server.listen import SWITCH_INTERVAL, App, HttpServer, listening_sockets
 from splitfuse.server.signals import Signals, wait_first
 
 if TYPE_CHECKING:
     from splitfuse.recording.recorder import Recorder
     from splitfuse.server.admission import Admission
+    from splitfuse.server.fronts.supervisor import FrontProcesses
     from splitfuse.server.metrics import Metrics
     from splitfuse.server.otel import RequestSpans
+    from splitfuse.server.state import AppState
     from splitfuse.text.service import TextService
 
 ShowStage = Callable[[Loading], None]
 """Function that shows a stage of start-up."""
-
-SWITCH_INTERVAL = 0.0005
-"""Seconds for which a thread of this process computes before another that waits gets its turn.
-
-The event loop gives the interpreter away at each read and write, and waits this long to have it back from a thread that
-counts the values of a large body: with Python's 5 ms, a hundred reads and writes took half a second.
-"""
 
 _Result = TypeVar("_Result")
 _logger = logging.getLogger(__name__)
@@ -80,13 +75,13 @@ async def run_server(
     with (
         signals.handled(),
         LineWriter(sys.stdout, note=note_dropped) as log,
-        listening_socket(config.host, config.port, config.client_timeout) as listener,
+        listening_sockets(config.host, config.port, config.client_timeout, count=config.fronts) as listeners,
         _recorder(engine, config) as recorder,
         _request_spans(config) as spans,
     ):
         max_connections = connection_limit(config)
-        server = HttpServer(config, max_connections=max_connections)
-        address, port = listener.getsockname()[:2]
+        server = _http_server(engine, config, max_connections)
+        address, port = listeners[0].getsockname()[:2]
         deployment = Deployment(
             name=config.name,
             host=config.host,
@@ -117,7 +112,7 @@ async def run_server(
                 ray_timeout=config.ray_timeout,
             )
             config = _bounded(config, max_connections)
-            serving = asyncio.create_task(server.serve([listener]))
+            serving = asyncio.create_task(server.serve(listeners))
             try:
                 starting = asyncio.create_task(
                     _start(engine, config, client, server, log.write, recorder, spans, show_stage or log_stages())
@@ -156,6 +151,15 @@ def _block_listen(config: ServerConfig) -> BlockListen | None:
     if config.engine_listen is None:
         return None
     return BlockListen(config.engine_listen, *((config.tls_certificate, config.tls_key) if config.engine_tls else ()))
+
+
+def _http_server(engine: EngineConfig, config: ServerConfig, max_connections: int) -> HttpServer | FrontProcesses:
+    """Return what speaks HTTP: this process, or several others."""
+    if config.fronts == 1:
+        return HttpServer(config, max_connections=max_connections)
+    from splitfuse.server.fronts.supervisor import FrontProcesses
+
+    return FrontProcesses(config, engine.model)
 
 
 @contextmanager
@@ -221,7 +225,7 @@ def _register(deployment: Deployment) -> bool:
 
 def _bounded(config: ServerConfig, max_connections: int) -> ServerConfig:
     """Return the settings with no more requests at once than connections, of which new clients get their share."""
-    most = max_connections - num_newcomers(max_connections)
+    most = config.fronts * (max_connections - num_newcomers(max_connections))
     if most >= config.max_queued_requests:
         return config
     _logger.warning(
@@ -237,7 +241,7 @@ async def _start(
     engine: EngineConfig,
     config: ServerConfig,
     client: Router,
-    server: HttpServer,
+    server: HttpServer | FrontProcesses,
     write_log: Callable[[str], None],
     recorder: Recorder | None,
     spans: RequestSpans | None,
@@ -246,12 +250,18 @@ async def _start(
     """Do everything up to the first request. /health and /ready answer meanwhile."""
     watching = asyncio.create_task(_watch_stage(client, show_stage))
     try:
-        server.app, admission, service = await run_in_daemon_thread(
-            lambda: _make_app(engine, config, client, write_log, recorder, spans)
+        app, state, keys = await run_in_daemon_thread(
+            lambda: _make_app(engine, config, client, server, write_log, recorder, spans)
         )
+        admission, service = state.admission, state.service
+        if isinstance(server, HttpServer):
+            server.app = app
+        else:
+            server.begin(app, state, keys)
         with ExitStack() as undo:
             undo.callback(service.close)
             await service.start()
+            await server.ready()
             undo.pop_all()
         return admission, service
     finally:
@@ -297,14 +307,15 @@ def _make_app(
     engine: EngineConfig,
     config: ServerConfig,
     client: Router,
+    server: HttpServer | FrontProcesses,
     write_log: Callable[[str], None],
     recorder: Recorder | None,
     spans: RequestSpans | None,
-) -> tuple[App, Admission, TextService]:
+) -> tuple[App, AppState, ApiKeys]:
     """Return the application. It takes a thread: imports take a second, fetching a model from the Hub much longer."""
     from splitfuse.server.access_log import RequestLog
     from splitfuse.server.admission import Admission
-    from splitfuse.server.app import make_app
+    from splitfuse.server.app import app_of, make_state
     from splitfuse.server.metrics import Metrics
     from splitfuse.server.traces import TraceHub, record
     from splitfuse.text.service import TextService
@@ -345,15 +356,12 @@ def _make_app(
     if spans is not None:
         spans.follow(traces)
         metrics.num_dropped_spans = lambda: spans.num_dropped
-    app = make_app(
-        *(service, config),
-        admission=admission,
-        metrics=metrics,
-        log=log,
-        traces=traces,
-        name_key=client.name_key,
-    )
-    return app, admission, service
+    state = make_state(service, config, admission=admission, metrics=metrics, log=log, traces=traces)
+    metrics.connections = lambda: server.num_connections
+    metrics.num_front_restarts = lambda: server.num_restarts
+    metrics.num_text_restarts = lambda: service.num_ended_processes + server.num_text_restarts
+    keys = ApiKeys(config, name_key=client.name_key)
+    return app_of(state, keys), state, keys
 
 
 def _num_engines(client: EngineClient) -> int:
@@ -366,17 +374,20 @@ def _note_step(admission: Admission, metrics: Metrics, stats: EngineStats) -> No
     admission.progressed(stats.step_tokens, stats.step_seconds)
 
 
-async def _end(client: EngineClient, server: HttpServer, serving: asyncio.Task[None], *, at_once: bool) -> None:
+async def _end(
+    client: EngineClient, server: HttpServer | FrontProcesses, serving: asyncio.Task[None], *, at_once: bool
+) -> None:
     """Close the engine first, so that its requests get an error and not a broken connection."""
     await client.close()
-    server.should_exit = True
-    server.force_exit = at_once
+    server.end(at_once=at_once)
     await asyncio.gather(serving, return_exceptions=True)
 
 
 def _check_alive(serving: asyncio.Task[None]) -> None:
     if serving.done():
-        raise ServerError(f"the HTTP server has ended unexpectedly: {serving.exception()!r}")
+        if isinstance(error := serving.exception(), ServerError):
+            raise error
+        raise ServerError(f"the HTTP server has ended unexpectedly: {error!r}")
 
 
 async def run_in_daemon_thread(work: Callable[[], _Result]) -> _Result:

@@ -157,6 +157,8 @@ FAMILIES = (
     Family(
         "splitfuse:text_process_restarts", "counter", "text_restarts", "Processes for texts ended at a limit or killed."
     ),
+    Family("splitfuse:connections", "gauge", "connections", "Open connections, by the front.", ("front",)),
+    Family("splitfuse:front_restarts", "counter", "front_restarts", "Fronts that were started again (--fronts)."),
     Family("splitfuse:recording", "gauge", "recording", "1 while a recording is written (--record), else 0."),
     Family("splitfuse:recorded_bytes", "counter", "recorded_bytes", "Bytes of the recording that were written."),
     Family(
@@ -242,6 +244,10 @@ class Metrics(Collector):
         self._count_replicas_at = -math.inf
         self.num_text_restarts: Callable[[], int] = lambda: 0
         """Function that returns how many processes for texts were ended."""
+        self.connections: Callable[[], Sequence[int]] = lambda: ()
+        """Function that returns the number of open connections of each front."""
+        self.num_front_restarts: Callable[[], int] = lambda: 0
+        """Function that returns how many times a front was started again."""
         self.num_dropped_spans: Callable[[], int] = lambda: 0
         """Function that returns how many spans for OpenTelemetry were dropped."""
         self.recorder: Recorder | None = None
@@ -321,6 +327,8 @@ class Metrics(Collector):
         model_name, single = self._label(), {**self._totals.sums(), **self._gauges()}
         single["text_restarts"] = self.num_text_restarts()
         single["dropped_spans"] = self.num_dropped_spans()
+        single["front_restarts"] = self.num_front_restarts()
+        self._counts["connections"] = Counter({(str(index),): count for index, count in enumerate(self.connections())})
         self._counts["engine_ready"] = Counter(
             {
                 (str(number), engine.address, engine.role.value): int(engine.state is EngineState.READY)

@@ -24,7 +24,7 @@ from splitfuse.server.connections import (
     connection_limit,
     num_newcomers,
 )
-from splitfuse.server.listen import HttpServer, Receive, Scope, Send, listening_socket
+from splitfuse.server.listen import HttpServer, Receive, Scope, Send, listening_sockets
 
 GET = b"GET /health HTTP/1.1\r\nhost: x\r\n\r\n"
 POST = b"POST /slow HTTP/1.1\r\nhost: x\r\ncontent-length: 2\r\n\r\n"
@@ -89,7 +89,7 @@ async def closed(peer: Peer) -> None:
 @asynccontextmanager
 async def serving(max_connections: int = 100, **settings: Any) -> AsyncIterator[Server]:
     config = ServerConfig(port=0, **settings)
-    with listening_socket("127.0.0.1", 0, config.client_timeout) as listener:
+    with listening_sockets("127.0.0.1", 0, config.client_timeout) as (listener,):
         http = HttpServer(config, max_connections=max_connections, clock=lambda: server.now)
         server = Server(http, listener.getsockname())
         http.app = server.app

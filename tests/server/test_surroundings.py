@@ -31,7 +31,7 @@ from splitfuse.errors import ConfigError, CostModelError, ModelNotFoundError, Re
 from splitfuse.runtime.calibration import cache_path
 from splitfuse.server.auth import ApiKeys
 from splitfuse.server.lifecycle import run_server
-from splitfuse.server.listen import HttpServer, listening_socket
+from splitfuse.server.listen import HttpServer, listening_sockets
 
 DEAD_PROXY = "http://127.0.0.1:9"  # nothing listens there
 NO_MODEL = EngineConfig.from_settings({"model": "/no/such/folder"})
@@ -283,7 +283,7 @@ def test_health_follows_port_and_tls(tmp_path: Path) -> None:
     tls = {"tls_certificate": str(tmp_path / "cert.pem"), "tls_key": str(tmp_path / "key.pem")}
 
     async def run() -> None:
-        with listening_socket("127.0.0.1", 0, 1.0) as listener:
+        with listening_sockets("127.0.0.1", 0, 1.0) as (listener,):
             server = HttpServer(ServerConfig(**tls), max_connections=10)
             serving = asyncio.create_task(server.serve([listener]))
             here = deployment(port=listener.getsockname()[1], scheme="https")

@@ -237,7 +237,7 @@ class _SubprocessLink(Link):
             _signal(self._process, signal.SIGKILL)
             await self._process.wait()
             self._writer.close()
-        return f"its process ended with {_exit(self._process.returncode)}"
+        return f"its process ended with {exit_text(self._process.returncode)}"
 
     async def end_hung(self) -> None:
         _signal(self._process, signal.SIGUSR1)
@@ -264,7 +264,7 @@ async def _start(spec: WorkerSpec) -> tuple[asyncio.subprocess.Process, socket.s
             pass_fds=[theirs.fileno(), *shared],
             stdin=asyncio.subprocess.DEVNULL,
             stdout=2,  # what a library prints must not mix with our own output
-            cwd=_folder(),
+            cwd=working_folder(),
         )
     except BaseException:
         ours.close()
@@ -274,8 +274,10 @@ async def _start(spec: WorkerSpec) -> tuple[asyncio.subprocess.Process, socket.s
     return process, ours
 
 
-def _folder() -> str | None:
-    """Return where an engine runs: our working directory (None), or the root if that was deleted: MKL reads it."""
+def working_folder() -> str | None:
+    """Return where a process of ours runs: in our working directory (None), or the root if that was deleted: MKL needs
+    one.
+    """
     try:
         Path.cwd()
     except FileNotFoundError:
@@ -288,7 +290,8 @@ def _signal(process: asyncio.subprocess.Process, number: signal.Signals) -> None
         process.send_signal(number)
 
 
-def _exit(code: int | None) -> str:
+def exit_text(code: int | None) -> str:
+    """Return how a process has ended, in words."""
     if code is not None and code < 0:
         return f"signal {-code} ({signal.Signals(-code).name})"
     return f"status {code}"

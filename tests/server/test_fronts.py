@@ -1,0 +1,386 @@
+"""Several fronts on one port: to a client they are one server, and what a dead one had is given back."""
+
+import http.client
+import json
+import os
+import re
+import signal
+import socket
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from patience import PATIENCE
+from safetensors.torch import load_file
+from server_load import FRONT, children, metrics, wait_until, wait_until_idle
+from server_process import ServerProcess, make_certificate, server_process
+from tiny_adapters import ATTENTION, module_shapes, save_adapter
+
+import splitfuse
+from splitfuse.config import ServerConfig
+from splitfuse.errors import ConfigError
+from splitfuse.models.sources.hub import BUNDLED_MODEL
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="only Linux divides connections among sockets")
+
+PROMPT = "Once upon a time"
+LONG = {"prompt": PROMPT, "max_tokens": 1900, "ignore_eos": True, "temperature": 0, "stream": True}
+ROUTE = "/v1/completions"
+
+
+@pytest.fixture(autouse=True, scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """The place of these tests' deployments."""
+    path = tmp_path_factory.mktemp("runtime")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_RUNTIME_DIR", str(path))
+        yield path
+
+
+def is_gone(pid: int) -> bool:
+    """Whether a process has ended, though its parent may not have asked how."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2].startswith("Z")
+    except OSError:
+        return True
+
+
+def has_connection(pid: int, client: socket.socket) -> bool | None:
+    """Whether a process has the other end of a connection; None: it was not accepted yet."""
+    ports = f":{client.getpeername()[1]:04X} ", f":{client.getsockname()[1]:04X} "
+    for line in Path("/proc/net/tcp").read_text().splitlines()[1:]:
+        local, remote, *rest = line.split()[1:]
+        if f"{local} ".endswith(ports[0]) and f"{remote} ".endswith(ports[1]):
+            inode = rest[6]
+            if inode == "0":
+                return None
+            links = set()
+            for each in Path(f"/proc/{pid}/fd").iterdir():
+                with suppress(OSError):  # it was closed meanwhile
+                    links.add(str(each.readlink()))
+            return f"socket:[{inode}]" in links
+    return None
+
+
+def connection_to(front: int, address: tuple[str, int]) -> http.client.HTTPConnection:
+    """A connection that the system has given to a front: others are closed."""
+    limit = time.monotonic() + PATIENCE
+    while True:
+        connection = http.client.HTTPConnection(*address, timeout=PATIENCE)
+        connection.connect()
+        while (found := has_connection(front, connection.sock)) is None:
+            assert time.monotonic() < limit, "it was never accepted"
+            time.sleep(0.005)
+        if found:
+            return connection
+        connection.close()
+        assert time.monotonic() < limit, "the front got none of many connections"
+
+
+def ask(connection: http.client.HTTPConnection, path: str, body: Any = None, **headers: str) -> tuple[int, Any]:
+    """The status and the JSON of an answer."""
+    headers = {"content-type": "application/json", **headers}
+    connection.request("GET" if body is None else "POST", path, None if body is None else json.dumps(body), headers)
+    answer = connection.getresponse()
+    return answer.status, json.loads(answer.read())
+
+
+def begin(connection: http.client.HTTPConnection, body: Any) -> http.client.HTTPResponse:
+    """A stream whose first event has come."""
+    connection.request("POST", ROUTE, json.dumps(body), {"content-type": "application/json"})
+    answer = connection.getresponse()
+    assert answer.status == 200 and answer.readline().startswith(b"data: ")
+    return answer
+
+
+def rest_of(stream: http.client.HTTPResponse) -> str:
+    """What is left of a stream, which must be whole."""
+    rest = stream.read().decode()
+    assert rest.endswith("data: [DONE]\n\n"), rest[-300:]
+    return rest
+
+
+def text_of(events: str) -> str:
+    """The text of the events of a completion."""
+    lines = [line.removeprefix("data: ") for line in events.splitlines() if line.startswith("data: {")]
+    return "".join(choice["text"] for line in lines for choice in json.loads(line)["choices"])
+
+
+@contextmanager
+def held(server: ServerProcess) -> Iterator[None]:
+    """Stop the engine while the context lasts, so that no generation ends meanwhile."""
+    (engine,) = children(server.process.pid)
+    os.kill(engine, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        os.kill(engine, signal.SIGCONT)
+
+
+class TwoFronts:
+    """A server with two fronts, and a connection to each."""
+
+    def __init__(self, server: ServerProcess, url: str) -> None:
+        self.server = server
+        self.http = httpx.Client(base_url=url, timeout=PATIENCE, trust_env=False)
+        self.address = self.http.base_url.host, self.http.base_url.port or 0
+        self.pids = children(server.process.pid, FRONT)
+        assert len(self.pids) == 2
+        self.first, self.second = (connection_to(pid, self.address) for pid in self.pids)
+
+    @property
+    def both(self) -> tuple[http.client.HTTPConnection, http.client.HTTPConnection]:
+        return self.first, self.second
+
+    def to(self, index: int) -> http.client.HTTPConnection:
+        """A further connection to a front."""
+        return connection_to(self.pids[index], self.address)
+
+
+@contextmanager
+def two_fronts(folder: Path, name: str, *flags: str) -> Iterator[TwoFronts]:
+    with server_process(folder, name, "--fronts", "2", *flags) as server, server.client() as client:
+        yield TwoFronts(server, client.url)
+
+
+def test_two_fronts_are_one_server(folder: Path, pipe: splitfuse.Pipeline) -> None:
+    with two_fronts(folder, "fronts", "--max-queued-requests", "2") as fronts:
+        _check_texts(fronts, pipe)
+        _check_limits(fronts)
+        _check_what_is_shared(fronts)
+        _check_metrics(fronts)
+        _check_a_death(fronts, pipe)
+        _check_the_end(fronts, pipe)
+
+
+def _check_texts(fronts: TwoFronts, pipe: splitfuse.Pipeline) -> None:
+    """Texts are those of the pipeline, of each dialect and by each front."""
+    wanted = pipe(PROMPT, max_new_tokens=24)[0].generated_text
+    body = {"prompt": PROMPT, "max_tokens": 24, "temperature": 0}
+    chat = {"messages": [{"role": "user", "content": PROMPT}], "temperature": 0, "max_tokens": 24}
+    said = pipe([chat["messages"]], chat=True, max_new_tokens=24)[0].generated_text
+    seeded = {**body, "temperature": 1, "seed": 5, "logprobs": 2, "stop": ["the"]}
+    whole: list[Any] = []
+    for each in fronts.both:
+        status, answer = ask(each, ROUTE, body)
+        assert (status, answer["choices"][0]["text"]) == (200, wanted)
+        each.request("POST", ROUTE, json.dumps({**body, "stream": True}), {"content-type": "application/json"})
+        assert text_of(rest_of(each.getresponse())) == wanted
+        assert ask(each, "/v1/chat/completions", chat)[1]["choices"][0]["message"]["content"] == said
+        assert ask(each, "/v1/messages", {**chat, "model": "storyteller"})[1]["content"][0]["text"] == said
+        answer = ask(each, "/v1/responses", {"input": PROMPT, "temperature": 0, "max_output_tokens": 24})[1]
+        assert answer["output"][0]["content"][0]["text"] == said
+        whole.append(ask(each, ROUTE, seeded)[1]["choices"])
+        status, answer = ask(each, ROUTE, {**body, "suffix": "x"})
+        assert (status, answer["error"]["param"]) == (400, "suffix")
+        assert ask(each, "/v1/nothing")[0] == 404
+    assert whole[0] == whole[1]
+
+
+def _check_limits(fronts: TwoFronts) -> None:
+    """Two requests are open, one of each front: both fronts refuse a third one."""
+    streams = [begin(fronts.to(index), LONG) for index in (0, 1)]
+    with held(fronts.server):
+        for each in fronts.both:
+            each.request("POST", ROUTE, json.dumps(LONG), {"content-type": "application/json"})
+            answer = each.getresponse()
+            error = json.loads(answer.read())["error"]
+            assert answer.status == 429 and int(answer.headers["retry-after"]) >= 1
+            assert re.search(r"at capacity \(2 requests\); try again in \d+ s", error["message"])
+    for stream in streams:
+        stream.close()
+    wait_until_idle(fronts.http)
+
+
+def _check_what_is_shared(fronts: TwoFronts) -> None:
+    """What one front has answered, the other one finds."""
+    chat = {"messages": [{"role": "user", "content": PROMPT}], "max_tokens": 4, "store": True}
+    for one, other in (fronts.both, fronts.both[::-1]):
+        answer = ask(one, "/v1/chat/completions", chat)[1]
+        assert ask(other, f"/v1/chat/completions/{answer['id']}") == (200, answer)
+        assert ask(other, f"/v1/splitfuse/requests/{answer['id']}")[1]["generated_tokens"] <= 4
+        response = ask(one, "/v1/responses", {"input": PROMPT, "max_output_tokens": 4})[1]
+        more = {"input": "And then?", "previous_response_id": response["id"], "max_output_tokens": 4}
+        assert ask(other, "/v1/responses", more)[0] == 200
+        assert ask(other, "/ready") == (200, {"stage": "ready", "fraction": 1.0})
+
+
+def _check_metrics(fronts: TwoFronts) -> None:
+    """Metrics are sums over both fronts, whichever is asked, and the log has a line for each request."""
+    wait_until_idle(fronts.http)
+    done = f'splitfuse:requests_total{{model_name="storyteller",route="{ROUTE}",status="200"}}'
+    refused = 'splitfuse:refused_total{kind="rate_limit_exceeded",model_name="storyteller"}'
+    for each in fronts.both:
+        each.request("GET", "/metrics")
+        lines = each.getresponse().read().decode().splitlines()
+        samples = dict(line.rsplit(" ", 1) for line in lines if not line.startswith("#"))
+        assert float(samples[done]) == 6
+        assert float(samples[refused]) == 2
+        open_now = [float(samples[f'splitfuse:connections{{front="{n}",model_name="storyteller"}}']) for n in (0, 1)]
+        assert min(open_now) >= 1
+    records = [json.loads(line) for line in fronts.server.printed.splitlines()]
+    completions = [record["status"] for record in records if record["route"] == ROUTE]
+    assert sorted(completions) == [200] * 6 + [400] * 2 + [429] * 2 + [499] * 2
+
+
+def _check_a_death(fronts: TwoFronts, pipe: splitfuse.Pipeline) -> None:
+    """A front is killed amid streams: those of the other go on, its own are aborted, and it is back."""
+    server, before = fronts.server, metrics(fronts.http)
+    cut, going_on = begin(fronts.to(0), LONG), begin(fronts.to(1), {**LONG, "max_tokens": 60})
+    with held(server):  # what it has computed by now is all that the killed one gets
+        os.kill(fronts.pids[0], signal.SIGKILL)
+        server.wait_for("front 0 died: its process ended with signal 9 (SIGKILL); starting it again in 0.1 s")
+    with pytest.raises((http.client.HTTPException, OSError)):
+        cut.read()
+        raise http.client.IncompleteRead(b"")  # a chunked answer without its end
+    assert rest_of(going_on)
+    wait_until_idle(fronts.http)
+    after = metrics(fronts.http)
+    generated = after["splitfuse:generated_tokens_total"] - before["splitfuse:generated_tokens_total"]
+    assert 60 < generated < 1900, "the killed one's request was not aborted"
+    assert after["splitfuse:front_restarts_total"] == 1
+    wait_until(lambda: len(children(server.process.pid, FRONT)) == 2)
+    fronts.pids = [next(pid for pid in children(server.process.pid, FRONT) if pid not in fronts.pids), fronts.pids[1]]
+    fronts.first = fronts.to(0)
+    wanted = pipe(PROMPT, max_new_tokens=24)[0].generated_text
+    body = {"prompt": PROMPT, "max_tokens": 24, "temperature": 0}
+    assert [ask(each, ROUTE, body)[1]["choices"][0]["text"] for each in fronts.both] == [wanted] * 2
+    record = next(each for each in map(json.loads, server.printed.splitlines()) if each["error"] == "front_died")
+    assert (record["route"], record["status"]) == (ROUTE, 499)
+
+
+def _check_the_end(fronts: TwoFronts, pipe: splitfuse.Pipeline) -> None:
+    """SIGTERM: both fronts refuse new requests, and streams end by themselves."""
+    body = {**LONG, "max_tokens": 60}
+    streams = [begin(fronts.to(index), body) for index in (0, 1)]
+    with held(fronts.server):
+        fronts.server.terminate()
+        wait_until(lambda: ask(fronts.first, "/ready")[1]["stage"] == "draining")
+        assert [ask(each, ROUTE, body)[0] for each in fronts.both] == [503, 503]
+    ends = [rest_of(stream) for stream in streams]
+    wanted = pipe(PROMPT, max_new_tokens=60, ignore_eos=True)[0].generated_text
+    assert all(wanted.endswith(text_of(each)) and len(text_of(each)) > 30 for each in ends)
+    assert fronts.server.process.wait(PATIENCE) == 0, fronts.server.said
+    assert all(map(is_gone, fronts.pids)) and "Traceback" not in fronts.server.said, fronts.server.said
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"fronts": 0}, "fronts must be from 1 to 64, not 0"),
+        ({"fronts": 65}, "fronts must be from 1 to 64, not 65"),
+        ({"fronts": 2, "otel": True}, "fronts and otel are mutually exclusive"),
+    ],
+)
+def test_bad_numbers_of_fronts_are_refused(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        ServerConfig(**settings)
+
+
+# What takes longer ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_fronts_end_with_their_server(folder: Path) -> None:
+    with two_fronts(folder, "orphans") as fronts:
+        stream = begin(fronts.to(0), LONG)
+        fronts.server.process.kill()
+        with pytest.raises((http.client.HTTPException, OSError)):
+            stream.read()
+            raise http.client.IncompleteRead(b"")
+        wait_until(lambda: all(map(is_gone, fronts.pids)))
+
+
+@pytest.mark.slow
+def test_a_front_that_hangs_is_started_again(folder: Path) -> None:
+    with two_fronts(folder, "hung") as fronts:
+        os.kill(fronts.pids[0], signal.SIGSTOP)
+        waiting = http.client.HTTPConnection(*fronts.address, timeout=PATIENCE)
+        assert ask(fronts.second, "/health")[0] == 200, "the other one serves on"
+        fronts.server.wait_for("front 0 died: it hung: it has been silent for 10 s")
+        assert ask(waiting, "/health")[0] == 200, (
+            "a connection that the stopped one had not accepted waits for the next"
+        )
+        wait_until(lambda: metrics(fronts.http)["splitfuse:front_restarts_total"] == 1)
+
+
+@pytest.mark.slow
+def test_a_port_in_use_is_not_shared(folder: Path) -> None:
+    with two_fronts(folder, "one") as fronts:
+        port = str(fronts.address[1])
+        with server_process(folder, "other", "--fronts", "2", "--port", port) as other:
+            assert other.process.wait(PATIENCE) == 1
+            assert f"port {port} of 127.0.0.1 is in use by the deployment 'one'" in other.said
+
+
+@pytest.mark.slow
+def test_keys_tls_and_cors_hold_at_all_fronts(folder: Path, tmp_path: Path) -> None:
+    if not make_certificate(tmp_path):
+        pytest.skip("needs openssl")
+    keys = tmp_path / "keys"
+    keys.write_text("secret name=alice admin=yes\nother name=bob priority=low\n")
+    for each in (keys, tmp_path / "key.pem"):
+        each.chmod(0o600)
+    flags = ["--tls-certificate", str(tmp_path / "cert.pem"), "--tls-key", str(tmp_path / "key.pem")]
+    flags += ["--api-key-file", str(keys), "--allow-origin", "https://here.example", "--log-prompts"]
+    with server_process(folder, "locked", "--fronts", "2", *flags) as server:
+        server.wait_for("splitfuse serves ")
+        found = re.search(r"on (https\S+) ", server.said)
+        assert found is not None
+        body = {"prompt": PROMPT, "max_tokens": 3, "temperature": 0}
+        for number in range(12):  # the system gives each new connection to one of two fronts
+            with httpx.Client(base_url=found[1], verify=False, timeout=PATIENCE, trust_env=False) as client:
+                assert client.post(ROUTE, json=body).status_code == 401
+                bob = {"authorization": "Bearer other", "origin": "https://here.example"}
+                answer = client.post(ROUTE, json=body, headers=bob)
+                assert answer.headers["access-control-allow-origin"] == "https://here.example"
+                identity = answer.headers["x-request-id"]
+                assert client.get(f"/v1/splitfuse/requests/{identity}", headers=bob).status_code == 200
+                alice = {"authorization": "Bearer secret"}
+                assert client.get(f"/v1/splitfuse/requests/{identity}", headers=alice).status_code == 404
+                high = client.post(ROUTE, json={**body, "splitfuse_priority": "high"}, headers=bob)
+                assert (high.status_code, high.json()["error"]["code"]) == (403, "priority_not_allowed")
+                assert client.get("/engines", headers=bob).status_code == 403
+                assert client.get("/engines", headers=alice).json()["engines"][0]["state"] == "ready", number
+        records = [json.loads(line) for line in server.printed.splitlines()]
+        done = [record for record in records if record["route"] == ROUTE and record["status"] == 200]
+        assert len(done) == 12
+        assert {(each["key"], each["prompt"], len(each["text"])) for each in done} == {("bob", PROMPT, 1)}
+
+
+@pytest.mark.slow
+def test_adapters_and_replicas_are_known_to_all_fronts(folder: Path, tmp_path: Path) -> None:
+    shapes = module_shapes(load_file(BUNDLED_MODEL / "model.safetensors"), ATTENTION)
+    first, path = (save_adapter(tmp_path / f"folder-{n}", shapes, seed=n) for n in range(2))
+    keys = tmp_path / "keys"
+    keys.write_text("secret admin=yes\n")
+    keys.chmod(0o600)
+    flags = ["--api-key-file", str(keys), "--max-replicas", "2", "--lora", f"first={first}"]
+    key = {"authorization": "Bearer secret"}
+    with two_fronts(folder, "adapted", *flags) as fronts:
+        body = {"prompt": PROMPT, "max_tokens": 3, "model": "fine"}
+        for one, other in (fronts.both, fronts.both[::-1]):
+            assert ask(other, ROUTE, body, **key)[0] == 404
+            loaded = {"lora_name": "fine", "lora_path": str(path)}
+            one.request(
+                "POST", "/v1/load_lora_adapter", json.dumps(loaded), {"content-type": "application/json", **key}
+            )
+            assert one.getresponse().read() is not None
+            assert ask(other, ROUTE, body, **key)[0] == 200
+            one.request(
+                "POST",
+                "/v1/unload_lora_adapter",
+                json.dumps({"lora_name": "fine"}),
+                {"content-type": "application/json", **key},
+            )
+            assert one.getresponse().read() is not None
+        assert ask(fronts.first, "/scale", {"replicas": 2}, **key) == (200, {"replicas": 2, "moved": 0})
+        assert len(ask(fronts.second, "/engines", **key)[1]["engines"]) == 2
+        assert ask(fronts.second, "/drain", {"engine": 0}, **key) == (200, {"moved": 0, "drained": [0]})
+        plain = {"prompt": PROMPT, "max_tokens": 3}
+        assert [ask(each, ROUTE, plain, **key)[0] for each in fronts.both] == [200, 200]
