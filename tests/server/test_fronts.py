@@ -1,7 +1,9 @@
 """Several fronts on one port: to a client they are one server, and what a dead one had is given back."""
 
+import asyncio
 import http.client
 import json
+import math
 import os
 import re
 import signal
@@ -14,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import msgspec
 import pytest
 from patience import PATIENCE
 from safetensors.torch import load_file
@@ -23,8 +26,31 @@ from tiny_adapters import ATTENTION, module_shapes, save_adapter
 
 import splitfuse
 from splitfuse.config import ServerConfig
-from splitfuse.errors import ConfigError
+from splitfuse.errors import (
+    ConfigError,
+    DrainingError,
+    EngineUnavailableError,
+    InvalidRequestError,
+    OverloadedError,
+    RequestQuarantinedError,
+    SloUnattainableError,
+    SplitfuseError,
+)
 from splitfuse.models.sources.hub import BUNDLED_MODEL
+from splitfuse.server.fronts.app import ServerAdmission
+from splitfuse.server.fronts.messages import (
+    WINDOW,
+    Admit,
+    Admitted,
+    Channel,
+    Failure,
+    FromFront,
+    Piece,
+    Release,
+    Taken,
+    ToFront,
+)
+from splitfuse.server.fronts.supervisor import _Request
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="only Linux divides connections among sockets")
 
@@ -280,6 +306,73 @@ def _check_the_end(fronts: TwoFronts, pipe: splitfuse.Pipeline) -> None:
 def test_bad_numbers_of_fronts_are_refused(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=re.escape(message)):
         ServerConfig(**settings)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OverloadedError("full", retry_after=2.5),
+        SloUnattainableError("never", retry_after=math.inf),
+        InvalidRequestError("no", parameter="n"),
+        InvalidRequestError("no"),
+        RequestQuarantinedError("it kills engines"),
+        DrainingError("over"),
+        EngineUnavailableError("dead"),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_errors_cross_a_channel(error: SplitfuseError) -> None:
+    failure = msgspec.msgpack.decode(msgspec.msgpack.encode(Failure.of(error)), type=Failure)
+    assert (type(failure.error), str(failure.error), vars(failure.error)) == (type(error), str(error), vars(error))
+
+
+def test_a_fault_is_an_engine_that_is_not_there() -> None:
+    assert type(Failure.of(AssertionError("x")).error) is EngineUnavailableError
+
+
+def test_an_answer_waits_for_a_client_that_does_not_read() -> None:
+    async def run() -> None:
+        ours, theirs = socket.socketpair()
+        server: Channel[Any, Any] = await Channel.on(ours, list[FromFront])
+        front: Channel[Any, Any] = await Channel.on(theirs, list[ToFront])
+        request = _Request(1, server, lambda: None)
+        await request.send({"type": "http.response.start", "status": 200, "headers": []})
+        sending = asyncio.create_task(request.send({"type": "http.response.body", "body": b"x" * 3 * WINDOW}))
+        pieces = 0
+        while pieces < WINDOW:
+            batch = await front.receive()
+            assert batch is not None
+            pieces += sum(len(message.data) for message in batch if isinstance(message, Piece))
+        front.send(Taken(1, 1000))
+        assert await server.receive() == [Taken(1, 1000)]
+        assert pieces == WINDOW and not sending.done()
+        request.take(Taken(1, 1000))
+        batch = await front.receive()
+        assert batch is not None and [(len(each.data), each.more) for each in batch] == [(WINDOW, True)]
+        request.disconnect()
+        await sending
+        assert (await request.receive())["type"] == "http.disconnect"
+        for each in (server, front):
+            each.close()
+
+    asyncio.run(run())
+
+
+def test_what_is_given_up_while_it_waits_for_admission_is_released() -> None:
+    async def run() -> None:
+        ours, theirs = socket.socketpair()
+        front: Channel[Any, Any] = await Channel.on(ours, list[ToFront])
+        server: Channel[Any, Any] = await Channel.on(theirs, list[FromFront])
+        admission = ServerAdmission(ServerConfig(), front)
+        asking = asyncio.create_task(admission.reserve(10, 1))
+        assert await server.receive() == [Admit(1, 10, 1, 0)]
+        asking.cancel()
+        assert await server.receive() == [Release(1)]
+        admission.take(Admitted(1))  # it was granted before that was known
+        for each in (server, front):
+            each.close()
+
+    asyncio.run(run())
 
 
 # What takes longer ----------------------------------------------------------------------------------------------------
