@@ -493,6 +493,8 @@ def test_families_have_unique_names_and_a_source() -> None:
     metrics = Metrics(client)
     metrics.request_ended(replace(RECORD, error="ServerError"))
     metrics.num_text_restarts = lambda: 3
+    metrics.connections = lambda: (4, 5)
+    metrics.num_front_restarts = lambda: 1
     metrics.consoles = lambda: (2, 5)
     metrics.num_dropped_spans = lambda: 3
     metrics.replicas_needed = 2
