@@ -224,13 +224,15 @@ def _register(deployment: Deployment) -> bool:
 
 
 def _bounded(config: ServerConfig, max_connections: int) -> ServerConfig:
-    """Return the settings with no more requests at once than connections, of which new clients get their share."""
+    """Return the settings with no more requests at once than connections, of which new clients get their share. Each
+    front can have `max_connections`.
+    """
     most = config.fronts * (max_connections - num_newcomers(max_connections))
     if most >= config.max_queued_requests:
         return config
     _logger.warning(
         "the limit of open files allows %d connections: max_queued_requests is %d, not %d; raise it with ulimit -n",
-        max_connections,
+        config.fronts * max_connections,
         most,
         config.max_queued_requests,
     )

@@ -477,3 +477,44 @@ def test_adapters_and_replicas_are_known_to_all_fronts(folder: Path, tmp_path: P
         assert ask(fronts.second, "/drain", {"engine": 0}, **key) == (200, {"moved": 0, "drained": [0]})
         plain = {"prompt": PROMPT, "max_tokens": 3}
         assert [ask(each, ROUTE, plain, **key)[0] for each in fronts.both] == [200, 200]
+
+
+@pytest.mark.slow
+def test_streams_of_all_fronts_outlive_an_engine(folder: Path, pipe: splitfuse.Pipeline) -> None:
+    with two_fronts(folder, "resumed") as fronts:
+        body = {**LONG, "max_tokens": 120, "splitfuse_timing": True}
+        streams = [begin(fronts.to(index), body) for index in (0, 1)]
+        (engine,) = children(fronts.server.process.pid)
+        os.kill(engine, signal.SIGSTOP)  # before they can have ended
+        os.kill(engine, signal.SIGKILL)
+        wanted = pipe(PROMPT, max_new_tokens=120, ignore_eos=True)[0].generated_text
+        for stream in streams:
+            rest = rest_of(stream)
+            assert wanted.endswith(text_of(rest)) and len(text_of(rest)) > 30
+            assert '"resumed":1' in rest
+        wait_until_idle(fronts.http)
+        resumed = [json.loads(line)["resumed"] for line in fronts.server.printed.splitlines()]
+        assert resumed.count(1) == 2
+
+
+@pytest.mark.slow
+def test_what_is_watched_shows_the_requests_of_all_fronts(folder: Path) -> None:
+    with two_fronts(folder, "watched", "--console") as fronts:
+        for watching, answering in ((0, 1), (1, 0)):
+            watcher = fronts.to(watching)
+            watcher.request("GET", "/v1/splitfuse/trace?seconds=600")
+            trace = watcher.getresponse()
+            assert json.loads(trace.readline())  # what there is; from now on requests are told of
+            answer = ask(fronts.to(answering), ROUTE, {"prompt": PROMPT, "max_tokens": 3})[1]
+            unique_id = answer["id"].removeprefix("cmpl-")
+            while unique_id not in (line := trace.readline().decode()) or '"status"' not in line:
+                assert line, "the trace has ended"
+            watcher.close()
+            console = fronts.to(watching)
+            console.request("GET", "/console")
+            page = console.getresponse()
+            assert page.status == 200 and b"<html" in page.read().lower()
+            console.request("GET", "/console/events")
+            assert console.getresponse().readline().startswith((b"data: ", b"event: ", b":"))
+            console.close()
+        wait_until_idle(fronts.http)
