@@ -14,7 +14,7 @@ from splitfuse.clients.http_stream import Address
 from splitfuse.config import ServerConfig
 from splitfuse.gateway.app import Gateway
 from splitfuse.gateway.cell import Cell
-from splitfuse.server.listen import HttpServer, listening_socket
+from splitfuse.server.listen import HttpServer, listening_sockets
 
 METRICS = b'splitfuse:engine_ready{model_name="m",engine="0",address="",role="mixed"} 1.0\n'
 
@@ -129,7 +129,7 @@ async def serving(gateway: Gateway, config: ServerConfig) -> AsyncGenerator[str,
     """The URL of a gateway that serves meanwhile."""
     server = HttpServer(config, max_connections=1000)
     server.app = gateway
-    with listening_socket("127.0.0.1", 0, config.client_timeout) as listener:
+    with listening_sockets("127.0.0.1", 0, config.client_timeout) as (listener,):
         task = asyncio.create_task(server.serve([listener]))
         try:
             yield f"http://127.0.0.1:{listener.getsockname()[1]}"

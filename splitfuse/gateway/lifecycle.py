@@ -18,7 +18,7 @@ from splitfuse.errors import ConfigError, RegistryError, ServerError, unreadable
 from splitfuse.gateway.app import Gateway
 from splitfuse.gateway.cell import Cell
 from splitfuse.server.connections import connection_limit, num_newcomers
-from splitfuse.server.listen import HttpServer, listening_socket
+from splitfuse.server.listen import HttpServer, listening_sockets
 from splitfuse.server.signals import Signals, wait_first
 
 _logger = logging.getLogger(__name__)
@@ -33,7 +33,7 @@ async def run_gateway(config: GatewayConfig) -> None:
     front = config.front
     cells = make_cells(config)
     signals = Signals()
-    with signals.handled(), listening_socket(front.host, front.port, front.client_timeout) as listener:
+    with signals.handled(), listening_sockets(front.host, front.port, front.client_timeout) as (listener,):
         front, max_connections = _bounded(front)
         server = HttpServer(front, max_connections=max_connections)
         gateway = Gateway(cells, front)
@@ -68,7 +68,7 @@ async def run_gateway(config: GatewayConfig) -> None:
                 await _serve(gateway, front.drain_timeout, serving, watching, signals)
             finally:
                 watching.cancel()
-                server.should_exit, server.force_exit = True, signals.now.is_set()
+                server.end(at_once=signals.now.is_set())
                 await asyncio.gather(watching, serving, return_exceptions=True)
         finally:
             if is_listed:
