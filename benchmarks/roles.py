@@ -2,12 +2,14 @@
 
     python -m benchmarks.roles [MODEL] [--quantization int8] [--only gaps|hand-over|simulation]
 
-gaps: streams generate while long prompts come, one after the other. The gaps between the tokens of the streams
-meanwhile, in time and in work (tokens that their engine has computed), and the time to the first token of the prompts:
-with roles, with SplitFuse, with SplitFuse and an SLO, and prefill-first (vLLM of 2023). The modes take turns.
-Prefill-first does not serve, so it runs in two processes with a half of the load each. Without --interval and --itl, a
-first run measures what a lone prompt and the streams alone take here: prompts then come every 1.25 times as long as one
-takes, and the target is 2.5 times the gap of the streams alone. On a busy machine only work says something.
+gaps: streams generate while long prompts come, one after the other. The gaps between the tokens of the streams while a
+prompt is on its way, from when it is sent to its second token, in time and in work (tokens that their engine has
+computed), and the time to the first token of the prompts: prefill-first (vLLM of 2023), with roles, with SplitFuse,
+with SplitFuse and an SLO. Prefill-first does not serve, so it runs in two processes with a half of the load each.
+Without --interval and --itl, a first run measures what a lone prompt and the streams alone take here: prompts then come
+every 1.25 times as long as one takes, and the target is 2.5 times the gap of the streams alone. Each mode ends after
+1.5 times --seconds at most, and its figures are printed then; prompts that have no token by then are counted. A mode
+can be run alone, with the --interval and --itl that were printed. On a busy machine only work says something.
 
 hand-over: the time that a request is at neither engine, or waits for its blocks at the second one, by the length of its
 prompt: what of the transfer is not hidden behind the prompt's chunks. The least of all turns is the one that others
@@ -61,28 +63,50 @@ from splitfuse.simulator.deployment import Deployment, Link, Machine, Simulation
 from splitfuse.simulator.simulate import SimulatedTarget
 
 SPLIT = (Role.PROMPT, Role.GENERATION)
-MODES = ("roles", "splitfuse", "slo", "prefill-first")
+MODES = ("prefill-first", "roles", "splitfuse", "slo")
 LENGTHS = (128, 500, 1000, 2000)
 STREAM_PROMPT, STREAM_TOKENS = 32, 600
 """Tokens of the prompt of a stream, and of its answer, after which another one takes its place."""
 PAUSE, PATIENCE = 1.25, 2.5
 """Time between prompts by that of a lone one, and target by the usual gap of the streams."""
+BEGUN = 10
+"""Number of tokens after which a stream has begun."""
+OVERTIME = 1.5
+"""Longest time that a mode takes, by the time for which prompts come."""
+SIMULATED_SECONDS = 45.0
+"""Time in which an engine would compute the prompts of the simulation's load, about."""
+MOST_REQUESTS = 48
+"""Most requests that count in the simulation, unless a number is given."""
+
+
+@dataclass
+class Prompt:
+    """Holds when a prompt was sent, when its first token came, and when its last one."""
+
+    sent: float
+    first: float = math.inf
+    ended: float = math.inf
 
 
 @dataclass
 class Measured:
-    """Holds seconds: gaps between tokens of streams while prompts come, and the prompts' times to their first token."""
+    """Holds seconds: gaps between tokens of streams while prompts are on their way, and these prompts' times to their
+    first token.
+    """
 
     gaps: list[float] = field(default_factory=list)
     work: list[float] = field(default_factory=list)
     """The same gaps in tokens computed."""
     first_tokens: list[float] = field(default_factory=list)
+    num_prompts: int = 0
+    """Number of prompts that were sent, also those that had no token at the end."""
 
     def add(self, other: Measured) -> None:
         """Take in the measurements of another run."""
         self.gaps += other.gaps
         self.work += other.work
         self.first_tokens += other.first_tokens
+        self.num_prompts += other.num_prompts
 
 
 def percentile(values: list[float], share: float) -> float:
@@ -121,33 +145,47 @@ class Load:
     def __init__(self, client: EngineClient, *, num_streams: int, name: str) -> None:
         self._client, self._name, self._rng = client, name, Random(name)
         self._times: list[list[tuple[float, float]]] = []
-        self._begun = 0
-        self._all_run = asyncio.Event()
-        self._streams = [asyncio.create_task(self._keep_on(each, num_streams)) for each in range(num_streams)]
+        self._prompts: list[Prompt] = []
+        self._begun = [asyncio.Event() for _ in range(num_streams)]
+        self._streams = [asyncio.create_task(self._keep_on(each)) for each in range(num_streams)]
 
     async def begin(self) -> None:
         """Return once all streams have some tokens. Raises what a stream fails of."""
-        waiting = asyncio.create_task(self._all_run.wait())
+        waiting = asyncio.gather(*(each.wait() for each in self._begun))
         await asyncio.wait((waiting, *self._streams), return_when=asyncio.FIRST_COMPLETED)
         for task in self._streams:
             if task.done():
                 task.result()
 
-    async def prompt(self, number: int, num_tokens: int) -> float:
-        """Return the time to the first token of a prompt."""
-        sent = time.monotonic()
-        async with self._client.open(request(f"{self._name} p{number}", self._rng, num_tokens, 2)) as opened:
+    async def prompt(self, num_tokens: int) -> float:
+        """Send a prompt, read two tokens, and return the time to the first one."""
+        prompt = Prompt(time.monotonic())
+        self._prompts.append(prompt)
+        asked = request(f"{self._name} p{len(self._prompts)}", self._rng, num_tokens, 2)
+        async with self._client.open(asked) as opened:
             async for output in opened:
                 if output.token_ids:
-                    return time.monotonic() - sent
-        raise AssertionError("a prompt without a token")
+                    prompt.first = min(prompt.first, time.monotonic())
+        prompt.ended = time.monotonic()
+        return prompt.first - prompt.sent
 
     def between(self, start: float, end: float) -> Measured:
         """Return the gaps that end between two times."""
+        return self._gaps(lambda _, after: start <= after <= end)
+
+    def while_prompts(self) -> Measured:
+        """Return the gaps while a prompt was on its way, and the times to the first token of the prompts."""
+        prompts = self._prompts
+        measured = self._gaps(lambda before, after: any(before < each.ended and after > each.sent for each in prompts))
+        measured.first_tokens = [each.first - each.sent for each in prompts if each.first < math.inf]
+        measured.num_prompts = len(prompts)
+        return measured
+
+    def _gaps(self, counts: Callable[[float, float], bool]) -> Measured:
         measured = Measured()
         for each in self._times:
             for (before, computed_before), (after, computed) in pairwise(each):
-                if start <= after <= end and computed > computed_before:
+                if computed > computed_before and counts(before, after):
                     measured.gaps.append(after - before)
                     measured.work.append(computed - computed_before)
         return measured
@@ -158,7 +196,7 @@ class Load:
             task.cancel()
         await asyncio.gather(*self._streams, return_exceptions=True)
 
-    async def _keep_on(self, number: int, num_streams: int) -> None:
+    async def _keep_on(self, number: int) -> None:
         for turn in count():
             mine: list[tuple[float, float]] = []
             self._times.append(mine)
@@ -166,10 +204,8 @@ class Load:
             async with self._client.open(request(name, self._rng, STREAM_PROMPT, STREAM_TOKENS)) as opened:
                 opened.on_output = self._noting(opened, mine)
                 async for _ in opened:
-                    if turn == 0 and len(mine) == 10:
-                        self._begun += 1
-                        if self._begun == num_streams:
-                            self._all_run.set()
+                    if len(mine) >= BEGUN:
+                        self._begun[number].set()
 
     def _noting(self, opened: Stream, mine: list[tuple[float, float]]) -> Callable[[RequestOutput], None]:
         def note(output: RequestOutput) -> None:
@@ -183,18 +219,23 @@ class Load:
 async def run_load(client: EngineClient, flags: argparse.Namespace, *, share: int, name: str) -> Measured:
     """Run 1 / share of the load."""
     load = Load(client, num_streams=flags.streams // share, name=name)
+    coming: list[asyncio.Task[float]] = []
     try:
         await load.begin()
         start, interval = time.monotonic(), flags.interval * share
-        coming: list[asyncio.Task[float]] = []
-        while time.monotonic() - start < flags.seconds - interval / 2:
-            coming.append(asyncio.create_task(load.prompt(len(coming), flags.prompt)))
+        while not coming or time.monotonic() - start < flags.seconds - interval / 2:
+            coming.append(asyncio.create_task(load.prompt(flags.prompt)))
             await asyncio.sleep(interval)
-        first_tokens = await asyncio.gather(*coming)
-        measured = load.between(start, time.monotonic())
-        measured.first_tokens = [*first_tokens]
+        await asyncio.wait(coming, timeout=max(start + OVERTIME * flags.seconds - time.monotonic(), 0.0))
+        measured = load.while_prompts()
+        for task in coming:
+            if task.done():
+                task.result()  # raises what it failed of
         return measured
     finally:
+        for task in coming:
+            task.cancel()
+        await asyncio.gather(*coming, return_exceptions=True)
         await load.end()
 
 
@@ -208,15 +249,15 @@ async def settle(flags: argparse.Namespace) -> None:
         await asyncio.sleep(2.0)
         gap = median(load.between(began, time.monotonic()).gaps)
         await load.end()
-        await load.prompt(0, flags.prompt)  # memory that is touched first, and what is imported late
-        alone = await load.prompt(1, flags.prompt)
+        await load.prompt(flags.prompt)  # memory that is touched first, and what is imported late
+        alone = await load.prompt(flags.prompt)
     finally:
         await router.close()
     flags.interval = PAUSE * alone if flags.interval is None else flags.interval
     flags.itl = flags.itl or f"{1e3 * PATIENCE * gap:.0f}ms"
     print(
         f"a lone prompt of {flags.prompt} takes {alone:.2f} s, a step of the streams alone {1e3 * gap:.0f} ms; load "
-        f"averages {', '.join(f'{each:.1f}' for each in os.getloadavg())}",
+        f"averages {load_averages()}",
         flush=True,
     )
 
@@ -264,33 +305,49 @@ async def half_each(flags: argparse.Namespace, mode: str, name: str) -> Measured
 
 
 async def compare(flags: argparse.Namespace) -> None:
-    """Print what the streams wait for in each mode, the modes in turns."""
+    """Print what the streams wait for in each mode, the modes in turns, each once it has ended."""
     began = time.monotonic()
     if flags.interval is None or flags.itl is None:
         await settle(flags)
+    print(
+        f"{flags.streams} streams, prompts of {flags.prompt} for {flags.seconds:g} s: --interval {flags.interval:.2f} "
+        f"--itl {flags.itl}; milliseconds, and 99th percentiles by those of prefill-first"
+    )
+    print(
+        "mode            gaps work P50      P99     most    by  gap P50      P99  longest    by"
+        "  prompts TTFT P50      P99"
+    )
     found = {mode: Measured() for mode in flags.mode or MODES}
     for turn in range(flags.turns):
         for mode, measured in found.items():
             serves, name = mode in ("roles", "splitfuse", "slo"), f"{mode} {turn}"
-            measured.add(await (in_two_engines(flags, mode, name) if serves else half_each(flags, mode, name)))
-    print(
-        f"{flags.streams} streams, prompts of {flags.prompt} every {flags.interval:.2f} s, {flags.turns} turns of "
-        f"{flags.seconds:g} s, itl {flags.itl}; in {time.monotonic() - began:.0f} s; milliseconds"
-    )
-    print("mode             gaps  work P50     P99    most  gap P50      P99  longest  prompts  TTFT P50      P99")
-    for mode, each in found.items():
-        works = "".join(f"{percentile(each.work, share):8.0f}" for share in (0.5, 0.99, 1.0))
-        gaps = "".join(f"{1e3 * percentile(each.gaps, share):9.1f}" for share in (0.5, 0.99, 1.0))
-        firsts = "".join(f"{1e3 * percentile(each.first_tokens, share):9.0f}" for share in (0.5, 0.99))
-        print(f"{mode:16}{len(each.gaps):5}  {works}{gaps}{len(each.first_tokens):9} {firsts}", flush=True)
-    if "prefill-first" in found:
-        worst = found.pop("prefill-first")
-        for mode, each in found.items():
-            gap, work = (
-                percentile(ours, 0.99) / percentile(theirs, 0.99)
-                for ours, theirs in ((each.gaps, worst.gaps), (each.work, worst.work))
-            )
-            print(f"P99 of {mode} / prefill-first: gap {gap:.3f}, work {work:.3f}")
+            own = await (in_two_engines(flags, mode, name) if serves else half_each(flags, mode, name))
+            measured.add(own)
+            print(row(mode, own, found.get("prefill-first")), flush=True)
+    if flags.turns > 1:
+        print(f"all {flags.turns} turns:")
+        for mode, measured in found.items():
+            print(row(mode, measured, found.get("prefill-first")))
+    print(f"in {time.monotonic() - began:.0f} s; load averages {load_averages()}")
+
+
+def row(mode: str, measured: Measured, worst: Measured | None) -> str:
+    """Return the figures of a mode, beside the worst one."""
+
+    def part(values: list[float], others: list[float], places: int, factor: float = 1.0) -> str:
+        figures = "".join(f"{factor * percentile(values, share):9.{places}f}" for share in (0.5, 0.99, 1.0))
+        return f"{figures}{percentile(values, 0.99) / percentile(others, 0.99) if others else math.nan:6.2f}"
+
+    work = part(measured.work, worst.work if worst else [], 0)
+    gaps = part(measured.gaps, worst.gaps if worst else [], 1, 1e3)
+    firsts = "".join(f"{1e3 * percentile(measured.first_tokens, share):9.0f}" for share in (0.5, 0.99))
+    prompts = f"{len(measured.first_tokens)} of {measured.num_prompts}"
+    return f"{mode:14}{len(measured.gaps):6}{work}{gaps}{prompts:>9} {firsts}"
+
+
+def load_averages() -> str:
+    """Return how much runs on this machine."""
+    return ", ".join(f"{each:.1f}" for each in os.getloadavg())
 
 
 async def away(router: Router, asked: Add) -> tuple[float, list[float]]:
@@ -329,24 +386,37 @@ class Pair(EngineTarget):
 
     latency = 0.0
     """Median time that a lone request is at neither engine, or waits for its blocks, in seconds."""
+    prompt_seconds = 0.0
+    """Time to the first token of a lone prompt, in seconds."""
+
+    def __init__(self, config: EngineConfig, *, prompt: int) -> None:
+        """`prompt` is the number of tokens of the prompt that `prompt_seconds` is of."""
+        super().__init__(config)
+        self._prompt = prompt
 
     def _make_client(self) -> EngineClient:
         return make_replicas(self._config, replicas=2, roles=SPLIT)
 
     async def start(self) -> None:
-        """Start the engines, and measure how long a hand-over takes."""
+        """Start the engines, and measure how long a hand-over and a prompt take."""
         await super().start()
         garbage.freeze()
         assert isinstance(self._client, Router)
         rng = Random(0)
         found = [(await away(self._client, request(f"alone {number}", rng, 64, 8)))[0] for number in range(6)]
         self.latency = median(found[1:])
+        sent = time.monotonic()
+        _, times = await away(self._client, request("prompt", rng, self._prompt, 2))
+        self.prompt_seconds = times[0] - sent
 
 
 async def drive(target: Target, flags: argparse.Namespace) -> Point:
-    """Return the requests of a closed loop."""
+    """Return the requests of a closed loop. How many count, if that is not given, is chosen by what a prompt takes."""
     await target.start()
     try:
+        if isinstance(target, Pair) and flags.requests is None:
+            most = int(SIMULATED_SECONDS / target.prompt_seconds) - 2 * flags.clients  # without those before and after
+            flags.requests = min(max(most, flags.clients), MOST_REQUESTS)
         lengths = Lengths(flags.prompt, flags.generate, room=target.room)
         workload = Independent(lengths, target.vocabulary, 0)
         return await closed_loop(target, workload, clients=flags.clients, requests=flags.requests)
@@ -356,12 +426,15 @@ async def drive(target: Target, flags: argparse.Namespace) -> Point:
 
 def simulate(flags: argparse.Namespace) -> None:
     """Print what a pair with roles does under a load, measured and simulated."""
+    began = time.monotonic()
     config = make_config(flags, enable_prefix_caching=True)
     with tempfile.TemporaryDirectory() as folder:
         asyncio.run(in_two_processes("--calibrate", folder))
         prompts, generation = (load(path) for path in sorted(Path(folder).iterdir()))
-    pair = Pair(config)
+    print(f"cost models were measured in {time.monotonic() - began:.0f} s", flush=True)
+    pair = Pair(config, prompt=flags.prompt)
     measured = asyncio.run(drive(pair, flags))
+    print(f"the pair was measured, in {time.monotonic() - began:.0f} s in all", flush=True)
     machines = [
         Machine(engine=SimulationConfig.of(each, config), role=role)
         for each, role in zip((prompts, generation), SPLIT, strict=True)
@@ -375,8 +448,7 @@ def simulate(flags: argparse.Namespace) -> None:
     simulated = virtual_time.run(drive(SimulatedTarget(deployment), flags))
     print(
         f"{flags.clients} clients, {flags.requests} requests, prompts of {flags.prompt} and answers of "
-        f"{flags.generate} on average; hand-over {1e3 * pair.latency:.1f} ms; load averages "
-        f"{', '.join(f'{each:.1f}' for each in os.getloadavg())}"
+        f"{flags.generate} on average; hand-over {1e3 * pair.latency:.1f} ms; load averages {load_averages()}"
     )
     print("                              measured  simulated  simulated / measured")
     figures: dict[str, Callable[[Point], float]] = {
@@ -405,17 +477,17 @@ def main() -> None:
     parser.add_argument("--only", choices=("gaps", "hand-over", "simulation"))
     parser.add_argument("--mode", action="append", choices=MODES)
     parser.add_argument("--streams", type=int, default=8)
-    parser.add_argument("--prompt", type=int, default=300, help="tokens of a prompt, of gaps and simulation")
+    parser.add_argument("--prompt", type=int, default=200, help="tokens of a prompt, of gaps and simulation")
     parser.add_argument("--interval", type=float, help="seconds between prompts")
     parser.add_argument(
-        "--seconds", type=float, default=24.0, help="seconds for which prompts come, and of calibration"
+        "--seconds", type=float, default=16.0, help="seconds for which prompts come, and of calibration"
     )
     parser.add_argument("--itl", help="target of the mode slo")
     parser.add_argument("--budget", type=int, default=256, help="token budget of a step")
     parser.add_argument("--blocks", type=int, default=800, help="KV blocks of an engine")
     parser.add_argument("--turns", type=int, default=1)
     parser.add_argument("--clients", type=int, default=6, help="of the simulation")
-    parser.add_argument("--requests", type=int, default=24, help="of the simulation")
+    parser.add_argument("--requests", type=int, help="of the simulation (default: by the time of a lone prompt)")
     parser.add_argument("--generate", type=int, default=48, help="tokens of an answer in the simulation")
     for internal in ("--half", "--core", "--name", "--calibrate"):
         parser.add_argument(internal, help=argparse.SUPPRESS)

@@ -1,11 +1,12 @@
 """Kill and stop engines under load: texts are those without a kill, no stream has an error, and how long they pause.
 
-    python -m tests.soak.engine_deaths [--runs N] [--replicas N] [--case CASE] [--body JSON] [SERVE FLAGS ...]
+    python -m tests.soak.engine_deaths [--case CASE] [--runs N] [--first N] [--replicas N] [--body JSON] [FLAGS ...]
 
 In each run 16 streams are read, greedy and random ones, and an engine process gets SIGKILL, with --stop SIGSTOP: once
 all have begun, and the one that is farthest has come to a random part of its answer. `--body` adds fields to all
-requests. The cases of CASES have bodies, flags and models of their own. The exit status is 1 if a text differs or a
-stream had an error, or if fewer than 16 streams ran at a signal.
+requests. The cases of CASES have bodies, flags and models of their own. The moment of a run depends on the case and the
+number of the run alone, so 20 runs can be done in pieces: `--first 5 --runs 5` are the runs 5 to 9. The exit status is
+1 if a text differs or a stream had an error, or if fewer than 16 streams ran at a signal.
 """
 
 from __future__ import annotations
@@ -91,12 +92,13 @@ class Answer:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", type=int, default=20)
+    parser.add_argument("--first", type=int, default=0, help="number of the first run")
     parser.add_argument("--replicas", type=int, default=1)
     parser.add_argument("--case", choices=CASES, default="plain")
     parser.add_argument("--body", type=json.loads, default={})
     parser.add_argument("--stop", action="store_true")
     arguments, flags = parser.parse_known_args()
-    folder, rng = Path(tempfile.mkdtemp(prefix="soak-")), Random(arguments.runs)
+    folder, rng = Path(tempfile.mkdtemp(prefix="soak-")), Random(0)
     number = signal.SIGSTOP if arguments.stop else signal.SIGKILL
     of_case, fields = CASES[arguments.case](folder)
     bodies = [make_body(rng, seed, fields | arguments.body) for seed in range(STREAMS)]
@@ -112,10 +114,11 @@ def main() -> None:
         if failed := [answer.error for answer in whole if answer.error]:
             sys.exit(f"without a signal: {failed[0]}")
         usual = [answer.longest_gap for answer in whole]
-        for run in range(arguments.runs):
+        for run in range(arguments.first, arguments.first + arguments.runs):
             while len(children(server.process.pid)) < arguments.replicas or http.get("/ready").status_code != 200:
                 time.sleep(0.05)
-            kill = Signal(server, number, [len(answer.times) for answer in whole], rng.uniform(0.02, LATEST))
+            share = Random(f"{arguments.case} {run}").uniform(0.02, LATEST)
+            kill = Signal(server, number, [len(answer.times) for answer in whole], share)
             answers = stream_all(http, bodies, kill)
             same = [a.text == b.text and not a.error for a, b in zip(answers, whole, strict=True)]
             equal += sum(same)
