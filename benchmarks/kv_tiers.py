@@ -105,7 +105,7 @@ def move(arguments: argparse.Namespace, settings: dict[str, Any]) -> None:
     results: dict[str, Any] = {}
     computed = timed(lambda: results.update(first=run(first, "first", prompt, 1)))
     assert first.tiers is not None and second.tiers is not None and isinstance(second.executor, Executor)
-    first.tiers._written.wait()
+    first.tiers.wait_until_written(600.0)
     fetched = timed(lambda: results.update(second=run(second, "second", prompt, 1)))
     assert results["first"][0] == results["second"][0], "another token"
     count, cache = second.tiers.stats.num_fetched, second.executor.kv_cache
@@ -153,7 +153,7 @@ def peer(arguments: argparse.Namespace, settings: dict[str, Any]) -> None:
     results: dict[str, Any] = {}
     computed = timed(lambda: results.update(first=run(first, "first", prompt, 1)))
     assert first.tiers is not None
-    first.tiers._written.wait()
+    first.tiers.wait_until_written(600.0)
     block_bytes, size, tier = first.tiers.block_bytes, model.plan.block_size, first.tiers._tiers[0].file
     names = list[bytes]()
     first.allocator.name_blocks(tuple(prompt), names, len(prompt) // size, salt="")

@@ -17,7 +17,7 @@ from llguidance import LLMatcher
 from splitfuse.config import EngineConfig, parse_adapter
 from splitfuse.core.events import PhasesEntered, RequestFinished, StepRecord
 from splitfuse.core.kv.fetch_queue import FetchQueue
-from splitfuse.core.kv.fetching import FIRST_BANDWIDTH, WAITING_SHARE, Fetching
+from splitfuse.core.kv.fetching import FIRST_BANDWIDTH, WAITING_SHARE, Fetch, Fetching
 from splitfuse.core.kv.loans import KvLoan
 from splitfuse.core.limits import EngineLimits, blocks_needed
 from splitfuse.core.plan import ChunkResult, StepPlan, StepResult
@@ -67,13 +67,19 @@ HOLD_SECONDS = 0.01
 NOT_LENT = "the engine that was to lend to it did not"
 """Reason why a request with a loan cannot begin at its engine."""
 
-MOVING_SHARE = 1 / 8
-"""Fraction of the time of a step that copying blocks of requests which move may take, of one on its way out and of all
-on their way in.
+MOVING_SHARE = 1 / 16
+"""Fraction of the time of a step that copying blocks of requests which move may take: of all on their way out, and of
+all on their way in. Reading and writing them takes threads of the same cores as long again, or longer.
 """
+IDLE_SECONDS = 0.004
+"""The same time where no request runs, in seconds: one may come meanwhile."""
 TIME_TO_WRITE = 0.01
 """Longest wait for blocks that go ahead of a request which leaves, in seconds."""
-FEWEST_MOVED = 16
+WORTH_A_STEP = 1 / 2
+"""Fraction of the time of a step for which others wait for blocks of requests that come from another engine, which
+would else wait for the whole of it.
+"""
+FEWEST_MOVED = 4
 """Number of blocks that are copied at a time, whatever time they take."""
 
 logger = logging.getLogger(__name__)
@@ -161,6 +167,7 @@ class Engine:
         """Plans that are not back, the first of which runs: what was submitted, or failed to be; None: it must be."""
         self._num_broken_steps = 0
         self._held: dict[str, tuple[Add, Future[LLMatcher]]] = {}
+        self._to_export: dict[str, int] = {}  # how many blocks others want of requests, in the order of asking
         self._exporting: dict[str, tuple[bytes, ...]] = {}  # names of blocks that are to be saved, by request
         self._exported: dict[str, int] = {}
         self.lender: Lender | None = None
@@ -530,11 +537,7 @@ class Engine:
     def export(self, command: Export) -> None:
         """Have blocks of a request laid ready for another engine: `take_exported` tells when they are there."""
         assert self.tiers is not None, "blocks go to tiers"
-        most = self._movable_blocks(self.tiers)
-        if names := self.scheduler.requests.save_blocks(command.request_id, command.num_blocks, most):
-            self._exporting[command.request_id] = tuple(names)
-        else:
-            self._exported[command.request_id] = 0
+        self._to_export[command.request_id] = command.num_blocks
 
     @guarded
     def prefetch(self, command: Prefetch) -> bool:
@@ -686,15 +689,28 @@ class Engine:
         """Return the next step, with the KV blocks that have arrived. Raises PlanningError."""
         if self.tiers is not None and (fetches := self.scheduler.fetches) is not None:
             self._take_answers(self.tiers, fetches)
+            if self._to_export:
+                self._export_more(self._movable_blocks(self.tiers))
             if fetches.ahead.is_busy:
-                fetches.ahead.most_at_once = self._movable_blocks(self.tiers)
+                fetches.ahead.most_at_once = self._landable_blocks(self.tiers)
             if asked := fetches.take(time.monotonic()):
-                for fetch in asked:
-                    self.tiers.ask(fetch)
+                self._ask(asked, self.tiers, fetches)
                 if self.scheduler.queue.fetching:
                     self.tiers.wait(WAITING_SHARE * self._step_seconds)  # else they wait for the whole step
                 self._take_answers(self.tiers, fetches)
         return self.scheduler.schedule(time.monotonic())
+
+    def _ask(self, asked: Sequence[Fetch], tiers: Tiers, fetches: FetchQueue) -> None:
+        """Ask for blocks, but read those at once that a request has left at another engine, so that it is in the next
+        step: its client waits.
+        """
+        left = WORTH_A_STEP * self._step_seconds
+        for fetch in asked:
+            if fetch.has_moved and (seconds := tiers.seconds_in_memory(fetch)) <= left:
+                left -= seconds
+                fetches.arrived(fetch.number, tiers.read_at_once(fetch), time.monotonic())
+            else:
+                tiers.ask(fetch)
 
     def _save_rest(self) -> None:
         """Save the blocks of which no plan has said so, while nothing is in flight."""
@@ -702,10 +718,36 @@ class Engine:
         self.executor.save(self.allocator.take_saves())
 
     def _movable_blocks(self, tiers: Tiers) -> int:
-        """Return how many blocks may be copied for requests that move: as many as there are if nothing else runs."""
-        if not self.scheduler.queue.running:
-            return tiers.num_slots
-        return max(int(MOVING_SHARE * self._step_seconds * FIRST_BANDWIDTH / tiers.block_bytes), FEWEST_MOVED)
+        """Return how many blocks may be copied at a time for requests that move."""
+        seconds = MOVING_SHARE * self._step_seconds if self.scheduler.queue.running else IDLE_SECONDS
+        return max(int(seconds * FIRST_BANDWIDTH / tiers.block_bytes), FEWEST_MOVED)
+
+    def _landable_blocks(self, tiers: Tiers) -> int:
+        """Return how many blocks may be on their way here for requests that will come: only as far as there is memory
+        for them, and for others, so that no step waits for it.
+        """
+        most = self._movable_blocks(tiers)
+        if not isinstance(self.executor, Executor) or (room := self.executor.num_ready) >= most:
+            return most
+        if self.scheduler.queue.running:
+            return room
+        self.executor.have_memory(most)
+        return most
+
+    def _export_more(self, most: int) -> None:
+        """Save some more blocks of requests that will move, at most so many with the next plan."""
+        for request_id, num_blocks in list(self._to_export.items()):
+            request = self.scheduler.get(request_id)
+            before = 0 if request is None else request.kv.num_saved_blocks
+            names = self.scheduler.requests.save_blocks(request_id, num_blocks, most)
+            if names:
+                self._exporting[request_id] = tuple(names)
+            else:
+                self._exported[request_id] = 0
+            most -= len(names) - before
+            if most == 0:
+                return
+            del self._to_export[request_id]
 
     def _save_departing(self) -> None:
         """Save the blocks of requests that have left, before others write to them: the leading ones, for which there is
@@ -713,8 +755,9 @@ class Engine:
         """
         saves = self.scheduler.requests.take_departing()
         if saves and self.tiers is not None and isinstance(self.executor, Executor):
-            self.executor.save(saves[: self.tiers.num_export_slots], at_once=True)
-            self.tiers.wait_until_written(TIME_TO_WRITE)
+            saves = saves[: self.tiers.num_export_slots]
+            self.executor.save(saves, at_once=True)
+            self.tiers.wait_until_written(TIME_TO_WRITE, {save.before for save in saves})
 
     def _save_ahead(self, outputs: Sequence[RequestOutput]) -> None:
         """Save what was computed for requests that will leave after their first token."""

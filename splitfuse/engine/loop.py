@@ -13,7 +13,7 @@ from typing import Any
 
 from splitfuse.core.events import StepRecord, StepScheduled
 from splitfuse.core.plan import DraftKind, StepPlan
-from splitfuse.core.request_output import RequestOutput
+from splitfuse.core.request_output import FinishReason, RequestOutput
 from splitfuse.engine.engine import Engine, rejection
 from splitfuse.engine.messages import (
     AdapterLoaded,
@@ -131,6 +131,10 @@ class EngineLoop:
             self._engine.estimate_budget()  # only now that it is ready: the start takes no longer for it
             while not self._stopped:
                 outputs = self._take_commands()
+                if any(output.finish_reason is FinishReason.MOVED for output in outputs):
+                    # Another engine is to go on with them, and not only after the next step of this one.
+                    self._report(StepReport(tuple(outputs), self._stats_now()))
+                    outputs = []
                 if self._engine.has_unfinished and not self._stopped:
                     self._step_began = time.monotonic()
                     outputs += self._engine.step(isolate=True, before_planning=self._take_commands_ahead)

@@ -17,10 +17,10 @@ from splitfuse.engine.client import LocalClient
 from splitfuse.engine.messages import Add
 from splitfuse.engine.stream import Stream
 
-MOVES_AT_ONCE = 4
+MOVES_AT_ONCE = 2
 """Number of requests whose blocks are on their way from an engine at a time."""
-STAGE_SECONDS = 2.0
-"""Longest time that blocks may take to be laid ready, or to be fetched, in seconds."""
+STAGE_SECONDS = 10.0
+"""Longest time that blocks may take to be laid ready, or to be fetched, in seconds: the request goes on meanwhile."""
 NEWEST_BLOCKS = 1
 """Number of full blocks that are left for the end: at least one may fill up meanwhile."""
 MOST_RECEIVERS = 3

@@ -8,11 +8,13 @@ or lies costs what would have been saved, no more.
 from __future__ import annotations
 
 import logging
+import math
 import queue
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -41,6 +43,8 @@ from splitfuse.engine.remote.peers import Peers
 from splitfuse.engine.tier_files import TierFiles
 from splitfuse.errors import ConfigError
 
+MEMORY_TIER = "kv_memory_tier"
+"""Name of the tier in memory."""
 TIME_TO_FLUSH = 3.0
 """Longest time that the end of an engine waits for what is to be written, in seconds."""
 TIME_TO_END = 0.5
@@ -97,7 +101,7 @@ class Tiers:
         first = block_bytes / FIRST_BANDWIDTH
         self._tiers = [_Tier(name, file, BlockSeconds(first)) for name, file in files.items()]
         self.stats = TierStats(num_dropped=sum(file.num_foreign for file in files.values()))
-        self._lock = threading.Lock()  # of what follows
+        self._lock = threading.Condition()  # of what follows, which tells when something was written
         self._staging: set[bytes] = set()
         self._most_staged = places(staged_bytes, block_bytes)
         self._buffers: list[npt.NDArray[np.uint8]] = []
@@ -107,8 +111,6 @@ class Tiers:
         self._to_read: queue.SimpleQueue[Fetch | None] = queue.SimpleQueue()
         self._answers: queue.SimpleQueue[Answer] = queue.SimpleQueue()
         self._arrived = threading.Event()
-        self._written = threading.Event()
-        self._written.set()
         self._threads = [
             threading.Thread(target=work, name=f"kv-tiers{work.__name__}", daemon=True)
             for work in (self._write_all, self._read_all)
@@ -145,12 +147,18 @@ class Tiers:
             return
         with self._lock:
             self._staging.add(save.name)
-            self._written.clear()
         self._to_write.put(_Staged(save, data))
 
-    def wait_until_written(self, seconds: float) -> None:
-        """Wait for what is to be written, at most for so long."""
-        self._written.wait(seconds)
+    def wait_until_written(self, seconds: float, names: Collection[bytes] | None = None) -> bool:
+        """Wait for blocks of these names that are to be written, or for all, at most for so long. Returns whether none
+        of them is still to be.
+        """
+
+        def is_done() -> bool:
+            return not self._staging if names is None else self._staging.isdisjoint(names)
+
+        with self._lock:
+            return self._lock.wait_for(is_done, seconds)
 
     def num_written(self, names: Sequence[bytes]) -> int:
         """Return how many leading blocks of these names have been written, in their order; the first of them may have
@@ -166,8 +174,7 @@ class Tiers:
             with self._lock:
                 self._staging.discard(save.name)
                 self._buffers.append(staged.data)
-                if not self._staging:
-                    self._written.set()
+                self._lock.notify_all()
 
     def _write(self, tier: _Tier, staged: _Staged) -> None:
         save = staged.save
@@ -219,6 +226,17 @@ class Tiers:
         self._fetches[fetch.number] = time.monotonic() + fetch.seconds
         self._to_read.put(fetch)
 
+    def seconds_in_memory(self, fetch: Fetch) -> float:
+        """Return how long it takes to read the blocks of a fetch from memory; infinity if they are not all there."""
+        first = self._tiers[0]
+        if first.name != MEMORY_TIER or not all(name in first.file for name in fetch.names):
+            return math.inf
+        return len(fetch.names) * first.block_seconds.at(time.monotonic())
+
+    def read_at_once(self, fetch: Fetch) -> list[Frame]:
+        """Return the answer to a fetch that was not asked for: the leading blocks that are there and intact."""
+        return self._read(fetch.names, lambda: True)
+
     def answers(self) -> list[tuple[int, list[Frame]]]:
         """Return the answers that have come, by the number of the fetch, and empty ones to those whose time is over."""
         self._arrived.clear()
@@ -253,7 +271,7 @@ class Tiers:
             if until is None:
                 continue
             self._reading_until = until
-            frames = self._read(fetch)
+            frames = self._read(fetch.names, partial(self._fetches.__contains__, fetch.number))
             self._reading_until = 0.0
             if len(frames) == len(fetch.names) or not self._ask_peer(fetch, frames, until):
                 self._answer(fetch, frames)
@@ -272,11 +290,11 @@ class Tiers:
             self.peers.ask(source, fetch, len(frames), until, lambda more: self._answer(fetch, frames + more))
         return bool(found.num_blocks)
 
-    def _read(self, fetch: Fetch) -> list[Frame]:
-        """Return the leading blocks that are there and intact."""
+    def _read(self, names: Sequence[bytes], is_wanted: Callable[[], bool]) -> list[Frame]:
+        """Return the leading blocks that are there and intact, as long as they are wanted."""
         frames: list[Frame] = []
-        for name in fetch.names:
-            if fetch.number not in self._fetches or (frame := self.read(name)) is None:
+        for name in names:
+            if not is_wanted() or (frame := self.read(name)) is None:
                 break
             frames.append(frame)
         for tier in self._tiers:
@@ -334,7 +352,7 @@ class Tiers:
         """Write what was to be saved, as far as there is time, and end. Returns False if a file hangs, which must stay
         open: its descriptor is still used.
         """
-        self._written.wait(TIME_TO_FLUSH)
+        self.wait_until_written(TIME_TO_FLUSH)
         self._fetches.clear()
         self._to_write.put(None)
         self._to_read.put(None)
@@ -364,7 +382,7 @@ def make_tiers(
                 "KV does not move with requests: a block has %d bytes, and there is memory for few", block_bytes
             )
             return None
-    kinds = {"kv_memory_tier": (files.memory, most if files.for_moves else cache.memory_tier_bytes)}
+    kinds = {MEMORY_TIER: (files.memory, most if files.for_moves else cache.memory_tier_bytes)}
     if cache.kv_disk_tier is not None:
         kinds["kv_disk_tier"] = files.disk, parse_disk_tier(cache.kv_disk_tier)[1]
     sizes = {"block_bytes": block_bytes, "block_size": block_size, "part": files.part, "num_parts": files.num_parts}

@@ -175,6 +175,18 @@ class Executor:
         for land in lands:
             assert self.inbox is not None, "blocks land where an inbox has them"
             self.kv_cache.write_block(land.block, torch.from_numpy(self.inbox[land.number]))
+        self._ahead.use(max((land.block for land in lands), default=-1))
+
+    @property
+    def num_ready(self) -> int:
+        """Return how many blocks could be used beyond those that are: there is memory, not reserved for running
+        requests.
+        """
+        return self._ahead.num_ready
+
+    def have_memory(self, num_blocks: int) -> None:
+        """Ask for the memory of so many more blocks, while no step runs."""
+        self._ahead.have(num_blocks)
 
     def _deposit(self, chunks: Sequence[Chunk]) -> set[str]:
         """Give creditors the blocks that they are to hold. Returns the ids of the requests whose loan is lost."""
@@ -219,7 +231,8 @@ class Executor:
             progress.begun.set()
             progress.layers_done.set()
         tables = [chunk.block_table for chunk in handle.plan.chunks if chunk.block_table]
-        self._ahead.follow(max((table[-1] for table in tables), default=-1), time.monotonic() - began)
+        self._ahead.use(max((table[-1] for table in tables), default=-1))
+        self._ahead.follow(time.monotonic() - began)
 
     def hidden(self, chunks: Sequence[Chunk]) -> Tensor:
         """Run one forward step; return final hidden states [sum of num_logits, hidden], in the order of the chunks."""

@@ -198,7 +198,7 @@ def test_an_engine_fetches_what_its_simulation_fetches(tmp_path_factory: pytest.
             engine.add_request(f"{number}", text, SamplingParams(max_tokens=1))
             while engine.has_unfinished:
                 engine.step()
-            assert engine.tiers is not None and engine.tiers._written.wait(10)
+            assert engine.tiers is not None and engine.tiers.wait_until_written(10)
         block_bytes = engine.tiers.block_bytes
     finally:
         engine.close()

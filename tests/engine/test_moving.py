@@ -22,7 +22,8 @@ from splitfuse.core.request_output import FinishReason
 from splitfuse.core.sampling_params import SamplingParams
 from splitfuse.core.scheduling_options import SchedulingOptions
 from splitfuse.engine.engine import Engine
-from splitfuse.engine.messages import Add, Export, Finish, Prefetch, ResumePoint
+from splitfuse.engine.loop import EngineLoop
+from splitfuse.engine.messages import Add, Export, Finish, Prefetch, ResumePoint, Stop
 from splitfuse.engine.thread import AsyncEngine
 from splitfuse.engine.tier_files import open_tiers
 from splitfuse.runtime.loading import load_model
@@ -189,6 +190,70 @@ def test_blocks_are_fetched_ahead_while_the_old_engine_goes_on(engines: list[Eng
     rest = run(second, [resumed(request, tokens, first)])["0"]
     assert tokens + rest == whole
     assert second.tiers.stats.num_fetched <= len(names) + 3, "the newest alone came at the end"
+
+
+def test_a_step_saves_a_few_blocks_of_all_that_move(engines: list[Engine], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("splitfuse.engine.engine.MOVING_SHARE", 0.0)
+    first, *_ = make(engines)
+    wanted = [
+        msgspec.structs.replace(each, prompt_token_ids=tuple(Random(n).randrange(5, 700) for _ in range(300)))
+        for n, each in enumerate(requests(3, max_tokens=60))
+    ]
+    for request in wanted:
+        first.add(request)
+    while first.scheduler.queue.waiting or any(not r.output_token_ids for r in first.scheduler.queue.running):
+        first.step(isolate=True)
+    saved: list[int] = []
+    first.events.subscribe(StepScheduled, lambda step: saved.append(len(step.plan.saves)))
+    for request in wanted:
+        first.export(Export(request.request_id, 9))
+    exported: dict[str, int] = {}
+    while exported != dict.fromkeys("012", 9):
+        assert first.has_unfinished
+        first.step(isolate=True)
+        exported |= first.take_exported()
+    assert max(saved) == 4 and sum(saved) == 27
+
+
+def test_what_has_moved_is_in_the_next_step(engines: list[Engine]) -> None:
+    """Others wait until its newest blocks are read, since it would wait for the whole step."""
+    first, second, _ = make(engines)
+    other, request = requests(2)
+    tokens = run(first, [request], until=20)[request.request_id]
+    second.add(msgspec.structs.replace(other, request_id="other"))
+    second.step(isolate=True)
+    second._step_seconds = PATIENCE
+    plans: list[list[str]] = []
+    second.events.subscribe(StepScheduled, lambda step: plans.append(step.plan.request_ids))
+    assert second.tiers is not None
+    second.add(resumed(request, tokens, first))
+    while not any(request.request_id in ids for ids in plans):
+        second._step_seconds = PATIENCE
+        second.step(isolate=True)
+        assert not second.tiers.is_asked
+    assert len(plans) == 1
+
+
+def test_what_leaves_between_two_steps_is_reported_at_once(engines: list[Engine]) -> None:
+    first, *_ = make(engines)
+    first.executor.keeps_plans = False
+    reports: list[tuple[int, list[tuple[str, FinishReason | None]]]] = []
+
+    def report(said: Any) -> None:
+        outputs = [(output.request_id, output.finish_reason) for output in said.outputs]
+        reports.append((said.stats.num_steps, outputs))
+        if len(reports) == 1:
+            loop.commands.put(Finish("0", FinishReason.MOVED))
+        if len(reports) == 3:
+            loop.commands.put(Stop())
+
+    loop = EngineLoop(first, report)
+    for request in requests(2):
+        loop.commands.put(request)
+    loop.run()
+    (steps, _), (steps_then, left), (steps_later, others) = reports
+    assert left == [("0", FinishReason.MOVED)] and steps_then == steps
+    assert others == [("1", None)] and steps_later == steps + 1
 
 
 @pytest.mark.parametrize("moves_bytes", [2**26, 2**21], ids=["roomy", "narrow"])

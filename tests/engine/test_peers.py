@@ -124,7 +124,7 @@ class Pair:
                 tokens += output.token_ids
                 cached = max(cached, output.num_cached_tokens)
                 check_scheduler(engine.scheduler)
-        assert engine.tiers is not None and engine.tiers._written.wait(10)
+        assert engine.tiers is not None and engine.tiers.wait_until_written(10)
         return tokens, cached
 
     def close(self) -> None:

@@ -58,22 +58,55 @@ class Cache:
 
 
 def test_pieces_come_one_after_the_other_up_to_some_bytes_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(memory_ahead, "AHEAD_BYTES", 3 * PIECE_BYTES)  # four blocks
+    monkeypatch.setattr(memory_ahead, "AHEAD_BYTES", 3 * PIECE_BYTES)  # four blocks, of which two are reserved
     cache = Cache()
     ahead = MemoryAhead(cache)  # type: ignore[arg-type]
     for step in range(1, 6):
-        ahead.follow(0, 0.0)
-        assert len(cache.had) == min(step, 5), "one a step: those of blocks 0, 2 and 4"
-    assert [first for first, *_ in cache.had] == [0, 0, 2, 4, 4]
-    ahead.follow(9, 1e9)
+        ahead.follow(0.0)
+        assert len(cache.had) == min(step, 3), "one a step, without time only what is reserved"
+    assert [first for first, *_ in cache.had] == [0, 0, 2]
+    ahead.follow(1e9)
+    assert [first for first, *_ in cache.had[3:]] == [4, 4]
+    ahead.use(9)
+    ahead.follow(1e9)
     assert [first for first, *_ in cache.had[5:]] == [6, 8, 8, 10], "a long step leaves time for all"
-    ahead.follow(11, 1e9)
+    ahead.use(11)
+    ahead.follow(1e9)
     assert len(cache.had) == 9
+
+
+def test_a_piece_that_took_long_is_owed_by_the_steps_that_follow(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory_ahead, "AHEAD_BYTES", 6 * PIECE_BYTES)  # eight blocks, of which four are reserved
+    now = [0.0]
+    monkeypatch.setattr(memory_ahead.time, "monotonic", lambda: now[0])
+    cache = Cache()
+    ahead = MemoryAhead(cache)  # type: ignore[arg-type]
+    ahead.have(0)
+    assert [first for first, *_ in cache.had] == [0, 0, 2, 4, 4]
+    had = cache.have
+    monkeypatch.setattr(cache, "have", lambda piece: (now.__setitem__(0, now[0] + 1.0), had(piece))[1])
+    counts = []
+    for _ in range(12):
+        ahead.follow(2.0)  # of which a fourth of a second is allowed
+        counts.append(len(cache.had) - 5)
+    assert counts == [1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3]
+
+
+def test_others_may_have_what_is_there_beyond_what_is_reserved(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory_ahead, "AHEAD_BYTES", 3 * PIECE_BYTES)
+    ahead = MemoryAhead(Cache())  # type: ignore[arg-type]
+    assert ahead.num_ready == 0
+    ahead.have(3)
+    assert ahead.num_ready == 3, "blocks 1 to 3, and 4 and 5 are reserved"
+    ahead.use(2)
+    assert ahead.num_ready == 1
+    ahead.have(100)
+    assert ahead.num_ready > 100, "all of it is there"
 
 
 def test_it_ends_where_memory_cannot_be_asked_for() -> None:
     cache = Cache(can=False)
     ahead = MemoryAhead(cache)  # type: ignore[arg-type]
     for _ in range(3):
-        ahead.follow(0, 1e9)
+        ahead.follow(1e9)
     assert len(cache.had) == 1

@@ -76,6 +76,7 @@ class Fetch(NamedTuple):
     token_ids: tuple[tuple[int, ...], ...]  # of each block; the last one may have fewer than a whole one
     seconds: float  # after which it is to be given up
     sources: tuple[str, ...] = ()  # see Request.block_sources
+    has_moved: bool = False  # whether its request has left another engine, with a client that waits
 
     def matching(self, frames: Iterable[Frame]) -> list[Frame]:
         """Return the leading frames that are, by name and tokens, the blocks that were asked for."""
@@ -215,7 +216,8 @@ class Fetching:
             longest = min(longest, seconds)
             if found.seconds >= longest:
                 return None
-        return self.reserve(request_id, first, names[:num_blocks], token_ids[:num_blocks], longest, sources)
+        fetch = self.reserve(request_id, first, names[:num_blocks], token_ids[:num_blocks], longest, sources)
+        return fetch._replace(has_moved=has_moved)
 
     def reserve(
         self,

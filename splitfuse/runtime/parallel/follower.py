@@ -103,7 +103,8 @@ class RankExecutor:
             self._follow()
 
     def _follow(self) -> None:
-        self._ahead.follow(self._last_block, self._seconds)
+        self._ahead.use(self._last_block)
+        self._ahead.follow(self._seconds)
         self._seconds = 0.0
 
 
