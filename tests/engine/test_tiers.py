@@ -28,13 +28,14 @@ from splitfuse.core.limits import EngineLimits
 from splitfuse.core.plan import Logprobs
 from splitfuse.core.replica_view import ReplicaView
 from splitfuse.core.request_output import RequestOutput
+from splitfuse.core.routing import expected_tokens
 from splitfuse.core.sampling_params import SamplingParams
 from splitfuse.engine.block_file import BlockFile
 from splitfuse.engine.client import EngineState
 from splitfuse.engine.engine import Engine
 from splitfuse.engine.messages import Add
 from splitfuse.engine.ragged import RaggedEngine
-from splitfuse.engine.router import _accepts, _candidate
+from splitfuse.engine.router import _accepts
 from splitfuse.engine.tier_files import open_tiers
 from splitfuse.errors import ConfigError, EngineUnavailableError, InvalidRequestError
 from splitfuse.runtime.loading import load_model
@@ -275,7 +276,7 @@ def test_a_router_counts_what_replicas_can_fetch() -> None:
     names = [bytes([number]) * 16 for number in range(4)]
 
     def cached(shared: int) -> int:
-        return _candidate(replica, names, shared).cached
+        return expected_tokens(view.memory.cached_tokens(names), shared)
 
     assert (cached(0), cached(128)) == (0, 124)
     view.memory.add(names[:2])
