@@ -64,8 +64,9 @@ class Cells:
 
     def choose(self, prefixes: Sequence[Prefix], seconds: float, *, without: Collection[str] = ()) -> str:
         """Return the cell, other than those of `without`, for a request that takes a replica so many seconds if nothing
-        of it is cached, and count it there until the cell's next report. `prefixes` are one or more beginnings of its
-        prompt, the shortest first. Raises EngineUnavailableError if no cell is left.
+        of it is cached, and count all of these there until the cell's next report, so that a popular beginning does not
+        fill one cell meanwhile. `prefixes` are one or more beginnings of its prompt, the shortest first. Raises
+        EngineUnavailableError if no cell is left.
         """
         loads = (
             self._loads if not without else {name: each for name, each in self._loads.items() if name not in without}
@@ -88,7 +89,7 @@ class Cells:
             self._sent.move_to_end(prefix.name)
         while len(self._sent) > MOST_NAMES:
             self._sent.popitem(last=False)
-        self._loads[best] += takes[best] / self._sizes[best]
+        self._loads[best] += seconds / self._sizes[best]
         return best
 
     def _order(self, key: bytes) -> Iterator[str]:

@@ -34,13 +34,13 @@ def test_a_prompt_stays_in_its_cell_until_that_has_more_to_do_than_it_saves() ->
 def test_a_cell_that_is_lost_moves_its_own_prompts_only() -> None:
     keys = [f"{number}" for number in range(500)]
     cells = make()
-    homes = {key: cells.choose(prefix(key), 0.5) for key in keys}
+    homes = {key: cells.choose(prefix(key, 0.0), 0.0) for key in keys}
     cells.report("c3", None)
-    after = {key: cells.choose(prefix(key), 0.5) for key in keys}
+    after = {key: cells.choose(prefix(key, 0.0), 0.0) for key in keys}
     assert all(after[key] == homes[key] for key in keys if homes[key] != "c3")
     assert len({after[key] for key in keys if homes[key] == "c3"}) > 3
     again = make()
-    assert {key: again.choose(prefix(key), 0.5) for key in keys} == homes, "another gateway chooses the same"
+    assert {key: again.choose(prefix(key, 0.0), 0.0) for key in keys} == homes, "another gateway chooses the same"
 
 
 def test_a_loaded_cell_gives_to_the_less_loaded_of_two() -> None:
