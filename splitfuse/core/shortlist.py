@@ -89,17 +89,22 @@ class Shortlist:
         return found
 
     def _least_loaded(self, accepts: Callable[[int], bool], now: float) -> list[int]:
-        """Return the least loaded of the replicas at the top of the heap, and correct the places of all of these."""
+        """Return the least loaded that accept, of those at the top of the heap, and correct the places of all."""
         looked_at: dict[int, float] = {}
         while self._heap and len(looked_at) < MOST_TRIES:
             _, number = heapq.heappop(self._heap)
             self._in_heap.remove(number)
             if number < len(self._views) and (view := self._views[number]) is not None:
                 looked_at[number] = now + view.load(now)
-        accepting = [number for number in looked_at if accepts(number)]
-        for number, done_at in looked_at.items():
-            self._push(number, done_at if number in accepting else done_at + LATER)
-        return sorted(accepting, key=looked_at.__getitem__)[:NUM_LEAST_LOADED]
+        found: list[int] = []
+        for number in sorted(looked_at, key=looked_at.__getitem__):
+            if len(found) < NUM_LEAST_LOADED:
+                if accepts(number):
+                    found.append(number)
+                else:
+                    looked_at[number] += LATER
+            self._push(number, looked_at[number])
+        return found
 
     def _push(self, number: int, done_at: float) -> None:
         self._in_heap.add(number)
