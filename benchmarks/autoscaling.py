@@ -30,7 +30,7 @@ from splitfuse.bench import metrics
 from splitfuse.bench.results import MeasuredRequest
 from splitfuse.bench.workload import LoadRequest
 from splitfuse.config import SchedulerConfig
-from splitfuse.core.capacity import IN_TIME, PART, Arrival, replicas_needed
+from splitfuse.core.capacity import PART, WANTED_IN_TIME, Arrival, replicas_needed
 from splitfuse.core.request import Request
 from splitfuse.core.sampling_params import SamplingParams
 from splitfuse.core.scheduling_options import SchedulingOptions
@@ -312,7 +312,7 @@ def main() -> None:
     parser.add_argument("--start-seconds", type=float, default=60.0)
     parser.add_argument("--check-seconds", type=float, default=10.0)
     parser.add_argument("--window", type=float, default=300.0)
-    parser.add_argument("--in-time", type=float, default=IN_TIME)
+    parser.add_argument("--in-time", type=float, default=WANTED_IN_TIME)
     parser.add_argument("--every", type=int, default=12)
     parser.add_argument("--full", action="store_true", help="simulate full replicas, steps and all")
     parser.add_argument("--replicas", default="", help="numbers of replicas, separated by commas")

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from splitfuse.bench.target import Answer
 from splitfuse.bench.workload import LoadRequest
-from splitfuse.core.capacity import IN_TIME, WINDOW, Arrival, replicas_wanted
+from splitfuse.core.capacity import WANTED_IN_TIME, WINDOW, Arrival, replicas_wanted
 from splitfuse.core.slo.cost_model import StepTimes
 from splitfuse.core.slo.targets import SloTargets
 from splitfuse.errors import ConfigError
@@ -33,7 +33,7 @@ class Autoscaling:
     check_seconds: float = 10.0
     """Seconds from one count of the replicas that are needed to the next."""
     window: float = WINDOW
-    in_time: float = IN_TIME
+    in_time: float = WANTED_IN_TIME
 
     def __post_init__(self) -> None:
         if not 1 <= self.least <= self.most:
