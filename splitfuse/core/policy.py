@@ -61,8 +61,8 @@ class SchedulingPolicy(ABC):
 
     def compose(self, step: StepBuilder) -> None:
         """Compose a step by Dynamic SplitFuse: grant each claim in order as many tokens as fit, until a budget or the
-        blocks run out. Waiting requests are started in the order of their claims, until one does not
-        fit: none overtakes it.
+        blocks run out. Waiting requests of a tier are started in the order of their claims, until one does not fit:
+        none of its tier overtakes it. Another tier may have more time.
         """
         oldest = step.start_oldest()
         order = self.order(step.queue.running, step.queue.waiting, now=step.now)
@@ -70,9 +70,9 @@ class SchedulingPolicy(ABC):
             step.raise_budget()
         if oldest is not None and oldest.num_unscheduled:
             step.reserve(order.tail_share, at_most=oldest.num_unscheduled)
-        waiting, starts = set(step.queue.waiting), True
+        waiting = set(step.queue.waiting)
         for tier in order.tiers:
-            step.max_seconds = tier.max_seconds
+            step.max_seconds, starts = tier.max_seconds, True
             for request in tier.claims:
                 if request not in waiting:
                     step.grant(request)

@@ -16,6 +16,7 @@ from splitfuse.config import MAX_TARGET, MIN_TARGET, TAIL_SHARE, SchedulerConfig
 from splitfuse.core.kv.block_allocator import BlockAllocator
 from splitfuse.core.kv.fetching import Fetching, Found, Frame, Inbox
 from splitfuse.core.kv.names import BlockNamer
+from splitfuse.core.policy import Tier
 from splitfuse.core.request import Request, RequestStatus
 from splitfuse.core.sampling_params import SamplingParams
 from splitfuse.core.scheduler import Scheduler
@@ -258,6 +259,31 @@ def test_a_prompt_at_risk_is_not_given_up_unless_another_is_in_time() -> None:
     late.turn = risky.turn = safe.turn = 9.0
     assert names(make_policy().order([], [late, risky], now=0.002)) == ([], ["risky", "late"])
     assert names(make_policy().order([], [late, risky, safe], now=0.002)) == ([], ["safe", "late", "risky"])
+
+
+def test_the_share_of_the_late_comes_on_top_of_the_floor() -> None:
+    """A step of few decodes takes its floor, though their tokens alone would take less."""
+    predictor = LatencyPredictor(CostModel(floor=0.03, per_token=5e-5, knee=2000.0, per_token_beyond=5e-5))
+    policy = DeadlinePolicy(predictor, token_budget=2048)
+    late, prompt = request("late", 100, SloTargets(0.01)), request("p", 200, SloTargets(1.0), arrival_time=4.99)
+    order = policy.order([decode("d", 0.25, token_at=4.98)], [late, prompt], now=5.0)
+    assert [[each.request_id for each in tier.claims] for tier in order.tiers] == [["d"], ["late"], ["p"], []]
+    decodes = StepFeatures().plus(start=10, count=1, rows=1)
+    assert predictor.tokens_within(order.tiers[1].max_seconds, decodes, start=0, most=100, rows=1) > 0
+
+
+def test_a_prompt_without_time_in_its_tier_keeps_no_other_tier_from_starting() -> None:
+    class Tight(Fcfs):
+        predictor = LatencyPredictor(COST)
+
+        def order(self, running: Sequence[Request], waiting: Sequence[Request], *, now: float) -> ClaimOrder:
+            return ClaimOrder((Tier(running), Tier(waiting[:2], 0.0), Tier(waiting[2:])))
+
+    run = Run.make(num_blocks=100, block_size=16, budget=100, policy=Tight())
+    for number in range(4):
+        run.scheduler.add(request(f"r{number}", 20, arrival_time=float(number)))
+    plan = run.scheduler.schedule()
+    assert plan is not None and [chunk.request_id for chunk in plan.chunks] == ["r0", "r3"]
 
 
 def test_order_is_fcfs_where_no_request_can_be_in_time() -> None:

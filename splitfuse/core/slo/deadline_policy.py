@@ -137,11 +137,12 @@ class DeadlinePolicy(Fcfs):
         urgent = self._urgent(decodes, outlook, limit)
         others = self._others(decodes, prefills, apart=in_time.union(urgent))
         self._in_time = in_time
-        used = outlook.overhead + sum(map(outlook.seconds_of_token, urgent))
+        used = sum(map(outlook.seconds_of_token, urgent))
+        late = share * max(limit.seconds, (outlook.overhead + used) / (1.0 - share))
         return ClaimOrder(
             (
                 Tier(urgent),
-                Tier(overdue, max(used + share * limit.seconds, used / (1.0 - share)) if feasible else limit.others),
+                Tier(overdue, outlook.overhead + outlook.with_floor(used + late) if feasible else limit.others),
                 Tier([prefill.request for prefill in feasible], limit.seconds),
                 Tier(others, limit.others),
             ),
