@@ -277,6 +277,7 @@ def test_a_prompt_without_time_in_its_tier_keeps_no_other_tier_from_starting() -
         predictor = LatencyPredictor(COST)
 
         def order(self, running: Sequence[Request], waiting: Sequence[Request], *, now: float) -> ClaimOrder:
+            del now
             return ClaimOrder((Tier(running), Tier(waiting[:2], 0.0), Tier(waiting[2:])))
 
     run = Run.make(num_blocks=100, block_size=16, budget=100, policy=Tight())
