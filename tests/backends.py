@@ -185,6 +185,8 @@ class Arrays:
     query_start: Any = None
     seq_lens: Any = None
     block_tables: Any = None
+    state_reads: Any = None
+    state_writes: Any = None
     is_padded: bool = False
 
     @property
@@ -202,6 +204,14 @@ class Arrays:
     @property
     def host_seq_lens(self) -> list[int]:
         return self.seq_lens.tolist()
+
+    @property
+    def host_state_reads(self) -> list[int]:
+        return self.state_reads.tolist()
+
+    @property
+    def host_state_writes(self) -> list[int]:
+        return self.state_writes.tolist()
 
     def derived(self, derivation: Derivation) -> tuple[Tensor, ...]:
         """As `RaggedBatch.derived`, on the CPU."""

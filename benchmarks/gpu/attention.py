@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,6 +15,7 @@ from splitfuse.core.plan import Chunk
 from splitfuse.kernels.batch import RaggedBatch
 from splitfuse.kernels.interface import AttentionSpec, NormSpec, Role
 from splitfuse.kernels.triton import backend as module
+from splitfuse.kernels.triton.backend import TritonBackend
 from splitfuse.kernels.triton.tuning import AttentionTiles
 from splitfuse.runtime.batch import BatchBuilder
 
@@ -29,7 +31,7 @@ class Step:
     """Holds queries, a store full of random numbers, and the batch of a step."""
 
     q: Tensor
-    store: Tensor
+    store: Any  # a Tensor, unless keys and values have 8 bits
     batch: RaggedBatch
     chunks: Sequence[Chunk]
 
@@ -38,8 +40,11 @@ class Step:
         return BatchBuilder(BLOCK, torch.device("cpu")).build(self.chunks)
 
 
-def make_step(setting: Setting, spec: AttentionSpec, parts: Sequence[tuple[int, int]]) -> Step:
+def make_step(
+    setting: Setting, spec: AttentionSpec, parts: Sequence[tuple[int, int]], backend: TritonBackend | None = None
+) -> Step:
     """Return a step of chunks (positions before, tokens), whose blocks lie in random places."""
+    backend = backend or setting.backend()
     counts = [-(-(before + count) // BLOCK) for before, count in parts]
     order = torch.randperm(sum(counts)).tolist()
     chunks, begin = [], 0
@@ -50,10 +55,10 @@ def make_step(setting: Setting, spec: AttentionSpec, parts: Sequence[tuple[int, 
     device = torch.device(setting.device)
     batch = BatchBuilder(BLOCK, device).build(chunks)
     q = torch.randn(batch.num_tokens, spec.num_heads, spec.head_dim, device=device, dtype=setting.dtype)
-    store = setting.backend().allocate_kv(
-        spec, num_blocks=sum(counts), block_size=BLOCK, dtype=setting.dtype, device=device
-    )
-    return Step(q, store.normal_(), batch, chunks)
+    store = backend.allocate_kv(spec, num_blocks=sum(counts), block_size=BLOCK, dtype=setting.dtype, device=device)
+    if isinstance(store, Tensor):
+        store.normal_()
+    return Step(q, store, batch, chunks)
 
 
 def attention_bytes(spec: AttentionSpec, parts: Sequence[tuple[int, int]], itemsize: int) -> int:

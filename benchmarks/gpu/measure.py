@@ -14,6 +14,7 @@ import torch
 import triton
 
 from splitfuse.kernels.triton.backend import TritonBackend
+from splitfuse.kernels.triton.capabilities import is_interpreted
 
 REPEATS = 20
 """Number of times that a kernel is timed; the median counts."""
@@ -34,13 +35,18 @@ class Setting:
         """Return the setting of a command line. The interpreter's products of bf16 are wrong: it has fp32."""
         if arguments.rehearse:
             return cls("cpu", torch.float32, True, "1", "6/2")
+        if arguments.stage == "compile":
+            return cls("cpu", getattr(torch, arguments.dtype), True, "", "")
         return cls("cuda", getattr(torch, arguments.dtype), False, arguments.clients, arguments.lengths)
 
     def describe(self) -> str:
         """Return one line: the GPU, versions, and what it reaches."""
         versions = f"torch {torch.__version__}, triton {triton.__version__}, {str(self.dtype).removeprefix('torch.')}"
         if self.is_rehearsal:
-            return f"rehearsal on the CPU, in the interpreter: times mean nothing; {versions}"
+            how = (
+                "in the interpreter: times mean nothing" if is_interpreted() else "where kernels are compiled, not run"
+            )
+            return f"rehearsal on the CPU, {how}; {versions}"
         name = torch.cuda.get_device_name(self.device)
         return f"{name}, {versions}; copies {self.bandwidth / 1e9:.0f} GB/s, matrices {self.rate / 1e12:.0f} TFLOP/s"
 

@@ -66,6 +66,16 @@ class RaggedBatch:
         """Return `seq_lens` as numbers on the host: [S]."""
         return self._host_part(5)
 
+    @cached_property
+    def host_state_reads(self) -> list[int]:
+        """Return `state_reads` as numbers on the host: [S]."""
+        return self._host_part(6)
+
+    @cached_property
+    def host_state_writes(self) -> list[int]:
+        """Return `state_writes` as numbers on the host: [S]."""
+        return self._host_part(7)
+
     @property
     def host_parts(self) -> tuple[Tensor, ...]:
         """Return all tensors of `packed` on the host, flat, in its order."""

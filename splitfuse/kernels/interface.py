@@ -589,6 +589,23 @@ class Backend(ABC):
         Raises RuntimeError if there is no memory for it, ConfigError for sizes that the backend does not take.
         """
 
+    def attention_bytes(
+        self,
+        spec: AttentionSpec,
+        *,
+        num_tokens: int,
+        num_requests: int,
+        num_positions: int,
+        longest: int,
+        dtype: torch.dtype,
+        is_padded: bool,
+    ) -> int:
+        """Return the most bytes that the attention of a step takes besides what it gives: of so many tokens of so many
+        requests, which have `num_positions` together and `longest` at most. `is_padded` is that of batches.
+        """
+        del spec, num_tokens, num_requests, num_positions, longest, dtype, is_padded
+        return 0
+
     @abstractmethod
     def fill_kv(self, store: Store, byte: int) -> None:
         """Write `byte` everywhere in a store, for timing: `byte` must make a finite number of every dtype."""
@@ -626,9 +643,11 @@ class Backend(ABC):
     def weight_bytes(self, shape: Sequence[int], *, role: Role, dtype: torch.dtype) -> int:
         """Return the bytes of a weight of this shape and role as it is kept."""
 
-    def copy_bytes(self, shape: Sequence[int], *, role: Role, dtype: torch.dtype) -> int:
-        """Return the most bytes that a step takes for a copy of a weight which is kept quantized, in another form."""
-        del shape, role, dtype
+    def copy_bytes(self, shape: Sequence[int], *, role: Role, dtype: torch.dtype, is_stored: bool = False) -> int:
+        """Return the most bytes that a step takes for a copy of a weight which is kept quantized, in another form. With
+        `is_stored` a checkpoint has quantized it.
+        """
+        del shape, role, dtype, is_stored
         return 0
 
     @abstractmethod

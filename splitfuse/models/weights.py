@@ -333,11 +333,19 @@ def weight_bytes(
     return sum(parameter_bytes(parameter, formats, dtype, backend) for parameter, formats in plan)
 
 
-def copy_bytes(spec: ModelSpec, dtype: torch.dtype, backend: Backend) -> int:
-    """Return the bytes of the largest copy of a weight that `backend` makes in a step."""
-    if backend.quantization is None:  # a mixture has tens of thousands of weights to ask about
+def copy_bytes(spec: ModelSpec, dtype: torch.dtype, backend: Backend, weights: WeightSource | None = None) -> int:
+    """Return the bytes of the largest copy of a weight that `backend` makes in a step, of those that are quantized in
+    `weights` too.
+    """
+    is_stored = weights is not None and any(weights.quantization(name) is not None for name in weights.names())
+    if backend.quantization is None and not is_stored:  # a mixture has tens of thousands of weights to ask about
         return 0
-    return max(backend.copy_bytes(each.shape, role=each.role, dtype=dtype) for each in parameters(spec))
+    if weights is None or not is_stored:
+        return max(backend.copy_bytes(each.shape, role=each.role, dtype=dtype) for each in parameters(spec))
+    return max(
+        backend.copy_bytes(each.shape, role=each.role, dtype=dtype, is_stored=any(formats))
+        for each, formats in kept_parameters(weights, spec, backend)
+    )
 
 
 def parameter_bytes(parameter: Parameter, formats: KeptFormats, dtype: torch.dtype, backend: Backend) -> int:

@@ -113,7 +113,7 @@ def open_draft(
     sizes = DraftSizes(
         name=draft.name,
         weights=weight_bytes(theirs, dtype, backend, weights),
-        activations=step_bytes(theirs, dtype, num_tokens, backend),
+        activations=step_bytes(theirs, dtype, num_tokens, backend, weights),
         block=block_bytes(theirs, block_size=size, dtype=dtype, backend=backend),
     )
     return OpenedDraft(theirs, sizes, weights, backend, dtype, device)

@@ -175,11 +175,15 @@ def plan_memory(
     num_sums = _num_sums(config)
     token_size = token_bytes(spec, dtype, num_sums=num_sums)
     budget = config.scheduler.max_num_batched_tokens or _largest_budget(token_size, free=free)
-    activations = step_bytes(spec, dtype, budget, backend, num_sums=num_sums)
+    block = block_bytes(rank_spec(spec, num_ranks), block_size=size, dtype=dtype, backend=backend)
+    activations = step_bytes(spec, dtype, budget, backend, weights, num_sums=num_sums)
+    activations += attention_bytes(
+        spec, config, backend, num_tokens=budget, num_positions=max(available, 0) // max(block, 1) * size
+    )
     plan = MemoryPlan(
         weights=weight_size,
         activations=activations + (graph_bytes(activations) if config.model.cuda_graphs else 0),
-        block=block_bytes(rank_spec(spec, num_ranks), block_size=size, dtype=dtype, backend=backend),
+        block=block,
         block_size=size,
         num_blocks=0,
         max_model_len=wanted_len,
@@ -303,12 +307,38 @@ def _largest_budget(token_size: int, *, free: int) -> int:
     return max([FIRST_BUDGET, *(budget for budget in BUDGETS if budget <= most)])
 
 
-def step_bytes(spec: ModelSpec, dtype: torch.dtype, num_tokens: int, backend: Backend, *, num_sums: int = 0) -> int:
+def step_bytes(
+    spec: ModelSpec,
+    dtype: torch.dtype,
+    num_tokens: int,
+    backend: Backend,
+    weights: WeightSource | None = None,
+    *,
+    num_sums: int = 0,
+) -> int:
     """Return the bytes of the activations and logits of a step of so many tokens, and of the copies of weights that
-    `backend` makes for it.
+    `backend` makes for it, of those that are quantized in `weights` too.
     """
     token_size = token_bytes(spec, dtype, num_sums=num_sums)
-    return num_tokens * token_size + HEAD_ROWS * spec.vocab_size * LOGIT_BYTES + copy_bytes(spec, dtype, backend)
+    copies = copy_bytes(spec, dtype, backend, weights)
+    return num_tokens * token_size + HEAD_ROWS * spec.vocab_size * LOGIT_BYTES + copies
+
+
+def attention_bytes(
+    spec: ModelSpec, config: EngineConfig, backend: Backend, *, num_tokens: int, num_positions: int
+) -> int:
+    """Return the bytes that attention takes for itself in a step of so many tokens, with at most `num_positions` in the
+    KV cache.
+    """
+    sizes = {
+        "num_tokens": num_tokens,
+        "num_requests": min(config.scheduler.max_num_seqs, num_tokens),
+        "num_positions": num_positions,
+        "longest": config.model.max_model_len or spec.max_position,
+    }
+    options = {"dtype": resolve_dtype(config.model.dtype, spec), "is_padded": config.model.cuda_graphs}
+    mixers = {layer.mixer for layer in spec.layers if isinstance(layer.mixer, AttentionSpec)}
+    return max((backend.attention_bytes(each, **sizes, **options) for each in mixers), default=0)
 
 
 def graph_bytes(activations: int) -> int:
@@ -403,13 +433,13 @@ def _smaller_model(
         options.insert(0, _smaller_tiers(config.cache, plan, missing))
     if plan.draft is not None and plan.draft_model + plan.draft.block >= missing:
         options.append("leaving out draft_model")
-    activations = step_bytes(spec, dtype, plan.max_num_batched_tokens, backend)
+    activations = step_bytes(spec, dtype, plan.max_num_batched_tokens, backend, weights)
     if config.model.cuda_graphs and graph_bytes(activations) >= missing:
         options.append("leaving out cuda_graphs")
     shard = first_shard(config)
     if plan.weights - weight_bytes(spec, torch.bfloat16, backend, weights, shard=shard) >= missing:
         options.append("dtype=bfloat16")
-    of_weights = plan.weights + copy_bytes(spec, dtype, backend)
+    of_weights = plan.weights + copy_bytes(spec, dtype, backend, weights)
     quantization = _quantization(spec, backend, of_weights - missing, shard)
     if quantization and (weights is None or may_be_quantized(weights, quantization)):
         options.append(f"quantization={quantization}")

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from splitfuse.kernels.batch import RaggedBatch
-from splitfuse.kernels.interface import AttentionSpec, ExpertsSpec
 from splitfuse.models.decoder import Decoder
 from splitfuse.models.kv_cache import KVCache
 
@@ -22,6 +21,8 @@ _logger = logging.getLogger(__name__)
 
 MAX_BYTES = 2**30
 """Memory of graphs at which no more are captured: the last one may take more."""
+NO_STATE = -1
+"""Slot of a state that is not written."""
 STEPS_PER_OCTAVE = 4
 """Number of sizes between a power of two and the next: at most a fifth of a step is padding."""
 
@@ -103,10 +104,6 @@ class StepGraphs:
         backend = decoder.backend
         if decoder.device.type != "cuda" or not backend.capabilities.captures:
             return f"{backend.capabilities.name} on {decoder.device.type} cannot be captured"
-        if any(not isinstance(layer.mixer, AttentionSpec | None) for layer in decoder.spec.layers):
-            return "layers with a recurrent state read numbers back"
-        if backend.quantization and any(isinstance(layer.mlp, ExpertsSpec) for layer in decoder.spec.layers):
-            return "quantized experts read numbers back"
         return None
 
     def forward(self, batch: RaggedBatch) -> Tensor:
@@ -138,6 +135,15 @@ class StepGraphs:
             return None
         return captured
 
+    def _prepare(self, batch: RaggedBatch) -> None:
+        """Compute a step that a graph will compute again: compiles what was not compiled, and derives what the kernels
+        read. Recurrent states stay as they are, as the next time must go on from them; keys and values do not matter.
+        """
+        writes = batch.state_writes.clone()
+        batch.state_writes.fill_(NO_STATE)
+        self._decoder.forward(batch, self._kv_cache)
+        batch.state_writes.copy_(writes)
+
     def _capture(self, padded: RaggedBatch) -> _Captured:
         """Return the graph of a step of this shape."""
         free_before = torch.cuda.mem_get_info(self._decoder.device)[0]
@@ -145,12 +151,13 @@ class StepGraphs:
         make_stream: Any = torch.cuda.Stream  # which has no types
         stream = make_stream(self._decoder.device)
         stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):  # compiles what was not compiled, and derives what the kernels read
-            self._decoder.forward(batch, self._kv_cache)
+        with torch.cuda.stream(stream):
+            self._prepare(batch)
         current = torch.cuda.current_stream()
         current.wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.stream(current), torch.cuda.graph(graph, pool=self._pool):  # back to it if a capture fails, too
+        options: Any = {"pool": self._pool, "capture_error_mode": "thread_local"}  # other threads may use the GPU
+        with torch.cuda.stream(current), torch.cuda.graph(graph, **options):  # back to it if a capture fails, too
             hidden = self._decoder.forward(batch, self._kv_cache)
         self._pool = self._pool or graph.pool()
         self._bytes_left -= max(0, free_before - torch.cuda.mem_get_info(self._decoder.device)[0])

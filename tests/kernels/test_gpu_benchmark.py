@@ -12,6 +12,18 @@ ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("capability", ["9.0", "8.0", "8.6"])
+@pytest.mark.parametrize("name", [pytest.param("triton", marks=runnable("triton-float32"))])
+def test_every_kernel_compiles_for_a_gpu(capability: str, name: str, tmp_path: Path) -> None:
+    del name
+    command = [sys.executable, "-m", "benchmarks.gpu", "--stage", "compile", "--capability", capability]
+    environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path)}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "attention 128" in done.stdout and "delta net" in done.stdout
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", ["parity", "tune", "kernels", "steps", "policies"])
 @pytest.mark.parametrize("name", [pytest.param("triton", marks=runnable("triton-float32"))])
 def test_a_rehearsal_ends_well(stage: str, name: str) -> None:

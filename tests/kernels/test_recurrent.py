@@ -8,13 +8,12 @@ import random
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import accumulate
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from backends import CPU, BackendCase, poison, variants
+from backends import CPU, Arrays, BackendCase, poison, variants
 from specs import make_delta, make_mamba
 from torch import Tensor
 
@@ -137,7 +136,7 @@ class Layer:
     def compute(self, backend: Backend, dtype: torch.dtype, states: Store, parts: list[Any]) -> list[Tensor]:
         """What a backend gives of parts (request, begin, end, slot to read, slot to write) in one step."""
         lengths = [end - begin for _, begin, end, _, _ in parts]
-        batch: Any = SimpleNamespace(
+        batch: Any = Arrays(
             query_start=torch.tensor([0, *accumulate(lengths)], dtype=torch.int32),
             state_reads=torch.tensor([part[3] for part in parts], dtype=torch.int32),
             state_writes=torch.tensor([part[4] for part in parts], dtype=torch.int32),

@@ -13,13 +13,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from backends import make_case, variants
+from stored_formats import FORMATS, fp8, weight_in
 from torch import Tensor
 
 from splitfuse.kernels.cpu.backend import CpuBackend
 from splitfuse.kernels.cpu.stored import kind_of
 from splitfuse.kernels.interface import LayerWeights, Role
 from splitfuse.kernels.quantized import (
-    FP4_TABLE,
     Fp8Format,
     Fp8Quantized,
     GroupFormat,
@@ -30,16 +30,6 @@ from splitfuse.kernels.reference import ReferenceBackend
 from splitfuse.models.sources.gguf import blocks
 
 BF16, F32 = torch.bfloat16, torch.float32
-FORMATS = blocks.FORMATS | {
-    each.name: each
-    for each in (
-        GroupFormat(name="MX", bits=4, group_size=32, table=FP4_TABLE, scale_dtype=torch.float8_e8m0fnu),
-        GroupFormat(name="GPTQ", bits=4, group_size=128, zeros=True),
-        GroupFormat(name="GPTQ of 8 bits", bits=8, group_size=64, zeros=True, scale_dtype=BF16),
-        GroupFormat(name="int4 in groups of 96", bits=4, group_size=96, scale_dtype=BF16),
-        GroupFormat(name="int8 by row", bits=8, group_size=2304, scale_dtype=F32),
-    )
-}
 FILE_BITS = {"Q4_0": 4.5, "Q4_1": 5, "Q5_0": 5.5, "Q5_1": 6, "Q8_0": 8.5, "Q4_K": 4.5, "Q5_K": 5.5, "Q6_K": 6.5625}
 FILE_BITS |= {
     "Q2_K": 2.625,
@@ -58,36 +48,6 @@ def kernels(variant: str) -> CpuBackend:
     backend = make_case(variant).backend
     assert isinstance(backend, CpuBackend)
     return backend
-
-
-def weight_in(stored: GroupFormat, rows: int, columns: int) -> GroupQuantized:
-    """A random weight, whose levels, scales, mins and zeros are all those there are."""
-    groups, runs = -(-columns // stored.group_size), -(-columns // 256)
-    least = -(2 ** (stored.bits - 1)) if stored.signed else 0
-    levels = torch.randint(least, least + 2**stored.bits, (rows, columns))
-    scales, more = torch.randn(rows, groups).to(stored.scale_dtype), {}
-    if stored.scale_dtype == torch.float8_e8m0fnu:
-        scales = torch.randint(0, 130, (rows, groups)).to(torch.uint8).view(torch.float8_e8m0fnu)
-    if stored.super_groups:
-        most = 16 if stored.bits == 2 else 64
-        scales = torch.randint(*((0, most) if stored.mins else (-128, 128)), (rows, groups))
-        scales = scales.to(torch.uint8 if stored.mins else torch.int8)
-        more["super_scales"] = torch.randn(rows, runs).half()
-    if stored.mins:
-        more["mins"] = torch.randn(rows, groups).to(stored.scale_dtype)
-    if stored.mins and stored.super_groups:
-        more["mins"] = torch.randint(0, 16 if stored.bits == 2 else 64, (rows, groups)).to(torch.uint8)
-        more["super_mins"] = torch.randn(rows, runs).half()
-    if stored.zeros:
-        more["zeros"] = torch.randint(0, 2**stored.bits, (rows, groups)).to(torch.uint8)
-    levels = levels.to(torch.int8 if stored.signed else torch.uint8)
-    return GroupQuantized(format=stored, levels=levels, scales=scales, **more)
-
-
-def fp8(rows: int, columns: int) -> Fp8Quantized:
-    codes = torch.randint(0, 127, (rows, columns)) + 128 * torch.randint(0, 2, (rows, columns))
-    values = codes.to(torch.uint8).view(torch.float8_e4m3fn)
-    return Fp8Quantized(values=values, scales=torch.randn(rows, -(-columns // 128)))
 
 
 def quantized(x: Tensor, group: int) -> Tensor:

@@ -6,8 +6,6 @@ on purpose, each by one position: every such fault must be found.
 
 from __future__ import annotations
 
-import importlib.util
-import sys
 from collections.abc import Callable
 from itertools import accumulate, pairwise
 from pathlib import Path
@@ -20,6 +18,7 @@ import pytest
 import torch
 from backends import BackendCase, Requests, attention, latent_spec, runnable
 from torch import Tensor
+from triton_faults import changed_copy
 
 from splitfuse.kernels.triton import work_list
 from splitfuse.kernels.triton.tuning import AttentionTiles
@@ -194,15 +193,7 @@ def with_fault(name: str, monkeypatch: pytest.MonkeyPatch, folder: Path) -> None
 
     changed, old, new = FAULTS[name]
     module: ModuleType = {"attention": kernels, "work_list": work_list}[changed]
-    source = Path(str(module.__file__)).read_text(encoding="utf-8")
-    assert source.count(old) >= 1, "the fault must be somewhere in the source"
-    path = folder / f"{changed}_with_fault.py"
-    path.write_text(source.replace(old, new), encoding="utf-8")
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    assert spec is not None and spec.loader is not None
-    copy = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, path.stem, copy)
-    spec.loader.exec_module(copy)
+    copy = changed_copy(module, old, new, folder, monkeypatch)
     if changed == "attention":
         monkeypatch.setattr(backend, "attention_kernel", copy.attention_kernel)
         monkeypatch.setattr(backend, "merge_kernel", copy.merge_kernel)

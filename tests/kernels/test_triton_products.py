@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from random import Random
 from typing import Any
 
@@ -11,12 +12,14 @@ import pytest
 import torch
 from backends import Requests, pack_experts, runnable
 from specs import make_spec
+from stored_formats import FORMATS, fp8, weight_in
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from splitfuse.config import EngineConfig
 from splitfuse.errors import ConfigError
-from splitfuse.kernels.interface import Backend, Role
+from splitfuse.kernels.interface import AttentionSpec, Backend, LayerWeights, Role
+from splitfuse.kernels.quantized import Fp8Format, Fp8Quantized, GroupFormat, QuantizedWeight
 from splitfuse.kernels.reference import GATED_ACTIVATIONS, ReferenceBackend
 from splitfuse.kernels.triton import quantized
 from splitfuse.kernels.triton.quantized import Format, Quantized, choose_format
@@ -63,10 +66,10 @@ def test_experts_of_no_tokens() -> None:
     assert backends.experts(make_backend(), *empty, layer).shape == (0, 4)
 
 
-FORMATS = [Format(8, 0), Format(8, 128), Format(4, 64), Format(4, 128)]
+OWN_FORMATS = [choose_format(Role.O, *each) for each in (("int8", None), ("int8", 128), ("int4", 64), ("int4", 128))]
 
 
-@pytest.mark.parametrize("kept", FORMATS, ids=str)
+@pytest.mark.parametrize("kept", OWN_FORMATS, ids=["int8", "int8 in 128", "int4 in 64", "int4 in 128"])
 @pytest.mark.parametrize(("rows", "inputs", "outputs"), [(0, 64, 3), (1, 1, 1), (5, 257, 40), (20, 512, 33)])
 def test_weights_of_few_bits(kept: Format, rows: int, inputs: int, outputs: int) -> None:
     weight, bias = torch.randn(outputs, inputs), torch.randn(outputs)
@@ -86,6 +89,114 @@ def test_weights_of_few_bits(kept: Format, rows: int, inputs: int, outputs: int)
     )
 
 
+QUICK_FORMATS = {"GPTQ", "GPTQ of 8 bits", "int8 by row", "MX", "Q4_1", "Q6_K", "FP8"}
+"""Formats that `make test` multiplies by: with zeros, mins, tables, signs, two levels of scales, and floats."""
+STORED = [
+    pytest.param(name, marks=() if name in QUICK_FORMATS else pytest.mark.slow, id=name) for name in (*FORMATS, "FP8")
+]
+
+
+def stored_weight(name: str, rows: int, columns: int) -> QuantizedWeight:
+    """Return a random weight as a checkpoint stores it, of numbers that fp16 holds."""
+    if name == "FP8":
+        weight = fp8(rows, columns)
+        return replace(weight, scales=weight.scales / 2**10)
+    found = weight_in(FORMATS[name], rows, columns)
+    if found.format.scale_dtype == torch.float8_e8m0fnu:
+        scales = torch.randint(120, 130, found.scales.shape, dtype=torch.uint8).view(torch.float8_e8m0fnu)
+        return replace(found, scales=scales)
+    return found if found.super_scales is None else replace(found, super_scales=found.super_scales / 64)
+
+
+@pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
+@pytest.mark.parametrize("name", STORED)
+def test_weights_of_checkpoints(name: str, dtype: torch.dtype) -> None:
+    """What is kept means what is stored, takes the bytes that are planned, and is multiplied as it is in few rows."""
+    backend = make_backend()
+    for rows, columns in ((40, 96), (3, 544)):
+        pieces = [stored_weight(name, rows, columns), stored_weight(name, 5, columns)]
+        packed = backend.pack_quantized(pieces, role=Role.QKV, dtype=dtype)
+        exact = torch.cat([piece.dequantize(torch.float32) for piece in pieces])
+        assert torch.equal(packed.dequantize(torch.float32), exact)
+        kept = [(piece.format, len(exact) - 5 if number == 0 else 5) for number, piece in enumerate(pieces)]
+        assert packed.nbytes == backend.quantized_weight_bytes(kept, columns=columns, role=Role.QKV, dtype=dtype)
+        x, bias = torch.randn(7, columns).to(dtype), torch.randn(len(exact)).to(dtype)
+        wanted = (x.double() @ exact.to(dtype).double().T + bias.double()).to(dtype)
+        assert_near(backend.linear(x, packed, bias), wanted)
+        assert_near(backend.linear(x.repeat(10, 1), packed, bias), wanted.repeat(10, 1))  # by cuBLAS
+        some = torch.tensor([len(exact) - 1, 0])
+        assert torch.equal(backend.embed(some, packed), exact[some].to(dtype))
+
+
+def test_columns_in_another_order() -> None:
+    backend, weight = make_backend(), stored_weight("GPTQ", 20, 256)
+    ordered = replace(weight, order=torch.randperm(256))
+    packed, x = backend.pack_quantized([ordered], role=Role.O, dtype=torch.float32), torch.randn(5, 256)
+    assert torch.equal(packed.dequantize(torch.float32), ordered.dequantize(torch.float32))
+    assert_near(backend.linear(x, packed), x @ ordered.dequantize(torch.float32).T)
+    both = backend.pack_quantized([weight, ordered], role=Role.QKV, dtype=torch.float32)  # which cannot be read at once
+    assert torch.equal(both, torch.cat([each.dequantize(torch.float32) for each in (weight, ordered)]))
+
+
+def test_pieces_in_several_formats_are_dense() -> None:
+    backend, pieces = make_backend(), [stored_weight("GPTQ", 4, 128), stored_weight("Q4_1", 3, 128)]
+    dense = backend.pack_quantized([*pieces, torch.ones(2, 128)], role=Role.QKV, dtype=torch.float16)
+    assert torch.equal(dense[:4], pieces[0].dequantize(torch.float16)) and (dense[7:] == 1).all()
+    kept = [(pieces[0].format, 4), (pieces[1].format, 3), (None, 2)]
+    assert backend.quantized_weight_bytes(kept, columns=128, role=Role.QKV, dtype=torch.float16) == dense.nbytes
+
+
+@pytest.mark.parametrize("name", ["Q8_0", "FP8"])
+def test_nan_is_not_hidden(name: str) -> None:
+    backend, weight = make_backend(), stored_weight(name, 40, 256)
+    if isinstance(weight, Fp8Quantized):
+        weight.values.view(torch.uint8)[3, 200] = 0x7F
+    else:
+        weight.scales[3, 1] = torch.nan
+    ours = backend.linear(torch.randn(2, 256), backend.pack_quantized([weight], role=Role.O, dtype=torch.float32))
+    assert ours[:, 3].isnan().all() and ours.isnan().sum() == 2
+
+
+def test_formats_of_checkpoints_that_are_kept() -> None:
+    backend = make_backend()
+    for stored in (*FORMATS.values(), Fp8Format()):
+        assert backend.accepts(stored, Role.O) and backend.accepts(stored, Role.W2)
+        assert not any(backend.accepts(stored, role) for role in (Role.GATES, Role.K_B, Role.NORM, Role.PLAIN))
+        assert not make_backend(quantization="int8").accepts(stored, Role.O)
+    for odd in (
+        {"bits": 9, "group_size": 32},
+        {"bits": 4, "group_size": 8},
+        {"bits": 5, "group_size": 32, "table": (1,)},
+    ):
+        assert not backend.accepts(GroupFormat(name="odd", **odd), Role.O)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    "tokens", [pytest.param(1, marks=pytest.mark.slow), 9, pytest.param(70, marks=pytest.mark.slow)]
+)
+@pytest.mark.parametrize(
+    "name", [*(pytest.param(each, marks=pytest.mark.slow) for each in ("MX", "FP8", "Q4_K")), "GPTQ"]
+)
+def test_experts_of_few_bits(name: str, tokens: int) -> None:
+    """All experts in one launch are each of them alone; some have their columns in orders of their own."""
+    backend, count = make_backend(), 3
+
+    def make(rows: int, columns: int, role: Role) -> list[Any]:
+        packed = []
+        for expert in range(count):
+            order = {"order": torch.randperm(columns)} if name == "GPTQ" and expert == 1 else {}
+            pieces = [replace(stored_weight(name, rows, columns), **order) for _ in range(2 if role.gated else 1)]
+            packed.append(backend.pack_quantized(pieces, role=role, dtype=torch.float32))
+        return packed
+
+    layer = LayerWeights(w13=make(40, 64, Role.W13), w2=make(64, 40, Role.W2))
+    x, weights = torch.randn(tokens, 64), torch.rand(tokens, 2)
+    ids = torch.stack([torch.randperm(count)[:2] for _ in range(tokens)])
+    dense = {field: [each.dequantize(torch.float64) for each in getattr(layer, field)] for field in ("w13", "w2")}
+    wanted = backends.experts(ReferenceBackend(), x.double(), ids, weights, LayerWeights(**dense))
+    assert_near(backends.experts(backend, x, ids, weights, layer), wanted.float())
+
+
 class LargestNumbers(TorchDispatchMode):
     """Notes the most elements in fp32 that an operation has given."""
 
@@ -98,16 +209,16 @@ class LargestNumbers(TorchDispatchMode):
         return result
 
 
-@pytest.mark.parametrize("kept", FORMATS, ids=str)
+@pytest.mark.parametrize("kept", OWN_FORMATS, ids=["int8", "int8 in 128", "int4 in 64", "int4 in 128"])
 def test_copies_are_made_of_few_rows_at_a_time(kept: Format, monkeypatch: pytest.MonkeyPatch) -> None:
     packed, some = Quantized.of(torch.randn(37, 200), kept), torch.tensor([36, 0, 5, 5, 8, 1, 2])
     whole = packed.dequantize(torch.bfloat16)
-    monkeypatch.setattr(quantized, "AT_ONCE", 3 * packed.padded)
+    monkeypatch.setattr(quantized, "AT_ONCE", 3 * 256)
     with LargestNumbers() as seen:
         found, rows = packed.dequantize(torch.bfloat16), packed.dequantize(torch.bfloat16, some)
     assert torch.equal(found, whole) and torch.equal(rows, whole[some])
-    assert seen.largest == 3 * packed.padded
-    assert kept.copy_bytes((37, 200), torch.bfloat16) == found.nbytes + 3 * packed.padded * quantized.AT_ONCE_BYTES
+    assert seen.largest <= 3 * 256
+    assert quantized.copy_bytes((37, 200), torch.bfloat16) == found.nbytes + 3 * 256 * quantized.AT_ONCE_BYTES
 
 
 @pytest.mark.parametrize("invariant", [False, True])
@@ -120,14 +231,30 @@ def test_the_largest_copy_is_in_the_memory_plan(invariant: bool) -> None:
         plan_memory(spec, config, backend=make_backend(quantization=each, invariant=invariant), available=2**30)
         for each in (None, "int8")
     )
-    copied = 0 if invariant else 600 * 128 * (2 + quantized.AT_ONCE_BYTES)
+    copied = 0 if invariant else 600 * (128 * 2 + 256 * quantized.AT_ONCE_BYTES)
     assert found.activations - without.activations == copied
+
+
+def test_partial_results_of_attention_are_in_the_memory_plan() -> None:
+    """As many as there are in the worst step of these sizes: one long request has the tokens, others the rest."""
+    spec, sizes = (
+        AttentionSpec(num_heads=32, num_kv_heads=8, head_dim=128),
+        {"dtype": torch.float16, "is_padded": False},
+    )
+    backend = make_backend(invariant=True)
+    tile = 8 * 32 * 130 * 4  # of INTERPRETED, for all heads
+    step = {"num_tokens": 2048, "num_requests": 3, "num_positions": 40000, "longest": 32768}
+    assert backend.attention_bytes(spec, **step, **sizes) == (256 * 4 + 3 + 4) * tile
+    assert backend.attention_bytes(spec, **{**step, "longest": 8192}, **sizes) == 0
+    other = make_backend()
+    assert other.attention_bytes(spec, **step, **sizes) == tile  # one program of a GPU of one multiprocessor
+    assert other.attention_bytes(spec, **step, **{**sizes, "is_padded": True}) == (2 * 259 + 1) * tile
 
 
 def test_formats_by_role() -> None:
     assert choose_format(Role.QKV, None, None) is choose_format(Role.ROUTER, "int8", None) is None
     assert choose_format(Role.V_B, "int4", None) is choose_format(Role.NORM, "int4", None) is None
-    assert choose_format(Role.DOWN, "int4", None) == Format(4, 64)
+    assert choose_format(Role.DOWN, "int4", None) == Format(4, 64, is_signed=False, offset_dtype=torch.float32)
     assert choose_format(Role.HEAD, "int8", 128) == Format(8, 128)
     with pytest.raises(ConfigError, match="quantization_group_size=64 cannot be used with int8: use 128"):
         make_backend(quantization="int8", group_size=64)

@@ -25,6 +25,10 @@ from splitfuse.runtime.step_graphs import Bucket, StepGraphs, pad, round_up
 
 CPU = torch.device("cpu")
 BLOCK = 4
+SLOW_HYBRIDS = [
+    pytest.param(family, marks=[*runnable("triton-float32"), pytest.mark.slow])
+    for family in ("lfm2", "qwen3.5-moe", "nemotron-h")
+]
 
 
 def test_sizes_of_buckets() -> None:
@@ -81,6 +85,36 @@ def test_padded_steps_give_the_same_and_write_the_same(name: str, tmp_path: Path
         found.append([hidden, *(store.nan_to_num(99.0) for store in cache.layers)])
     for plain, padded in zip(*found, strict=True):
         torch.testing.assert_close(padded, plain, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", SLOW_HYBRIDS)
+def test_states_are_as_if_a_step_were_computed_once(family: str, tmp_path: Path) -> None:
+    """A graph computes the step again that its kernels were compiled by: states must go on from where they were."""
+    tiny_models.save(family, tmp_path)
+    weights, spec = ModelFolder(tmp_path).weights(), load_spec(ModelFolder(tmp_path))
+    decoder = load_decoder(weights, spec, dtype=torch.float32, device=CPU, backend=make_backend("triton"))
+    sizes = {"num_blocks": 12, "block_size": BLOCK, "dtype": torch.float32, "device": CPU, "num_states": 4}
+    found = []
+    for is_captured in (False, True):
+        cache = KVCache(spec, **sizes, backend=decoder.backend)
+        graphs = StepGraphs(decoder, cache)
+        for step in (build_hybrid((0, 5, -1, 0), (0, 2, -1, 1)), build_hybrid((5, 1, 0, 0), (2, 3, 1, 2))):
+            batch = step
+            if is_captured:
+                graphs._prepare(pad(step, Bucket(9, 3, 5, 4)))
+                batch = pad(step, Bucket(9, 3, 5, 4))
+            hidden = decoder.forward(batch, cache)[: step.num_rows]
+        found.append([hidden, *(store[:3] for store in cache.layers if store.dim() == 2)])
+    for plain, captured in zip(*found, strict=True):
+        torch.testing.assert_close(captured, plain, rtol=1e-5, atol=1e-5)
+
+
+def build_hybrid(*parts: tuple[int, int, int, int]) -> RaggedBatch:
+    """Return the batch of requests (positions before, tokens, slot to read, slot to write)."""
+    batch = build(*((before, count) for before, count, *_ in parts))
+    for part, number in ((batch.state_reads, 2), (batch.state_writes, 3)):
+        part.copy_(torch.tensor([each[number] for each in parts]))
+    return batch
 
 
 @pytest.mark.parametrize("name", [pytest.param("triton", marks=runnable("triton-float32"))])

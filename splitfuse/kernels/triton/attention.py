@@ -9,25 +9,25 @@ zero, and tiles of keys begin at multiples of KEYS wherever the rows are.
 
 from __future__ import annotations
 
-from typing import Any, TypeAlias
-
 import triton
 import triton.language as tl
 
-Pointer: TypeAlias = Any
-"""Tensor, of which a kernel gets the address."""
-Number: TypeAlias = Any
-"""Integer or float that may change from launch to launch."""
-
 
 @triton.jit
-def tanh(x: Any) -> Any:
+def tanh(x: tl.tensor) -> tl.tensor:
     """Return tanh of fp32, exact where exp overflows."""
     return 1 - 2 / (tl.exp(2 * x) + 1)
 
 
 @triton.jit
-def _load_keys(base: Pointer, slots: Any, columns: Any, is_key: Any, width: tl.constexpr, stride: tl.constexpr) -> Any:
+def _load_keys(
+    base: tl.pointer_type,
+    slots: tl.tensor,
+    columns: tl.tensor,
+    is_key: tl.tensor,
+    width: tl.constexpr,
+    stride: tl.constexpr,
+) -> tl.tensor:
     """Return elements `columns` [D] of the keys in `slots` [K], zeros where `is_key` [K] is false or a column is not
     below `width`: what lies in such slots may be NaN.
     """
@@ -36,7 +36,9 @@ def _load_keys(base: Pointer, slots: Any, columns: Any, is_key: Any, width: tl.c
 
 
 @triton.jit
-def _normalized(acc: Any, peak: Any, total: Any, heads: Any, sinks: Pointer, HAS_SINKS: tl.constexpr) -> Any:
+def _normalized(
+    acc: tl.tensor, peak: tl.tensor, total: tl.tensor, heads: tl.tensor, sinks: tl.pointer_type, HAS_SINKS: tl.constexpr
+) -> tl.tensor:
     """Return the weighted mean [M, D] of values from their weighted sum and the sum of weights, `total` [M], both in
     units of exp(peak) [M]. The sink of a row's head is one more weight.
     """
@@ -51,22 +53,22 @@ def _normalized(acc: Any, peak: Any, total: Any, heads: Any, sinks: Pointer, HAS
 
 @triton.jit
 def attention_kernel(
-    out: Pointer,  # [T, H, Dv]
-    partial: Pointer,  # fp32 [partial results, Hk, ROWS, Dv]: sums of weighted values
-    partial_softmax: Pointer,  # fp32 [partial results, Hk, ROWS, 2]: the largest score, and the sum of weights
-    q: Pointer,  # [T, H, D]
-    store: Pointer,  # [1 or 2, num_blocks, BLOCK, Hk, D]
-    store_scales: Pointer,  # fp32 [2, num_blocks, BLOCK, Hk], if IS_SCALED
-    sinks: Pointer,  # [H], if HAS_SINKS
-    slopes: Pointer,  # fp32 [H], if HAS_SLOPES
-    tiles: Pointer,  # int32 [programs, 8]: see work_list.TILE_FIELDS
-    block_tables: Pointer,  # int32 [S, table_width]
-    table_width: Number,
-    num_slots: Number,  # num_blocks * BLOCK
-    scale: Number,  # of scores
-    softcap: Number,  # if HAS_CAP
-    window: Number,  # positions that a query sees, if HAS_WINDOW
-    chunk: Number,  # positions that see each other, if HAS_CHUNK
+    out: tl.pointer_type,  # [T, H, Dv]
+    partial: tl.pointer_type,  # fp32 [partial results, Hk, ROWS, Dv]: sums of weighted values
+    partial_softmax: tl.pointer_type,  # fp32 [partial results, Hk, ROWS, 2]: the largest score, and the sum of weights
+    q: tl.pointer_type,  # [T, H, D]
+    store: tl.pointer_type,  # [1 or 2, num_blocks, BLOCK, Hk, D]
+    store_scales: tl.pointer_type,  # fp32 [2, num_blocks, BLOCK, Hk], if IS_SCALED
+    sinks: tl.pointer_type,  # [H], if HAS_SINKS
+    slopes: tl.pointer_type,  # fp32 [H], if HAS_SLOPES
+    tiles: tl.pointer_type,  # int32 [programs, 8]: see work_list.TILE_FIELDS
+    block_tables: tl.pointer_type,  # int32 [S, table_width]
+    table_width: tl.tensor,
+    num_slots: tl.tensor,  # num_blocks * BLOCK
+    scale: tl.tensor,  # of scores
+    softcap: tl.tensor,  # if HAS_CAP
+    window: tl.tensor,  # positions that a query sees, if HAS_WINDOW
+    chunk: tl.tensor,  # positions that see each other, if HAS_CHUNK
     KV_HEADS: tl.constexpr,
     GROUP: tl.constexpr,
     HEAD_DIM: tl.constexpr,
@@ -167,11 +169,11 @@ def attention_kernel(
 
 @triton.jit
 def merge_kernel(
-    out: Pointer,  # [T, H, Dv]
-    partial: Pointer,  # as attention_kernel has written them
-    partial_softmax: Pointer,
-    sinks: Pointer,
-    merges: Pointer,  # int32 [programs, 5]: see work_list.MERGE_FIELDS
+    out: tl.pointer_type,  # [T, H, Dv]
+    partial: tl.pointer_type,  # as attention_kernel has written them
+    partial_softmax: tl.pointer_type,
+    sinks: tl.pointer_type,
+    merges: tl.pointer_type,  # int32 [programs, 5]: see work_list.MERGE_FIELDS
     KV_HEADS: tl.constexpr,
     GROUP: tl.constexpr,
     VALUE_DIM: tl.constexpr,

@@ -1,11 +1,15 @@
 """Offers the Triton kernels as a backend. What they do not compute, the reference does with PyTorch: dense products by
-cuBLAS, and layers with recurrent states.
+cuBLAS, choosing experts, and drawing tokens.
 """
 
 from __future__ import annotations
 
+import math
+import sys
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
@@ -15,20 +19,32 @@ from splitfuse.errors import ConfigError
 from splitfuse.kernels.batch import RaggedBatch
 from splitfuse.kernels.interface import (
     AttentionSpec,
+    ConvSpec,
+    DeltaSpec,
     LayerWeights,
+    MambaSpec,
     MlpSpec,
     NormSpec,
+    RecurrentSpec,
     Role,
     RopeTable,
     Store,
     Weight,
 )
 from splitfuse.kernels.lora import LoraRows
+from splitfuse.kernels.quantized import QuantizedFormat, QuantizedWeight
 from splitfuse.kernels.reference import ReferenceBackend, add_lora, alibi_slopes, place_heads, query_scales
 from splitfuse.kernels.triton.attention import attention_kernel, merge_kernel
 from splitfuse.kernels.triton.capabilities import CAPABILITIES, is_interpreted
-from splitfuse.kernels.triton.products import grouped_kernel, quantized_kernel
-from splitfuse.kernels.triton.quantized import Quantized, choose_format
+from splitfuse.kernels.triton.products import grouped_kernel, grouped_quantized_kernel, quantized_kernel
+from splitfuse.kernels.triton.quantized import Quantized, choose_format, copy_bytes, stored_format
+from splitfuse.kernels.triton.recurrent import (
+    convolve_kernel,
+    gated_norm_kernel,
+    matrix_kernel,
+    tail_kernel,
+    token_origins,
+)
 from splitfuse.kernels.triton.rows import (
     ACTIVATIONS,
     NO_NORM,
@@ -52,8 +68,20 @@ SMALL_STEP = 64
 dtype of activations."""
 PRODUCT_ROWS, PRODUCT_COLUMNS, PRODUCT_DEPTH = 16, 64, 64
 """Sizes of a tile of our own products."""
+QUANTIZED_COLUMNS = 32
+"""Number of columns of a tile whose weight has 8 or 4 bits."""
+LARGE_ROWS = 64
+"""Number of rows of a tile where experts have half as many or more each: every tile reads its weight again."""
+NEVER_COPIED = (Role.HEAD, Role.EMBED, Role.W13, Role.W1, Role.W2)
+"""Roles of weights in 8 or 4 bits that are used as they are in steps of any size: heads have few rows at a time,
+embeddings are looked up, and experts have a kernel.
+"""
 PLACED_ELEMENTS = 2048
 """Number of elements of a tile of `place_kernel`: a head of so many tokens."""
+CONVOLVED_COLUMNS = 128
+"""Number of channels that a program convolves."""
+MATRIX_ELEMENTS = 2048
+"""Number of elements of a recurrent state that a program takes through its tokens."""
 
 
 class TritonBackend(ReferenceBackend):
@@ -87,7 +115,7 @@ class TritonBackend(ReferenceBackend):
         self.compute_capability: tuple[int, int] | None = None
         self.processors = 1
         self._alibi: dict[AttentionSpec, Tensor] = {}
-        self._tables: dict[int, tuple[weakref.ref[Tensor], Tensor]] = {}  # of addresses, by that of the first
+        self._tables: dict[int, _Table] = {}  # by the address of the first tensor
         if not is_interpreted():
             properties = torch.cuda.get_device_properties(device)
             self.device_name, self.processors = properties.name, properties.multi_processor_count
@@ -128,6 +156,36 @@ class TritonBackend(ReferenceBackend):
         shape = {"num_kv_heads": spec.num_kv_heads, "head_dim": spec.head_dim}
         return ScaledStore(self.kv_dtype, **sizes, **shape, device=device)
 
+    def attention_bytes(
+        self,
+        spec: AttentionSpec,
+        *,
+        num_tokens: int,
+        num_requests: int,
+        num_positions: int,
+        longest: int,
+        dtype: torch.dtype,
+        is_padded: bool,
+    ) -> int:
+        work = self._work(spec, itemsize=dtype.itemsize, block_size=1)
+        sizes = {"num_tokens": num_tokens, "num_requests": num_requests, "longest": longest}
+        count = work.most_partials(**sizes, num_positions=num_positions, is_padded=is_padded)
+        rows = max(work.sizes.single_rows, work.sizes.chunk_rows)
+        return 4 * count * spec.num_kv_heads * rows * (spec.value_dim + 2)
+
+    def _work(self, spec: AttentionSpec, *, itemsize: int, block_size: int) -> AttentionWork:
+        """Return what makes the work lists of a kind of attention."""
+        return AttentionWork(
+            attention_tiles(spec.head_dim, self.compute_capability, itemsize=itemsize),
+            spec.num_heads // spec.num_kv_heads,
+            spec.num_kv_heads,
+            spec.window,
+            spec.chunk,
+            self.processors,
+            block_size,
+            FIXED_SPLIT if self.invariant else None,
+        )
+
     def fill_kv(self, store: Store, byte: int) -> None:
         memory = store.memory if isinstance(store, ScaledStore) else store
         super().fill_kv(memory, byte)
@@ -154,16 +212,40 @@ class TritonBackend(ReferenceBackend):
         kept = choose_format(role, self.quantization, self.group_size)
         return super().weight_bytes(shape, role=role, dtype=dtype) if kept is None else kept.num_bytes(shape)
 
-    def copy_bytes(self, shape: Sequence[int], *, role: Role, dtype: torch.dtype) -> int:
-        kept = choose_format(role, self.quantization, self.group_size)
-        if kept is None or self.invariant or role is Role.HEAD:  # which has few rows at a time
+    def copy_bytes(self, shape: Sequence[int], *, role: Role, dtype: torch.dtype, is_stored: bool = False) -> int:
+        is_kept = is_stored or choose_format(role, self.quantization, self.group_size) is not None
+        if not is_kept or self.invariant or role in NEVER_COPIED:
             return 0
-        return kept.copy_bytes(shape, dtype)
+        return copy_bytes(shape, dtype)
 
     def pack(self, pieces: Sequence[Tensor], *, role: Role, dtype: torch.dtype | None = None) -> Weight:
         weight = super().pack(pieces, role=role, dtype=dtype)
         kept = choose_format(role, self.quantization, self.group_size)
         return weight if kept is None else Quantized.of(weight, kept)
+
+    def accepts(self, stored: QuantizedFormat, role: Role) -> bool:
+        if self.quantization is not None or role is Role.GATES:  # states depend on gates exponentially
+            return False
+        kept = (role.linear and not role.by_head) or role is Role.EMBED
+        return kept and stored_format(stored, sys.maxsize) is not None
+
+    def pack_quantized(self, pieces: Sequence[Tensor | QuantizedWeight], *, role: Role, dtype: torch.dtype) -> Weight:
+        stored = [piece for piece in pieces if not isinstance(piece, Tensor)]
+        device = torch.device(self.device)
+        if len(stored) == len(pieces) and (weight := Quantized.stored(stored, dtype, device)) is not None:
+            return weight
+        dense = [piece if isinstance(piece, Tensor) else piece.dequantize(dtype) for piece in pieces]
+        return self.pack([each.to(device) for each in dense], role=role, dtype=dtype)
+
+    def quantized_weight_bytes(
+        self, pieces: Sequence[tuple[QuantizedFormat | None, int]], *, columns: int, role: Role, dtype: torch.dtype
+    ) -> int:
+        shape = sum(rows for _, rows in pieces), columns
+        formats = {None if stored is None else stored_format(stored, columns) for stored, _ in pieces}
+        kept = formats.pop()
+        if kept is None or formats:  # in several formats: as none of them
+            return self.weight_bytes(shape, role=role, dtype=dtype)
+        return kept.num_bytes(shape)
 
     def quantized(self, quantization: str) -> TritonBackend:
         return TritonBackend(device=self.device, quantization=quantization, group_size=self.group_size)
@@ -188,30 +270,23 @@ class TritonBackend(ReferenceBackend):
         return add_lora(y, x, lora)
 
     def _quantized_linear(self, x: Tensor, weight: Quantized, bias: Tensor | None) -> Tensor:
-        x, (num_rows, depth), width = x.contiguous(), x.shape, len(weight.levels)
+        x, (num_rows, depth), width = x.contiguous(), x.shape, len(weight)
         out = x.new_empty(num_rows, width)
-        if not out.numel():
-            return out
-        group, columns = weight.format.group, 32
-        quantized_kernel[(triton.cdiv(num_rows, PRODUCT_ROWS), triton.cdiv(width, columns))](
-            out,
-            x,
-            weight.levels,
-            weight.scales,
-            weight.scales if weight.offsets is None else weight.offsets,
-            x if bias is None else bias,
-            num_rows,
-            width,
-            depth,
-            weight.padded,
-            IS_4_BIT=weight.format.bits == 4,
-            GROUP=group,
-            HAS_OFFSETS=weight.offsets is not None,
-            HAS_BIAS=bias is not None,
-            ROWS=PRODUCT_ROWS,
-            COLUMNS=columns,
-            DEPTH=min(group, PRODUCT_DEPTH) if group else PRODUCT_DEPTH,
-        )
+        if out.numel():
+            quantized_kernel[(triton.cdiv(num_rows, PRODUCT_ROWS), triton.cdiv(width, QUANTIZED_COLUMNS))](
+                out,
+                x,
+                weight.levels,
+                weight.scales,
+                *(x if each is None else each for each in (weight.zeros, weight.offsets, weight.table, weight.order)),
+                x if bias is None else bias,
+                num_rows,
+                width,
+                depth,
+                weight.levels.shape[1],
+                **_quantized_tiles(weight, PRODUCT_ROWS, has_order=weight.order is not None),
+                HAS_BIAS=bias is not None,
+            )
         return out
 
     def linear_heads(self, x: Tensor, weight: Weight) -> Tensor:
@@ -225,8 +300,6 @@ class TritonBackend(ReferenceBackend):
 
     def experts(self, x: Tensor, ids: Tensor, weights: Tensor, spec: MlpSpec, layer: LayerWeights) -> Tensor:
         first = layer.w13 if spec.gated else layer.w1
-        if any(isinstance(each, Quantized) for each in (*first, *layer.w2)):  # one expert after the other
-            return super().experts(x, ids, weights, spec, layer)
         num_pairs, k = ids.numel(), ids.shape[1]
         flat = ids.flatten()
         pairs = torch.arange(num_pairs, dtype=torch.int32, device=x.device)
@@ -243,29 +316,31 @@ class TritonBackend(ReferenceBackend):
         weighted = outputs.view(-1, k, x.shape[1]).float() * weights.float().unsqueeze(-1)
         return weighted.sum(dim=1).to(x.dtype)
 
-    def _groups(self, owners: Tensor, num_owners: int, rows: Tensor) -> tuple[Tensor, Tensor]:
+    def _groups(self, owners: Tensor, num_owners: int, rows: Tensor) -> tuple[Tensor, Tensor, int]:
         """Return rows by their owners, the weights that they are multiplied by, and tiles of them as `grouped_kernel`
-        wants both. Nothing is read back from the GPU: there are as many tiles as there can be.
+        wants both, and the rows of a tile. Nothing is read back from the GPU: there are as many tiles as there can be.
         """
+        is_many = not self.invariant and len(rows) >= LARGE_ROWS // 2 * num_owners
+        tile_rows = LARGE_ROWS if is_many else PRODUCT_ROWS
         owners, order = owners.long().sort(stable=True)
         numbers = torch.arange(num_owners + 1, device=owners.device)
         bounds = torch.searchsorted(owners, numbers)
-        per_owner = -(-bounds.diff() // PRODUCT_ROWS)
+        per_owner = -(-bounds.diff() // tile_rows)
         ends = per_owner.cumsum(0)
-        count = len(rows) // PRODUCT_ROWS + min(num_owners, len(rows))
+        count = len(rows) // tile_rows + min(num_owners, len(rows))
         index = torch.arange(count, device=owners.device)
         owner = torch.searchsorted(ends, index, right=True)
         known = owner.clamp_max(num_owners - 1)
-        begin = bounds[known] + (index - (ends - per_owner)[known]) * PRODUCT_ROWS
+        begin = bounds[known] + (index - (ends - per_owner)[known]) * tile_rows
         number = torch.where(owner < num_owners, owner, -1)
-        return rows[order], torch.stack((number, begin, bounds[known + 1]), dim=1).int()
+        return rows[order], torch.stack((number, begin, bounds[known + 1]), dim=1).int(), tile_rows
 
     def _grouped(
         self,
         x: Tensor,
-        weights: Sequence[Tensor] | Tensor,
+        weights: Sequence[Weight] | Tensor,
         biases: Sequence[Tensor] | None,
-        groups: tuple[Tensor, Tensor],
+        groups: tuple[Tensor, Tensor, int],
         *,
         width: int,
         top_k: int = 1,
@@ -273,37 +348,74 @@ class TritonBackend(ReferenceBackend):
         gated: bool = False,
     ) -> Tensor:
         """Return each row of a group times the weight of its owner, [rows, width]."""
-        rows, tiles = groups
-        x, out = x.contiguous(), x.new_empty(len(rows), width)
-        if len(tiles):
+        rows, tiles, tile_rows = groups
+        x, out, first = x.contiguous(), x.new_empty(len(rows), width), weights[0]
+        common = (rows if biases is None else self._addresses(biases).addresses, rows, tiles, top_k, width, x.shape[1])
+        options = {"KIND": kind, "IS_GATED": gated, "HAS_BIAS": biases is not None}
+        if not len(tiles):
+            return out
+        if isinstance(first, Quantized):
+            table = self._quantized_addresses(weights)
+            grouped_quantized_kernel[(len(tiles), triton.cdiv(width, QUANTIZED_COLUMNS))](
+                out,
+                x,
+                table.addresses,
+                first.levels,
+                first.scales,
+                *(x if each is None else each for each in (first.offsets, first.table)),
+                *common,
+                first.levels.shape[1],
+                **options,
+                **_quantized_tiles(first, tile_rows, has_order=table.order is not None),
+                IS_ALIGNED=table.is_aligned,
+            )
+        else:
+            table = self._addresses(weights)
             grouped_kernel[(len(tiles), triton.cdiv(width, PRODUCT_COLUMNS))](
                 out,
                 x,
-                self._addresses(weights),
-                rows if biases is None else self._addresses(biases),
-                rows,
-                tiles,
-                top_k,
-                width,
-                x.shape[1],
-                KIND=kind,
-                IS_GATED=gated,
-                HAS_BIAS=biases is not None,
-                ROWS=PRODUCT_ROWS,
+                table.addresses,
+                *common,
+                **options,
+                IS_ALIGNED=table.is_aligned,
+                ROWS=tile_rows,
                 COLUMNS=PRODUCT_COLUMNS,
                 DEPTH=PRODUCT_DEPTH,
             )
         return out
 
-    def _addresses(self, tensors: Sequence[Tensor] | Tensor) -> Tensor:
-        """Return where tensors lie, or the parts of one, int64 on their device. Made once, as weights stay."""
+    def _addresses(self, tensors: Sequence[Tensor] | Tensor) -> _Table:
+        """Return where tensors lie, or the parts of one."""
         owner = tensors if isinstance(tensors, Tensor) else tensors[0]
+        return self._table(owner, lambda: ([(each,) for each in tensors], None))
+
+    def _quantized_addresses(self, weights: Sequence[Quantized]) -> _Table:
+        """Return where the parts of weights lie, as `grouped_quantized_kernel` wants them."""
+
+        def make() -> tuple[list[tuple[Tensor | None, ...]], Tensor | None]:
+            order = None
+            if any(each.order is not None for each in weights):  # those of other experts may be in theirs
+                order = torch.arange(weights[0].columns, dtype=torch.int32, device=weights[0].levels.device)
+            orders = [order if each.order is None else each.order for each in weights]
+            parts = [(each.levels, each.scales, each.zeros, each.offsets) for each in weights]
+            return [(*part, own) for part, own in zip(parts, orders, strict=True)], order
+
+        return self._table(weights[0].levels, make)
+
+    def _table(
+        self, owner: Tensor, make: Callable[[], tuple[Sequence[Sequence[Tensor | None]], Tensor | None]]
+    ) -> _Table:
+        """Return the table of the addresses of tensors, of which `owner` is the first: made once, as weights stay."""
         known = self._tables.get(owner.data_ptr())
-        if known is None or known[0]() is not owner or len(known[1]) != len(tensors):
-            assert all(each.is_contiguous() for each in tensors)
-            table = torch.tensor([each.data_ptr() for each in tensors], dtype=torch.int64).to(owner.device)
-            known = self._tables[owner.data_ptr()] = weakref.ref(owner), table
-        return known[1]
+        if known is None or known.owner() is not owner:
+            tensors, order = make()
+            assert all(each is None or each.is_contiguous() for row in tensors for each in row)
+            numbers = [[0 if each is None else each.data_ptr() for each in row] for row in tensors]
+            addresses = torch.tensor(numbers, dtype=torch.int64)
+            is_aligned = not bool((addresses % 16).any())
+            known = _Table(weakref.ref(owner), addresses.to(owner.device), is_aligned, order)
+            self._tables[owner.data_ptr()] = known
+        return known
 
     # Rows
 
@@ -437,11 +549,7 @@ class TritonBackend(ReferenceBackend):
             out[starts[-1] :] = 0  # rows of no request
         values, scales, levels, _ = _parts(store)
         value_dim, group = spec.value_dim, spec.num_heads // spec.num_kv_heads
-        sizes = attention_tiles(spec.head_dim, self.compute_capability, itemsize=q.element_size())
-        split = FIXED_SPLIT if self.invariant else None
-        work = AttentionWork(
-            sizes, group, spec.num_kv_heads, spec.window, spec.chunk, self.processors, values.shape[2], split
-        )
+        work = self._work(spec, itemsize=q.element_size(), block_size=values.shape[2])
         tiles, merges = batch.derived(work)
         if not len(tiles):
             return out
@@ -480,18 +588,171 @@ class TritonBackend(ReferenceBackend):
             VALUE_FROM=spec.value_from,
             FRONT_DIM=max(16, triton.next_power_of_2(spec.value_from)),
             BLOCK=values.shape[2],
-            KEYS=sizes.keys,
+            KEYS=work.sizes.keys,
             HAS_CAP=spec.softcap is not None,
             HAS_WINDOW=spec.window is not None,
             HAS_CHUNK=spec.chunk is not None,
             HAS_SLOPES=spec.alibi is not None,
             IS_SCALED=levels > 0,
-            num_warps=sizes.warps,
-            num_stages=sizes.stages,
+            num_warps=work.sizes.warps,
+            num_stages=work.sizes.stages,
         )
         if len(merges):
             merge_kernel[(len(merges), spec.num_kv_heads)](
                 out, partial, partial_softmax, q if sinks is None else sinks, merges, VALUE_DIM=value_dim, **common
+            )
+        return out
+
+    # Recurrent states
+
+    def delta(
+        self, x: Tensor, gates: Tensor, states: Store, spec: DeltaSpec, batch: RaggedBatch, weights: LayerWeights
+    ) -> Tensor:
+        heads, values = spec.num_value_heads, spec.num_value_heads * spec.value_dim
+        y = self._matrices(x, gates, states, spec, batch, weights, spec.num_key_heads, heads)
+        return self._gated_norm(y, x, spec, weights, groups=heads, width=values // heads)
+
+    def mamba(
+        self, x: Tensor, dt: Tensor, states: Store, spec: MambaSpec, batch: RaggedBatch, weights: LayerWeights
+    ) -> Tensor:
+        groups, values = spec.num_groups, spec.num_heads * spec.head_dim
+        y = self._matrices(x, dt, states, spec, batch, weights, groups, spec.num_heads)
+        return self._gated_norm(y, x, spec, weights, groups=groups, width=values // groups)
+
+    def conv(self, x: Tensor, states: Store, spec: ConvSpec, batch: RaggedBatch, weights: LayerWeights) -> Tensor:
+        return self._convolved(x, states, spec, batch, weights, dtype=x.dtype)
+
+    def _convolved(
+        self,
+        x: Tensor,
+        states: Tensor,
+        spec: RecurrentSpec,
+        batch: RaggedBatch,
+        weights: LayerWeights,
+        *,
+        dtype: torch.dtype,
+    ) -> Tensor:
+        """Return what a convolution gives of the channels of x: [T, C]. States have the newest inputs then."""
+        weight, bias, x = weights.conv, weights.conv_bias, x.contiguous()
+        assert weight is not None
+        out = x.new_empty(len(x), spec.num_channels, dtype=dtype)
+        if not len(x):
+            return out
+        columns = min(CONVOLVED_COLUMNS, triton.next_power_of_2(spec.num_channels))
+        tokens, num_tiles = ELEMENTS // columns, triton.cdiv(spec.num_channels, columns)
+        (origins,) = batch.derived(token_origins)
+        shape = {"IS_GATED": isinstance(spec, ConvSpec), "SIZE": spec.conv_size, "COLUMNS": columns}
+        convolve_kernel[(triton.cdiv(len(x), tokens), num_tiles)](
+            out,
+            x,
+            states,
+            origins,
+            weight,
+            weight if bias is None else bias,
+            len(x),
+            spec.num_channels,
+            x.shape[1],
+            states.shape[1],
+            HAS_BIAS=bias is not None,
+            TOKENS=tokens,
+            **shape,
+        )
+        num_requests = len(batch.state_reads)
+        tail_kernel[(num_requests, num_tiles)](
+            x,
+            states,
+            batch.query_start,
+            batch.state_reads,
+            batch.state_writes,
+            num_requests,
+            spec.num_channels,
+            x.shape[1],
+            states.shape[1],
+            ROWS=triton.next_power_of_2(max(spec.conv_size - 1, 1)),
+            **shape,
+        )
+        return out
+
+    def _matrices(
+        self,
+        x: Tensor,
+        gates: Tensor,
+        states: Tensor,
+        spec: DeltaSpec | MambaSpec,
+        batch: RaggedBatch,
+        weights: LayerWeights,
+        groups: int,
+        heads: int,
+    ) -> Tensor:
+        """Return what the tokens read of their states, in fp32: [T, heads x size of a value]."""
+        assert weights.decay is not None and weights.decay_bias is not None
+        is_delta = isinstance(spec, DeltaSpec)
+        key_dim, value_dim = (spec.key_dim, spec.value_dim) if is_delta else (spec.state_dim, spec.head_dim)
+        mixed = self._convolved(x, states, spec, batch, weights, dtype=torch.float32)
+        make = torch.zeros if batch.is_padded else torch.empty  # rows of no request are finite
+        out = make(len(x), heads * value_dim, dtype=torch.float32, device=x.device)
+        if not len(x):
+            return out
+        keys = triton.next_power_of_2(key_dim)
+        columns = min(max(1, MATRIX_ELEMENTS // keys), triton.next_power_of_2(value_dim))
+        num_requests = len(batch.state_reads)
+        matrix_kernel[(num_requests, heads, triton.cdiv(value_dim, columns))](
+            out,
+            mixed,
+            gates.contiguous(),
+            states,
+            weights.decay,
+            weights.decay_bias,
+            weights.decay if weights.skip is None else weights.skip,
+            batch.query_start,
+            batch.state_reads,
+            batch.state_writes,
+            num_requests,
+            states.shape[1],
+            (spec.conv_size - 1) * spec.num_channels,
+            key_dim**-0.5,
+            *((0.0, 0.0) if is_delta else (spec.dt_min, math.inf if spec.dt_max is None else spec.dt_max)),
+            IS_DELTA=is_delta,
+            HEADS=heads,
+            GROUPS=groups,
+            KEY_DIM=key_dim,
+            VALUE_DIM=value_dim,
+            KEYS=keys,
+            COLUMNS=columns,
+            num_warps=2,
+        )
+        return out
+
+    def _gated_norm(
+        self,
+        y: Tensor,
+        x: Tensor,
+        spec: DeltaSpec | MambaSpec,
+        weights: LayerWeights,
+        *,
+        groups: int,
+        width: int,
+    ) -> Tensor:
+        """Return groups [T, groups x width] of fp32, normed and gated by what follows the channels in x, in its dtype:
+        those of a delta net are normed first.
+        """
+        out, x = x.new_empty(y.shape), x.contiguous()
+        if len(x):
+            columns, is_mamba = triton.next_power_of_2(width), isinstance(spec, MambaSpec)
+            gated_norm_kernel[(len(x), groups)](
+                out,
+                y,
+                x,
+                weights.out_norm,
+                spec.norm.eps,
+                x.shape[1],
+                spec.num_channels,
+                width,
+                GATE_FIRST=is_mamba,
+                OWN_WEIGHTS=is_mamba,
+                IS_CENTERED=spec.norm.centered,
+                COLUMNS=columns,
+                num_warps=max(1, min(8, columns // 256)),
             )
         return out
 
@@ -500,6 +761,34 @@ class TritonBackend(ReferenceBackend):
         if spec not in self._alibi:
             self._alibi[spec] = alibi_slopes(spec).to(device)
         return self._alibi[spec]
+
+
+@dataclass(frozen=True)
+class _Table:
+    """Holds the addresses [weights, parts] of tensors, int64 on their device, 0 where there is none."""
+
+    owner: weakref.ref[Tensor]
+    addresses: Tensor
+    is_aligned: bool  # all are multiples of 16
+    order: Tensor | None  # of columns of weights that have no other, if some have one
+
+
+def _quantized_tiles(weight: Quantized, rows: int, *, has_order: bool) -> dict[str, Any]:
+    """Return what kernels must know of a quantized weight when they are compiled, and the sizes of their tiles."""
+    kept = weight.format
+    return {
+        "IS_4_BIT": kept.bits == 4,
+        "IS_FP8": kept.is_float,
+        "GROUP": kept.group,
+        "BIAS": kept.bias,
+        "HAS_ZEROS": weight.zeros is not None,
+        "HAS_OFFSETS": weight.offsets is not None,
+        "HAS_TABLE": weight.table is not None,
+        "HAS_ORDER": has_order,
+        "ROWS": rows,
+        "COLUMNS": QUANTIZED_COLUMNS,
+        "DEPTH": min(kept.group, PRODUCT_DEPTH) if kept.group else PRODUCT_DEPTH,
+    }
 
 
 def _parts(store: Store) -> tuple[Tensor, Tensor, int, bool]:

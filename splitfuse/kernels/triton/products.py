@@ -7,28 +7,25 @@ at a time: a row's result does not depend on the others.
 
 from __future__ import annotations
 
-from typing import Any
-
 import triton
 import triton.language as tl
 
-from splitfuse.kernels.triton.attention import Number, Pointer
 from splitfuse.kernels.triton.rows import gated
 
 
 @triton.jit
 def _dot_rows(
-    x: Pointer,  # [rows, K]
-    weight: Pointer,  # [N, K]
-    sources: Any,  # [M]: row of x
-    is_row: Any,
-    columns: Any,  # [N']: row of the weight
-    is_column: Any,
-    depth: Number,  # K
+    x: tl.pointer_type,  # [rows, K]
+    weight: tl.pointer_type,  # [N, K]
+    sources: tl.tensor,  # [M]: row of x
+    is_row: tl.tensor,
+    columns: tl.tensor,  # [N']: row of the weight
+    is_column: tl.tensor,
+    depth: tl.tensor,  # K
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     DEPTH: tl.constexpr,
-) -> Any:
+) -> tl.tensor:
     """Return the products [M, N'] of rows of x with rows of a weight, in fp32."""
     acc = tl.zeros([ROWS, COLUMNS], tl.float32)
     for begin in range(0, depth, DEPTH):
@@ -43,21 +40,22 @@ def _dot_rows(
 
 @triton.jit
 def grouped_kernel(
-    out: Pointer,  # [P, N]
-    x: Pointer,  # [P / top_k, K]
-    weights: Pointer,  # int64 [E]: addresses of weights [N, K], or [2 N, K] if IS_GATED, of the dtype of x
-    biases: Pointer,  # int64 [E]: addresses of biases [N] or [2 N], if HAS_BIAS
-    pairs: Pointer,  # int32 [P]: pairs of a token and an expert, `token * top_k + number`, by expert
-    tiles: Pointer,  # int32 [tiles, 3]: expert, or -1 for none, and begin and end of its pairs that are in the tile
-    top_k: Number,
-    width: Number,  # N
-    depth: Number,  # K
+    out: tl.pointer_type,  # [P, N]
+    x: tl.pointer_type,  # [P / top_k, K]
+    weights: tl.pointer_type,  # int64 [E]: addresses of weights [N, K], or [2 N, K] if IS_GATED
+    biases: tl.pointer_type,  # int64 [E]: addresses of biases [N] or [2 N], if HAS_BIAS
+    pairs: tl.pointer_type,  # int32 [P]: pairs of a token and an expert, `token * top_k + number`, by expert
+    tiles: tl.pointer_type,  # int32 [tiles, 3]: expert, or -1 for none, and begin and end of its pairs in the tile
+    top_k: tl.tensor,
+    width: tl.tensor,  # N
+    depth: tl.tensor,  # K
     KIND: tl.constexpr,  # activation of rows.py; -1: none
     IS_GATED: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     DEPTH: tl.constexpr,
+    IS_ALIGNED: tl.constexpr,  # addresses of weights are multiples of 16
 ) -> None:
     """Multiply each pair's token by the weight of its expert, and activate: a grid of (tiles, N / COLUMNS) programs."""
     tile = tiles + tl.program_id(0) * 3
@@ -70,6 +68,8 @@ def grouped_kernel(
     columns = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     is_column = columns < width
     weight = tl.load(weights + expert).to(x.dtype)
+    if IS_ALIGNED:  # the compiler knows it of arguments alone
+        weight = tl.multiple_of(weight, 16)
     y = _dot_rows(x, weight, pair // top_k, is_row, columns, is_column, depth, ROWS, COLUMNS, DEPTH)
     if HAS_BIAS:
         bias = tl.load(biases + expert).to(x.dtype)
@@ -86,53 +86,235 @@ def grouped_kernel(
 
 
 @triton.jit
-def quantized_kernel(
-    out: Pointer,  # [T, N]
-    x: Pointer,  # [T, K]
-    levels: Pointer,  # int8 [N, K'], or uint8 [N, K' / 2]: the low half of a byte has column i, the high one i + K' / 2
-    scales: Pointer,  # fp32 [N, K' / GROUP]
-    offsets: Pointer,  # fp32 [N, K' / GROUP], if HAS_OFFSETS
-    bias: Pointer,  # [N], if HAS_BIAS
-    num_rows: Number,  # T
-    width: Number,  # N
-    depth: Number,  # K
-    padded: Number,  # K': a multiple of the group and, in 4 bits, of two of them
+def _levels(
+    packed: tl.tensor,
+    half: tl.constexpr,
+    table: tl.pointer_type,
     IS_4_BIT: tl.constexpr,
+    IS_FP8: tl.constexpr,
+    HAS_TABLE: tl.constexpr,
+) -> tl.tensor:
+    """Return the numbers that bytes stand for, in 4 bits those of one half of each, in fp32."""
+    if IS_FP8:
+        bits = packed.to(tl.int32)
+        # The bits of e4m3 are those of a number in fp16 that is 256 times as small, subnormal ones included.
+        size = ((bits & 127) << 7).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32) * 256
+        size = tl.where((bits & 127) == 127, float("nan"), size)
+        level = tl.where(bits > 127, -size, size)
+    elif IS_4_BIT:
+        index = (packed.to(tl.int32) >> (4 * half)) & 15
+        level = index.to(tl.float32)
+        if HAS_TABLE:
+            level = tl.load(table + index)
+    else:
+        level = packed.to(tl.float32)
+    return level
+
+
+@triton.jit
+def _dot_quantized(
+    x: tl.pointer_type,  # [rows, K]
+    sources: tl.tensor,  # int64 [M]: row of x
+    is_row: tl.tensor,
+    columns: tl.tensor,  # [N']: row of the weight
+    is_column: tl.tensor,
+    depth: tl.tensor,  # K
+    stored: tl.tensor,  # bytes of a row: K', which is a multiple of the group, or in 4 bits K' / 2, which is one too
+    levels: tl.pointer_type,  # 8 bits [N, K'], or uint8 [N, K' / 2], whose low halves have the first columns
+    scales: tl.pointer_type,  # [N, K' / GROUP]
+    zeros: tl.pointer_type,  # uint8, the same shape, if HAS_ZEROS
+    offsets: tl.pointer_type,  # the same shape, if HAS_OFFSETS
+    table: tl.pointer_type,  # fp32 [16]: what levels are indices into, if HAS_TABLE
+    order: tl.pointer_type,  # int32 [K]: column of x that each column of the weight is multiplied by, if HAS_ORDER
+    IS_4_BIT: tl.constexpr,
+    IS_FP8: tl.constexpr,
     GROUP: tl.constexpr,  # columns that share a scale, or 0: all do
+    BIAS: tl.constexpr,  # of levels
+    HAS_ZEROS: tl.constexpr,
     HAS_OFFSETS: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
+    HAS_TABLE: tl.constexpr,
+    HAS_ORDER: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     DEPTH: tl.constexpr,  # divides GROUP
-) -> None:
-    """Multiply by a weight of `scale * level + offset`, which is rounded to the dtype of x: a grid of
-    (T / ROWS, N / COLUMNS) programs.
+) -> tl.tensor:
+    """Return the products [M, N'], in fp32, of rows of x with those of a weight: `scale * (level - bias - zero) +
+    offset`, rounded to the dtype of x.
     """
-    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    columns = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
-    is_row, is_column = rows < num_rows, columns < width
-    x_rows = x + rows.to(tl.int64)[:, None] * depth
-    stored = padded // 2 if IS_4_BIT else padded
-    num_groups = padded // GROUP if GROUP > 0 else 1
+    num_groups = (1 + IS_4_BIT) * stored // GROUP if GROUP > 0 else 1
+    x_rows, level_rows = x + sources[:, None] * depth, levels + columns.to(tl.int64)[:, None] * stored
+    groups = columns.to(tl.int64) * num_groups
     acc = tl.zeros([ROWS, COLUMNS], tl.float32)
     for begin in range(0, stored, DEPTH):
         inner = begin + tl.arange(0, DEPTH)
-        bytes_at = columns.to(tl.int64)[:, None] * stored + inner[None, :]
-        packed = tl.load(levels + bytes_at, mask=is_column[:, None] & (inner < stored)[None, :], other=0)
+        packed = tl.load(level_rows + inner[None, :], mask=is_column[:, None] & (inner < stored)[None, :], other=0)
         for half in tl.static_range(2 if IS_4_BIT else 1):
-            if IS_4_BIT:
-                level = ((packed.to(tl.int32) >> (4 * half)) & 15).to(tl.float32)
-            else:
-                level = packed.to(tl.float32)
-            first = begin + half * stored
-            group_at = columns * num_groups + (first // GROUP if GROUP > 0 else 0)
-            w_tile = level * tl.load(scales + group_at, mask=is_column, other=0.0)[:, None]
+            w_tile = _levels(packed, half, table, IS_4_BIT, IS_FP8, HAS_TABLE)
+            group_at = groups + ((begin + half * stored) // GROUP if GROUP > 0 else 0)
+            if BIAS > 0:
+                w_tile -= BIAS
+            if HAS_ZEROS:
+                w_tile -= tl.load(zeros + group_at, mask=is_column, other=0).to(tl.float32)[:, None]
+            w_tile *= tl.load(scales + group_at, mask=is_column, other=0.0).to(tl.float32)[:, None]
             if HAS_OFFSETS:
-                w_tile += tl.load(offsets + group_at, mask=is_column, other=0.0)[:, None]
+                w_tile += tl.load(offsets + group_at, mask=is_column, other=0.0).to(tl.float32)[:, None]
             at = half * stored + inner
-            x_tile = tl.load(x_rows + at[None, :], mask=is_row[:, None] & (at < depth)[None, :], other=0.0)
+            is_inner = (inner < stored) & (at < depth)
+            if HAS_ORDER:
+                at = tl.load(order + at, mask=is_inner, other=0)
+            x_tile = tl.load(x_rows + at[None, :], mask=is_row[:, None] & is_inner[None, :], other=0.0)
             acc = tl.dot(x_tile, tl.trans(w_tile.to(x_tile.dtype)), acc, input_precision="ieee")
+    return acc
+
+
+@triton.jit
+def quantized_kernel(
+    out: tl.pointer_type,  # [T, N]
+    x: tl.pointer_type,  # [T, K]
+    levels: tl.pointer_type,  # this and what follows to `order`: see _dot_quantized
+    scales: tl.pointer_type,
+    zeros: tl.pointer_type,
+    offsets: tl.pointer_type,
+    table: tl.pointer_type,
+    order: tl.pointer_type,
+    bias: tl.pointer_type,  # [N], if HAS_BIAS
+    num_rows: tl.tensor,  # T
+    width: tl.tensor,  # N
+    depth: tl.tensor,  # K
+    stored: tl.tensor,
+    IS_4_BIT: tl.constexpr,
+    IS_FP8: tl.constexpr,
+    GROUP: tl.constexpr,
+    BIAS: tl.constexpr,
+    HAS_ZEROS: tl.constexpr,
+    HAS_OFFSETS: tl.constexpr,
+    HAS_TABLE: tl.constexpr,
+    HAS_ORDER: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    DEPTH: tl.constexpr,
+) -> None:
+    """Multiply by a weight in 8 or 4 bits: a grid of (T / ROWS, N / COLUMNS) programs."""
+    rows = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
+    columns = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    is_row, is_column = rows < num_rows, columns < width
+    acc = _dot_quantized(
+        x,
+        rows,
+        is_row,
+        columns,
+        is_column,
+        depth,
+        stored,
+        levels,
+        scales,
+        zeros,
+        offsets,
+        table,
+        order,
+        IS_4_BIT,
+        IS_FP8,
+        GROUP,
+        BIAS,
+        HAS_ZEROS,
+        HAS_OFFSETS,
+        HAS_TABLE,
+        HAS_ORDER,
+        ROWS,
+        COLUMNS,
+        DEPTH,
+    )
     if HAS_BIAS:
         acc += tl.load(bias + columns, mask=is_column, other=0.0).to(tl.float32)[None, :]
-    at = rows.to(tl.int64)[:, None] * width + columns[None, :]
+    at = rows[:, None] * width + columns[None, :]
     tl.store(out + at, acc.to(out.dtype.element_ty), mask=is_row[:, None] & is_column[None, :])
+
+
+@triton.jit
+def grouped_quantized_kernel(
+    out: tl.pointer_type,  # [P, N]
+    x: tl.pointer_type,  # [P / top_k, K]
+    addresses: tl.pointer_type,  # int64 [E, 5]: of each expert's levels, scales, zeros, offsets and order
+    levels: tl.pointer_type,  # these of any expert, for their dtypes
+    scales: tl.pointer_type,
+    offsets: tl.pointer_type,
+    table: tl.pointer_type,  # of all
+    biases: tl.pointer_type,  # this and what follows: as in grouped_kernel
+    pairs: tl.pointer_type,
+    tiles: tl.pointer_type,
+    top_k: tl.tensor,
+    width: tl.tensor,
+    depth: tl.tensor,
+    stored: tl.tensor,
+    KIND: tl.constexpr,
+    IS_GATED: tl.constexpr,
+    IS_4_BIT: tl.constexpr,  # this and what follows: see _dot_quantized
+    IS_FP8: tl.constexpr,
+    GROUP: tl.constexpr,
+    BIAS: tl.constexpr,
+    HAS_ZEROS: tl.constexpr,
+    HAS_OFFSETS: tl.constexpr,
+    HAS_TABLE: tl.constexpr,
+    HAS_ORDER: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    DEPTH: tl.constexpr,
+    IS_ALIGNED: tl.constexpr,
+) -> None:
+    """Do what `grouped_kernel` does, by experts in 8 or 4 bits: a grid of (tiles, N / COLUMNS) programs."""
+    tile = tiles + tl.program_id(0) * 3
+    expert, begin, end = tl.load(tile), tl.load(tile + 1), tl.load(tile + 2)
+    if expert < 0:
+        return
+    places = begin + tl.arange(0, ROWS)
+    is_row = places < end
+    pair = tl.load(pairs + places, mask=is_row, other=0).to(tl.int64)
+    columns = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    is_column = columns < width
+    own = addresses + expert * 5
+    own_levels = tl.load(own).to(levels.dtype)
+    if IS_ALIGNED:
+        own_levels = tl.multiple_of(own_levels, 16)
+    y = tl.zeros([ROWS, COLUMNS], tl.float32)
+    gate = y
+    for part in tl.static_range(2 if IS_GATED else 1):
+        of_weight = columns + part * width
+        y = _dot_quantized(
+            x,
+            pair // top_k,
+            is_row,
+            of_weight,
+            is_column,
+            depth,
+            stored,
+            own_levels,
+            tl.load(own + 1).to(scales.dtype),
+            tl.load(own + 2).to(tl.pointer_type(tl.uint8)),
+            tl.load(own + 3).to(offsets.dtype),
+            table,
+            tl.load(own + 4).to(tl.pointer_type(tl.int32)),
+            IS_4_BIT,
+            IS_FP8,
+            GROUP,
+            BIAS,
+            HAS_ZEROS,
+            HAS_OFFSETS,
+            HAS_TABLE,
+            HAS_ORDER,
+            ROWS,
+            COLUMNS,
+            DEPTH,
+        )
+        if HAS_BIAS:
+            bias = tl.load(biases + expert).to(x.dtype)
+            y += tl.load(bias + of_weight, mask=is_column, other=0.0).to(tl.float32)[None, :]
+        if IS_GATED and part == 0:
+            gate = y
+    if IS_GATED:
+        y = gated(gate, y, KIND)
+    elif KIND >= 0:
+        y = gated(y, tl.full([ROWS, COLUMNS], 1.0, tl.float32), KIND)
+    at = pair[:, None] * width + columns[None, :]
+    tl.store(out + at, y.to(out.dtype.element_ty), mask=is_row[:, None] & is_column[None, :])

@@ -6,12 +6,10 @@ Each row's sums are taken over a tile of one shape, whatever else is in the step
 
 from __future__ import annotations
 
-from typing import Any
-
 import triton
 import triton.language as tl
 
-from splitfuse.kernels.triton.attention import Number, Pointer, tanh
+from splitfuse.kernels.triton.attention import tanh
 
 NO_NORM, NORM_FIRST, NORM_LAST = 0, 1, 2
 """Whether heads are normed, before or after they are rotated: NORM of `place_kernel`."""
@@ -29,13 +27,13 @@ ACTIVATIONS = {
 
 
 @triton.jit
-def sigmoid(x: Any) -> Any:
+def sigmoid(x: tl.tensor) -> tl.tensor:
     """Return the logistic function of fp32."""
     return 1 / (1 + tl.exp(-x))
 
 
 @triton.jit
-def gated(gate: Any, up: Any, KIND: tl.constexpr) -> Any:
+def gated(gate: tl.tensor, up: tl.tensor, KIND: tl.constexpr) -> tl.tensor:
     """Return the activation of a gate times the up half, in fp32."""
     if KIND == 0:
         y = gate * sigmoid(gate) * up
@@ -57,9 +55,9 @@ def gated(gate: Any, up: Any, KIND: tl.constexpr) -> Any:
 
 @triton.jit
 def gated_kernel(
-    out: Pointer,  # [T, I]
-    gate_up: Pointer,  # [T, 2 I]
-    width: Number,  # I
+    out: tl.pointer_type,  # [T, I]
+    gate_up: tl.pointer_type,  # [T, 2 I]
+    width: tl.tensor,  # I
     KIND: tl.constexpr,
     COLUMNS: tl.constexpr,
 ) -> None:
@@ -72,16 +70,26 @@ def gated_kernel(
 
 
 @triton.jit
+def normed(
+    values: tl.tensor, inside: tl.tensor, width: tl.tensor, eps: tl.tensor, IS_CENTERED: tl.constexpr
+) -> tl.tensor:
+    """Return a row of `width` elements, which are those `inside`, normed in fp32."""
+    if IS_CENTERED:
+        values = tl.where(inside, values - tl.sum(values, 0) / width, 0.0)
+    return values / tl.sqrt(tl.sum(values * values, 0) / width + eps)
+
+
+@triton.jit
 def norm_kernel(
-    out: Pointer,  # [T, C]
-    summed: Pointer,  # [T, C]: x + branch * branch_scale, if HAS_BRANCH; may be x
-    x: Pointer,  # [T, C]
-    branch: Pointer,  # [T, C], if HAS_BRANCH
-    weight: Pointer,  # fp32 [C]
-    bias: Pointer,  # fp32 [C], if HAS_BIAS
-    branch_scale: Number,
-    width: Number,  # C
-    eps: Number,
+    out: tl.pointer_type,  # [T, C]
+    summed: tl.pointer_type,  # [T, C]: x + branch * branch_scale, if HAS_BRANCH; may be x
+    x: tl.pointer_type,  # [T, C]
+    branch: tl.pointer_type,  # [T, C], if HAS_BRANCH
+    weight: tl.pointer_type,  # fp32 [C]
+    bias: tl.pointer_type,  # fp32 [C], if HAS_BIAS
+    branch_scale: tl.tensor,
+    width: tl.tensor,  # C
+    eps: tl.tensor,
     HAS_BRANCH: tl.constexpr,
     IS_CENTERED: tl.constexpr,
     HAS_BIAS: tl.constexpr,
@@ -96,9 +104,7 @@ def norm_kernel(
         total = (values + added * branch_scale).to(summed.dtype.element_ty)
         tl.store(summed + row + columns, total, mask=inside)
         values = total.to(tl.float32)
-    if IS_CENTERED:
-        values = tl.where(inside, values - tl.sum(values, 0) / width, 0.0)
-    y = values / tl.sqrt(tl.sum(values * values, 0) / width + eps)
+    y = normed(values, inside, width, eps, IS_CENTERED)
     y *= tl.load(weight + columns, mask=inside, other=0.0)
     if HAS_BIAS:
         y += tl.load(bias + columns, mask=inside, other=0.0)
@@ -107,9 +113,9 @@ def norm_kernel(
 
 @triton.jit
 def best_kernel(
-    out: Pointer,  # int32 [R, 2]: a column, and the bits of its number in fp32
-    scores: Pointer,  # fp32 [R, V]
-    width: Number,  # V
+    out: tl.pointer_type,  # int32 [R, 2]: a column, and the bits of its number in fp32
+    scores: tl.pointer_type,  # fp32 [R, V]
+    width: tl.tensor,  # V
     COLUMNS: tl.constexpr,
 ) -> None:
     """Find the first of the largest numbers of a row, which is NaN if the row has one: a program for each row."""
@@ -135,7 +141,9 @@ def best_kernel(
 
 
 @triton.jit
-def _moments(x: Any, inside: Any, eps: Number, WIDTH: tl.constexpr, IS_CENTERED: tl.constexpr) -> Any:
+def _moments(
+    x: tl.tensor, inside: tl.tensor, eps: tl.tensor, WIDTH: tl.constexpr, IS_CENTERED: tl.constexpr
+) -> tl.tensor:
     """Return what is subtracted from each row of x [M, D], and what it is multiplied by then, to norm it."""
     mean = tl.zeros([x.shape[0]], tl.float32)
     if IS_CENTERED:
@@ -146,16 +154,16 @@ def _moments(x: Any, inside: Any, eps: Number, WIDTH: tl.constexpr, IS_CENTERED:
 
 @triton.jit
 def _scaled(
-    x: Any,
-    mean: Any,
-    factor: Any,
-    at: Any,
-    is_column: Any,
-    weight: Pointer,
-    bias: Pointer,
+    x: tl.tensor,
+    mean: tl.tensor,
+    factor: tl.tensor,
+    at: tl.tensor,
+    is_column: tl.tensor,
+    weight: tl.pointer_type,
+    bias: tl.pointer_type,
     HAS_WEIGHT: tl.constexpr,
     HAS_BIAS: tl.constexpr,
-) -> Any:
+) -> tl.tensor:
     """Return rows of x [M, D] normed by these moments, with elements `at` [D] of a norm's weight and bias."""
     y = (x - mean[:, None]) * factor[:, None]
     if HAS_WEIGHT:
@@ -167,17 +175,17 @@ def _scaled(
 
 @triton.jit
 def _turned(
-    base: Pointer,  # of the elements of this head of token 0
-    stride: Number,  # from token to token
-    tokens: Any,  # [M]
-    is_token: Any,
-    norm_head: Any,  # this head's place in the norm's weight
-    positions: Pointer,
-    cos: Pointer,
-    sin: Pointer,
-    weight: Pointer,
-    bias: Pointer,
-    eps: Number,
+    base: tl.pointer_type,  # of the elements of this head of token 0
+    stride: tl.tensor,  # from token to token
+    tokens: tl.tensor,  # [M]
+    is_token: tl.tensor,
+    norm_head: tl.tensor,  # this head's place in the norm's weight
+    positions: tl.pointer_type,
+    cos: tl.pointer_type,
+    sin: tl.pointer_type,
+    weight: tl.pointer_type,
+    bias: tl.pointer_type,
+    eps: tl.tensor,
     HEAD_DIM: tl.constexpr,
     DIM: tl.constexpr,
     HALF: tl.constexpr,
@@ -185,7 +193,7 @@ def _turned(
     IS_CENTERED: tl.constexpr,
     HAS_WEIGHT: tl.constexpr,
     HAS_BIAS: tl.constexpr,
-) -> Any:
+) -> tl.tensor:
     """Return a head [M, D] of some tokens, normed and rotated, in fp32. Each element is rotated with its partner, which
     is HALF columns from it.
     """
@@ -219,24 +227,24 @@ def _turned(
 
 @triton.jit
 def place_kernel(
-    q_out: Pointer,  # [T, H, D]
-    store: Pointer,  # [1 or 2, num_blocks, BLOCK, Hk, D]
-    store_scales: Pointer,  # fp32 [2, num_blocks, BLOCK, Hk], if LEVELS
-    qkv: Pointer,  # [T, (H + 2 Hk) D], or without values
-    positions: Pointer,  # int32 [T]
-    slots: Pointer,  # int32 [T], -1: keys and values are not written
-    cos: Pointer,  # fp32 [positions, HALF]
-    sin: Pointer,
-    q_norm: Pointer,  # fp32 [D], or [H, D] with OWN_WEIGHTS
-    q_bias: Pointer,
-    k_norm: Pointer,  # fp32 [D], or [Hk, D] with OWN_WEIGHTS
-    k_bias: Pointer,
-    query_scales: Pointer,  # fp32 [T], if HAS_SCALES
-    num_tokens: Number,
-    num_slots: Number,  # num_blocks * BLOCK
-    stride: Number,  # from row to row of qkv
-    eps: Number,
-    v_eps: Number,
+    q_out: tl.pointer_type,  # [T, H, D]
+    store: tl.pointer_type,  # [1 or 2, num_blocks, BLOCK, Hk, D]
+    store_scales: tl.pointer_type,  # fp32 [2, num_blocks, BLOCK, Hk], if LEVELS
+    qkv: tl.pointer_type,  # [T, (H + 2 Hk) D], or without values
+    positions: tl.pointer_type,  # int32 [T]
+    slots: tl.pointer_type,  # int32 [T], -1: keys and values are not written
+    cos: tl.pointer_type,  # fp32 [positions, HALF]
+    sin: tl.pointer_type,
+    q_norm: tl.pointer_type,  # fp32 [D], or [H, D] with OWN_WEIGHTS
+    q_bias: tl.pointer_type,
+    k_norm: tl.pointer_type,  # fp32 [D], or [Hk, D] with OWN_WEIGHTS
+    k_bias: tl.pointer_type,
+    query_scales: tl.pointer_type,  # fp32 [T], if HAS_SCALES
+    num_tokens: tl.tensor,
+    num_slots: tl.tensor,  # num_blocks * BLOCK
+    stride: tl.tensor,  # from row to row of qkv
+    eps: tl.tensor,
+    v_eps: tl.tensor,
     HEADS: tl.constexpr,
     KV_HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,

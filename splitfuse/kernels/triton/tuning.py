@@ -19,18 +19,30 @@ class AttentionTiles:
     stages: int = 2
 
 
+_100_KIB = (
+    AttentionTiles(head_dim=64, single_rows=16, chunk_rows=64, keys=64),
+    AttentionTiles(head_dim=128, single_rows=16, chunk_rows=64, keys=32),
+    AttentionTiles(head_dim=256, single_rows=16, chunk_rows=32, keys=32, warps=8, stages=1),
+    AttentionTiles(head_dim=1024, single_rows=16, chunk_rows=16, keys=16, warps=8, stages=1),
+)
+"""Sizes of consumer GPUs, whose programs have 99 KiB of shared memory."""
+_160_KIB = (
+    AttentionTiles(head_dim=64, single_rows=16, chunk_rows=64, keys=64, stages=3),
+    AttentionTiles(head_dim=128, single_rows=16, chunk_rows=64, keys=64),
+    AttentionTiles(head_dim=256, single_rows=16, chunk_rows=64, keys=32, warps=8),
+    AttentionTiles(head_dim=1024, single_rows=32, chunk_rows=32, keys=16, warps=8, stages=1),
+)
+"""Sizes of those of data centres, which have 163 KiB or more."""
 TABLE: dict[tuple[int, int], tuple[AttentionTiles, ...]] = {
     (7, 5): (  # what fits into 64 KiB of shared memory, in fp32 too
         AttentionTiles(head_dim=64, single_rows=16, chunk_rows=32, keys=32),
         AttentionTiles(head_dim=128, single_rows=16, chunk_rows=16, keys=32),
         AttentionTiles(head_dim=1024, single_rows=16, chunk_rows=16, keys=16, stages=1),
     ),
-    (8, 0): (
-        AttentionTiles(head_dim=64, single_rows=16, chunk_rows=64, keys=64, stages=3),
-        AttentionTiles(head_dim=128, single_rows=16, chunk_rows=64, keys=64),
-        AttentionTiles(head_dim=256, single_rows=16, chunk_rows=64, keys=32, warps=8),
-        AttentionTiles(head_dim=1024, single_rows=32, chunk_rows=32, keys=16, warps=8, stages=1),
-    ),
+    (8, 0): _160_KIB,
+    (8, 6): _100_KIB,
+    (9, 0): _160_KIB,
+    (12, 0): _100_KIB,
 }
 """Sizes by the least compute capability that they are for, oldest first. Estimates: none has been measured yet."""
 INTERPRETED = AttentionTiles(head_dim=1024, single_rows=16, chunk_rows=32, keys=64)

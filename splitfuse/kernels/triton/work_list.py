@@ -166,15 +166,37 @@ class AttentionWork:
         tiles, merges = torch.from_numpy(work.tiles), torch.from_numpy(work.merges)
         return self._filled_up(tiles, merges, batch, tiling.rows) if batch.is_padded else (tiles, merges)
 
+    def most_partials(
+        self, *, num_tokens: int, num_requests: int, num_positions: int, longest: int, is_padded: bool
+    ) -> int:
+        """Return the most partial results of a step: of requests that have `num_positions` together and `longest` at
+        most, of a padded batch as many as there can be in its list.
+        """
+        rows = self.sizes.chunk_rows
+        if is_padded:
+            tiles, merges = self._most(rows, num_tokens, num_requests, longest)
+            return tiles if merges else 0
+        if self.split is None:  # fewer than half of the programs aimed at are divided, to at most twice their number
+            programs = 2 * PROGRAMS_PER_PROCESSOR * self.processors
+            return -(-programs // self.num_kv_heads) if longest > SHORTEST_SPLIT else 0
+        if longest <= self.split:
+            return 0
+        whole = -(-num_tokens * self.group // rows) * -(-longest // self.split)  # tiles of one request
+        return whole + num_requests + num_positions // self.split  # and the last tile of each
+
+    def _most(self, rows: int, num_tokens: int, num_requests: int, longest: int) -> tuple[int, int]:
+        """Return the most programs and merges that a padded batch of these sizes can have."""
+        merges = -(-num_tokens * self.group // rows) + num_requests
+        if self.split is None:  # of divided keys all programs but one for each tile have a full split
+            return 2 * merges + -(-PROGRAMS_PER_PROCESSOR * self.processors // self.num_kv_heads), merges
+        return merges * (1 + -(-longest // self.split)), merges
+
     def _filled_up(self, tiles: Tensor, merges: Tensor, batch: RaggedBatch, rows: int) -> tuple[Tensor, Tensor]:
         """Return tiles and merges with others that compute nothing, as many as there can be in steps of these sizes."""
-        most_merges = -(-batch.num_tokens * self.group // rows) + batch.num_requests
-        if self.split is None:  # of divided keys all programs but one for each tile have a full split
-            parts = most_merges + -(-PROGRAMS_PER_PROCESSOR * self.processors // self.num_kv_heads)
-        else:
-            parts = most_merges * (-(-batch.table_width * self.block_size // self.split))
+        longest = batch.table_width * self.block_size
+        counts = self._most(rows, batch.num_tokens, batch.num_requests, longest)
         filled = []
-        for each, count in ((tiles, most_merges + parts), (merges, most_merges)):
+        for each, count in zip((tiles, merges), counts, strict=True):
             assert len(each) <= count, f"{len(each)} programs, of {count} that there can be"
             filled.append(torch.cat((each, each.new_zeros(count - len(each), each.shape[1]))))
         return filled[0], filled[1]
