@@ -541,6 +541,17 @@ class Capabilities:
     kv_layout: int = 1  # version of what the bytes of a block or a state mean: raise it with every change of that
 
 
+@dataclass(frozen=True, kw_only=True)
+class StepSizes:
+    """Holds the sizes of the largest step that there may be."""
+
+    num_tokens: int
+    num_requests: int
+    num_positions: int  # of all its requests
+    longest: int  # positions of a request
+    is_padded: bool  # as RaggedBatch
+
+
 class Backend(ABC):
     """Computes the operations of a decoder. A backend may subclass `ReferenceBackend` and override what it accelerates.
 
@@ -589,21 +600,9 @@ class Backend(ABC):
         Raises RuntimeError if there is no memory for it, ConfigError for sizes that the backend does not take.
         """
 
-    def attention_bytes(
-        self,
-        spec: AttentionSpec,
-        *,
-        num_tokens: int,
-        num_requests: int,
-        num_positions: int,
-        longest: int,
-        dtype: torch.dtype,
-        is_padded: bool,
-    ) -> int:
-        """Return the most bytes that the attention of a step takes besides what it gives: of so many tokens of so many
-        requests, which have `num_positions` together and `longest` at most. `is_padded` is that of batches.
-        """
-        del spec, num_tokens, num_requests, num_positions, longest, dtype, is_padded
+    def attention_bytes(self, spec: AttentionSpec, sizes: StepSizes, dtype: torch.dtype) -> int:
+        """Return the most bytes that the attention of a step takes besides what it gives, of activations of `dtype`."""
+        del spec, sizes, dtype
         return 0
 
     @abstractmethod

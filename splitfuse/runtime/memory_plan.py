@@ -16,7 +16,7 @@ from splitfuse.core.limits import ceil_div
 from splitfuse.core.step_budget import BUDGETS, FIRST_BUDGET
 from splitfuse.errors import ConfigError, MemoryPlanError
 from splitfuse.kernels.group import Shard
-from splitfuse.kernels.interface import AttentionSpec, Backend, ExpertsSpec, LayerSpec, RecurrentSpec
+from splitfuse.kernels.interface import AttentionSpec, Backend, ExpertsSpec, LayerSpec, RecurrentSpec, StepSizes
 from splitfuse.kernels.loans import TILE
 from splitfuse.models.kv_cache import block_bytes, state_bytes
 from splitfuse.models.sharding import check_ranks, rank_spec
@@ -330,15 +330,16 @@ def attention_bytes(
     """Return the bytes that attention takes for itself in a step of so many tokens, with at most `num_positions` in the
     KV cache.
     """
-    sizes = {
-        "num_tokens": num_tokens,
-        "num_requests": min(config.scheduler.max_num_seqs, num_tokens),
-        "num_positions": num_positions,
-        "longest": config.model.max_model_len or spec.max_position,
-    }
-    options = {"dtype": resolve_dtype(config.model.dtype, spec), "is_padded": config.model.cuda_graphs}
+    sizes = StepSizes(
+        num_tokens=num_tokens,
+        num_requests=min(config.scheduler.max_num_seqs, num_tokens),
+        num_positions=num_positions,
+        longest=config.model.max_model_len or spec.max_position,
+        is_padded=config.model.cuda_graphs,
+    )
+    dtype = resolve_dtype(config.model.dtype, spec)
     mixers = {layer.mixer for layer in spec.layers if isinstance(layer.mixer, AttentionSpec)}
-    return max((backend.attention_bytes(each, **sizes, **options) for each in mixers), default=0)
+    return max((backend.attention_bytes(each, sizes, dtype) for each in mixers), default=0)
 
 
 def graph_bytes(activations: int) -> int:

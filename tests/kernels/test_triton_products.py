@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from splitfuse.config import EngineConfig
 from splitfuse.errors import ConfigError
-from splitfuse.kernels.interface import AttentionSpec, Backend, LayerWeights, Role
+from splitfuse.kernels.interface import AttentionSpec, Backend, LayerWeights, Role, StepSizes
 from splitfuse.kernels.quantized import Fp8Format, Fp8Quantized, GroupFormat, QuantizedWeight
 from splitfuse.kernels.reference import GATED_ACTIVATIONS, ReferenceBackend
 from splitfuse.kernels.triton import quantized
@@ -237,18 +237,14 @@ def test_the_largest_copy_is_in_the_memory_plan(invariant: bool) -> None:
 
 def test_partial_results_of_attention_are_in_the_memory_plan() -> None:
     """As many as there are in the worst step of these sizes: one long request has the tokens, others the rest."""
-    spec, sizes = (
-        AttentionSpec(num_heads=32, num_kv_heads=8, head_dim=128),
-        {"dtype": torch.float16, "is_padded": False},
-    )
-    backend = make_backend(invariant=True)
+    spec, dtype = AttentionSpec(num_heads=32, num_kv_heads=8, head_dim=128), torch.float16
+    step = StepSizes(num_tokens=2048, num_requests=3, num_positions=40000, longest=32768, is_padded=False)
     tile = 8 * 32 * 130 * 4  # of INTERPRETED, for all heads
-    step = {"num_tokens": 2048, "num_requests": 3, "num_positions": 40000, "longest": 32768}
-    assert backend.attention_bytes(spec, **step, **sizes) == (256 * 4 + 3 + 4) * tile
-    assert backend.attention_bytes(spec, **{**step, "longest": 8192}, **sizes) == 0
-    other = make_backend()
-    assert other.attention_bytes(spec, **step, **sizes) == tile  # one program of a GPU of one multiprocessor
-    assert other.attention_bytes(spec, **step, **{**sizes, "is_padded": True}) == (2 * 259 + 1) * tile
+    backend, other = make_backend(invariant=True), make_backend()
+    assert backend.attention_bytes(spec, step, dtype) == (256 * 4 + 3 + 4) * tile
+    assert backend.attention_bytes(spec, replace(step, longest=8192), dtype) == 0
+    assert other.attention_bytes(spec, step, dtype) == tile  # one program of a GPU of one multiprocessor
+    assert other.attention_bytes(spec, replace(step, is_padded=True), dtype) == (2 * 259 + 1) * tile
 
 
 def test_formats_by_role() -> None:

@@ -28,6 +28,7 @@ from splitfuse.kernels.interface import (
     RecurrentSpec,
     Role,
     RopeTable,
+    StepSizes,
     Store,
     Weight,
 )
@@ -156,22 +157,10 @@ class TritonBackend(ReferenceBackend):
         shape = {"num_kv_heads": spec.num_kv_heads, "head_dim": spec.head_dim}
         return ScaledStore(self.kv_dtype, **sizes, **shape, device=device)
 
-    def attention_bytes(
-        self,
-        spec: AttentionSpec,
-        *,
-        num_tokens: int,
-        num_requests: int,
-        num_positions: int,
-        longest: int,
-        dtype: torch.dtype,
-        is_padded: bool,
-    ) -> int:
+    def attention_bytes(self, spec: AttentionSpec, sizes: StepSizes, dtype: torch.dtype) -> int:
         work = self._work(spec, itemsize=dtype.itemsize, block_size=1)
-        sizes = {"num_tokens": num_tokens, "num_requests": num_requests, "longest": longest}
-        count = work.most_partials(**sizes, num_positions=num_positions, is_padded=is_padded)
         rows = max(work.sizes.single_rows, work.sizes.chunk_rows)
-        return 4 * count * spec.num_kv_heads * rows * (spec.value_dim + 2)
+        return 4 * work.most_partials(sizes) * spec.num_kv_heads * rows * (spec.value_dim + 2)
 
     def _work(self, spec: AttentionSpec, *, itemsize: int, block_size: int) -> AttentionWork:
         """Return what makes the work lists of a kind of attention."""
@@ -355,7 +344,7 @@ class TritonBackend(ReferenceBackend):
         if not len(tiles):
             return out
         if isinstance(first, Quantized):
-            table = self._quantized_addresses(weights)
+            table = self._quantized_addresses([*weights])
             grouped_quantized_kernel[(len(tiles), triton.cdiv(width, QUANTIZED_COLUMNS))](
                 out,
                 x,
@@ -686,8 +675,11 @@ class TritonBackend(ReferenceBackend):
     ) -> Tensor:
         """Return what the tokens read of their states, in fp32: [T, heads x size of a value]."""
         assert weights.decay is not None and weights.decay_bias is not None
-        is_delta = isinstance(spec, DeltaSpec)
-        key_dim, value_dim = (spec.key_dim, spec.value_dim) if is_delta else (spec.state_dim, spec.head_dim)
+        if isinstance(spec, DeltaSpec):
+            key_dim, value_dim, limits = spec.key_dim, spec.value_dim, (0.0, 0.0)
+        else:
+            key_dim, value_dim = spec.state_dim, spec.head_dim
+            limits = spec.dt_min, math.inf if spec.dt_max is None else spec.dt_max
         mixed = self._convolved(x, states, spec, batch, weights, dtype=torch.float32)
         make = torch.zeros if batch.is_padded else torch.empty  # rows of no request are finite
         out = make(len(x), heads * value_dim, dtype=torch.float32, device=x.device)
@@ -711,8 +703,8 @@ class TritonBackend(ReferenceBackend):
             states.shape[1],
             (spec.conv_size - 1) * spec.num_channels,
             key_dim**-0.5,
-            *((0.0, 0.0) if is_delta else (spec.dt_min, math.inf if spec.dt_max is None else spec.dt_max)),
-            IS_DELTA=is_delta,
+            *limits,
+            IS_DELTA=isinstance(spec, DeltaSpec),
             HEADS=heads,
             GROUPS=groups,
             KEY_DIM=key_dim,

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from splitfuse.kernels.batch import RaggedBatch
+from splitfuse.kernels.interface import StepSizes
 from splitfuse.kernels.triton.tuning import AttentionTiles
 
 Numbers = npt.NDArray[np.int64]
@@ -166,23 +167,19 @@ class AttentionWork:
         tiles, merges = torch.from_numpy(work.tiles), torch.from_numpy(work.merges)
         return self._filled_up(tiles, merges, batch, tiling.rows) if batch.is_padded else (tiles, merges)
 
-    def most_partials(
-        self, *, num_tokens: int, num_requests: int, num_positions: int, longest: int, is_padded: bool
-    ) -> int:
-        """Return the most partial results of a step: of requests that have `num_positions` together and `longest` at
-        most, of a padded batch as many as there can be in its list.
-        """
+    def most_partials(self, step: StepSizes) -> int:
+        """Return the most partial results of a step: of a padded one as many as there can be in its list."""
         rows = self.sizes.chunk_rows
-        if is_padded:
-            tiles, merges = self._most(rows, num_tokens, num_requests, longest)
+        if step.is_padded:
+            tiles, merges = self._most(rows, step.num_tokens, step.num_requests, step.longest)
             return tiles if merges else 0
         if self.split is None:  # fewer than half of the programs aimed at are divided, to at most twice their number
             programs = 2 * PROGRAMS_PER_PROCESSOR * self.processors
-            return -(-programs // self.num_kv_heads) if longest > SHORTEST_SPLIT else 0
-        if longest <= self.split:
+            return -(-programs // self.num_kv_heads) if step.longest > SHORTEST_SPLIT else 0
+        if step.longest <= self.split:
             return 0
-        whole = -(-num_tokens * self.group // rows) * -(-longest // self.split)  # tiles of one request
-        return whole + num_requests + num_positions // self.split  # and the last tile of each
+        whole = -(-step.num_tokens * self.group // rows) * -(-step.longest // self.split)  # tiles of one request
+        return whole + step.num_requests + step.num_positions // self.split  # and the last tile of each
 
     def _most(self, rows: int, num_tokens: int, num_requests: int, longest: int) -> tuple[int, int]:
         """Return the most programs and merges that a padded batch of these sizes can have."""
