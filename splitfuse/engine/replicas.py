@@ -21,7 +21,7 @@ from splitfuse.engine.router import Router
 from splitfuse.engine.tier_files import TierFiles, open_tiers
 from splitfuse.errors import ConfigError
 from splitfuse.kernels.sharing import WeightSharing
-from splitfuse.runtime.machine import paid_cores
+from splitfuse.runtime.machine import cores_by_node, paid_cores
 from splitfuse.runtime.secret import Secret, read_secret
 
 _logger = logging.getLogger(__name__)
@@ -124,7 +124,7 @@ def _here(
         return [], b"" if secret is None else secret.name_key
     cores = None
     if count > 1:
-        cores = divide(sorted(os.sched_getaffinity(0)), count, paid=min(paid_cores(), default=None))
+        cores = divide(cores_by_node(os.sched_getaffinity(0)), count, paid=min(paid_cores(), default=None))
     tiers, name_key = open_tiers(config.cache, for_moves=count + num_elsewhere > 1)
     if secret is not None:
         name_key = secret.name_key

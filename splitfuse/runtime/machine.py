@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import os
 import platform
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -87,6 +88,20 @@ def paid_cores(root: Path = Path("/")) -> Iterator[int]:
             continue
         if int(quota) > 0:  # -1: no limit, in version 1
             yield max(1, cores)
+
+
+def cores_by_node(cores: Iterable[int], root: Path = Path("/")) -> list[int]:
+    """Return cores in the order of their NUMA nodes, so that neighbours in the list have the same memory nearby; by
+    number where there is one node. `root` is the folder of `sys`.
+    """
+    node_of: dict[int, int] = {}
+    for file in (root / "sys/devices/system/node").glob("node*/cpulist"):
+        with suppress(OSError, ValueError):  # what cannot be read counts as the first node
+            for part in filter(None, file.read_text().strip().split(",")):  # such as 0-15,32-47
+                first, _, last = part.partition("-")
+                number = int(file.parent.name.removeprefix("node"))
+                node_of |= dict.fromkeys(range(int(first), int(last or first) + 1), number)
+    return sorted(cores, key=lambda core: (node_of.get(core, 0), core))
 
 
 # --- memory -----------------------------------------------------------------------------------------------------------
