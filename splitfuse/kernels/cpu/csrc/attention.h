@@ -141,7 +141,7 @@ inline i64 make_items(const Step& step, i64 num_heads, const Layout& kv, int num
 }
 
 SF_INLINE void widen_qvalues(const u8* qvalues, i64 count, u16* out) {  // exact: 8 bits hold a qvalue
-    for (i64 i = 0; i < count; i += LANES) store_bf16(out + i, load_i8(reinterpret_cast<const i8*>(qvalues + i)));
+    for (i64 i = 0; i < count; i += LANES) store_exact_bf16(out + i, load_i8(reinterpret_cast<const i8*>(qvalues + i)));
 }
 
 // Where the pieces of one tile of an item lie. Those from `first` to `end` - 1 have keys that some row sees.

@@ -108,6 +108,9 @@ SF_INLINE void store_bf16(u16* p, Floats a) {  // to the nearest, ties to even; 
 SF_INLINE void store_bf16(u16* p, Floats a, int count) {
     _mm256_mask_storeu_epi16(p, lane_mask(count), round_bf16(a.v));
 }
+SF_INLINE void store_exact_bf16(u16* p, Floats a) {  // that is a bf16 already
+    _mm256_storeu_si256((__m256i*)p, _mm512_cvtepi32_epi16(_mm512_srli_epi32(_mm512_castps_si512(a.v), 16)));
+}
 SF_INLINE Floats load_i8(const i8* p) { return {_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p)))}; }
 SF_INLINE void store_i8(i8* p, Floats a) {  // whole numbers from -128 to 127
     _mm_storeu_si128((__m128i*)p, _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(a.v)));
@@ -311,6 +314,10 @@ SF_INLINE __m256i round_bf16(__m256 a) {  // to the nearest, ties to even; NaN s
 SF_INLINE void store_bf16(u16* p, Floats a) {
     __m256i both = _mm256_packus_epi32(round_bf16(a.lo), round_bf16(a.hi));
     _mm256_storeu_si256((__m256i*)p, _mm256_permute4x64_epi64(both, 0xd8));
+}
+SF_INLINE void store_exact_bf16(u16* p, Floats a) {
+    const __m256i lo = _mm256_srli_epi32(_mm256_castps_si256(a.lo), 16), hi = _mm256_srli_epi32(_mm256_castps_si256(a.hi), 16);
+    _mm256_storeu_si256((__m256i*)p, _mm256_permute4x64_epi64(_mm256_packus_epi32(lo, hi), 0xd8));
 }
 SF_INLINE void store_bf16(u16* p, Floats a, int count) {
     alignas(32) u16 whole[LANES];

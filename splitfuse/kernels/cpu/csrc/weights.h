@@ -79,13 +79,10 @@ SF_INLINE void pack_bf16_row(u32* panel, int column, const u16* row, i64 begin, 
 
 // Returns the largest magnitude; NaN if any value is NaN or infinite.
 SF_INLINE float largest(const u16* row, i64 count) {
-    Floats most = broadcast(0.0f), poison = broadcast(0.0f);
-    for (i64 k = 0; k < count; k += LANES) {
-        Floats value = count - k < LANES ? load_bf16(row + k, static_cast<int>(count - k)) : load_bf16(row + k);
-        most = max(most, abs(value));
-        poison = fma(value, broadcast(0.0f), poison);
-    }
-    return highest(most) + sum(poison);
+    const i64 whole = count / 32 * 32;
+    u16 bits = largest_bits(row, whole);
+    for (i64 k = whole; k < count; ++k) bits = std::max<u16>(bits, row[k] & 0x7fff);
+    return bits < 0x7f80 ? widen(bits) : NAN;
 }
 
 // Returns the smallest bf16 that is not below a positive `value`, so that nothing is clipped at the last quantized value.
