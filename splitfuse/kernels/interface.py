@@ -10,10 +10,10 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import Any, ClassVar, TypeAlias
+from typing import Any, ClassVar, Protocol, TypeAlias
 
 import torch
 from torch import Tensor
@@ -509,10 +509,25 @@ class NetworkPlan:
     group: Group | None = None  # of ranks that compute the network together; layers and weights are those of one
 
 
-Network: TypeAlias = Callable[[Sequence[Store], RaggedBatch], Tensor]
-"""Function that computes all of a network but its head: normed hidden states [R, C] of the batch, whose keys and values
-it writes to the stores of the layers.
-"""
+class Network(Protocol):
+    """Computes a network in one call, and writes the keys and values of the batch to the stores of the layers."""
+
+    def __call__(self, stores: Sequence[Store], batch: RaggedBatch, /) -> Tensor:
+        """Return what the head is applied to: the normed hidden states [R, C] of the batch."""
+        ...
+
+    def choose(
+        self,
+        stores: Sequence[Store],
+        batch: RaggedBatch,
+        head: Weight,
+        bias: Tensor | None,
+        filters: Sequence[Filter],
+        numbers: Sequence[float],
+        /,
+    ) -> tuple[list[int], list[float]]:
+        """Return what `Backend.choose` does of these hidden states, in the same call. Not for a group of ranks."""
+        ...
 
 
 # --- backends ---------------------------------------------------------------------------------------------------------

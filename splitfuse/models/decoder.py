@@ -79,6 +79,9 @@ class Decoder:
                 group=group,
             )
         )
+        is_plain = spec.logit_scale == 1.0 and spec.logit_softcap is None
+        self.chooses_at_once = self._fused is not None and group is None and is_plain
+        """Whether `forward_and_choose` can be called."""
 
     @property
     def device(self) -> torch.device:
@@ -109,6 +112,16 @@ class Decoder:
             if weights.output_scale is not None:
                 x = (x * weights.output_scale).to(x.dtype)
         return self._norm(x.index_select(0, batch.logit_rows), self.weights.norm, self.weights.norm_bias)
+
+    def forward_and_choose(
+        self, batch: RaggedBatch, kv_cache: KVCache, filters: Sequence[Filter] = (), numbers: Sequence[float] = ()
+    ) -> tuple[list[int], list[float]]:
+        """Return what `choose` does of the hidden states that `forward` returns, by one call of the kernels. Their
+        logits are [R, vocabulary]: for few rows.
+        """
+        assert self._fused is not None and self.chooses_at_once
+        head, bias = self.weights.head, self.weights.head_bias
+        return self._fused.choose(kv_cache.layers, batch, head, bias, filters, numbers)
 
     @property
     def lends(self) -> bool:

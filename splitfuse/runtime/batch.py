@@ -5,7 +5,6 @@ from __future__ import annotations
 from array import array
 from collections.abc import Sequence
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -25,8 +24,8 @@ class BatchBuilder:
     def __init__(self, block_size: int, device: torch.device) -> None:
         self._block_size = block_size
         self._device = device
-        self._numbers = np.empty(0, np.int32)  # of the last batch, and space behind it
-        self._packed = torch.from_numpy(self._numbers)
+        self._packed = torch.empty(0, dtype=torch.int32)  # the numbers of the last batch
+        self._memory, self._numbers = self._packed, memoryview(array("i"))  # with space behind them; as a view of it
         self._width = 0
         self._tables: list[Sequence[int]] = []  # that are written, a row for each
 
@@ -35,6 +34,32 @@ class BatchBuilder:
         whose state is kept on the way is several in the batch, each of which reads what the one before has written.
         `adapters` has the adapter of each chunk, or nothing if none has one.
         """
+        if all(len(chunk.token_ids) == chunk.num_logits == 1 and chunk.state is None for chunk in chunks):
+            tables, num_tokens, num_rows, numbers = self._decodes(chunks)
+        else:
+            tables, num_tokens, num_rows, numbers = self._any(chunks)
+        packed = self._write(tables, numbers)
+        of_rows = _step_adapters(chunks, adapters, self._device) if any(each is not None for each in adapters) else None
+        return RaggedBatch(
+            packed if self._device.type == "cpu" else packed.to(self._device),
+            *(num_tokens, len(tables), self._width, num_rows),
+            adapters=of_rows,
+            on_host=packed,
+        )
+
+    def _decodes(self, chunks: Sequence[Chunk]) -> tuple[list[Sequence[int]], int, int, array[int]]:
+        """Return the same as `_any` for chunks of one token that has logits: most steps have no others."""
+        size, count = self._block_size, len(chunks)
+        starts = [chunk.start for chunk in chunks]
+        tables: list[Sequence[int]] = [chunk.block_table for chunk in chunks]
+        slots = [table[start // size] * size + start % size for table, start in zip(tables, starts, strict=True)]
+        ids, lengths = [chunk.token_ids[0] for chunk in chunks], [start + 1 for start in starts]
+        states = [ZERO_STATE] * (2 * count)
+        numbers = array("i", [*ids, *starts, *slots, *range(count + 1), *lengths, *states, *range(count)])
+        return tables, count, count, numbers
+
+    def _any(self, chunks: Sequence[Chunk]) -> tuple[list[Sequence[int]], int, int, array[int]]:
+        """Return the block tables of a batch, its numbers of tokens and of rows, and what follows its tables."""
         size = self._block_size
         ids: list[int] = []
         positions: list[int] = []
@@ -78,14 +103,7 @@ class BatchBuilder:
         per_request = [*query_start, *seq_lens, *state_reads, *state_writes]
         # array, not torch, reads the numbers: several times as fast for lists of this size
         numbers = array("i", [*ids, *positions, *slots, *per_request, *logit_rows])
-        packed = self._write(tables, numbers)
-        of_rows = _step_adapters(chunks, adapters, self._device) if any(each is not None for each in adapters) else None
-        return RaggedBatch(
-            packed if self._device.type == "cpu" else packed.to(self._device),
-            *(len(ids), len(seq_lens), self._width, len(logit_rows)),
-            adapters=of_rows,
-            on_host=packed,
-        )
+        return tables, len(ids), len(logit_rows), numbers
 
     def _write(self, tables: list[Sequence[int]], numbers: array[int]) -> Tensor:
         """Return the numbers of a batch on the host: its tables, then the others."""
@@ -93,16 +111,19 @@ class BatchBuilder:
         if width > self._width or 4 * width < self._width:
             self._width, self._tables = ceil_div(width, 4) * 4, []
         end = len(tables) * self._width
-        if end + len(numbers) > len(self._numbers):
-            self._numbers = np.zeros(2 * (end + len(numbers)), np.int32)
-            self._packed, self._tables = torch.from_numpy(self._numbers), []
-        rows = self._numbers[:end].reshape(len(tables), self._width)
+        length = end + len(numbers)
+        if length > len(self._memory):
+            self._memory, self._tables = torch.zeros(2 * length, dtype=torch.int32), []
+            self._numbers, self._packed = self._memory.numpy().data, self._memory
+        if length != len(self._packed):
+            self._packed = self._memory[:length]
         written, self._tables = self._tables, []  # none, if writing them fails
         for row in [n for n, table in enumerate(tables) if n >= len(written) or table != written[n]]:
-            rows[row, : len(tables[row])] = tables[row]
+            first = row * self._width
+            self._numbers[first : first + len(tables[row])] = array("i", tables[row])
         self._tables = tables
-        self._numbers[end : end + len(numbers)] = numbers
-        return self._packed[: end + len(numbers)]
+        self._numbers[end:length] = numbers
+        return self._packed
 
 
 def _step_adapters(

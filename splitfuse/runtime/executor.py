@@ -19,13 +19,14 @@ from torch import Tensor
 
 from splitfuse.core.kv.fetching import Inbox
 from splitfuse.core.plan import PLACEHOLDER, Chunk, ChunkResult, Deposit, Land, Save, StepPlan, StepResult
+from splitfuse.kernels.batch import RaggedBatch
 from splitfuse.kernels.loans import Channel, RequestLoan
 from splitfuse.kernels.lora import PackedAdapter
 from splitfuse.models.decoder import Decoder
 from splitfuse.models.kv_cache import KVCache
 from splitfuse.runtime.batch import BatchBuilder
 from splitfuse.runtime.memory_ahead import MemoryAhead
-from splitfuse.runtime.results import results_of
+from splitfuse.runtime.results import HEAD_ROWS, draws_of, plain_results, plain_rows, results_of
 from splitfuse.runtime.sampling.grammar import Grammars
 from splitfuse.runtime.sampling.request import RequestSampling
 from splitfuse.runtime.step_graphs import StepGraphs
@@ -106,7 +107,6 @@ class Executor:
         """Requests from their first step until they retire, by id."""
         self._batches = BatchBuilder(kv_cache.block_size, decoder.device)
         self._borrowed: dict[int, Channel] = {}  # of the loans in this step, which may end meanwhile
-        self._lost = set[str]()  # requests whose loan was lost in the last step
         self._num_submitted = 0
         self._last_collected = 0
         self._ahead = MemoryAhead(kv_cache)
@@ -236,6 +236,14 @@ class Executor:
 
     def hidden(self, chunks: Sequence[Chunk]) -> Tensor:
         """Run one forward step; return final hidden states [sum of num_logits, hidden], in the order of the chunks."""
+        return self._forward(self._batch(chunks))
+
+    def _forward(self, batch: RaggedBatch) -> Tensor:
+        graphs = self._graphs
+        return self.decoder.forward(batch, self.kv_cache) if graphs is None else graphs.forward(batch)
+
+    def _batch(self, chunks: Sequence[Chunk]) -> RaggedBatch:
+        """Return the batch of a step."""
         adapters: Sequence[PackedAdapter | None] = ()
         if self.adapters:
             adapters = [self._adapter_of(chunk.request_id) for chunk in chunks]
@@ -245,23 +253,23 @@ class Executor:
                 batch.on_start = self._running.begun.set
             else:
                 self._running.begun.set()
-        batch.loans = [
-            RequestLoan(place, chunk.loan.num_tokens, self._borrowed[chunk.loan.number])
-            for place, chunk in enumerate(chunks)
-            if chunk.loan is not None
-        ]
-        graphs = self._graphs
-        hidden = self.decoder.forward(batch, self.kv_cache) if graphs is None else graphs.forward(batch)
-        self._lost = {chunks[loan.request].request_id for loan in batch.loans if loan.is_lost}
-        return hidden
+        if self._borrowed:
+            batch.loans = [
+                RequestLoan(place, chunk.loan.num_tokens, self._borrowed[chunk.loan.number])
+                for place, chunk in enumerate(chunks)
+                if chunk.loan is not None
+            ]
+        return batch
 
     def _adapter_of(self, request_id: str) -> PackedAdapter | None:
         request = self.requests.get(request_id)
         return self.adapters[request.state.adapter] if request is not None and request.state.adapter else None
 
     def _execute(self, plan: StepPlan) -> StepResult:
-        self.save(plan.saves)
-        self.land(plan.lands)
+        if plan.saves:
+            self.save(plan.saves)
+        if self.inbox is not None:
+            self.land(plan.lands)
         requests = self.requests
         for request_id in plan.retired_requests:
             requests.pop(request_id, None)  # absent if its first step was broken off
@@ -291,12 +299,20 @@ class Executor:
         return results
 
     def _compute(self, chunks: Sequence[Chunk]) -> dict[str, ChunkResult]:
-        with torch.inference_mode():
-            hidden = self.hidden(chunks)
-            if self._running is not None:
-                self._running.layers_done.set()
-            results = results_of(chunks, hidden, self.requests, self.decoder)
-        return results | {request_id: ChunkResult(loan_lost=True) for request_id in self._lost}
+        batch = self._batch(chunks)
+        rows = plain_rows(chunks, self.requests) if self.decoder.chooses_at_once and self._running is None else None
+        if rows is not None and len(rows) <= HEAD_ROWS:
+            results = plain_results(chunks, *self.decoder.forward_and_choose(batch, self.kv_cache, *draws_of(rows)))
+        else:
+            with torch.inference_mode():
+                hidden = self._forward(batch)
+                if self._running is not None:  # the time to plan the next step, before tokens are chosen
+                    self._running.layers_done.set()
+                results = results_of(chunks, hidden, self.requests, self.decoder)
+        for loan in batch.loans:
+            if loan.is_lost:
+                results[chunks[loan.request].request_id] = ChunkResult(loan_lost=True)
+        return results
 
     def _with_newest(self, chunk: Chunk) -> Chunk:
         """Return a chunk with the token that the step before has chosen."""

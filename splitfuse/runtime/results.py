@@ -12,7 +12,7 @@ from torch import Tensor
 from splitfuse.core.plan import Chunk, ChunkResult, TokenLogprob
 from splitfuse.core.pooling_params import PoolingParams
 from splitfuse.errors import RequestFailedError
-from splitfuse.kernels.drawing import GREEDY
+from splitfuse.kernels.drawing import GREEDY, Filter
 from splitfuse.models.decoder import Decoder
 from splitfuse.runtime.sampling.pool import pool
 from splitfuse.runtime.sampling.request import RequestSampling, Row
@@ -31,9 +31,8 @@ def results_of(chunks: Sequence[Chunk], hidden: Tensor, requests: Requests, deco
     """Return the result of each chunk from its rows of `hidden` [sum of num_logits, C]. A chunk with unusable logits
     has one with `error`, and does not affect the others. The tokens are not taken yet.
     """
-    if (plain := _plain(chunks, requests)) is not None:
-        chosen = _chosen(hidden, plain, decoder)
-        return {chunk.request_id: next(chosen) if chunk.samples else ChunkResult() for chunk in chunks}
+    if (plain := plain_rows(chunks, requests)) is not None:
+        return _plain_results_of(chunks, hidden, plain, decoder)
     row_ends = list(accumulate(chunk.num_logits for chunk in chunks))
     last_rows = [(c, end - 1) for c, end in zip(chunks, row_ends, strict=True) if c.samples]
     sampling = [(c, row) for c, row in last_rows if requests[c.request_id].state.pooling is None]
@@ -50,7 +49,7 @@ def results_of(chunks: Sequence[Chunk], hidden: Tensor, requests: Requests, deco
     return results
 
 
-def _plain(chunks: Sequence[Chunk], requests: Requests) -> list[RequestSampling] | None:
+def plain_rows(chunks: Sequence[Chunk], requests: Requests) -> list[RequestSampling] | None:
     """Return the requests of the rows of a step if kernels can choose all its tokens, otherwise None."""
     rows = []
     for chunk in chunks:
@@ -62,22 +61,41 @@ def _plain(chunks: Sequence[Chunk], requests: Requests) -> list[RequestSampling]
     return rows
 
 
-def _chosen(hidden: Tensor, rows: Sequence[RequestSampling], decoder: Decoder) -> Iterator[ChunkResult]:
-    """Yield the result of each row, all of which are plain."""
-    filters, numbers = [request.filter for request in rows], list[float]()
+def draws_of(rows: Sequence[RequestSampling]) -> tuple[list[Filter], list[float]]:
+    """Return the filter of each row, all of which are plain, and the number that it is drawn by; nothing if none is
+    drawn.
+    """
+    filters = [request.filter for request in rows]
     if all(each is GREEDY for each in filters):
-        filters = []
+        return [], []
+    return filters, [0.0 if request.filter is GREEDY else request.number for request in rows]
+
+
+def plain_results(chunks: Sequence[Chunk], tokens: Sequence[int], peaks: Sequence[float]) -> dict[str, ChunkResult]:
+    """Return the results of a plain step from the token of each row and its largest logit."""
+    if all(map(isfinite, peaks)):
+        chosen = (ChunkResult((token,)) for token in tokens)
     else:
-        numbers = [0.0 if request.filter is GREEDY else request.number for request in rows]
+        faults = map(unusable, peaks)
+        chosen = (
+            ChunkResult((token,)) if fault is None else ChunkResult(error=fault)
+            for token, fault in zip(tokens, faults, strict=True)
+        )
+    return {chunk.request_id: next(chosen) if chunk.samples else ChunkResult() for chunk in chunks}
+
+
+def _plain_results_of(
+    chunks: Sequence[Chunk], hidden: Tensor, rows: Sequence[RequestSampling], decoder: Decoder
+) -> dict[str, ChunkResult]:
+    filters, numbers = draws_of(rows)
+    tokens, peaks = list[int](), list[float]()
     for start in range(0, len(rows), HEAD_ROWS):
         part = slice(start, start + HEAD_ROWS)
         some = hidden if len(rows) <= HEAD_ROWS else hidden[part]
-        tokens, peaks = decoder.choose(some, filters[part], numbers[part])
-        if all(map(isfinite, peaks)):
-            yield from [ChunkResult((token,)) for token in tokens]
-        else:
-            for token, fault in zip(tokens, map(unusable, peaks), strict=True):
-                yield ChunkResult((token,)) if fault is None else ChunkResult(error=fault)
+        found = decoder.choose(some, filters[part], numbers[part])
+        tokens += found[0]
+        peaks += found[1]
+    return plain_results(chunks, tokens, peaks)
 
 
 def _sampled(

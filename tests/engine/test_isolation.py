@@ -10,7 +10,6 @@ from random import Random
 from typing import Any
 
 import pytest
-import torch
 from patience import PATIENCE
 from scheduler_checks import check_scheduler
 from scheduler_harness import FakeExecutor, reference
@@ -32,10 +31,11 @@ from splitfuse.core.structured_outputs import StructuredOutputs
 from splitfuse.engine.engine import MAX_BROKEN_STEPS, Engine
 from splitfuse.engine.messages import Add, Finish
 from splitfuse.engine.thread import AsyncEngine
-from splitfuse.runtime import executor
+from splitfuse.runtime import executor, results
 from splitfuse.runtime.executor import Executor
 from splitfuse.runtime.loading import LoadedModel, load_model
 from splitfuse.runtime.results import Requests
+from splitfuse.runtime.sampling.request import RequestSampling
 
 CONFIG = EngineConfig.from_settings({"dtype": "float32", "num_blocks": 60, "block_size": 16, "enable_slo": True})
 COST = CostModel(floor=0.001, per_token=1e-5)
@@ -85,26 +85,27 @@ def run(engine: Engine) -> dict[str, tuple[tuple[int, ...], str | None]]:
 
 
 def fail_in_sampling(patch: pytest.MonkeyPatch) -> None:
-    results_of = executor.results_of
+    plain_rows = executor.plain_rows
 
-    def failing(chunks: Sequence[Chunk], hidden: torch.Tensor, requests: Requests, *others: Any) -> StepResult:
+    def failing(chunks: Sequence[Chunk], requests: Requests) -> list[RequestSampling] | None:
         states = [requests[chunk.request_id].state for chunk in chunks if chunk.samples]
         if any(BAD in state.prompt_token_ids and len(state.output_token_ids) == 2 for state in states):
             raise IndexError("index out of bounds")
-        return results_of(chunks, hidden, requests, *others)
+        return plain_rows(chunks, requests)
 
-    patch.setattr(executor, "results_of", failing)
+    patch.setattr(executor, "plain_rows", failing)
+    patch.setattr(results, "plain_rows", failing)
 
 
 def fail_in_the_network(patch: pytest.MonkeyPatch) -> None:
-    hidden = Executor.hidden
+    compute = Executor._compute
 
-    def failing(self: Executor, chunks: Sequence[Chunk]) -> torch.Tensor:
+    def failing(self: Executor, chunks: Sequence[Chunk]) -> StepResult:
         if any(BAD in chunk.token_ids for chunk in chunks):
             raise RuntimeError("a token id is not below the rows of the table")
-        return hidden(self, chunks)
+        return compute(self, chunks)
 
-    patch.setattr(Executor, "hidden", failing)
+    patch.setattr(Executor, "_compute", failing)
 
 
 def fail_in_order(patch: pytest.MonkeyPatch) -> None:
@@ -198,10 +199,10 @@ def test_a_fault_of_no_request_ends_all_with_a_reason(engine: Engine, monkeypatc
 
 
 def test_an_engine_whose_steps_stay_broken_raises(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
-    def failing(*_: Any) -> torch.Tensor:
+    def failing(*_: Any) -> StepResult:
         raise RuntimeError("the device is gone")
 
-    monkeypatch.setattr(Executor, "hidden", failing)
+    monkeypatch.setattr(Executor, "_compute", failing)
     for _ in range(MAX_BROKEN_STEPS - 1):
         add(engine, PROMPTS)
         assert all("the device is gone" in str(error) for _, error in run(engine).values())

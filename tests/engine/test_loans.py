@@ -20,12 +20,11 @@ from backends import runnable
 from patience import PATIENCE as LONG
 from router_streams import until
 from scheduler_checks import check_scheduler
-from torch import Tensor
 
 import splitfuse
 from splitfuse.config import EngineConfig, ServerConfig
 from splitfuse.core.events import StepScheduled
-from splitfuse.core.plan import Chunk, TokenLogprob
+from splitfuse.core.plan import Chunk, StepResult, TokenLogprob
 from splitfuse.core.request_output import FinishReason
 from splitfuse.core.request_table import LOAN_LOST
 from splitfuse.core.sampling_params import SamplingParams
@@ -343,14 +342,14 @@ def test_step_goes_on_with_a_channel_that_is_closed_meanwhile(folder: Path, monk
     creditor, debtor = Engine.load(config(folder, LARGE)), Engine.load(config(folder, SMALL))
     executor = debtor.executor
     assert isinstance(executor, Executor)
-    hidden = executor.hidden
+    compute = executor._compute
 
-    def closing(chunks: Sequence[Chunk]) -> Tensor:
+    def closing(chunks: Sequence[Chunk]) -> StepResult:
         for number in [chunk.loan.number for chunk in chunks if chunk.loan is not None and chunk.loan.num_tokens]:
             debtor._close_channel(number)
-        return hidden(chunks)
+        return compute(chunks)
 
-    monkeypatch.setattr(executor, "hidden", closing)
+    monkeypatch.setattr(executor, "_compute", closing)
     with lending(creditor, long_request(), 4 * TILE) as request:
         debtor.add(request)
         ended = []

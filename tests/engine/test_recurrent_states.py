@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from random import Random
+from typing import Any
 
 import pytest
 import tiny_models
@@ -103,16 +104,20 @@ def test_a_crowd_with_shared_prefixes_and_preemptions_answers_as_each_alone(fold
 
 def fail(patch: pytest.MonkeyPatch, *, times: int | None = None) -> None:
     """Let steps with the bad token fail once their states are written; after some `times`, no more."""
-    hidden, failures = Executor.hidden, []
+    failures: list[Sequence[Chunk]] = []
 
-    def failing(self: Executor, chunks: Sequence[Chunk]) -> torch.Tensor:
-        result = hidden(self, chunks)
-        if any(BAD in chunk.token_ids and chunk.start for chunk in chunks) and len(failures) != times:
-            failures.append(chunks)
-            raise RuntimeError("out of memory")
-        return result
+    def after(compute: Callable[[Executor, Sequence[Chunk]], Any]) -> Callable[[Executor, Sequence[Chunk]], Any]:
+        def failing(self: Executor, chunks: Sequence[Chunk]) -> Any:
+            result = compute(self, chunks)
+            if any(BAD in chunk.token_ids and chunk.start for chunk in chunks) and len(failures) != times:
+                failures.append(chunks)
+                raise RuntimeError("out of memory")
+            return result
 
-    patch.setattr(Executor, "hidden", failing)
+        return failing
+
+    patch.setattr(Executor, "_compute", after(Executor._compute))
+    patch.setattr(Executor, "hidden", after(Executor.hidden))  # of a RaggedEngine
 
 
 @pytest.mark.parametrize("times", [1, None], ids=["once", "always"])

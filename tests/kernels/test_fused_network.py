@@ -18,7 +18,9 @@ from random_networks import OWN, OwnNames, RandomWeights
 from specs import make_delta, make_experts, make_mamba, make_spec
 from torch import Tensor
 
+from splitfuse.core.plan import ZERO_STATE, StateSlots
 from splitfuse.kernels.cpu.backend import CpuBackend
+from splitfuse.kernels.drawing import GREEDY, Filter
 from splitfuse.kernels.interface import (
     AttentionSpec,
     Backend,
@@ -427,6 +429,28 @@ def test_a_step_without_tokens(variant: str) -> None:
     decoder = decoder_of(CpuBackend(variant=variant, num_threads=2))
     runner = Runner(decoder, block_size=32)
     assert decoder.forward(BatchBuilder(32, CPU).build([]), runner.cache).shape == (0, 96)
+
+
+@pytest.mark.parametrize("spec", SPECS)
+@pytest.mark.parametrize("variant", emulation_slow(variants()))
+def test_network_and_choice_in_one_call(variant: str, spec: ModelSpec) -> None:
+    """The tokens and the largest logits of two calls, to the last bit; also if no row is wanted."""
+    spec = dataclasses.replace(spec, logit_scale=1.0, logit_softcap=None)
+    chunks = [
+        Chunk(0, range(20), (1,), 1, StateSlots(ZERO_STATE, 0)),
+        Chunk(0, range(3), (3,), 0, StateSlots(ZERO_STATE, 1)),
+        Chunk(0, (7,), (2,), 1, StateSlots(ZERO_STATE, 2)),
+        Chunk(0, (9, 8), (5,), 2, StateSlots(ZERO_STATE, 3)),
+    ]
+    filters = [Filter(0.7), GREEDY, Filter(1.5, top_k=4), Filter(1.0, top_p=0.8)]
+    for quantization in (None, "int8"):
+        decoder = decoder_of(CpuBackend(variant=variant, num_threads=2, quantization=quantization), spec)
+        runner = Runner(decoder, block_size=32, num_blocks=8)
+        for some, draws in ((chunks, ([], [])), (chunks, (filters, [0.1, 0.0, 0.5, 0.9])), (chunks[1:2], ([], []))):
+            hidden = decoder.forward(runner.batches.build(some), runner.cache)
+            wanted = decoder.choose(hidden, *draws)
+            assert decoder.chooses_at_once and len(wanted[0]) == sum(chunk.num_logits for chunk in some)
+            assert decoder.forward_and_choose(runner.batches.build(some), runner.cache, *draws) == wanted
 
 
 @pytest.mark.parametrize("variant", variants())

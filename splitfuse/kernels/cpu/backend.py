@@ -19,6 +19,7 @@ from splitfuse.errors import ConfigError, UnsupportedModelError
 from splitfuse.kernels.batch import RaggedBatch
 from splitfuse.kernels.cpu.bindings import (
     ACTIVATIONS,
+    Choices,
     Delta,
     Heads,
     Library,
@@ -390,16 +391,10 @@ class CpuBackend(Backend):
         numbers: Sequence[float] = (),
     ) -> tuple[list[int], list[float]]:
         check(x, torch.bfloat16)
-        count, columns = x.shape
-        assert columns == head.columns and not head.gated and len(filters) == len(numbers) in (0, count)
-        ids, peaks = array("i", bytes(4 * count)), array("f", bytes(4 * count))
-        kept, wanted = array("d", chain.from_iterable(filters)), array("d", numbers)
-        kept_at, wanted_at = (buffer.buffer_info()[0] if buffer else None for buffer in (kept, wanted))
-        self.library.choose(
-            *(head.address, vector_address(bias, head.rows), x.data_ptr(), count, kept_at, wanted_at),
-            *(ids.buffer_info()[0], peaks.buffer_info()[0]),
-        )
-        return ids.tolist(), peaks.tolist()
+        assert x.shape[1] == head.columns
+        choices = Choices.of(head, bias, len(x), filters, numbers)
+        self.library.choose(choices.address, x.data_ptr(), len(x))
+        return choices.result
 
     # Layers, one operation at a time
 

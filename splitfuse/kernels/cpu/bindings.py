@@ -16,6 +16,7 @@ from array import array
 from collections.abc import Callable, Sequence
 from ctypes import c_double, c_float, c_int32, c_int64, c_uint8, c_uint64, c_void_p
 from functools import cache, partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from torch import Tensor
 
 from splitfuse.errors import ConfigError, KernelError, RankLostError
 from splitfuse.kernels import reference
+from splitfuse.kernels.drawing import Filter
 from splitfuse.kernels.group import Group, SharedGroup, SummingGroup
 from splitfuse.kernels.interface import (
     AttentionSpec,
@@ -280,20 +282,28 @@ class Step(Struct):
         return step
 
     def check(
-        self,
-        library: Library,
-        store: Store | None,
-        *,
-        max_position: int = 0,
-        vocabulary: int = 0,
-        states: States | None = None,
+        self, library: Library, store: Store | None, *, max_position: int = 0, states: States | None = None
     ) -> None:
         """Raise IndexError if a number of the step would lead a kernel out of a store, the states or a table."""
         num_blocks, block_size = (0, 1) if store is None else (store.num_blocks, store.block_size)
         num_states = -1 if states is None else states.num_slots
-        broken = library.check_step(self.address, max_position, num_blocks, block_size, vocabulary, num_states)
-        if broken:
-            raise IndexError(f"a step that cannot be computed: {BROKEN_RULES[broken]}")
+        check_rules(library.check_step(self.address, max_position, num_blocks, block_size, 0, num_states))
+
+
+class PackedStep(Struct):
+    """Points to the numbers of a RaggedBatch on the host, for a whole network."""
+
+    _fields_ = [
+        ("numbers", c_void_p),
+        *_fields(c_int32, "tokens", "requests", "table_width", "num_rows"),
+        *_fields(c_void_p, "lora", "loans"),
+    ]
+
+
+def check_rules(broken: int) -> None:
+    """Raise IndexError if a check of a step has returned the number of a rule."""
+    if broken:
+        raise IndexError(f"a step that cannot be computed: {BROKEN_RULES[broken]}")
 
 
 class Norm(Struct):
@@ -728,8 +738,34 @@ class Network(Struct):
         ("token_input_norm", Norm),
         ("token_input_size", c_int64),
         ("group", c_void_p),
-        *_fields(c_int64, "first_id", "num_ids"),
+        *_fields(c_int64, "first_id", "num_ids", "num_positions", "num_blocks", "block_size", "num_states"),
     ]
+
+
+class Choices(Struct):
+    """Says how a token is chosen for each of some rows, and has room for these and the largest logits."""
+
+    arrays: tuple[array[Any], ...]
+    _fields_ = _fields(c_void_p, "head", "bias", "filters", "numbers", "ids", "peaks")
+
+    @classmethod
+    def of(
+        cls, head: Weight, bias: Tensor | None, count: int, filters: Sequence[Filter], numbers: Sequence[float]
+    ) -> Choices:
+        """Return the choices of `count` rows, drawn by filters and numbers if there are any; it keeps all of it."""
+        assert not head.gated and len(filters) == len(numbers) in (0, count)
+        ids, peaks = array("i", bytes(4 * count)), array("f", bytes(4 * count))
+        kept, wanted = array("d", chain.from_iterable(filters)), array("d", numbers)
+        addresses = (buffer.buffer_info()[0] if buffer else None for buffer in (kept, wanted, ids, peaks))
+        choices = cls(head.address, vector_address(bias, head.rows), *addresses)
+        choices.arrays = ids, peaks, kept, wanted
+        return choices
+
+    @property
+    def result(self) -> tuple[list[int], list[float]]:
+        """Return the chosen tokens and the largest logits."""
+        ids, peaks, *_ = self.arrays
+        return ids.tolist(), peaks.tolist()
 
 
 FUNCTIONS: dict[str, tuple[list[Any], Any]] = {
@@ -750,7 +786,7 @@ FUNCTIONS: dict[str, tuple[list[Any], Any]] = {
     "delta": ([c_void_p] * 7, c_int32),
     "conv": ([c_void_p] * 6, None),
     "mamba": ([c_void_p] * 7, c_int32),
-    "network": ([c_void_p] * 4, c_int32),
+    "network": ([c_void_p] * 5, c_int32),
     "head": ([*[c_void_p] * 5, c_int64, c_void_p, c_int64], c_int32),
     "lend": ([c_void_p, c_void_p, c_void_p, c_int64, c_void_p, c_int64], c_int32),
     "deposit": ([c_void_p, c_int64, c_void_p, c_int64], c_int32),
@@ -763,7 +799,7 @@ FUNCTIONS: dict[str, tuple[list[Any], Any]] = {
         [c_void_p, c_void_p, c_int32, c_int64, c_void_p, c_int64, c_void_p, c_void_p, c_int64, c_void_p],
         c_int32,
     ),
-    "choose": ([*[c_void_p] * 4, c_int64, *[c_void_p] * 4], c_int32),
+    "choose": ([c_void_p, c_void_p, c_void_p, c_int64], c_int32),
 }
 
 
@@ -790,8 +826,10 @@ class Library:
             function.argtypes, function.restype = arguments, result
             setattr(self, name, function if name in PURE else self._in_workspace(function, name in NEEDS_MEMORY))
         shared.sf_check_step.argtypes = [c_void_p, *(c_int64,) * 5]
+        shared.sf_check_packed.argtypes = [c_void_p, c_void_p]
         shared.sf_check_ids.argtypes = [c_void_p, c_int64, c_int64]
-        self.check_step, self.check_ids = shared.sf_check_step, shared.sf_check_ids
+        self.check_step, self.check_packed = shared.sf_check_step, shared.sf_check_packed
+        self.check_ids = shared.sf_check_ids
         create = getattr(shared, f"sf_create_{variant}")
         create.argtypes, create.restype = [c_int32], c_void_p
         self._destroy = getattr(shared, f"sf_destroy_{variant}")

@@ -6,7 +6,6 @@ import ctypes
 import weakref
 from array import array
 from collections.abc import Sequence
-from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -16,6 +15,7 @@ from splitfuse.kernels.cpu.bindings import (
     LARGEST,
     MAX_GROUPS,
     MOST_TAPS,
+    Choices,
     Heads,
     Latent,
     Layer,
@@ -25,18 +25,20 @@ from splitfuse.kernels.cpu.bindings import (
     Mlp,
     Network,
     Norm,
+    PackedStep,
     Rank,
     Recurrent,
     States,
-    Step,
     Store,
     TokenInput,
     Weight,
     check,
+    check_rules,
     projected_heads,
     vector_address,
 )
 from splitfuse.kernels.cpu.lora import step_lora
+from splitfuse.kernels.drawing import Filter
 from splitfuse.kernels.interface import (
     AttentionSpec,
     ExpertsSpec,
@@ -95,12 +97,12 @@ class FusedNetwork:
             check(weights.embed, torch.bfloat16)
         for entry, spec, layer in zip(self._layers, plan.layers, weights.layers, strict=True):
             self._set_layer(entry, spec, layer, plan, hidden)
-        self._max_position = min((heads.max_position for heads in self._heads), default=LARGEST)
+        num_positions = min((heads.max_position for heads in self._heads), default=LARGEST)
         positions = None
         if (table := weights.positions) is not None:
             check(table, torch.bfloat16)
             assert table.shape[1] == hidden
-            self._max_position = min(self._max_position, len(table) - plan.position_offset)
+            num_positions = min(num_positions, len(table) - plan.position_offset)
             positions = table[plan.position_offset :].data_ptr()
         self._network = Network(
             ctypes.addressof(self._layers),
@@ -115,6 +117,7 @@ class FusedNetwork:
             group=None if self._rank is None else self._rank.address,
             first_id=ids.start,
             num_ids=num_ids,
+            num_positions=num_positions,
         )
         if weights.token_inputs is not None:
             self._set_token_inputs(plan, hidden)
@@ -186,40 +189,60 @@ class FusedNetwork:
 
         Raises IndexError for a step that cannot be computed.
         """
+        out = torch.empty(batch.num_rows, self._network.hidden, dtype=torch.bfloat16)
+        self._compute(stores, batch, None, out.data_ptr())
+        return out
+
+    def choose(
+        self,
+        stores: Sequence[Store | States | None],
+        batch: RaggedBatch,
+        head: Weight,
+        bias: Tensor | None,
+        filters: Sequence[Filter],
+        numbers: Sequence[float],
+    ) -> tuple[list[int], list[float]]:
+        """Return what `CpuBackend.choose` does of these hidden states, in the same call."""
+        assert self._rank is None and head.columns == self._network.hidden
+        choices = Choices.of(head, bias, batch.num_rows, filters, numbers)
+        self._compute(stores, batch, choices.address, None)
+        return choices.result
+
+    def _compute(
+        self, stores: Sequence[Store | States | None], batch: RaggedBatch, choices: int | None, rows: int | None
+    ) -> None:
         check(batch.packed, torch.int32)
-        begin = batch.packed.data_ptr()
-        tables, *others, rows, end = accumulate((4 * size for size in batch.sizes), initial=begin)
-        assert end == begin + batch.packed.nbytes
+        assert len(batch.packed) == sum(batch.sizes)
         lora = None if batch.adapters is None else step_lora(batch.adapters, batch.num_tokens)
-        sizes = (batch.num_tokens, batch.num_requests, batch.table_width, batch.num_rows)
         loans = None
         if batch.loans:
             bounds, lengths = batch.query_start.tolist(), batch.seq_lens.tolist()
             starts = [end - last + first for end, first, last in zip(lengths, bounds, bounds[1:], strict=False)]
             loans = Loans.of_step(batch.loans, starts)
+        sizes = (batch.num_tokens, batch.num_requests, batch.table_width, batch.num_rows)
         extras = (None if each is None else each.address for each in (lora, loans))
-        arrays = Step(*sizes, *others, tables, rows, *extras)
-        store, states = (None if layer is None else stores[layer] for layer in (self._attention, self._recurrent))
-        assert isinstance(store, Store | None) and isinstance(states, States | None)
-        arrays.check(
-            self._library,
-            store,
-            max_position=self._max_position,
-            vocabulary=self._network.vocabulary,
-            states=states,
-        )
-        first = store or states
-        assert first is not None
-        out = torch.empty(batch.num_rows, self._network.hidden, dtype=torch.bfloat16)
+        step = PackedStep(batch.packed.data_ptr(), *sizes, *extras)
         with self._library.lock:  # engines that share a network take turns with its table
-            if self._first_store is None or self._first_store() is not first:
-                self._set_stores(self._layers, stores)
-                self._first_store = weakref.ref(first)
+            self._use(stores)
+            check_rules(self._library.check_packed(step.address, self._network.address))
             batch.on_start()
-            self._library.network(arrays.address, self._network.address, out.data_ptr())
+            self._library.network(step.address, self._network.address, choices, rows)
         for loan, done in zip(batch.loans, () if loans is None else loans.array, strict=True):
             loan.is_lost = bool(done.lost)
-        return out
+
+    def _use(self, stores: Sequence[Store | States | None]) -> None:
+        """Let layers have the stores of a cache, unless they have them from the last step."""
+        store, states = (None if layer is None else stores[layer] for layer in (self._attention, self._recurrent))
+        assert isinstance(store, Store | None) and isinstance(states, States | None)
+        first = store or states
+        assert first is not None
+        if self._first_store is not None and self._first_store() is first:
+            return
+        self._set_stores(self._layers, stores)
+        network = self._network
+        network.num_blocks, network.block_size = (0, 1) if store is None else (store.num_blocks, store.block_size)
+        network.num_states = -1 if states is None else states.num_slots
+        self._first_store = weakref.ref(first)
 
     def _set_stores(self, layers: ctypes.Array[Layer], stores: Sequence[Store | States | None]) -> None:
         for entry, mixer, each in zip(layers, self._mixers, stores, strict=True):

@@ -65,3 +65,9 @@ SF_EXPORT int sf_check_step(const splitfuse::Step* step, std::int64_t max_positi
     }
     return 0;
 }
+
+// Returns the same of a whole step for a network, as it is packed.
+SF_EXPORT int sf_check_packed(const splitfuse::PackedStep* packed, const splitfuse::Network* network) {
+    const splitfuse::Step step = splitfuse::unpacked(*packed);
+    return sf_check_step(&step, network->num_positions, network->num_blocks, network->block_size, network->vocabulary, network->num_states);
+}

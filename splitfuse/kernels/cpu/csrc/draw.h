@@ -203,20 +203,35 @@ void draw(Team& team, Workspace& work, const T* scores, i64 columns, const i32* 
     });
 }
 
-// Chooses a token for each row of logits [rows, columns]: the first of the largest ones, or, if there are filters and that of
-// the row has a temperature, one drawn by the row's number. `peaks` are the largest logits, NaN if any of the row is; without
-// a finite one the token means nothing.
-inline void choose(Team& team, Workspace& work, const float* logits, i64 rows, i64 columns, const Filter* filters,
-                   const double* numbers, i32* ids, float* peaks) {
+// Chooses a token for each row of logits [rows, V]: see Choices.
+inline void choose(Team& team, Workspace& work, const Choices& choices, const float* logits, i64 rows) {
+    const i64 columns = choices.head->rows;
+    const Filter* filters = reinterpret_cast<const Filter*>(choices.filters);
     u8* memory = work.own[team.rank].draws.data();
     team.share(rows, [&](i64 begin, i64 end, i64) {
         for (i64 row = begin; row < end; ++row) {
             const float* x = logits + row * columns;
-            topk_row(x, columns, 1, ids + row, peaks + row);
-            if (filters && filters[row].temperature > 0.0 && std::isfinite(peaks[row]))
-                draw_row(memory, x, columns, filters[row], numbers + row, 1, ids + row);
+            topk_row(x, columns, 1, choices.ids + row, choices.peaks + row);
+            if (filters && filters[row].temperature > 0.0 && std::isfinite(choices.peaks[row]))
+                draw_row(memory, x, columns, filters[row], choices.numbers + row, 1, choices.ids + row);
         }
     });
+}
+
+inline void reserve_choices(Workspace& work, const Choices& choices, i64 rows) {
+    work.logits.reserve(rows * choices.head->rows * 4);
+    work.reserve_operand(*choices.head, rows);
+    if (choices.filters)
+        for (Workspace::Own& each : work.own) each.draws.reserve(draw_bytes(choices.head->rows));
+}
+
+// Applies the head to rows x [rows, C], and chooses a token for each.
+inline void choose_tokens(Team& team, Workspace& work, const Choices& choices, const u16* x, i64 rows) {
+    Output logits;
+    logits.y = reinterpret_cast<float*>(work.logits.data());
+    logits.bias = choices.bias;
+    linear(team, x, rows, *choices.head, work.memory(team.rank), logits);
+    choose(team, work, choices, logits.y, rows);
 }
 
 }  // namespace SF_VARIANT

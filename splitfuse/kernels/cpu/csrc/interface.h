@@ -117,6 +117,44 @@ struct Step {
     const Loans* loans;               // or null: each request has all of its keys and values here
 };
 
+// The numbers of a step as Python packs them: the arrays of Step from its tables on, one behind the other, in this order:
+// tables, ids, positions, slots, query_start, seq_lens, state_reads, state_writes, rows.
+struct PackedStep {
+    const std::int32_t* numbers;
+    std::int32_t tokens;
+    std::int32_t requests;
+    std::int32_t table_width;
+    std::int32_t num_rows;
+    const Lora* lora;
+    const Loans* loans;
+};
+
+inline Step unpacked(const PackedStep& packed) {
+    const std::int32_t* at = packed.numbers;
+    auto take = [&](std::int64_t count) {
+        const std::int32_t* part = at;
+        at += count;
+        return part;
+    };
+    Step step{};
+    step.tokens = packed.tokens;
+    step.requests = packed.requests;
+    step.table_width = packed.table_width;
+    step.num_rows = packed.num_rows;
+    step.tables = take(static_cast<std::int64_t>(packed.requests) * packed.table_width);
+    step.ids = take(packed.tokens);
+    step.positions = take(packed.tokens);
+    step.slots = take(packed.tokens);
+    step.query_start = take(packed.requests + 1);
+    step.seq_lens = take(packed.requests);
+    step.state_reads = take(packed.requests);
+    step.state_writes = take(packed.requests);
+    step.rows = take(packed.num_rows);
+    step.lora = packed.lora;
+    step.loans = packed.loans;
+    return step;
+}
+
 // A norm of vectors, RMS or layer norm; without a weight there is none.
 struct Norm {
     const float* weight;
@@ -307,6 +345,17 @@ struct Group {
     std::int32_t failed;         // set if a rank did not come: what the step has computed is of no use
 };
 
+// The choice of a token for each of some rows [R, C]: of the logits that the head gives of a row the first of the largest ones,
+// or, if there are filters and that of the row has a temperature, a token that is drawn by the row's number.
+struct Choices {
+    const Weight* head;          // [V, C]
+    const std::uint16_t* bias;   // [V], or null
+    const double* filters;       // [R] of Filter, or null: see draw.h
+    const double* numbers;       // [R], or null without filters
+    std::int32_t* ids;           // [R], the chosen tokens
+    float* peaks;                // [R], the largest logits; NaN if any of the row is
+};
+
 // All of a network but its output head.
 struct Network {
     const Layer* layers;
@@ -325,6 +374,10 @@ struct Network {
     Group* group;                    // or null: this process computes it alone
     std::int64_t first_id;           // of the rows of the embedding that are here
     std::int64_t num_ids;
+    std::int64_t num_positions;      // those that positions are rotated for, or have embeddings
+    std::int64_t num_blocks;         // of the stores of its layers, as long as it computes with these
+    std::int64_t block_size;
+    std::int64_t num_states;         // slots of its recurrent states; -1: it has none
 };
 
 }  // namespace splitfuse

@@ -3,6 +3,7 @@
 #pragma once
 
 #include "delta.h"
+#include "draw.h"
 #include "experts.h"
 #include "mamba.h"
 #include "short_conv.h"
@@ -494,8 +495,9 @@ inline void place_shared(Workspace& work, const Step& step, const Network& netwo
     place(work.gated, tokens * gated_columns * 2);
 }
 
-// Computes a network, from token ids to the normed rows [R, C] in bf16 that the head is applied to.
-inline void run_network(Workspace& work, const Step& step, const Network& network, u16* rows) {
+// Computes a network, from token ids to the normed rows [R, C] in bf16 that the head is applied to, or to the tokens that
+// `choices` choose by them.
+inline void run_network(Workspace& work, const Step& step, const Network& network, const Choices* choices, u16* rows) {
     const i64 hidden = network.hidden;
     work.begin_step();
     work.group = network.group;
@@ -505,6 +507,10 @@ inline void run_network(Workspace& work, const Step& step, const Network& networ
     work.reserve_lora(step.lora, step.tokens);
     for (i64 i = 0; i < network.num_layers; ++i) reserve_layer(work, step, network.layers[i], hidden);
     if (network.token_inputs) reserve_token_inputs(work, network, step.tokens);
+    if (choices) {
+        reserve_choices(work, *choices, step.num_rows);
+        rows = reinterpret_cast<u16*>(work.normed.reserve(step.num_rows * hidden * 2));  // free behind the layers
+    }
     float* x = reinterpret_cast<float*>(work.hidden.data());
 
     parallel(work.num_threads, [&](Team& team) {
@@ -518,6 +524,7 @@ inline void run_network(Workspace& work, const Step& step, const Network& networ
             for (i64 row = begin; row < end; ++row) norm_row(x + step.rows[row] * hidden, hidden, network.norm, rows + row * hidden);
         });
         gather(team, work.group);  // the next step overwrites x
+        if (choices) choose_tokens(team, work, *choices, rows, step.num_rows);
     });
     if (gathers(work.group))
         for (Buffer* each : {&work.hidden, &work.branch, &work.attn_out, &work.gated}) each->give_back();

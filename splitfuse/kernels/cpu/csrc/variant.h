@@ -134,9 +134,10 @@ SF_EXPORT(void, conv)(Workspace* work, const Step* step, const ShortConv* conv, 
     parallel(work->num_threads, [&](Team& team) { short_conv(team, *step, *conv, *states, x, out); });
 }
 
-// Returns 0, 1 without memory, or 2 if a rank of the network's group did not come.
-SF_EXPORT(i32, network)(Workspace* work, const Step* step, const Network* network, u16* rows) {
-    const i32 out_of_memory = guarded([&] { run_network(*work, *step, *network, rows); });
+// Computes a network, and the normed rows [R, C] that its head is applied to; with `choices`, for a network without a group, the
+// tokens that these choose instead. Returns 0, 1 without memory, or 2 if a rank of the network's group did not come.
+SF_EXPORT(i32, network)(Workspace* work, const PackedStep* packed, const Network* network, const Choices* choices, u16* rows) {
+    const i32 out_of_memory = guarded([&] { run_network(*work, unpacked(*packed), *network, choices, rows); });
     return out_of_memory ? 1 : network->group && network->group->failed ? 2 : 0;
 }
 
@@ -213,21 +214,11 @@ SF_EXPORT(i32, draw)(Workspace* work, const void* scores, i32 in_doubles, i64 co
     });
 }
 
-// Applies the output head to rows x [rows, C], and chooses a token for each: see choose() in draw.h.
-SF_EXPORT(i32, choose)(Workspace* work, const Weight* head, const u16* bias, const u16* x, i64 rows, const double* filters,
-                       const double* numbers, i32* ids, float* peaks) {
+// Applies the output head to rows x [rows, C], and chooses a token for each.
+SF_EXPORT(i32, choose)(Workspace* work, const Choices* choices, const u16* x, i64 rows) {
     return guarded([&] {
-        const i64 columns = head->rows;
-        Output logits;
-        logits.y = reinterpret_cast<float*>(work->logits.reserve(rows * columns * 4));
-        logits.bias = bias;
-        work->reserve_operand(*head, rows);
-        if (filters)
-            for (Workspace::Own& each : work->own) each.draws.reserve(draw_bytes(columns));
-        parallel(work->num_threads, [&](Team& team) {
-            linear(team, x, rows, *head, work->memory(team.rank), logits);
-            choose(team, *work, logits.y, rows, columns, reinterpret_cast<const Filter*>(filters), numbers, ids, peaks);
-        });
+        reserve_choices(*work, *choices, rows);
+        parallel(work->num_threads, [&](Team& team) { choose_tokens(team, *work, *choices, x, rows); });
     });
 }
 
