@@ -13,7 +13,6 @@ answers do not end: for a model with random weights. Engine FLAGS as --name=valu
 from __future__ import annotations
 
 import argparse
-import time
 from collections.abc import Collection, Sequence
 from contextlib import AbstractContextManager
 from random import Random
@@ -23,7 +22,7 @@ from typing import Any
 from torch import Tensor
 
 import splitfuse
-from benchmarks.speculation import QUESTIONS, Run, run
+from benchmarks.speculation import CLOCKS, QUESTIONS, Run, run
 from splitfuse.core.events import StepRecord
 from splitfuse.core.plan import Chunk
 from splitfuse.core.speculation.drafting import Drafting
@@ -34,7 +33,6 @@ from splitfuse.models.sources.source import ModelSource, Piece, WeightSource
 from splitfuse.runtime import draft_model
 from splitfuse.text.prompts import PreparedRequest
 
-CLOCKS = {"wall": time.perf_counter, "processor": time.process_time}
 CONFIDENCE = 0.9
 """Confidence of guesses that are exchanged."""
 
