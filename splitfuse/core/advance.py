@@ -33,7 +33,7 @@ def advance(
     request.drafts.forced = result.forced
     request.num_prompt_logprobs += len(result.prompt_logprobs)
     request.output_token_ids += tokens
-    if chunk.samples:
+    if chunk.samples and request.slo.exists:
         request.slo.observe_tokens(now, max(len(tokens), 1))
     has_full_blocks_more = bool(chunk.lands) or end // allocator.block_size > chunk.start // allocator.block_size
     if has_full_blocks_more and allocator.reuses_content and kv.loan is None:  # to look at all tokens takes time

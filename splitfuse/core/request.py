@@ -144,8 +144,10 @@ class Request:
     def tokens(self, start: int, end: int) -> tuple[int, ...]:
         """Return the token ids at positions start to end - 1; PLACEHOLDER where one has not been read back yet."""
         num_prompt = len(self.prompt_token_ids)
-        tokens = tuple(self.output_token_ids[max(start - num_prompt, 0) : max(end - num_prompt, 0)])
-        if start < num_prompt:
+        if start >= num_prompt:
+            tokens = tuple(self.output_token_ids[start - num_prompt : end - num_prompt])
+        else:
+            tokens = tuple(self.output_token_ids[: max(end - num_prompt, 0)])
             tokens = self.prompt_token_ids[start:end] + tokens
         missing = end - start - len(tokens)
         return tokens + (PLACEHOLDER,) * missing if missing else tokens

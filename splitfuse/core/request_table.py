@@ -71,7 +71,8 @@ class RequestTable:
             request.num_output_placeholders -= chunk.samples
             if not request.is_finished:
                 outputs.append(self.take_result(request, chunk, results[chunk.request_id], now))
-                if request.is_leaving and not request.is_finished and not request.num_plans_in_flight:
+                is_leaving = request.most_here >= 0 and request.is_leaving
+                if is_leaving and not request.is_finished and not request.num_plans_in_flight:
                     outputs.append(self.leave(request, now))
         return outputs
 

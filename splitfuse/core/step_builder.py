@@ -275,8 +275,11 @@ class StepBuilder:
     def fitting_tokens(self, request: Request, *, at_least: int = 0) -> int:
         """Return how many tokens of a request fit the budgets, `at_least` of them whatever time they take."""
         needed = request.num_unscheduled
+        is_limited = self.predictor is not None and self.max_seconds < math.inf
+        if needed <= self.tokens_left and not is_limited:
+            return needed
         fitting = most = min(needed, max(self.tokens_left, 0))
-        if self.predictor is not None and self.max_seconds < math.inf:
+        if self.predictor is not None and is_limited:
             seconds, start = self.max_seconds * (1.0 - self._reserved_share), request.num_scheduled
             fitting = self.predictor.tokens_within(seconds, self.features, start=start, most=most, rows=1)
         if 0 < fitting < needed:
@@ -376,7 +379,7 @@ class StepBuilder:
         loan = None
         if kv.loan is not None:
             table, loan = (0,) * kv.num_lent + table, kv.loan.next_chunk(start, kv.blocks)
+        state, lands = kv.state_slots, kv.landing
         return Chunk(
-            *(request.request_id, start, tokens, table, num_logits, samples),
-            *(kv.state_slots, num_drafts, kind, kv.landing, loan),
+            request.request_id, start, tokens, table, num_logits, samples, state, num_drafts, kind, lands, loan
         )

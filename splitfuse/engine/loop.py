@@ -91,6 +91,7 @@ class EngineLoop:
             engine.lender.on_ended = lambda number: self.commands.put(_LoanEnded(number))
         engine.follow_ranks(lambda reason: self.commands.put(_RankLost(reason)))
         self._num_preemptions = engine.scheduler.queue.num_preemptions  # of loops before
+        self._drafts = engine.scheduler.drafting is not None
         self._unsubscribe = engine.events.subscribe(StepRecord, self._count)
 
     @property
@@ -240,7 +241,7 @@ class EngineLoop:
         counts.num_steps += 1
         counts.num_generated_tokens += sum([len(chunk.token_ids) for chunk in step.result.values()])
         counts.num_computed_tokens += plan.num_tokens
-        for chunk in plan.chunks:
+        for chunk in plan.chunks if self._drafts else ():
             if chunk.num_drafts:
                 drafted, accepted = chunk.num_drafts, max(len(step.result[chunk.request_id].token_ids) - 1, 0)
                 counts.num_draft_tokens += drafted
@@ -296,7 +297,7 @@ class EngineLoop:
         stats.num_preemptions = queue.num_preemptions - self._num_preemptions
         stats.token_budget = engine.scheduler.budget.tokens
         stats.step_times = engine.step_times
-        return copy(stats)  # a third of the time of `replace`, which calls the class with all fields
+        return copy(stats)
 
 
 def follow_steps(engine: Engine, write: Callable[[Sequence[str]], None]) -> Callable[[], None]:

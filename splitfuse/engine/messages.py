@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import msgspec
 
@@ -230,8 +230,7 @@ class EngineInfo(msgspec.Struct, frozen=True, tag=True):
     """What the machine can keep of the SLO, as far as it is known before the first step; None without one."""
 
 
-@dataclass
-class EngineStats:
+class EngineStats(msgspec.Struct):
     """Counts what happened since the engine began, and describes the state after its last step."""
 
     num_steps: int = 0

@@ -215,7 +215,7 @@ _COUNTERS = tuple(
     {
         family.source: None
         for family in FAMILIES
-        if family.kind == "counter" and family.source in EngineStats.__dataclass_fields__
+        if family.kind == "counter" and family.source in EngineStats.__struct_fields__
     }
 )
 """Counters of EngineStats that a family shows."""

@@ -221,4 +221,4 @@ def test_few_steps_change_nothing() -> None:
 def test_what_is_remembered_is_bounded() -> None:
     budget = StepBudget(256, BUDGETS)
     run(budget, steps_of(Random(8), budget), ADDITIVE.seconds, 5000)
-    assert sum(map(len, budget._samples.values())) <= 4 * 4 * 12
+    assert sum(map(len, budget._steps.values())) <= 4 * 4 * 12

@@ -12,6 +12,7 @@ import prometheus_client
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from msgspec import structs
 from patience import PATIENCE
 from prometheus_client.parser import text_string_to_metric_families
 
@@ -334,14 +335,14 @@ def test_counters_never_go_down_and_lose_nothing_reported(
         if what == "death":
             client.counted[place] = EngineStats()
         elif what == "command":
-            client.counted[place] = replace(now, num_available_blocks=more[0])
+            client.counted[place] = structs.replace(now, num_available_blocks=more[0])
         else:
             # One that is back before its death was reported has made fewer steps than it had, or it is another
             # engine with the same past, which looks the same.
             quick = what == "quick restart" and now.num_steps > 1
             base = EngineStats() if quick else now
             steps = dict(zip(COUNTERS, (1, *more), strict=True))
-            new = replace(base, **{counter: getattr(base, counter) + steps[counter] for counter in COUNTERS})
+            new = structs.replace(base, **{counter: getattr(base, counter) + steps[counter] for counter in COUNTERS})
             if what == "unseen pass":  # the client has it, but no listener was called
                 client.counted[place] = new
             else:
