@@ -815,10 +815,10 @@ class Engine:
 
     @property
     def _plans_ahead(self) -> bool:
-        """Return whether a step is planned while the one before runs. Not with recurrent states, of which a request
-        would need twice as many slots, nor with drafts, which follow the newest token.
+        """Return whether a step may be planned while the one before runs. Not with recurrent states, of which a request
+        would need twice as many slots. Where drafts are likely, which follow the newest token, the scheduler waits.
         """
-        return self.executor.keeps_plans and self.allocator.states is None and self.scheduler.drafting is None
+        return self.executor.keeps_plans and self.allocator.states is None
 
     def _plan_ahead(self, ended: list[RequestOutput], isolate: bool, before_planning: Callable[[], bool]) -> None:
         """Plan the step after the one that runs, when that has little left to do."""

@@ -10,13 +10,13 @@ from typing import Any
 import pytest
 import tiny_models
 from scheduler_checks import check_scheduler
-from torch import Tensor
 
 from splitfuse.config import EngineConfig
 from splitfuse.core.events import StepScheduled
-from splitfuse.core.plan import Chunk, StepPlan
+from splitfuse.core.plan import Chunk, StepPlan, StepResult
 from splitfuse.core.request_output import FinishReason, RequestOutput
 from splitfuse.core.sampling_params import SamplingParams
+from splitfuse.core.speculation.token_cost import TokenCost
 from splitfuse.engine.engine import Engine
 from splitfuse.engine.loop import EngineLoop
 from splitfuse.engine.messages import Add, Finish, Stop
@@ -35,8 +35,8 @@ def make(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Engine]:
     config = EngineConfig.from_settings({**settings, "max_num_batched_tokens": 16})
     model = load_model(config)
 
-    def make(*, plans_ahead: bool = True) -> Engine:
-        engine = Engine(config, model)
+    def make(*, plans_ahead: bool = True, **others: int) -> Engine:
+        engine = Engine(EngineConfig.from_settings({**settings, "max_num_batched_tokens": 16, **others}), model)
         engine.executor.keeps_plans = plans_ahead
         return engine
 
@@ -84,7 +84,8 @@ def answers_of(engine: Engine) -> dict[str, Answer]:
             answer.logprobs += [each.token_id for each in output.logprobs or ()]
             answer.prompt_logprobs += [each.token_id for each in output.prompt_logprobs or ()]
             answer.reason, answer.error = output.finish_reason, output.error
-            if output.request_id == STOPPED and answer.reason is None and len(answer.tokens) == 2:
+            if output.request_id == STOPPED and answer.reason is None and len(answer.tokens) >= 2:
+                del answer.tokens[2:], answer.logprobs[2:]  # several come at once with drafts
                 assert engine.finish(Finish(STOPPED, FinishReason.STOP, 1)) is not None
                 answer.reason = FinishReason.STOP
         check_scheduler(engine.scheduler)
@@ -100,6 +101,25 @@ def test_outputs_are_those_without(make: Callable[..., Engine]) -> None:
     assert answers_of(engine) == wanted
     assert sum(map(bool, in_flight)) > len(in_flight) / 2, "most steps are planned while one runs"
     assert engine.scheduler.queue.num_preemptions > 0
+
+
+def test_outputs_with_drafts_are_those_without(make: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Steps are planned ahead while no draft is likely, and drafts come only where nothing is in flight."""
+    monkeypatch.setattr(TokenCost, "observe", lambda *_: None)  # what a draft is worth is not to depend on the clock
+    repeated = SamplingParams(max_tokens=40, logit_bias={40: 100.0}, ignore_eos=True)
+    plain, engine = make(plans_ahead=False), make(num_speculative_tokens=3)
+    for each in (plain, engine):
+        each.add_request("repeated", [20] * 6, repeated)
+    wanted = answers_of(plain)
+    steps: list[tuple[int, int]] = []
+
+    def note(step: StepScheduled) -> None:
+        steps.append((len(engine.ids_in_flight()), sum(chunk.num_drafts for chunk in step.plan.chunks)))
+
+    engine.events.subscribe(StepScheduled, note)
+    assert answers_of(engine) == wanted
+    assert any(in_flight for in_flight, _ in steps) and any(drafts for _, drafts in steps)
+    assert not any(in_flight and drafts for in_flight, drafts in steps)
 
 
 def test_a_request_that_comes_during_a_step_is_in_the_next_one(make: Callable[..., Engine]) -> None:
@@ -139,16 +159,16 @@ def held_by(engine: Engine, name: str) -> list[int]:
 
 def fail_at(monkeypatch: pytest.MonkeyPatch, number: int, error: BaseException) -> list[Sequence[Chunk]]:
     """Let the forward step of that number raise. Returns a list that gets the chunks of each step."""
-    hidden = Executor.hidden
+    compute = Executor._compute
     steps: list[Sequence[Chunk]] = []
 
-    def failing(self: Executor, chunks: Sequence[Chunk]) -> Tensor:
+    def failing(self: Executor, chunks: Sequence[Chunk]) -> StepResult:
         steps.append(chunks)
         if len(steps) == number:
             raise error
-        return hidden(self, chunks)
+        return compute(self, chunks)
 
-    monkeypatch.setattr(Executor, "hidden", failing)
+    monkeypatch.setattr(Executor, "_compute", failing)
     return steps
 
 
@@ -183,16 +203,16 @@ def test_a_thread_that_cannot_be_started_hangs_no_step(
     wanted = tokens_of(make(), "a")
     engine = make()
     computed: list[str] = []
-    hidden = Executor.hidden
+    compute = Executor._compute
 
-    def counting(self: Executor, chunks: Sequence[Chunk]) -> Tensor:
+    def counting(self: Executor, chunks: Sequence[Chunk]) -> StepResult:
         computed.extend(chunk.request_id for chunk in chunks)
-        return hidden(self, chunks)
+        return compute(self, chunks)
 
     def failing(_: Thread) -> None:
         raise RuntimeError("can't start new thread")
 
-    monkeypatch.setattr(Executor, "hidden", counting)
+    monkeypatch.setattr(Executor, "_compute", counting)
     with monkeypatch.context() as patch:
         patch.setattr(Thread, "start", failing)
         with pytest.raises(RuntimeError, match="start new thread"):
