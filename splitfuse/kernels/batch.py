@@ -20,13 +20,13 @@ class RaggedBatch:
     """Holds T tokens of S chunks, of which R need logits. Row i of every per-token tensor is the same token.
 
     `packed` is int32 and holds all tensors one behind the other, in the order of `sizes`: a step is one transfer to its
-    device, and one address for kernels that take it whole. The tensors are views of it, made when they are asked for.
+    device, and one address for kernels that take it whole. It and the tensors are views, made when they are asked for.
     Block tables come first, where they can stay from step to step.
     """
 
     def __init__(
         self,
-        packed: Tensor,
+        numbers: Tensor,
         num_tokens: int,
         num_requests: int,
         table_width: int,
@@ -34,10 +34,12 @@ class RaggedBatch:
         adapters: StepAdapters | None = None,
         on_host: Tensor | None = None,
         is_padded: bool = False,
+        address: int | None = None,
     ) -> None:
-        """`table_width` is the length of a row of block tables: that of the longest one at least. `on_host` are the
-        numbers of `packed`, if that is on another device. With `is_padded` the last tokens are no request's, the last
-        requests may have no tokens, and derivations must give tensors whose shapes depend on the sizes alone.
+        """`numbers` begin with `packed`, and `address` is theirs, if they are known to be on the host. `table_width` is
+        the length of a row of block tables: that of the longest one at least. `on_host` are the numbers of `packed`, if
+        that is on another device. With `is_padded` the last tokens are no request's, the last requests may have no
+        tokens, and derivations must give tensors whose shapes depend on the sizes alone.
         """
         self.on_start: Callable[[], None] = lambda: None
         """Called by networks of one call just before it: other threads can have Python until it returns."""
@@ -45,9 +47,9 @@ class RaggedBatch:
         """Adapters of rows; None: no row has one."""
         self.loans: Sequence[RequestLoan] = ()
         """Loans of requests: for networks that a backend computes in one call, if it `lends`."""
-        self.packed = packed
+        self.address = address
         self.is_padded = is_padded
-        self._on_host = packed if on_host is None else on_host
+        self._numbers, self._on_host = numbers, on_host
         self._derived: dict[Derivation, tuple[Tensor, ...]] = {}
         self.num_tokens = num_tokens
         self.num_requests = num_requests
@@ -55,6 +57,11 @@ class RaggedBatch:
         self.num_rows = num_rows
         per_token, per_request = (num_tokens,) * 3, (num_requests + 1, *(num_requests,) * 3)
         self.sizes = (num_requests * table_width, *per_token, *per_request, num_rows)
+
+    @cached_property
+    def packed(self) -> Tensor:
+        """Return all numbers, flat."""
+        return self._numbers[: sum(self.sizes)]
 
     @cached_property
     def host_query_start(self) -> list[int]:
@@ -79,7 +86,7 @@ class RaggedBatch:
     @property
     def host_parts(self) -> tuple[Tensor, ...]:
         """Return all tensors of `packed` on the host, flat, in its order."""
-        return self._on_host.split_with_sizes(self.sizes)
+        return (self.packed if self._on_host is None else self._on_host).split_with_sizes(self.sizes)
 
     def _host_part(self, number: int) -> list[int]:
         numbers: list[int] = self.host_parts[number].tolist()

@@ -6,7 +6,6 @@ from array import array
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
 
 from splitfuse.core.limits import ceil_div
 from splitfuse.core.plan import ZERO_STATE, Chunk
@@ -23,9 +22,9 @@ class BatchBuilder:
 
     def __init__(self, block_size: int, device: torch.device) -> None:
         self._block_size = block_size
-        self._device = device
-        self._packed = torch.empty(0, dtype=torch.int32)  # the numbers of the last batch
-        self._memory, self._numbers = self._packed, memoryview(array("i"))  # with space behind them; as a view of it
+        self._device, self._on_host = device, device.type == "cpu"
+        self._memory = torch.empty(0, dtype=torch.int32)  # numbers of the last batch, with space behind them
+        self._address, self._numbers = 0, memoryview(array("i"))  # of the same
         self._width = 0
         self._tables: list[Sequence[int]] = []  # that are written, a row for each
 
@@ -38,14 +37,13 @@ class BatchBuilder:
             tables, num_tokens, num_rows, numbers = self._decodes(chunks)
         else:
             tables, num_tokens, num_rows, numbers = self._any(chunks)
-        packed = self._write(tables, numbers)
+        length = self._write(tables, numbers)
         of_rows = _step_adapters(chunks, adapters, self._device) if any(each is not None for each in adapters) else None
-        return RaggedBatch(
-            packed if self._device.type == "cpu" else packed.to(self._device),
-            *(num_tokens, len(tables), self._width, num_rows),
-            adapters=of_rows,
-            on_host=packed,
-        )
+        sizes = num_tokens, len(tables), self._width, num_rows
+        if self._on_host:
+            return RaggedBatch(self._memory, *sizes, of_rows, address=self._address)
+        on_host = self._memory[:length]
+        return RaggedBatch(on_host.to(self._device), *sizes, of_rows, on_host)
 
     def _decodes(self, chunks: Sequence[Chunk]) -> tuple[list[Sequence[int]], int, int, array[int]]:
         """Return the same as `_any` for chunks of one token that has logits: most steps have no others."""
@@ -105,25 +103,23 @@ class BatchBuilder:
         numbers = array("i", [*ids, *positions, *slots, *per_request, *logit_rows])
         return tables, len(ids), len(logit_rows), numbers
 
-    def _write(self, tables: list[Sequence[int]], numbers: array[int]) -> Tensor:
-        """Return the numbers of a batch on the host: its tables, then the others."""
+    def _write(self, tables: list[Sequence[int]], numbers: array[int]) -> int:
+        """Write the numbers of a batch: its tables, then the others. Returns how many there are."""
         width = max(map(len, tables), default=0)
         if width > self._width or 4 * width < self._width:
             self._width, self._tables = ceil_div(width, 4) * 4, []
         end = len(tables) * self._width
         length = end + len(numbers)
-        if length > len(self._memory):
+        if length > len(self._numbers):
             self._memory, self._tables = torch.zeros(2 * length, dtype=torch.int32), []
-            self._numbers, self._packed = self._memory.numpy().data, self._memory
-        if length != len(self._packed):
-            self._packed = self._memory[:length]
+            self._address, self._numbers = self._memory.data_ptr(), self._memory.numpy().data
         written, self._tables = self._tables, []  # none, if writing them fails
         for row in [n for n, table in enumerate(tables) if n >= len(written) or table != written[n]]:
             first = row * self._width
             self._numbers[first : first + len(tables[row])] = array("i", tables[row])
         self._tables = tables
         self._numbers[end:length] = numbers
-        return self._packed
+        return length
 
 
 def _step_adapters(

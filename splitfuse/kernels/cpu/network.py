@@ -211,8 +211,10 @@ class FusedNetwork:
     def _compute(
         self, stores: Sequence[Store | States | None], batch: RaggedBatch, choices: int | None, rows: int | None
     ) -> None:
-        check(batch.packed, torch.int32)
-        assert len(batch.packed) == sum(batch.sizes)
+        if (numbers := batch.address) is None:
+            check(batch.packed, torch.int32)
+            assert len(batch.packed) == sum(batch.sizes)
+            numbers = batch.packed.data_ptr()
         lora = None if batch.adapters is None else step_lora(batch.adapters, batch.num_tokens)
         loans = None
         if batch.loans:
@@ -220,8 +222,8 @@ class FusedNetwork:
             starts = [end - last + first for end, first, last in zip(lengths, bounds, bounds[1:], strict=False)]
             loans = Loans.of_step(batch.loans, starts)
         sizes = (batch.num_tokens, batch.num_requests, batch.table_width, batch.num_rows)
-        extras = (None if each is None else each.address for each in (lora, loans))
-        step = PackedStep(batch.packed.data_ptr(), *sizes, *extras)
+        extras = None if lora is None else lora.address, None if loans is None else loans.address
+        step = PackedStep(numbers, *sizes, *extras)
         with self._library.lock:  # engines that share a network take turns with its table
             self._use(stores)
             check_rules(self._library.check_packed(step.address, self._network.address))
