@@ -30,11 +30,11 @@ class RequestOutput:
     prompt_logprobs: Logprobs | None = None
     values: tuple[float, ...] = ()  # what PoolingParams ask for, with the last output
     finish_reason: FinishReason | None = None
-    error: str | None = None
-    retry_after: float | None = None  # rejected; retry after this many seconds (inf: never)
     num_cached_tokens: int = 0
     num_computed: int = 0  # leading positions whose keys and values are written
     num_drafted: int = 0  # tokens that were guessed; all of `token_ids` but the last were
     draft_kind: DraftKind = DraftKind.LOOKUP  # where these come from
     slo_met: bool | None = None  # so far; None: it has no SLO
+    error: str | None = None
+    retry_after: float | None = None  # rejected; retry after this many seconds (inf: never)
     latency_breakdown: LatencyBreakdown | None = None  # with the last output

@@ -74,14 +74,16 @@ def draws_of(rows: Sequence[RequestSampling]) -> tuple[list[Filter], list[float]
 def plain_results(chunks: Sequence[Chunk], tokens: Sequence[int], peaks: Sequence[float]) -> dict[str, ChunkResult]:
     """Return the results of a plain step from the token of each row and its largest logit."""
     if all(map(isfinite, peaks)):
-        chosen = (ChunkResult((token,)) for token in tokens)
+        chosen = [ChunkResult((token,)) for token in tokens]
     else:
-        faults = map(unusable, peaks)
-        chosen = (
+        chosen = [
             ChunkResult((token,)) if fault is None else ChunkResult(error=fault)
-            for token, fault in zip(tokens, faults, strict=True)
-        )
-    return {chunk.request_id: next(chosen) if chunk.samples else ChunkResult() for chunk in chunks}
+            for token, fault in zip(tokens, map(unusable, peaks), strict=True)
+        ]
+    if len(chosen) == len(chunks):
+        return {chunk.request_id: result for chunk, result in zip(chunks, chosen, strict=True)}
+    rest = iter(chosen)
+    return {chunk.request_id: next(rest) if chunk.samples else ChunkResult() for chunk in chunks}
 
 
 def _plain_results_of(

@@ -742,6 +742,10 @@ class Network(Struct):
     ]
 
 
+def _address(numbers: array[Any]) -> int:
+    return numbers.buffer_info()[0]
+
+
 class Choices(Struct):
     """Says how a token is chosen for each of some rows, and has room for these and the largest logits."""
 
@@ -754,11 +758,15 @@ class Choices(Struct):
     ) -> Choices:
         """Return the choices of `count` rows, drawn by filters and numbers if there are any; it keeps all of it."""
         assert not head.gated and len(filters) == len(numbers) in (0, count)
-        ids, peaks = array("i", bytes(4 * count)), array("f", bytes(4 * count))
-        kept, wanted = array("d", chain.from_iterable(filters)), array("d", numbers)
-        addresses = (buffer.buffer_info()[0] if buffer else None for buffer in (kept, wanted, ids, peaks))
-        choices = cls(head.address, vector_address(bias, head.rows), *addresses)
-        choices.arrays = ids, peaks, kept, wanted
+        arrays = array("i", bytes(4 * count)), array("f", bytes(4 * count))
+        kept, wanted = None, None
+        if filters:
+            draws = array("d", chain.from_iterable(filters)), array("d", numbers)
+            kept, wanted = _address(draws[0]), _address(draws[1])
+            arrays += draws
+        bias_address = vector_address(bias, head.rows)
+        choices = cls(head.address, bias_address, kept, wanted, _address(arrays[0]), _address(arrays[1]))
+        choices.arrays = arrays
         return choices
 
     @property
