@@ -758,15 +758,13 @@ class Choices(Struct):
     ) -> Choices:
         """Return the choices of `count` rows, drawn by filters and numbers if there are any; it keeps all of it."""
         assert not head.gated and len(filters) == len(numbers) in (0, count)
-        arrays = array("i", bytes(4 * count)), array("f", bytes(4 * count))
-        kept, wanted = None, None
+        ids, peaks = array("i", bytes(4 * count)), array("f", bytes(4 * count))
+        choices = cls(head.address, vector_address(bias, head.rows), None, None, _address(ids), _address(peaks))
+        choices.arrays = ids, peaks
         if filters:
-            draws = array("d", chain.from_iterable(filters)), array("d", numbers)
-            kept, wanted = _address(draws[0]), _address(draws[1])
-            arrays += draws
-        bias_address = vector_address(bias, head.rows)
-        choices = cls(head.address, bias_address, kept, wanted, _address(arrays[0]), _address(arrays[1]))
-        choices.arrays = arrays
+            kept, wanted = array("d", chain.from_iterable(filters)), array("d", numbers)
+            choices.filters, choices.numbers = _address(kept), _address(wanted)
+            choices.arrays = ids, peaks, kept, wanted
         return choices
 
     @property
