@@ -18,7 +18,7 @@ import pytest
 import tiny_models
 from backends import runnable
 from patience import PATIENCE as LONG
-from router_streams import until
+from router_streams import held, until
 from scheduler_checks import check_scheduler
 
 import splitfuse
@@ -29,7 +29,7 @@ from splitfuse.core.request_output import FinishReason
 from splitfuse.core.request_table import LOAN_LOST
 from splitfuse.core.sampling_params import SamplingParams
 from splitfuse.engine import loans as loans_of_engines
-from splitfuse.engine.client import LocalClient
+from splitfuse.engine.client import EngineState, LocalClient
 from splitfuse.engine.engine import NOT_LENT, Engine
 from splitfuse.engine.messages import Add, Loan
 from splitfuse.engine.ragged import RaggedEngine
@@ -292,18 +292,19 @@ def test_request_that_lost_its_loan_goes_on_once_there_is_room(folder: Path, mon
     wanted, other = long_request(length=4 * TILE, max_tokens=30), long_request("short", length=40, max_tokens=900)
 
     async def test() -> None:
-        engines = [AsyncEngine(Engine.load(config(folder, size))) for size in (3 * TILE, 4 * TILE)]
-        async with routed(*engines) as router:
-            stream, short = router.open(wanted), router.open(other)
-            assert stream.on_loan and router._loans is not None
-            ((_, planned),) = router._loans._loans.items()
-            await until(lambda: stream.num_tokens and planned.creditor.stats[0].num_lent_blocks)
-            with monkeypatch.context() as patched:
-                patched.setattr(router._loans, "plan", lambda *_: None)  # as without room
-                router._loans.end_lent(planned.creditor)
-                await until(lambda: router._recovery._waiting and not planned.creditor.stats[0].num_lent_blocks)
-                assert short.num_tokens < 900
-            short.close()
+        engines = [Engine.load(config(folder, size)) for size in (3 * TILE, 4 * TILE)]
+        async with routed(*map(AsyncEngine, engines)) as router:
+            debtor, creditor = router.replicas
+            with held(engines[0], wanted, 5) as go_on, held(engines[1], other, 5):
+                stream, short = router.open(wanted), router.open(other)
+                assert stream.on_loan and debtor.has(stream) and creditor.has(short) and router._loans is not None
+                await until(lambda: stream.num_tokens and creditor.stats[0].num_lent_blocks)
+                with monkeypatch.context() as patched:
+                    patched.setattr(router._loans, "plan", lambda *_: None)  # as without room
+                    router._loans.end_lent(creditor)
+                    go_on.set()
+                    await until(lambda: router._recovery._waiting)
+                short.close()
             assert len((await read(stream))[0]) == 30 and router.num_resumed["loan"] == 1
 
     run(test())
@@ -392,15 +393,17 @@ def test_request_goes_on_when_its_creditor_is_gone(folder: Path, how: signal.Sig
     async def test() -> None:
         engines = [SupervisedEngine(SubprocessLauncher(config(folder, tiles * TILE))) for tiles in (3, 4, 4)]
         async with routed(*engines) as router:
-            stream = router.open(wanted)
-            reading = asyncio.create_task(read(stream))
-            await until(lambda: stream.num_tokens > 5)
-            assert router._loans is not None
-            ((_, planned),) = router._loans._loans.items()
-            assert isinstance(planned.creditor, SupervisedEngine) and planned.creditor.pid is not None
-            os.kill(planned.creditor.pid, how)
-            assert await reading == expected
-            assert stream.num_resumed >= 1 and router.num_resumed["loan"] >= 1
+            while not router.num_resumed["loan"]:  # it had ended before its creditor
+                await until(lambda: all(engine.state is EngineState.READY for engine in engines))
+                stream = router.open(wanted)
+                reading = asyncio.create_task(read(stream))
+                await until(lambda stream=stream: stream.num_tokens > 5)  # type: ignore[misc]
+                assert router._loans is not None
+                ((_, planned),) = router._loans._loans.items()
+                assert isinstance(planned.creditor, SupervisedEngine) and planned.creditor.pid is not None
+                os.kill(planned.creditor.pid, how)
+                assert await reading == expected
+            assert stream.num_resumed >= 1
 
     run(test())
 

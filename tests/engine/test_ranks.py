@@ -14,10 +14,11 @@ from typing import Any
 import pytest
 import tiny_models
 import torch
-from router_streams import read, requests, run, running, until
+from router_streams import closed_loop, read, requests, resumed, run, running, until
 
 from splitfuse.config import EngineConfig
 from splitfuse.core.sampling_params import SamplingParams
+from splitfuse.engine.client import EngineState
 from splitfuse.engine.engine import Engine
 from splitfuse.engine.messages import Add
 from splitfuse.engine.ragged import RaggedEngine
@@ -167,13 +168,11 @@ def test_requests_go_on_when_a_rank_is_lost(
             if is_alone:
                 other.drain()
             pid, (rank,) = group.pid, ranks_of(group)
-            streams = [router.open(request) for request in wanted]
-            reading = [asyncio.create_task(read(stream)) for stream in streams]
-            had = [stream for stream in streams if stream.request.request_id in group._streams]
-            await until(lambda: any(stream.num_tokens > 10 for stream in had))
-            os.kill(rank, how)
-            assert await asyncio.gather(*reading) == whole
+            async with closed_loop(router, wanted, whole) as streams:
+                os.kill(rank, how)
+                await until(lambda: group.state is not EngineState.READY)
+            assert resumed(streams) and router.num_resumed["death"] > 0
+            await until(lambda: group.state is EngineState.READY)
             assert group.pid != pid and not Path(f"/proc/{rank}").exists()
-            assert any(stream.num_resumed for stream in had) and router.num_resumed["death"] > 0
 
     run(test())

@@ -20,7 +20,7 @@ from typing import Any
 
 import pytest
 from patience import PATIENCE
-from router_streams import read, requests, run, until
+from router_streams import closed_loop, read, requests, resumed, run, until
 from server_process import server_process
 
 from splitfuse.config import EngineConfig
@@ -150,16 +150,17 @@ def test_lost_engines_are_replaced_and_their_requests_go_on(
 
             for name in ("actor", "driver", "node"):
                 lost = router.engines[0]
-                ending = asyncio.create_task(resumed_until_dead(router, lost, name, wanted, whole))
-                await until(lambda lost=lost, ending=ending: lost.num_open or ending.done())
                 host = lost.address.rpartition(":")[0]
-                if name == "actor":
-                    os.kill(process_of(lost, caplog), signal.SIGKILL)
-                elif name == "driver":
-                    os.kill(driver(), signal.SIGKILL)
-                else:
-                    await asyncio.to_thread(nodes.remove, host)
-                assert await ending, "requests were running there"
+                async with closed_loop(router, named(name, wanted), whole, name) as streams:
+                    await until(lambda lost=lost: lost.num_open)
+                    if name == "actor":
+                        os.kill(process_of(lost, caplog), signal.SIGKILL)
+                    elif name == "driver":
+                        os.kill(driver(), signal.SIGKILL)
+                    else:
+                        await asyncio.to_thread(nodes.remove, host)
+                    await until(lambda lost=lost: lost.state is not EngineState.READY)
+                assert resumed(streams)
                 if name != "node":
                     await until(lambda: len(hosts(router)) == 2)
                     assert sorted(hosts(router)) == OTHERS, "there are no other places"
@@ -170,28 +171,6 @@ def test_lost_engines_are_replaced_and_their_requests_go_on(
         run(test())
     finally:
         nodes.mend()
-
-
-async def resumed_until_dead(
-    router: Router, engine: LocalClient, name: str, wanted: Sequence[Add], whole: list[list[int]]
-) -> int:
-    """Send each request again and again until the engine has died, and return how many of them had to go on elsewhere.
-
-    The engine has requests at each moment, however long it takes until its death is noticed.
-    """
-    death = asyncio.create_task(until(lambda: engine.state is not EngineState.READY))
-
-    async def client(request: Add, expected: list[int]) -> int:
-        num_resumed = num_sent = 0
-        while not death.done():
-            (again,) = named(f"{name}{num_sent}-", [request])
-            stream = router.open(again)
-            assert await read(stream) == expected
-            num_resumed += stream.num_resumed
-            num_sent += 1
-        return num_resumed
-
-    return sum(await asyncio.gather(*map(client, wanted, whole)))
 
 
 def process_of(engine: LocalClient, log: pytest.LogCaptureFixture) -> int:
@@ -221,13 +200,13 @@ def test_no_token_is_lost_from_one_to_two_and_back(nodes: RayNodes, wanted: list
             reading = [asyncio.create_task(read(stream)) for stream in streams]
             assert await router.scale(2) == 0 and sorted(hosts(router)) == OTHERS
             assert await asyncio.gather(*reading) == whole
-            streams = [router.open(each) for each in named("two", wanted)]
-            reading = [asyncio.create_task(read(stream)) for stream in streams]
-            assert all(engine.num_open for engine in router.engines)
-            await until(lambda: all(stream.num_tokens > 5 for stream in streams))
-            num_there = router.engines[1].num_open
-            assert await router.scale(1) == num_there and len(hosts(router)) == 1
-            assert await asyncio.gather(*reading) == whole
+            async with closed_loop(router, named("two", wanted), whole, "two") as streams:
+                await until(lambda: all(engine.num_open for engine in router.engines))
+                num_moved = await router.scale(1)
+                while not resumed(streams):  # each had ended before it could move
+                    await router.scale(2)
+                    num_moved = await router.scale(1)
+            assert num_moved >= len(resumed(streams)) and len(hosts(router)) == 1
 
             with pytest.raises(EngineUnavailableError, match=r"needs 1 CPU on one node; node 127\.0\.0\.2 has 0 CPU"):
                 await router.scale(3)  # there is room for one more

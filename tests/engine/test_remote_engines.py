@@ -8,6 +8,7 @@ import asyncio
 import logging
 import signal
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -16,7 +17,7 @@ import msgspec
 import pytest
 from engine_process import EngineProcess, engine_process, make_key
 from patience import PATIENCE
-from router_streams import read, requests, run, running, until
+from router_streams import closed_loop, read, requests, resumed, run, running, until
 
 from splitfuse.config import EngineConfig
 from splitfuse.core.kv import fetching, prefetching
@@ -33,6 +34,7 @@ from splitfuse.engine.remote.listener import Listener, let_blocks_be_fetched
 from splitfuse.engine.remote.supervisor import SupervisedEngine
 from splitfuse.engine.replicas import make_replicas
 from splitfuse.engine.router import Router
+from splitfuse.engine.stream import Stream
 from splitfuse.engine.thread import AsyncEngine
 from splitfuse.engine.tier_files import open_tiers
 from splitfuse.errors import ConfigError, EngineUnavailableError
@@ -99,8 +101,8 @@ def test_an_engine_serves_one_server_after_the_other(
             with pytest.raises(EngineUnavailableError, match=r"cannot be used: the server at .* has it"):
                 await Router([other]).start()
             await other.close()
-            left = [client.open(msgspec.structs.replace(each, request_id=f"left {each.request_id}")) for each in wanted]
-            await until(lambda: client.stats[0].num_running == len(left))
+            left = [client.open(Add(f"left {each.request_id}", each.prompt_token_ids, LONG)) for each in wanted]
+            await until(lambda: any(each.num_tokens for each in left))
         finally:
             await client.close()  # with requests that run
 
@@ -129,21 +131,19 @@ def test_an_engine_elsewhere_that_is_stopped_loses_its_streams_which_no_request_
         remote = elsewhere(engine, folder, silence_timeout=PATIENCE, quarantine=quarantine)
         local = AsyncEngine(Engine.load(CONFIG))
         async with running(local, remote) as router:
-            streams = [router.open(each) for each in wanted]
-            reading = [asyncio.create_task(read(each)) for each in streams]
-            await until(lambda: any(each.num_tokens > 5 for each in remote._streams.values()))
-            engine.send(signal.SIGSTOP)
-            try:
-                await until(lambda: remote.silent)
-                remote._silence_timeout = 0.0
-                monkeypatch.setattr(dial, "HANDSHAKE_SECONDS", 0.1)  # it says nothing to the next one either
-                assert await asyncio.gather(*reading) == whole
-                moved = [each for each in streams if each.num_resumed]
-                assert moved and all((each.num_deaths, each.num_lost) == (0, 1) for each in moved)
-                remote._silence_timeout = PATIENCE
-            finally:
-                engine.send(signal.SIGCONT)
-            monkeypatch.undo()
+            with monkeypatch.context() as patched:
+                async with closed_loop(router, wanted, whole) as streams:
+                    engine.send(signal.SIGSTOP)
+                    try:
+                        await until(lambda: remote.silent)
+                        remote._silence_timeout = 0.0
+                        patched.setattr(dial, "HANDSHAKE_SECONDS", 0.1)  # it says nothing to the next one either
+                        await until(lambda: remote.state is not EngineState.READY)
+                        remote._silence_timeout = PATIENCE
+                    finally:
+                        engine.send(signal.SIGCONT)
+            moved = resumed(streams)
+            assert moved and all((each.num_deaths, each.num_lost) == (0, 1) for each in moved)
             await until(lambda: remote.state is EngineState.READY)
             again = msgspec.structs.replace(wanted[3], request_id="again")
             assert await read(remote.open(again)) == whole[3]
@@ -203,13 +203,16 @@ def test_a_drain_brings_kv_blocks_from_an_engine_elsewhere(
         await router.start()
         try:
             whole = [await read(remote.open(msgspec.structs.replace(each, request_id="whole"))) for each in wanted]
-            streams = [remote.open(each) for each in wanted]
-            reading = [asyncio.create_task(read(each)) for each in streams]
-            await until(lambda: all(each.num_tokens > 2 for each in streams))
-            await router.drain_engine(1)
-            assert await asyncio.gather(*reading) == whole
-            moved = [each for each in streams if each.num_resumed]
-            assert moved and all(each.num_deaths == 0 for each in moved)
+            moved: list[Stream] = []
+            while not moved:  # each had ended before it could move
+                router.undrain_engine(1)
+                streams = [remote.open(each) for each in wanted]
+                reading = [asyncio.create_task(read(each)) for each in streams]
+                await until(lambda streams=streams: all(each.num_tokens > 2 for each in streams))  # type: ignore[misc]
+                await router.drain_engine(1)
+                assert await asyncio.gather(*reading) == whole
+                moved = resumed(streams)
+            assert all(each.num_deaths == 0 for each in moved)
             stats = local.stats[0]
             assert stats.num_peer_blocks >= 10 * len(moved)
             assert stats.num_computed_tokens - stats.num_generated_tokens < 100 * len(moved), (
@@ -240,11 +243,13 @@ def test_a_drain_brings_kv_blocks_to_an_engine_elsewhere(
         await router.start()
         try:
             whole = await read(remote.open(msgspec.structs.replace(wanted, request_id="whole")))
-            stream = local.open(wanted)
-            reading = asyncio.create_task(read(stream))
-            await until(lambda: stream.num_tokens > 2)
-            assert await router.drain_engine(0) == 1
-            assert await reading == whole
+            while not router.num_resumed["drain"]:  # it had ended before it could move
+                router.undrain_engine(0)
+                stream = local.open(wanted)
+                reading = asyncio.create_task(read(stream))
+                await until(lambda stream=stream: stream.num_tokens > 2)  # type: ignore[misc]
+                await router.drain_engine(0)
+                assert await reading == whole
             await until(lambda: remote.stats[0].num_peer_blocks > 0)
         finally:
             await router.close()
@@ -286,12 +291,10 @@ def test_streams_go_on_when_an_engine_elsewhere_is_killed(
     async def test() -> None:
         remote, local = elsewhere(engine, folder), AsyncEngine(Engine.load(CONFIG))
         async with running(local, remote) as router:
-            streams = [router.open(each) for each in wanted]
-            reading = [asyncio.create_task(read(each)) for each in streams]
-            await until(lambda: any(each.num_tokens > 5 for each in remote._streams.values()))
-            engine.send(signal.SIGKILL)
-            assert await asyncio.gather(*reading) == whole
-            moved = [each for each in streams if each.num_resumed]
+            async with closed_loop(router, wanted, whole) as streams:
+                engine.send(signal.SIGKILL)
+                await until(lambda: remote.state is not EngineState.READY)
+            moved = resumed(streams)
             assert moved and len(moved) == router.num_resumed["death"]
             assert all(each.num_deaths == 1 for each in moved)  # suspected, as at any death
 
@@ -307,18 +310,16 @@ def test_an_engine_that_comes_back_is_found_again(
     flags = ("--key-file", str(folder / "key"), *FLAGS)
 
     async def test() -> None:
-        with engine_process(folder / "second", *flags) as victim:
+        with engine_process(folder / "second", *flags) as victim, ExitStack() as later:
             remote = elsewhere(victim, folder)
             async with running(remote) as router:
-                streams = [router.open(each) for each in wanted]
-                reading = [asyncio.create_task(read(each)) for each in streams]
-                await until(lambda: min(each.num_tokens for each in streams) > 20)
-                victim.send(signal.SIGKILL)
-                await until(lambda: remote.state is EngineState.DEAD)
-                with engine_process(folder / "second", *flags, listen=victim.address):
-                    assert await asyncio.gather(*reading) == whole
-                    assert await restart(remote)
-                    assert await read(remote.open(wanted[2])) == whole[2]
+                async with closed_loop(router, wanted, whole) as streams:
+                    victim.send(signal.SIGKILL)
+                    await until(lambda: remote.state is EngineState.DEAD)
+                    later.enter_context(engine_process(folder / "second", *flags, listen=victim.address))
+                assert resumed(streams)
+                assert await restart(remote)
+                assert await read(remote.open(wanted[2])) == whole[2]
 
     async def restart(remote: SupervisedEngine) -> bool:
         """Drained, the program there begins anew."""
@@ -344,14 +345,11 @@ def test_an_engine_that_is_told_to_end_lets_its_requests_go_on(
         with engine_process(folder / "third", *flags) as ending:
             remote, local = elsewhere(ending, folder), AsyncEngine(Engine.load(CONFIG))
             async with running(local, remote) as router:
-                streams = [router.open(each) for each in wanted]
-                reading = [asyncio.create_task(read(each)) for each in streams]
-                await until(lambda: any(each.num_tokens > 5 for each in remote._streams.values()))
-                ending.send(signal.SIGTERM)
-                assert await asyncio.gather(*reading) == whole
+                async with closed_loop(router, wanted, whole) as streams:
+                    ending.send(signal.SIGTERM)
+                    await asyncio.to_thread(ending.process.wait, PATIENCE)
                 assert all(each.num_deaths == 0 for each in streams)
                 assert router.num_resumed["drain"] and not router.num_resumed["death"]
-                await asyncio.to_thread(ending.process.wait, PATIENCE)
                 assert ending.process.returncode == 0
                 with engine_process(folder / "third", *flags, listen=ending.address):
                     await until(lambda: remote.state is EngineState.READY and not remote.is_drained)
