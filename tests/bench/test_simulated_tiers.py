@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import tiny_models
+from patience import PATIENCE
 from typer.testing import CliRunner, Result
 
 from splitfuse.bench import metrics
@@ -198,7 +199,7 @@ def test_an_engine_fetches_what_its_simulation_fetches(tmp_path_factory: pytest.
             engine.add_request(f"{number}", text, SamplingParams(max_tokens=1))
             while engine.has_unfinished:
                 engine.step()
-            assert engine.tiers is not None and engine.tiers.wait_until_written(10)
+            assert engine.tiers is not None and engine.tiers.wait_until_written(PATIENCE)
         block_bytes = engine.tiers.block_bytes
     finally:
         engine.close()

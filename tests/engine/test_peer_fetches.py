@@ -108,9 +108,11 @@ def test_one_hiccup_is_one_failure(
     ends = make_ends(0)
     monkeypatch.setattr(peers, "LEAST_SECONDS", 0.05)
     monkeypatch.setattr(peers, "ROUND_TRIP", 0.0)
+    monkeypatch.setattr(peers, "LONGEST_PAUSE", 2 * PATIENCE)
+    ends.peer(ends.silent).pause = PATIENCE  # nothing is asked for a second time
     with caplog.at_level(logging.WARNING):
         assert ends.answers(*[ends.ask(ends.silent) for _ in range(8)]) == [0] * 8
-    assert ends.peer(ends.silent).pause == 2 * peers.FIRST_PAUSE
+    assert ends.peer(ends.silent).pause == 2 * PATIENCE
     assert caplog.text.count("do not come from") == 1
 
 

@@ -124,7 +124,7 @@ class Pair:
                 tokens += output.token_ids
                 cached = max(cached, output.num_cached_tokens)
                 check_scheduler(engine.scheduler)
-        assert engine.tiers is not None and engine.tiers.wait_until_written(10)
+        assert engine.tiers is not None and engine.tiers.wait_until_written(PATIENCE)
         return tokens, cached
 
     def close(self) -> None:

@@ -381,7 +381,7 @@ def test_strangers_are_bounded_within_the_handshake_of_tls(tmp_path: Path, monke
 
 
 def test_what_is_no_engine_is_a_sentence_and_no_hang(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(dial, "HANDSHAKE_SECONDS", 0.2)
+    monkeypatch.setattr(dial, "HANDSHAKE_SECONDS", PATIENCE)
 
     async def say(text: bytes) -> str:
         async def meet(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -398,9 +398,10 @@ def test_what_is_no_engine_is_a_sentence_and_no_hang(monkeypatch: pytest.MonkeyP
     async def test() -> None:
         assert "it is no splitfuse engine" in await say(b"HTTP/1.1 400 Bad Request\r\n\r\n")
         assert "it has closed the connection within the handshake" in await say(b"splitfuse")
-        assert "it accepts connections, but has said nothing for 0.2 s; if it speaks TLS, set engine_tls" in await say(
-            b""
-        )
+        with monkeypatch.context() as patched:
+            patched.setattr(dial, "HANDSHAKE_SECONDS", 0.05)
+            said = await say(b"")
+        assert "it accepts connections, but has said nothing for 0.05 s; if it speaks TLS, set engine_tls" in said
 
     run(test())
     free = Listener("127.0.0.1:0", KEY, CONFIG)
@@ -422,7 +423,9 @@ def test_what_is_no_engine_is_a_sentence_and_no_hang(monkeypatch: pytest.MonkeyP
         agreement = Agreement(CONFIG, has_local=False)
         said = refusal(ConnectLauncher(plain.address, KEY, agreement, tls=True), ConfigError)
         assert "it speaks no TLS" in said
-        assert "set engine_tls" in refusal(launcher(secured.address), EngineUnavailableError)
+        with monkeypatch.context() as patched:
+            patched.setattr(dial, "HANDSHAKE_SECONDS", 0.05)
+            assert "set engine_tls" in refusal(launcher(secured.address), EngineUnavailableError)
 
         async def meet_by_tls() -> None:
             link = await ConnectLauncher(secured.address, KEY, agreement, tls=True).launch()

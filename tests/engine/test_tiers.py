@@ -85,7 +85,7 @@ def ask(engine: Engine, *prompts: list[int], **params: Any) -> list[Answer]:
             answers[output.request_id] = tokens + list(output.token_ids), logprobs, output.num_cached_tokens
             check_scheduler(engine.scheduler)
     if engine.tiers is not None:
-        assert engine.tiers.wait_until_written(10)
+        assert engine.tiers.wait_until_written(PATIENCE)
     return [*answers.values()]
 
 
