@@ -8,6 +8,8 @@ do that compare threads.
 import os
 from pathlib import Path
 
+import pytest
+from command_line import Run, runner
 from hypothesis import HealthCheck, settings
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
@@ -20,3 +22,9 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 # Hypothesis fails an example that takes 200 ms, or whose data are slow to come by: on a busy machine any may.
 settings.register_profile("any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("any machine")
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+    """Run the command line here: a second faster than in a process of its own."""
+    return runner(monkeypatch, capsys)

@@ -7,19 +7,18 @@ import re
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import tiny_models
 from backends import why_not
+from command_line import Ended, Run
 from readable_answers import PROMPT
 from typer.testing import CliRunner
 
 import splitfuse
-from splitfuse import cli
 from splitfuse.cli import app
 from splitfuse.cli.flags import SAMPLING_FLAGS
 from splitfuse.config import EngineConfig
@@ -32,45 +31,6 @@ COMMAND_THAT_HEEDS_CTRL_C = [  # wherever the tests run: in the background, a sh
     "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); from splitfuse.cli import main; main()",
 ]
 READABLE = ["--dtype", "float32", "--temperature", "1", "--seed", "5", "--ignore-eos", "--max-new-tokens", "6"]
-
-
-@dataclass
-class Ended:
-    """How a command ended and what it printed."""
-
-    status: int
-    out: str
-    err: str
-
-    @property
-    def answers(self) -> list[dict[str, Any]]:
-        """The JSON lines, in the order of the prompts."""
-        return sorted((json.loads(line) for line in self.out.splitlines()), key=lambda line: line["index"])
-
-    def assert_mistake(self, *sentences: str, status: int = 1) -> None:
-        """Nothing on standard output, and on standard error a clear sentence."""
-        assert (self.status, self.out) == (status, "")
-        assert self.err.startswith("splitfuse: ") and "Traceback" not in self.err
-        for sentence in sentences:
-            assert sentence in self.err
-
-
-Run = Callable[..., Ended]
-
-
-@pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
-    """Run the command line here: a second faster than in a process of its own."""
-
-    def run(*arguments: object, stdin: str | None = "") -> Ended:
-        monkeypatch.setattr(sys, "argv", ["splitfuse", *map(str, arguments)])
-        if stdin is not None:
-            monkeypatch.setattr(sys, "stdin", io.StringIO(stdin))
-        with pytest.raises(SystemExit) as end:
-            cli.main()
-        return Ended(int(end.value.code or 0), *capsys.readouterr())
-
-    return run
 
 
 @pytest.fixture(scope="module")

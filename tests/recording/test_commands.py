@@ -5,9 +5,7 @@ import math
 import re
 import shutil
 import struct
-import sys
 import zlib
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -16,11 +14,11 @@ from typing import Any
 import httpx
 import msgspec
 import pytest
+from command_line import Run
 from hostile_forms import HOSTILE
 from patience import PATIENCE
 from server_process import server_process
 
-from splitfuse import cli
 from splitfuse.bench.live import Figures
 from splitfuse.bench.recorded import step_ratios
 from splitfuse.bench.workload import TokenIds, Trace
@@ -29,21 +27,6 @@ from splitfuse.core.request_output import FinishReason
 from splitfuse.core.slo.cost_model import CostModel
 from splitfuse.engine.trace import FinishTrace, RequestTrace, StepTrace
 from splitfuse.recording.format import MAGIC, EngineStart, Recording, Records, encode_frame
-
-Run = Callable[..., tuple[int, str, str]]
-
-
-@pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
-    """Run the command line here: its status, and what it prints."""
-
-    def run(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["splitfuse", *map(str, arguments)])
-        with pytest.raises(SystemExit) as end:
-            cli.main()
-        return int(end.value.code or 0), *capsys.readouterr()
-
-    return run
 
 
 @pytest.fixture(scope="module")

@@ -1,24 +1,21 @@
 """`splitfuse chat`: at a terminal, through a pipe, with a server, with a model of its own."""
 
 import codecs
-import io
-import itertools
 import os
 import pty
 import select
 import signal
 import sys
-import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
+from command_line import Run
 from running_server import PATIENCE, RunningServer
 
 import splitfuse
-from splitfuse import cli
-from splitfuse.core.request_output import RequestOutput
 from splitfuse.deploy import registry
 from splitfuse.deploy.registry import Deployment
 
@@ -28,8 +25,6 @@ HEED_CTRL_C = (
 )
 
 SHORT = ["--max-new-tokens", "20"]
-
-Run = Callable[..., tuple[int, str, str]]
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -42,17 +37,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 
 @pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
-    """Run the command line here, with a pipe for its input."""
-
-    def run(*arguments: object, stdin: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["splitfuse", "chat", *SHORT, *map(str, arguments)])
-        monkeypatch.setattr(sys, "stdin", io.StringIO(stdin))
-        with pytest.raises(SystemExit) as end:
-            cli.main()
-        return int(end.value.code or 0), *capsys.readouterr()
-
-    return run
+def chat(run: Run) -> Run:
+    """Chat by a command, with a pipe for its input."""
+    return partial(run, "chat", *SHORT)
 
 
 def conversation(pipe: splitfuse.Pipeline, *turns: str, system: str | None = None, **keywords: Any) -> list[str]:
@@ -69,33 +56,33 @@ def conversation(pipe: splitfuse.Pipeline, *turns: str, system: str | None = Non
 # Through a pipe ------------------------------------------------------------------------------------------------------
 
 
-def test_a_line_is_a_turn_and_reset_clears_history(run: Run, pipe: splitfuse.Pipeline, server: RunningServer) -> None:
+def test_a_line_is_a_turn_and_reset_clears_history(chat: Run, pipe: splitfuse.Pipeline, server: RunningServer) -> None:
     turns = conversation(pipe, FIRST, SECOND)
     afresh = conversation(pipe, SECOND)
     assert afresh[0] != turns[1], "these turns do not show whether anything is remembered"
     lines = f"{FIRST}\n\n{SECOND}\n/reset\n{SECOND}\n/exit\n{FIRST}\n"
     wanted = "\n".join([*turns, *afresh]) + "\n"
-    assert run("--url", server.url, stdin=lines) == (0, wanted, "")
-    status, out, err = run("--model", Path(splitfuse.__file__).parent / "assets" / "storyteller", stdin=lines)
+    assert chat("--url", server.url, stdin=lines) == (0, wanted, "")
+    status, out, err = chat("--model", Path(splitfuse.__file__).parent / "assets" / "storyteller", stdin=lines)
     assert (status, out, err) == (0, wanted, "(loading the model)\n")
 
 
-def test_a_backslash_continues_a_turn(run: Run, pipe: splitfuse.Pipeline, server: RunningServer) -> None:
+def test_a_backslash_continues_a_turn(chat: Run, pipe: splitfuse.Pipeline, server: RunningServer) -> None:
     turn = "Anna keeps a goose.\n\nWho keeps a goose?"
     lines = turn.replace("\n", "\\\n")
     wanted = "\n".join(conversation(pipe, turn, SECOND)) + "\n"
-    assert run("--url", server.url, stdin=f"{lines}\n{SECOND}\n") == (0, wanted, "")
+    assert chat("--url", server.url, stdin=f"{lines}\n{SECOND}\n") == (0, wanted, "")
     alone = conversation(pipe, turn)[0] + "\n"
-    assert run("--url", server.url, stdin=lines + "\\\n") == (0, alone, "")  # nothing follows
+    assert chat("--url", server.url, stdin=lines + "\\\n") == (0, alone, "")  # nothing follows
 
 
-def test_sampling_flags_apply(run: Run, pipe: splitfuse.Pipeline, server: RunningServer) -> None:
+def test_sampling_flags_apply(chat: Run, pipe: splitfuse.Pipeline, server: RunningServer) -> None:
     flags = ["--temperature", 1, "--seed", 3, "--max-new-tokens", 5]
     wanted = conversation(pipe, FIRST, temperature=1.0, seed=3, max_new_tokens=5)
-    assert run("--url", server.url, *flags, stdin=FIRST) == (0, wanted[0] + "\n", "")
+    assert chat("--url", server.url, *flags, stdin=FIRST) == (0, wanted[0] + "\n", "")
 
 
-def test_chat_finds_a_deployment_by_name_or_default(run: Run, pipe: splitfuse.Pipeline, server: RunningServer) -> None:
+def test_chat_finds_a_deployment_by_name_or_default(chat: Run, pipe: splitfuse.Pipeline, server: RunningServer) -> None:
     port = int(server.url.rpartition(":")[2])
     for name, flags in (("mine", ["--name", "mine"]), ("splitfuse", [])):
         deployment = Deployment(
@@ -103,7 +90,7 @@ def test_chat_finds_a_deployment_by_name_or_default(run: Run, pipe: splitfuse.Pi
         )
         registry.register(deployment)
         try:
-            status, out, err = run(*flags, stdin=FIRST)
+            status, out, err = chat(*flags, stdin=FIRST)
         finally:
             registry.unregister(deployment)
         assert (status, [out]) == (0, [answer + "\n" for answer in conversation(pipe, FIRST)])
@@ -111,14 +98,14 @@ def test_chat_finds_a_deployment_by_name_or_default(run: Run, pipe: splitfuse.Pi
 
 
 def test_a_failed_turn_is_reported_and_the_chat_continues(
-    run: Run, pipe: splitfuse.Pipeline, server: RunningServer
+    chat: Run, pipe: splitfuse.Pipeline, server: RunningServer
 ) -> None:
-    status, out, err = run("--url", server.url, stdin=f"{'word ' * 3000}\n{FIRST}\n")
+    status, out, err = chat("--url", server.url, stdin=f"{'word ' * 3000}\n{FIRST}\n")
     assert (status, [out]) == (1, [answer + "\n" for answer in conversation(pipe, FIRST)])
     assert "the prompt has " in err and err.count("\n") == 1
 
 
-def test_incompatible_flags(run: Run) -> None:
+def test_incompatible_flags(chat: Run) -> None:
     for flags, message in (
         (["--name", "a", "--url", "http://b"], "--name and --url are mutually exclusive"),
         (["--name", "a", "--num-blocks", 5], "--num-blocks and --name are mutually exclusive"),
@@ -129,7 +116,7 @@ def test_incompatible_flags(run: Run) -> None:
             "temperature must",
         ),
     ):
-        status, out, err = run(*flags, stdin="hello\n")
+        status, out, err = chat(*flags, stdin="hello\n")
         assert (status, out) == (1, "") and message in err and "Traceback" not in err
 
 
@@ -221,31 +208,21 @@ def test_a_conversation_at_a_terminal(pipe: splitfuse.Pipeline, server: RunningS
         terminal.close()
 
 
-def test_ctrl_c_ends_an_answer_but_not_the_conversation(server: RunningServer, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The engine waits in the midst of the answer until the server has seen that its client is gone."""
-    broken_off, steps, step = threading.Event(), itertools.count(), server.engine.step
-
-    def step_until_broken_off(**options: bool) -> list[RequestOutput]:
-        assert next(steps) < 50 or broken_off.wait(PATIENCE)
-        return step(**options)
-
-    monkeypatch.setattr(server.engine, "step", step_until_broken_off)
+def test_ctrl_c_ends_an_answer_but_not_the_conversation(server: RunningServer) -> None:
     before = server.client.stats[0].num_generated_tokens
     terminal = Terminal("--url", server.url, "--ignore-eos", "--max-new-tokens", "1800")
     try:
         terminal.read_until("> ")
-        terminal.type(FIRST + "\n")
-        terminal.read_until(FIRST + "\n")
-        terminal.read_until(" ")  # the answer has begun
-        terminal.type("\x03")
-        terminal.read_until("\n> ")
-        server.wait_until(lambda: not server.server.server_state.tasks)
-        broken_off.set()
-        server.assert_idle()
+        with server.held(server.nothing_runs):
+            terminal.type(FIRST + "\n")
+            terminal.read_until(FIRST + "\n")
+            terminal.read_until(" ")  # the answer has begun
+            terminal.type("\x03")
+            terminal.read_until("\n> ")
+            server.assert_idle()
         assert 0 < server.client.stats[0].num_generated_tokens - before < 1800
         terminal.type("/exit\n")
         status, rest = terminal.read_to_end()
         assert status == 0 and "Traceback" not in rest
     finally:
-        broken_off.set()
         terminal.close()

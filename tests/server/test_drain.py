@@ -2,87 +2,73 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
-from threading import Barrier
+from threading import Event
 
 import pytest
-from patience import PATIENCE
+from command_line import Run
 from server_process import server_process
 
-PROMPT, MANY = "Tom lives in", 300
+import splitfuse
 
 
-def command(*arguments: str) -> str:
-    """Run a command of splitfuse, and return what it prints."""
-    done = subprocess.run(
-        [sys.executable, "-m", "splitfuse.cli", *arguments], capture_output=True, text=True, check=False
-    )
-    return done.stdout + done.stderr
+def answer(client: splitfuse.Client, seed: int) -> str:
+    sampling = {"max_new_tokens": 150, "ignore_eos": True, "temperature": 1.0, "seed": seed}
+    return "".join(piece.text for piece in client("Tom lives in", stream=True, **sampling))
 
 
-def drain(*arguments: str) -> str:
-    return command("drain", *arguments)
+@contextmanager
+def closed_loop(client: splitfuse.Client, expected: Sequence[str]) -> Iterator[None]:
+    """Ask for each answer again as soon as it has come, until the context ends: then there are some whenever an engine
+    is drained, on however fast a machine. Asserts that each is the expected one.
+    """
+    is_over = Event()
+
+    def ask(seed: int) -> None:
+        while not is_over.is_set():
+            assert answer(client, seed) == expected[seed]
+
+    with ThreadPoolExecutor(len(expected)) as pool:
+        asking = [pool.submit(ask, seed) for seed in range(len(expected))]
+        try:
+            yield
+        finally:
+            is_over.set()
+        for each in asking:
+            each.result()
 
 
-def test_answers_go_on_while_engines_are_drained_and_restarted(tmp_path: Path) -> None:
+def test_answers_go_on_while_engines_are_drained_and_restarted(tmp_path: Path, run: Run) -> None:
     name = "drained"
     with server_process(tmp_path, name, "--replicas", "2", "--num-threads", "1") as server, server.client() as client:
-        seeds = range(2)
-        begun = Barrier(len(seeds) + 1, timeout=PATIENCE)
-
-        def answer(seed: int, *, wait: bool) -> str:
-            text = ""
-            for piece in client(PROMPT, stream=True, max_new_tokens=MANY, ignore_eos=True, temperature=1.0, seed=seed):
-                if not text and wait:
-                    begun.wait()
-                text += piece.text
-            return text
-
-        expected = [answer(seed, wait=False) for seed in seeds]
-        with ThreadPoolExecutor(len(seeds)) as pool:
-            answers = [pool.submit(answer, seed, wait=True) for seed in seeds]
-            begun.wait()
-            done = client.drain(0)
-            assert done["drained"] == [0] and done["moved"] >= 1
-            assert [each.result() for each in answers] == expected
-        assert "no other engine" in drain(f"{name}/1")  # would take the requests
-        assert f"{name}/0 is taking requests again" in drain(f"{name}/0", "--undo")
-        assert f"{name} is restarted" in drain(name, "--restart")
-        assert answer(0, wait=False) == expected[0]
-        assert "there is no engine 7: this server has 2" in drain(f"{name}/7")
+        expected = [answer(client, seed) for seed in range(2)]
+        with closed_loop(client, expected):
+            while not (done := client.drain(0))["moved"]:
+                client.drain(0, undo=True)
+        assert done["drained"] == [0]
+        assert "no other engine" in run("drain", f"{name}/1").err  # would take the requests
+        assert f"{name}/0 is taking requests again" in run("drain", f"{name}/0", "--undo").out
+        assert f"{name} is restarted" in run("drain", name, "--restart").out
+        assert answer(client, 0) == expected[0]
+        assert "there is no engine 7: this server has 2" in run("drain", f"{name}/7").err
 
 
 @pytest.mark.slow  # tests/engine/test_scaling.py has the same without HTTP
-def test_replicas_are_added_and_ended_while_answers_go_on(tmp_path: Path) -> None:
+def test_replicas_are_added_and_ended_while_answers_go_on(tmp_path: Path, run: Run) -> None:
     name = "scaled"
     flags = ("--replicas", "1", "--max-replicas", "2", "--num-threads", "1", "--ttft", "60s")
     with server_process(tmp_path, name, *flags) as server, server.client() as client:
-        begun = Barrier(3, timeout=PATIENCE)
-
-        def answer(seed: int, *, wait: bool) -> str:
-            text = ""
-            for piece in client(
-                PROMPT, stream=True, max_new_tokens=2 * MANY, ignore_eos=True, temperature=1.0, seed=seed
-            ):
-                if not text and wait:
-                    begun.wait()
-                text += piece.text
-            return text
-
-        expected = [answer(seed, wait=False) for seed in range(2)]
-        assert command("scale", name, "2") == f"{name} has 2 replicas; requests that went on elsewhere: 0\n"
-        with ThreadPoolExecutor(2) as pool:
-            answers = [pool.submit(answer, seed, wait=True) for seed in range(2)]
-            begun.wait()
-            client.drain(0)  # to the other one, and all back
-            client.drain(0, undo=True)
-            assert client.scale(1) == {"replicas": 1, "moved": 2}
-            assert [each.result() for each in answers] == expected
-        assert "there cannot be 3 replicas, but 1 to 2: cores and memory are divided" in command("scale", name, "3")
+        expected = [answer(client, seed) for seed in range(2)]
+        with closed_loop(client, expected):
+            assert run("scale", name, 2).out == f"{name} has 2 replicas; requests that went on elsewhere: 0\n"
+            while not (done := client.scale(1))["moved"]:
+                client.scale(2)
+        assert done["replicas"] == 1
+        assert "there cannot be 3 replicas, but 1 to 2: cores and memory are divided" in run("scale", name, 3).err
         assert client.scale(2) == {"replicas": 2, "moved": 0}
-        listed = command("ps")
+        listed = run("ps").out
         assert f"{name}/0  here" in listed and f"{name}/1  here" in listed and "100%" in listed
         assert [each["state"] for each in client.engines()] == ["ready", "ready"]

@@ -1,10 +1,9 @@
 """Where the time of a request went, over a real socket: the phases add up to the whole for every kind of request."""
 
 import asyncio
-import io
 import json
 import re
-import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,9 +12,9 @@ from typing import Any
 
 import httpx
 import pytest
+from command_line import Run
 from running_server import RunningServer, running_server
 
-from splitfuse import cli
 from splitfuse.cli.explain import format_breakdown
 from splitfuse.clients.sync import client
 from splitfuse.config import EngineConfig, ServerConfig
@@ -201,8 +200,10 @@ def test_phases_in_an_answer_equal_the_explanation(server: RunningServer, stream
 def test_phases_of_a_request_whose_client_disconnects(server: RunningServer) -> None:
     with server.http() as http:
         body = {**BODY, "max_tokens": 1500, "stream": True}
-        with http.stream("POST", COMPLETIONS, json=body, headers={"x-request-id": "gone"}) as response:
-            next(response.iter_lines())
+        with server.held(server.nothing_runs):
+            with http.stream("POST", COMPLETIONS, json=body, headers={"x-request-id": "gone"}) as response:
+                next(response.iter_lines())
+            server.wait_until(server.nothing_runs)
         record = server.wait_for_record(request_id="gone")
         found = explain(http, "gone")
     assert record["status"] == found["status"] == 499 and found["finish_reasons"] == {"abort": 1}
@@ -211,19 +212,23 @@ def test_phases_of_a_request_whose_client_disconnects(server: RunningServer) -> 
 def test_phases_of_a_request_past_its_deadline(server: RunningServer) -> None:
     with server.http() as http:
         body = {**BODY, "max_tokens": 2000, "splitfuse_deadline": 0.05}
-        answer = http.post(COMPLETIONS, json=body, headers={"x-request-id": "too-late"})
+        with server.held(server.nothing_runs):
+            answer = http.post(COMPLETIONS, json=body, headers={"x-request-id": "too-late"})
         assert answer.status_code == 408
         assert explain(http, "too-late")["status"] == 408
 
 
 def test_co_scheduled_prompts_are_named(server: RunningServer) -> None:
     with server.http() as http:
-        request = http.build_request("POST", COMPLETIONS, json={**BODY, "max_tokens": 300, "stream": True})
-        stream = http.send(request, stream=True)
-        lines = stream.iter_lines()
-        next(lines)
-        other = http.post(COMPLETIONS, json={**BODY, "prompt": "Erik " + LONG}).headers["x-request-id"]
-        assert list(lines)
+        request = http.build_request("POST", COMPLETIONS, json={**BODY, "max_tokens": 100, "stream": True})
+        is_answered = threading.Event()
+        with server.held(lambda: is_answered.is_set() or server.client.num_open == 2):
+            stream = http.send(request, stream=True)
+            lines = stream.iter_lines()
+            next(lines)
+            other = http.post(COMPLETIONS, json={**BODY, "prompt": "Erik " + LONG}).headers["x-request-id"]
+            is_answered.set()
+            assert list(lines)
         found = explain(http, stream.headers["x-request-id"])
     assert found["phases"][LatencyPhase.CO_SCHEDULED] > 0
     assert other in [each["id"] for each in found["co_scheduled"]]
@@ -271,25 +276,14 @@ def test_co_scheduled_prompts_of_other_keys_are_anonymous() -> None:
     assert {each["id"] for each in others} == {own, None}
 
 
-def test_the_explain_command(
-    server: RunningServer, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    def run(*arguments: str) -> int:
-        monkeypatch.setattr(sys, "argv", ["splitfuse", "explain", *arguments, "--url", server.url])
-        monkeypatch.setattr(sys, "stdin", io.StringIO())
-        with pytest.raises(SystemExit) as end:
-            cli.main()
-        return int(end.value.code or 0)
-
+def test_the_explain_command(server: RunningServer, run: Run) -> None:
     with server.http() as http:
         answer = http.post(COMPLETIONS, json=BODY).json()
-    assert run(answer["id"]) == 0
-    shown = capsys.readouterr().out
-    assert LatencyPhase.DECODE.meaning in shown and "100.0%  from its arrival" in shown
+    status, shown, _ = run("explain", answer["id"], "--url", server.url)
+    assert status == 0 and LatencyPhase.DECODE.meaning in shown and "100.0%  from its arrival" in shown
     assert "20 generated; preemptions: 0" in shown and "█" in shown
-    assert run("nobody") == 1
-    assert "there is no request 'nobody'" in capsys.readouterr().err
-    assert run("nobody", "--name", "x") == 1
+    run("explain", "nobody", "--url", server.url).assert_mistake("there is no request 'nobody'")
+    assert run("explain", "nobody", "--url", server.url, "--name", "x").status == 1
 
 
 def test_every_phase_has_a_description() -> None:

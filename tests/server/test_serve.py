@@ -11,19 +11,19 @@ import socket
 import stat
 import subprocess
 import sys
-import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
+from command_line import Run
 from server_load import children
 from server_process import PATIENCE, ServerProcess, make_certificate, server_process, wait_until
 
 import splitfuse
-from splitfuse import cli
 from splitfuse.clients.client import AsyncClient, server_state
 from splitfuse.config import EngineConfig, ServerConfig
 from splitfuse.deploy import daemon, registry
@@ -33,9 +33,7 @@ from splitfuse.errors import ConfigError, DrainingError, EngineUnavailableError,
 from splitfuse.server.lifecycle import describe, model_name, run_server
 
 LONG = {"max_new_tokens": 1500, "n": 8, "ignore_eos": True}
-LONG_ENOUGH = {"max_new_tokens": 500, "n": 4, "ignore_eos": True}
-
-Run = Callable[..., tuple[int, str, str]]
+LONG_ENOUGH = {"max_new_tokens": 50, "n": 4, "ignore_eos": True}
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -45,20 +43,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_RUNTIME_DIR", str(path))
         yield path
-
-
-@pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
-    """Run the command line here: a second faster than in a process of its own."""
-
-    def run(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["splitfuse", *map(str, arguments)])
-        monkeypatch.setattr(sys, "stdin", io.StringIO())
-        with pytest.raises(SystemExit) as end:
-            cli.main()
-        return int(end.value.code or 0), *capsys.readouterr()
-
-    return run
 
 
 def deployment(**changes: Any) -> Deployment:
@@ -103,23 +87,21 @@ def test_a_server_logs_its_start_is_listed_and_drains(folder: Path, run: Run) ->
         assert (status, out) == (1, "")
         assert re.match(r"splitfuse: port \d+ of 127.0.0.1 is in use by the deployment .drained., which ends with", err)
 
-        pieces = client("Once upon a time", stream=True, **LONG_ENOUGH)
-        first = next(pieces)
-        stopped: list[tuple[int, str, str]] = []
-        stop = threading.Thread(target=lambda: stopped.append(run("stop", "drained")))
-        with held(server):
-            stop.start()
-            wait_until(lambda: client.state() == "draining")
-            with pytest.raises(DrainingError, match="accepts no new requests"):
-                client("hello", max_new_tokens=1)
-            assert not stopped, "stop did not wait for what ran"
-        rest = list(pieces)
-        texts = ["".join(piece.text for piece in [first, *rest] if piece.choice == choice) for choice in range(4)]
-        responses = [piece.response for piece in rest if piece.response is not None]
+        with ThreadPoolExecutor(2) as pool:
+            with held(server):
+                reading = pool.submit(lambda: list(client("Once upon a time", stream=True, **LONG_ENOUGH)))
+                wait_until(lambda: client.stats()["outstanding_tokens"])
+                stopping = pool.submit(run, "stop", "drained")
+                wait_until(lambda: client.state() == "draining")
+                with pytest.raises(DrainingError, match="accepts no new requests"):
+                    client("hello", max_new_tokens=1)
+                assert not stopping.done(), "stop did not wait for what ran"
+            pieces = reading.result()
+        texts = ["".join(piece.text for piece in pieces if piece.choice == choice) for choice in range(4)]
+        responses = [piece.response for piece in pieces if piece.response is not None]
         assert [response.generated_text for response in responses] == texts
-        assert [response.generated_length for response in responses] == [500] * 4
-        stop.join(PATIENCE)
-        assert stopped == [(0, f"drained (process {pid}) has ended\n", "")]
+        assert [response.generated_length for response in responses] == [50] * 4
+        assert stopping.result() == (0, f"drained (process {pid}) has ended\n", "")
         assert server.process.wait(PATIENCE) == 0
         assert "draining: 4 requests may end, within 60 s" in server.said and "Traceback" not in server.said
         assert registry.deployments() == []

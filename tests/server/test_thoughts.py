@@ -1,6 +1,5 @@
 """Thoughts in chats: apart from the content, within their budget, before the form of an answer."""
 
-import io
 import json
 import sys
 from collections.abc import Iterator
@@ -9,12 +8,12 @@ from typing import Any
 
 import openai
 import pytest
+from command_line import Run
 from patience import PATIENCE
 from running_server import RunningServer, running_server
 from thinking_model import thinking_model
 
 import splitfuse
-from splitfuse import cli
 from splitfuse.config import ServerConfig
 
 USER: Any = {"role": "user", "content": "Erik plays the cello. Anna keeps a goose.\n\nWho keeps a goose?"}
@@ -192,12 +191,10 @@ def test_pipeline_and_client_give_thoughts_apart(thinker: RunningServer) -> None
 
 @pytest.mark.parametrize("is_terminal", [True, False])
 def test_the_chat_command_shows_thoughts_in_terminals(
-    thinker: RunningServer, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], is_terminal: bool
+    thinker: RunningServer, monkeypatch: pytest.MonkeyPatch, run: Run, is_terminal: bool
 ) -> None:
-    monkeypatch.setattr(sys, "argv", ["splitfuse", "chat", "--url", thinker.url, "--reasoning-max-tokens", "3"])
-    monkeypatch.setattr(sys, "stdin", io.StringIO(USER["content"].replace("\n\n", " ")))
     monkeypatch.setattr(sys.stdout, "isatty", lambda: is_terminal)
-    with pytest.raises(SystemExit):
-        cli.main()
-    thought, end, answer = capsys.readouterr().out.rpartition("\x1b[22m\n\n")
+    question = USER["content"].replace("\n\n", " ")
+    shown = run("chat", "--url", thinker.url, "--reasoning-max-tokens", 3, stdin=question).out
+    thought, end, answer = shown.rpartition("\x1b[22m\n\n")
     assert bool(thought and end) == is_terminal and answer.strip() and "\x1b" not in answer
