@@ -6,6 +6,7 @@ import json
 import threading
 from collections.abc import Callable, Coroutine, Iterator
 from contextlib import contextmanager
+from itertools import count
 from typing import Any
 
 import httpx
@@ -83,6 +84,31 @@ class RunningServer:
 
     def wait_until_running(self, count: int = 1) -> None:
         self.wait_until(lambda: self.client.stats[0].num_running >= count)
+
+    @contextmanager
+    def held(self, until: Callable[[], object], *, num_steps: int = 50) -> Iterator[None]:
+        """Let the engine make so many steps, and then wait until a condition holds, at the longest to the end of the
+        context: so nothing longer has ended before, on however fast a machine.
+        """
+        submit, num_made, is_over = self.engine.executor.submit, count(1), threading.Event()
+
+        def wait_and_submit(plan: Any) -> Any:
+            held = next(num_made) > num_steps
+            while held and not is_over.wait(0.001):
+                if until():
+                    is_over.set()
+            return submit(plan)
+
+        self.engine.executor.submit = wait_and_submit  # type: ignore[method-assign]
+        try:
+            yield
+        finally:
+            is_over.set()
+            self.engine.executor.submit = submit  # type: ignore[method-assign]
+
+    def nothing_runs(self) -> bool:
+        """Return whether the server wants nothing of its engine: all is answered, or its client has gone."""
+        return not self.client.num_open
 
     def assert_idle(self) -> None:
         """Wait until no request, block or task is left."""

@@ -207,10 +207,11 @@ def test_more_prompts_than_connections(client: splitfuse.Client) -> None:
 
 def test_a_stream_that_is_closed_is_aborted(client: splitfuse.Client, server: RunningServer) -> None:
     before = server.client.stats[0].num_generated_tokens
-    pieces = client([PROMPT, "The"], stream=True, **LONG)
-    next(pieces)
-    pieces.close()
-    server.assert_idle()
+    with server.held(server.nothing_runs):
+        pieces = client([PROMPT, "The"], stream=True, **LONG)
+        next(pieces)
+        pieces.close()
+        server.assert_idle()
     assert server.client.stats[0].num_generated_tokens - before < 2 * 1500
 
 
@@ -219,9 +220,10 @@ def test_an_interrupted_call_is_aborted(client: splitfuse.Client, server: Runnin
         raise KeyboardInterrupt
 
     before = server.client.stats[0].num_generated_tokens
-    with pytest.raises(KeyboardInterrupt):
-        client([PROMPT] * 4, streaming_fn=interrupt, **LONG)
-    server.assert_idle()
+    with server.held(server.nothing_runs):
+        with pytest.raises(KeyboardInterrupt):
+            client([PROMPT] * 4, streaming_fn=interrupt, **LONG)
+        server.assert_idle()
     assert server.client.stats[0].num_generated_tokens - before < 4 * 1500
     assert len(client("Once", max_new_tokens=1)) == 1, "the client is of no use any more"
 
@@ -331,6 +333,7 @@ def test_a_full_server_reports_when_to_retry() -> None:
     with (
         running_server(ServerConfig(max_queued_requests=1), num_blocks=200) as server,
         splitfuse.client(server.url) as client,
+        server.held(server.nothing_runs),
     ):
         pieces = client(PROMPT, stream=True, **LONG)
         next(pieces)

@@ -3,6 +3,7 @@
 import asyncio
 import json
 import socket
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -57,13 +58,15 @@ def received(connection: socket.socket, until: bytes = b"\r\n0\r\n\r\n") -> byte
 
 
 def test_a_queued_stream_begins_and_stays_alive(narrow: RunningServer) -> None:
-    with streaming(narrow, **LONG) as busy:
+    is_closed = threading.Event()
+    with narrow.held(is_closed.is_set), streaming(narrow, **LONG) as busy:
         received(busy, b"data: ")
         with streaming(narrow, **BODY) as queued:
             begun = received(queued, COMMENT)
             assert begun.startswith(b"HTTP/1.1 200 OK\r\n") and b"text/event-stream" in begun
             assert b"data: " not in begun
             busy.close()
+            is_closed.set()
             rest = received(queued)
     assert rest.count(b"data: {") > 3 and b"data: [DONE]" in rest
     assert rest.index(b"[DONE]") > rest.rindex(b"keep-alive"), "a comment came after the end"
@@ -71,7 +74,7 @@ def test_a_queued_stream_begins_and_stays_alive(narrow: RunningServer) -> None:
 
 def test_an_error_after_the_head_is_the_last_event(narrow: RunningServer) -> None:
     for deadline in (0.5, 5.0, 50.0):  # on a very slow machine the first passes before the head is sent
-        with streaming(narrow, **LONG, splitfuse_deadline=deadline) as stream:
+        with narrow.held(narrow.nothing_runs), streaming(narrow, **LONG, splitfuse_deadline=deadline) as stream:
             answer = received(stream, b"deadline_exceeded")
         if answer.startswith(b"HTTP/1.1 200"):
             break

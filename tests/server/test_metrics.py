@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from msgspec import structs
 from patience import PATIENCE
 from prometheus_client.parser import text_string_to_metric_families
+from router_streams import held
 
 from splitfuse.config import EngineConfig, Role
 from splitfuse.core.limits import EngineLimits
@@ -251,14 +252,16 @@ def test_metrics_equal_the_engines_counts(engine: Engine) -> None:
 
 def test_gauges_are_read_when_rendered(engine: Engine) -> None:
     async def body(client: AsyncEngine, metrics: Metrics, _: list[EngineStats]) -> None:
-        async with client.open(request("long", 70, 1500)) as stream:
-            await first_token(stream)
-            figures = Figures(metrics)
-            assert figures.get("splitfuse:num_requests_running") == 1
-            assert figures.get("splitfuse:kv_blocks_used") >= 3  # of 32 tokens, for a prompt of 70
-            assert figures.get("splitfuse:kv_cache_usage_ratio") == figures.get("splitfuse:kv_blocks_used") / 64
-            assert figures.get("vllm:kv_cache_usage_perc") == figures.get("splitfuse:kv_cache_usage_ratio")
-            assert 0 < figures.get("splitfuse:outstanding_tokens") < 1570
+        long = request("long", 70, 1500)
+        with held(engine, long, 5):
+            async with client.open(long) as stream:
+                await first_token(stream)
+                figures = Figures(metrics)
+                assert figures.get("splitfuse:num_requests_running") == 1
+                assert figures.get("splitfuse:kv_blocks_used") >= 3  # of 32 tokens, for a prompt of 70
+                assert figures.get("splitfuse:kv_cache_usage_ratio") == figures.get("splitfuse:kv_blocks_used") / 64
+                assert figures.get("vllm:kv_cache_usage_perc") == figures.get("splitfuse:kv_cache_usage_ratio")
+                assert 0 < figures.get("splitfuse:outstanding_tokens") < 1570
         await until(lambda: Figures(metrics).get("splitfuse:num_requests_running") == 0)
         assert Figures(metrics).get("splitfuse:kv_blocks_used") == 0
         await client.close()

@@ -312,8 +312,9 @@ def test_cancelling_an_asynchronous_call_ends_its_request(server: RunningServer,
             call.cancel()
             await asyncio.gather(call, return_exceptions=True)
 
-    asyncio.run(ask_and_go())
-    server.assert_idle()
+    with server.held(server.nothing_runs):
+        asyncio.run(ask_and_go())
+        server.assert_idle()
     assert server.wait_for_record(status=499)["finish_reasons"] == {"abort": 4}
 
 
@@ -436,8 +437,9 @@ def test_a_full_server_answers_429_and_retries_get_through() -> None:
         running_server(ServerConfig(max_queued_requests=1)) as server,
         connect(server) as hasty,
         connect(server, max_retries=50) as patient,
+        server.held(lambda: sum(record["status"] == 429 for record in server.records) >= 4),
     ):
-        stream = hasty.completions.create(model=MODEL, prompt=PROMPT, stream=True, **LONG)
+        stream = hasty.completions.create(model=MODEL, prompt=PROMPT, stream=True, **{**LONG, "max_tokens": 100})
         next(iter(stream))
         with pytest.raises(openai.RateLimitError, match="the server is at capacity") as refusal:
             hasty.completions.create(model=MODEL, prompt=PROMPT)

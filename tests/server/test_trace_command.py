@@ -126,7 +126,8 @@ def test_stream_tells_of_steps_and_of_the_request(server: RunningServer) -> None
     assert sum(isinstance(record, StepTrace) for record in records) >= 6
     (begun,) = (record for record in records if isinstance(record, RequestTrace))
     assert begun.request_id.startswith(request.id)
-    assert begun.sent_time == pytest.approx(request.engine_opened, abs=0.1)
+    assert request.engine_opened is not None
+    assert request.arrival < request.engine_opened < request.ended and begun.sent_time <= begun.time < request.ended
     assert begun.arrival == pytest.approx(request.arrival, abs=0.001) and begun.arrival < begun.sent_time
 
 
