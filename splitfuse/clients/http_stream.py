@@ -20,7 +20,8 @@ from splitfuse.clients.sse import DONE, EventParser
 from splitfuse.errors import RequestFailedError, ServerError
 
 CONNECT_SECONDS = 10.0
-_HEAD_LIMIT = 2**20
+_HEAD_LIMIT = 2**17
+"""Number of bytes of a head, and half of those that wait in memory for whoever reads an answer."""
 _PIECE = 2**16
 
 TakeEvent = Callable[[bytes, float], None]

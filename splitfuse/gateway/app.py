@@ -99,7 +99,11 @@ class _Refusal(NamedTuple):
 
 
 class _LostError(Exception):
-    """Raised when a cell cannot be reached, or breaks an answer off."""
+    """Raised when a cell cannot be reached, or breaks an answer off, having been sent the request."""
+
+    def __init__(self, why: str, *, was_sent: bool) -> None:
+        super().__init__(why)
+        self.was_sent = was_sent
 
 
 class Gateway:
@@ -221,9 +225,10 @@ class Gateway:
             except _LostError as error:
                 if context.status is not None:
                     self.metrics.broken[(str(cell.number),)] += 1
+                    cell.look_soon()
                     message = f"cell {cell.number} was lost in the midst of the answer: send the request again"
                     raise EngineUnavailableError(message) from error
-                num_failed += 1
+                num_failed += error.was_sent
                 self.metrics.retries[str(cell.number), "lost"] += 1
                 cell.doubt(f"lost: {error}")
                 continue
@@ -285,10 +290,12 @@ class Gateway:
                         pieces = [piece async for piece in answer.pieces]
                         return _Refusal(answer.status, answer.headers, b"".join(pieces))
                     await self._relay(context, cell, answer)
-        except (ServerError, RequestFailedError) as error:
-            raise _LostError(str(error)) from error
+        except ServerError as error:
+            raise _LostError(str(error), was_sent=False) from error
+        except RequestFailedError as error:
+            raise _LostError(str(error), was_sent=True) from error
         except TimeoutError as error:
-            raise _LostError("it has been silent for too long") from error
+            raise _LostError("it has been silent for too long", was_sent=True) from error
         return None
 
     async def _relay(self, context: RequestContext, cell: Cell, answer: Answer) -> None:
