@@ -7,9 +7,9 @@
 Prompts begin with one of many prefixes, which are asked for by Zipf's law: the most popular of 50,000 comes with every
 eleventh request. `decisions` prints the median processor time of a choice of the server's router (engine/router.py).
 `fleet` lets the router's code choose among fluid replicas (splitfuse/simulator/fluid.py): `one` router for all;
-`exact`, which looks at all that have anything of the prompt, and at all loads; `cells` of a hundred replicas each; and
-`random`, which looks at two replicas. `check` compares fluid replicas with full ones, which have the real scheduler
-and cache, under the same requests.
+`exact`, which looks at all that have anything of the prompt, and at all loads; `cells` of a hundred replicas each;
+`gateways`, eight of them before such cells; and `random`, which looks at two replicas. `check` compares fluid replicas
+with full ones, which have the real scheduler and cache, under the same requests.
 """
 
 from __future__ import annotations
@@ -54,6 +54,7 @@ PREFIXES = 5
 """Number of prefixes for each replica."""
 LOAD = 0.6
 CELL = 100
+GATEWAYS = 8
 WARM_UP = 0.4
 """Fraction of the requests, the first ones, which do not count: caches are empty at the start."""
 PARAMS = SamplingParams(ignore_eos=True)
@@ -142,11 +143,13 @@ def make_front(kind: str, replicas: Sequence[FluidReplica]) -> Front:
             return RouterFront(replicas)
         case "cells":
             return CellsFront(replicas, size=CELL)
+        case "gateways":
+            return CellsFront(replicas, size=CELL, gateways=GATEWAYS)
         case "exact":
             return ExactFront(replicas)
         case "random":
             return RandomFront(replicas)
-    raise SystemExit(f"--fronts {kind} is unknown: choose from one, exact, cells, random")
+    raise SystemExit(f"--fronts {kind} is unknown: choose from one, exact, cells, gateways, random")
 
 
 def summary(sent: Sequence[Sent], loads: Sequence[int]) -> str:

@@ -7,6 +7,7 @@ A FluidReplica is what a ReplicaView is to the router, and what it predicts is w
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from itertools import cycle
 from typing import NamedTuple, Protocol
 
 from splitfuse.core.cells import Cells, Prefix
@@ -114,15 +115,18 @@ def best_of(replicas: Sequence[tuple[FluidReplica, int]], request: Request, now:
 
 
 class CellsFront:
-    """Is a ring of cells, each with a router of its own. Every second each cell says how much it has to do."""
+    """Is a ring of cells, each with a router of its own. Every second each cell says how much it has to do. Requests go
+    in turn to some gateways, which know besides what they sent themselves.
+    """
 
-    def __init__(self, replicas: Sequence[FluidReplica], *, size: int) -> None:
+    def __init__(self, replicas: Sequence[FluidReplica], *, size: int, gateways: int = 1) -> None:
         parts = [replicas[start : start + size] for start in range(0, len(replicas), size)]
         self._parts = {f"cell-{number}": part for number, part in enumerate(parts)}
         self._routers = {
             name: RouterFront(part, seed=number) for number, (name, part) in enumerate(self._parts.items())
         }
-        self._cells = Cells(self._parts)
+        self._gateways = [Cells(self._parts) for _ in range(gateways)]
+        self._turns = cycle(self._gateways)
         self._outlook, self._block_size = replicas[0].outlook, replicas[0].memory.block_size
         self._reports_at = 0.0
 
@@ -130,12 +134,14 @@ class CellsFront:
         if now >= self._reports_at:
             self._reports_at = now + 1.0
             for name, part in self._parts.items():
-                self._cells.report(name, sum(each.load(now) for each in part), replicas=len(part))
+                load = sum(each.load(now) for each in part)
+                for cells in self._gateways:
+                    cells.report(name, load, replicas=len(part))
         prompt, seconds_of = request.num_prompt_tokens, self._outlook.seconds_of
         ends = [1 << power for power in range(len(names).bit_length()) if 1 << power <= len(names)]
         prefixes = [Prefix(names[end - 1], seconds_of(0, min(end * self._block_size, prompt))) for end in ends]
         seconds = seconds_of(0, prompt) + (request.max_tokens - 1) * seconds_of(prompt, 1)
-        return self._routers[self._cells.choose(prefixes, seconds)].choose(request, names, now)
+        return self._routers[next(self._turns).choose(prefixes, seconds)].choose(request, names, now)
 
 
 def _always(number: int) -> bool:
