@@ -232,7 +232,12 @@ def _check_what_is_shared(fronts: TwoFronts) -> None:
         assert ask(other, f"/v1/splitfuse/requests/{answer['id']}")[1]["generated_tokens"] <= 4
         response = ask(one, "/v1/responses", {"input": PROMPT, "max_output_tokens": 4})[1]
         more = {"input": "And then?", "previous_response_id": response["id"], "max_output_tokens": 4}
-        assert ask(other, "/v1/responses", more)[0] == 200
+        status, answer = ask(other, "/v1/responses", more)
+        assert (status, answer["previous_response_id"]) == (200, response["id"])
+        assert ask(one, f"/v1/responses/{answer['id']}") == (200, answer)
+        status, answer = ask(other, "/v1/responses", {**more, "previous_response_id": "resp_none"})
+        assert (status, answer["error"]["code"]) == (404, "answer_not_found")
+        assert answer["error"]["param"] == "previous_response_id"
         assert ask(other, "/ready") == (200, {"stage": "ready", "fraction": 1.0})
 
 

@@ -22,6 +22,7 @@ from splitfuse.server.anthropic import endpoints as anthropic
 from splitfuse.server.app import app_of
 from splitfuse.server.auth import ApiKeys
 from splitfuse.server.context import RequestContext
+from splitfuse.server.errors import RefusedError
 from splitfuse.server.explain import Explanations, breakdown_of
 from splitfuse.server.fronts.engines import ServerEngines
 from splitfuse.server.fronts.messages import (
@@ -30,24 +31,29 @@ from splitfuse.server.fronts.messages import (
     Began,
     Channel,
     Ended,
+    Found,
     FromFront,
     Generate,
     Keep,
     Kept,
+    Look,
     Release,
     ToFront,
 )
 from splitfuse.server.listen import App, Receive, Scope, Send
 from splitfuse.server.metrics import Metrics
 from splitfuse.server.openai import endpoints as openai
+from splitfuse.server.responses import endpoints as responses
 from splitfuse.server.state import AppState
-from splitfuse.server.store import AnswerStore, StoredAnswer
+from splitfuse.server.store import ANSWER_NOT_FOUND, AnswerStore, StoredAnswer
 from splitfuse.server.traces import TraceHub
 from splitfuse.text.service import TextService
 from splitfuse.text.tokenizer import Tokenizer
 
 ROUTES = tuple(
-    route for route in (*openai.ROUTES, *anthropic.ROUTES) if route.handler in (openai.completions, anthropic.messages)
+    route
+    for route in (*openai.ROUTES, *anthropic.ROUTES, *responses.ROUTES)
+    if route.handler in (openai.completions, anthropic.messages, responses.respond)
 )
 """Routes that a front serves by itself."""
 _PATHS = frozenset(route.path for route in ROUTES)
@@ -104,11 +110,11 @@ class FrontApp:
         if self._service is not None:
             self._service.close()
 
-    def take(self, message: Admitted | Kept) -> None:
+    def take(self, message: Admitted | Kept | Found) -> None:
         """Take in an answer of the server's process."""
         if isinstance(message, Admitted) and self.admission is not None:
             self.admission.take(message)
-        elif isinstance(message, Kept) and self.store is not None:
+        elif isinstance(message, Kept | Found) and self.store is not None:
             self.store.take(message)
 
 
@@ -162,11 +168,38 @@ class ServerStore(AnswerStore):
         self._channel = channel
         self._unsent: deque[tuple[str | None, str, StoredAnswer]] = deque()
         self._kept: dict[int, asyncio.Future[None]] = {}
+        self._looks: dict[int, asyncio.Future[Found]] = {}
         self._num_sent = 0
+        self._loop = asyncio.get_running_loop()
 
     def put(self, owner: str | None, answer_id: str, answer: StoredAnswer) -> None:
         """See AnswerStore. Any thread may call it."""
         self._unsent.append((owner, answer_id, answer))
+
+    def find(
+        self, owner: str | None, answer_id: str, *, parameter: str | None = None, kind: str = "response"
+    ) -> StoredAnswer:
+        """See AnswerStore. A thread calls it, not the event loop's."""
+        return self._look(owner, answer_id, kind, with_previous=False, parameter=parameter)[0]
+
+    def chain(self, owner: str | None, answer_id: str, *, parameter: str) -> list[StoredAnswer]:
+        """See AnswerStore. A thread calls it, not the event loop's."""
+        return self._look(owner, answer_id, "response", with_previous=True, parameter=parameter)
+
+    def _look(
+        self, owner: str | None, answer_id: str, kind: str, *, with_previous: bool, parameter: str | None
+    ) -> list[StoredAnswer]:
+        async def ask() -> Found:
+            self._num_sent += 1
+            number = self._num_sent
+            found = self._looks[number] = self._loop.create_future()
+            self._channel.send(Look(number, owner, answer_id, kind, with_previous))
+            return await found
+
+        answer = asyncio.run_coroutine_threadsafe(ask(), self._loop).result()
+        if answer.failure is not None:
+            raise RefusedError(404, answer.failure.message, code=ANSWER_NOT_FOUND, parameter=parameter)
+        return answer.answers
 
     async def send_after(self, send: Send, message: MutableMapping[str, Any]) -> None:
         """Send a part of an answer, after what is to be kept has been kept."""
@@ -179,9 +212,12 @@ class ServerStore(AnswerStore):
             await asyncio.wait([*self._kept.values()])
         await send(message)
 
-    def take(self, message: Kept) -> None:
-        """Note that an answer is kept."""
-        self._kept.pop(message.number).set_result(None)
+    def take(self, message: Kept | Found) -> None:
+        """Take in an answer."""
+        if isinstance(message, Found):
+            self._looks.pop(message.number).set_result(message)
+        else:
+            self._kept.pop(message.number).set_result(None)
 
 
 class _ServerExplanations(Explanations):

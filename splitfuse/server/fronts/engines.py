@@ -24,6 +24,9 @@ from splitfuse.server.fronts.messages import (
     View,
 )
 
+BYTES_PER_TOKEN = 5
+"""Most bytes of a token in a message."""
+
 
 class ServerEngines(EngineClient):
     """Opens requests at the engines of the server's process, which routes them, and lets them go on elsewhere."""
@@ -82,7 +85,7 @@ class ServerEngines(EngineClient):
         self._num_opened += 1
         number = self._num_opened
         stream = self._streams[number] = Stream(request, partial(self._finish, number))
-        self._channel.send(Open(number, request))
+        self._channel.send(Open(number, request), BYTES_PER_TOKEN * len(request.prompt_token_ids))
         return stream
 
     async def start(self) -> None:

@@ -207,7 +207,19 @@ class Keep(msgspec.Struct, frozen=True, tag=True, array_like=True):
     answer: StoredAnswer
 
 
-FromFront = Beat | Ready | Head | Body | Gone | Taken | Admit | Release | Hold | Open | Close | Began | Ended | Keep
+class Look(msgspec.Struct, frozen=True, tag=True, array_like=True):
+    """Asks for a kept answer, and for those that it goes on from if `with_previous`. Found is the answer."""
+
+    number: int
+    owner: str | None
+    answer_id: str
+    kind: str
+    with_previous: bool
+
+
+FromFront = (
+    Beat | Ready | Head | Body | Gone | Taken | Admit | Release | Hold | Open | Close | Began | Ended | Keep | Look
+)
 
 # To a front ----------------------------------------------------------------------------------------------------------
 
@@ -274,6 +286,14 @@ class Kept(msgspec.Struct, frozen=True, tag=True, array_like=True):
     number: int
 
 
+class Found(msgspec.Struct, frozen=True, tag=True, array_like=True):
+    """Answers Look: the answers, the oldest first, or the error that says which one is not there."""
+
+    number: int
+    answers: list[StoredAnswer]
+    failure: Failure | None = None
+
+
 class Output(msgspec.Struct, frozen=True, tag=True, array_like=True):
     """Passes on what a step has given to a request: its tokens, and `rest` if there is more than these."""
 
@@ -309,7 +329,7 @@ class End(msgspec.Struct, frozen=True, tag=True, array_like=True):
 
 ToExchange = Read | Start | Piece | BreakOff
 """Messages to a request that a front has passed on."""
-ToFront = ToExchange | Generate | View | Admitted | Kept | Output | Closed | End
+ToFront = ToExchange | Generate | View | Admitted | Kept | Found | Output | Closed | End
 
 # What carries them ---------------------------------------------------------------------------------------------------
 

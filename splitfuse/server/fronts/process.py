@@ -34,6 +34,7 @@ from splitfuse.server.fronts.messages import (
     Closed,
     End,
     Failure,
+    Found,
     FromFront,
     FrontSpec,
     Generate,
@@ -111,10 +112,10 @@ class Front:
         self._app.close()
         self._channel.close()
 
-    def _take(self, message: ToExchange | View | Admitted | Kept | Output | Closed) -> None:
+    def _take(self, message: ToExchange | View | Admitted | Kept | Found | Output | Closed) -> None:
         if isinstance(message, Output | Closed | View):
             self._app.engines.take(message)
-        elif isinstance(message, Admitted | Kept):
+        elif isinstance(message, Admitted | Kept | Found):
             self._app.take(message)
         else:
             self._relay.take(message)

@@ -24,6 +24,7 @@ from splitfuse.engine.stream import Stream
 from splitfuse.errors import EngineUnavailableError, SplitfuseError
 from splitfuse.server.access_log import RequestRecord
 from splitfuse.server.app import CLIENT_GONE, count_end, explain_end, explained
+from splitfuse.server.errors import RefusedError
 from splitfuse.server.fronts.messages import (
     Admit,
     Admitted,
@@ -33,10 +34,12 @@ from splitfuse.server.fronts.messages import (
     Closed,
     Ended,
     Failure,
+    Found,
     FromFront,
     Hold,
     Keep,
     Kept,
+    Look,
     Open,
     Output,
     Release,
@@ -49,7 +52,7 @@ from splitfuse.server.traces import RequestEnd
 FRONT_DIED = "front_died"
 """Kind of error, in log and metrics, of a request whose front has died."""
 
-ForSession = Admit | Release | Hold | Open | Close | Began | Ended | Keep
+ForSession = Admit | Release | Hold | Open | Close | Began | Ended | Keep | Look
 """Messages of a front that a session takes."""
 
 _logger = logging.getLogger(__name__)
@@ -110,6 +113,8 @@ class FrontSession:
                 self._state.explanations.begin_one(message.unique_id, message.request_id, key=message.key)
             case Ended():
                 self._end(message)
+            case Look():
+                self._look(message)
             case Keep():
                 self._state.store.put(message.owner, message.answer_id, message.answer)
                 self._channel.send(Kept(message.number))
@@ -137,6 +142,18 @@ class FrontSession:
                 error=FRONT_DIED,
             )
             self._end(Ended(began.unique_id, record, None, now, "", ""))
+
+    def _look(self, message: Look) -> None:
+        owner, answer_id, store = message.owner, message.answer_id, self._state.store
+        try:
+            if message.with_previous:
+                answers = store.chain(owner, answer_id, parameter="")
+            else:
+                answers = [store.find(owner, answer_id, kind=message.kind)]
+        except RefusedError as error:
+            self._channel.send(Found(message.number, [], Failure.of(error)))
+        else:
+            self._channel.send(Found(message.number, answers), sum(each.size for each in answers))
 
     def _admit(self, message: Admit) -> None:
         admitted = ExitStack()
