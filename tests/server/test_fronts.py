@@ -55,7 +55,9 @@ from splitfuse.server.fronts.supervisor import _Request
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="only Linux divides connections among sockets")
 
 PROMPT = "Once upon a time"
-LONG = {"prompt": PROMPT, "max_tokens": 1900, "ignore_eos": True, "temperature": 0, "stream": True}
+LONG: dict[str, Any] = {"prompt": PROMPT, "max_tokens": 1900, "ignore_eos": True, "temperature": 0, "stream": True}
+SHORTER: dict[str, Any] = {**LONG, "max_tokens": 500, "splitfuse_timing": True}
+LEAST_LEFT = 150
 ROUTE = "/v1/completions"
 
 
@@ -145,7 +147,8 @@ def held(server: ServerProcess) -> Iterator[None]:
     try:
         yield
     finally:
-        os.kill(engine, signal.SIGCONT)
+        with suppress(ProcessLookupError):  # after ten seconds it is taken to hang
+            os.kill(engine, signal.SIGCONT)
 
 
 class TwoFronts:
@@ -172,6 +175,25 @@ class TwoFronts:
 def two_fronts(folder: Path, name: str, *flags: str) -> Iterator[TwoFronts]:
     with server_process(folder, name, "--fronts", "2", *flags) as server, server.client() as client:
         yield TwoFronts(server, client.url)
+
+
+def outstanding(fronts: TwoFronts) -> float:
+    return metrics(fronts.http)["splitfuse:outstanding_tokens"]
+
+
+@contextmanager
+def held_streams(fronts: TwoFronts) -> Iterator[list[http.client.HTTPResponse]]:
+    """A stream of each front, with its first event, both of which go on when the context ends: the engine stands still
+    meanwhile. On a busy machine one may have ended before that: then there are others.
+    """
+    while True:
+        streams = [begin(fronts.to(index), SHORTER) for index in (0, 1)]
+        with held(fronts.server):
+            if outstanding(fronts) >= SHORTER["max_tokens"] + LEAST_LEFT:  # each has so many left
+                yield streams
+                return
+        for stream in streams:
+            stream.read()
 
 
 def test_two_fronts_are_one_server(folder: Path, pipe: splitfuse.Pipeline) -> None:
@@ -210,16 +232,19 @@ def _check_texts(fronts: TwoFronts, pipe: splitfuse.Pipeline) -> None:
 
 def _check_limits(fronts: TwoFronts) -> None:
     """Two requests are open, one of each front: both fronts refuse a third one."""
-    streams = [begin(fronts.to(index), LONG) for index in (0, 1)]
+    first, second = fronts.to(0), fronts.to(1)
     with held(fronts.server):
+        for each in (first, second):
+            each.request("POST", ROUTE, json.dumps(LONG), {"content-type": "application/json"})
+        wait_until(lambda: outstanding(fronts) >= 2 * LONG["max_tokens"])
         for each in fronts.both:
             each.request("POST", ROUTE, json.dumps(LONG), {"content-type": "application/json"})
             answer = each.getresponse()
             error = json.loads(answer.read())["error"]
             assert answer.status == 429 and int(answer.headers["retry-after"]) >= 1
             assert re.search(r"at capacity \(2 requests\); try again in \d+ s", error["message"])
-    for stream in streams:
-        stream.close()
+    first.close()
+    second.close()
     wait_until_idle(fronts.http)
 
 
@@ -242,8 +267,13 @@ def _check_what_is_shared(fronts: TwoFronts) -> None:
 
 
 def _check_metrics(fronts: TwoFronts) -> None:
-    """Metrics are sums over both fronts, whichever is asked, and the log has a line for each request."""
-    wait_until_idle(fronts.http)
+    """The log has a line for each request, and metrics are sums over both fronts, whichever is asked."""
+
+    def statuses() -> list[int]:
+        records = [json.loads(line) for line in fronts.server.printed.splitlines()]
+        return sorted(record["status"] for record in records if record["route"] == ROUTE)
+
+    wait_until(lambda: statuses() == [200] * 6 + [400] * 2 + [429] * 2 + [499] * 2, statuses)
     done = f'splitfuse:requests_total{{model_name="storyteller",route="{ROUTE}",status="200"}}'
     refused = 'splitfuse:refused_total{kind="rate_limit_exceeded",model_name="storyteller"}'
     for each in fronts.both:
@@ -252,50 +282,47 @@ def _check_metrics(fronts: TwoFronts) -> None:
         samples = dict(line.rsplit(" ", 1) for line in lines if not line.startswith("#"))
         assert float(samples[done]) == 6
         assert float(samples[refused]) == 2
-        open_now = [float(samples[f'splitfuse:connections{{front="{n}",model_name="storyteller"}}']) for n in (0, 1)]
-        assert min(open_now) >= 1
-    records = [json.loads(line) for line in fronts.server.printed.splitlines()]
-    completions = [record["status"] for record in records if record["route"] == ROUTE]
-    assert sorted(completions) == [200] * 6 + [400] * 2 + [429] * 2 + [499] * 2
+        assert [float(samples[f'splitfuse:connections{{front="{n}",model_name="storyteller"}}']) > 0 for n in (0, 1)]
 
 
 def _check_a_death(fronts: TwoFronts, pipe: splitfuse.Pipeline) -> None:
-    """A front is killed amid streams: those of the other go on, its own are aborted, and it is back."""
-    server, before = fronts.server, metrics(fronts.http)
-    cut, going_on = begin(fronts.to(0), LONG), begin(fronts.to(1), {**LONG, "max_tokens": 60})
-    with held(server):  # what it has computed by now is all that the killed one gets
+    """A front is killed amid streams: that of the other goes on, its own is aborted, and it is back."""
+    server = fronts.server
+    with held_streams(fronts) as (cut, going_on):
+        before = metrics(fronts.http)
         os.kill(fronts.pids[0], signal.SIGKILL)
         server.wait_for("front 0 died: its process ended with signal 9 (SIGKILL); starting it again in 0.1 s")
     with pytest.raises((http.client.HTTPException, OSError)):
         cut.read()
         raise http.client.IncompleteRead(b"")  # a chunked answer without its end
-    assert rest_of(going_on)
+    wanted = pipe(PROMPT, max_new_tokens=SHORTER["max_tokens"], ignore_eos=True)[0].generated_text
+    assert wanted.endswith(text_of(rest_of(going_on)))
     wait_until_idle(fronts.http)
     after = metrics(fronts.http)
     generated = after["splitfuse:generated_tokens_total"] - before["splitfuse:generated_tokens_total"]
-    assert 60 < generated < 1900, "the killed one's request was not aborted"
+    assert generated < before["splitfuse:outstanding_tokens"] - LEAST_LEFT / 2, "the killed one's was not aborted"
     assert after["splitfuse:front_restarts_total"] == 1
     wait_until(lambda: len(children(server.process.pid, FRONT)) == 2)
-    fronts.pids = [next(pid for pid in children(server.process.pid, FRONT) if pid not in fronts.pids), fronts.pids[1]]
+    new = next(pid for pid in children(server.process.pid, FRONT) if pid not in fronts.pids)
+    fronts.pids = [new, fronts.pids[1]]
     fronts.first = fronts.to(0)
-    wanted = pipe(PROMPT, max_new_tokens=24)[0].generated_text
     body = {"prompt": PROMPT, "max_tokens": 24, "temperature": 0}
-    assert [ask(each, ROUTE, body)[1]["choices"][0]["text"] for each in fronts.both] == [wanted] * 2
+    answers = [ask(each, ROUTE, body)[1]["choices"][0]["text"] for each in fronts.both]
+    assert answers[0] == answers[1] and wanted.startswith(answers[0])
+    wait_until(lambda: "front_died" in server.printed)
     record = next(each for each in map(json.loads, server.printed.splitlines()) if each["error"] == "front_died")
     assert (record["route"], record["status"]) == (ROUTE, 499)
 
 
 def _check_the_end(fronts: TwoFronts, pipe: splitfuse.Pipeline) -> None:
     """SIGTERM: both fronts refuse new requests, and streams end by themselves."""
-    body = {**LONG, "max_tokens": 60}
-    streams = [begin(fronts.to(index), body) for index in (0, 1)]
-    with held(fronts.server):
+    with held_streams(fronts) as streams:
         fronts.server.terminate()
         wait_until(lambda: ask(fronts.first, "/ready")[1]["stage"] == "draining")
-        assert [ask(each, ROUTE, body)[0] for each in fronts.both] == [503, 503]
-    ends = [rest_of(stream) for stream in streams]
-    wanted = pipe(PROMPT, max_new_tokens=60, ignore_eos=True)[0].generated_text
-    assert all(wanted.endswith(text_of(each)) and len(text_of(each)) > 30 for each in ends)
+        assert [ask(each, ROUTE, SHORTER)[0] for each in fronts.both] == [503, 503]
+    wanted = pipe(PROMPT, max_new_tokens=SHORTER["max_tokens"], ignore_eos=True)[0].generated_text
+    for stream in streams:
+        assert wanted.endswith(text_of(rest_of(stream)))
     assert fronts.server.process.wait(PATIENCE) == 0, fronts.server.said
     assert all(map(is_gone, fronts.pids)) and "Traceback" not in fronts.server.said, fronts.server.said
 
@@ -487,19 +514,15 @@ def test_adapters_and_replicas_are_known_to_all_fronts(folder: Path, tmp_path: P
 @pytest.mark.slow
 def test_streams_of_all_fronts_outlive_an_engine(folder: Path, pipe: splitfuse.Pipeline) -> None:
     with two_fronts(folder, "resumed") as fronts:
-        body = {**LONG, "max_tokens": 120, "splitfuse_timing": True}
-        streams = [begin(fronts.to(index), body) for index in (0, 1)]
-        (engine,) = children(fronts.server.process.pid)
-        os.kill(engine, signal.SIGSTOP)  # before they can have ended
-        os.kill(engine, signal.SIGKILL)
-        wanted = pipe(PROMPT, max_new_tokens=120, ignore_eos=True)[0].generated_text
+        with held_streams(fronts) as streams:
+            (engine,) = children(fronts.server.process.pid)
+            os.kill(engine, signal.SIGKILL)
+        wanted = pipe(PROMPT, max_new_tokens=SHORTER["max_tokens"], ignore_eos=True)[0].generated_text
         for stream in streams:
             rest = rest_of(stream)
-            assert wanted.endswith(text_of(rest)) and len(text_of(rest)) > 30
-            assert '"resumed":1' in rest
+            assert wanted.endswith(text_of(rest)) and '"resumed":1' in rest
         wait_until_idle(fronts.http)
-        resumed = [json.loads(line)["resumed"] for line in fronts.server.printed.splitlines()]
-        assert resumed.count(1) == 2
+        wait_until(lambda: fronts.server.printed.count('"resumed": 1') == 2)
 
 
 @pytest.mark.slow
