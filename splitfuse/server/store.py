@@ -14,8 +14,6 @@ from splitfuse.server.errors import RefusedError
 
 OVERHEAD = 512
 """Number of bytes that an answer takes besides its own."""
-ANSWER_NOT_FOUND = "answer_not_found"
-"""Code of the error for an answer that is not there."""
 STORE_DISABLED = "this server stores no answers (--max-stored-responses 0)"
 """Reason why an answer is not there, or cannot be stored."""
 
@@ -144,7 +142,7 @@ class AnswerStore:
         message = (
             f"{before}there is no stored answer {answer_id!r:.200}: {reason if self.is_enabled else STORE_DISABLED}"
         )
-        raise RefusedError(404, message, code=ANSWER_NOT_FOUND, parameter=parameter)
+        raise RefusedError(404, message, code="answer_not_found", parameter=parameter)
 
     def _drop_oldest(self, owner: str | None) -> None:
         self._drop(owner, next(iter(self._shelves[owner])))

@@ -45,7 +45,7 @@ from splitfuse.server.metrics import Metrics
 from splitfuse.server.openai import endpoints as openai
 from splitfuse.server.responses import endpoints as responses
 from splitfuse.server.state import AppState
-from splitfuse.server.store import ANSWER_NOT_FOUND, AnswerStore, StoredAnswer
+from splitfuse.server.store import AnswerStore, StoredAnswer
 from splitfuse.server.traces import TraceHub
 from splitfuse.text.service import TextService
 from splitfuse.text.tokenizer import Tokenizer
@@ -192,13 +192,14 @@ class ServerStore(AnswerStore):
         async def ask() -> Found:
             self._num_sent += 1
             number = self._num_sent
-            found = self._looks[number] = self._loop.create_future()
+            found: asyncio.Future[Found] = self._loop.create_future()
+            self._looks[number] = found
             self._channel.send(Look(number, owner, answer_id, kind, with_previous))
             return await found
 
         answer = asyncio.run_coroutine_threadsafe(ask(), self._loop).result()
         if answer.failure is not None:
-            raise RefusedError(404, answer.failure.message, code=ANSWER_NOT_FOUND, parameter=parameter)
+            raise RefusedError(404, answer.failure.message, code="answer_not_found", parameter=parameter)
         return answer.answers
 
     async def send_after(self, send: Send, message: MutableMapping[str, Any]) -> None:

@@ -92,6 +92,7 @@ class Front:
     async def run(self, listener: socket.socket) -> None:
         """Serve until the server's process says that it is enough. If that is gone, the process ends."""
         serving = asyncio.create_task(self._server.serve([listener]))
+        serving.add_done_callback(self._note_end)
         helping = [asyncio.create_task(self._beat())]
         end: End | None = None
         while end is None:
@@ -105,12 +106,19 @@ class Front:
                     helping.append(asyncio.create_task(self._begin(message)))
                 else:
                     self._take(message)
+        serving.remove_done_callback(self._note_end)
         self._server.end(at_once=end.at_once)
         await serving
         for task in helping:
             task.cancel()
         self._app.close()
         self._channel.close()
+
+    def _note_end(self, serving: asyncio.Task[None]) -> None:
+        """Report that HTTP has ended by itself: the server's process ends this one, and starts another."""
+        error = None if serving.cancelled() else serving.exception()
+        _logger.error("the HTTP server of a front has ended unexpectedly", exc_info=error)
+        self._channel.send(Ready(Failure.of(RuntimeError(f"its HTTP server has ended: {error!r}"))))
 
     def _take(self, message: ToExchange | View | Admitted | Kept | Found | Output | Closed) -> None:
         if isinstance(message, Output | Closed | View):
