@@ -24,6 +24,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
 from benchmarks.gpu.attention import Step, make_step
+from benchmarks.gpu.checkpoints import stored_weights
 from benchmarks.gpu.measure import Setting, Table
 from splitfuse.kernels.batch import RaggedBatch
 from splitfuse.kernels.interface import (
@@ -38,7 +39,7 @@ from splitfuse.kernels.interface import (
     NormSpec,
     Role,
 )
-from splitfuse.kernels.quantized import FP4_TABLE, Fp8Quantized, GroupFormat, GroupQuantized, QuantizedWeight
+from splitfuse.kernels.quantized import QuantizedWeight
 from splitfuse.kernels.triton.backend import TritonBackend
 from splitfuse.kernels.triton.capabilities import OLDEST_OF_KV
 
@@ -229,34 +230,6 @@ def routed(setting: Setting, num_pairs: int) -> tuple[Any, ...]:
 def few_bits(setting: Setting, backend: TritonBackend, quantization: str) -> None:
     packed = TritonBackend(device=backend.device, quantization=quantization).pack([rows(setting, 256, 96)], role=Role.O)
     backend.linear(rows(setting, 256), packed, torch.ones(96, dtype=setting.dtype))
-
-
-def stored_weights() -> dict[str, Callable[[int, int], QuantizedWeight]]:
-    """Return makers of weights [N, K] as checkpoints have them."""
-    e8m0 = torch.float8_e8m0fnu
-
-    def in_groups(kept: GroupFormat, rows: int, columns: int) -> GroupQuantized:
-        groups = -(-columns // kept.group_size)
-        levels = torch.zeros(rows, columns, dtype=torch.int8 if kept.signed else torch.uint8)
-        scales = torch.full((rows, groups), 127, dtype=torch.uint8).view(e8m0)
-        scales = scales if kept.scale_dtype == e8m0 else torch.ones(rows, groups, dtype=kept.scale_dtype)
-        zeros = torch.zeros(rows, groups, dtype=torch.uint8) if kept.zeros else None
-        order = torch.arange(columns).flip(0) if kept.name == "GPTQ" else None
-        return GroupQuantized(format=kept, levels=levels, scales=scales, zeros=zeros, order=order)
-
-    formats = (
-        GroupFormat(name="AWQ", bits=4, group_size=128, zeros=True),
-        GroupFormat(name="GPTQ", bits=4, group_size=32),
-        GroupFormat(name="int8 by row", bits=8, group_size=2**20, scale_dtype=torch.bfloat16),
-        GroupFormat(name="MXFP4", bits=4, group_size=32, table=FP4_TABLE, scale_dtype=e8m0),
-    )
-    found: dict[str, Callable[[int, int], QuantizedWeight]] = {
-        each.name: lambda rows, columns, each=each: in_groups(each, rows, columns) for each in formats
-    }
-    found["FP8"] = lambda rows, columns: Fp8Quantized(
-        values=torch.zeros(rows, columns, dtype=torch.float8_e4m3fn), scales=torch.ones(rows, -(-columns // 128))
-    )
-    return found
 
 
 def stored(setting: Setting, backend: TritonBackend, make: Callable[[int, int], QuantizedWeight]) -> None:

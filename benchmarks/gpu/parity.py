@@ -2,22 +2,52 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from random import Random
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from benchmarks.gpu.attention import Step, make_step
+from benchmarks.gpu.attention import BLOCK, Step, make_step
+from benchmarks.gpu.checkpoints import stored_weights
 from benchmarks.gpu.measure import Setting, Table
-from splitfuse.kernels.interface import AttentionSpec, HeadNormSpec, LatentSpec, LayerWeights, MlpSpec, NormSpec
+from splitfuse.core.plan import Chunk, StateSlots
+from splitfuse.kernels.interface import (
+    AttentionSpec,
+    ConvSpec,
+    DeltaSpec,
+    HeadNormSpec,
+    LatentSpec,
+    LayerWeights,
+    MambaSpec,
+    MlpSpec,
+    NormSpec,
+    RecurrentSpec,
+    Role,
+)
 from splitfuse.kernels.reference import ReferenceBackend
-from splitfuse.kernels.triton.quantized import Format, Quantized
+from splitfuse.kernels.triton.capabilities import OLDEST_OF_KV
+from splitfuse.kernels.triton.quantized import Quantized, choose_format
+from splitfuse.runtime.batch import BatchBuilder
 
 CASES = 20
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 6e-3, torch.bfloat16: 5e-2}
 """Largest error by dtype, of the largest number: some roundings of a dtype one after the other."""
+DELTAS = tuple(
+    DeltaSpec(num_key_heads=2, num_value_heads=4, key_dim=key, value_dim=value, conv_size=4, norm=NormSpec(eps=1e-6))
+    for key, value in ((16, 24), (128, 128))
+)
+MAMBAS = tuple(
+    MambaSpec(
+        num_heads=4, num_groups=2, state_dim=state, head_dim=dim, conv_size=4, norm=NormSpec(eps=1e-6), conv_bias=True
+    )
+    for state, dim in ((16, 24), (128, 64))
+)
+CONVOLUTIONS = tuple(ConvSpec(num_channels=200, conv_size=size) for size in (3, 4))
+SLOTS = 8
+"""Number of states that the requests of a step read and write."""
 KINDS = ("silu", "gelu", "gelu_tanh", "relu", "relu2", "sigmoid", "clamped_swiglu")
 
 
@@ -31,7 +61,13 @@ def parity(setting: Setting) -> bool:
         "norm and sum": norm,
         "gated": gated,
         "experts": experts,
+        "8-bit caches": scaled_caches,
         "few bits": few_bits,
+        "checkpoints": checkpoints,
+        "their experts": experts_of_checkpoints,
+        "delta net": partial(recurrent, DELTAS),
+        "Mamba": partial(recurrent, MAMBAS),
+        "convolution": partial(recurrent, CONVOLUTIONS),
         "equal rows": equal_rows,
     }
     for name, check in checks.items():
@@ -133,13 +169,105 @@ def experts(setting: Setting, rng: Random) -> tuple[Tensor, Tensor]:
 
 
 def few_bits(setting: Setting, rng: Random) -> tuple[Tensor, Tensor]:
-    kept = rng.choice((Format(8, 0), Format(8, 128), Format(4, 64), Format(4, 128)))
+    kept = choose_format(Role.O, *rng.choice((("int8", None), ("int8", 128), ("int4", 64), ("int4", 128))))
+    assert kept is not None
     weight = torch.randn(70, 300, device=setting.device, dtype=setting.dtype)
     packed, x = (
         Quantized.of(weight, kept),
         torch.randn(rng.choice((1, 20, 90)), 300, device=setting.device, dtype=setting.dtype),
     )
     return setting.backend().linear(x, packed), x.double() @ packed.dequantize(torch.float64).T
+
+
+def scaled_caches(setting: Setting, rng: Random) -> tuple[Tensor, Tensor]:
+    """Return attention to a cache of 8 bits, and to what the cache says that it holds."""
+    newest = setting.is_rehearsal or torch.cuda.get_device_capability(setting.device) >= OLDEST_OF_KV["fp8"]
+    spec = AttentionSpec(num_heads=8, num_kv_heads=2, head_dim=rng.choice((64, 128)))
+    backend = setting.backend(kv_dtype=rng.choice(("int8", "fp8")) if newest else "int8")
+    step = make_step(setting, spec, [(0, 40), (0, rng.choice((1, 70)))], backend)
+    qkv = torch.randn(step.batch.num_tokens, 12 * spec.head_dim, device=setting.device, dtype=setting.dtype)
+    q = backend.rope_store(qkv, step.store, spec, step.batch, None, LayerWeights())
+    kept = step.store.values.double().cpu() * step.store.scales.double().cpu().unsqueeze(-1)
+    wanted = ReferenceBackend().attend(q.double().cpu(), kept.nan_to_num(), spec, step.on_cpu())
+    return backend.attend(q, step.store, spec, step.batch), wanted
+
+
+def checkpoints(setting: Setting, rng: Random) -> tuple[Tensor, Tensor]:
+    make = rng.choice(list(stored_weights().values()))
+    packed = setting.backend().pack_quantized([make(96, 256)], role=Role.O, dtype=setting.dtype)
+    x = torch.randn(rng.choice((1, 20, 90)), 256, device=setting.device, dtype=setting.dtype)
+    return setting.backend().linear(x, packed), x.double() @ packed.dequantize(torch.float64).T
+
+
+def experts_of_checkpoints(setting: Setting, rng: Random) -> tuple[Tensor, Tensor]:
+    tokens, backend, make = rng.choice((1, 20, 100)), setting.backend(), rng.choice(list(stored_weights().values()))
+    w13, w2 = (
+        [backend.pack_quantized([make(*shape)], role=role, dtype=setting.dtype) for _ in range(8)]
+        for role, shape in ((Role.W13, (128, 96)), (Role.W2, (96, 64)))
+    )
+    x = torch.randn(tokens, 96, device=setting.device, dtype=setting.dtype) / 10
+    ids = torch.stack([torch.randperm(8)[:2] for _ in range(tokens)]).to(setting.device)
+    weights, spec = torch.rand(tokens, 2, device=setting.device), MlpSpec(intermediate_size=64, activation="silu")
+    exact = LayerWeights(**{k: [w.dequantize(torch.float64) for w in v] for k, v in {"w13": w13, "w2": w2}.items()})
+    ours = backend.experts(x, ids, weights, spec, LayerWeights(w13=w13, w2=w2))
+    return ours, ReferenceBackend().experts(x.double(), ids, weights.double(), spec, exact)
+
+
+def recurrent(specs: Sequence[RecurrentSpec], setting: Setting, rng: Random) -> tuple[Tensor, Tensor]:
+    """Return what a layer with states gives, and the states after it, which are in fp32."""
+    spec, chunks = rng.choice(specs), []
+    for number in range(3):
+        count, read = rng.choice((1, 1, 5) if setting.is_rehearsal else (1, 1, 7, 200)), rng.choice((-1, number))
+        kept = ((count // 2, 3 + number),) if count > 1 and rng.random() < 0.5 else ()
+        write = read if read >= 0 and rng.random() < 0.5 else SLOTS - 1 - number + (number == 2)
+        chunks.append(Chunk(str(number), 0, (1,) * count, tuple(range(8)), 1, True, StateSlots(read, write, kept)))
+    on_cpu = BatchBuilder(BLOCK, torch.device("cpu")).build(chunks)
+    states = torch.randn(SLOTS, ReferenceBackend().state_bytes(spec) // 4) / 10
+    weights = layer_weights(spec)
+    gates = (
+        0
+        if isinstance(spec, ConvSpec)
+        else 2 * len(weights["decay"])
+        if isinstance(spec, DeltaSpec)
+        else len(weights["decay"])
+    )
+    width = 3 * spec.num_channels if isinstance(spec, ConvSpec) else spec.num_channels + values_of(spec)
+    x, y = (torch.randn(on_cpu.num_tokens, each).to(setting.dtype) for each in (width, gates))
+    found = []
+    for backend, device, dtype in (
+        (setting.backend(), setting.device, setting.dtype),
+        (ReferenceBackend(), "cpu", torch.float64),
+    ):
+        batch = on_cpu if device == "cpu" else on_cpu.on_device(torch.device(device))
+        own, kept_states = {name: each.to(device) for name, each in weights.items()}, states.clone().to(device)
+        given = x.to(device, dtype), y.to(device, dtype)
+        if isinstance(spec, DeltaSpec):
+            out = backend.delta(*given, kept_states, spec, batch, LayerWeights(**own))
+        elif isinstance(spec, MambaSpec):
+            out = backend.mamba(*given, kept_states, spec, batch, LayerWeights(**own))
+        else:
+            out = backend.conv(given[0], kept_states, spec, batch, LayerWeights(**own))
+        found.append(torch.cat((out.flatten().double().cpu(), kept_states.flatten().double().cpu())))
+    return found[0], found[1]
+
+
+def values_of(spec: DeltaSpec | MambaSpec) -> int:
+    """Return the size of the values of all heads."""
+    if isinstance(spec, DeltaSpec):
+        return spec.num_value_heads * spec.value_dim
+    return spec.num_heads * spec.head_dim
+
+
+def layer_weights(spec: RecurrentSpec) -> dict[str, Tensor]:
+    """Return random weights of a layer with states."""
+    found = {"conv": torch.randn(spec.conv_size, spec.num_channels)}
+    if isinstance(spec, ConvSpec):
+        return found
+    heads = spec.num_value_heads if isinstance(spec, DeltaSpec) else spec.num_heads
+    found |= {"decay": torch.rand(heads) / 2, "decay_bias": torch.randn(heads), "skip": torch.randn(heads)}
+    if isinstance(spec, DeltaSpec):
+        return found | {"out_norm": torch.ones(spec.value_dim)}
+    return found | {"out_norm": torch.ones(values_of(spec)), "conv_bias": torch.randn(spec.num_channels)}
 
 
 def equal_rows(setting: Setting, rng: Random) -> tuple[Tensor, Tensor]:
