@@ -9,6 +9,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -17,7 +18,7 @@ import torch
 
 import splitfuse
 from benchmarks.gpu.measure import Setting, Table
-from benchmarks.models import SHAPES, VOCAB_SIZE, write_without_weights
+from benchmarks.models import SHAPES, VOCAB_SIZE, ModelShape, write_without_weights
 from splitfuse.config import EngineConfig
 from splitfuse.core.plan import Chunk
 from splitfuse.models.spec import ModelSpec
@@ -29,14 +30,14 @@ POLICIES = ("splitfuse", "prefill-first", "orca", "static")
 TURNS = 2
 
 
-def shape_of(setting: Setting) -> str:
-    """Return the shape that is measured: that of a 7B model with eight key/value heads."""
-    return "15m" if setting.is_rehearsal else "7b"
+def shape_of(setting: Setting) -> ModelShape:
+    """Return the shape that is measured: that of a 7B model with eight key/value heads; one layer in a rehearsal."""
+    return replace(SHAPES["15m"], num_layers=1, num_heads=2, num_kv_heads=1) if setting.is_rehearsal else SHAPES["7b"]
 
 
 def settings_of(setting: Setting, folder: str) -> dict[str, Any]:
     """Return the settings of our engine: random weights, the Triton kernels."""
-    write_without_weights(SHAPES[shape_of(setting)], Path(folder))
+    write_without_weights(shape_of(setting), Path(folder))
     dtype = str(setting.dtype).removeprefix("torch.")
     return {
         "model": folder,
