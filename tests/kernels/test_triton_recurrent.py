@@ -194,7 +194,7 @@ FAULTS = {
 }
 """Faults by what they change: the layer that finds it, and what is replaced by what."""
 STEPS = {
-    "conv": ([3, 2, 1, 6], [0, 4, ZERO_STATE, 5], [4, 6, 2, 5]),
+    "conv": ([3, 1, 1, 6], [0, 4, ZERO_STATE, 5], [4, 6, 2, 5]),
     "delta": ([2, 1, 1, 2], [0, 4, ZERO_STATE, 5], [4, 6, 2, 5]),
 }
 """Lengths, reads and writes: two parts of one request, one without a state, and one whose state is written in place."""
