@@ -294,7 +294,7 @@ def test_a_row_alone_has_the_bits_that_it_has_in_company(dtype: torch.dtype, qua
 
 
 @pytest.mark.usefixtures("ordered_sums")
-@pytest.mark.parametrize("window", [None, 50])
+@pytest.mark.parametrize("window", [pytest.param(None, marks=pytest.mark.slow), 50])
 def test_attention_to_a_prompt_has_the_same_bits_however_it_is_cut(
     window: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
