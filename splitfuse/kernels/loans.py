@@ -6,6 +6,7 @@ A creditor keeps the keys and values of a request's leading tiles for a debtor, 
 from __future__ import annotations
 
 import ctypes
+import fcntl
 import mmap
 import os
 import struct
@@ -75,11 +76,12 @@ def close_channel(fd: int) -> None:
 
 def make_channel(number: int, capacity: int) -> int:
     """Return the descriptor of a new file in memory for a loan, with room for so many bytes: it takes as much memory as
-    is used. Raises OSError.
+    is used. No engine can change its size, since the other would die of that. Raises OSError.
     """
-    fd = os.memfd_create(f"splitfuse-loan-{number}")
+    fd = os.memfd_create(f"splitfuse-loan-{number}", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
     try:
         os.ftruncate(fd, HEADER_BYTES + capacity)
+        fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL)
         os.pwrite(fd, _HEAD.pack(number, capacity), 0)
     except BaseException:
         os.close(fd)

@@ -6,7 +6,7 @@ import os
 import random
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -222,8 +222,12 @@ def test_a_channel_is_of_one_loan() -> None:
     fd = make_channel(7, 1000)
     with pytest.raises(ValueError, match="loan 8"):
         Channel(fd, 8)
-    os.ftruncate(fd, 100)
+    for size in (100, 10**6):
+        with pytest.raises(PermissionError):
+            os.ftruncate(fd, size)
+    other = os.memfd_create("other")
+    os.ftruncate(other, 100)
     with pytest.raises(ValueError, match="100 bytes"):
-        Channel(fd, 7)
-    with suppress(OSError):
-        os.close(fd)
+        Channel(other, 7)
+    for each in (fd, other):
+        os.close(each)
