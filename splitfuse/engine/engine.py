@@ -726,13 +726,11 @@ class Engine:
         """Return how many blocks may be on their way here for requests that will come: only as far as there is memory
         for them, and for others, so that no step waits for it.
         """
-        most = self._movable_blocks(tiers)
-        if not isinstance(self.executor, Executor) or (room := self.executor.num_ready) >= most:
-            return most
-        if self.scheduler.queue.running:
-            return room
-        self.executor.have_memory(most)
-        return most
+        most, executor = self._movable_blocks(tiers), self.executor
+        assert isinstance(executor, Executor), "it has tiers"
+        if executor.num_ready < most and not self.scheduler.queue.running:  # else it is asked for after each step
+            executor.have_memory()
+        return min(executor.num_ready, most)
 
     def _export_more(self, most: int) -> None:
         """Save some more blocks of requests that will move, at most so many with the next plan."""
@@ -744,7 +742,7 @@ class Engine:
                 self._exporting[request_id] = tuple(names)
             else:
                 self._exported[request_id] = 0
-            most -= len(names) - before
+            most -= max(len(names) - before, 0)
             if most == 0:
                 return
             del self._to_export[request_id]

@@ -184,9 +184,9 @@ class Executor:
         """
         return self._ahead.num_ready
 
-    def have_memory(self, num_blocks: int) -> None:
-        """Ask for the memory of so many more blocks, while no step runs."""
-        self._ahead.have(num_blocks)
+    def have_memory(self) -> None:
+        """Ask for some more memory, while no step runs."""
+        self._ahead.have_next()
 
     def _deposit(self, chunks: Sequence[Chunk]) -> set[str]:
         """Give creditors the blocks that they are to hold. Returns the ids of the requests whose loan is lost."""

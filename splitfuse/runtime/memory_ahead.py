@@ -52,15 +52,19 @@ class MemoryAhead:
             return
         self._seconds = min(self._seconds, 0.0) + SHARE * seconds
         while self._lacks(self._ahead) and (self._seconds > 0.0 or self._lacks(self._reserved)):
-            taken = self._have_next()
+            taken = self.have_next()
             self._seconds = max(self._seconds - taken, -taken)  # pieces that were needed at once are not owed
             if self._seconds <= 0.0:
                 return
 
-    def have(self, num_blocks: int) -> None:
-        """Ask for the memory of so many more blocks, beside those that are reserved."""
-        while self._lacks(self._reserved + num_blocks):
-            self._have_next()
+    def have_next(self) -> float:
+        """Ask for a piece, and return how long that took."""
+        began = time.monotonic()
+        with self._lock:
+            if self._next is not None:
+                is_given = self._kv_cache.have(self._next)
+                self._next = next(self._pieces, None) if is_given else None
+        return time.monotonic() - began
 
     @property
     def _reserved(self) -> int:
@@ -69,12 +73,3 @@ class MemoryAhead:
     def _lacks(self, num_blocks: int) -> bool:
         """Return whether the memory of some of so many blocks beyond the last one in use is to be asked for."""
         return self._next is not None and self._next.first <= self._last_used + num_blocks
-
-    def _have_next(self) -> float:
-        """Ask for a piece, and return how long that took."""
-        began = time.monotonic()
-        with self._lock:
-            if self._next is not None:
-                is_given = self._kv_cache.have(self._next)
-                self._next = next(self._pieces, None) if is_given else None
-        return time.monotonic() - began

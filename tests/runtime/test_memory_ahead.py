@@ -81,7 +81,8 @@ def test_a_piece_that_took_long_is_owed_by_the_steps_that_follow(monkeypatch: py
     monkeypatch.setattr(memory_ahead.time, "monotonic", lambda: now[0])
     cache = Cache()
     ahead = MemoryAhead(cache)  # type: ignore[arg-type]
-    ahead.have(0)
+    for _ in range(5):
+        ahead.have_next()
     assert [first for first, *_ in cache.had] == [0, 0, 2, 4, 4]
     had = cache.have
     monkeypatch.setattr(cache, "have", lambda piece: (now.__setitem__(0, now[0] + 1.0), had(piece))[1])
@@ -96,11 +97,13 @@ def test_others_may_have_what_is_there_beyond_what_is_reserved(monkeypatch: pyte
     monkeypatch.setattr(memory_ahead, "AHEAD_BYTES", 3 * PIECE_BYTES)
     ahead = MemoryAhead(Cache())  # type: ignore[arg-type]
     assert ahead.num_ready == 0
-    ahead.have(3)
-    assert ahead.num_ready == 3, "blocks 1 to 3, and 4 and 5 are reserved"
+    for _ in range(5):
+        ahead.have_next()
+    assert ahead.num_ready == 3, "blocks 1 to 3: 4 and 5 are reserved"
     ahead.use(2)
     assert ahead.num_ready == 1
-    ahead.have(100)
+    for _ in range(4):
+        ahead.have_next()
     assert ahead.num_ready > 100, "all of it is there"
 
 
