@@ -728,9 +728,11 @@ class Engine:
         """
         most, executor = self._movable_blocks(tiers), self.executor
         assert isinstance(executor, Executor), "it has tiers"
-        if executor.num_ready < most and not self.scheduler.queue.running:  # else it is asked for after each step
+        if self.scheduler.queue.running:  # memory is asked for after each step
+            return min(executor.num_ready(reserve=True), most)
+        if executor.num_ready() < most:
             executor.have_memory()
-        return min(executor.num_ready, most)
+        return min(executor.num_ready(), most)
 
     def _export_more(self, most: int) -> None:
         """Save some more blocks of requests that will move, at most so many with the next plan."""

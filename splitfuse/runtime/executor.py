@@ -177,12 +177,11 @@ class Executor:
             self.kv_cache.write_block(land.block, torch.from_numpy(self.inbox[land.number]))
         self._ahead.use(max((land.block for land in lands), default=-1))
 
-    @property
-    def num_ready(self) -> int:
-        """Return how many blocks could be used beyond those that are: there is memory, not reserved for running
-        requests.
+    def num_ready(self, *, reserve: bool = False) -> int:
+        """Return how many blocks beyond those in use have memory; less what running requests may need if it is to be
+        reserved.
         """
-        return self._ahead.num_ready
+        return self._ahead.num_ready(reserve=reserve)
 
     def have_memory(self) -> None:
         """Ask for some more memory, while no step runs."""

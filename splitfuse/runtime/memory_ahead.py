@@ -33,14 +33,13 @@ class MemoryAhead:
         self._next = next(self._pieces, None)
         self._lock = threading.Lock()  # of the pieces
 
-    @property
-    def num_ready(self) -> int:
-        """Return how many blocks beyond the last one in use others than running requests may have: their memory is
-        there, and half of what is asked for ahead is left. Very many if no memory is left to be asked for.
+    def num_ready(self, *, reserve: bool = False) -> int:
+        """Return of how many blocks beyond the last one in use there is memory, less half of those that are asked for
+        ahead if that is to be left. Very many if no memory is left to be asked for.
         """
         if (piece := self._next) is None:
             return sys.maxsize
-        return max(piece.first - 1 - self._last_used - self._reserved, 0)
+        return max(piece.first - 1 - self._last_used - reserve * self._reserved, 0)
 
     def use(self, last_block: int) -> None:
         """Note that blocks up to this one are used; -1: none."""

@@ -96,15 +96,15 @@ def test_a_piece_that_took_long_is_owed_by_the_steps_that_follow(monkeypatch: py
 def test_others_may_have_what_is_there_beyond_what_is_reserved(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(memory_ahead, "AHEAD_BYTES", 3 * PIECE_BYTES)
     ahead = MemoryAhead(Cache())  # type: ignore[arg-type]
-    assert ahead.num_ready == 0
+    assert ahead.num_ready() == 0
     for _ in range(5):
         ahead.have_next()
-    assert ahead.num_ready == 3, "blocks 1 to 3: 4 and 5 are reserved"
+    assert (ahead.num_ready(), ahead.num_ready(reserve=True)) == (5, 3), "blocks 1 to 5"
     ahead.use(2)
-    assert ahead.num_ready == 1
+    assert ahead.num_ready(reserve=True) == 1
     for _ in range(4):
         ahead.have_next()
-    assert ahead.num_ready > 100, "all of it is there"
+    assert ahead.num_ready(reserve=True) > 100, "all of it is there"
 
 
 def test_it_ends_where_memory_cannot_be_asked_for() -> None:
