@@ -774,7 +774,8 @@ def parse_url(name: str, text: str) -> str:
     'http://10.0.0.2:8000'
     """
     url = text.rstrip("/")
-    if not re.fullmatch(r"https?://(\[[0-9a-fA-F:.]+\]|[\w.-]+)(:\d{1,5})?", url, re.ASCII):
+    found = re.fullmatch(r"https?://(?:\[[0-9a-fA-F:.]+\]|[\w-]{1,63}(?:\.[\w-]{1,63})*)(?::(\d{1,5}))?", url, re.ASCII)
+    if found is None or not 1 <= int(found[1] or 1) <= 65535:
         raise ConfigError(f"{name} must be the URL of a server, such as http://10.0.0.2:8000, not {text!r:.200}")
     return url
 

@@ -60,7 +60,10 @@ class ScriptedCells:
         self.asked: list[Asked] = []
         self.ready: dict[int, bytes] = {}
         """Answers to /ready of the cells that are not ready."""
-        self.metrics = METRICS
+        self.metrics: bytes | None = METRICS
+        """Answer to /metrics; None: there is none."""
+        self.raw_ready: bytes | None = None
+        """All that is sent as the answer to /ready, in place of one."""
         self.metrics_key: str | None = None
         self.urls: list[str] = []
         self.gateway: Gateway
@@ -78,9 +81,14 @@ class ScriptedCells:
             body = await reader.readexactly(int(headers.get("content-length", "0")))
             asked = Asked(number, method, path, headers, body, reader, writer)
             if path == "/ready":
+                if self.raw_ready is not None:
+                    writer.write(self.raw_ready)
+                    return
                 told = self.ready.get(number)
                 await answer(asked, told or b'{"stage":"ready"}', 503 if told else 200)
             elif path == "/metrics":
+                if self.metrics is None:
+                    return
                 is_right = self.metrics_key is None or headers.get("authorization") == f"Bearer {self.metrics_key}"
                 await answer(asked, self.metrics, 200 if is_right else 401)
             else:

@@ -23,6 +23,7 @@ CONNECT_SECONDS = 10.0
 _HEAD_LIMIT = 2**17
 """Number of bytes of a head, and half of those that wait in memory for whoever reads an answer."""
 _PIECE = 2**16
+_MOST_DIGITS = 15
 
 TakeEvent = Callable[[bytes, float], None]
 """Callback with the data of an event and its arrival time."""
@@ -74,7 +75,7 @@ async def post_stream(
 
     Raises ServerError if the server is unreachable, RequestFailedError if the stream breaks off.
     """
-    async with exchange(address, address.head("POST", path, len(body)) + body, timeout=timeout) as answer:
+    async with exchange(address, address.head("POST", path, len(body)), body, timeout=timeout) as answer:
         if answer.status != 200:
             return answer.status, b"".join([piece async for piece in answer.pieces])
         parser = EventParser()
@@ -97,8 +98,10 @@ class Answer(NamedTuple):
 
 
 @asynccontextmanager
-async def exchange(address: Address, request: bytes, *, timeout: float | None) -> AsyncGenerator[Answer, None]:
-    """Send one request on a connection of its own, with its whole head and body, and yield the answer.
+async def exchange(
+    address: Address, head: bytes, body: bytes = b"", *, timeout: float | None
+) -> AsyncGenerator[Answer, None]:
+    """Send one request on a connection of its own, and yield the answer.
 
     Raises ServerError if the server is unreachable, RequestFailedError if the answer breaks off, or does not end within
     `timeout` seconds (None: there is no limit).
@@ -109,20 +112,24 @@ async def exchange(address: Address, request: bytes, *, timeout: float | None) -
             reader, writer = await asyncio.open_connection(
                 address.host, address.port, ssl=address.tls, limit=_HEAD_LIMIT
             )
-    except (OSError, TimeoutError) as error:
+    except (OSError, TimeoutError, UnicodeError) as error:  # the last for a name that cannot be one
         raise ServerError(f"no server answers at {where}: {error or 'connecting timed out'}") from error
     try:
         async with asyncio.timeout(timeout):
-            writer.write(request)
+            writer.write(head)
+            writer.write(body)
+            del body  # a stream may last longer than anyone needs it
             status, headers = await _read_head(reader)
             yield Answer(status, headers, _body(reader, {name: value.lower() for name, value in headers}))
+        writer.close()
     except TimeoutError as error:
         limit = "the system's limit" if timeout is None else f"{timeout:g} s"
         raise RequestFailedError(f"the answer from {where} took longer than {limit}") from error
     except (asyncio.IncompleteReadError, asyncio.LimitOverrunError, OSError) as error:
         raise RequestFailedError(f"the connection to {where} was lost: {error or type(error).__name__}") from error
     finally:
-        writer.close()
+        if not writer.is_closing():  # what is not sent yet is for nobody
+            writer.transport.abort()
 
 
 async def _read_head(reader: asyncio.StreamReader) -> tuple[int, list[tuple[bytes, bytes]]]:
@@ -141,7 +148,10 @@ async def _body(reader: asyncio.StreamReader, headers: dict[bytes, bytes]) -> As
         while size := _chunk_size(await reader.readuntil(b"\r\n")):
             yield (await reader.readexactly(size + 2))[:-2]
     elif b"content-length" in headers:
-        yield await reader.readexactly(int(headers[b"content-length"]))
+        length = headers[b"content-length"]
+        if not length.isdigit() or len(length) > _MOST_DIGITS:
+            raise ConnectionError(f"malformed content length {length[:40]!r}")
+        yield await reader.readexactly(int(length))
     else:
         while piece := await reader.read(_PIECE):
             yield piece

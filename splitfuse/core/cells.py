@@ -79,12 +79,12 @@ class Cells:
             for name in self._sent.get(prefix.name, ()):
                 if name in loads:
                     saved.setdefault(name, prefix.seconds)
-        # What nobody has had begins at home, where another gateway, or this one before its restart, has sent it.
+        # A beginning that no cell has had starts at home, where another gateway, or this one before a restart, sent it.
         saved = {home: saved.get(home, prefixes[0].seconds if saved else prefixes[-1].seconds), **saved}
         others = dict.fromkeys(islice((name for name in order if name not in saved), 2), 0.0)
         takes = {name: seconds - each for name, each in (*saved.items(), *others.items())}
         best = min(takes, key=lambda name: loads[name] + takes[name])
-        for prefix in prefixes:
+        for prefix in prefixes if seconds else ():  # what takes no time leaves nothing
             self._sent.setdefault(prefix.name, set()).add(best)
             self._sent.move_to_end(prefix.name)
         while len(self._sent) > MOST_NAMES:

@@ -12,7 +12,7 @@ import logging
 import re
 import secrets
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import aclosing
 from typing import Literal, NamedTuple
 
@@ -20,15 +20,10 @@ import msgspec
 from starlette.websockets import WebSocketClose
 
 from splitfuse.clients.http_stream import Answer, exchange
+from splitfuse.clients.wire import CHAT_PATH
 from splitfuse.config import ServerConfig
-from splitfuse.core.cells import Cells, Prefix
-from splitfuse.errors import (
-    EngineUnavailableError,
-    OverloadedError,
-    RequestFailedError,
-    ServerError,
-    whole_seconds,
-)
+from splitfuse.core.cells import Cells
+from splitfuse.errors import EngineUnavailableError, RequestFailedError, ServerError
 from splitfuse.gateway.beginning import Beginning, beginning_of
 from splitfuse.gateway.cell import ANSWER_SECONDS, Cell
 from splitfuse.gateway.metrics import GatewayMetrics
@@ -47,20 +42,23 @@ from splitfuse.version import __version__
 
 MOST_KEPT = 65_536
 """Number of stored answers, the newest, of which the cell is known without asking all."""
-MOST_FAILURES = 3
-"""Number of cells after which a request that each of them could not answer is tried at no other one: it may be what
-kills their engines."""
+MOST_CELLS = 3
+"""Number of cells that a request is sent to at most: one that they did not answer may be what kills their engines, and
+where three have no room, asking a hundred would load all of them with what they refuse."""
+EXPLAIN_SECONDS = 6.0
+"""Seconds that a cell has to say whether it knows a request: it waits for the end of one that runs."""
 LARGE_BODY = 2**16
 """Bytes from which on a body is looked at off the event loop."""
 VIA = b"1.1 splitfuse-gateway"
 """Header `via` of what is passed on: cells do not take it for a request of their own machine."""
 
-_CONNECTION = {b"connection", b"keep-alive", b"proxy-connection", b"te", b"trailer", b"transfer-encoding", b"upgrade"}
-"""Headers that are about one connection."""
+_CONNECTION = {
+    *(b"connection", b"keep-alive", b"te", b"trailer", b"transfer-encoding", b"upgrade"),
+    *(b"proxy-connection", b"proxy-authorization", b"proxy-authenticate"),
+}
+"""Headers that are about one connection, besides those that its header `connection` names."""
 _NOT_ASKED = _CONNECTION | {b"host", b"content-length", b"expect", b"x-request-id"}
 _NOT_ANSWERED = _CONNECTION | {b"date", b"server", b"x-request-id", b"request-id"}
-_STORING = ("/v1/responses", "/v1/chat/completions")
-"""Paths of requests whose answers may be stored."""
 _STORED = re.compile(r"/v1/(?:responses|chat/completions)/((?:resp_|chatcmpl-)[^/]+)")
 """Paths of a stored answer."""
 _EXPLAINED = re.compile(r"/v1/splitfuse/requests/[^/]+")
@@ -82,6 +80,16 @@ class StreamError(msgspec.Struct, frozen=True):
     sequence_number: int = 0
     param: None = None
     type: Literal["error"] = "error"
+
+
+class _Body:
+    """Holds what is sent to a cell, for as long as it may have to be sent to another."""
+
+    may_be_stored = False
+    """Flag of a request whose answer the cell may keep."""
+
+    def __init__(self, content: bytes) -> None:
+        self.content = content
 
 
 class _Refusal(NamedTuple):
@@ -116,6 +124,7 @@ class Gateway:
         self._config = config
         self._ring = Cells(self.cells)
         self._kept: OrderedDict[str, Cell] = OrderedDict()
+        self._is_ending = False
         for each in cells:
             each.on_change = self._note
             self._note(each)
@@ -125,6 +134,12 @@ class Gateway:
         async with asyncio.TaskGroup() as group:
             for each in self.cells.values():
                 group.create_task(each.watch())
+
+    def end(self) -> None:
+        """End all open requests, with an error that says so."""
+        self._is_ending = True
+        for each in self.cells.values():
+            each.give_up()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer a request."""
@@ -180,7 +195,8 @@ class Gateway:
             return
         answer = answer_to(error)
         answer.request_id = context.request_id
-        self.metrics.refused[(answer.code,)] += 1
+        if context.status is None:
+            self.metrics.refused[(answer.code,)] += 1
         if answer.is_bug:
             _logger.error("request %s failed", context.request_id, exc_info=error)
         try:
@@ -198,22 +214,29 @@ class Gateway:
             message = "a gateway has passed this request on already: its cells must be servers, not gateways"
             raise RefusedError(400, message, code="unsupported_route")
         with self.admission.admit(0):
-            limit = int(self._config.max_body_mib * 2**20)
-            body = await context.body(limit, self.admission.bodies, timeout=self._config.client_timeout)
+            pass  # before its body is read, which may take a while
+        limit = int(self._config.max_body_mib * 2**20)
+        body = _Body(await context.body(limit, self.admission.bodies, timeout=self._config.client_timeout))
+        with self.admission.admit(0):
             await context.unless_gone(self._try_cells(context, path, body), deadline=None)
 
-    async def _try_cells(self, context: RequestContext, path: str, body: bytes) -> None:
+    async def _try_cells(self, context: RequestContext, path: str, body: _Body) -> None:
         """Pass a request on to its cell, and if that does not answer it to others, each once."""
         salt = b"\0".join(context.headers.get(name, b"") for name in (b"authorization", b"x-api-key"))
-        if len(body) < LARGE_BODY:
-            beginning = beginning_of(body or path.encode(), salt=salt)
+        if not body.content:
+            salt += path.encode()
+        if len(body.content) < LARGE_BODY:
+            beginning = beginning_of(body.content, salt=salt)
         else:
-            beginning = await asyncio.to_thread(beginning_of, body, salt=salt)
-        keeper = await self._keeper(context, path, beginning)
+            beginning = await asyncio.to_thread(beginning_of, body.content, salt=salt)
+        body.may_be_stored = context.scope["method"] == "POST" and (
+            (path == "/v1/responses" and beginning.store is not False) or (path == CHAT_PATH and bool(beginning.store))
+        )
+        keeper = await self._keeper(context, beginning)
         tried: list[str] = []
         refusal: _Refusal | None = None
-        num_failed = 0
-        while num_failed < MOST_FAILURES and (keeper is None or not tried):
+        num_sent = 0
+        while num_sent < MOST_CELLS and (keeper is None or not tried):
             cell = keeper or self._choose(beginning, tried)
             if cell is None:
                 break
@@ -223,23 +246,24 @@ class Gateway:
             try:
                 refused = await self._try(context, cell, body)
             except _LostError as error:
+                if self._is_ending:
+                    raise EngineUnavailableError("the gateway is ending: send the request again") from error
                 if context.status is not None:
                     self.metrics.broken[(str(cell.number),)] += 1
                     cell.look_soon()
                     message = f"cell {cell.number} was lost in the midst of the answer: send the request again"
                     raise EngineUnavailableError(message) from error
-                num_failed += error.was_sent
+                num_sent += error.was_sent
                 self.metrics.retries[str(cell.number), "lost"] += 1
                 cell.doubt(f"lost: {error}")
                 continue
             if refused is None:
                 return
-            if refused.status == 429:
-                if not beginning.on_time_only:
-                    cell.note_full(refused.retry_after)
-            else:
-                num_failed += 1
+            num_sent += 1
+            if refused.status != 429:
                 cell.look_soon()
+            elif not beginning.on_time_only:
+                cell.note_full(refused.retry_after)
             self.metrics.retries[str(cell.number), "full" if refused.status == 429 else "unavailable"] += 1
             if refusal is None or (-refused.status, refused.retry_after) < (-refusal.status, refusal.retry_after):
                 refusal = refused
@@ -255,41 +279,47 @@ class Gateway:
                 f"the answer that the request goes on from, or asks for, is in cell {keeper.number}, which takes no "
                 "requests now: send it again"
             )
-        ready = [each for each in self.cells.values() if each.is_ready]
-        if full := [each.full_seconds for each in ready if each.is_full]:
-            message = f"all cells are at capacity; try again in {whole_seconds(min(full))} s"
-            raise OverloadedError(message, retry_after=min(full))
+        num_ready = sum(each.is_ready for each in self.cells.values())
         raise EngineUnavailableError(
-            f"of {len(self.cells)} cells {len(ready)} take requests, and none of them has answered: send the request "
+            f"of {len(self.cells)} cells {num_ready} take requests, and none of them has answered: send the request "
             "again"
         )
 
     def _choose(self, beginning: Beginning, tried: Sequence[str]) -> Cell | None:
-        """Return the cell for a request that has been tried at some; None if none is left."""
+        """Return the cell for a request that has been tried at some; None if none is left. One that had no room a
+        moment ago is asked only if none has: another request may have been too large for it, and this one is not.
+        """
         ready = [each for each in self.cells.values() if each.is_ready]
-        without = [*tried, *(each.url for each in ready if each.is_full)]
+        full = [each.url for each in ready if each.is_full]
+        if not tried and len(full) == len(ready):
+            full = []
         token_seconds = max((each.token_seconds for each in ready), default=0.0)
-        rest = max((each.request_seconds for each in ready), default=0.0)
-        prefixes: list[Prefix] = beginning.prefixes(token_seconds)
+        seconds = beginning.num_tokens * token_seconds
+        if beginning.num_tokens:
+            seconds += max((each.request_seconds for each in ready), default=0.0)
         try:
-            chosen = self._ring.choose(prefixes, beginning.num_tokens * token_seconds + rest, without=without)
+            chosen = self._ring.choose(beginning.prefixes(token_seconds), seconds, without=[*tried, *full])
         except EngineUnavailableError:
             return None
         return self.cells[chosen]
 
-    async def _try(self, context: RequestContext, cell: Cell, body: bytes) -> _Refusal | None:
+    async def _try(self, context: RequestContext, cell: Cell, body: _Body) -> _Refusal | None:
         """Pass a request on to a cell, and its answer to the client, unless that is a refusal, which is returned.
         Raises _LostError if it cannot be reached, or breaks off.
         """
         try:
             with cell.lent() as limit:
-                request = _head(context, cell, context.scope["method"], _target(context), len(body)) + body
-                async with limit, exchange(cell.address, request, timeout=None) as answer, aclosing(answer.pieces):
+                head = _head(context, cell, context.scope["method"], _target(context), len(body.content))
+                async with (
+                    limit,
+                    exchange(cell.address, head, body.content, timeout=None) as answer,
+                    aclosing(answer.pieces),
+                ):
                     self.metrics.answers[str(cell.number), str(answer.status)] += 1
                     if answer.status in (429, 503):
                         pieces = [piece async for piece in answer.pieces]
                         return _Refusal(answer.status, answer.headers, b"".join(pieces))
-                    await self._relay(context, cell, answer)
+                    await self._relay(context, cell, body, answer)
         except ServerError as error:
             raise _LostError(str(error), was_sent=False) from error
         except RequestFailedError as error:
@@ -298,17 +328,19 @@ class Gateway:
             raise _LostError("it has been silent for too long", was_sent=True) from error
         return None
 
-    async def _relay(self, context: RequestContext, cell: Cell, answer: Answer) -> None:
+    async def _relay(self, context: RequestContext, cell: Cell, body: _Body, answer: Answer) -> None:
         """Pass an answer on as it comes: of a stream of events whole ones only, so that an error may follow them."""
         headers = [*_passed(answer.headers), (b"x-splitfuse-cell", str(cell.number).encode())]
-        learns = context.scope["method"] == "POST" and context.scope["path"] in _STORING
+        learns = body.may_be_stored and answer.status == 200
         is_stream = dict(headers).get(b"content-type", b"").startswith(b"text/event-stream")
         held = b""
 
         async def send(data: bytes, *, more: bool) -> None:
             try:
                 if context.status is None:
-                    context.is_stream = is_stream
+                    body.content = b""  # from here on it is sent to no other cell
+                    self.admission.bodies.release(context.held)
+                    context.held, context.is_stream = 0, is_stream
                     await context.send({"type": "http.response.start", "status": answer.status, "headers": headers})
                 await context.send({"type": "http.response.body", "body": data, "more_body": more})
             except OSError as error:
@@ -316,6 +348,7 @@ class Gateway:
 
         if context.scope["method"] != "HEAD":
             async for piece in answer.pieces:
+                cell.hear()
                 if learns:
                     learns = False
                     self._learn(piece, cell)
@@ -346,10 +379,11 @@ class Gateway:
         if len(self._kept) > MOST_KEPT:
             self._kept.popitem(last=False)
 
-    async def _keeper(self, context: RequestContext, path: str, beginning: Beginning) -> Cell | None:
+    async def _keeper(self, context: RequestContext, beginning: Beginning) -> Cell | None:
         """Return the cell that has what a request asks for, or goes on from; None if it needs none of it, or if no cell
         has it. Raises EngineUnavailableError if none has it of those that can be asked, and not all can.
         """
+        path = context.scope["raw_path"].decode("latin-1")  # as it was sent, with what is escaped
         if (found := _STORED.match(path)) is not None:
             answer_id, where = found[1], found[0]
         elif _EXPLAINED.fullmatch(path):
@@ -366,7 +400,8 @@ class Gateway:
                 return kept
             self._refuse(kept)
         ready = [each for each in self.cells.values() if each.is_ready]
-        has = await asyncio.gather(*(self._has(context, each, where) for each in ready))
+        seconds = EXPLAIN_SECONDS if answer_id is None else ANSWER_SECONDS
+        has = await asyncio.gather(*(self._has(context, each, where, seconds) for each in ready))
         for cell, has_it in zip(ready, has, strict=True):
             if has_it:
                 if answer_id is not None:
@@ -376,13 +411,12 @@ class Gateway:
             raise EngineUnavailableError("what the request asks for is in no cell that can be asked now: send it again")
         return None
 
-    async def _has(self, context: RequestContext, cell: Cell, where: str) -> bool | None:
+    async def _has(self, context: RequestContext, cell: Cell, where: str, seconds: float) -> bool | None:
         """Return whether a cell has what is at a path, for this client; None: it does not say."""
-        head = _head(context, cell, "HEAD", where.encode(), 0)
+        head = _head(context, cell, "HEAD", where.encode("latin-1"), 0)
         try:
-            async with asyncio.timeout(ANSWER_SECONDS):
-                async with exchange(cell.address, head, timeout=ANSWER_SECONDS) as answer:
-                    return answer.status == 200
+            async with asyncio.timeout(seconds), exchange(cell.address, head, timeout=seconds) as answer:
+                return answer.status == 200
         except (ServerError, RequestFailedError, TimeoutError):
             return None
 
@@ -408,7 +442,14 @@ def _status_of(cell: Cell) -> EngineStatus:
 
 def _passed(headers: Sequence[tuple[bytes, bytes]]) -> list[tuple[bytes, bytes]]:
     """Return the headers of a cell's answer that its client gets."""
-    return [(name, value) for name, value in headers if name not in _NOT_ANSWERED]
+    return _without(headers, _NOT_ANSWERED)
+
+
+def _without(headers: Iterable[tuple[bytes, bytes]], names: set[bytes]) -> list[tuple[bytes, bytes]]:
+    """Return headers but for those of some names, and those that `connection` names."""
+    listed = list(headers)
+    named = {each.strip().lower() for name, value in listed if name == b"connection" for each in value.split(b",")}
+    return [(name, value) for name, value in listed if name not in names and name not in named]
 
 
 def _target(context: RequestContext) -> bytes:
@@ -425,7 +466,7 @@ def _head(context: RequestContext, cell: Cell, method: str, path: bytes, length:
         b"host: " + cell.address.authority.encode(),
         b"connection: close",
         b"x-request-id: " + context.request_id.encode(),
-        *(name + b": " + value for name, value in context.scope["headers"] if name not in _NOT_ASKED),
+        *(name + b": " + value for name, value in _without(context.scope["headers"], _NOT_ASKED)),
         b"via: " + VIA,
     ]
     if length or method not in ("GET", "HEAD"):

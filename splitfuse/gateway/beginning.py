@@ -41,6 +41,7 @@ class _Asked(msgspec.Struct):
     input: msgspec.Raw = _RAW
     previous_response_id: msgspec.Raw = _RAW
     splitfuse_on_time_only: msgspec.Raw = _RAW
+    store: msgspec.Raw = _RAW
 
 
 class _Item(msgspec.Struct):
@@ -68,6 +69,8 @@ class Beginning(NamedTuple):
     """Id of the stored answer that the request goes on from, or of an item of one."""
     on_time_only: bool = False
     """Flag of a request that is refused where it would miss its SLO, however much room there is."""
+    store: bool | None = None
+    """Flag of an answer that is to be stored; None: it is left out."""
 
     def prefixes(self, token_seconds: float) -> list[Prefix]:
         """Return the beginnings with the seconds that they take, if each token takes so many."""
@@ -76,13 +79,15 @@ class Beginning(NamedTuple):
 
 
 def beginning_of(body: bytes, *, salt: bytes) -> Beginning:
-    """Return the beginnings of the prompt in a body; of one that is no JSON object of a prompt, those of its bytes.
-    `salt` is what else decides what a cell has cached.
+    """Return the beginnings of the prompt in a body; of one that is no JSON object of a prompt, those of its bytes. One
+    without a body has no tokens. `salt` is what else decides what a cell has cached.
 
     >>> short = beginning_of(b'{"prompt": "Once"}', salt=b"")
     >>> short == beginning_of(b'{"max_tokens": 3, "prompt": "Once"}', salt=b""), short.num_tokens
     (True, 1)
     """
+    if not body:
+        return Beginning([(blake2b(salt, digest_size=16).digest(), 1.0)], 0)
     try:
         asked = _read(body)
         main = next((each for each in map(bytes, (asked.messages, asked.prompt, asked.input)) if each), b"")
@@ -93,9 +98,13 @@ def beginning_of(body: bytes, *, salt: bytes) -> Beginning:
     if not main:
         return _named([body], salt)
     before = b"\0".join(map(bytes, (asked.tools, asked.system, asked.instructions)))
-    on_time_only = bytes(asked.splitfuse_on_time_only) == b"true"
     found = _named([before, *pieces], salt + b"\0" + bytes(asked.model))
-    return found._replace(follows=follows, on_time_only=on_time_only, num_tokens=_num_tokens(main))
+    return found._replace(
+        num_tokens=_num_tokens(main),
+        follows=follows,
+        on_time_only=bytes(asked.splitfuse_on_time_only) == b"true",
+        store={b"true": True, b"false": False}.get(bytes(asked.store)),
+    )
 
 
 def _pieces(main: bytes) -> list[bytes]:

@@ -28,6 +28,8 @@ FULL_SECONDS = 1.0
 """Longest time in seconds that a cell which had no room for a request is sent no other."""
 KEPT = 0.99
 """Fraction of what was counted before that counts after a look: some hundred looks are remembered."""
+MOST_COUNTED = 1e18
+"""Number that no counter of a server comes to."""
 WINDOW_LOOKS = 60
 """Number of looks whose requests count for its requests/s."""
 
@@ -124,10 +126,23 @@ class Cell:
         self._enter(why)
         self.look_soon()
 
+    def hear(self) -> None:
+        """Take note that something of it has come."""
+        self._heard_at = self._clock()
+
+    def give_up(self) -> None:
+        """End the limits of all requests that it has."""
+        for limit in [each for each in self._open if not each.expired()]:
+            limit.reschedule(0.0)
+
     async def watch(self) -> None:
         """Look at the cell every second, until cancelled."""
         while True:
-            await self.look()
+            try:
+                await self.look()
+            except Exception:  # one cell must not end the others' requests
+                _logger.exception("cell %d cannot be looked at", self.number)
+                self._enter("its answers cannot be read")
             with suppress(TimeoutError):
                 async with asyncio.timeout(LOOK_SECONDS):
                     await self._wake.wait()
@@ -136,21 +151,26 @@ class Cell:
     async def look(self) -> None:
         """Ask the cell for its state and its load."""
         try:
-            async with asyncio.timeout(ANSWER_SECONDS):
-                status, body = await get(self.address, "/ready", timeout=ANSWER_SECONDS)
-                state = "ready" if status == 200 else _stage_in(status, body)
-                if state == "ready":
-                    status, body = await get(self.address, "/metrics", timeout=ANSWER_SECONDS)
-                    state = self._take(status, body)
-            self._heard_at = self._clock()
+            status, body = await self._get("/ready")
         except (ServerError, RequestFailedError, TimeoutError) as error:
-            state = "unreachable"
             if self._clock() - self._heard_at >= GONE_SECONDS:
-                for limit in [each for each in self._open if not each.expired()]:
-                    limit.reschedule(0.0)
-            if self.state != state:
+                self.give_up()
+            if self.state != "unreachable":
                 _logger.info("cell %d: %s", self.number, error or f"no answer within {ANSWER_SECONDS:g} s")
+            self._enter("unreachable")
+            return
+        self.hear()
+        state = "ready" if status == 200 else _stage_in(status, body)
+        if state == "ready":
+            try:
+                state = self._take(*await self._get("/metrics"))
+            except (ServerError, RequestFailedError, TimeoutError):  # a cell with much to do: its last load stands
+                state = "ready" if self.num_ready_engines else "its /metrics do not come"
         self._enter(state)
+
+    async def _get(self, path: str) -> tuple[int, bytes]:
+        async with asyncio.timeout(ANSWER_SECONDS):
+            return await get(self.address, path, timeout=ANSWER_SECONDS)
 
     def _take(self, status: int, metrics: bytes) -> str:
         """Take note of metrics, and return the state of which they are."""
@@ -158,7 +178,7 @@ class Cell:
             return f"it refuses /metrics with status {status}: give the gateway a key of it with --server-key-file"
         found = defaultdict[str, float](float)
         for name, value in _METRIC.findall(metrics):
-            found[name.decode()] += float(value)
+            found[name.decode()] += _number(value)
         if status != 200 or "engine_ready" not in found:
             return f"its /metrics, with status {status}, are not those of a splitfuse server"
         for name in _SUMS:  # those of a server that was started again begin anew
@@ -183,8 +203,17 @@ class Cell:
         self.on_change(self)
 
 
+def _number(text: bytes) -> float:
+    """Return a number of metrics; 0 for what is none, or none that a server counts to."""
+    try:
+        number = float(text)
+    except ValueError:
+        return 0.0
+    return number if 0.0 <= number < MOST_COUNTED else 0.0
+
+
 def _stage_in(status: int, body: bytes) -> str:
     try:
         return str(json.loads(body)["stage"])
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         return f"its /ready has status {status}"

@@ -18,7 +18,7 @@ from splitfuse.errors import ConfigError, RegistryError, ServerError, unreadable
 from splitfuse.gateway.app import Gateway
 from splitfuse.gateway.cell import Cell
 from splitfuse.server.connections import connection_limit, num_newcomers
-from splitfuse.server.listen import HttpServer, listening_sockets
+from splitfuse.server.listen import FLUSH_TIMEOUT, HttpServer, listening_sockets
 from splitfuse.server.signals import Signals, wait_first
 
 _logger = logging.getLogger(__name__)
@@ -120,9 +120,12 @@ async def _serve(
     if admission.num_requests and not signals.now.is_set():
         _logger.info("draining: %d requests may end, within %g s", admission.num_requests, drain_timeout)
     await wait_first(admission.wait_empty(), signals.now.wait(), timeout=drain_timeout)
-    if admission.num_requests and not signals.interrupted:
-        when = "at a second SIGTERM" if signals.now.is_set() else f"after {drain_timeout:g} s of draining"
-        raise ServerError(f"{admission.num_requests} requests were cut off {when}")
+    if num_cut := admission.num_requests:
+        gateway.end()
+        await wait_first(admission.wait_empty(), timeout=FLUSH_TIMEOUT)
+        if not signals.interrupted:
+            when = "at a second SIGTERM" if signals.now.is_set() else f"after {drain_timeout:g} s of draining"
+            raise ServerError(f"{num_cut} requests were cut off {when}")
 
 
 def _key_in(path: str | None) -> str | None:

@@ -22,11 +22,11 @@ class GatewayMetrics(Collector):
         self.answers: Counter[tuple[str, ...]] = Counter()
         """Counts of answers that cells gave, by cell and HTTP status."""
         self.retries: Counter[tuple[str, ...]] = Counter()
-        """Counts of requests that a cell did not answer, by cell and cause, and that were tried at others."""
+        """Counts of requests that a cell did not answer, by cell and cause."""
         self.broken: Counter[tuple[str, ...]] = Counter()
         """Counts of answers that broke off, by cell."""
         self.refused: Counter[tuple[str, ...]] = Counter()
-        """Counts of requests that the gateway itself refused, by the error's code."""
+        """Counts of requests that the gateway itself refused before any answer, by the error's code."""
         self._registry = CollectorRegistry()
         self._registry.register(self)
 

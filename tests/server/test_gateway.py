@@ -62,6 +62,9 @@ def test_requests_and_answers_are_passed_on_as_they_are() -> None:
             assert (got.status_code, got.content) == (201, b'{ "text":\t"\xc3\xa9" }')
             assert (got.headers["x-own"], got.headers["x-request-id"]) == ("7", "mine")
             assert got.headers["x-splitfuse-cell"] == "0"
+            headers = {"connection": "keep-alive, X-Own", "x-own": "1", "proxy-authorization": "Basic eA=="}
+            await cells.http.post("/v1/completions", content=b"{}", headers=headers)
+            assert not {"x-own", "proxy-authorization"} & set(cells.asked[1].headers)
             again = await cells.http.head("/v1/models")
             assert again.status_code == 201 and not again.content
 
@@ -173,7 +176,7 @@ def test_a_stream_whose_cell_is_lost_ends_with_an_error_event(path: str) -> None
     run(test)
 
 
-def test_a_cell_without_room_gives_to_another_and_none_is_asked_while_all_are_full() -> None:
+def test_a_cell_without_room_gives_to_another_and_one_is_asked_while_all_are_full() -> None:
     async def act(asked: Asked) -> None:
         if len(cells.asked) > 1:
             await answer(asked)
@@ -195,8 +198,9 @@ def test_a_cell_without_room_gives_to_another_and_none_is_asked_while_all_are_fu
             got = await cells.http.post("/v1/completions", json=PROMPT)
             assert (got.status_code, got.headers["retry-after"]) == (429, str(7 + 1 - first)), "the first is not asked"
             got = await cells.http.post("/v1/completions", json=PROMPT)
-            assert (got.status_code, got.headers["retry-after"]) == (429, "1") and len(cells.asked) == 1
-            assert got.json()["error"]["message"] == "all cells are at capacity; try again in 1 s"
+            assert got.status_code == 429 and len(cells.asked) == 2, "one is asked, whether it has room again"
+            cells.act = answer
+            assert (await cells.http.post("/v1/completions", json=PROMPT)).status_code == 200
 
     cells: ScriptedCells
     run(test)
@@ -211,6 +215,22 @@ def test_a_request_for_an_answer_on_time_or_none_does_not_make_a_cell_full() -> 
         async with scripted_cells(act) as cells:
             got = await cells.http.post("/v1/completions", json={**PROMPT, "splitfuse_on_time_only": True})
             assert (got.status_code, got.headers["retry-after"], len(cells.asked)) == (429, "4", 2), "the sooner one"
+            assert (await cells.http.post("/v1/completions", json=PROMPT)).status_code == 200
+
+    run(test)
+
+
+def test_a_request_too_large_for_all_keeps_no_other_away_and_is_sent_to_three() -> None:
+    async def act(asked: Asked) -> None:
+        await answer(asked, b"{}", 429 if b"large" in asked.body else 200, retry_after="60")
+
+    async def test() -> None:
+        async with scripted_cells(act, 5) as cells:
+            got = await cells.http.post("/v1/completions", json={**PROMPT, "user": "large"})
+            assert got.status_code == 429 and len(cells.asked) == 3
+        async with scripted_cells(act) as cells:
+            assert (await cells.http.post("/v1/completions", json={**PROMPT, "user": "large"})).status_code == 429
+            assert all(each.is_full for each in cells.cells)
             assert (await cells.http.post("/v1/completions", json=PROMPT)).status_code == 200
 
     run(test)
@@ -265,6 +285,60 @@ def test_requests_of_a_silent_cell_are_given_up() -> None:
     run(test)
 
 
+def test_a_cell_whose_metrics_do_not_come_keeps_its_load_and_its_requests() -> None:
+    async def test() -> None:
+        async with scripted_cells(answer, 1) as cells:
+            cells.metrics = None
+            with cells.cells[0].lent() as limit:
+                async with limit:
+                    await cells.look()
+                    assert cells.cells[0].is_ready and not limit.expired()
+            cells.cells[0].num_ready_engines = 0  # as at the first look
+            await cells.look()
+            assert cells.cells[0].state == "its /metrics do not come"
+
+    run(test)
+
+
+@pytest.mark.parametrize(
+    ("metrics", "ready", "state"),
+    [
+        (METRICS + b"splitfuse:num_requests_running 1e400\nsplitfuse:num_requests_waiting NaN\n", None, "ready"),
+        (b"splitfuse:engine_ready --\n", None, "no engine is ready"),
+        (METRICS, b"HTTP/1.1 503 X\r\ncontent-length: 100000\r\n\r\n" + 100_000 * b"[", "its /ready has status 503"),
+        (METRICS, b"HTTP/1.1 200 OK\r\ncontent-length: x\r\n\r\n", "unreachable"),
+        (METRICS, b"HTTP/1.1 200 OK\r\ncontent-length: -5\r\n\r\n", "unreachable"),
+        (METRICS, b"SSH-2.0-OpenSSH\r\n\r\n", "unreachable"),
+    ],
+)
+def test_a_cell_that_answers_oddly_ends_nothing(metrics: bytes, ready: bytes | None, state: str) -> None:
+    async def test() -> None:
+        async with scripted_cells(answer, 1) as cells:
+            cells.metrics, cells.raw_ready = metrics, ready
+            await cells.look()
+            assert cells.cells[0].state == state and cells.cells[0].load == 0.0
+
+    run(test)
+
+
+def test_open_requests_are_told_when_the_gateway_ends() -> None:
+    async def act(asked: Asked) -> None:
+        await begin_stream(asked, EVENTS[0])
+        assert not await asked.reader.read()
+
+    async def test() -> None:
+        async with scripted_cells(act, config=ServerConfig(max_body_mib=1.0)) as cells:
+            body = {**PROMPT, "user": 200_000 * "x"}
+            async with cells.http.stream("POST", "/v1/completions", json=body) as stream:
+                pieces = stream.aiter_raw()
+                assert await anext(pieces) == EVENTS[0]
+                assert cells.gateway.admission.bodies.used == 0, "the body is kept no longer"
+                cells.gateway.end()
+                assert b"the gateway is ending: send the request again" in b"".join([each async for each in pieces])
+
+    run(test)
+
+
 # What one cell alone has ----------------------------------------------------------------------------------------------
 
 
@@ -315,8 +389,10 @@ def test_what_no_cell_has_is_refused_by_a_cell_in_its_own_words() -> None:
 
     async def test() -> None:
         async with scripted_cells(act) as cells:
-            got = await cells.http.get("/v1/chat/completions/chatcmpl-none")
+            got = await cells.http.get("/v1/chat/completions/chatcmpl-none%0d%0aX-Evil:%201")
             assert (got.status_code, got.json()) == (404, {"error": "not here"})
+            assert {each.path for each in cells.asked} == {"/v1/chat/completions/chatcmpl-none%0d%0aX-Evil:%201"}
+            assert not any("x-evil" in each.headers for each in cells.asked)
             got = await cells.http.post("/v1/responses", json={"input": "Hi", "previous_response_id": "none"})
             assert (got.status_code, got.json()) == (404, {"error": "not here"})
 
@@ -416,6 +492,8 @@ def test_cells_with_keys_are_read_with_a_key() -> None:
         ({}, "server is missing: give the URL of each server, such as --server http://10.0.0.2:8000"),
         ({"server": ("10.0.0.2:8000",)}, "server must be the URL of a server, such as http://10.0.0.2:8000, not '10."),
         ({"server": ("http://a/v1",)}, "server must be the URL of a server"),
+        ({"server": ("http://a:99999",)}, "server must be the URL of a server"),
+        ({"server": ("http://a..b",)}, "server must be the URL of a server"),
         ({"server": ("http://a", "http://a/")}, "server http://a is given twice: give each once"),
         ({"server": ("http://a",), "server_certificate": "c.pem"}, "server_certificate is for servers at https"),
         ({"server": ("http://a",), "max_open_requests": 0}, "max_open_requests must be at least 1, not 0"),
