@@ -1,8 +1,8 @@
 """Tries broken, contradictory and hostile model folders: each loads with transformers' own tokens, or is refused in a
 sentence, within bounds of time and memory.
 
-`make_bases` writes tiny models of all families with tokenizers; `mutate` copies one and changes a file of it, the same
-for the same seed; `check` loads the result in a forked process with limits, and compares it with transformers in
+`Bases` has tiny models of all families with tokenizers; `mutate` copies one and changes a file of it, the same for the
+same seed; `check` loads the result in a forked process with limits, and compares it with transformers in
 another. Call it where torch and splitfuse are imported and nothing has been computed: a fork has no threads of OpenMP.
 """
 
@@ -51,30 +51,39 @@ TALK = [{"role": "user", "content": "Hello there"}]
 TEMPLATE = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{{ eos_token }}{% endfor %}{{ bos_token }}"
 
 
-def make_bases(folder: Path) -> list[Path]:
-    """Write a model of each variant: one in three in shards, each kind of tokenizer in turn."""
-    get_checkpoint_conversion_mapping("llama")  # builds tables that each forked process would build
-    gc.freeze()
-    in_child(lambda: _write_bases(folder), STUCK_SECONDS)
-    return sorted(folder.iterdir())
+class Bases:
+    """Models of all variants, one in three in shards, each kind of tokenizer in turn. One is written when it is first
+    asked for.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        get_checkpoint_conversion_mapping("llama")  # builds tables that each forked process would build
+        gc.freeze()
+
+    def path(self, variant: str) -> Path:
+        path = self._folder / variant
+        if not path.exists():
+            in_child(lambda: _write_base(variant, path), STUCK_SECONDS)
+        return path
 
 
-def _write_bases(folder: Path) -> None:
+def _write_base(variant: str, path: Path) -> None:
     tiny_models.VOCAB_SIZE = VOCAB_SIZE
-    for number, variant in enumerate(tiny_models.VARIANTS):
-        path, kind = folder / variant, sorted(tiny_tokenizers.KINDS)[number % 3]
-        tiny_models.save(variant, path, max_shard_size="60KB" if number % 3 == 0 else "1GB")
-        tiny_tokenizers.KINDS[kind]().save(str(path / "tokenizer.json"))
-        config = {
-            "tokenizer_class": "PreTrainedTokenizerFast",
-            "bos_token": tiny_tokenizers.BOS,
-            "eos_token": tiny_tokenizers.EOS,
-            "chat_template": TEMPLATE,
-            "model_max_length": 128,
-            "added_tokens_decoder": {"500": {"content": "<x>", "special": True, "normalized": False}},
-        }
-        (path / "tokenizer_config.json").write_text(json.dumps(config if number % 2 else config | {"extra": 1}))
-        (path / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, 3], "temperature": 0.7}))
+    number = list(tiny_models.VARIANTS).index(variant)
+    tiny_models.save(variant, path, max_shard_size="60KB" if number % 3 == 0 else "1GB")
+    kind = sorted(tiny_tokenizers.KINDS)[number % 3]
+    tiny_tokenizers.KINDS[kind]().save(str(path / "tokenizer.json"))
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": tiny_tokenizers.BOS,
+        "eos_token": tiny_tokenizers.EOS,
+        "chat_template": TEMPLATE,
+        "model_max_length": 128,
+        "added_tokens_decoder": {"500": {"content": "<x>", "special": True, "normalized": False}},
+    }
+    (path / "tokenizer_config.json").write_text(json.dumps(config if number % 2 else config | {"extra": 1}))
+    (path / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, 3], "temperature": 0.7}))
 
 
 # --- mutations --------------------------------------------------------------------------------------------------------
@@ -82,10 +91,10 @@ def _write_bases(folder: Path) -> None:
 FILES = ("config.json", "generation_config.json", "tokenizer_config.json", "tokenizer.json", "template", "weights")
 
 
-def mutate(bases: list[Path], folder: Path, seed: int) -> str:
+def mutate(bases: Bases, folder: Path, seed: int) -> str:
     """Write a mutation of one of the models into `folder`, and return what it is."""
     rng = random.Random(seed)
-    base = rng.choice(bases)
+    base = bases.path(rng.choice(sorted(tiny_models.VARIANTS)))
     shutil.copytree(base, folder, symlinks=True)
     file = rng.choice(FILES)
     if file == "template":

@@ -13,7 +13,7 @@ import tempfile
 from collections import Counter
 from pathlib import Path
 
-from folder_mutations import Verdict, check, make_bases, mutate
+from folder_mutations import Bases, Verdict, check, mutate
 
 
 def main() -> None:
@@ -23,7 +23,7 @@ def main() -> None:
     parser.add_argument("--only", type=int, help="try this seed alone")
     arguments = parser.parse_args()
     root = Path(tempfile.mkdtemp(prefix="mutations-"))
-    bases = make_bases(root / "bases")
+    bases = Bases(root / "bases")
     first, count = (arguments.seed, arguments.count) if arguments.only is None else (arguments.only, 1)
     verdicts: list[Verdict] = []
     for seed in range(first, first + count):
