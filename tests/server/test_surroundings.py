@@ -19,7 +19,8 @@ from typing import Any
 
 import httpx
 import pytest
-from server_process import PATIENCE, make_certificate, server_process, wait_until
+from running_server import RunningServer
+from server_process import PATIENCE, make_certificate, wait_until
 
 import splitfuse
 from splitfuse import cli
@@ -115,17 +116,17 @@ def test_a_server_runs_without_home_streams_or_log_reader(tmp_path: Path) -> Non
         os.close(reader)
 
 
-def test_health_checks_and_clients_take_no_proxy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with server_process(tmp_path, "listed") as server, server.client() as client:
-        for name in ("HTTP_PROXY", "http_proxy", "ALL_PROXY"):
-            monkeypatch.setenv(name, DEAD_PROXY)
-        command = [sys.executable, "-m", "splitfuse.deploy.health"]
-        assert subprocess.run(command, check=False).returncode == 0
-        with splitfuse.client(client.url) as by_url, splitfuse.client("listed") as by_name:
-            assert by_url.health() and by_name.health()
-        monkeypatch.setattr(registry, "deployments", lambda: [deployment()])
-        with pytest.raises(SystemExit, match="no answer from fake"):
-            health.main()
+def test_health_checks_and_clients_take_no_proxy(server: RunningServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    registry.register(deployment(name="listed", port=server.port))
+    for name in ("HTTP_PROXY", "http_proxy", "ALL_PROXY"):
+        monkeypatch.setenv(name, DEAD_PROXY)
+    command = [sys.executable, "-m", "splitfuse.deploy.health"]
+    assert subprocess.run(command, check=False).returncode == 0
+    with splitfuse.client(server.url) as by_url, splitfuse.client("listed") as by_name:
+        assert by_url.health() and by_name.health()
+    monkeypatch.setattr(registry, "deployments", lambda: [deployment()])
+    with pytest.raises(SystemExit, match="no answer from fake"):
+        health.main()
     monkeypatch.setattr(registry, "deployments", list)
     with pytest.raises(SystemExit, match="no deployment is running"):
         health.main()
