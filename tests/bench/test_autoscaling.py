@@ -87,7 +87,7 @@ def test_replicas_come_with_the_load_and_go_with_it() -> None:
     first = next(at for at, number in target.counts if number > 1)
     assert 60.0 < first < 85.0, "in the first seconds of the busy time"
     later = [kept for at, kept in met if at > 135.0]
-    assert sum(kept for _, kept in met) < len(met) and sum(later) > 0.97 * len(later), "late until they have started"
+    assert sum(kept for _, kept in met) < len(met) and sum(later) > 0.9 * len(later), "late until they have started"
     ends = [at for at, _ in target.counts[1:]]
     seconds = sum(number * (end - at) for (at, number), end in zip(target.counts, ends, strict=False))
     assert target.replica_seconds == pytest.approx(seconds)
