@@ -68,6 +68,10 @@ class AnswerStore:
         """Return whether it keeps anything."""
         return self._max_answers > 0
 
+    def has_room_for(self, answer: StoredAnswer) -> bool:
+        """Return whether it keeps an answer of that size: others are dropped for it."""
+        return self.is_enabled and answer.size <= self._max_bytes
+
     def keeps(self, asked: bool | None, *, left_out: bool) -> bool:
         """Return whether to keep an answer, where a request has the `store` `asked`, which means `left_out` if it is
         left out. Raises RefusedError (400) for store: true where nothing is kept.
@@ -79,7 +83,7 @@ class AnswerStore:
 
     def put(self, owner: str | None, answer_id: str, answer: StoredAnswer) -> None:
         """Keep an answer, unless it is larger than all room that there is."""
-        if not self.is_enabled or answer.size > self._max_bytes:
+        if not self.has_room_for(answer):
             return
         with self._lock:
             shelf = self._shelves[owner]

@@ -26,6 +26,10 @@ from tiny_adapters import ATTENTION, module_shapes, save_adapter
 
 import splitfuse
 from splitfuse.config import ServerConfig
+from splitfuse.core.sampling_params import SamplingParams
+from splitfuse.core.structured_outputs import MAX_CHARACTERS, MAX_COMPILED, StructuredOutputs
+from splitfuse.engine.client import EngineState
+from splitfuse.engine.messages import Add, Loading
 from splitfuse.errors import (
     ConfigError,
     DrainingError,
@@ -37,20 +41,28 @@ from splitfuse.errors import (
     SplitfuseError,
 )
 from splitfuse.models.sources.hub import BUNDLED_MODEL
-from splitfuse.server.fronts.app import ServerAdmission
+from splitfuse.server.fronts import messages
+from splitfuse.server.fronts.app import ServerAdmission, ServerStore
+from splitfuse.server.fronts.engines import ServerEngines
 from splitfuse.server.fronts.messages import (
+    BATCH_BYTES,
     WINDOW,
     Admit,
     Admitted,
     Channel,
     Failure,
     FromFront,
+    Keep,
+    Kept,
+    Open,
     Piece,
     Release,
     Taken,
     ToFront,
+    View,
 )
 from splitfuse.server.fronts.supervisor import _Request
+from splitfuse.server.store import StoredAnswer
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="only Linux divides connections among sockets")
 
@@ -362,11 +374,75 @@ def test_a_fault_is_an_engine_that_is_not_there() -> None:
     assert type(Failure.of(AssertionError("x")).error) is EngineUnavailableError
 
 
+async def channels() -> tuple[Channel[Any, Any], Channel[Any, Any]]:
+    """Both ends of a channel: the server's and the front's."""
+    ours, theirs = socket.socketpair()
+    return await Channel.on(ours, list[FromFront]), await Channel.on(theirs, list[ToFront])
+
+
+def test_large_messages_of_one_turn_go_in_frames_of_their_own() -> None:
+    """A request of many choices opens all of them in one turn of the event loop, each with the form of the answer."""
+
+    async def run() -> None:
+        server, front = await channels()
+        form = StructuredOutputs("regex", "x" * MAX_CHARACTERS, compiled="x" * MAX_COMPILED)
+        assert BATCH_BYTES / 2 < MAX_CHARACTERS + MAX_COMPILED < BATCH_BYTES
+        request = Add("r", (1, 2), SamplingParams(structured_outputs=form))
+        opened = [Open(number, request) for number in range(4)]
+        for each in opened:
+            front.send(each)
+        front.send(Release(7))
+        assert [await server.receive() for _ in range(3)] == [opened[:2], opened[2:], [Release(7)]]
+        for channel in (server, front):
+            channel.close()
+
+    asyncio.run(run())
+
+
+def test_a_message_above_the_limit_is_refused_and_others_are_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(messages, "LARGEST", 1000)
+
+    async def run() -> None:
+        server, front = await channels()
+        engines = ServerEngines(front)
+        engines.take(View(EngineState.READY, Loading("ready"), None, None, {}, ()))
+        with pytest.raises(InvalidRequestError, match=r"\(Open\).*more than the 1000"):
+            engines.open(Add("long", tuple(range(1000)), SamplingParams()))
+        engines.open(Add("short", (1, 2), SamplingParams()))
+        batch = await server.receive()
+        assert batch is not None and [each.request.request_id for each in batch] == ["short"]
+        for channel in (server, front):
+            channel.close()
+
+    asyncio.run(run())
+
+
+def test_what_the_store_cannot_keep_is_not_sent_there() -> None:
+    async def run() -> None:
+        server, front = await channels()
+        store = ServerStore(ServerConfig(max_stored_mib=1), front)
+        small = StoredAnswer(b"{}", b"[]")
+        store.put("alice", "large", StoredAnswer(b"x" * 2**20, b"[]"))
+        store.put("alice", "small", small)
+        sent: list[Any] = []
+
+        async def send(message: Any) -> None:
+            sent.append(message)
+
+        sending = asyncio.create_task(store.send_after(send, {"type": "http.response.body"}))
+        assert await server.receive() == [Keep(1, "alice", "small", small)] and not sent
+        store.take(Kept(1))
+        await sending
+        assert sent == [{"type": "http.response.body"}]
+        for channel in (server, front):
+            channel.close()
+
+    asyncio.run(run())
+
+
 def test_an_answer_waits_for_a_client_that_does_not_read() -> None:
     async def run() -> None:
-        ours, theirs = socket.socketpair()
-        server: Channel[Any, Any] = await Channel.on(ours, list[FromFront])
-        front: Channel[Any, Any] = await Channel.on(theirs, list[ToFront])
+        server, front = await channels()
         request = _Request(1, server, lambda: None)
         await request.send({"type": "http.response.start", "status": 200, "headers": []})
         sending = asyncio.create_task(request.send({"type": "http.response.body", "body": b"x" * 3 * WINDOW}))
@@ -392,9 +468,7 @@ def test_an_answer_waits_for_a_client_that_does_not_read() -> None:
 
 def test_what_is_given_up_while_it_waits_for_admission_is_released() -> None:
     async def run() -> None:
-        ours, theirs = socket.socketpair()
-        front: Channel[Any, Any] = await Channel.on(ours, list[ToFront])
-        server: Channel[Any, Any] = await Channel.on(theirs, list[FromFront])
+        server, front = await channels()
         admission = ServerAdmission(ServerConfig(), front)
         asking = asyncio.create_task(admission.reserve(10, 1))
         assert await server.receive() == [Admit(1, 10, 1, 0)]

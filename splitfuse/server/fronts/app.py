@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 from collections import deque
 from collections.abc import Callable, MutableMapping
 from functools import partial
@@ -15,6 +16,7 @@ from typing import Any
 
 from splitfuse.config import ModelConfig, ServerConfig
 from splitfuse.core.latency.phases import LatencyBreakdown
+from splitfuse.errors import InvalidRequestError
 from splitfuse.models.sources.hub import open_model
 from splitfuse.server.access_log import RequestLog, RequestRecord
 from splitfuse.server.admission import Admission
@@ -26,6 +28,7 @@ from splitfuse.server.errors import RefusedError
 from splitfuse.server.explain import Explanations, breakdown_of
 from splitfuse.server.fronts.engines import ServerEngines
 from splitfuse.server.fronts.messages import (
+    LARGEST,
     Admit,
     Admitted,
     Began,
@@ -57,6 +60,8 @@ ROUTES = tuple(
 )
 """Routes that a front serves by itself."""
 _PATHS = frozenset(route.path for route in ROUTES)
+
+_logger = logging.getLogger(__name__)
 
 
 class FrontApp:
@@ -174,7 +179,8 @@ class ServerStore(AnswerStore):
 
     def put(self, owner: str | None, answer_id: str, answer: StoredAnswer) -> None:
         """See AnswerStore. Any thread may call it."""
-        self._unsent.append((owner, answer_id, answer))
+        if self.has_room_for(answer) and answer.size < LARGEST:
+            self._unsent.append((owner, answer_id, answer))
 
     def find(
         self, owner: str | None, answer_id: str, *, parameter: str | None = None, kind: str = "response"
@@ -183,7 +189,9 @@ class ServerStore(AnswerStore):
         return self._look(owner, answer_id, kind, with_previous=False, parameter=parameter)[0]
 
     def chain(self, owner: str | None, answer_id: str, *, parameter: str) -> list[StoredAnswer]:
-        """See AnswerStore. A thread calls it, not the event loop's."""
+        """See AnswerStore. A thread calls it, not the event loop's. Raises InvalidRequestError if the answers together
+        are too large for the channel.
+        """
         return self._look(owner, answer_id, "response", with_previous=True, parameter=parameter)
 
     def _look(
@@ -199,6 +207,8 @@ class ServerStore(AnswerStore):
 
         answer = asyncio.run_coroutine_threadsafe(ask(), self._loop).result()
         if answer.failure is not None:
+            if answer.failure.kind == InvalidRequestError.__name__:
+                raise InvalidRequestError(answer.failure.message, parameter=parameter)
             raise RefusedError(404, answer.failure.message, code="answer_not_found", parameter=parameter)
         return answer.answers
 
@@ -208,7 +218,7 @@ class ServerStore(AnswerStore):
             owner, answer_id, answer = self._unsent.popleft()
             self._num_sent += 1
             self._kept[self._num_sent] = asyncio.get_running_loop().create_future()
-            self._channel.send(Keep(self._num_sent, owner, answer_id, answer), answer.size)
+            self._channel.send(Keep(self._num_sent, owner, answer_id, answer))
         if self._kept:
             await asyncio.wait([*self._kept.values()])
         await send(message)
@@ -246,10 +256,14 @@ def _note_end(
 ) -> None:
     """Report an end to the server's process, once the engine has told where the time went."""
     assert is_logged, "what generates is logged"
-    said = json.dumps({"prompt": context.prompt, "text": context.text}, default=repr) if log_prompts else ""
+    texts = json.dumps({"prompt": context.prompt, "text": context.text}, default=repr) if log_prompts else ""
 
     def report(breakdown: LatencyBreakdown | None) -> None:
-        channel.send(Ended(context.unique_id, record, breakdown, ended, refused, said), len(said))
+        try:
+            channel.send(Ended(context.unique_id, record, breakdown, ended, refused, texts))
+        except InvalidRequestError as error:
+            _logger.warning("the log lacks the texts of request %s: %s", context.unique_id, error)
+            channel.send(Ended(context.unique_id, record, breakdown, ended, refused, ""))
 
     if (last := context.last) is None:
         report(None)

@@ -24,9 +24,6 @@ from splitfuse.server.fronts.messages import (
     View,
 )
 
-BYTES_PER_TOKEN = 5
-"""Most bytes of a token in a message."""
-
 
 class ServerEngines(EngineClient):
     """Opens requests at the engines of the server's process, which routes them, and lets them go on elsewhere."""
@@ -79,13 +76,15 @@ class ServerEngines(EngineClient):
         self._channel.send(Hold(digest, ends=True))
 
     def open(self, request: Add) -> Stream:
-        """See EngineClient. What the server's process raises, the stream raises."""
+        """See EngineClient. What the server's process raises, the stream raises. Raises InvalidRequestError for what is
+        too large for the channel.
+        """
         if self.state is not EngineState.READY:
             raise EngineUnavailableError(f"no engine is ready: {self.state}")
         self._num_opened += 1
         number = self._num_opened
+        self._channel.send(Open(number, request))
         stream = self._streams[number] = Stream(request, partial(self._finish, number))
-        self._channel.send(Open(number, request), BYTES_PER_TOKEN * len(request.prompt_token_ids))
         return stream
 
     async def start(self) -> None:

@@ -20,8 +20,8 @@ from splitfuse.core.limits import EngineLimits
 from splitfuse.core.request_output import RequestOutput
 from splitfuse.engine.client import EngineState
 from splitfuse.engine.messages import Add, EngineInfo, Loading
-from splitfuse.engine.remote.transport import frame, read_message
-from splitfuse.errors import EngineUnavailableError, SplitfuseError
+from splitfuse.engine.remote.transport import MAX_MESSAGE, READ_AHEAD, frame, read_message
+from splitfuse.errors import EngineUnavailableError, InvalidRequestError, SplitfuseError
 from splitfuse.server.access_log import RequestRecord
 from splitfuse.server.auth import Owner
 from splitfuse.server.store import StoredAnswer
@@ -29,9 +29,9 @@ from splitfuse.server.store import StoredAnswer
 WINDOW = 2**16
 """Bytes of an answer that are on their way to a client before the server waits, as many as uvicorn keeps."""
 BATCH_BYTES = 2**20
-"""Bytes of bodies and answers from which on a batch is sent at once."""
-READ_AHEAD = 2**22
-"""Bytes that are read of a channel before they are taken in."""
+"""Bytes from which on a batch is sent at once: one of small messages is no larger, and others are decoded in turns."""
+LARGEST = MAX_MESSAGE - 2 * BATCH_BYTES
+"""Most bytes of a message: with the small ones before it, it is not more than the transport allows."""
 
 
 class FrontSpec(msgspec.Struct, frozen=True):
@@ -194,7 +194,7 @@ class Ended(msgspec.Struct, frozen=True, tag=True, array_like=True):
     """Time on the machine's monotonic clock."""
     refused: str
     """Reason why it was refused before any work; empty if it was not."""
-    said: str
+    texts: str
     """Prompt and answers for the log, as JSON; empty without log_prompts."""
 
 
@@ -341,6 +341,8 @@ _encode = msgspec.msgpack.Encoder().encode
 class Channel(Generic[_In, _Out]):
     """Carries messages over a connected socket. Belongs to one event loop.
 
+    A message is encoded when it is sent, so that batches are divided by what they really take.
+
     >>> channel = await Channel.on(connection, list[FromFront])
     >>> channel.send(End(at_once=False))
     >>> batch = await channel.receive()
@@ -350,7 +352,7 @@ class Channel(Generic[_In, _Out]):
         """`batch` is the type of a list of the messages that come."""
         self._reader, self._writer = reader, writer
         self._decode: Any = msgspec.msgpack.Decoder(batch).decode
-        self._batch: list[_Out] = []
+        self._batch: list[msgspec.Raw] = []
         self._num_bytes = 0
         self._loop = asyncio.get_running_loop()
 
@@ -359,12 +361,18 @@ class Channel(Generic[_In, _Out]):
         """Return the channel on a socket."""
         return cls(*await asyncio.open_unix_connection(sock=connection, limit=READ_AHEAD), batch)
 
-    def send(self, message: _Out, num_bytes: int = 0) -> None:
-        """Send a message, with about so many bytes of a body or an answer, in this turn of the event loop."""
+    def send(self, message: _Out) -> None:
+        """Send a message in this turn of the event loop. Raises InvalidRequestError if it is too large."""
+        encoded = _encode(message)
+        if len(encoded) > LARGEST:
+            raise InvalidRequestError(
+                f"it takes a message of {len(encoded)} bytes ({type(message).__name__}) between a front and its "
+                f"server, more than the {LARGEST} that are possible"
+            )
         if not self._batch:
             self._loop.call_soon(self._flush)
-        self._batch.append(message)
-        self._num_bytes += num_bytes
+        self._batch.append(msgspec.Raw(encoded))
+        self._num_bytes += len(encoded)
         if self._num_bytes >= BATCH_BYTES:
             self._flush()
 

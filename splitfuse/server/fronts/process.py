@@ -204,7 +204,7 @@ class _Exchange:
                 return
             if more:
                 body, more = message.get("body", b""), message.get("more_body", False)
-                self._channel.send(Body(self.number, body, more), len(body))
+                self._channel.send(Body(self.number, body, more))
 
     async def write(self, send: Send) -> None:
         """Write the answer as it comes. What has come meanwhile is written at once."""

@@ -19,9 +19,9 @@ from splitfuse.core.latency.phases import LatencyBreakdown
 from splitfuse.core.limits import EngineLimits
 from splitfuse.core.request_output import RequestOutput
 from splitfuse.engine.client import EngineClient, EngineState
-from splitfuse.engine.messages import EngineInfo
+from splitfuse.engine.messages import Add, EngineInfo
 from splitfuse.engine.stream import Stream
-from splitfuse.errors import EngineUnavailableError, SplitfuseError
+from splitfuse.errors import EngineUnavailableError, InvalidRequestError, SplitfuseError
 from splitfuse.server.access_log import RequestRecord
 from splitfuse.server.app import CLIENT_GONE, count_end, explain_end, explained
 from splitfuse.server.errors import RefusedError
@@ -150,10 +150,9 @@ class FrontSession:
                 answers = store.chain(owner, answer_id, parameter="")
             else:
                 answers = [store.find(owner, answer_id, kind=message.kind)]
-        except RefusedError as error:
+            self._channel.send(Found(message.number, answers))
+        except (RefusedError, InvalidRequestError) as error:  # it is not there, or too large for the channel
             self._channel.send(Found(message.number, [], Failure.of(error)))
-        else:
-            self._channel.send(Found(message.number, answers), sum(each.size for each in answers))
 
     def _admit(self, message: Admit) -> None:
         admitted = ExitStack()
@@ -173,15 +172,27 @@ class FrontSession:
         except Exception as error:
             if not isinstance(error, SplitfuseError):
                 _logger.exception("a request of a front could not be opened")
-            now = time.monotonic()
-            opened = now if request.sent is None else request.sent
-            self._channel.send(Closed(number, LatencyBreakdown(opened, now), 0, False, failure=Failure.of(error)))
+            self._send_failure(number, request, error)
             return
         self._streams[number] = stream
         stream.deliver = partial(self._deliver, number, stream)
         stream.breakdown.add_done_callback(partial(self._settled, number, stream))
 
+    def _send_failure(self, number: int, request: Add, error: Exception) -> None:
+        now = time.monotonic()
+        opened = now if request.sent is None else request.sent
+        self._channel.send(Closed(number, LatencyBreakdown(opened, now), 0, False, failure=Failure.of(error)))
+
     def _deliver(self, number: int, stream: Stream, output: RequestOutput, step_seconds: float) -> None:
+        """Pass on an output, or end a request whose output is too large for the channel."""
+        try:
+            self._pass_on(number, stream, output, step_seconds)
+        except InvalidRequestError as error:
+            self._streams.pop(number, None)
+            stream.close()
+            self._send_failure(number, stream.request, error)
+
+    def _pass_on(self, number: int, stream: Stream, output: RequestOutput, step_seconds: float) -> None:
         """Pass on an output; the last one with what is known of the whole request."""
         if output.finish_reason is not None:
             del self._streams[number]
@@ -217,5 +228,5 @@ class FrontSession:
         self._begun.pop(message.unique_id, None)
         count_end(state, record, message.refused)
         explain_end(state, RequestEnd(message.unique_id, record, message.breakdown, message.ended))
-        said: dict[str, Any] = json.loads(message.said) if message.said else {}
-        state.log.write(explained(record, message.breakdown), **said)
+        texts: dict[str, Any] = json.loads(message.texts) if message.texts else {}
+        state.log.write(explained(record, message.breakdown), **texts)

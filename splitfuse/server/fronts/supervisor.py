@@ -401,7 +401,7 @@ class _Request:
             piece = data[start : start + WINDOW]
             is_last = not more and start + WINDOW >= len(data)
             self._num_sent += len(piece)
-            self._channel.send(Piece(self.number, piece, not is_last), len(piece))
+            self._channel.send(Piece(self.number, piece, not is_last))
         if not more:
             self._is_whole = self._is_over = True
             self._news.set()
