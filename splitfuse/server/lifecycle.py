@@ -37,6 +37,7 @@ from splitfuse.server.listen import SWITCH_INTERVAL, App, HttpServer, listening_
 from splitfuse.server.signals import Signals, wait_first
 
 if TYPE_CHECKING:
+    from splitfuse.models.sources.source import ModelSource
     from splitfuse.recording.recorder import Recorder
     from splitfuse.server.admission import Admission
     from splitfuse.server.fronts.supervisor import FrontProcesses
@@ -80,7 +81,7 @@ async def run_server(
         _request_spans(config) as spans,
     ):
         max_connections = connection_limit(config)
-        server = _http_server(engine, config, max_connections)
+        server = _http_server(config, max_connections)
         address, port = listeners[0].getsockname()[:2]
         deployment = Deployment(
             name=config.name,
@@ -153,13 +154,13 @@ def _block_listen(config: ServerConfig) -> BlockListen | None:
     return BlockListen(config.engine_listen, *((config.tls_certificate, config.tls_key) if config.engine_tls else ()))
 
 
-def _http_server(engine: EngineConfig, config: ServerConfig, max_connections: int) -> HttpServer | FrontProcesses:
+def _http_server(config: ServerConfig, max_connections: int) -> HttpServer | FrontProcesses:
     """Return what speaks HTTP: this process, or several others."""
     if config.fronts == 1:
         return HttpServer(config, max_connections=max_connections)
     from splitfuse.server.fronts.supervisor import FrontProcesses
 
-    return FrontProcesses(config, engine.model)
+    return FrontProcesses(config)
 
 
 @contextmanager
@@ -252,14 +253,14 @@ async def _start(
     """Do everything up to the first request. /health and /ready answer meanwhile."""
     watching = asyncio.create_task(_watch_stage(client, show_stage))
     try:
-        app, state, keys = await run_in_daemon_thread(
+        app, state, keys, tokenizer = await run_in_daemon_thread(
             lambda: _make_app(engine, config, client, server, write_log, recorder, spans)
         )
         admission, service = state.admission, state.service
         if isinstance(server, HttpServer):
             server.app = app
         else:
-            server.begin(app, state, keys)
+            await server.begin(app, state, keys, tokenizer)
         with ExitStack() as undo:
             undo.callback(service.close)
             await service.start()
@@ -313,8 +314,10 @@ def _make_app(
     write_log: Callable[[str], None],
     recorder: Recorder | None,
     spans: RequestSpans | None,
-) -> tuple[App, AppState, ApiKeys]:
-    """Return the application. It takes a thread: imports take a second, fetching a model from the Hub much longer."""
+) -> tuple[App, AppState, ApiKeys, ModelSource]:
+    """Return the application, and the model that its tokenizer is of. It takes a thread: imports take a second,
+    fetching a model from the Hub much longer.
+    """
     from splitfuse.server.access_log import RequestLog
     from splitfuse.server.admission import Admission
     from splitfuse.server.app import app_of, make_state
@@ -363,7 +366,7 @@ def _make_app(
     metrics.num_front_restarts = lambda: server.num_restarts
     metrics.num_text_restarts = lambda: service.num_ended_processes + server.num_text_restarts
     keys = ApiKeys(config, name_key=client.name_key)
-    return app_of(state, keys), state, keys
+    return app_of(state, keys), state, keys, source
 
 
 def _num_engines(client: EngineClient) -> int:

@@ -12,12 +12,15 @@ import logging
 from collections import deque
 from collections.abc import Callable, MutableMapping
 from functools import partial
+from pathlib import Path
 from typing import Any
 
-from splitfuse.config import ModelConfig, ServerConfig
+from splitfuse.config import ServerConfig
 from splitfuse.core.latency.phases import LatencyBreakdown
-from splitfuse.errors import InvalidRequestError
-from splitfuse.models.sources.hub import open_model
+from splitfuse.errors import InvalidRequestError, TokenizerError
+from splitfuse.models.sources.folder import ModelFolder
+from splitfuse.models.sources.gguf.model import GgufModel
+from splitfuse.models.sources.source import ModelSource
 from splitfuse.server.access_log import RequestLog, RequestRecord
 from splitfuse.server.admission import Admission
 from splitfuse.server.anthropic import endpoints as anthropic
@@ -42,6 +45,7 @@ from splitfuse.server.fronts.messages import (
     Look,
     Release,
     ToFront,
+    TokenizerFiles,
 )
 from splitfuse.server.listen import App, Receive, Scope, Send
 from splitfuse.server.metrics import Metrics
@@ -123,12 +127,14 @@ class FrontApp:
             self.store.take(message)
 
 
-def load_tokenizer(model: ModelConfig) -> Tokenizer:
-    """Return the tokenizer of a model. Takes a second."""
-    if model.tokenizer is not None:
-        source = open_model(model.tokenizer, model.revision, weights=False)
-    else:
-        source = open_model(model.model, model.revision, gguf_file=model.gguf_file, weights=False)
+def load_tokenizer(files: TokenizerFiles) -> Tokenizer:
+    """Return the tokenizer that the server's process has. Takes a second. Raises TokenizerError if its files say
+    something else than they did when the server started.
+    """
+    path = Path(files.path)
+    source: ModelSource = GgufModel(path) if path.is_file() else ModelFolder(path)
+    if source.digest(weights=False) != files.digest:
+        raise TokenizerError(f"{path} is gone, or its tokenizer is another one than when the server started")
     return Tokenizer.from_source(source)
 
 

@@ -9,12 +9,13 @@ from __future__ import annotations
 import asyncio
 import socket
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, Generic, Self, TypeVar
 
 import msgspec
 
 from splitfuse import errors
-from splitfuse.config import ModelConfig, ServerConfig
+from splitfuse.config import ServerConfig
 from splitfuse.core.latency.phases import LatencyBreakdown
 from splitfuse.core.limits import EngineLimits
 from splitfuse.core.request_output import RequestOutput
@@ -22,6 +23,7 @@ from splitfuse.engine.client import EngineState
 from splitfuse.engine.messages import Add, EngineInfo, Loading
 from splitfuse.engine.remote.transport import MAX_MESSAGE, READ_AHEAD, frame, read_message
 from splitfuse.errors import EngineUnavailableError, InvalidRequestError, SplitfuseError
+from splitfuse.models.sources.source import ModelSource
 from splitfuse.server.access_log import RequestRecord
 from splitfuse.server.auth import Owner
 from splitfuse.server.store import StoredAnswer
@@ -38,7 +40,6 @@ class FrontSpec(msgspec.Struct, frozen=True):
     """Holds everything that a front is started with."""
 
     config: ServerConfig
-    model: ModelConfig
     listener: int
     """Descriptor of the socket on which it accepts connections."""
 
@@ -252,9 +253,24 @@ class BreakOff(msgspec.Struct, frozen=True, tag=True, array_like=True):
     number: int
 
 
+class TokenizerFiles(msgspec.Struct, frozen=True, array_like=True):
+    """Says which files the server's process has its tokenizer of: no front may have it of others."""
+
+    path: str
+    """Absolute path of a model's folder, or of its GGUF file."""
+    digest: str
+    """Digest of what they said then."""
+
+    @classmethod
+    def of(cls, source: ModelSource) -> Self:
+        """Return what names the files of a model. Reads them."""
+        return cls(str(Path(source.location).absolute()), source.digest(weights=False))
+
+
 class Generate(msgspec.Struct, frozen=True, tag=True, array_like=True):
     """Asks the front to generate text by itself, with the engines of the server's process."""
 
+    tokenizer: TokenizerFiles
     secret: bytes
     owners: list[tuple[bytes, Owner]]
     """API keys: see ApiKeys.restored."""

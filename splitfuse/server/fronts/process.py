@@ -131,7 +131,7 @@ class Front:
     async def _begin(self, generate: Generate) -> None:
         """Generate text by itself, from now on."""
         try:
-            tokenizer = await asyncio.to_thread(load_tokenizer, self._spec.model)
+            tokenizer = await asyncio.to_thread(load_tokenizer, generate.tokenizer)
             await self._app.begin(self._spec.config, generate, tokenizer)
         except Exception as error:
             _logger.exception("a front cannot generate text")

@@ -20,10 +20,11 @@ from typing import Any
 
 import msgspec
 
-from splitfuse.config import ModelConfig, ServerConfig
+from splitfuse.config import ServerConfig
 from splitfuse.engine.remote.launcher import exit_text, working_folder
 from splitfuse.engine.remote.transport import frame
 from splitfuse.errors import ServerError
+from splitfuse.models.sources.source import ModelSource
 from splitfuse.server.auth import ApiKeys
 from splitfuse.server.fronts.messages import (
     WINDOW,
@@ -43,6 +44,7 @@ from splitfuse.server.fronts.messages import (
     Start,
     Taken,
     ToFront,
+    TokenizerFiles,
     View,
 )
 from splitfuse.server.fronts.session import FrontSession, view_of
@@ -76,11 +78,11 @@ class FrontProcesses:
     system sends there meanwhile wait for it.
     """
 
-    def __init__(self, config: ServerConfig, model: ModelConfig) -> None:
+    def __init__(self, config: ServerConfig) -> None:
         """Raise ConfigError for a TLS certificate or key that cannot be used."""
         HttpServer(config, max_connections=1)  # it says what is wrong with these settings
         self._answer = LateApp()
-        self._config, self._model = config, model
+        self._config = config
         self._generation: Generation | None = None
         self._fronts: list[_Front] = []
         self._sockets: Sequence[socket.socket] = ()
@@ -89,10 +91,13 @@ class FrontProcesses:
         self.num_restarts = 0
         """Number of times that a front was started again."""
 
-    def begin(self, app: App, state: AppState, keys: ApiKeys) -> None:
-        """Answer with an application from now on, and let fronts generate text by what its state says."""
+    async def begin(self, app: App, state: AppState, keys: ApiKeys, tokenizer: ModelSource) -> None:
+        """Answer with an application from now on, and let fronts generate text by what its state says, with the
+        tokenizer of a model.
+        """
         self._answer.app = app
-        generate = Generate(keys.secret, keys.owners, state.started)
+        files = await asyncio.to_thread(TokenizerFiles.of, tokenizer)
+        generate = Generate(files, keys.secret, keys.owners, state.started)
         self._generation = Generation(state, generate, view_of(state))
         for front in self._fronts:
             front.begin(self._generation)
@@ -110,7 +115,7 @@ class FrontProcesses:
     async def serve(self, sockets: Sequence[socket.socket]) -> None:
         """Serve with a front on each of these sockets until `end`. Raises ServerError if one cannot be started."""
         self._sockets = sockets
-        specs = [FrontSpec(self._config, self._model, each.fileno()) for each in sockets]
+        specs = [FrontSpec(self._config, each.fileno()) for each in sockets]
         self._fronts = [_Front(index, spec, self._answer, self._tell) for index, spec in enumerate(specs)]
         telling = asyncio.create_task(self._tell_often())
         try:
