@@ -6,6 +6,7 @@ import json
 import math
 import os
 import re
+import shutil
 import signal
 import socket
 import sys
@@ -61,7 +62,8 @@ from splitfuse.server.fronts.messages import (
     ToFront,
     View,
 )
-from splitfuse.server.fronts.supervisor import _Request
+from splitfuse.server.fronts.supervisor import FrontProcesses, _Request
+from splitfuse.server.listen import listening_sockets
 from splitfuse.server.store import StoredAnswer
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="only Linux divides connections among sockets")
@@ -508,6 +510,53 @@ def test_a_front_that_hangs_is_started_again(folder: Path) -> None:
         for each in waiting:
             assert ask(each, "/health")[0] == 200, "what the stopped one had not accepted waits for the next"
         wait_until(lambda: metrics(fronts.http)["splitfuse:front_restarts_total"] == 1)
+
+
+@pytest.mark.slow
+def test_a_front_with_another_tokenizer_passes_all_on(folder: Path, tmp_path: Path) -> None:
+    model = Path(shutil.copytree(BUNDLED_MODEL, tmp_path / "storyteller"))
+    with two_fronts(folder, "changed", "--model", str(model)) as fronts:
+        chat = {"messages": [{"role": "user", "content": PROMPT}], "temperature": 0, "max_tokens": 8}
+        wanted = ask(fronts.second, "/v1/chat/completions", chat)[1]["choices"]
+        (model / "chat_template.jinja").write_text("something else")
+        os.kill(fronts.pids[0], signal.SIGKILL)
+        fronts.server.wait_for("front 0 passes on all requests: it cannot generate text: ")
+        assert "its tokenizer is another one than when the server started" in fronts.server.said
+        (new,) = set(children(fronts.server.process.pid, FRONT)) - {fronts.pids[1]}
+        first = connection_to(new, fronts.address)
+        assert ask(first, "/v1/chat/completions", chat)[1]["choices"] == wanted
+        assert ask(first, "/ready")[0] == 200
+        assert metrics(fronts.http)["splitfuse:front_restarts_total"] == 1
+
+
+@pytest.mark.slow
+def test_a_front_that_dies_before_there_is_a_model_is_started_again() -> None:
+    """What the server has for its clients before the model is there: fronts, and no application behind them."""
+
+    async def health(address: tuple[str, int], pid: int) -> int:
+        connection = await asyncio.to_thread(connection_to, pid, address)
+        try:
+            return (await asyncio.to_thread(ask, connection, "/health"))[0]
+        finally:
+            connection.close()
+
+    async def run() -> None:
+        config = ServerConfig(fronts=2)
+        with listening_sockets("127.0.0.1", 0, config.client_timeout, count=2) as listeners:
+            address = listeners[0].getsockname()[:2]
+            fronts = FrontProcesses(config)
+            serving = asyncio.create_task(fronts.serve(listeners))
+            while len(pids := children(os.getpid(), FRONT)) < 2:
+                await asyncio.sleep(0.01)
+            assert [await health(address, pid) for pid in pids] == [200, 200]
+            os.kill(pids[0], signal.SIGKILL)
+            while not fronts.num_restarts or len(again := children(os.getpid(), FRONT)) < 2:
+                await asyncio.sleep(0.01)
+            assert [await health(address, pid) for pid in again] == [200, 200]
+            fronts.end(at_once=False)
+            await serving
+
+    asyncio.run(run())
 
 
 @pytest.mark.slow

@@ -89,6 +89,12 @@ class Ready(msgspec.Struct, frozen=True, tag=True, array_like=True):
     failure: Failure | None = None
 
 
+class Fault(msgspec.Struct, frozen=True, tag=True, array_like=True):
+    """Reports why the front cannot serve anything any more."""
+
+    reason: str
+
+
 class Head(msgspec.Struct, frozen=True, tag=True, array_like=True):
     """Passes on the head of a request, which has `number` among those of the front."""
 
@@ -219,7 +225,22 @@ class Look(msgspec.Struct, frozen=True, tag=True, array_like=True):
 
 
 FromFront = (
-    Beat | Ready | Head | Body | Gone | Taken | Admit | Release | Hold | Open | Close | Began | Ended | Keep | Look
+    Beat
+    | Ready
+    | Fault
+    | Head
+    | Body
+    | Gone
+    | Taken
+    | Admit
+    | Release
+    | Hold
+    | Open
+    | Close
+    | Began
+    | Ended
+    | Keep
+    | Look
 )
 
 # To a front ----------------------------------------------------------------------------------------------------------

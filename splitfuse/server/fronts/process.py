@@ -34,6 +34,7 @@ from splitfuse.server.fronts.messages import (
     Closed,
     End,
     Failure,
+    Fault,
     Found,
     FromFront,
     FrontSpec,
@@ -118,7 +119,7 @@ class Front:
         """Report that HTTP has ended by itself: the server's process ends this one, and starts another."""
         error = None if serving.cancelled() else serving.exception()
         _logger.error("the HTTP server of a front has ended unexpectedly", exc_info=error)
-        self._channel.send(Ready(Failure.of(RuntimeError(f"its HTTP server has ended: {error!r}"))))
+        self._channel.send(Fault(f"its HTTP server has ended: {error!r}"))
 
     def _take(self, message: ToExchange | View | Admitted | Kept | Found | Output | Closed) -> None:
         if isinstance(message, Output | Closed | View):
@@ -129,7 +130,7 @@ class Front:
             self._relay.take(message)
 
     async def _begin(self, generate: Generate) -> None:
-        """Generate text by itself, from now on."""
+        """Generate text by itself, from now on, or pass all requests on if that cannot be."""
         try:
             tokenizer = await asyncio.to_thread(load_tokenizer, generate.tokenizer)
             await self._app.begin(self._spec.config, generate, tokenizer)

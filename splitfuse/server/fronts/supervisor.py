@@ -33,6 +33,7 @@ from splitfuse.server.fronts.messages import (
     BreakOff,
     Channel,
     End,
+    Fault,
     FromFront,
     FrontSpec,
     Generate,
@@ -60,7 +61,7 @@ STABLE_SECONDS = 10.0
 SILENCE_SECONDS = 10.0
 """Seconds of silence after which a front is taken to hang."""
 START_SECONDS = 120.0
-"""Seconds that a front has from its start to its first word: it imports the server, next to engines that load."""
+"""Seconds for which a front may be silent while it imports the server or reads the tokenizer, as engines load."""
 WATCH_SECONDS = 0.5
 """Seconds between two checks of that."""
 TELL_SECONDS = 0.05
@@ -141,13 +142,13 @@ class FrontProcesses:
             front.end(End(at_once))
 
     async def _keep(self, front: _Front) -> None:
-        """Keep a front running. The first start of a front must succeed: a wrong setting stays wrong."""
+        """Keep a front running. Raises ServerError if what prevents its first start would prevent any."""
         pause = FIRST_PAUSE
         while True:
             why = await front.live(self._note_ready)
             if self._ending.is_set():
                 return
-            if not front.was_ready:
+            if front.cannot_start:
                 raise ServerError(f"front {front.index} could not be started: {why}")
             if front.ready_at is not None and time.monotonic() - front.ready_at >= STABLE_SECONDS:
                 pause = FIRST_PAUSE
@@ -196,7 +197,7 @@ class _Front:
         self.was_ready = False
         """True once it was ready for the first time."""
         self.ready_at: float | None = None
-        """Time at which it was ready in this life; None: it was not yet."""
+        """Time at which it was ready in this life, or knew that it passes all requests on; None: it was not yet."""
         self._spec, self._app, self._tell = spec, app, tell
         self._channel: Channel[FromFront, ToFront] | None = None
         self._generation: Generation | None = None
@@ -205,9 +206,16 @@ class _Front:
         self._tasks: set[asyncio.Task[None]] = set()
         self._text_restarts = 0  # in this life
         self._last_heard = 0.0
-        self._has_spoken = False
+        self._has_spoken = False  # in this life
+        self._has_started = False  # and spoken, in any life
+        self._is_refused = False  # by the front itself, before it was ready in any life
         self._fault = ""
         self._end: End | None = None
+
+    @property
+    def cannot_start(self) -> bool:
+        """Return whether it is of no use to start it again: it was never ready, and has said why, or never a word."""
+        return not self.was_ready and (self._is_refused or not self._has_started)
 
     async def live(self, on_ready: Callable[[], None]) -> str:
         """Let the front live once; return why it has ended."""
@@ -261,12 +269,19 @@ class _Front:
     async def _listen(self, channel: Channel[FromFront, ToFront], on_ready: Callable[[], None]) -> None:
         """Take in what the front says until it has ended."""
         while (batch := await channel.receive()) is not None:
-            self._last_heard, self._has_spoken = time.monotonic(), True
+            self._last_heard = time.monotonic()
+            self._has_spoken = self._has_started = True
             for message in batch:
+                if isinstance(message, Fault):
+                    self._fault, self._is_refused = message.reason, True
+                    return
                 if isinstance(message, Ready):
                     if message.failure is not None:
-                        self._fault = message.failure.message
-                        return
+                        why = message.failure.message
+                        if not self.was_ready:
+                            self._fault, self._is_refused = why, True
+                            return
+                        _logger.error("front %d passes on all requests: it cannot generate text: %s", self.index, why)
                     self.ready_at, self.was_ready = time.monotonic(), True
                     on_ready()
                 elif isinstance(message, Beat):
@@ -333,7 +348,8 @@ class _Front:
             await asyncio.sleep(WATCH_SECONDS)
             if time.monotonic() - slept > 2 * WATCH_SECONDS:  # we were stopped ourselves, so silence means nothing
                 self._last_heard = time.monotonic()
-            most = SILENCE_SECONDS if self._has_spoken else START_SECONDS
+            reads_tokenizer = self._session is not None and self.ready_at is None
+            most = START_SECONDS if reads_tokenizer or not self._has_spoken else SILENCE_SECONDS
             if (silent := time.monotonic() - self._last_heard) > most:
                 self._fault = f"it hung: it has been silent for {silent:.0f} s"
                 _kill(process)
