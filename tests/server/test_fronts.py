@@ -53,6 +53,7 @@ from splitfuse.server.fronts.messages import (
     Channel,
     Failure,
     FromFront,
+    FrontSpec,
     Keep,
     Kept,
     Open,
@@ -439,6 +440,26 @@ def test_what_the_store_cannot_keep_is_not_sent_there() -> None:
             channel.close()
 
     asyncio.run(run())
+
+
+def test_a_front_is_started_without_keys_and_engines() -> None:
+    """Its first message waits in the buffer of a socket, however many engines there are."""
+    server = ServerConfig(
+        fronts=2,
+        api_key=("secret",),
+        api_key_file="keys",
+        key_file="key",
+        engine=tuple(f"10.0.0.1:{port}" for port in range(9000, 13000)),
+        engine_tls=True,
+        max_replicas=2,
+        replicas=1,
+        engine_listen="10.0.0.1:9100",
+        tls_certificate="cert.pem",
+        tls_key="key.pem",
+        max_body_mib=2,
+    )
+    config = FrontSpec.of(server, 5).config
+    assert config == ServerConfig(fronts=2, tls_certificate="cert.pem", tls_key="key.pem", max_body_mib=2)
 
 
 def test_an_answer_waits_for_a_client_that_does_not_read() -> None:

@@ -147,6 +147,16 @@ class WorkerSpec(msgspec.Struct, frozen=True):
     listen: BlockListen | None = None
     """Where it lets them have its own, with the same key; None: it does not."""
 
+    @property
+    def descriptors(self) -> list[int]:
+        """Return the descriptors that the process inherits."""
+        shared = [self.in_flight]
+        if self.weights is not None:
+            shared.append(self.weights.fd)
+        if self.tiers is not None:
+            shared += self.tiers.descriptors
+        return shared
+
 
 class SubprocessLauncher(Launcher):
     """Starts an engine in a process of its own on this machine.
@@ -188,7 +198,7 @@ class SubprocessLauncher(Launcher):
                 link_key=self._link_key,
                 listen=self._listen,
             )
-            process, connection = await _start(spec)
+            process, connection = await start_process(WORKER, spec, spec.descriptors)
         except OSError as error:  # no descriptors, memory or processes now: there may be later
             raise EngineUnavailableError(f"its process could not be started: {error.strerror}") from error
         reader, writer = await asyncio.open_unix_connection(sock=connection, limit=READ_AHEAD)
@@ -246,25 +256,23 @@ class _SubprocessLink(Link):
         _signal(self._process, signal.SIGKILL)
 
 
-async def _start(spec: WorkerSpec) -> tuple[asyncio.subprocess.Process, socket.socket]:
-    """Start an engine's process. Return it with our end of the socket that connects us.
+async def start_process(
+    module: str, spec: msgspec.Struct, descriptors: Collection[int]
+) -> tuple[asyncio.subprocess.Process, socket.socket]:
+    """Start a process of ours that runs a module, with its `spec` as the first message and with descriptors that it
+    inherits. Return it with our end of the socket that connects us.
 
     Raises OSError if the machine has no descriptors, memory or processes left.
     """
     ours, theirs = socket.socketpair()
-    shared = [spec.in_flight, *([spec.weights.fd] if spec.weights is not None else [])]
-    shared += spec.tiers.descriptors if spec.tiers is not None else []
     try:
         ours.sendall(frame(msgspec.msgpack.encode(spec)))  # it fits into the socket's buffer
         process = await asyncio.create_subprocess_exec(
-            sys.executable,
-            "-m",
-            WORKER,
-            str(theirs.fileno()),
-            pass_fds=[theirs.fileno(), *shared],
+            *(sys.executable, "-m", module, str(theirs.fileno())),
+            pass_fds=[theirs.fileno(), *descriptors],
             stdin=asyncio.subprocess.DEVNULL,
             stdout=2,  # what a library prints must not mix with our own output
-            cwd=working_folder(),
+            cwd=_working_folder(),
         )
     except BaseException:
         ours.close()
@@ -274,7 +282,7 @@ async def _start(spec: WorkerSpec) -> tuple[asyncio.subprocess.Process, socket.s
     return process, ours
 
 
-def working_folder() -> str | None:
+def _working_folder() -> str | None:
     """Return where a process of ours runs: in our working directory (None), or the root if that was deleted: MKL needs
     one.
     """

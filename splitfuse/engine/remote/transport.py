@@ -11,11 +11,11 @@ HEADER_BYTES = _LENGTH.size
 MAX_MESSAGE = 2**28
 """Most bytes of a message. A prompt of a million tokens takes five million."""
 READ_AHEAD = 2**22
-"""Bytes that are read of an engine's connection before they are taken in."""
+"""Bytes that are read of a connection before they are taken in."""
 HANDSHAKE_SECONDS = 5.0
 """Longest time of a handshake."""
 BEAT_SECONDS = 0.5
-"""Seconds between two signs of life of a front."""
+"""Seconds between two beats, by which the other side knows that a process lives."""
 
 
 def frame(message: bytes) -> bytes:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import socket
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Generic, Self, TypeVar
 
@@ -34,14 +35,25 @@ BATCH_BYTES = 2**20
 """Bytes from which on a batch is sent at once: one of small messages is no larger, and others are decoded in turns."""
 LARGEST = MAX_MESSAGE - 2 * BATCH_BYTES
 """Most bytes of a message: with the small ones before it, it is not more than the transport allows."""
+NOT_OF_FRONTS = (
+    *("api_key", "api_key_file", "key_file", "engine", "engine_tls", "engine_listen", "roles"),
+    *("replicas", "max_replicas", "autoscale", "ray", "ray_memory", "ray_timeout"),
+)
+"""Settings that no front reads: keys, which are sent as digests, and engines."""
 
 
 class FrontSpec(msgspec.Struct, frozen=True):
     """Holds everything that a front is started with."""
 
     config: ServerConfig
+    """Configuration of the server without keys and engines, which are of no use to a front."""
     listener: int
     """Descriptor of the socket on which it accepts connections."""
+
+    @classmethod
+    def of(cls, config: ServerConfig, listener: int) -> Self:
+        """Return what a front of a server is started with."""
+        return cls(replace(config, **{name: getattr(ServerConfig, name) for name in NOT_OF_FRONTS}), listener)
 
 
 class Failure(msgspec.Struct, frozen=True, array_like=True):

@@ -21,7 +21,7 @@ import msgspec
 from splitfuse.engine import garbage
 from splitfuse.engine.line_writer import LineWriter
 from splitfuse.engine.memory import return_large_blocks
-from splitfuse.engine.remote.transport import receive
+from splitfuse.engine.remote.transport import BEAT_SECONDS, receive
 from splitfuse.server.connections import connection_limit
 from splitfuse.server.fronts.app import FrontApp, load_tokenizer
 from splitfuse.server.fronts.messages import (
@@ -54,14 +54,11 @@ from splitfuse.server.fronts.messages import (
 )
 from splitfuse.server.listen import SWITCH_INTERVAL, HttpServer, Receive, Scope, Send
 
-BEAT_SECONDS = 0.5
-"""Seconds between two signs of life of a front."""
-
 _logger = logging.getLogger(__name__)
 
 
 def main() -> None:
-    """Serve until the server's process says that it is enough, or is gone."""
+    """Serve until the server's process ends it, or is gone."""
     for number in (signal.SIGINT, signal.SIGTERM):  # a terminal and systemd signal all of us: the server decides
         signal.signal(number, signal.SIG_IGN)
     logging.basicConfig(format="%(message)s", stream=LineWriter(sys.stderr))
@@ -91,7 +88,7 @@ class Front:
         self._server.app = self._app
 
     async def run(self, listener: socket.socket) -> None:
-        """Serve until the server's process says that it is enough. If that is gone, the process ends."""
+        """Serve until the server's process ends it. If that is gone, so is this process."""
         serving = asyncio.create_task(self._server.serve([listener]))
         serving.add_done_callback(self._note_end)
         helping = [asyncio.create_task(self._beat())]

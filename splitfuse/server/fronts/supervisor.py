@@ -10,7 +10,6 @@ import asyncio
 import logging
 import signal
 import socket
-import sys
 import time
 from collections import deque
 from collections.abc import Callable, MutableMapping, Sequence
@@ -18,11 +17,8 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
-import msgspec
-
 from splitfuse.config import ServerConfig
-from splitfuse.engine.remote.launcher import exit_text, working_folder
-from splitfuse.engine.remote.transport import frame
+from splitfuse.engine.remote.launcher import exit_text, start_process
 from splitfuse.errors import ServerError
 from splitfuse.models.sources.source import ModelSource
 from splitfuse.server.auth import ApiKeys
@@ -116,7 +112,7 @@ class FrontProcesses:
     async def serve(self, sockets: Sequence[socket.socket]) -> None:
         """Serve with a front on each of these sockets until `end`. Raises ServerError if one cannot be started."""
         self._sockets = sockets
-        specs = [FrontSpec(self._config, each.fileno()) for each in sockets]
+        specs = [FrontSpec.of(self._config, each.fileno()) for each in sockets]
         self._fronts = [_Front(index, spec, self._answer, self._tell) for index, spec in enumerate(specs)]
         telling = asyncio.create_task(self._tell_often())
         try:
@@ -221,7 +217,7 @@ class _Front:
         """Let the front live once; return why it has ended."""
         self._fault, self.ready_at, self._text_restarts, self._has_spoken = "", None, 0, False
         try:
-            process, connection = await self._start()
+            process, connection = await start_process(PROCESS, self._spec, [self._spec.listener])
         except OSError as error:  # no descriptors, memory or processes now
             return f"its process could not be started: {error.strerror}"
         channel: Channel[FromFront, ToFront] = await Channel.on(connection, list[FromFront])
@@ -321,25 +317,6 @@ class _Front:
             if self._requests.get(request.number) is request:  # else it is of an earlier life
                 del self._requests[request.number]
             request.finish()
-
-    async def _start(self) -> tuple[asyncio.subprocess.Process, socket.socket]:
-        """Start the process. Return it with our end of the socket that connects us."""
-        ours, theirs = socket.socketpair()
-        try:
-            ours.sendall(frame(msgspec.msgpack.encode(self._spec)))  # it fits into the socket's buffer
-            process = await asyncio.create_subprocess_exec(
-                *(sys.executable, "-m", PROCESS, str(theirs.fileno())),
-                pass_fds=[theirs.fileno(), self._spec.listener],
-                stdin=asyncio.subprocess.DEVNULL,
-                stdout=2,  # what a library prints must not mix with the log
-                cwd=working_folder(),
-            )
-        except BaseException:
-            ours.close()
-            raise
-        finally:
-            theirs.close()
-        return process, ours
 
     async def _watch(self, process: asyncio.subprocess.Process) -> None:
         """End a front that says nothing for too long."""
