@@ -50,6 +50,7 @@ from splitfuse.server.fronts.messages import (
     WINDOW,
     Admit,
     Admitted,
+    Beat,
     Channel,
     Failure,
     FromFront,
@@ -59,12 +60,14 @@ from splitfuse.server.fronts.messages import (
     Open,
     Piece,
     Release,
+    Seen,
     Taken,
     ToFront,
     View,
 )
-from splitfuse.server.fronts.supervisor import FrontProcesses, _Request
-from splitfuse.server.listen import listening_sockets
+from splitfuse.server.fronts.session import FrontSession
+from splitfuse.server.fronts.supervisor import FrontProcesses, _Front, _Request
+from splitfuse.server.listen import LateApp, listening_sockets
 from splitfuse.server.store import StoredAnswer
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="only Linux divides connections among sockets")
@@ -465,8 +468,17 @@ def test_a_front_is_started_without_keys_and_engines() -> None:
 def test_an_answer_waits_for_a_client_that_does_not_read() -> None:
     async def run() -> None:
         server, front = await channels()
-        request = _Request(1, server, lambda: None)
-        await request.send({"type": "http.response.start", "status": 200, "headers": []})
+        known = asyncio.Event()
+
+        async def tell() -> None:
+            await known.wait()
+
+        request = _Request(1, server, tell)
+        starting = asyncio.create_task(request.send({"type": "http.response.start", "status": 200, "headers": []}))
+        server.send(Admitted(5))
+        assert await front.receive() == [Admitted(5)], "all fronts know of the engines before the answer begins"
+        known.set()
+        await starting
         sending = asyncio.create_task(request.send({"type": "http.response.body", "body": b"x" * 3 * WINDOW}))
         pieces = 0
         while pieces < WINDOW:
@@ -484,6 +496,34 @@ def test_an_answer_waits_for_a_client_that_does_not_read() -> None:
         assert (await request.receive())["type"] == "http.disconnect"
         for each in (server, front):
             each.close()
+
+    asyncio.run(run())
+
+
+def test_an_answer_waits_for_a_front_that_has_not_seen_the_adapters() -> None:
+    async def run() -> None:
+        server, channel = await channels()
+        state: Any = None
+        front = _Front(0, FrontSpec.of(ServerConfig(), 0), LateApp(), lambda: asyncio.sleep(0))
+        await front.knows(3)  # before it generates text it sees the newest view
+        front._session, front.ready_at = FrontSession(state, server), 0.0
+        listening = asyncio.create_task(front._listen(server, lambda: None))
+        knowing = asyncio.create_task(front.knows(3))
+        for message in (Seen(2), Beat(7)):
+            channel.send(message)
+        while front.num_connections != 7:
+            await asyncio.sleep(0)
+        assert not knowing.done()
+        channel.send(Seen(3))
+        await knowing
+        knowing = asyncio.create_task(front.knows(4))
+        await asyncio.sleep(0)
+        assert not knowing.done()
+        front._cut_off()  # it has died
+        await knowing
+        channel.close()
+        await listening
+        server.close()
 
     asyncio.run(run())
 

@@ -101,6 +101,12 @@ class Ready(msgspec.Struct, frozen=True, tag=True, array_like=True):
     failure: Failure | None = None
 
 
+class Seen(msgspec.Struct, frozen=True, tag=True, array_like=True):
+    """Answers View: the front has taken it in."""
+
+    number: int
+
+
 class Fault(msgspec.Struct, frozen=True, tag=True, array_like=True):
     """Reports why the front cannot serve anything any more."""
 
@@ -239,6 +245,7 @@ class Look(msgspec.Struct, frozen=True, tag=True, array_like=True):
 FromFront = (
     Beat
     | Ready
+    | Seen
     | Fault
     | Head
     | Body
@@ -320,6 +327,8 @@ class View(msgspec.Struct, frozen=True, tag=True, array_like=True):
     open_limits: EngineLimits | None
     adapters: dict[str, str]
     loading_adapters: tuple[str, ...]
+    number: int = 0
+    """Number of changes before it. Seen is the answer."""
 
 
 class Admitted(msgspec.Struct, frozen=True, tag=True, array_like=True):

@@ -46,6 +46,7 @@ from splitfuse.server.fronts.messages import (
     Piece,
     Read,
     Ready,
+    Seen,
     Start,
     Taken,
     ToExchange,
@@ -121,6 +122,8 @@ class Front:
     def _take(self, message: ToExchange | View | Admitted | Kept | Found | Output | Closed) -> None:
         if isinstance(message, Output | Closed | View):
             self._app.engines.take(message)
+            if isinstance(message, View):
+                self._channel.send(Seen(message.number))
         elif isinstance(message, Admitted | Kept | Found):
             self._app.take(message)
         else:

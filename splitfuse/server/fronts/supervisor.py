@@ -12,10 +12,12 @@ import signal
 import socket
 import time
 from collections import deque
-from collections.abc import Callable, MutableMapping, Sequence
+from collections.abc import Awaitable, Callable, MutableMapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
+
+import msgspec
 
 from splitfuse.config import ServerConfig
 from splitfuse.engine.remote.launcher import exit_text, start_process
@@ -38,6 +40,7 @@ from splitfuse.server.fronts.messages import (
     Piece,
     Read,
     Ready,
+    Seen,
     Start,
     Taken,
     ToFront,
@@ -64,6 +67,9 @@ TELL_SECONDS = 0.05
 """Seconds between two checks whether fronts must be told of the engines."""
 TIME_TO_END = FLUSH_TIMEOUT + 3.0
 """Seconds that a front has to end when it is told to."""
+
+Tell = Callable[[], Awaitable[None]]
+"""Function that tells the fronts of the engines, and returns once they know."""
 
 _logger = logging.getLogger(__name__)
 
@@ -113,7 +119,7 @@ class FrontProcesses:
         """Serve with a front on each of these sockets until `end`. Raises ServerError if one cannot be started."""
         self._sockets = sockets
         specs = [FrontSpec.of(self._config, each.fileno()) for each in sockets]
-        self._fronts = [_Front(index, spec, self._answer, self._tell) for index, spec in enumerate(specs)]
+        self._fronts = [_Front(index, spec, self._answer, self.tell) for index, spec in enumerate(specs)]
         telling = asyncio.create_task(self._tell_often())
         try:
             async with asyncio.TaskGroup() as group:
@@ -155,12 +161,25 @@ class FrontProcesses:
             pause = min(2 * pause, LONGEST_PAUSE)
             self.num_restarts += 1
 
-    def _tell(self) -> None:
-        """Tell the fronts of the engines, if anything has changed."""
-        if (generation := self._generation) is not None and (view := view_of(generation.state)) != generation.view:
-            generation.view = view
+    async def tell(self) -> None:
+        """Tell the fronts of the engines, if anything has changed, and return once all know which adapters there are:
+        one that has much to do may serve the next request before it reads of them.
+        """
+        self._tell()
+        if self._generation is not None:
             for front in self._fronts:
-                front.send(view)
+                await front.knows(self._generation.adapters_number)
+
+    def _tell(self) -> None:
+        if (generation := self._generation) is None:
+            return
+        old, view = generation.view, view_of(generation.state)
+        if msgspec.structs.replace(view, number=old.number) != old:
+            generation.view = msgspec.structs.replace(view, number=old.number + 1)
+            if view.adapters != old.adapters:
+                generation.adapters_number = old.number + 1
+            for front in self._fronts:
+                front.send(generation.view)
 
     async def _tell_often(self) -> None:
         while True:
@@ -180,12 +199,14 @@ class Generation:
     generate: Generate
     view: View
     """What they were told of the engines."""
+    adapters_number: int = 0
+    """Number of the view in which the adapters have changed last."""
 
 
 class _Front:
     """Runs one front, life after life, and the requests that it passes on."""
 
-    def __init__(self, index: int, spec: FrontSpec, app: App, tell: Callable[[], None]) -> None:
+    def __init__(self, index: int, spec: FrontSpec, app: App, tell: Tell) -> None:
         self.index = index
         self.num_connections = 0
         self.num_text_restarts = 0
@@ -204,6 +225,7 @@ class _Front:
         self._last_heard = 0.0
         self._has_spoken = False  # in this life
         self._has_started = False  # and spoken, in any life
+        self._seen, self._has_seen = 0, asyncio.Event()  # number of a view
         self._is_refused = False  # by the front itself, before it was ready in any life
         self._fault = ""
         self._end: End | None = None
@@ -216,6 +238,7 @@ class _Front:
     async def live(self, on_ready: Callable[[], None]) -> str:
         """Let the front live once; return why it has ended."""
         self._fault, self.ready_at, self._text_restarts, self._has_spoken = "", None, 0, False
+        self._seen = 0
         try:
             process, connection = await start_process(PROCESS, self._spec, [self._spec.listener])
         except OSError as error:  # no descriptors, memory or processes now
@@ -256,9 +279,16 @@ class _Front:
         if self._channel is not None and self._session is not None:
             self._channel.send(message)
 
+    async def knows(self, number: int) -> None:
+        """Return once it knows of a view, or has ended. One that does not generate text yet knows before it does."""
+        while self._session is not None and self.ready_at is not None and self._end is None and self._seen < number:
+            self._has_seen.clear()
+            await self._has_seen.wait()
+
     def end(self, end: End) -> None:
         """End the front for good."""
         self._end = end
+        self._has_seen.set()
         if self._channel is not None:
             self._channel.send(end)
 
@@ -284,6 +314,9 @@ class _Front:
                     self.num_connections = message.num_connections
                     self.num_text_restarts += message.num_text_restarts - self._text_restarts
                     self._text_restarts = message.num_text_restarts
+                elif isinstance(message, Seen):
+                    self._seen = message.number
+                    self._has_seen.set()
                 elif isinstance(message, Head | Body | Gone | Taken):
                     self._pass_on(channel, message)
                 elif self._session is not None:
@@ -297,6 +330,7 @@ class _Front:
         if self._session is not None:
             self._session.close()
             self._session = None
+        self._has_seen.set()
 
     def _pass_on(self, channel: Channel[FromFront, ToFront], message: Head | Body | Gone | Taken) -> None:
         """Pass on to the application what a front does not serve by itself."""
@@ -336,7 +370,7 @@ class _Front:
 class _Request:
     """Is one request as the application sees it: `receive` and `send` of ASGI, with uvicorn's meanings."""
 
-    def __init__(self, number: int, channel: Channel[FromFront, ToFront], tell: Callable[[], None]) -> None:
+    def __init__(self, number: int, channel: Channel[FromFront, ToFront], tell: Tell) -> None:
         """`tell` tells the fronts of the engines: before the answer to a request which has changed something there."""
         self.number = number
         self._channel, self._tell = channel, tell
@@ -387,7 +421,7 @@ class _Request:
         if self._is_over:
             return
         if message["type"] == "http.response.start":
-            self._tell()
+            await self._tell()
             self._channel.send(Start(self.number, message["status"], [*message.get("headers", ())]))
             return
         data, more = message.get("body", b""), message.get("more_body", False)
