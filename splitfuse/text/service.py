@@ -11,7 +11,7 @@ import asyncio
 import time
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextvars import ContextVar
+from contextvars import ContextVar, copy_context
 from functools import partial
 from itertools import islice
 from typing import Any, TypeVar
@@ -78,8 +78,10 @@ class TextService:
                 sandbox.close()
 
     async def off_loop(self, work: Callable[[], _Result]) -> _Result:
-        """Return the result of `work`, which runs on one of a few threads while the event loop continues."""
-        return await asyncio.get_running_loop().run_in_executor(self._threads, work)
+        """Return the result of `work`, which runs on one of a few threads, in the context of its caller, while the
+        event loop continues.
+        """
+        return await asyncio.get_running_loop().run_in_executor(self._threads, copy_context().run, work)
 
     def give_back_memory(self) -> None:
         """Return freed memory to the system soon, after a large request has ended."""

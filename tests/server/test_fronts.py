@@ -422,23 +422,32 @@ def test_a_message_above_the_limit_is_refused_and_others_are_not(monkeypatch: py
     asyncio.run(run())
 
 
-def test_what_the_store_cannot_keep_is_not_sent_there() -> None:
+def test_an_answer_waits_until_it_is_kept() -> None:
+    """But one that the store has no room for is not sent there, and no answer waits for those of others."""
+
     async def run() -> None:
         server, front = await channels()
         store = ServerStore(ServerConfig(max_stored_mib=1), front)
-        small = StoredAnswer(b"{}", b"[]")
-        store.put("alice", "large", StoredAnswer(b"x" * 2**20, b"[]"))
-        store.put("alice", "small", small)
         sent: list[Any] = []
 
         async def send(message: Any) -> None:
-            sent.append(message)
+            sent.append(message["name"])
 
-        sending = asyncio.create_task(store.send_after(send, {"type": "http.response.body"}))
-        assert await server.receive() == [Keep(1, "alice", "small", small)] and not sent
+        async def serve(name: str, answer: StoredAnswer | None) -> None:
+            sending = store.sender(send)
+            if answer is not None:
+                await asyncio.to_thread(store.put, "alice", name, answer)
+            await sending({"name": name})
+
+        small = StoredAnswer(b"{}", b"[]")
+        keeping = asyncio.create_task(serve("small", small))
+        assert await server.receive() == [Keep(1, "alice", "small", small)]
+        await asyncio.create_task(serve("large", StoredAnswer(b"x" * 2**20, b"[]")))
+        await asyncio.create_task(serve("none", None))
+        assert sent == ["large", "none"]
         store.take(Kept(1))
-        await sending
-        assert sent == [{"type": "http.response.body"}]
+        await keeping
+        assert sent == ["large", "none", "small"]
         for channel in (server, front):
             channel.close()
 

@@ -11,6 +11,7 @@ import json
 import logging
 from collections import deque
 from collections.abc import Callable, MutableMapping
+from contextvars import ContextVar
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -86,7 +87,7 @@ class FrontApp:
             await self._relay(scope, receive, send)
             return
         assert self.store is not None
-        await self._own(scope, receive, partial(self.store.send_after, send))
+        await self._own(scope, receive, self.store.sender(send))
 
     @property
     def num_text_restarts(self) -> int:
@@ -171,22 +172,25 @@ class ServerAdmission(Admission):
             asked.set_result(message)
 
 
+_Unsent = deque[tuple[str | None, str, StoredAnswer]]
+_unsent: ContextVar[_Unsent] = ContextVar("answers that the current request keeps, which were not sent yet")
+
+
 class ServerStore(AnswerStore):
     """Lets the server's process keep answers: they are there for all fronts before their clients can ask for them."""
 
     def __init__(self, config: ServerConfig, channel: Channel[ToFront, FromFront]) -> None:
         super().__init__(max_answers=config.max_stored_responses, max_bytes=int(config.max_stored_mib * 2**20))
         self._channel = channel
-        self._unsent: deque[tuple[str | None, str, StoredAnswer]] = deque()
         self._kept: dict[int, asyncio.Future[None]] = {}
         self._looks: dict[int, asyncio.Future[Found]] = {}
         self._num_sent = 0
         self._loop = asyncio.get_running_loop()
 
     def put(self, owner: str | None, answer_id: str, answer: StoredAnswer) -> None:
-        """See AnswerStore. Any thread may call it."""
+        """See AnswerStore. Any thread may call it that works for a request."""
         if self.has_room_for(answer) and answer.size < LARGEST:
-            self._unsent.append((owner, answer_id, answer))
+            _unsent.get().append((owner, answer_id, answer))
 
     def find(
         self, owner: str | None, answer_id: str, *, parameter: str | None = None, kind: str = "response"
@@ -218,15 +222,23 @@ class ServerStore(AnswerStore):
             raise RefusedError(404, answer.failure.message, code="answer_not_found", parameter=parameter)
         return answer.answers
 
-    async def send_after(self, send: Send, message: MutableMapping[str, Any]) -> None:
-        """Send a part of an answer, after what is to be kept has been kept."""
-        while self._unsent:
-            owner, answer_id, answer = self._unsent.popleft()
+    def sender(self, send: Send) -> Send:
+        """Return what sends the parts of an answer to the request that the current task serves: each after what that
+        request keeps has been kept.
+        """
+        unsent: _Unsent = deque()
+        _unsent.set(unsent)
+        return partial(self._send_after, unsent, send)
+
+    async def _send_after(self, unsent: _Unsent, send: Send, message: MutableMapping[str, Any]) -> None:
+        kept: list[asyncio.Future[None]] = []
+        while unsent:
             self._num_sent += 1
-            self._kept[self._num_sent] = asyncio.get_running_loop().create_future()
-            self._channel.send(Keep(self._num_sent, owner, answer_id, answer))
-        if self._kept:
-            await asyncio.wait([*self._kept.values()])
+            kept.append(self._loop.create_future())
+            self._kept[self._num_sent] = kept[-1]
+            self._channel.send(Keep(self._num_sent, *unsent.popleft()))
+        if kept:
+            await asyncio.wait(kept)
         await send(message)
 
     def take(self, message: Kept | Found) -> None:
