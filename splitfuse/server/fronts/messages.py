@@ -32,9 +32,9 @@ from splitfuse.server.store import StoredAnswer
 WINDOW = 2**16
 """Bytes of an answer that are on their way to a client before the server waits, as many as uvicorn keeps."""
 BATCH_BYTES = 2**20
-"""Bytes from which on a batch is sent at once: one of small messages is no larger, and others are decoded in turns."""
+"""Bytes from which on a batch is sent at once: the other side takes in what it is sent bit by bit."""
 LARGEST = MAX_MESSAGE - 2 * BATCH_BYTES
-"""Most bytes of a message: with the small ones before it, it is not more than the transport allows."""
+"""Most bytes of a message: with those before it in a batch, it is not more than the transport allows."""
 NOT_OF_FRONTS = (
     *("api_key", "api_key_file", "key_file", "engine", "engine_tls", "engine_listen", "roles"),
     *("replicas", "max_replicas", "autoscale", "ray", "ray_memory", "ray_timeout"),
