@@ -58,9 +58,8 @@ def searched(
     return search(engine_of(targets, calibration), workload, space, goal_of(targets), **how)
 
 
-@pytest.mark.parametrize(
-    ("targets", "splits"), [(TIGHT, True), pytest.param(LOOSE, False, marks=pytest.mark.slow)], ids=["tight", "loose"]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("targets", "splits"), [(TIGHT, True), (LOOSE, False)], ids=["tight", "loose"])
 def test_search_finds_what_an_exhaustive_one_finds(targets: dict[str, str], splits: bool) -> None:
     few: list[None] = []
     many: list[None] = []

@@ -20,7 +20,7 @@ def mutations(count: int, seed: int) -> None:
 
 
 def test_some_mutations_of_folders_load_or_are_refused() -> None:
-    mutations(20, seed=100_000)
+    mutations(12, seed=100_000)
 
 
 @pytest.mark.slow

@@ -40,8 +40,8 @@ def examined() -> Iterator[RunningServer]:
         yield server
 
 
-def test_200_generated_requests(examined: RunningServer) -> None:
-    _call(examined, 200)
+def test_120_generated_requests(examined: RunningServer) -> None:
+    _call(examined, 120)
 
 
 @pytest.mark.slow
