@@ -46,7 +46,7 @@ MAMBAS = tuple(
     for state, dim in ((16, 24), (128, 64))
 )
 CONVOLUTIONS = tuple(ConvSpec(num_channels=200, conv_size=size) for size in (3, 4))
-SLOTS = 8
+SLOTS = 9
 """Number of states that the requests of a step read and write."""
 KINDS = ("silu", "gelu", "gelu_tanh", "relu", "relu2", "sigmoid", "clamped_swiglu")
 
@@ -219,7 +219,7 @@ def recurrent(specs: Sequence[RecurrentSpec], setting: Setting, rng: Random) -> 
     for number in range(3):
         count, read = rng.choice((1, 1, 5) if setting.is_rehearsal else (1, 1, 7, 200)), rng.choice((-1, number))
         kept = ((count // 2, 3 + number),) if count > 1 and rng.random() < 0.5 else ()
-        write = read if read >= 0 and rng.random() < 0.5 else SLOTS - 1 - number + (number == 2)
+        write = read if read >= 0 and rng.random() < 0.5 else 6 + number
         chunks.append(Chunk(str(number), 0, (1,) * count, tuple(range(8)), 1, True, StateSlots(read, write, kept)))
     on_cpu = BatchBuilder(BLOCK, torch.device("cpu")).build(chunks)
     states = torch.randn(SLOTS, ReferenceBackend().state_bytes(spec) // 4) / 10
