@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -50,6 +51,8 @@ SHARED_KIB = {(7, 5): 64, (8, 0): 163, (8, 6): 99, (8, 9): 99, (9, 0): 227, (10,
 FP8_CACHE = "attention, FP8 cache"
 HEADS = (64, 80, 128, 256)
 """Sizes of heads that attention is compiled for."""
+NUM_PAIRS = (2, 1024)
+"""Numbers of pairs of a token and an expert: of few, and of so many that a tile has many rows."""
 
 
 class Compiler:
@@ -99,7 +102,7 @@ def compile_all(setting: Setting, capability: tuple[int, int]) -> bool:
     """Print what each kernel takes on a GPU of this compute capability; return whether all can be compiled, and have
     the shared memory that they need.
     """
-    table = Table("kernel                    ", "programs", "shared KiB", "registers", "spilled bytes", "seconds")
+    table = Table("kernel                         ", "programs", "shared KiB", "registers", "spilled bytes", "seconds")
     most, all_right = SHARED_KIB[capability], True
     for name, launch in launches(setting):
         if name == FP8_CACHE and capability < OLDEST_OF_KV["fp8"]:
@@ -153,14 +156,16 @@ def launches(setting: Setting) -> Iterator[tuple[str, Callable[[TritonBackend], 
         yield f"sum and norm of {width}", lambda b, x=x: b.add_norm(x, x, 1.0, NORM, torch.ones(x.shape[1]))
     yield "gated", lambda b: b.gated(rows(setting, 64), rows(setting, 64, 96), None, "silu")
     yield "best token", lambda b: b.topk(torch.empty(3, 128256), 1)
-    for pairs in (2, 1024):
-        yield f"experts of {pairs} pairs", lambda b, n=pairs: b.experts(*of_experts(setting, n))
+    for pairs in NUM_PAIRS:
+        yield f"experts, {pairs} pairs", lambda b, n=pairs: b.experts(*of_experts(setting, n))
     yield "equal bits", lambda b: b.linear(rows(setting, 4096), rows(setting, 4096, 96))
     for quantization in ("int8", "int4"):
         yield f"weights in {quantization}", lambda b, q=quantization: few_bits(setting, b, q)
     for name, weight in stored_weights().items():
         yield f"{name} weights", lambda b, w=weight: stored(setting, b, w)
-        yield f"{name} experts", lambda b, w=weight: b.experts(*of_stored_experts(setting, b, w))
+        for pairs in NUM_PAIRS:
+            arguments = partial(of_stored_experts, setting, make=weight, num_pairs=pairs)
+            yield f"{name} experts, {pairs} pairs", lambda b, a=arguments: b.experts(*a(b))
     yield "delta net", lambda b: recurrent(setting, b, delta())
     yield "Mamba", lambda b: recurrent(setting, b, mamba())
     yield "convolution", lambda b: recurrent(setting, b, ConvSpec(num_channels=2048, conv_size=3))
@@ -238,14 +243,14 @@ def stored(setting: Setting, backend: TritonBackend, make: Callable[[int, int], 
 
 
 def of_stored_experts(
-    setting: Setting, backend: TritonBackend, make: Callable[[int, int], QuantizedWeight]
+    setting: Setting, backend: TritonBackend, make: Callable[[int, int], QuantizedWeight], num_pairs: int
 ) -> tuple[Any, ...]:
     """Return arguments of `Backend.experts` whose weights are a checkpoint's."""
     w13, w2 = (
         [backend.pack_quantized([make(*shape)], role=role, dtype=setting.dtype) for _ in range(8)]
         for role, shape in ((Role.W13, (96, 64)), (Role.W2, (64, 48)))
     )
-    return *routed(setting, 4), LayerWeights(w13=w13, w2=w2)
+    return *routed(setting, num_pairs), LayerWeights(w13=w13, w2=w2)
 
 
 def recurrent(setting: Setting, backend: TritonBackend, spec: DeltaSpec | MambaSpec | ConvSpec) -> None:

@@ -33,6 +33,8 @@ from splitfuse.kernels.triton.quantized import Quantized, choose_format
 from splitfuse.runtime.batch import BatchBuilder
 
 CASES = 20
+TOKENS_OF_EXPERTS = (1, 20, 200)
+"""Numbers of tokens that experts compute: the most make tiles of many rows, as prompts do."""
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 6e-3, torch.bfloat16: 5e-2}
 """Largest error by dtype, of the largest number: some roundings of a dtype one after the other."""
 DELTAS = tuple(
@@ -156,7 +158,7 @@ def gated(setting: Setting, rng: Random) -> tuple[Tensor, Tensor]:
 
 
 def experts(setting: Setting, rng: Random) -> tuple[Tensor, Tensor]:
-    tokens, count, inner, hidden = rng.choice((1, 20, 100)), 8, 48, 64
+    tokens, count, inner, hidden = rng.choice(TOKENS_OF_EXPERTS), 8, 48, 64
     options: dict[str, Any] = {"device": setting.device, "dtype": setting.dtype}
     x, weights = torch.randn(tokens, hidden, **options), torch.rand(tokens, 2, device=setting.device)
     w13 = [torch.randn(2 * inner, hidden, **options) / 8 for _ in range(count)]
@@ -200,7 +202,8 @@ def checkpoints(setting: Setting, rng: Random) -> tuple[Tensor, Tensor]:
 
 
 def experts_of_checkpoints(setting: Setting, rng: Random) -> tuple[Tensor, Tensor]:
-    tokens, backend, make = rng.choice((1, 20, 100)), setting.backend(), rng.choice(list(stored_weights().values()))
+    tokens, make = rng.choice(TOKENS_OF_EXPERTS), rng.choice(list(stored_weights().values()))
+    backend = setting.backend()
     w13, w2 = (
         [backend.pack_quantized([make(*shape)], role=role, dtype=setting.dtype) for _ in range(8)]
         for role, shape in ((Role.W13, (128, 96)), (Role.W2, (96, 64)))
