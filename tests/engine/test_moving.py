@@ -213,6 +213,7 @@ def test_a_step_saves_a_few_blocks_of_all_that_move(engines: list[Engine], monke
     while exported != dict.fromkeys("012", 9):
         assert first.has_unfinished
         first.step(isolate=True)
+        assert first.tiers is not None and first.tiers.wait_until_written(PATIENCE)  # before a request ends
         exported |= first.take_exported()
     assert max(saved) == 4 and sum(saved) == 27
 
