@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from contextlib import asynccontextmanager
 from random import Random
@@ -16,6 +17,8 @@ from scheduler_checks import check_scheduler
 
 import splitfuse
 from splitfuse.config import EngineConfig, Role, ServerConfig, parse_roles
+from splitfuse.core.events import StepScheduled
+from splitfuse.core.limits import ceil_div
 from splitfuse.core.pooling_params import NOTHING_GENERATED, PoolingParams
 from splitfuse.core.sampling_params import SamplingParams
 from splitfuse.engine.engine import Engine
@@ -26,8 +29,8 @@ from splitfuse.engine.tier_files import open_tiers
 from splitfuse.errors import ConfigError, InvalidRequestError
 from splitfuse.runtime.loading import load_model
 
-SETTINGS: dict[str, Any] = {"num_blocks": 300, "max_num_batched_tokens": 64, "num_threads": 1}
-BLOCK = 32
+CHUNK, BLOCK = 64, 32
+SETTINGS: dict[str, Any] = {"num_blocks": 300, "max_num_batched_tokens": CHUNK, "num_threads": 1}
 SPLIT = (Role.PROMPT, Role.GENERATION)
 
 
@@ -103,25 +106,45 @@ def test_a_request_gets_the_same_from_two_engines(settings: dict[str, Any]) -> N
 
 
 def test_blocks_go_ahead_chunk_by_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
-    """At the hand-over those of the last chunks alone are left, however long the prompt is."""
+    """Those of all chunks but the last three come while the prompt is computed, however long it is: its last chunk
+    waits for them here.
+    """
+    for bound in ("engine.moving.STAGE_SECONDS", "core.kv.prefetching.LONGEST_FETCH"):
+        monkeypatch.setattr(f"splitfuse.{bound}", PATIENCE)
     come: dict[str, int] = {}
+    has_come, num_awaited = threading.Event(), 0
     prefetch = AsyncEngine.prefetch
 
     async def counted(engine: AsyncEngine, request_id: str, *how: Any) -> int:
         count = await prefetch(engine, request_id, *how)
         come[request_id] = come.get(request_id, 0) + count
+        if come[request_id] >= num_awaited:
+            has_come.set()
         return count
 
     monkeypatch.setattr(AsyncEngine, "prefetch", counted)
     (request,) = requests(1, max_tokens=5)
 
     async def test() -> None:
+        nonlocal num_awaited
         async with running() as router:
+            first = router.replicas[0]
+            assert isinstance(first, AsyncEngine) and first._engine.tiers is not None
+            tiers = first._engine.tiers
+
+            def hold(step: StepScheduled) -> None:
+                tiers.wait_until_written(PATIENCE)  # what is written is reported with the step that runs now
+                if any(chunk.end == len(each.prompt_token_ids) for chunk in step.plan.chunks):
+                    has_come.wait(PATIENCE)
+
+            first._engine.events.subscribe(StepScheduled, hold)
             for length in (400, 800):
                 prompt = tuple(Random(length).randrange(5, 700) for _ in range(length))
                 each = msgspec.structs.replace(request, request_id=f"{length}", prompt_token_ids=prompt)
+                num_awaited = CHUNK // BLOCK * (ceil_div(length, CHUNK) - 3)
+                has_come.clear()
                 await read(router.open(each))
-                assert come[f"{length}"] >= length // BLOCK // 4, "usually all but the last six"
+                assert come[f"{length}"] >= num_awaited
 
     run(test)
 
