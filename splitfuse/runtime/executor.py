@@ -267,7 +267,7 @@ class Executor:
     def _execute(self, plan: StepPlan) -> StepResult:
         if plan.saves:
             self.save(plan.saves)
-        if self.inbox is not None:
+        if plan.lands:
             self.land(plan.lands)
         requests = self.requests
         for request_id in plan.retired_requests:

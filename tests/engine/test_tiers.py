@@ -25,7 +25,7 @@ from splitfuse.core.events import PhasesEntered
 from splitfuse.core.kv import fetching
 from splitfuse.core.latency.phases import LatencyPhase
 from splitfuse.core.limits import EngineLimits
-from splitfuse.core.plan import Logprobs
+from splitfuse.core.plan import Land, Logprobs, StepPlan
 from splitfuse.core.replica_view import ReplicaView
 from splitfuse.core.request_output import RequestOutput
 from splitfuse.core.routing import expected_tokens
@@ -174,6 +174,14 @@ def test_a_block_that_one_tier_has_lost_comes_from_the_other(
     os.pwrite(memory._fd, bytes([byte ^ 4]), at)
     assert ask(second, prompt(1)) == [(*computed[:2], 48)]
     assert second.tiers.stats.num_dropped == 1
+
+
+def test_blocks_land_nowhere_without_an_inbox(folder_of: Callable[[str], str], engines: list[Engine]) -> None:
+    """Chunks would attend to blocks that nothing has written."""
+    (engine,) = make(engines, 1, model=folder_of("llama-gqa"), **SMALL)
+    executor = engine.executor
+    with pytest.raises(AssertionError, match="an inbox has them"):
+        executor.collect(executor.submit(StepPlan(1, 16, (), prefetched=(Land(0, 1),))))
 
 
 def test_a_request_for_which_nothing_can_be_asked_is_computed(
