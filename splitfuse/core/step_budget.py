@@ -16,7 +16,6 @@ from collections.abc import Sequence
 
 from splitfuse.config import MAX_TOKEN_BUDGET, SchedulerConfig
 from splitfuse.core.events import StepRecord
-from splitfuse.core.plan import StepPlan
 from splitfuse.core.slo.cost_model import MIN_SAMPLES, CostModel, Sample, StepFeatures, features_of, fit
 
 BUDGETS = (64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, MAX_TOKEN_BUDGET)
@@ -85,7 +84,7 @@ class StepBudget:
         self._num_steps = 0
         self._next_fit = FIRST_FIT
         self._last_found = tokens  # by the fit before
-        self._steps: dict[int, deque[tuple[int, StepPlan, float]]] = {}  # by size: number, plan, and seconds
+        self._samples: dict[int, deque[tuple[int, Sample]]] = {}  # by size of the step, with its number
 
     @classmethod
     def of(cls, config: SchedulerConfig, cost: CostModel | None = None, *, most: int = MAX_TOKEN_BUDGET) -> StepBudget:
@@ -123,8 +122,8 @@ class StepBudget:
         if self._num_steps <= COLD_STEPS or step.measured_seconds <= 0.0:
             return
         size = _size(step.plan.num_tokens)
-        newest = self._num_steps, step.plan, step.measured_seconds
-        self._steps.setdefault(size, deque(maxlen=SAMPLES_PER_SIZE)).append(newest)
+        sample = Sample(features_of(step.plan), step.measured_seconds)  # and not the plan, which has prompts
+        self._samples.setdefault(size, deque(maxlen=SAMPLES_PER_SIZE)).append((self._num_steps, sample))
         if self._num_steps >= self._next_fit:
             self._next_fit = self._num_steps + min(self._num_steps, MOST_STEPS_BETWEEN)
             self._choose()
@@ -132,10 +131,7 @@ class StepBudget:
     def _choose(self) -> None:
         """Fit a cost model to what is remembered, and move the budget if another is clearly better."""
         oldest = self._num_steps - FORGOTTEN_AFTER
-        recent = {
-            size: [Sample(features_of(plan), seconds) for n, plan, seconds in some if n > oldest]
-            for size, some in self._steps.items()
-        }
+        recent = {size: [each for n, each in some if n > oldest] for size, some in self._samples.items()}
         sizes = sorted(size for size, some in recent.items() if some)
         samples = [each for size in sizes for each in recent[size]]
         counts = [each.features.tokens for each in samples]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from random import Random
+from weakref import ref
 
 import pytest
 
@@ -20,6 +21,7 @@ from splitfuse.core.slo.deadline_policy import make_policy
 from splitfuse.core.slo.targets import NO_SLO, SloTargets
 from splitfuse.core.step_budget import (
     BUDGETS,
+    COLD_STEPS,
     FIRST_BUDGET,
     FIRST_FIT,
     HYSTERESIS,
@@ -221,4 +223,16 @@ def test_few_steps_change_nothing() -> None:
 def test_what_is_remembered_is_bounded() -> None:
     budget = StepBudget(256, BUDGETS)
     run(budget, steps_of(Random(8), budget), ADDITIVE.seconds, 5000)
-    assert sum(map(len, budget._steps.values())) <= 4 * 4 * 12
+    assert sum(map(len, budget._samples.values())) <= 4 * 4 * 12
+
+
+def test_no_plan_is_kept() -> None:
+    """It has the prompts of requests that may have ended long ago."""
+    budget, chunks = StepBudget(256, BUDGETS), (chunk("a", 0, 100),)
+    plans = []
+    for number in range(2 * COLD_STEPS):
+        plan = StepPlan(number + 1, budget.tokens, chunks)
+        budget.observe(StepRecord(plan, {"a": ChunkResult()}, 10.0, 11.0, 0.0, 1, 0))
+        plans.append(ref(plan))
+    del plan
+    assert budget._samples and not any(each() for each in plans)
