@@ -27,7 +27,7 @@ from splitfuse.models.weights import copy_bytes, resolve_dtype, weight_bytes
 from splitfuse.runtime.device import device_of
 from splitfuse.runtime.machine import GIB, available_memory
 from splitfuse.runtime.results import HEAD_ROWS
-from splitfuse.runtime.step_graphs import MAX_BYTES
+from splitfuse.runtime.step_graphs import MAX_BYTES, round_up
 
 INDEX_BYTES = 256
 """Bytes that each engine takes for a block in a tier: its entry in the file and in the index (241 were measured)."""
@@ -172,17 +172,13 @@ def plan_memory(
     if (most := _gpu_share(config)) is not None:
         available = min(available, most)
     free = available - weight_size - (0 if draft is None else draft.weights + draft.activations)
-    num_sums = _num_sums(config)
-    token_size = token_bytes(spec, dtype, num_sums=num_sums)
+    token_size = token_bytes(spec, dtype, num_sums=_num_sums(config))
     budget = config.scheduler.max_num_batched_tokens or _largest_budget(token_size, free=free)
     block = block_bytes(rank_spec(spec, num_ranks), block_size=size, dtype=dtype, backend=backend)
-    activations = step_bytes(spec, dtype, budget, backend, weights, num_sums=num_sums)
-    activations += attention_bytes(
-        spec, config, backend, num_tokens=budget, num_positions=max(available, 0) // max(block, 1) * size
-    )
+    num_positions = max(available, 0) // max(block, 1) * size
     plan = MemoryPlan(
         weights=weight_size,
-        activations=activations + (graph_bytes(activations) if config.model.cuda_graphs else 0),
+        activations=_activations(spec, config, backend, weights, num_tokens=budget, num_positions=num_positions),
         block=block,
         block_size=size,
         num_blocks=0,
@@ -307,6 +303,24 @@ def _largest_budget(token_size: int, *, free: int) -> int:
     return max([FIRST_BUDGET, *(budget for budget in BUDGETS if budget <= most)])
 
 
+def _activations(
+    spec: ModelSpec,
+    config: EngineConfig,
+    backend: Backend,
+    weights: WeightSource | None,
+    *,
+    num_tokens: int,
+    num_positions: int,
+) -> int:
+    """Return the bytes that steps of so many tokens take besides weights and caches, and the CUDA graphs of steps, if
+    there are any.
+    """
+    dtype = resolve_dtype(config.model.dtype, spec)
+    size = step_bytes(spec, dtype, num_tokens, backend, weights, num_sums=_num_sums(config))
+    size += attention_bytes(spec, config, backend, num_tokens=num_tokens, num_positions=num_positions)
+    return size + (graph_bytes(size) if config.model.cuda_graphs else 0)
+
+
 def step_bytes(
     spec: ModelSpec,
     dtype: torch.dtype,
@@ -328,14 +342,20 @@ def attention_bytes(
     spec: ModelSpec, config: EngineConfig, backend: Backend, *, num_tokens: int, num_positions: int
 ) -> int:
     """Return the bytes that attention takes for itself in a step of so many tokens, with at most `num_positions` in the
-    KV cache.
+    KV cache. Those of CUDA graphs are padded.
     """
+    is_padded, size = config.model.cuda_graphs, config.cache.block_size
+    num_requests = min(config.scheduler.max_num_seqs, num_tokens)
+    longest = config.model.max_model_len or spec.max_position
+    if is_padded:
+        num_requests, longest = round_up(num_requests), round_up(ceil_div(longest, size)) * size
+        num_tokens = max(round_up(num_tokens), num_requests + 1)
     sizes = StepSizes(
         num_tokens=num_tokens,
-        num_requests=min(config.scheduler.max_num_seqs, num_tokens),
+        num_requests=num_requests,
         num_positions=num_positions,
-        longest=config.model.max_model_len or spec.max_position,
-        is_padded=config.model.cuda_graphs,
+        longest=longest,
+        is_padded=is_padded,
     )
     dtype = resolve_dtype(config.model.dtype, spec)
     mixers = {layer.mixer for layer in spec.layers if isinstance(layer.mixer, AttentionSpec)}
@@ -434,8 +454,12 @@ def _smaller_model(
         options.insert(0, _smaller_tiers(config.cache, plan, missing))
     if plan.draft is not None and plan.draft_model + plan.draft.block >= missing:
         options.append("leaving out draft_model")
-    activations = step_bytes(spec, dtype, plan.max_num_batched_tokens, backend, weights)
-    if config.model.cuda_graphs and graph_bytes(activations) >= missing:
+    without = _activations(
+        *(spec, replace(config, model=replace(config.model, cuda_graphs=False)), backend, weights),
+        num_tokens=plan.max_num_batched_tokens,
+        num_positions=plan.available // max(plan.block, 1) * plan.block_size,
+    )
+    if config.model.cuda_graphs and plan.activations - without >= missing:
         options.append("leaving out cuda_graphs")
     shard = first_shard(config)
     if plan.weights - weight_bytes(spec, torch.bfloat16, backend, weights, shard=shard) >= missing:

@@ -17,7 +17,7 @@ from splitfuse.config import CacheConfig, EngineConfig
 from splitfuse.core.kv.fetching import INBOX_BYTES, STAGED_BYTES
 from splitfuse.errors import ConfigError, MemoryPlanError
 from splitfuse.kernels.cpu.backend import CpuBackend
-from splitfuse.kernels.interface import ConvSpec, Role
+from splitfuse.kernels.interface import AttentionSpec, ConvSpec, Role, StepSizes
 from splitfuse.kernels.reference import ReferenceBackend
 from splitfuse.kernels.sharing import WeightSharing
 from splitfuse.models.spec import LongRopeScaling, RopeSpec
@@ -335,6 +335,28 @@ def test_cuda_graphs_keep_the_activations_of_their_steps() -> None:
     assert refusal(FIXED + BLOCK, cuda_graphs=True).endswith("\nleaving out cuda_graphs would fit")
     assert plan(FIXED + BLOCK).num_blocks == 1
     assert "leaving out" not in refusal(FIXED + BLOCK - 1, cuda_graphs=True)
+
+
+def test_attention_of_cuda_graphs_is_padded() -> None:
+    class Attending(ReferenceBackend):
+        def attention_bytes(self, spec: AttentionSpec, sizes: StepSizes, dtype: torch.dtype) -> int:
+            del spec, dtype
+            asked.append(sizes)
+            return GIB if sizes.is_padded else GIB // 4
+
+    asked: list[StepSizes] = []
+    settings = {"max_num_batched_tokens": 500, "max_num_seqs": 33, "max_model_len": 1000, "num_blocks": 32}
+
+    def planned(available: int, *, cuda_graphs: bool) -> MemoryPlan:
+        config = EngineConfig.from_settings({**settings, "cuda_graphs": cuda_graphs})
+        return plan_memory(SPEC, config, backend=Attending(), available=available)
+
+    without, found = (planned(8 * GIB, cuda_graphs=each) for each in (False, True))
+    assert found.activations == 2 * (without.activations + 3 * GIB // 4) + GIB
+    sizes, padded = ((each.num_tokens, each.num_requests, each.longest) for each in asked)
+    assert (sizes, padded) == ((500, 33, 1000), (512, 40, 1024))
+    with pytest.raises(MemoryPlanError, match=r"\nleaving out cuda_graphs would fit"):
+        planned(without.need, cuda_graphs=True)
 
 
 def test_refusal_says_when_nothing_fits() -> None:
