@@ -76,8 +76,8 @@ IDLE_SECONDS = 0.004
 TIME_TO_WRITE = 0.01
 """Longest wait for blocks that go ahead of a request which leaves, in seconds."""
 WORTH_A_STEP = 1 / 2
-"""Fraction of the time of a step for which others wait for blocks of requests that come from another engine, which
-would else wait for the whole of it.
+"""Longest wait of a step for blocks of requests that have moved here, as a fraction of a step: without it they would
+miss the step.
 """
 FEWEST_MOVED = 4
 """Number of blocks that are copied at a time, whatever time they take."""
@@ -702,15 +702,17 @@ class Engine:
 
     def _ask(self, asked: Sequence[Fetch], tiers: Tiers, fetches: FetchQueue) -> None:
         """Ask for blocks, but read those at once that a request has left at another engine, so that it is in the next
-        step: its client waits.
+        step: its client waits. Not from a disk, nor for longer than that is worth.
         """
-        left = WORTH_A_STEP * self._step_seconds
+        until = time.monotonic() + WORTH_A_STEP * self._step_seconds
         for fetch in asked:
-            if fetch.has_moved and (seconds := tiers.seconds_in_memory(fetch)) <= left:
-                left -= seconds
-                fetches.arrived(fetch.number, tiers.read_at_once(fetch), time.monotonic())
-            else:
+            frames = None
+            if fetch.has_moved and time.monotonic() + tiers.seconds_in_memory(fetch) <= until:
+                frames = tiers.read_at_once(fetch, until)
+            if frames is None:
                 tiers.ask(fetch)
+            else:
+                fetches.arrived(fetch.number, frames, time.monotonic())
 
     def _save_rest(self) -> None:
         """Save the blocks of which no plan has said so, while nothing is in flight."""

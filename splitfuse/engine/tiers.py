@@ -233,9 +233,17 @@ class Tiers:
             return math.inf
         return len(fetch.names) * first.block_seconds.at(time.monotonic())
 
-    def read_at_once(self, fetch: Fetch) -> list[Frame]:
-        """Return the answer to a fetch that was not asked for: the leading blocks that are there and intact."""
-        return self._read(fetch.names, lambda: True)
+    def read_at_once(self, fetch: Fetch, until: float) -> list[Frame] | None:
+        """Return the blocks of a fetch that was not asked for, from memory. None if one is not there any more, or if
+        it is later than `until` before all are read: the fetch is to be asked for, then.
+        """
+        frames: list[Frame] = []
+        for name in fetch.names:
+            if time.monotonic() > until or (frame := self._read_from(self._tiers[0], name)) is None:
+                return None
+            frames.append(frame)
+        self._touch(frames)
+        return frames
 
     def answers(self) -> list[tuple[int, list[Frame]]]:
         """Return the answers that have come, by the number of the fetch, and empty ones to those whose time is over."""
@@ -297,33 +305,41 @@ class Tiers:
             if not is_wanted() or (frame := self.read(name)) is None:
                 break
             frames.append(frame)
+        self._touch(frames)
+        return frames
+
+    def _touch(self, frames: Sequence[Frame]) -> None:
+        """Note that leading blocks of a request are used."""
         for tier in self._tiers:
             if (last := next((frame for frame in reversed(frames) if frame.name in tier.file), None)) is not None:
                 tier.file.touch(last.name)
-        return frames
 
     def read(self, name: bytes) -> Frame | None:
         """Return a block from the first tier that has it intact; None if none has. Any thread may call this."""
-        for tier in self._tiers:
-            began = time.monotonic()
-            try:
-                frame = tier.file.read(name)
-            except Exception as error:
-                if not tier.unreadable:
-                    logger.warning("KV blocks cannot be read from %s now: %r", tier.name, error)
-                tier.unreadable = True
-                tier.file.drop(name)
-                continue
-            tier.unreadable = False
-            if frame is None:
-                continue
-            if frame.is_intact:
-                now = time.monotonic()
-                tier.block_seconds.update(now - began, now)
-                return frame
-            logger.warning("a KV block in %s is not what was written there: it is dropped", tier.name)
+        found = (self._read_from(tier, name) for tier in self._tiers)
+        return next((frame for frame in found if frame is not None), None)
+
+    def _read_from(self, tier: _Tier, name: bytes) -> Frame | None:
+        """Return a block from a tier; None if it is not there, or not intact."""
+        began = time.monotonic()
+        try:
+            frame = tier.file.read(name)
+        except Exception as error:
+            if not tier.unreadable:
+                logger.warning("KV blocks cannot be read from %s now: %r", tier.name, error)
+            tier.unreadable = True
             tier.file.drop(name)
-            self.stats.num_dropped += 1
+            return None
+        tier.unreadable = False
+        if frame is None:
+            return None
+        if frame.is_intact:
+            now = time.monotonic()
+            tier.block_seconds.update(now - began, now)
+            return frame
+        logger.warning("a KV block in %s is not what was written there: it is dropped", tier.name)
+        tier.file.drop(name)
+        self.stats.num_dropped += 1
         return None
 
     def give(self, name: bytes) -> Frame | None:

@@ -31,15 +31,20 @@ TOKEN_IDS = ((1, 2, 3, 4),) * len(NAMES)
 _numbers = count(1)
 
 
-def tiers_with(num_blocks: int) -> Tiers:
-    """Tiers that have the first blocks."""
+def file_with(num_blocks: int) -> BlockFile:
+    """A file of a tier that has the first blocks."""
     file = BlockFile(
         os.memfd_create("tier"), num_bytes=2**20, block_bytes=BLOCK_BYTES, block_size=4, fingerprint=b"f" * 32
     )
     data = np.zeros(BLOCK_BYTES, np.uint8)
     for before, name in zip((b"", *NAMES), NAMES[:num_blocks], strict=False):
         file.write(Frame.of(name, TOKEN_IDS[0], data), before)
-    return Tiers({"memory": file}, BLOCK_BYTES)
+    return file
+
+
+def tiers_with(num_blocks: int) -> Tiers:
+    """Tiers that have the first blocks."""
+    return Tiers({"memory": file_with(num_blocks)}, BLOCK_BYTES)
 
 
 class Ends:
@@ -100,6 +105,22 @@ def until(condition: Callable[[], bool]) -> None:
     while not condition():
         assert time.monotonic() < end, "it does not come"
         time.sleep(0.001)
+
+
+def test_what_is_read_at_once_is_in_memory_and_in_time() -> None:
+    """What is overwritten after one has looked may be on a disk, which the engine's own thread does not wait for."""
+    memory, disk = file_with(4), file_with(len(NAMES))
+    tiers = Tiers({"kv_memory_tier": memory, "kv_disk_tier": disk}, BLOCK_BYTES)
+    fetch = Fetch(1, "request", 0, NAMES[:4], TOKEN_IDS[:4], PATIENCE)
+    in_time = time.monotonic() + PATIENCE
+    assert tiers.seconds_in_memory(fetch) < PATIENCE
+    frames = tiers.read_at_once(fetch, in_time)
+    assert frames is not None and [frame.name for frame in frames] == [*NAMES[:4]]
+    assert tiers.read_at_once(fetch, time.monotonic() - 1.0) is None
+    memory.drop(NAMES[2])
+    assert tiers.read_at_once(fetch, in_time) is None
+    assert [frame.name for frame in tiers._read(fetch.names, lambda: True)] == [*NAMES[:4]], "the disk has it"
+    assert tiers.close()
 
 
 def test_one_hiccup_is_one_failure(
