@@ -34,12 +34,15 @@ class MemoryAhead:
         self._lock = threading.Lock()  # of the pieces
 
     def num_ready(self, *, reserve: bool = False) -> int:
-        """Return of how many blocks beyond the last one in use there is memory, less half of those that are asked for
-        ahead if that is to be left. Very many if no memory is left to be asked for.
+        """Return how many blocks beyond the last one in use have memory; very many if none is left to be asked for.
+        With `reserve`, half of what is asked for ahead does not count: it is for running requests.
         """
         if (piece := self._next) is None:
             return sys.maxsize
-        return max(piece.first - 1 - self._last_used - reserve * self._reserved, 0)
+        num_blocks = piece.first - 1 - self._last_used
+        if reserve:
+            num_blocks -= self._reserved
+        return max(num_blocks, 0)
 
     def use(self, last_block: int) -> None:
         """Note that blocks up to this one are used; -1: none."""
