@@ -4,6 +4,7 @@ the weights are dequantized while they are loaded.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
@@ -164,3 +165,11 @@ QuantizedFormat: TypeAlias = GroupFormat | Fp8Format
 """Description of how a tensor of a checkpoint is quantized: all that a backend must know to accept it."""
 QuantizedWeight: TypeAlias = GroupQuantized | Fp8Quantized
 """Weight as a checkpoint stores it, in one of these formats."""
+
+
+def read_alike(pieces: Sequence[QuantizedWeight]) -> bool:
+    """Return whether the columns of pieces are in one order."""
+    first, *others = (piece.order if isinstance(piece, GroupQuantized) else None for piece in pieces)
+    return all(
+        each is first or (each is not None and first is not None and torch.equal(each, first)) for each in others
+    )

@@ -52,7 +52,6 @@ from splitfuse.kernels.cpu.stored import (
     converted,
     fp8_weight,
     kind_of,
-    read_alike,
     stacked,
     stored_fp8,
     stored_groups,
@@ -86,6 +85,7 @@ from splitfuse.kernels.quantized import (
     GroupQuantized,
     QuantizedFormat,
     QuantizedWeight,
+    read_alike,
 )
 from splitfuse.kernels.sharing import WeightSharing
 

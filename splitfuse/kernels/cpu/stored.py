@@ -155,14 +155,6 @@ def stacked(weights: Sequence[Weight]) -> Weight:
     return whole
 
 
-def read_alike(pieces: Sequence[GroupQuantized]) -> bool:
-    """Return whether the columns of pieces are in one order."""
-    first, *others = (piece.order for piece in pieces)
-    return all(
-        each is first or (each is not None and first is not None and torch.equal(each, first)) for each in others
-    )
-
-
 def common_format(formats: Sequence[GroupFormat]) -> GroupFormat:
     """Return a format that holds weights of all these exactly, in levels of 8 bits with scales and mins in fp32."""
     group = math.gcd(*(each.group_size for each in formats), RUN)

@@ -22,6 +22,7 @@ from splitfuse.kernels.quantized import (
     GroupQuantized,
     QuantizedFormat,
     QuantizedWeight,
+    read_alike,
 )
 
 GROUP_SIZES = {"int8": (128,), "int4": (64, 128)}
@@ -172,7 +173,7 @@ class Quantized:
         columns = pieces[0].shape[1]
         kept = stored_format(pieces[0].format, columns)
         others = [stored_format(piece.format, columns) for piece in pieces[1:]]
-        if kept is None or any(each != kept for each in others) or not _read_alike(pieces):
+        if kept is None or any(each != kept for each in others) or not read_alike(pieces):
             return None
         parts = [_part(piece, kept, device) for piece in pieces]
         names = ("levels", "scales", "zeros", "offsets")
@@ -250,14 +251,6 @@ def _halved(levels: Tensor) -> Tensor:
     """Return levels [N, K'] of 4 bits, two in a byte: [N, K' / 2]."""
     low, high = levels.chunk(2, dim=1)
     return low | (high << 4)
-
-
-def _read_alike(pieces: Sequence[QuantizedWeight]) -> bool:
-    """Return whether the columns of pieces are in one order."""
-    first, *others = (piece.order if isinstance(piece, GroupQuantized) else None for piece in pieces)
-    return all(
-        each is first or (each is not None and first is not None and torch.equal(each, first)) for each in others
-    )
 
 
 def _part(piece: QuantizedWeight, kept: Format, device: torch.device) -> dict[str, Tensor]:
