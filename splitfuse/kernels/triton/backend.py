@@ -38,7 +38,7 @@ from splitfuse.kernels.reference import ReferenceBackend, add_lora, alibi_slopes
 from splitfuse.kernels.triton.attention import attention_kernel, merge_kernel
 from splitfuse.kernels.triton.capabilities import CAPABILITIES, is_interpreted
 from splitfuse.kernels.triton.products import grouped_kernel, grouped_quantized_kernel, quantized_kernel
-from splitfuse.kernels.triton.quantized import Quantized, choose_format, copy_bytes, stored_format
+from splitfuse.kernels.triton.quantized import Quantized, choose_format, dequantizing_bytes, stored_format
 from splitfuse.kernels.triton.recurrent import (
     convolve_kernel,
     gated_norm_kernel,
@@ -205,7 +205,7 @@ class TritonBackend(ReferenceBackend):
         is_kept = is_stored or choose_format(role, self.quantization, self.group_size) is not None
         if not is_kept or self.invariant or role in NEVER_COPIED:
             return 0
-        return copy_bytes(shape, dtype)
+        return dequantizing_bytes(shape, dtype)
 
     def pack(self, pieces: Sequence[Tensor], *, role: Role, dtype: torch.dtype | None = None) -> Weight:
         weight = super().pack(pieces, role=role, dtype=dtype)

@@ -76,7 +76,7 @@ class Format:
         return whole + (0 if self.table is None else 4 * TABLE_SIZE)
 
 
-def copy_bytes(shape: Sequence[int], dtype: torch.dtype) -> int:
+def dequantizing_bytes(shape: Sequence[int], dtype: torch.dtype) -> int:
     """Return the most bytes that `Quantized.dequantize` takes for a weight [N, K]: its result, and what it computes."""
     rows, columns = shape
     padded = -(-columns // (2 * MOST_GROUP)) * 2 * MOST_GROUP

@@ -43,7 +43,7 @@ def softplus(x: tl.tensor) -> tl.tensor:
 
 @triton.jit
 def _goes_on(request: tl.tensor, num_requests: tl.tensor, reads: tl.pointer_type, writes: tl.pointer_type) -> tl.tensor:
-    """Return whether a request, which there may not be, goes on from the state that the one before it writes."""
+    """Return whether a request goes on from the state that the one before it writes; False behind the last one."""
     is_one = (request > 0) & (request < num_requests)
     read = tl.load(reads + request, mask=is_one, other=-1)
     return (read >= 0) & (read == tl.load(writes + request - 1, mask=is_one, other=-2))
