@@ -46,7 +46,6 @@ from splitfuse.bench.workload import Independent, Lengths
 from splitfuse.config import EngineConfig, Role
 from splitfuse.core.kv.fetching import FIRST_BANDWIDTH
 from splitfuse.core.latency.phases import LatencyPhase
-from splitfuse.core.request_output import RequestOutput
 from splitfuse.core.sampling_params import SamplingParams
 from splitfuse.engine import garbage
 from splitfuse.engine.calibrate import run_calibration
@@ -55,7 +54,6 @@ from splitfuse.engine.engine import Engine
 from splitfuse.engine.messages import Add
 from splitfuse.engine.replicas import make_replicas
 from splitfuse.engine.router import Router
-from splitfuse.engine.stream import Stream
 from splitfuse.engine.thread import AsyncEngine
 from splitfuse.runtime.calibration import load, save
 from splitfuse.simulator import virtual_time
@@ -202,18 +200,12 @@ class Load:
             self._times.append(mine)
             name = f"{self._name} s{number} {turn}"
             async with self._client.open(request(name, self._rng, STREAM_PROMPT, STREAM_TOKENS)) as opened:
-                opened.on_output = self._noting(opened, mine)
-                async for _ in opened:
+                async for output in opened:
+                    engine = next((each for each in self._client.engines if each.has(opened)), None)
+                    if output.token_ids and engine is not None:
+                        mine.append((time.monotonic(), engine.stats[0].num_computed_tokens))
                     if len(mine) >= BEGUN:
                         self._begun[number].set()
-
-    def _noting(self, opened: Stream, mine: list[tuple[float, float]]) -> Callable[[RequestOutput], None]:
-        def note(output: RequestOutput) -> None:
-            engine = next((each for each in self._client.engines if each.has(opened)), None)
-            if output.token_ids and engine is not None:
-                mine.append((time.monotonic(), engine.stats[0].num_computed_tokens))
-
-        return note
 
 
 async def run_load(client: EngineClient, flags: argparse.Namespace, *, share: int, name: str) -> Measured:
