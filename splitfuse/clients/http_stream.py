@@ -21,7 +21,7 @@ from splitfuse.errors import RequestFailedError, ServerError
 
 CONNECT_SECONDS = 10.0
 _HEAD_LIMIT = 2**17
-"""Number of bytes of a head, and half of those that wait in memory for whoever reads an answer."""
+"""Largest number of bytes of a head, and half of those of an answer that are buffered until they are read."""
 _PIECE = 2**16
 _MOST_DIGITS = 15
 
@@ -128,7 +128,7 @@ async def exchange(
     except (asyncio.IncompleteReadError, asyncio.LimitOverrunError, OSError) as error:
         raise RequestFailedError(f"the connection to {where} was lost: {error or type(error).__name__}") from error
     finally:
-        if not writer.is_closing():  # what is not sent yet is for nobody
+        if not writer.is_closing():  # the rest of the request is not needed
             writer.transport.abort()
 
 
