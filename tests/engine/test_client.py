@@ -292,7 +292,7 @@ def test_a_killed_process_fails_its_requests_and_comes_back(
 def test_a_process_or_a_step_that_hangs_is_found_and_its_stacks_logged(
     capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    send, shown = launcher._signal, ""
+    send, shown = launcher.send_signal, ""
 
     def kill_once_it_has_written(process: asyncio.subprocess.Process, number: signal.Signals) -> None:
         nonlocal shown
@@ -300,7 +300,7 @@ def test_a_process_or_a_step_that_hangs_is_found_and_its_stacks_logged(
             shown += capfd.readouterr().err
         send(process, number)
 
-    monkeypatch.setattr(launcher, "_signal", kill_once_it_has_written)
+    monkeypatch.setattr(launcher, "send_signal", kill_once_it_has_written)
 
     async def test() -> None:
         async with running(SupervisedEngine(SubprocessLauncher(CONFIG), silence_timeout=PATIENCE)) as client:

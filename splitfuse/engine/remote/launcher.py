@@ -244,16 +244,16 @@ class _SubprocessLink(Link):
             with suppress(TimeoutError):
                 await asyncio.wait_for(self._process.wait(), seconds)
         finally:
-            _signal(self._process, signal.SIGKILL)
+            send_signal(self._process, signal.SIGKILL)
             await self._process.wait()
             self._writer.close()
         return f"its process ended with {exit_text(self._process.returncode)}"
 
     async def end_hung(self) -> None:
-        _signal(self._process, signal.SIGUSR1)
-        _signal(self._process, signal.SIGCONT)  # it can only write when it runs
+        send_signal(self._process, signal.SIGUSR1)
+        send_signal(self._process, signal.SIGCONT)  # it can only write when it runs
         await asyncio.sleep(TIME_TO_DUMP)
-        _signal(self._process, signal.SIGKILL)
+        send_signal(self._process, signal.SIGKILL)
 
 
 async def start_process(
@@ -293,7 +293,8 @@ def _working_folder() -> str | None:
     return None
 
 
-def _signal(process: asyncio.subprocess.Process, number: signal.Signals) -> None:
+def send_signal(process: asyncio.subprocess.Process, number: signal.Signals) -> None:
+    """Send a process of ours a signal, unless it has ended."""
     with suppress(ProcessLookupError):
         process.send_signal(number)
 

@@ -20,7 +20,7 @@ from typing import Any
 import msgspec
 
 from splitfuse.config import ServerConfig
-from splitfuse.engine.remote.launcher import exit_text, start_process
+from splitfuse.engine.remote.launcher import exit_text, send_signal, start_process
 from splitfuse.errors import ServerError
 from splitfuse.models.sources.source import ModelSource
 from splitfuse.server.auth import ApiKeys
@@ -262,7 +262,7 @@ class _Front:
             if not self._fault:
                 with suppress(TimeoutError):
                     await asyncio.wait_for(process.wait(), TIME_TO_END)
-            _kill(process)
+            send_signal(process, signal.SIGKILL)
             await process.wait()
         return self._fault or f"its process ended with {exit_text(process.returncode)}"
 
@@ -363,7 +363,7 @@ class _Front:
             most = START_SECONDS if reads_tokenizer or not self._has_spoken else SILENCE_SECONDS
             if (silent := time.monotonic() - self._last_heard) > most:
                 self._fault = f"it hung: it has been silent for {silent:.0f} s"
-                _kill(process)
+                send_signal(process, signal.SIGKILL)
                 return
 
 
@@ -441,8 +441,3 @@ class _Request:
     async def _wait(self) -> None:
         self._news.clear()
         await self._news.wait()
-
-
-def _kill(process: asyncio.subprocess.Process) -> None:
-    with suppress(ProcessLookupError):
-        process.send_signal(signal.SIGKILL)
