@@ -17,21 +17,12 @@ from splitfuse.errors import KernelError
 from splitfuse.kernels.batch import Derivation
 from splitfuse.kernels.cpu.backend import CpuBackend
 from splitfuse.kernels.cpu.bindings import VARIANTS, supported_variants
-from splitfuse.kernels.interface import (
-    AttentionSpec,
-    Backend,
-    HeadNormSpec,
-    LatentSpec,
-    LayerWeights,
-    MlpSpec,
-    NormSpec,
-    Role,
-    RouterSpec,
-    Store,
-)
+from splitfuse.kernels.interface import Backend, Store
+from splitfuse.kernels.layers import AttentionSpec, HeadNormSpec, LatentSpec, MlpSpec, NormSpec, RouterSpec
 from splitfuse.kernels.onednn import OneDnnBackend
 from splitfuse.kernels.reference import ReferenceBackend
 from splitfuse.kernels.triton import capabilities as triton
+from splitfuse.kernels.weights import LayerWeights, Role
 
 CPU = torch.device("cpu")
 

@@ -14,10 +14,11 @@ from torch import Tensor
 from benchmarks.gpu.measure import Setting, Table
 from splitfuse.core.plan import Chunk
 from splitfuse.kernels.batch import RaggedBatch
-from splitfuse.kernels.interface import AttentionSpec, NormSpec, Role
+from splitfuse.kernels.layers import AttentionSpec, NormSpec
 from splitfuse.kernels.triton import backend as module
 from splitfuse.kernels.triton.backend import TritonBackend
 from splitfuse.kernels.triton.tuning import AttentionTiles
+from splitfuse.kernels.weights import Role
 from splitfuse.runtime.batch import BatchBuilder
 
 BLOCK = 32

@@ -28,21 +28,20 @@ from benchmarks.gpu.attention import Step, make_step
 from benchmarks.gpu.checkpoints import stored_weights
 from benchmarks.gpu.measure import Setting, Table
 from splitfuse.kernels.batch import RaggedBatch
-from splitfuse.kernels.interface import (
+from splitfuse.kernels.layers import (
     AttentionSpec,
     ConvSpec,
     DeltaSpec,
     HeadNormSpec,
     LatentSpec,
-    LayerWeights,
     MambaSpec,
     MlpSpec,
     NormSpec,
-    Role,
 )
 from splitfuse.kernels.quantized import QuantizedWeight
 from splitfuse.kernels.triton.backend import TritonBackend
 from splitfuse.kernels.triton.capabilities import OLDEST_OF_KV
+from splitfuse.kernels.weights import LayerWeights, Role
 
 NORM = NormSpec(eps=1e-6)
 SHARED_KIB = {(7, 5): 64, (8, 0): 163, (8, 6): 99, (8, 9): 99, (9, 0): 227, (10, 0): 227, (12, 0): 99}

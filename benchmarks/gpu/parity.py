@@ -14,22 +14,21 @@ from benchmarks.gpu.attention import BLOCK, Step, make_step
 from benchmarks.gpu.checkpoints import stored_weights
 from benchmarks.gpu.measure import Setting, Table
 from splitfuse.core.plan import Chunk, StateSlots
-from splitfuse.kernels.interface import (
+from splitfuse.kernels.layers import (
     AttentionSpec,
     ConvSpec,
     DeltaSpec,
     HeadNormSpec,
     LatentSpec,
-    LayerWeights,
     MambaSpec,
     MlpSpec,
     NormSpec,
     RecurrentSpec,
-    Role,
 )
 from splitfuse.kernels.reference import ReferenceBackend
 from splitfuse.kernels.triton.capabilities import OLDEST_OF_KV
 from splitfuse.kernels.triton.quantized import Quantized, choose_format
+from splitfuse.kernels.weights import LayerWeights, Role
 from splitfuse.runtime.batch import BatchBuilder
 
 CASES = 20

@@ -31,7 +31,8 @@ from splitfuse.config import EngineConfig
 from splitfuse.errors import SplitfuseError
 from splitfuse.kernels.cpu.backend import CpuBackend
 from splitfuse.kernels.cpu.bindings import VARIANTS, Heads
-from splitfuse.kernels.interface import AttentionSpec, Role
+from splitfuse.kernels.layers import AttentionSpec
+from splitfuse.kernels.weights import Role
 from splitfuse.runtime.loading import load_model
 
 ROWS = (1, 2, 4, 8, 14, 16, 28, 64, 128, 512)

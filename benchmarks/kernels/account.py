@@ -18,7 +18,8 @@ from benchmarks.kernels.steps import forward
 from splitfuse.core.plan import Chunk
 from splitfuse.kernels.cpu.backend import CpuBackend
 from splitfuse.kernels.cpu.bindings import ACTIVATIONS, Heads, Norm, Step, Weight, vector_address
-from splitfuse.kernels.interface import AttentionSpec, LayerWeights, MlpSpec
+from splitfuse.kernels.layers import AttentionSpec, MlpSpec
+from splitfuse.kernels.weights import LayerWeights
 from splitfuse.runtime.batch import BatchBuilder
 from splitfuse.runtime.executor import Executor
 

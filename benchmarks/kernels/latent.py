@@ -12,7 +12,7 @@ from benchmarks.kernels.limits import Limits, seconds
 from benchmarks.kernels.steps import scattered_steps
 from splitfuse.kernels.cpu.backend import CpuBackend
 from splitfuse.kernels.cpu.bindings import Heads, Store
-from splitfuse.kernels.interface import AttentionSpec, LatentSpec, NormSpec
+from splitfuse.kernels.layers import AttentionSpec, LatentSpec, NormSpec
 
 LATENTS = {  # heads, and sizes of their queries, but for the rotated elements, and values
     "DeepSeek-V2-Lite": (16, 128, 128),

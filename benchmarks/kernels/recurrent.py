@@ -14,7 +14,8 @@ import torch
 from benchmarks.kernels.limits import Limits, seconds
 from splitfuse.kernels.cpu.backend import CpuBackend
 from splitfuse.kernels.cpu.bindings import Delta, Mamba, Step
-from splitfuse.kernels.interface import DeltaSpec, LayerWeights, MambaSpec, NormSpec, Role
+from splitfuse.kernels.layers import DeltaSpec, MambaSpec, NormSpec
+from splitfuse.kernels.weights import LayerWeights, Role
 
 ROWS = ((1, 1), (8, 1), (1, 64), (1, 512), (8, 64))  # requests, and tokens of each
 SLOTS = 16

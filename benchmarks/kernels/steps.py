@@ -8,7 +8,7 @@ from benchmarks.models import SHAPES
 from splitfuse.core.plan import Chunk
 from splitfuse.errors import ConfigError
 from splitfuse.kernels.cpu.bindings import Step
-from splitfuse.kernels.interface import AttentionSpec, MlpSpec
+from splitfuse.kernels.layers import AttentionSpec, MlpSpec
 from splitfuse.models.spec import ModelSpec
 from splitfuse.runtime.executor import Executor
 

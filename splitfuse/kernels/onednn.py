@@ -12,9 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from splitfuse.kernels.interface import Capabilities, Role, Weight
+from splitfuse.kernels.interface import Capabilities
 from splitfuse.kernels.lora import LoraRows
 from splitfuse.kernels.reference import ReferenceBackend, add_lora
+from splitfuse.kernels.weights import Role, Weight
 
 GELU = {"gelu": "none", "gelu_tanh": "tanh"}
 """Approximations of the activations that oneDNN computes as it stores a product, by their names."""

@@ -14,28 +14,21 @@ from torch import Tensor
 
 from splitfuse.kernels.batch import RaggedBatch
 from splitfuse.kernels.drawing import Filter, exact_draw
-from splitfuse.kernels.interface import (
+from splitfuse.kernels.interface import Backend, Capabilities, RopeTable, Store, exact_topk
+from splitfuse.kernels.layers import (
     AttentionSpec,
-    Backend,
-    Capabilities,
     ConvSpec,
     DeltaSpec,
     HeadNormSpec,
-    LayerWeights,
     MambaSpec,
     MlpSpec,
-    NetworkWeights,
     NormSpec,
     QueryScaling,
     RecurrentSpec,
-    Role,
-    RopeTable,
     RouterSpec,
-    Store,
-    Weight,
-    exact_topk,
 )
 from splitfuse.kernels.lora import Adapter, LoraRows, LoraUpdate, PackedAdapter
+from splitfuse.kernels.weights import LayerWeights, NetworkWeights, Role, Weight
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,

@@ -16,26 +16,21 @@ from torch import Tensor
 from splitfuse.kernels.batch import RaggedBatch
 from splitfuse.kernels.drawing import Filter
 from splitfuse.kernels.group import Group
-from splitfuse.kernels.interface import (
+from splitfuse.kernels.interface import Backend, NetworkPlan, Store, add_branch
+from splitfuse.kernels.layers import (
     AttentionSpec,
-    Backend,
     DeltaSpec,
     ExpertsSpec,
     LayerSpec,
-    LayerWeights,
     MambaSpec,
     Mixer,
     MlpSpec,
-    MlpWeights,
-    NetworkPlan,
-    NetworkWeights,
     NormPlace,
-    Store,
     TokenInputSpec,
-    add_branch,
 )
 from splitfuse.kernels.loans import Channel
 from splitfuse.kernels.lora import LoraRows
+from splitfuse.kernels.weights import LayerWeights, MlpWeights, NetworkWeights
 from splitfuse.models.kv_cache import KVCache
 from splitfuse.models.latent import compressed
 from splitfuse.models.rope import rope_table

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from splitfuse.errors import MemoryPlanError
-from splitfuse.kernels.interface import AttentionSpec, Backend, Mixer, RecurrentSpec, Store
+from splitfuse.kernels.interface import Backend, Store
+from splitfuse.kernels.layers import AttentionSpec, Mixer, RecurrentSpec
 from splitfuse.models.spec import ModelSpec
 
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from splitfuse.kernels.interface import AttentionSpec, Backend, LayerWeights
+from splitfuse.kernels.interface import Backend
+from splitfuse.kernels.layers import AttentionSpec
+from splitfuse.kernels.weights import LayerWeights
 
 
 def compressed(x: Tensor, spec: AttentionSpec, weights: LayerWeights, backend: Backend) -> Tensor:

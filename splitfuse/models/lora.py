@@ -21,7 +21,7 @@ from safetensors.torch import load
 from torch import Tensor
 
 from splitfuse.errors import AdapterError, brief
-from splitfuse.kernels.interface import AttentionSpec
+from splitfuse.kernels.layers import AttentionSpec
 from splitfuse.kernels.lora import Adapter, LoraUpdate
 from splitfuse.models.families.config_json import is_number, is_whole
 from splitfuse.models.families.wrappers import PREFIXES

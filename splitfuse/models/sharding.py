@@ -22,7 +22,9 @@ from splitfuse.errors import ConfigError, RankLostError
 from splitfuse.kernels.batch import RaggedBatch
 from splitfuse.kernels.drawing import Filter
 from splitfuse.kernels.group import Group, SharedGroup
-from splitfuse.kernels.interface import AttentionSpec, Backend, ExpertsSpec, LayerSpec, MlpSpec, NetworkWeights
+from splitfuse.kernels.interface import Backend
+from splitfuse.kernels.layers import AttentionSpec, ExpertsSpec, LayerSpec, MlpSpec
+from splitfuse.kernels.weights import NetworkWeights
 from splitfuse.models.decoder import Decoder
 from splitfuse.models.kv_cache import KVCache
 from splitfuse.models.spec import ModelSpec

@@ -1,6 +1,6 @@
 """Describes a network completely: sizes and switches, no tensors.
 
-Two checkpoints with equal specs are the same network with other weights. Layers are described in kernels/interface.py,
+Two checkpoints with equal specs are the same network with other weights. Layers are described in kernels/layers.py,
 since a backend that computes all of them in one call reads the same description. Knows neither config files (families/)
 nor weights (weights.py).
 """
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import TypeAlias
 
 from splitfuse.errors import ModelError
-from splitfuse.kernels.interface import AttentionSpec, ExpertsSpec, LayerSpec, NormSpec
+from splitfuse.kernels.layers import AttentionSpec, ExpertsSpec, LayerSpec, NormSpec
 
 MAX_EXPERTS = 100_000
 """Number of experts that all layers may have together: each has weights of its own, which are listed."""

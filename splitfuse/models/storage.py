@@ -8,8 +8,9 @@ from dataclasses import dataclass
 
 import torch
 
-from splitfuse.kernels.interface import Backend, Role
+from splitfuse.kernels.interface import Backend
 from splitfuse.kernels.quantized import Fp8Format, QuantizedFormat
+from splitfuse.kernels.weights import Role
 from splitfuse.models.sources.source import WeightSource
 from splitfuse.models.spec import ModelSpec
 from splitfuse.models.weights import Part, kept_parameters, parameter_bytes

@@ -20,24 +20,20 @@ from tqdm import tqdm
 
 from splitfuse.errors import UnsupportedModelError
 from splitfuse.kernels.group import WHOLE, Group, Shard
-from splitfuse.kernels.interface import (
+from splitfuse.kernels.interface import Backend
+from splitfuse.kernels.layers import (
     AttentionSpec,
-    Backend,
     ConvSpec,
     DeltaSpec,
     ExpertsSpec,
     LatentSpec,
     LayerSpec,
-    LayerWeights,
     Mixer,
     MlpSpec,
-    MlpWeights,
-    NetworkWeights,
     NormSpec,
-    Role,
-    Weight,
 )
 from splitfuse.kernels.quantized import QuantizedFormat, QuantizedWeight
+from splitfuse.kernels.weights import LayerWeights, MlpWeights, NetworkWeights, Role, Weight
 from splitfuse.models.decoder import Decoder
 from splitfuse.models.encoder.spec import EncoderSpec
 from splitfuse.models.families.common import WeightNames

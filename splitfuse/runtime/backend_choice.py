@@ -17,10 +17,12 @@ from splitfuse.errors import ConfigError, KernelError
 from splitfuse.kernels.cpu.backend import CpuBackend
 from splitfuse.kernels.cpu.bindings import VARIANTS
 from splitfuse.kernels.cpu.network import uncovered
-from splitfuse.kernels.interface import Backend, Capabilities, LayerSpec, NetworkPlan, NetworkWeights, NormSpec, Role
+from splitfuse.kernels.interface import Backend, Capabilities, NetworkPlan
+from splitfuse.kernels.layers import LayerSpec, NormSpec
 from splitfuse.kernels.onednn import OneDnnBackend
 from splitfuse.kernels.reference import ReferenceBackend
 from splitfuse.kernels.triton import capabilities as triton
+from splitfuse.kernels.weights import NetworkWeights, Role
 from splitfuse.runtime.device import device_of
 from splitfuse.runtime.machine import usable_cores
 

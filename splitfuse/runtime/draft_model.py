@@ -24,7 +24,8 @@ from splitfuse.core.plan import Chunk
 from splitfuse.core.speculation.model_drafts import Guess, Guesses, most_tokens
 from splitfuse.errors import ConfigError, ModelError, WeightsError
 from splitfuse.kernels.drawing import GREEDY
-from splitfuse.kernels.interface import AttentionSpec, Backend
+from splitfuse.kernels.interface import Backend
+from splitfuse.kernels.layers import AttentionSpec
 from splitfuse.models.decoder import Decoder
 from splitfuse.models.encoder.spec import is_encoder
 from splitfuse.models.families.registry import load_spec

@@ -16,7 +16,8 @@ from splitfuse.core.limits import ceil_div
 from splitfuse.core.step_budget import BUDGETS, FIRST_BUDGET
 from splitfuse.errors import ConfigError, MemoryPlanError
 from splitfuse.kernels.group import Shard
-from splitfuse.kernels.interface import AttentionSpec, Backend, ExpertsSpec, LayerSpec, RecurrentSpec, StepSizes
+from splitfuse.kernels.interface import Backend, StepSizes
+from splitfuse.kernels.layers import AttentionSpec, ExpertsSpec, LayerSpec, RecurrentSpec
 from splitfuse.kernels.loans import TILE
 from splitfuse.models.kv_cache import block_bytes, state_bytes
 from splitfuse.models.sharding import check_ranks, rank_spec

@@ -17,7 +17,7 @@ import torch
 from splitfuse.core.limits import ceil_div
 from splitfuse.core.plan import Chunk, StateSlots
 from splitfuse.core.slo.cost_model import CostModel
-from splitfuse.kernels.interface import Role
+from splitfuse.kernels.weights import Role
 from splitfuse.models.decoder import Decoder
 from splitfuse.runtime.loading import LoadedModel
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from splitfuse.kernels.cpu import bindings
 from splitfuse.kernels.cpu.backend import CpuBackend
-from splitfuse.kernels.interface import Role
+from splitfuse.kernels.weights import Role
 
 LEAST_NORMAL = 2.0**-126
 AMX = [case for case in variants() if case.id == "avx512_amx"]

@@ -23,20 +23,9 @@ from splitfuse.kernels.cpu import bindings
 from splitfuse.kernels.cpu.backend import MAX_HEAD_DIM, PIECE, CpuBackend
 from splitfuse.kernels.cpu.bindings import BROKEN_RULES, MOST_TAPS, VARIANTS, choose_variant, supported_variants
 from splitfuse.kernels.drawing import Filter
-from splitfuse.kernels.interface import (
-    AttentionSpec,
-    ConvSpec,
-    LayerSpec,
-    LayerWeights,
-    MlpSpec,
-    MlpWeights,
-    NetworkPlan,
-    NetworkWeights,
-    NormSpec,
-    Role,
-    RouterSpec,
-    Store,
-)
+from splitfuse.kernels.interface import NetworkPlan, Store
+from splitfuse.kernels.layers import AttentionSpec, ConvSpec, LayerSpec, MlpSpec, NormSpec, RouterSpec
+from splitfuse.kernels.weights import LayerWeights, MlpWeights, NetworkWeights, Role
 
 POSITIONS, BLOCKS, BLOCK_SIZE, VOCABULARY, HIDDEN = 100, 4, 32, 11, 32
 GOOD: dict[str, Any] = {  # two requests: 3 tokens of one with 35 positions, 1 of one with 32

@@ -17,17 +17,10 @@ import torch
 from backends import CPU, Arrays, BackendCase, Requests, attention, latent_spec, poison
 from torch import Tensor
 
-from splitfuse.kernels.interface import (
-    AttentionSpec,
-    HeadNormSpec,
-    LatentSpec,
-    LayerWeights,
-    NormSpec,
-    QueryScaling,
-    Role,
-    Store,
-)
+from splitfuse.kernels.interface import Store
+from splitfuse.kernels.layers import AttentionSpec, HeadNormSpec, LatentSpec, NormSpec, QueryScaling
 from splitfuse.kernels.reference import ReferenceBackend
+from splitfuse.kernels.weights import LayerWeights, Role
 
 
 def attend(

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from splitfuse.kernels.cpu.backend import CpuBackend
 from splitfuse.kernels.drawing import GREEDY, Filter
-from splitfuse.kernels.interface import Role, RouterSpec
+from splitfuse.kernels.layers import RouterSpec
+from splitfuse.kernels.weights import Role
 
 FORMATS = [(None, None), ("int8", None), ("int8", 128), ("int4", 64), ("int4", 128)]
 CASES = [case for f in FORMATS for case in variants(*f, id="-".join(str(x) for x in f))]

@@ -8,7 +8,8 @@ from backends import BACKENDS, CPU, BackendCase, Requests, allocate_kv, attend, 
 from backends import make_case as backend_case
 
 from splitfuse.kernels.cpu.backend import CpuBackend
-from splitfuse.kernels.interface import Backend, LatentSpec, Store
+from splitfuse.kernels.interface import Backend, Store
+from splitfuse.kernels.layers import LatentSpec
 
 SIZE = 64
 

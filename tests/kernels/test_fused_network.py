@@ -21,9 +21,9 @@ from torch import Tensor
 from splitfuse.core.plan import ZERO_STATE, StateSlots
 from splitfuse.kernels.cpu.backend import CpuBackend
 from splitfuse.kernels.drawing import GREEDY, Filter
-from splitfuse.kernels.interface import (
+from splitfuse.kernels.interface import Backend, NetworkPlan
+from splitfuse.kernels.layers import (
     AttentionSpec,
-    Backend,
     ConvSpec,
     DeltaSpec,
     ExpertsSpec,
@@ -32,7 +32,6 @@ from splitfuse.kernels.interface import (
     LayerSpec,
     MambaSpec,
     MlpSpec,
-    NetworkPlan,
     NormPlace,
     NormSpec,
     QueryScaling,

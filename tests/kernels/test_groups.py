@@ -26,7 +26,7 @@ from torch import Tensor
 from splitfuse.errors import ConfigError, RankLostError
 from splitfuse.kernels.cpu.backend import CpuBackend
 from splitfuse.kernels.group import WHOLE, Group, Shard, SharedGroup, make_group_file
-from splitfuse.kernels.interface import (
+from splitfuse.kernels.layers import (
     AttentionSpec,
     ExpertsSpec,
     HeadNormSpec,

@@ -18,7 +18,7 @@ from specs import make_spec
 from torch import Tensor
 
 from splitfuse.kernels.cpu.backend import CpuBackend
-from splitfuse.kernels.interface import AttentionSpec, LatentSpec, LayerSpec, MlpSpec, NormSpec
+from splitfuse.kernels.layers import AttentionSpec, LatentSpec, LayerSpec, MlpSpec, NormSpec
 from splitfuse.kernels.loans import TILE, Channel, RequestLoan, make_channel
 from splitfuse.models.decoder import Decoder
 from splitfuse.models.families import registry

@@ -10,9 +10,9 @@ from backends import BACKENDS, make_case, variants
 from torch import Tensor
 
 from splitfuse.kernels.cpu.backend import CpuBackend
-from splitfuse.kernels.interface import LayerWeights, MlpWeights, NetworkWeights, Role, Weight
 from splitfuse.kernels.lora import LoraUpdate, StepAdapters
 from splitfuse.kernels.quantized import GroupFormat, GroupQuantized
+from splitfuse.kernels.weights import LayerWeights, MlpWeights, NetworkWeights, Role, Weight
 
 K = 96
 OF_ROW = [1, -1, 0, 1, 2, -1, 1]  # the third adapter leaves the weight as it is

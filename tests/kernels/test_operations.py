@@ -18,9 +18,10 @@ from backends import CPU, BackendCase, pack_experts
 from torch import Tensor
 
 from splitfuse.kernels.drawing import GREEDY, Filter, exact_draw
-from splitfuse.kernels.interface import NormSpec, Role, RouterSpec
+from splitfuse.kernels.layers import NormSpec, RouterSpec
 from splitfuse.kernels.onednn import OneDnnBackend
 from splitfuse.kernels.reference import ACTIVATIONS, GATED_ACTIVATIONS
+from splitfuse.kernels.weights import Role
 
 SHAPES = [  # rows, K, N: nothing; single ones; odd, even and beyond every block, panel and slab of the kernels
     (0, 32, 32),

@@ -21,7 +21,7 @@ from splitfuse.errors import ConfigError
 from splitfuse.kernels.cpu.backend import CpuBackend
 from splitfuse.kernels.cpu.bindings import BF16, INT4, INT8
 from splitfuse.kernels.cpu.quantization import INT4_QVALUES, QVALUES, choose_format
-from splitfuse.kernels.interface import Role
+from splitfuse.kernels.weights import Role
 
 Floats = npt.NDArray[np.float32]
 MOST_ERROR = 1.5

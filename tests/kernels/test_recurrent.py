@@ -19,16 +19,9 @@ from torch import Tensor
 
 from splitfuse.core.plan import ZERO_STATE
 from splitfuse.kernels.cpu.backend import CpuBackend
-from splitfuse.kernels.interface import (
-    Backend,
-    ConvSpec,
-    DeltaSpec,
-    LayerWeights,
-    MambaSpec,
-    RecurrentSpec,
-    Role,
-    Store,
-)
+from splitfuse.kernels.interface import Backend, Store
+from splitfuse.kernels.layers import ConvSpec, DeltaSpec, MambaSpec, RecurrentSpec
+from splitfuse.kernels.weights import LayerWeights, Role
 
 LENGTHS = (1, 2, 150, 9)
 NUM_SLOTS = 12

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from splitfuse.errors import ConfigError
 from splitfuse.kernels import reference
-from splitfuse.kernels.interface import LayerWeights, Role
 from splitfuse.kernels.reference import ReferenceBackend
+from splitfuse.kernels.weights import LayerWeights, Role
 
 CPU = torch.device("cpu")
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-5, torch.bfloat16: 3e-2, torch.float16: 4e-3}

@@ -13,8 +13,8 @@ from backends import variants
 
 from splitfuse.kernels.cpu.backend import CpuBackend
 from splitfuse.kernels.cpu.memory import HUGE_PAGE, SharedWeights
-from splitfuse.kernels.interface import Role
 from splitfuse.kernels.sharing import WeightSharing
+from splitfuse.kernels.weights import Role
 
 SHAPES = [(Role.QKV, (96, 128)), (Role.GATE_UP, (64, 128)), (Role.HEAD, (300, 70))]
 

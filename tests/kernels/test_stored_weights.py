@@ -18,7 +18,6 @@ from torch import Tensor
 
 from splitfuse.kernels.cpu.backend import CpuBackend
 from splitfuse.kernels.cpu.stored import kind_of
-from splitfuse.kernels.interface import LayerWeights, Role
 from splitfuse.kernels.quantized import (
     Fp8Format,
     Fp8Quantized,
@@ -27,6 +26,7 @@ from splitfuse.kernels.quantized import (
     QuantizedWeight,
 )
 from splitfuse.kernels.reference import ReferenceBackend
+from splitfuse.kernels.weights import LayerWeights, Role
 from splitfuse.models.sources.gguf import blocks
 
 BF16, F32 = torch.bfloat16, torch.float32

@@ -18,11 +18,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from splitfuse.config import EngineConfig
 from splitfuse.errors import ConfigError
-from splitfuse.kernels.interface import AttentionSpec, Backend, LayerWeights, Role, StepSizes
+from splitfuse.kernels.interface import Backend, StepSizes
+from splitfuse.kernels.layers import AttentionSpec
 from splitfuse.kernels.quantized import Fp8Format, Fp8Quantized, GroupFormat, QuantizedWeight
 from splitfuse.kernels.reference import GATED_ACTIVATIONS, ReferenceBackend
 from splitfuse.kernels.triton import quantized
 from splitfuse.kernels.triton.quantized import Format, Quantized, choose_format
+from splitfuse.kernels.weights import LayerWeights, Role
 from splitfuse.runtime.memory_plan import plan_memory
 
 pytestmark = [*runnable("triton-float32"), pytest.mark.usefixtures("seeded")]

@@ -17,8 +17,10 @@ from torch import Tensor
 from triton_faults import changed_copy
 
 from splitfuse.core.plan import ZERO_STATE
-from splitfuse.kernels.interface import Backend, ConvSpec, DeltaSpec, LayerWeights, MambaSpec, RecurrentSpec
+from splitfuse.kernels.interface import Backend
+from splitfuse.kernels.layers import ConvSpec, DeltaSpec, MambaSpec, RecurrentSpec
 from splitfuse.kernels.reference import ReferenceBackend
+from splitfuse.kernels.weights import LayerWeights
 
 pytestmark = [*runnable("triton-float32"), pytest.mark.usefixtures("seeded")]
 

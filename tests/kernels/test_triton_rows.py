@@ -11,16 +11,10 @@ import torch
 from backends import CPU, Arrays, runnable
 from torch import Tensor
 
-from splitfuse.kernels.interface import (
-    AttentionSpec,
-    Backend,
-    HeadNormSpec,
-    LayerWeights,
-    NormSpec,
-    QueryScaling,
-    Role,
-)
+from splitfuse.kernels.interface import Backend
+from splitfuse.kernels.layers import AttentionSpec, HeadNormSpec, NormSpec, QueryScaling
 from splitfuse.kernels.reference import GATED_ACTIVATIONS, ReferenceBackend
+from splitfuse.kernels.weights import LayerWeights, Role
 
 pytestmark = [*runnable("triton-float32"), pytest.mark.usefixtures("seeded")]
 

@@ -12,7 +12,8 @@ import torch
 from ragged_requests import Chunk, Request, Runner
 from torch import Tensor
 
-from splitfuse.kernels.interface import AttentionSpec, Store
+from splitfuse.kernels.interface import Store
+from splitfuse.kernels.layers import AttentionSpec
 from splitfuse.kernels.reference import ReferenceBackend
 from splitfuse.models.decoder import Decoder
 from splitfuse.models.families.registry import load_spec

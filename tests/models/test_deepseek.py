@@ -8,7 +8,7 @@ import pytest
 from transformers import DeepseekV2Config, DeepseekV3Config, Glm4MoeLiteConfig
 
 from splitfuse.errors import ModelError
-from splitfuse.kernels.interface import AttentionSpec, ExpertsSpec, LatentSpec, MlpSpec, NormSpec, RouterSpec
+from splitfuse.kernels.layers import AttentionSpec, ExpertsSpec, LatentSpec, MlpSpec, NormSpec, RouterSpec
 from splitfuse.models.families.registry import spec_from_config
 from splitfuse.models.spec import ModelSpec
 

@@ -25,7 +25,7 @@ from transformers import (
 )
 
 from splitfuse.errors import ModelError, UnsupportedModelError
-from splitfuse.kernels.interface import ExpertsSpec, MlpSpec, RouterSpec
+from splitfuse.kernels.layers import ExpertsSpec, MlpSpec, RouterSpec
 from splitfuse.kernels.reference import ReferenceBackend
 from splitfuse.models.decoder import Decoder
 from splitfuse.models.families.registry import FAMILIES, load_spec, spec_from_config

@@ -16,7 +16,7 @@ from transformers import LlamaConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING as CONFIGS
 
 from splitfuse.errors import ModelError, UnsupportedModelError
-from splitfuse.kernels.interface import (
+from splitfuse.kernels.layers import (
     AttentionSpec,
     ConvSpec,
     DeltaSpec,

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from transformers import Gemma4TextConfig
 
 from splitfuse.errors import ModelError, WeightsError
-from splitfuse.kernels.interface import AttentionSpec, HeadNormSpec, MlpSpec, NormPlace, NormSpec
+from splitfuse.kernels.layers import AttentionSpec, HeadNormSpec, MlpSpec, NormPlace, NormSpec
 from splitfuse.models.families.registry import load_spec, spec_from_config
 from splitfuse.models.sources.files import SINGLE_FILE
 from splitfuse.models.sources.folder import ModelFolder

@@ -11,7 +11,8 @@ from backends import variants
 
 from splitfuse.errors import ConfigError, MemoryPlanError
 from splitfuse.kernels.cpu.backend import CpuBackend
-from splitfuse.kernels.interface import Backend, ConvSpec
+from splitfuse.kernels.interface import Backend
+from splitfuse.kernels.layers import ConvSpec
 from splitfuse.kernels.reference import ReferenceBackend
 from splitfuse.models.families.registry import spec_from_config
 from splitfuse.models.kv_cache import KVCache, block_bytes

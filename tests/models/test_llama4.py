@@ -8,7 +8,7 @@ import pytest
 from transformers import Llama4TextConfig
 
 from splitfuse.errors import ModelError
-from splitfuse.kernels.interface import (
+from splitfuse.kernels.layers import (
     AttentionSpec,
     ExpertsSpec,
     HeadNormSpec,

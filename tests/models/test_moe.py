@@ -12,8 +12,9 @@ import torch
 from ragged_requests import Request, Runner
 from torch import Tensor
 
-from splitfuse.kernels.interface import ExpertsSpec, LayerWeights, MlpSpec, RouterSpec
+from splitfuse.kernels.layers import ExpertsSpec, MlpSpec, RouterSpec
 from splitfuse.kernels.reference import ReferenceBackend
+from splitfuse.kernels.weights import LayerWeights
 from splitfuse.models.decoder import Decoder, mlp
 from splitfuse.models.families.registry import load_spec
 from splitfuse.models.sources.folder import ModelFolder

@@ -19,7 +19,7 @@ import torch
 from ragged_requests import Request, Runner
 
 from splitfuse.errors import ModelError
-from splitfuse.kernels.interface import AttentionSpec, ExpertsSpec, HeadNormSpec, LayerSpec, NormSpec, QueryScaling
+from splitfuse.kernels.layers import AttentionSpec, ExpertsSpec, HeadNormSpec, LayerSpec, NormSpec, QueryScaling
 from splitfuse.kernels.reference import ReferenceBackend
 from splitfuse.models.families.registry import find_family, load_spec
 from splitfuse.models.rope import rope_table

@@ -20,7 +20,8 @@ from transformers import DynamicCache, PreTrainedModel
 from splitfuse.errors import KernelError
 from splitfuse.kernels.cpu.backend import CpuBackend
 from splitfuse.kernels.cpu.bindings import choose_variant
-from splitfuse.kernels.interface import Backend, MlpSpec
+from splitfuse.kernels.interface import Backend
+from splitfuse.kernels.layers import MlpSpec
 from splitfuse.kernels.reference import ReferenceBackend
 from splitfuse.models.decoder import Decoder
 from splitfuse.models.families.registry import load_spec

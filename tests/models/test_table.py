@@ -8,7 +8,7 @@ import pytest
 from typer.testing import CliRunner
 
 from splitfuse.cli import app
-from splitfuse.kernels import interface
+from splitfuse.kernels import layers
 from splitfuse.models import spec as specs
 from splitfuse.models.families import table
 from splitfuse.models.families.registry import FAMILIES
@@ -19,7 +19,7 @@ def test_every_architecture_has_a_row() -> None:
 
 
 def test_words_are_of_fields_that_specs_have() -> None:
-    kinds = {name: kind for name, kind in {**vars(interface), **vars(specs)}.items() if is_dataclass(kind)}
+    kinds = {name: kind for name, kind in {**vars(layers), **vars(specs)}.items() if is_dataclass(kind)}
     known = {f"{name}.{field.name}" for name, kind in kinds.items() for field in fields(kind)} | set(kinds)
     assert set(table.WORDS) <= known
 

@@ -24,9 +24,9 @@ from transformers import AutoModelForCausalLM
 from splitfuse.errors import UnsupportedModelError, WeightsError
 from splitfuse.kernels.cpu import bindings
 from splitfuse.kernels.cpu.backend import CpuBackend
-from splitfuse.kernels.interface import Role, Weight
 from splitfuse.kernels.quantized import Fp8Quantized, GroupFormat, GroupQuantized, QuantizedFormat, QuantizedWeight
 from splitfuse.kernels.reference import ReferenceBackend
+from splitfuse.kernels.weights import Role, Weight
 from splitfuse.models.decoder import Decoder
 from splitfuse.models.families.registry import load_spec, spec_from_config
 from splitfuse.models.families.wrappers import kind_aside

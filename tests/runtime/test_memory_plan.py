@@ -17,9 +17,11 @@ from splitfuse.config import CacheConfig, EngineConfig
 from splitfuse.core.kv.fetching import INBOX_BYTES, STAGED_BYTES
 from splitfuse.errors import ConfigError, MemoryPlanError
 from splitfuse.kernels.cpu.backend import CpuBackend
-from splitfuse.kernels.interface import AttentionSpec, ConvSpec, Role, StepSizes
+from splitfuse.kernels.interface import StepSizes
+from splitfuse.kernels.layers import AttentionSpec, ConvSpec
 from splitfuse.kernels.reference import ReferenceBackend
 from splitfuse.kernels.sharing import WeightSharing
+from splitfuse.kernels.weights import Role
 from splitfuse.models.spec import LongRopeScaling, RopeSpec
 from splitfuse.runtime import loading
 from splitfuse.runtime.backend_choice import choose_backend

@@ -14,8 +14,9 @@ from splitfuse.core.plan import Chunk, ChunkResult, SamplingState
 from splitfuse.core.pooling_params import PoolingParams
 from splitfuse.core.reasoning import Reasoning
 from splitfuse.core.sampling_params import SamplingParams
-from splitfuse.kernels.interface import Backend, NetworkWeights
+from splitfuse.kernels.interface import Backend
 from splitfuse.kernels.reference import ReferenceBackend
+from splitfuse.kernels.weights import NetworkWeights
 from splitfuse.models.decoder import Decoder
 from splitfuse.runtime import results
 from splitfuse.runtime.sampling.request import RequestSampling

@@ -58,22 +58,15 @@ from splitfuse.kernels.cpu.stored import (
 )
 from splitfuse.kernels.drawing import Filter
 from splitfuse.kernels.group import Group, SharedGroup, SummingGroup
-from splitfuse.kernels.interface import (
+from splitfuse.kernels.interface import Backend, Capabilities, Network, NetworkPlan, RopeTable
+from splitfuse.kernels.layers import (
     AttentionSpec,
-    Backend,
-    Capabilities,
     ConvSpec,
     DeltaSpec,
-    LayerWeights,
     MambaSpec,
     MlpSpec,
-    Network,
-    NetworkPlan,
-    NetworkWeights,
     NormSpec,
     RecurrentSpec,
-    Role,
-    RopeTable,
     RouterSpec,
 )
 from splitfuse.kernels.loans import Channel
@@ -88,6 +81,7 @@ from splitfuse.kernels.quantized import (
     read_alike,
 )
 from splitfuse.kernels.sharing import WeightSharing
+from splitfuse.kernels.weights import LayerWeights, NetworkWeights, Role
 
 NAMES = {"avx512_amx": "AMX", "avx512_bf16": "AVX-512 (VNNI, bf16)", "avx512": "AVX-512 (VNNI)", "avx2": "AVX2"}
 """Names of the variants in the memory plan."""

@@ -27,23 +27,22 @@ from splitfuse.errors import ConfigError, KernelError, RankLostError
 from splitfuse.kernels import reference
 from splitfuse.kernels.drawing import Filter
 from splitfuse.kernels.group import Group, SharedGroup, SummingGroup
-from splitfuse.kernels.interface import (
+from splitfuse.kernels.interface import RopeTable
+from splitfuse.kernels.layers import (
     AttentionSpec,
     ConvSpec,
     DeltaSpec,
     ExpertsSpec,
     LatentSpec,
-    LayerWeights,
     MambaSpec,
     MlpSpec,
-    MlpWeights,
     NormSpec,
     RecurrentSpec,
-    RopeTable,
     RouterSpec,
     TokenInputSpec,
 )
 from splitfuse.kernels.loans import TILE, Channel, RequestLoan
+from splitfuse.kernels.weights import LayerWeights, MlpWeights
 
 _logger = logging.getLogger(__name__)
 

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from splitfuse.kernels.cpu.bindings import INT4, INT8, Lora, LoraWeight, Weight, int32
 from splitfuse.kernels.cpu.memory import CACHE_LINE, allocate
-from splitfuse.kernels.interface import LayerWeights, NetworkWeights
 from splitfuse.kernels.lora import TARGETS, Adapter, LoraUpdate, StepAdapters
+from splitfuse.kernels.weights import LayerWeights, NetworkWeights
 
 LANES = 16  # columns of a vector; a panel has two
 RANKS, COLUMNS, QUANTIZED_COLUMNS = 8, 32, 8  # of a that lie side by side

@@ -39,17 +39,10 @@ from splitfuse.kernels.cpu.bindings import (
 )
 from splitfuse.kernels.cpu.lora import step_lora
 from splitfuse.kernels.drawing import Filter
-from splitfuse.kernels.interface import (
-    AttentionSpec,
-    ExpertsSpec,
-    LayerSpec,
-    LayerWeights,
-    NetworkPlan,
-    NormSpec,
-    RecurrentSpec,
-    RopeTable,
-)
+from splitfuse.kernels.interface import NetworkPlan, RopeTable
+from splitfuse.kernels.layers import AttentionSpec, ExpertsSpec, LayerSpec, NormSpec, RecurrentSpec
 from splitfuse.kernels.loans import Channel
+from splitfuse.kernels.weights import LayerWeights
 
 PANEL = 32
 """Number of elements that sizes of values are padded to. It is in csrc/weights.h too."""

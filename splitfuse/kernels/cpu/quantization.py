@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from splitfuse.errors import ConfigError
 from splitfuse.kernels.cpu.bindings import BF16, INT4, INT8
-from splitfuse.kernels.interface import Role
+from splitfuse.kernels.weights import Role
 
 GROUP_SIZES = {"int8": (128,), "int4": (64, 128)}
 """Quantizations, the one that loses least first, and the group sizes of each."""

@@ -17,21 +17,8 @@ from torch import Tensor
 
 from splitfuse.errors import ConfigError
 from splitfuse.kernels.batch import RaggedBatch
-from splitfuse.kernels.interface import (
-    AttentionSpec,
-    ConvSpec,
-    DeltaSpec,
-    LayerWeights,
-    MambaSpec,
-    MlpSpec,
-    NormSpec,
-    RecurrentSpec,
-    Role,
-    RopeTable,
-    StepSizes,
-    Store,
-    Weight,
-)
+from splitfuse.kernels.interface import RopeTable, StepSizes, Store
+from splitfuse.kernels.layers import AttentionSpec, ConvSpec, DeltaSpec, MambaSpec, MlpSpec, NormSpec, RecurrentSpec
 from splitfuse.kernels.lora import LoraRows
 from splitfuse.kernels.quantized import QuantizedFormat, QuantizedWeight
 from splitfuse.kernels.reference import ReferenceBackend, add_lora, alibi_slopes, place_heads, query_scales
@@ -59,6 +46,7 @@ from splitfuse.kernels.triton.rows import (
 from splitfuse.kernels.triton.store import ScaledStore
 from splitfuse.kernels.triton.tuning import attention_tiles
 from splitfuse.kernels.triton.work_list import AttentionWork
+from splitfuse.kernels.weights import LayerWeights, Role, Weight
 
 ELEMENTS = 1024
 """Number of columns of a program that goes along rows."""

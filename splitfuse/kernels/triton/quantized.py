@@ -15,7 +15,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from splitfuse.errors import ConfigError
-from splitfuse.kernels.interface import Role
 from splitfuse.kernels.quantized import (
     FP8_GROUP,
     Fp8Format,
@@ -24,6 +23,7 @@ from splitfuse.kernels.quantized import (
     QuantizedWeight,
     read_alike,
 )
+from splitfuse.kernels.weights import Role
 
 GROUP_SIZES = {"int8": (128,), "int4": (64, 128)}
 """Quantizations, the one that loses least first, and the group sizes of each."""

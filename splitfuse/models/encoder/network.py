@@ -16,7 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from splitfuse.errors import UnsupportedModelError
-from splitfuse.kernels.interface import Backend, Role, Weight
+from splitfuse.kernels.interface import Backend
+from splitfuse.kernels.weights import Role, Weight
 from splitfuse.models.encoder.spec import EncoderSpec
 from splitfuse.models.sources.source import Piece, WeightSource
 

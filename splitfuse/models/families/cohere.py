@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from splitfuse.kernels.interface import AttentionSpec, HeadNormSpec, NormSpec
+from splitfuse.kernels.layers import AttentionSpec, HeadNormSpec, NormSpec
 from splitfuse.models.families.common import (
     DECODER_NAMES,
     Family,

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any, TypeAlias, TypeVar
 
 from splitfuse.errors import ModelError, UnsupportedModelError, brief
-from splitfuse.kernels.interface import (
+from splitfuse.kernels.layers import (
     AttentionSpec,
     ExpertsSpec,
     HeadNormSpec,

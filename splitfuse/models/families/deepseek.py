@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from splitfuse.errors import UnsupportedModelError, brief
-from splitfuse.kernels.interface import AttentionSpec, ExpertsSpec, LatentSpec, MlpSpec, NormSpec, RouterSpec
+from splitfuse.kernels.layers import AttentionSpec, ExpertsSpec, LatentSpec, MlpSpec, NormSpec, RouterSpec
 from splitfuse.models.families.common import (
     EXPERT_NAMES,
     FUSED_EXPERT_NAMES,

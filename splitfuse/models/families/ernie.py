@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from splitfuse.kernels.interface import AttentionSpec, ExpertsSpec, MlpSpec, RouterSpec
+from splitfuse.kernels.layers import AttentionSpec, ExpertsSpec, MlpSpec, RouterSpec
 from splitfuse.models.families.common import (
     EXPERT_NAMES,
     FUSED_EXPERT_NAMES,

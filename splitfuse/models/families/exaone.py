@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from splitfuse.kernels.interface import NormPlace
+from splitfuse.kernels.layers import NormPlace
 from splitfuse.models.families.common import (
     POST_NORM_NAMES,
     Family,

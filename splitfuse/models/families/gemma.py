@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from splitfuse.kernels.interface import AttentionSpec, NormPlace
+from splitfuse.kernels.layers import AttentionSpec, NormPlace
 from splitfuse.models.families.common import (
     DECODER_NAMES,
     Family,

@@ -9,7 +9,7 @@ from dataclasses import replace
 from typing import Any
 
 from splitfuse.errors import ModelError, UnsupportedModelError, brief
-from splitfuse.kernels.interface import (
+from splitfuse.kernels.layers import (
     AttentionSpec,
     ExpertsSpec,
     MlpSpec,

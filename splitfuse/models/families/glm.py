@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from splitfuse.kernels.interface import NormPlace
+from splitfuse.kernels.layers import NormPlace
 from splitfuse.models.families.common import (
     DECODER_NAMES,
     Family,

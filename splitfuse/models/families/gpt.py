@@ -7,7 +7,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from splitfuse.kernels.interface import AttentionSpec, HeadNormSpec, MlpSpec, NormSpec
+from splitfuse.kernels.layers import AttentionSpec, HeadNormSpec, MlpSpec, NormSpec
 from splitfuse.models.families.common import (
     LAYER_NORM_NAMES,
     Family,

@@ -14,7 +14,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from splitfuse.kernels.interface import AttentionSpec, ExpertsSpec, LayerSpec
+from splitfuse.kernels.layers import AttentionSpec, ExpertsSpec, LayerSpec
 
 Shape: TypeAlias = tuple[int, ...]
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from splitfuse.kernels.interface import ConvSpec, HeadNormSpec, Mixer, MlpSpec, NormSpec
+from splitfuse.kernels.layers import ConvSpec, HeadNormSpec, Mixer, MlpSpec, NormSpec
 from splitfuse.models.families.common import (
     DECODER_NAMES,
     Family,

@@ -9,7 +9,7 @@ from dataclasses import replace
 from typing import Any
 
 from splitfuse.errors import UnsupportedModelError
-from splitfuse.kernels.interface import AttentionSpec, ExpertsSpec, Mixer, MlpSpec
+from splitfuse.kernels.layers import AttentionSpec, ExpertsSpec, Mixer, MlpSpec
 from splitfuse.models.families.common import (
     DECODER_NAMES,
     FUSED_EXPERT_NAMES,

@@ -6,7 +6,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from splitfuse.errors import ModelError, brief
-from splitfuse.kernels.interface import ExpertsSpec, HeadNormSpec, NormSpec, QueryScaling
+from splitfuse.kernels.layers import ExpertsSpec, HeadNormSpec, NormSpec, QueryScaling
 from splitfuse.models.families.common import (
     DECODER_NAMES,
     Family,

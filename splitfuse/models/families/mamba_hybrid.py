@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from splitfuse.errors import ModelError, brief
-from splitfuse.kernels.interface import ExpertsSpec, MambaSpec, Mixer, MlpSpec, NormSpec, RouterSpec
+from splitfuse.kernels.layers import ExpertsSpec, MambaSpec, Mixer, MlpSpec, NormSpec, RouterSpec
 from splitfuse.models.families.common import (
     DECODER_NAMES,
     LEGACY_LAYER_TYPES,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from splitfuse.kernels.interface import ExpertsSpec
+from splitfuse.kernels.layers import ExpertsSpec
 from splitfuse.models.families.common import (
     FUSED_EXPERT_NAMES,
     Family,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from splitfuse.errors import UnsupportedModelError
-from splitfuse.kernels.interface import QueryScaling
+from splitfuse.kernels.layers import QueryScaling
 from splitfuse.models.families.common import (
     DECODER_NAMES,
     Family,

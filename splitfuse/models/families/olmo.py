@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from splitfuse.kernels.interface import AttentionSpec, ExpertsSpec, NormPlace
+from splitfuse.kernels.layers import AttentionSpec, ExpertsSpec, NormPlace
 from splitfuse.models.families.common import (
     EXPERT_NAMES,
     FUSED_EXPERT_NAMES,

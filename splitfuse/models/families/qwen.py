@@ -7,7 +7,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from splitfuse.errors import UnsupportedModelError
-from splitfuse.kernels.interface import AttentionSpec, ExpertsSpec, MlpSpec, RouterSpec
+from splitfuse.kernels.layers import AttentionSpec, ExpertsSpec, MlpSpec, RouterSpec
 from splitfuse.models.families.common import (
     DECODER_NAMES,
     EXPERT_NAMES,

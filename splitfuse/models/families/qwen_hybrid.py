@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from splitfuse.errors import UnsupportedModelError, brief
-from splitfuse.kernels.interface import DeltaSpec, ExpertsSpec, Mixer, MlpSpec, NormSpec
+from splitfuse.kernels.layers import DeltaSpec, ExpertsSpec, Mixer, MlpSpec, NormSpec
 from splitfuse.models.families.common import (
     DECODER_NAMES,
     FUSED_EXPERT_NAMES,

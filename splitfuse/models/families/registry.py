@@ -1,7 +1,7 @@
 """Lists the architectures that we load, and leads from a config.json to a ModelSpec.
 
 To add a family: a function from config to spec, a weight-name table if its names are new, and a line in the FAMILIES of
-its family file. One with a new kind of layer also needs a spec in kernels/interface.py, its operations in the backends,
+its family file. One with a new kind of layer also needs a spec in kernels/layers.py, its operations in the backends,
 its place in models/decoder.py and its shapes in models/weights.py. A feature of a config that changes the network is
 honoured or refused, never ignored. Knows no tensors.
 """
@@ -14,7 +14,7 @@ from dataclasses import replace
 from typing import Any
 
 from splitfuse.errors import UnsupportedModelError, brief
-from splitfuse.kernels.interface import AttentionSpec, ConvSpec, ExpertsSpec, LayerSpec, RecurrentSpec
+from splitfuse.kernels.layers import AttentionSpec, ConvSpec, ExpertsSpec, LayerSpec, RecurrentSpec
 from splitfuse.models.families import (
     cohere,
     deepseek,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from splitfuse.kernels.interface import HeadNormSpec
+from splitfuse.kernels.layers import HeadNormSpec
 from splitfuse.models.families.common import (
     LAYER_NORM_NAMES,
     Family,

@@ -10,7 +10,7 @@ from dataclasses import MISSING, dataclass, fields, is_dataclass
 from enum import Enum
 from typing import Any
 
-from splitfuse.kernels.interface import AttentionSpec
+from splitfuse.kernels.layers import AttentionSpec
 from splitfuse.models.families.registry import FAMILIES, spec_from_config
 from splitfuse.models.spec import ModelSpec
 
