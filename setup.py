@@ -69,7 +69,8 @@ def compiled_core() -> list[Extension]:
     from mypyc.build import mypycify
 
     options = ["--strict", "--follow-imports=skip", "--cache-dir=build/mypyc/cache"]
-    known = map(str, [*sorted(Path("splitfuse/core").rglob("*.py")), "splitfuse/config.py", "splitfuse/errors.py"])
+    packages = (Path("splitfuse/core"), Path("splitfuse/config"))
+    known = [*(str(path) for package in packages for path in sorted(package.rglob("*.py"))), "splitfuse/errors.py"]
     return mypycify(
         [*options, *known],
         only_compile_paths=[f"splitfuse/core/{name}.py" for name in COMPILED],

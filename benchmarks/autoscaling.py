@@ -29,7 +29,7 @@ from benchmarks.dominance.points import MAX_NUM_SEQS, Scenario, Slo
 from splitfuse.bench import metrics
 from splitfuse.bench.results import MeasuredRequest
 from splitfuse.bench.workload import LoadRequest
-from splitfuse.config import SchedulerConfig
+from splitfuse.config.engine import SchedulerConfig
 from splitfuse.core.capacity import PART, WANTED_IN_TIME, Arrival, replicas_needed
 from splitfuse.core.request import Request
 from splitfuse.core.sampling_params import SamplingParams

@@ -15,7 +15,7 @@ from collections import Counter
 from benchmarks.dominance.points import MAX_NUM_SEQS, Scenario, Slo
 from benchmarks.routing import drive
 from splitfuse.bench import metrics
-from splitfuse.config import SchedulerConfig
+from splitfuse.config.engine import SchedulerConfig
 from splitfuse.core.capacity import IN_TIME, PART, Arrival, replicas_needed
 from splitfuse.core.slo.cost_model import StepTimes
 from splitfuse.simulator.deployment import Deployment, SimulationConfig

@@ -63,7 +63,7 @@ def load_in_process(path: Path) -> Mapping[str, float]:
 
 def load(path: Path) -> Mapping[str, float]:
     """Load the weights of a checkpoint, and return its size, the planned and the resident bytes, and the seconds."""
-    from splitfuse.config import EngineConfig
+    from splitfuse.config.engine import EngineConfig
     from splitfuse.engine.engine import Engine
     from splitfuse.models.sources.hub import open_model
     from splitfuse.runtime.machine import anonymous_bytes

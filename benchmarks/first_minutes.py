@@ -28,7 +28,7 @@ from splitfuse.bench.load import closed_loop
 from splitfuse.bench.results import MeasuredRequest
 from splitfuse.bench.target import Target
 from splitfuse.bench.workload import Independent, Lengths
-from splitfuse.config import EngineConfig, SchedulerConfig
+from splitfuse.config.engine import EngineConfig, SchedulerConfig
 from splitfuse.core.slo.cost_model import CostModel
 from splitfuse.core.slo.latency_predictor import LatencyPredictor
 from splitfuse.core.slo.targets import SloTargets

@@ -24,7 +24,7 @@ from typing import Any
 
 import msgspec
 
-from splitfuse.config import EngineConfig
+from splitfuse.config.engine import EngineConfig
 from splitfuse.core.kv.loans import TILE
 from splitfuse.core.sampling_params import SamplingParams
 from splitfuse.engine.engine import Engine

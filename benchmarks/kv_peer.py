@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import sys
 
-from splitfuse.config import EngineConfig
+from splitfuse.config.engine import EngineConfig
 from splitfuse.engine.block_file import BlockFile
 from splitfuse.engine.remote.listener import Listener
 from splitfuse.engine.tiers import Tiers

@@ -29,7 +29,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from splitfuse.config import EngineConfig
+from splitfuse.config.engine import EngineConfig
 from splitfuse.core.kv.fetching import Fetch, Frame
 from splitfuse.core.limits import ceil_div
 from splitfuse.core.sampling_params import SamplingParams

@@ -25,7 +25,7 @@ from benchmarks.slo import MACHINES, calibration
 from splitfuse.bench.metrics import percentile
 from splitfuse.bench.target import EngineTarget, Target
 from splitfuse.bench.workload import Chat, Independent, Lengths
-from splitfuse.config import EngineConfig, SchedulerConfig
+from splitfuse.config.engine import EngineConfig, SchedulerConfig
 from splitfuse.core.slo.cost_model import CostModel, StepFeatures
 from splitfuse.core.slo.latency_predictor import LatencyPredictor
 from splitfuse.engine.client import EngineClient

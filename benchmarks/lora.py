@@ -21,7 +21,7 @@ import torch
 from safetensors.torch import save_file
 
 from benchmarks.models import SHAPES, config, write_json
-from splitfuse.config import EngineConfig
+from splitfuse.config.engine import EngineConfig
 from splitfuse.core.events import StepRecord
 from splitfuse.core.sampling_params import SamplingParams
 from splitfuse.engine.engine import Engine

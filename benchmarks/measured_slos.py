@@ -25,7 +25,8 @@ from splitfuse.bench.load import closed_loop
 from splitfuse.bench.results import Point
 from splitfuse.bench.target import EngineTarget
 from splitfuse.bench.workload import Independent, Lengths
-from splitfuse.config import PER_TOKEN, EngineConfig
+from splitfuse.config.engine import EngineConfig
+from splitfuse.config.values import PER_TOKEN
 from splitfuse.core.slo.attainable import USUAL_PROMPT, prompt_seconds
 from splitfuse.core.slo.cost_model import CostModel, StepFeatures
 from splitfuse.core.slo.targets import SloTargets

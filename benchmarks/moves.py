@@ -28,7 +28,7 @@ from statistics import median
 from typing import Any
 
 from benchmarks import roles
-from splitfuse.config import EngineConfig
+from splitfuse.config.engine import EngineConfig
 from splitfuse.core.sampling_params import SamplingParams
 from splitfuse.core.scheduling_options import SchedulingOptions
 from splitfuse.engine.client import EngineState

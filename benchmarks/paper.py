@@ -16,7 +16,7 @@ from itertools import pairwise
 from splitfuse.bench.results import Results
 from splitfuse.bench.summary import Row, rows
 from splitfuse.bench.workload import Independent, Lengths, Loads
-from splitfuse.config import SchedulerConfig
+from splitfuse.config.engine import SchedulerConfig
 from splitfuse.runtime.calibration import Calibration
 from splitfuse.simulator.deployment import Deployment, SimulationConfig
 from splitfuse.simulator.machines import MACHINES

@@ -16,7 +16,7 @@ import gc
 import time
 from statistics import median
 
-from splitfuse.config import SchedulerConfig
+from splitfuse.config.engine import SchedulerConfig
 from splitfuse.core.kv.block_allocator import BlockAllocator
 from splitfuse.core.kv.names import BlockNamer
 from splitfuse.core.latency.ledger import LatencyLedger

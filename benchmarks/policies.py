@@ -29,7 +29,7 @@ from splitfuse.bench.results import Results, save
 from splitfuse.bench.summary import Row, rows
 from splitfuse.bench.target import EngineTarget
 from splitfuse.bench.workload import Independent, Lengths, Loads
-from splitfuse.config import EngineConfig, SchedulerConfig
+from splitfuse.config.engine import EngineConfig, SchedulerConfig
 from splitfuse.engine.calibrate import load_or_time
 from splitfuse.engine.client import EngineClient
 from splitfuse.engine.engine import Engine

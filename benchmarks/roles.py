@@ -43,7 +43,8 @@ from splitfuse.bench.load import closed_loop
 from splitfuse.bench.results import Point
 from splitfuse.bench.target import EngineTarget, Target
 from splitfuse.bench.workload import Independent, Lengths
-from splitfuse.config import EngineConfig, Role
+from splitfuse.config.engine import EngineConfig
+from splitfuse.config.values import Role
 from splitfuse.core.kv.fetching import FIRST_BANDWIDTH
 from splitfuse.core.latency.phases import LatencyPhase
 from splitfuse.core.sampling_params import SamplingParams

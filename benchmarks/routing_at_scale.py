@@ -24,7 +24,7 @@ from random import Random
 
 from splitfuse.bench import metrics
 from splitfuse.bench.workload import LoadRequest
-from splitfuse.config import SchedulerConfig
+from splitfuse.config.engine import SchedulerConfig
 from splitfuse.core.kv.names import BlockNamer
 from splitfuse.core.limits import EngineLimits
 from splitfuse.core.prefix_index import PrefixIndex

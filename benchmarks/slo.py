@@ -20,7 +20,7 @@ from random import Random
 from splitfuse.bench import metrics
 from splitfuse.bench.results import MeasuredRequest
 from splitfuse.bench.workload import Independent, Lengths, Loads
-from splitfuse.config import TAIL_SHARE, SchedulerConfig
+from splitfuse.config.engine import TAIL_SHARE, SchedulerConfig
 from splitfuse.core.slo.cost_model import CostModel
 from splitfuse.core.slo.targets import SloTargets
 from splitfuse.runtime.calibration import Calibration

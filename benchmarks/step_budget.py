@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from random import Random
 from statistics import mean, median
 
-from splitfuse.config import EngineConfig
+from splitfuse.config.engine import EngineConfig
 from splitfuse.core.events import StepRecord
 from splitfuse.core.sampling_params import SamplingParams
 from splitfuse.engine.engine import Engine

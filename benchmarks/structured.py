@@ -21,7 +21,7 @@ from statistics import median
 from typing import Any
 
 from benchmarks.models import SHAPES, config, write_json
-from splitfuse.config import EngineConfig
+from splitfuse.config.engine import EngineConfig
 from splitfuse.core.events import StepRecord
 from splitfuse.core.sampling_params import SamplingParams
 from splitfuse.core.structured_outputs import StructuredOutputs

@@ -27,7 +27,7 @@ from typing import Any
 import torch
 
 from benchmarks.kernels.steps import make_chunks
-from splitfuse.config import EngineConfig
+from splitfuse.config.engine import EngineConfig
 from splitfuse.core.plan import Chunk
 from splitfuse.runtime.executor import Executor
 from splitfuse.runtime.loading import LoadedModel, load_model

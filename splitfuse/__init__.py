@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from splitfuse.clients.sync import async_client as async_client
     from splitfuse.clients.sync import client as client
     from splitfuse.clients.sync import serve as serve
-    from splitfuse.config import EngineConfig as EngineConfig
+    from splitfuse.config.engine import EngineConfig as EngineConfig
     from splitfuse.core.request_output import FinishReason as FinishReason
     from splitfuse.core.sampling_params import SamplingParams as SamplingParams
     from splitfuse.engine.engine import Engine as Engine
@@ -57,7 +57,7 @@ _HOMES = {
     "splitfuse.api": ("Pipeline", "pipeline"),
     "splitfuse.clients.client": ("AsyncClient",),
     "splitfuse.clients.sync": ("Client", "async_client", "client", "serve"),
-    "splitfuse.config": ("EngineConfig",),
+    "splitfuse.config.engine": ("EngineConfig",),
     "splitfuse.core.request_output": ("FinishReason",),
     "splitfuse.core.sampling_params": ("SamplingParams",),
     "splitfuse.engine.engine": ("Engine",),

@@ -15,7 +15,7 @@ from typing import Any, Literal, Self, overload
 
 from tqdm import tqdm
 
-from splitfuse.config import EngineConfig
+from splitfuse.config.engine import EngineConfig
 from splitfuse.core.events import StepRecord
 from splitfuse.engine import garbage
 from splitfuse.engine.engine import Engine

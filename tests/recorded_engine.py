@@ -5,7 +5,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from splitfuse.config import EngineConfig
+from splitfuse.config.engine import EngineConfig
 from splitfuse.core.request_output import RequestOutput
 from splitfuse.engine.engine import Engine
 from splitfuse.engine.loop import EngineLoop

@@ -12,7 +12,8 @@ from typing import Any
 import httpx
 from patience import PATIENCE
 
-from splitfuse.config import EngineConfig, ServerConfig
+from splitfuse.config.engine import EngineConfig
+from splitfuse.config.server import ServerConfig
 from splitfuse.engine.engine import Engine
 from splitfuse.engine.thread import AsyncEngine
 from splitfuse.models.sources.hub import open_model

@@ -22,7 +22,7 @@ from random import Random
 from scheduler_checks import check_scheduler
 
 from splitfuse.bench.baselines import BASELINES
-from splitfuse.config import SchedulerConfig
+from splitfuse.config.engine import SchedulerConfig
 from splitfuse.core.events import StepScheduled
 from splitfuse.core.kv.block_allocator import BlockAllocator
 from splitfuse.core.kv.fetch_queue import FetchQueue

@@ -11,7 +11,7 @@ import httpx
 from patience import PATIENCE
 
 from splitfuse.clients.http_stream import Address
-from splitfuse.config import ServerConfig
+from splitfuse.config.server import ServerConfig
 from splitfuse.gateway.app import Gateway
 from splitfuse.gateway.cell import Cell
 from splitfuse.server.listen import HttpServer, listening_sockets

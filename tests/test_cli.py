@@ -21,7 +21,7 @@ from typer.testing import CliRunner
 import splitfuse
 from splitfuse.cli import app
 from splitfuse.cli.flags import SAMPLING_FLAGS
-from splitfuse.config import EngineConfig
+from splitfuse.config.engine import EngineConfig
 from splitfuse.models.sources.hub import BUNDLED_MODEL
 
 COMMAND = [sys.executable, "-m", "splitfuse.cli"]

@@ -6,7 +6,9 @@ from typing import Any
 
 import pytest
 
-from splitfuse.config import PARTS, CacheConfig, EngineConfig, ModelConfig, SchedulerConfig, ServerConfig, parse_seconds
+from splitfuse.config.engine import PARTS, CacheConfig, EngineConfig, ModelConfig, SchedulerConfig
+from splitfuse.config.server import ServerConfig
+from splitfuse.config.values import parse_seconds
 from splitfuse.core.slo.targets import SloTargets
 from splitfuse.errors import ConfigError
 

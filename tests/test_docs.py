@@ -16,7 +16,8 @@ from running_server import running_server
 
 from splitfuse.cli import app
 from splitfuse.cli.models import HEADS, cells
-from splitfuse.config import EngineConfig, GatewayConfig, ServerConfig
+from splitfuse.config.engine import EngineConfig
+from splitfuse.config.server import GatewayConfig, ServerConfig
 from splitfuse.core.latency.phases import LatencyPhase
 from splitfuse.core.sampling_params import PARAMETERS
 from splitfuse.errors import (

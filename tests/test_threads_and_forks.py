@@ -10,7 +10,7 @@ import pytest
 from patience import PATIENCE
 
 import splitfuse
-from splitfuse.config import EngineConfig
+from splitfuse.config.engine import EngineConfig
 from splitfuse.core.sampling_params import SamplingParams
 from splitfuse.engine.engine import Engine
 from splitfuse.engine.guard import Guard
@@ -107,7 +107,7 @@ def test_threads_come_in_their_order() -> None:
 
 FORKED = """if True:
     import os, sys, torch, splitfuse
-    from splitfuse.config import EngineConfig
+    from splitfuse.config.engine import EngineConfig
     from splitfuse.core.sampling_params import SamplingParams
     from splitfuse.engine.ragged import RaggedEngine
     from splitfuse.kernels.cpu.backend import CpuBackend

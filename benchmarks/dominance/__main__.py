@@ -23,7 +23,7 @@ from statistics import median
 from benchmarks.dominance.compare import OTHERS, Comparison, Line, Settings, complete, key_of, policy_version
 from benchmarks.dominance.loop import OURS, System
 from benchmarks.dominance.points import Scenario, Slo, grid
-from splitfuse.config import MAX_TOKEN_BUDGET
+from splitfuse.config.engine import MAX_TOKEN_BUDGET
 
 ENOUGH = 0.98
 """Ratio to the best other policy that a point must reach."""

@@ -14,7 +14,7 @@ from benchmarks.dominance.loop import OURS, System, drive
 from benchmarks.dominance.points import MAX_NUM_SEQS, Scenario, Slo
 from splitfuse.bench import metrics
 from splitfuse.bench.results import MeasuredRequest
-from splitfuse.config import MAX_TOKEN_BUDGET
+from splitfuse.config.engine import MAX_TOKEN_BUDGET
 from splitfuse.core.slo.targets import SloTargets
 
 OTHERS = (

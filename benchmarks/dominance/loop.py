@@ -13,7 +13,7 @@ from random import Random
 
 from splitfuse.bench.baselines import make_baseline
 from splitfuse.bench.results import MeasuredRequest
-from splitfuse.config import TAIL_SHARE, SchedulerConfig
+from splitfuse.config.engine import TAIL_SHARE, SchedulerConfig
 from splitfuse.core.kv.block_allocator import BlockAllocator
 from splitfuse.core.kv.names import BlockNamer
 from splitfuse.core.plan import ChunkResult, StepPlan

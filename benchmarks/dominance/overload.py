@@ -18,7 +18,7 @@ from benchmarks.dominance.compare import OUR_SYSTEM
 from benchmarks.dominance.loop import OURS, PlannedRequest, System, drive
 from benchmarks.dominance.points import FASTGEN, MAX_NUM_SEQS, WORKLOADS, Scenario, Slo
 from splitfuse.bench import metrics
-from splitfuse.config import MAX_TAIL_SHARE, TAIL_SHARE
+from splitfuse.config.engine import MAX_TAIL_SHARE, TAIL_SHARE
 
 TAIL_SHARES = sorted({1 / 64, 1 / 32, 1 / 16, 1 / 8, 1 / 4, TAIL_SHARE, MAX_TAIL_SHARE})
 OTHERS = (System("splitfuse", 512), System("prefill-first", 2048))

@@ -16,7 +16,7 @@ from statistics import NormalDist
 from typing import Any
 
 from benchmarks.dominance.loop import PlannedRequest, Session
-from splitfuse.config import PER_TOKEN
+from splitfuse.config.values import PER_TOKEN
 from splitfuse.core.slo.cost_model import StepFeatures
 from splitfuse.core.slo.targets import SloTargets
 from splitfuse.runtime.calibration import Calibration

@@ -19,7 +19,7 @@ import torch
 import splitfuse
 from benchmarks.gpu.measure import Setting, Table
 from benchmarks.models import SHAPES, VOCAB_SIZE, ModelShape, write_without_weights
-from splitfuse.config import EngineConfig
+from splitfuse.config.engine import EngineConfig
 from splitfuse.core.plan import Chunk
 from splitfuse.models.spec import ModelSpec
 from splitfuse.runtime.executor import Executor

@@ -27,7 +27,7 @@ from benchmarks.kernels.neighbours import neighbours
 from benchmarks.kernels.recurrent import recurrent
 from benchmarks.kernels.steps import CONTEXT, check_shape, forward, make_chunks, scattered_steps
 from benchmarks.models import SHAPES, ModelShape
-from splitfuse.config import EngineConfig
+from splitfuse.config.engine import EngineConfig
 from splitfuse.errors import SplitfuseError
 from splitfuse.kernels.cpu.backend import CpuBackend
 from splitfuse.kernels.cpu.bindings import VARIANTS, Heads

@@ -14,7 +14,7 @@ from statistics import median
 from typing import Any
 
 from benchmarks.kernels.steps import forward, make_chunks
-from splitfuse.config import EngineConfig
+from splitfuse.config.engine import EngineConfig
 from splitfuse.core.plan import Chunk
 from splitfuse.runtime.executor import Executor
 from splitfuse.runtime.loading import load_model

@@ -15,7 +15,8 @@ from benchmarks.papers.data import Engine, distserve_engine, workload
 from benchmarks.papers.kept import Kept
 from benchmarks.papers.tables import Table
 from splitfuse.bench import metrics
-from splitfuse.config import Role, SchedulerConfig
+from splitfuse.config.engine import SchedulerConfig
+from splitfuse.config.values import Role
 from splitfuse.core.slo.targets import SloTargets
 from splitfuse.simulator import virtual_time
 from splitfuse.simulator.deployment import Deployment, Link, Machine, SimulationConfig

@@ -21,7 +21,7 @@ from random import Random
 from benchmarks.papers.kept import Kept
 from benchmarks.papers.tables import Table
 from splitfuse.bench.workload import Lengths, LoadRequest, Workload
-from splitfuse.config import SchedulerConfig
+from splitfuse.config.engine import SchedulerConfig
 from splitfuse.core.request import Request
 from splitfuse.core.slo.cost_model import CostModel
 from splitfuse.runtime.calibration import Calibration

@@ -27,7 +27,7 @@ from benchmarks.papers.tables import Table
 from splitfuse.bench import metrics
 from splitfuse.bench.target import Target
 from splitfuse.bench.workload import Lengths, LoadRequest, Prompt, Vocabulary, Workload, joined
-from splitfuse.config import SchedulerConfig
+from splitfuse.config.engine import SchedulerConfig
 from splitfuse.runtime.calibration import Calibration
 from splitfuse.simulator import virtual_time
 from splitfuse.simulator.deployment import Deployment, Machine, SimulationConfig, StepClock

@@ -33,7 +33,8 @@ from splitfuse.bench import metrics
 from splitfuse.bench.load import WARM_UP, open_loop
 from splitfuse.bench.results import MeasuredRequest
 from splitfuse.bench.workload import poisson
-from splitfuse.config import Role, SchedulerConfig
+from splitfuse.config.engine import SchedulerConfig
+from splitfuse.config.values import Role
 from splitfuse.core.request import Request
 from splitfuse.simulator import virtual_time
 from splitfuse.simulator.deployment import Deployment, Link, Machine, SimulationConfig

@@ -29,7 +29,7 @@ import httpx
 from server_load import http_request, metrics, wait_until_idle
 from server_process import server_process
 
-from splitfuse.config import EngineConfig
+from splitfuse.config.engine import EngineConfig
 
 
 @dataclass(frozen=True)

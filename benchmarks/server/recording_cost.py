@@ -23,7 +23,7 @@ from pathlib import Path
 from statistics import median, quantiles
 
 from benchmarks.server.front_cost import make_prompts, parsed, settings_of
-from splitfuse.config import EngineConfig
+from splitfuse.config.engine import EngineConfig
 from splitfuse.core.sampling_params import SamplingParams
 from splitfuse.engine.messages import Add, EngineStats
 from splitfuse.engine.remote.launcher import SubprocessLauncher

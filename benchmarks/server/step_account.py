@@ -23,7 +23,7 @@ from itertools import count
 from pathlib import Path
 
 from benchmarks.server.front_cost import make_prompts, parsed, settings_of
-from splitfuse.config import EngineConfig
+from splitfuse.config.engine import EngineConfig
 from splitfuse.core.sampling_params import SamplingParams
 from splitfuse.engine.messages import Add
 from splitfuse.engine.remote import launcher

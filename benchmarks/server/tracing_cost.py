@@ -14,7 +14,7 @@ from contextlib import contextmanager
 
 from benchmarks.server.front_cost import parsed, settings_of
 from benchmarks.server.recording_cost import compare
-from splitfuse.config import EngineConfig
+from splitfuse.config.engine import EngineConfig
 from splitfuse.engine.remote.launcher import SubprocessLauncher
 from splitfuse.engine.remote.supervisor import SupervisedEngine
 from splitfuse.server.trace_feed import TraceFeed, TraceQueue

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from splitfuse.config import TAIL_SHARE, SchedulerConfig
+from splitfuse.config.engine import TAIL_SHARE, SchedulerConfig
 from splitfuse.core.limits import blocks_needed
 from splitfuse.core.policy import Fcfs, SchedulingPolicy
 from splitfuse.core.request import Request, RequestStatus

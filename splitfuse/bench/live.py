@@ -18,7 +18,7 @@ from itertools import pairwise
 from typing import Self
 
 from splitfuse.bench.metrics import percentile
-from splitfuse.config import EngineConfig
+from splitfuse.config.engine import EngineConfig
 from splitfuse.core.request_output import FinishReason
 from splitfuse.core.slo.targets import SloTargets
 from splitfuse.engine.client import EngineClient

@@ -13,7 +13,7 @@ from typing import Any
 
 from splitfuse.bench.baselines import make_baseline
 from splitfuse.bench.workload import UNLIMITED, LoadRequest, Prompt, TokenIds, Vocabulary
-from splitfuse.config import EngineConfig
+from splitfuse.config.engine import EngineConfig
 from splitfuse.core.request_output import FinishReason
 from splitfuse.core.sampling_params import SamplingParams
 from splitfuse.engine.client import EngineClient, EngineState

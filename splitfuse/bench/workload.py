@@ -17,7 +17,7 @@ from typing import Any, ClassVar, TypeAlias
 import msgspec
 
 from splitfuse.bench.metrics import PROMPT_TOKENS_PER_SECOND
-from splitfuse.config import setting
+from splitfuse.config.fields import setting
 from splitfuse.errors import ConfigError, unreadable
 from splitfuse.recording.format import Recording, is_recording
 from splitfuse.recording.requests import read_requests

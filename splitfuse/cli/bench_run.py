@@ -14,7 +14,7 @@ from splitfuse.bench.workload import Loads
 from splitfuse.cli.flags import ApiKeyFlag, changed, flag_of, given, take, with_flags
 from splitfuse.cli.loads import SPEEDS, SloFlag, WorkloadFlags, check_writable, parse_speeds, parse_targets, take_loads
 from splitfuse.cli.tables import print_results
-from splitfuse.config import TARGETS, EngineConfig
+from splitfuse.config.engine import TARGETS, EngineConfig
 from splitfuse.deploy.daemon import first_key
 from splitfuse.errors import ConfigError
 

@@ -11,7 +11,7 @@ import typer
 from splitfuse.cli.flags import given, with_flags
 from splitfuse.cli.loads import check_writable
 from splitfuse.cli.tables import console, make_table
-from splitfuse.config import EngineConfig
+from splitfuse.config.engine import EngineConfig
 
 if TYPE_CHECKING:
     from splitfuse.core.slo.cost_model import CostModel

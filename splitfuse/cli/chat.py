@@ -23,7 +23,8 @@ from splitfuse.cli.flags import (
     with_flags,
     with_form,
 )
-from splitfuse.config import EngineConfig, ServerConfig
+from splitfuse.config.engine import EngineConfig
+from splitfuse.config.server import ServerConfig
 from splitfuse.errors import ConfigError, ServerError, SplitfuseError
 
 if TYPE_CHECKING:

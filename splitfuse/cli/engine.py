@@ -8,7 +8,8 @@ import typer
 
 from splitfuse.cli.flags import given, take, with_flags
 from splitfuse.cli.log import logging_to_stderr
-from splitfuse.config import EngineConfig, ListenConfig
+from splitfuse.config.engine import EngineConfig
+from splitfuse.config.server import ListenConfig
 from splitfuse.errors import ConfigError
 
 

@@ -16,7 +16,8 @@ from typing import Annotated, Any, TypeVar
 
 import typer
 
-from splitfuse.config import EngineConfig, ServerConfig
+from splitfuse.config.engine import EngineConfig
+from splitfuse.config.server import ServerConfig
 from splitfuse.core.sampling_params import Parameter
 from splitfuse.deploy.daemon import KEY_VARIABLES, first_key
 from splitfuse.engine.line_writer import LineWriter

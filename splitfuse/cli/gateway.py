@@ -7,7 +7,8 @@ from typing import Any
 
 from splitfuse.cli.flags import given, with_flags
 from splitfuse.cli.log import logging_to_stderr
-from splitfuse.config import EngineConfig, GatewayConfig
+from splitfuse.config.engine import EngineConfig
+from splitfuse.config.server import GatewayConfig
 
 
 @with_flags(also=(GatewayConfig,), without=EngineConfig.setting_fields())

@@ -13,7 +13,7 @@ from typing import Annotated, Any
 import typer
 
 from splitfuse.cli.flags import FORM_FLAGS, JSONL_ONLY, SAMPLING_FLAGS, given, with_flags, with_form
-from splitfuse.config import EngineConfig
+from splitfuse.config.engine import EngineConfig
 from splitfuse.errors import InvalidRequestError, SplitfuseError, did_you_mean, unreadable
 from splitfuse.text.chat_options import CHAT_KEYWORDS
 

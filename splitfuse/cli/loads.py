@@ -11,7 +11,8 @@ import typer
 
 from splitfuse.bench.workload import Loads, TokenIds, Trace
 from splitfuse.cli.flags import given, numbers, take
-from splitfuse.config import TARGETS, SchedulerConfig, setting
+from splitfuse.config.engine import TARGETS, SchedulerConfig
+from splitfuse.config.fields import setting
 from splitfuse.errors import ConfigError
 
 if TYPE_CHECKING:

@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from splitfuse.cli.flags import cli_errors
-from splitfuse.config import EngineConfig
+from splitfuse.config.engine import EngineConfig
 
 HEADS = ("architecture", "models", "beyond Llama", "limits", "C++ kernels")
 """Heads of the columns; the last says how the C++ kernels compute the network."""

@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from splitfuse.cli.flags import given, with_flags
-from splitfuse.config import EngineConfig
+from splitfuse.config.engine import EngineConfig
 
 if TYPE_CHECKING:
     from splitfuse.models.sources.source import WeightSource

@@ -8,7 +8,8 @@ import typer
 
 from splitfuse.cli.flags import take, with_flags
 from splitfuse.cli.log import logging_to_stderr
-from splitfuse.config import EngineConfig, RankConfig
+from splitfuse.config.engine import EngineConfig
+from splitfuse.config.server import RankConfig
 from splitfuse.errors import ConfigError
 
 

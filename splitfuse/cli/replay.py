@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from splitfuse.cli.flags import changed, with_flags
-from splitfuse.config import EngineConfig, change_settings
+from splitfuse.config.engine import EngineConfig, change_settings
 from splitfuse.errors import ConfigError, InvalidRequestError, RecordingError, printable
 
 if TYPE_CHECKING:

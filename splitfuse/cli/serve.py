@@ -12,7 +12,8 @@ import typer
 
 from splitfuse.cli.flags import given, is_chosen, with_flags
 from splitfuse.cli.log import CLEAR_LINE, logging_to_stderr
-from splitfuse.config import EngineConfig, ServerConfig
+from splitfuse.config.engine import EngineConfig
+from splitfuse.config.server import ServerConfig
 from splitfuse.deploy.daemon import KEY_VARIABLES
 from splitfuse.errors import ConfigError
 

@@ -21,7 +21,7 @@ from splitfuse.cli.loads import (
     take_loads,
 )
 from splitfuse.cli.tables import console, make_table, print_results
-from splitfuse.config import EngineConfig, change_settings
+from splitfuse.config.engine import EngineConfig, change_settings
 from splitfuse.core.kv.fetching import FIRST_BANDWIDTH
 from splitfuse.errors import ConfigError, did_you_mean
 

@@ -15,7 +15,7 @@ from splitfuse.cli.flags import changed, given, numbers, take, with_flags
 from splitfuse.cli.loads import DiskSpeedFlag, MemorySpeedFlag, WorkloadFlags, check_writable, load_text, unit
 from splitfuse.cli.simulate import known_calibration
 from splitfuse.cli.tables import console, make_table
-from splitfuse.config import EngineConfig
+from splitfuse.config.engine import EngineConfig
 from splitfuse.core.kv.fetching import FIRST_BANDWIDTH
 from splitfuse.deploy import daemon
 from splitfuse.errors import ConfigError

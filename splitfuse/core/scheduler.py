@@ -40,7 +40,7 @@ from collections import deque
 from dataclasses import replace
 from typing import NamedTuple
 
-from splitfuse.config import SchedulerConfig
+from splitfuse.config.engine import SchedulerConfig
 from splitfuse.core.events import EngineEvents, RequestPreempted, RequestStarted, StepRecord, StepScheduled
 from splitfuse.core.kv.block_allocator import BlockAllocator
 from splitfuse.core.kv.fetch_queue import FetchQueue

@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Sequence
 
-from splitfuse.config import MAX_TOKEN_BUDGET, SchedulerConfig
+from splitfuse.config.engine import MAX_TOKEN_BUDGET, SchedulerConfig
 from splitfuse.core.events import StepRecord
 from splitfuse.core.slo.cost_model import MIN_SAMPLES, CostModel, Sample, StepFeatures, features_of, fit
 

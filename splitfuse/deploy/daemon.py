@@ -15,7 +15,9 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO, TextIO
 
-from splitfuse.config import EngineConfig, ServerConfig, refuse_unknown
+from splitfuse.config.engine import EngineConfig
+from splitfuse.config.fields import refuse_unknown
+from splitfuse.config.server import ServerConfig
 from splitfuse.deploy import registry
 from splitfuse.deploy.registry import Deployment
 from splitfuse.errors import ConfigError, ServerError

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from dataclasses import replace
 
-from splitfuse.config import EngineConfig
+from splitfuse.config.engine import EngineConfig
 from splitfuse.core.events import StepRecord
 from splitfuse.core.kv.block_allocator import BlockAllocator
 from splitfuse.core.kv.fetching import Fetching

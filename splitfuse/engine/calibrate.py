@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 from tqdm import tqdm
 
-from splitfuse.config import EngineConfig
+from splitfuse.config.engine import EngineConfig
 from splitfuse.core.limits import ceil_div
 from splitfuse.core.plan import Chunk, SamplingState, StateSlots, StepPlan
 from splitfuse.core.request import Request

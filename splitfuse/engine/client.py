@@ -20,7 +20,7 @@ from typing import ClassVar, TypeVarTuple
 
 import msgspec
 
-from splitfuse.config import Role
+from splitfuse.config.values import Role
 from splitfuse.core.capacity import MOST_ARRIVALS, Arrival
 from splitfuse.core.latency.phases import LatencyBreakdown
 from splitfuse.core.limits import EngineLimits

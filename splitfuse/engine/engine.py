@@ -14,7 +14,8 @@ from itertools import chain
 
 from llguidance import LLMatcher
 
-from splitfuse.config import EngineConfig, parse_adapter
+from splitfuse.config.engine import EngineConfig
+from splitfuse.config.values import parse_adapter
 from splitfuse.core.events import PhasesEntered, RequestFinished, StepRecord
 from splitfuse.core.kv.fetch_queue import FetchQueue
 from splitfuse.core.kv.fetching import FIRST_BANDWIDTH, WAITING_SHARE, Fetch, Fetching

@@ -12,7 +12,7 @@ from dataclasses import replace
 
 import msgspec
 
-from splitfuse.config import EngineConfig
+from splitfuse.config.engine import EngineConfig
 from splitfuse.core.limits import EngineLimits
 from splitfuse.core.pooling_params import PoolingParams
 from splitfuse.core.request_output import FinishReason, RequestOutput

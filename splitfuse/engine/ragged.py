@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from splitfuse.config import EngineConfig
+from splitfuse.config.engine import EngineConfig
 from splitfuse.core.kv.block_allocator import BlockAllocator
 from splitfuse.core.kv.request_kv import RequestKv, check_held
 from splitfuse.core.kv.state_allocator import StateAllocator

@@ -9,7 +9,9 @@ import logging
 import os
 from collections.abc import Collection, Sequence
 
-from splitfuse.config import EngineConfig, Role, ServerConfig, is_loopback, parse_address, parse_bytes
+from splitfuse.config.engine import EngineConfig
+from splitfuse.config.server import ServerConfig
+from splitfuse.config.values import Role, is_loopback, parse_address, parse_bytes
 from splitfuse.core.kv.names import new_key
 from splitfuse.engine.quarantine import Quarantine
 from splitfuse.engine.remote.connector import Agreement, ConnectLauncher

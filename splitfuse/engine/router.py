@@ -11,7 +11,7 @@ from functools import partial
 
 import msgspec
 
-from splitfuse.config import Role
+from splitfuse.config.values import Role
 from splitfuse.core.kv.fetching import LONGEST_FETCH
 from splitfuse.core.kv.names import BlockNamer, new_key
 from splitfuse.core.limits import EngineLimits

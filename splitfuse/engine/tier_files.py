@@ -10,7 +10,8 @@ import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from splitfuse.config import CacheConfig, parse_disk_tier
+from splitfuse.config.engine import CacheConfig
+from splitfuse.config.values import parse_disk_tier
 from splitfuse.core.kv.names import new_key
 from splitfuse.errors import ConfigError
 

@@ -20,7 +20,8 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from splitfuse.config import CacheConfig, parse_disk_tier
+from splitfuse.config.engine import CacheConfig
+from splitfuse.config.values import parse_disk_tier
 from splitfuse.core.kv.fetching import (
     FEWEST_PLACES,
     FIRST_BANDWIDTH,

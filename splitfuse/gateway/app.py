@@ -21,7 +21,7 @@ from starlette.websockets import WebSocketClose
 
 from splitfuse.clients.http_stream import Answer, exchange
 from splitfuse.clients.wire import CHAT_PATH
-from splitfuse.config import ServerConfig
+from splitfuse.config.server import ServerConfig
 from splitfuse.core.cells import Cells
 from splitfuse.errors import EngineUnavailableError, RequestFailedError, ServerError
 from splitfuse.gateway.beginning import Beginning, beginning_of

@@ -10,7 +10,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from splitfuse.clients.http_stream import Address
-from splitfuse.config import GatewayConfig, ServerConfig, parse_url
+from splitfuse.config.server import GatewayConfig, ServerConfig
+from splitfuse.config.values import parse_url
 from splitfuse.deploy import registry
 from splitfuse.deploy.registry import Deployment
 from splitfuse.engine.private_files import check_private

@@ -21,7 +21,7 @@ from typing import Any, Self, TypeAlias
 
 import msgspec
 
-from splitfuse.config import EngineConfig
+from splitfuse.config.engine import EngineConfig
 from splitfuse.core.limits import EngineLimits
 from splitfuse.engine.trace import FinishTrace, PreemptTrace, RequestTrace, StepTrace
 from splitfuse.errors import RecordingError, SplitfuseError, unreadable

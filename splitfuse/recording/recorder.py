@@ -23,7 +23,7 @@ from pathlib import Path
 
 import msgspec
 
-from splitfuse.config import EngineConfig
+from splitfuse.config.engine import EngineConfig
 from splitfuse.engine.messages import EngineInfo
 from splitfuse.engine.trace import (
     FinishTrace,

@@ -19,7 +19,8 @@ from typing import Any
 
 import msgspec
 
-from splitfuse.config import EngineConfig, change_settings, parse_adapter
+from splitfuse.config.engine import EngineConfig, change_settings
+from splitfuse.config.values import parse_adapter
 from splitfuse.core.limits import EngineLimits, ceil_div, check_token_ids
 from splitfuse.core.plan import ZERO_STATE, Chunk, ChunkResult, SamplingState, StateSlots, StepPlan, StepResult
 from splitfuse.core.sampling_params import MAX_SEED

@@ -12,7 +12,7 @@ from functools import partial
 
 import torch
 
-from splitfuse.config import EngineConfig
+from splitfuse.config.engine import EngineConfig
 from splitfuse.errors import ConfigError, KernelError
 from splitfuse.kernels.cpu.backend import CpuBackend
 from splitfuse.kernels.cpu.bindings import VARIANTS

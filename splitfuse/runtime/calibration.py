@@ -10,7 +10,7 @@ from typing import Any
 
 import msgspec
 
-from splitfuse.config import EngineConfig
+from splitfuse.config.engine import EngineConfig
 from splitfuse.core.slo.cost_model import CostModel, Sample
 from splitfuse.errors import CostModelError
 from splitfuse.models.sources.source import ModelSource

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from splitfuse.config import EngineConfig
+from splitfuse.config.engine import EngineConfig
 from splitfuse.kernels.triton import capabilities as triton
 from splitfuse.runtime.machine import GIB, available_memory
 

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from splitfuse.config import EngineConfig
+from splitfuse.config.engine import EngineConfig
 from splitfuse.core.plan import Chunk
 from splitfuse.core.speculation.model_drafts import Guess, Guesses, most_tokens
 from splitfuse.errors import ConfigError, ModelError, WeightsError

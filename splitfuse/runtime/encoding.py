@@ -12,7 +12,7 @@ from functools import partial
 
 import torch
 
-from splitfuse.config import EngineConfig
+from splitfuse.config.engine import EngineConfig
 from splitfuse.core.limits import ceil_div
 from splitfuse.core.plan import ChunkResult, SamplingState, StepPlan, StepResult
 from splitfuse.core.step_budget import FIRST_BUDGET

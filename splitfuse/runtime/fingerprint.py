@@ -12,7 +12,7 @@ import llguidance
 import msgspec
 import torch
 
-from splitfuse.config import EngineConfig
+from splitfuse.config.engine import EngineConfig
 from splitfuse.kernels.interface import Backend
 from splitfuse.models.sources.source import ModelSource
 from splitfuse.runtime.machine import gpu

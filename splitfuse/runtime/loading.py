@@ -10,7 +10,7 @@ from functools import partial
 
 import torch
 
-from splitfuse.config import MAX_TOKEN_BUDGET, EngineConfig
+from splitfuse.config.engine import MAX_TOKEN_BUDGET, EngineConfig
 from splitfuse.errors import AdapterError, ConfigError, MemoryPlanError, ModelError, UnsupportedModelError, brief
 from splitfuse.kernels.group import Group
 from splitfuse.kernels.interface import Backend

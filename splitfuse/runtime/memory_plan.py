@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from splitfuse.config import CacheConfig, EngineConfig
+from splitfuse.config.engine import CacheConfig, EngineConfig
 from splitfuse.core.kv.fetching import INBOX_BYTES, MOVES_BYTES, MOVES_INBOX_BYTES, STAGED_BYTES, waiting_bytes
 from splitfuse.core.limits import ceil_div
 from splitfuse.core.step_budget import BUDGETS, FIRST_BUDGET

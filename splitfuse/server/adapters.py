@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 import msgspec
 from msgspec import Meta
 
-from splitfuse.config import ADAPTER_NAME
+from splitfuse.config.values import ADAPTER_NAME
 from splitfuse.errors import InvalidRequestError
 from splitfuse.server.auth import check_admin
 from splitfuse.server.context import RequestContext

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 
-from splitfuse.config import ServerConfig
+from splitfuse.config.server import ServerConfig
 from splitfuse.errors import MAX_WAIT, DrainingError, InvalidRequestError, OverloadedError, whole_seconds
 from splitfuse.server.bodies import BodyBudget
 

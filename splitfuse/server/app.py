@@ -23,7 +23,7 @@ from starlette.routing import Route as StarletteRoute
 from starlette.routing import Router
 from starlette.websockets import WebSocketClose
 
-from splitfuse.config import ServerConfig
+from splitfuse.config.server import ServerConfig
 from splitfuse.core.latency.phases import LatencyBreakdown
 from splitfuse.core.request_output import FinishReason
 from splitfuse.server import adapters, engines, trace_stream

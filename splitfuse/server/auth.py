@@ -15,7 +15,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Self
 
-from splitfuse.config import TARGETS, SchedulerConfig, ServerConfig
+from splitfuse.config.engine import TARGETS, SchedulerConfig
+from splitfuse.config.server import ServerConfig
 from splitfuse.core.scheduling_options import MAX_WEIGHT, MIN_WEIGHT, Priority
 from splitfuse.core.slo.targets import SLO_DISABLED, SloTargets
 from splitfuse.deploy.registry import is_loopback

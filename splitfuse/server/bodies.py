@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from splitfuse.config import ServerConfig
+from splitfuse.config.server import ServerConfig
 from splitfuse.errors import OverloadedError
 from splitfuse.server.errors import RefusedError
 

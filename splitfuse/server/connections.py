@@ -31,7 +31,7 @@ from uvicorn.protocols.http.flow_control import HIGH_WATER_LIMIT
 from uvicorn.protocols.http.h11_impl import H11Protocol
 from uvicorn.server import ServerState
 
-from splitfuse.config import ServerConfig
+from splitfuse.config.server import ServerConfig
 
 FILES_OF_OUR_OWN, FILES_OF_A_REPLICA = 64, 8
 """Numbers of descriptors that are left for other things than connections."""

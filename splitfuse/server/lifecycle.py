@@ -17,7 +17,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from splitfuse.config import EngineConfig, SchedulerConfig, ServerConfig, parse_adapter, parse_autoscale
+from splitfuse.config.engine import EngineConfig, SchedulerConfig
+from splitfuse.config.server import ServerConfig
+from splitfuse.config.values import parse_adapter, parse_autoscale
 from splitfuse.deploy import registry
 from splitfuse.deploy.registry import Deployment
 from splitfuse.engine import garbage

@@ -14,7 +14,7 @@ from typing import Any
 
 import uvicorn
 
-from splitfuse.config import ServerConfig
+from splitfuse.config.server import ServerConfig
 from splitfuse.deploy import registry
 from splitfuse.engine.private_files import check_private
 from splitfuse.errors import ConfigError, EngineUnavailableError, RegistryError, ServerError

@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 
 from msgspec import Meta
 
-from splitfuse.config import MAX_TARGET, MIN_TARGET
+from splitfuse.config.values import MAX_TARGET, MIN_TARGET
 from splitfuse.core.scheduling_options import Priority, SchedulingOptions
 from splitfuse.core.slo.targets import NO_SLO, SLO_DISABLED, SloTargets
 from splitfuse.errors import InvalidRequestError

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TypeVar
 
-from splitfuse.config import ServerConfig
+from splitfuse.config.server import ServerConfig
 from splitfuse.engine.client import EngineState
 from splitfuse.errors import EngineUnavailableError, brief
 from splitfuse.server.access_log import RequestLog

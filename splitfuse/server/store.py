@@ -9,7 +9,7 @@ import threading
 from collections import OrderedDict, defaultdict
 from dataclasses import dataclass
 
-from splitfuse.config import ServerConfig
+from splitfuse.config.server import ServerConfig
 from splitfuse.server.errors import RefusedError
 
 OVERHEAD = 512

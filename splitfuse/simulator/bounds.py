@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from splitfuse.bench.load import WARM_UP
 from splitfuse.bench.workload import LoadRequest, Trace, Workload
-from splitfuse.config import Role
+from splitfuse.config.values import Role
 from splitfuse.core.slo.cost_model import CostModel
 from splitfuse.core.slo.targets import SloTargets
 from splitfuse.simulator.deployment import Machine

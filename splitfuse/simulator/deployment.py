@@ -11,7 +11,8 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Protocol, Self
 
 from splitfuse.bench.baselines import make_baseline
-from splitfuse.config import TARGETS, CacheConfig, EngineConfig, Role, SchedulerConfig
+from splitfuse.config.engine import TARGETS, CacheConfig, EngineConfig, SchedulerConfig
+from splitfuse.config.values import Role
 from splitfuse.core.kv.fetching import FIRST_BANDWIDTH
 from splitfuse.core.kv.loans import TILE
 from splitfuse.core.kv.names import BlockNamer

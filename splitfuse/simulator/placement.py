@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from functools import cache
 
 from splitfuse.bench.measure import MakeWorkload
-from splitfuse.config import Role
+from splitfuse.config.values import Role
 from splitfuse.errors import ConfigError
 from splitfuse.simulator.bounds import Bounds
 from splitfuse.simulator.deployment import Deployment, Link, Machine, SimulationConfig, without_targets

@@ -11,7 +11,7 @@ import math
 from collections.abc import Iterable, Sequence
 from typing import Generic, Protocol, TypeVar
 
-from splitfuse.config import Role
+from splitfuse.config.values import Role
 from splitfuse.core.prefix_index import PrefixMemory
 from splitfuse.errors import ServerError
 

@@ -17,7 +17,8 @@ from splitfuse.bench.load import closed_loop
 from splitfuse.bench.measure import MakeWorkload
 from splitfuse.bench.results import Point
 from splitfuse.bench.workload import Workload
-from splitfuse.config import SchedulerConfig, parse_seconds
+from splitfuse.config.engine import SchedulerConfig
+from splitfuse.config.values import parse_seconds
 from splitfuse.core.limits import ceil_div
 from splitfuse.core.slo.cost_model import StepFeatures
 from splitfuse.core.slo.targets import SloTargets

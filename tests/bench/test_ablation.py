@@ -16,7 +16,7 @@ from splitfuse.bench.baselines import POLICIES
 from splitfuse.bench.results import load
 from splitfuse.bench.summary import rows
 from splitfuse.bench.workload import Lengths
-from splitfuse.config import EngineConfig
+from splitfuse.config.engine import EngineConfig
 from splitfuse.runtime.loading import load_model
 from splitfuse.simulator.machines import MACHINES
 

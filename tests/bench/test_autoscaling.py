@@ -10,7 +10,7 @@ import pytest
 from splitfuse.bench import metrics
 from splitfuse.bench.results import MeasuredRequest
 from splitfuse.bench.workload import LoadRequest
-from splitfuse.config import SchedulerConfig
+from splitfuse.config.engine import SchedulerConfig
 from splitfuse.core.slo.cost_model import CostModel
 from splitfuse.core.slo.targets import NO_SLO, SloTargets
 from splitfuse.errors import ConfigError

@@ -4,7 +4,7 @@ import pytest
 from scheduler_harness import Run, Workload
 
 from splitfuse.bench.baselines import BASELINES, POLICIES, make_baseline
-from splitfuse.config import SchedulerConfig
+from splitfuse.config.engine import SchedulerConfig
 from splitfuse.core.plan import StepPlan
 from splitfuse.core.request import Request
 from splitfuse.core.sampling_params import SamplingParams

@@ -9,7 +9,8 @@ import pytest
 from splitfuse.bench import metrics
 from splitfuse.bench.target import Answer
 from splitfuse.bench.workload import Independent, Lengths, LoadRequest, Loads
-from splitfuse.config import Role, SchedulerConfig
+from splitfuse.config.engine import SchedulerConfig
+from splitfuse.config.values import Role
 from splitfuse.core.slo.cost_model import CostModel, StepFeatures
 from splitfuse.errors import ConfigError
 from splitfuse.runtime.calibration import Calibration

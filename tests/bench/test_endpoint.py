@@ -16,7 +16,7 @@ from splitfuse.bench.endpoint import Endpoint, spread
 from splitfuse.bench.load import closed_loop
 from splitfuse.bench.target import Answer
 from splitfuse.bench.workload import Chat, Independent, Lengths, LoadRequest, Prompt, TokenIds, Words
-from splitfuse.config import ServerConfig
+from splitfuse.config.server import ServerConfig
 from splitfuse.errors import ConfigError, RequestFailedError, ServerError
 
 PROMPT = (7, 40, 1900, 8, 12)

@@ -12,7 +12,7 @@ import pytest
 from benchmarks.papers import infinite_llm
 from splitfuse.bench.target import Answer
 from splitfuse.bench.workload import LoadRequest
-from splitfuse.config import SchedulerConfig
+from splitfuse.config.engine import SchedulerConfig
 from splitfuse.core.slo.cost_model import CostModel
 from splitfuse.errors import ConfigError
 from splitfuse.runtime.calibration import Calibration

@@ -10,7 +10,7 @@ from splitfuse.bench.load import MAX_FAILURES, closed_loop, open_loop
 from splitfuse.bench.results import Point
 from splitfuse.bench.target import Answer, EngineTarget, Target
 from splitfuse.bench.workload import Chat, Independent, Lengths, LoadRequest, TokenIds
-from splitfuse.config import EngineConfig
+from splitfuse.config.engine import EngineConfig
 from splitfuse.engine.engine import Engine
 from splitfuse.errors import ServerError
 from splitfuse.simulator import virtual_time

@@ -5,7 +5,7 @@ import pytest
 from benchmarks import measured_slos
 from benchmarks.measured_slos import System, absolute, goodput
 from splitfuse.bench.results import MeasuredRequest, Point
-from splitfuse.config import SchedulerConfig
+from splitfuse.config.engine import SchedulerConfig
 from splitfuse.core.slo.cost_model import CostModel
 from splitfuse.core.slo.targets import SloTargets
 

@@ -20,7 +20,7 @@ from benchmarks.papers.data import (
 from benchmarks.papers.distserve import WORKLOADS, split
 from benchmarks.papers.kept import Kept
 from splitfuse.bench.results import MeasuredRequest
-from splitfuse.config import Role
+from splitfuse.config.values import Role
 from splitfuse.core.slo.cost_model import StepFeatures
 from splitfuse.core.slo.targets import SloTargets
 from splitfuse.errors import ConfigError

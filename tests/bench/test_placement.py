@@ -12,7 +12,8 @@ from typer.testing import CliRunner, Result
 from splitfuse.bench.target import Target
 from splitfuse.bench.workload import Independent, Lengths, Workload
 from splitfuse.cli import app
-from splitfuse.config import Role, SchedulerConfig
+from splitfuse.config.engine import SchedulerConfig
+from splitfuse.config.values import Role
 from splitfuse.core.slo.cost_model import CostModel, StepFeatures
 from splitfuse.core.slo.targets import SloTargets
 from splitfuse.errors import ConfigError

@@ -26,7 +26,7 @@ from splitfuse.bench.workload import (
     TraceLine,
 )
 from splitfuse.cli import app
-from splitfuse.config import SchedulerConfig
+from splitfuse.config.engine import SchedulerConfig
 from splitfuse.core.slo.cost_model import CostModel, StepFeatures
 from splitfuse.core.slo.targets import SloTargets
 from splitfuse.errors import ConfigError

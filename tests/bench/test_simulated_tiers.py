@@ -16,7 +16,8 @@ from splitfuse.bench.load import open_loop
 from splitfuse.bench.target import Answer
 from splitfuse.bench.workload import Chat, Lengths, LoadRequest, poisson
 from splitfuse.cli import app
-from splitfuse.config import EngineConfig, Role, SchedulerConfig
+from splitfuse.config.engine import EngineConfig, SchedulerConfig
+from splitfuse.config.values import Role
 from splitfuse.core.events import StepScheduled
 from splitfuse.core.kv.fetching import FIRST_BANDWIDTH, LATENCY, LONGEST_FETCH, STAGED_BYTES, WAITING_SHARE
 from splitfuse.core.sampling_params import SamplingParams

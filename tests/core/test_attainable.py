@@ -10,7 +10,7 @@ import pytest
 from splitfuse.bench import metrics
 from splitfuse.bench.load import closed_loop
 from splitfuse.bench.workload import Independent, Lengths
-from splitfuse.config import SchedulerConfig
+from splitfuse.config.engine import SchedulerConfig
 from splitfuse.core.slo.attainable import NEARLY, Attainable, attainable, prompt_seconds
 from splitfuse.core.slo.cost_model import CostModel, StepFeatures
 from splitfuse.core.slo.targets import SloTargets

@@ -12,7 +12,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from scheduler_harness import Run
 
-from splitfuse.config import MAX_TARGET, MIN_TARGET, TAIL_SHARE, SchedulerConfig
+from splitfuse.config.engine import TAIL_SHARE, SchedulerConfig
+from splitfuse.config.values import MAX_TARGET, MIN_TARGET
 from splitfuse.core.kv.block_allocator import BlockAllocator
 from splitfuse.core.kv.fetching import Fetching, Found, Frame, Inbox
 from splitfuse.core.kv.names import BlockNamer

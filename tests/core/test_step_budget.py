@@ -8,7 +8,7 @@ from weakref import ref
 
 import pytest
 
-from splitfuse.config import MAX_TOKEN_BUDGET, SchedulerConfig
+from splitfuse.config.engine import MAX_TOKEN_BUDGET, SchedulerConfig
 from splitfuse.core.events import StepRecord
 from splitfuse.core.kv.block_allocator import BlockAllocator
 from splitfuse.core.plan import Chunk, ChunkResult, StepPlan

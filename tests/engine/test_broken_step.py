@@ -8,7 +8,7 @@ import torch
 from scheduler_checks import check_scheduler
 
 import splitfuse
-from splitfuse.config import EngineConfig
+from splitfuse.config.engine import EngineConfig
 from splitfuse.core.events import StepRecord
 from splitfuse.core.latency.ledger import LatencyLedger
 from splitfuse.core.request_output import FinishReason

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from splitfuse.config import EngineConfig
+from splitfuse.config.engine import EngineConfig
 from splitfuse.core.sampling_params import SamplingParams
 from splitfuse.core.scheduling_options import SchedulingOptions
 from splitfuse.core.slo.cost_model import CostModel, FitError, StepFeatures

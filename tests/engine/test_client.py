@@ -23,7 +23,8 @@ from engine_process import make_key
 from patience import PATIENCE
 
 import splitfuse
-from splitfuse.config import EngineConfig, Role
+from splitfuse.config.engine import EngineConfig
+from splitfuse.config.values import Role
 from splitfuse.core.plan import Logprobs, TokenLogprob
 from splitfuse.core.request_output import FinishReason, RequestOutput
 from splitfuse.core.sampling_params import SamplingParams

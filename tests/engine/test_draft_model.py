@@ -9,7 +9,7 @@ import pytest
 import torch
 from draft_models import count_drafts, draft_always, first_layers
 
-from splitfuse.config import EngineConfig
+from splitfuse.config.engine import EngineConfig
 from splitfuse.core.plan import Chunk, DraftKind
 from splitfuse.core.sampling_params import SamplingParams
 from splitfuse.core.speculation.model_drafts import MAX_FAILURES, Guess, Guesses, most_tokens

@@ -17,7 +17,7 @@ from scheduler_checks import check_scheduler
 from transformers import AutoModelForCausalLM
 
 from splitfuse.bench.baselines import make_baseline
-from splitfuse.config import EngineConfig, SchedulerConfig
+from splitfuse.config.engine import EngineConfig, SchedulerConfig
 from splitfuse.core.events import StepRecord
 from splitfuse.core.plan import StepPlan, TokenLogprob
 from splitfuse.core.request_output import FinishReason, RequestOutput

@@ -18,7 +18,7 @@ from forced_preemption import force_preemptions
 from guessed_drafts import guess
 from scheduler_checks import check_scheduler
 
-from splitfuse.config import EngineConfig
+from splitfuse.config.engine import EngineConfig
 from splitfuse.core.request_output import RequestOutput
 from splitfuse.core.sampling_params import SamplingParams
 from splitfuse.engine.engine import Engine

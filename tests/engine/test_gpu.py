@@ -17,7 +17,7 @@ from ragged_requests import Request, Runner
 from scheduler_checks import check_scheduler
 
 import splitfuse
-from splitfuse.config import EngineConfig
+from splitfuse.config.engine import EngineConfig
 from splitfuse.core.plan import SamplingState
 from splitfuse.core.sampling_params import SamplingParams
 from splitfuse.engine.calibrate import run_calibration

@@ -14,7 +14,7 @@ from patience import PATIENCE
 from scheduler_checks import check_scheduler
 from scheduler_harness import FakeExecutor, reference
 
-from splitfuse.config import EngineConfig
+from splitfuse.config.engine import EngineConfig
 from splitfuse.core.kv.request_kv import RequestKv
 from splitfuse.core.plan import Chunk, SamplingState, StepPlan, StepResult
 from splitfuse.core.request import Request

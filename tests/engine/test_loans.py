@@ -22,7 +22,8 @@ from router_streams import held, until
 from scheduler_checks import check_scheduler
 
 import splitfuse
-from splitfuse.config import EngineConfig, ServerConfig
+from splitfuse.config.engine import EngineConfig
+from splitfuse.config.server import ServerConfig
 from splitfuse.core.events import StepScheduled
 from splitfuse.core.plan import Chunk, StepResult, TokenLogprob
 from splitfuse.core.request_output import FinishReason

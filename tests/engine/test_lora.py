@@ -13,7 +13,7 @@ from guessed_drafts import guess
 from safetensors.torch import load_file
 from tiny_adapters import EVERYTHING, module_shapes, save_adapter
 
-from splitfuse.config import EngineConfig
+from splitfuse.config.engine import EngineConfig
 from splitfuse.core.request_output import RequestOutput
 from splitfuse.core.sampling_params import SamplingParams
 from splitfuse.engine.engine import Engine

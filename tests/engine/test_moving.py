@@ -17,7 +17,7 @@ from router_streams import held, read, resumed, running, until
 from scheduler_checks import check_scheduler
 
 import splitfuse
-from splitfuse.config import EngineConfig
+from splitfuse.config.engine import EngineConfig
 from splitfuse.core.events import StepScheduled
 from splitfuse.core.request_output import FinishReason
 from splitfuse.core.sampling_params import SamplingParams

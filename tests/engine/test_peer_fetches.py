@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from patience import PATIENCE
 
-from splitfuse.config import EngineConfig
+from splitfuse.config.engine import EngineConfig
 from splitfuse.core.kv.fetching import Fetch, Frame
 from splitfuse.engine import tiers as tiers_module
 from splitfuse.engine.block_file import BlockFile

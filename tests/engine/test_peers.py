@@ -15,7 +15,8 @@ import pytest
 from patience import PATIENCE
 from scheduler_checks import check_scheduler
 
-from splitfuse.config import EngineConfig, parse_address
+from splitfuse.config.engine import EngineConfig
+from splitfuse.config.values import parse_address
 from splitfuse.core.kv import fetching
 from splitfuse.core.sampling_params import SamplingParams
 from splitfuse.engine.block_seconds import BlockSeconds

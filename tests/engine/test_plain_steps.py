@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from backends import runnable
 
-from splitfuse.config import EngineConfig
+from splitfuse.config.engine import EngineConfig
 from splitfuse.core.sampling_params import SamplingParams
 from splitfuse.engine.engine import Engine
 from splitfuse.models.decoder import Decoder

@@ -11,7 +11,7 @@ import pytest
 import tiny_models
 from scheduler_checks import check_scheduler
 
-from splitfuse.config import EngineConfig
+from splitfuse.config.engine import EngineConfig
 from splitfuse.core.events import StepScheduled
 from splitfuse.core.plan import Chunk, StepPlan, StepResult
 from splitfuse.core.request_output import FinishReason, RequestOutput

@@ -14,7 +14,7 @@ from backends import why_not
 from forced_preemption import force_preemptions
 from scheduler_checks import check_scheduler
 
-from splitfuse.config import EngineConfig
+from splitfuse.config.engine import EngineConfig
 from splitfuse.core.pooling_params import NOTHING_GENERATED, PoolingParams
 from splitfuse.core.request_output import FinishReason, RequestOutput
 from splitfuse.core.sampling_params import SamplingParams

@@ -12,7 +12,7 @@ from dataclasses import replace
 import pytest
 from patience import PATIENCE
 
-from splitfuse.config import EngineConfig
+from splitfuse.config.engine import EngineConfig
 from splitfuse.core.sampling_params import SamplingParams
 from splitfuse.core.scheduling_options import SchedulingOptions
 from splitfuse.engine.client import EngineState

@@ -10,7 +10,7 @@ import tiny_models
 import torch
 from transformers import PreTrainedModel
 
-from splitfuse.config import EngineConfig
+from splitfuse.config.engine import EngineConfig
 from splitfuse.engine.ragged import RaggedEngine
 from splitfuse.errors import InvalidRequestError, RequestTooLargeError
 

@@ -16,7 +16,7 @@ import tiny_models
 import torch
 from router_streams import closed_loop, read, requests, resumed, run, running, until
 
-from splitfuse.config import EngineConfig
+from splitfuse.config.engine import EngineConfig
 from splitfuse.core.sampling_params import SamplingParams
 from splitfuse.engine.client import EngineState
 from splitfuse.engine.engine import Engine

@@ -23,7 +23,7 @@ from patience import PATIENCE
 from router_streams import closed_loop, read, requests, resumed, run, until
 from server_process import server_process
 
-from splitfuse.config import EngineConfig
+from splitfuse.config.engine import EngineConfig
 from splitfuse.core.request import SchedulingOptions
 from splitfuse.engine.client import EngineState, LocalClient
 from splitfuse.engine.messages import Add

@@ -15,7 +15,7 @@ import msgspec
 import pytest
 from router_streams import closed_loop, read, requests, resumed, run, running, until
 
-from splitfuse.config import EngineConfig
+from splitfuse.config.engine import EngineConfig
 from splitfuse.core.latency.phases import LatencyPhase
 from splitfuse.core.request_output import FinishReason, RequestOutput
 from splitfuse.core.sampling_params import SamplingParams

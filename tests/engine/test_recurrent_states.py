@@ -12,7 +12,7 @@ import tiny_models
 import torch
 from scheduler_checks import check_scheduler
 
-from splitfuse.config import EngineConfig
+from splitfuse.config.engine import EngineConfig
 from splitfuse.core.events import StepRecord
 from splitfuse.core.plan import Chunk
 from splitfuse.core.sampling_params import SamplingParams

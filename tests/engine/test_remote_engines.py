@@ -19,7 +19,7 @@ from engine_process import EngineProcess, engine_process, make_key
 from patience import PATIENCE
 from router_streams import closed_loop, read, requests, resumed, run, running, until
 
-from splitfuse.config import EngineConfig
+from splitfuse.config.engine import EngineConfig
 from splitfuse.core.kv import fetching, prefetching
 from splitfuse.core.sampling_params import SamplingParams
 from splitfuse.engine import moving

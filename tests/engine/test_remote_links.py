@@ -17,7 +17,9 @@ from patience import PATIENCE
 from router_streams import run
 from server_process import make_certificate
 
-from splitfuse.config import EngineConfig, ListenConfig, ServerConfig, parse_address
+from splitfuse.config.engine import EngineConfig
+from splitfuse.config.server import ListenConfig, ServerConfig
+from splitfuse.config.values import parse_address
 from splitfuse.core.latency.phases import LatencyBreakdown
 from splitfuse.core.limits import EngineLimits
 from splitfuse.core.request_output import FinishReason, RequestOutput

@@ -16,7 +16,7 @@ from draft_models import count_drafts, draft_always
 from scheduler_checks import check_scheduler
 
 import splitfuse
-from splitfuse.config import EngineConfig
+from splitfuse.config.engine import EngineConfig
 from splitfuse.core.events import StepRecord
 from splitfuse.core.latency.phases import LatencyPhase
 from splitfuse.core.plan import DraftKind, TokenLogprob

@@ -16,7 +16,9 @@ from router_streams import read
 from scheduler_checks import check_scheduler
 
 import splitfuse
-from splitfuse.config import EngineConfig, Role, ServerConfig, parse_roles
+from splitfuse.config.engine import EngineConfig
+from splitfuse.config.server import ServerConfig
+from splitfuse.config.values import Role, parse_roles
 from splitfuse.core.events import StepScheduled
 from splitfuse.core.limits import ceil_div
 from splitfuse.core.pooling_params import NOTHING_GENERATED, PoolingParams

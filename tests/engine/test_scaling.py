@@ -8,7 +8,8 @@ import pytest
 from router_streams import closed_loop, read, requests, resumed, run, until
 from told_replicas import Stoppable, add, router_of, step
 
-from splitfuse.config import EngineConfig, Role
+from splitfuse.config.engine import EngineConfig
+from splitfuse.config.values import Role
 from splitfuse.core.request import SchedulingOptions
 from splitfuse.core.request_output import FinishReason, RequestOutput
 from splitfuse.engine.client import EngineState

@@ -14,7 +14,8 @@ from engine_process import make_key
 from router_streams import run
 from server_process import make_certificate
 
-from splitfuse.config import EngineConfig, ListenConfig
+from splitfuse.config.engine import EngineConfig
+from splitfuse.config.server import ListenConfig
 from splitfuse.engine.engine import Engine
 from splitfuse.engine.messages import Failed, Loading
 from splitfuse.engine.remote import connector, listener

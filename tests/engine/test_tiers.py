@@ -20,7 +20,7 @@ from patience import PATIENCE
 from scheduler_checks import check_scheduler
 
 from splitfuse.api import pipeline
-from splitfuse.config import EngineConfig
+from splitfuse.config.engine import EngineConfig
 from splitfuse.core.events import PhasesEntered
 from splitfuse.core.kv import fetching
 from splitfuse.core.latency.phases import LatencyPhase

@@ -9,7 +9,7 @@ import msgspec
 import pytest
 import tiny_models
 
-from splitfuse.config import EngineConfig
+from splitfuse.config.engine import EngineConfig
 from splitfuse.core.events import StepScheduled
 from splitfuse.core.latency.phases import LatencyPhase
 from splitfuse.core.plan import StepPlan

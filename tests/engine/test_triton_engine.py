@@ -14,7 +14,7 @@ from ragged_requests import Request, Runner
 from scheduler_checks import check_scheduler
 
 import splitfuse
-from splitfuse.config import EngineConfig
+from splitfuse.config.engine import EngineConfig
 from splitfuse.kernels.interface import Backend
 from splitfuse.kernels.reference import ReferenceBackend
 from splitfuse.models.decoder import Decoder

@@ -16,7 +16,7 @@ from stored_formats import FORMATS, fp8, weight_in
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from splitfuse.config import EngineConfig
+from splitfuse.config.engine import EngineConfig
 from splitfuse.errors import ConfigError
 from splitfuse.kernels.interface import Backend, StepSizes
 from splitfuse.kernels.layers import AttentionSpec

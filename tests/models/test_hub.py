@@ -15,7 +15,7 @@ import tiny_models
 from huggingface_hub.utils import filter_repo_objects
 from odd_files import put_odd_file
 
-from splitfuse.config import EngineConfig
+from splitfuse.config.engine import EngineConfig
 from splitfuse.errors import ModelError, ModelNotFoundError
 from splitfuse.models.families.registry import load_spec
 from splitfuse.models.sources import hub, packaged

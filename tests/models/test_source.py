@@ -11,7 +11,7 @@ import tiny_models
 import tiny_tokenizers
 from transformers import AutoTokenizer
 
-from splitfuse.config import EngineConfig
+from splitfuse.config.engine import EngineConfig
 from splitfuse.errors import ModelError, ModelNotFoundError
 from splitfuse.models.sources.folder import ModelFolder
 from splitfuse.runtime.loading import LoadedModel, load_model

@@ -14,7 +14,7 @@ import torch
 from ragged_requests import Request, Runner
 from safetensors.torch import load_file, save_file
 
-from splitfuse.config import EngineConfig
+from splitfuse.config.engine import EngineConfig
 from splitfuse.errors import ModelError, UnsupportedModelError, WeightsError
 from splitfuse.kernels.reference import ReferenceBackend
 from splitfuse.models.families.registry import load_spec

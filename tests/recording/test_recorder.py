@@ -21,7 +21,7 @@ import tiny_models
 from patience import PATIENCE
 from recorded_engine import SMALL, RecordedEngine, config_of, recorded
 
-from splitfuse.config import ServerConfig
+from splitfuse.config.server import ServerConfig
 from splitfuse.core.sampling_params import SamplingParams
 from splitfuse.core.scheduling_options import SchedulingOptions
 from splitfuse.engine.trace import FinishTrace, PreemptTrace, RequestTrace, StepTrace

@@ -13,8 +13,7 @@ import torch
 from backends import BACKENDS, runnable, variants
 
 import splitfuse
-from splitfuse import config
-from splitfuse.config import EngineConfig
+from splitfuse.config.engine import DTYPES, KERNELS, QUANTIZATIONS, EngineConfig
 from splitfuse.engine.replicas import divide
 from splitfuse.errors import ConfigError, KernelError
 from splitfuse.kernels.cpu import bindings
@@ -23,7 +22,7 @@ from splitfuse.kernels.interface import Backend, Capabilities
 from splitfuse.kernels.onednn import OneDnnBackend
 from splitfuse.kernels.reference import ReferenceBackend
 from splitfuse.kernels.triton import capabilities as triton
-from splitfuse.models.weights import DTYPES
+from splitfuse.models.weights import DTYPES as DTYPES_OF_WEIGHTS
 from splitfuse.runtime import backend_choice
 from splitfuse.runtime.backend_choice import BACKENDS as BACKENDS_BY_NAME
 from splitfuse.runtime.backend_choice import choose_backend
@@ -253,10 +252,10 @@ def test_unsupported_settings_fail_before_loading(variant: str, settings: dict[s
 
 
 def test_config_lists_what_the_kernels_support() -> None:
-    """config.py lists it again, as neither may import the other."""
-    assert CpuBackend.capabilities.quantizations == triton.ON_GPUS.quantizations == config.QUANTIZATIONS
-    assert ("auto", *BACKENDS_BY_NAME) == config.KERNELS
-    assert ("auto", *DTYPES) == config.DTYPES
+    """The settings list it again, as neither may import the other."""
+    assert CpuBackend.capabilities.quantizations == triton.ON_GPUS.quantizations == QUANTIZATIONS
+    assert ("auto", *BACKENDS_BY_NAME) == KERNELS
+    assert ("auto", *DTYPES_OF_WEIGHTS) == DTYPES
 
 
 # --- threads ----------------------------------------------------------------------------------------------------------

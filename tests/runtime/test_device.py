@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from splitfuse.config import EngineConfig
+from splitfuse.config.engine import EngineConfig
 from splitfuse.errors import ConfigError
 from splitfuse.kernels.triton import capabilities as triton
 from splitfuse.runtime import device, memory_plan

@@ -8,7 +8,7 @@ import pytest
 import tiny_models
 from safetensors.torch import load_file, save_file
 
-from splitfuse.config import EngineConfig
+from splitfuse.config.engine import EngineConfig
 from splitfuse.core.kv.names import BlockNamer
 from splitfuse.core.sampling_params import SamplingParams
 from splitfuse.engine.engine import Engine

@@ -13,7 +13,7 @@ import torch
 from backends import variants
 from specs import make_experts, make_spec
 
-from splitfuse.config import CacheConfig, EngineConfig
+from splitfuse.config.engine import CacheConfig, EngineConfig
 from splitfuse.core.kv.fetching import INBOX_BYTES, STAGED_BYTES
 from splitfuse.errors import ConfigError, MemoryPlanError
 from splitfuse.kernels.cpu.backend import CpuBackend

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import tiny_models
 
-from splitfuse.config import EngineConfig
+from splitfuse.config.engine import EngineConfig
 from splitfuse.core.slo.cost_model import CostModel, StepFeatures
 from splitfuse.engine.calibrate import load_or_estimate
 from splitfuse.engine.engine import Engine

@@ -9,7 +9,7 @@ import pytest
 import torch
 from backends import runnable
 
-from splitfuse.config import EngineConfig
+from splitfuse.config.engine import EngineConfig
 from splitfuse.runtime import loading
 from splitfuse.runtime.loading import load_model
 

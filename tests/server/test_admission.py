@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from patience import PATIENCE
 
-from splitfuse.config import ServerConfig
+from splitfuse.config.server import ServerConfig
 from splitfuse.errors import DrainingError, InvalidRequestError, OverloadedError
 from splitfuse.server.admission import MAX_WAIT, MEMORY_SECONDS, Admission
 

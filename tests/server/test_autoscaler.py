@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 from told_replicas import Stoppable, add, router_of, step
 
-from splitfuse.config import EngineConfig, ServerConfig
+from splitfuse.config.engine import EngineConfig
+from splitfuse.config.server import ServerConfig
 from splitfuse.engine.client import EngineState
 from splitfuse.engine.router import Router
 from splitfuse.errors import ConfigError, EngineUnavailableError

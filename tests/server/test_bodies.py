@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from running_server import PATIENCE, RunningServer, running_server
 
-from splitfuse.config import ServerConfig
+from splitfuse.config.server import ServerConfig
 from splitfuse.errors import OverloadedError
 from splitfuse.server.anthropic.protocol import CountTokensRequest, MessagesRequest
 from splitfuse.server.bodies import BYTES_PER_VALUE, FREE_BYTES, MAX_VALUES, BodyBudget, _num_values, decoded_size

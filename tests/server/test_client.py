@@ -15,7 +15,7 @@ from running_server import RunningServer, running_server
 import splitfuse
 from splitfuse.clients.sse import DONE, EventParser
 from splitfuse.clients.wire import error_in, error_of, prepare
-from splitfuse.config import ServerConfig
+from splitfuse.config.server import ServerConfig
 from splitfuse.core.sampling_params import SamplingParams
 from splitfuse.engine.messages import Add
 from splitfuse.errors import (

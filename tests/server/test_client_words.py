@@ -10,7 +10,7 @@ import pytest
 from running_server import RunningServer, running_server
 
 import splitfuse
-from splitfuse.config import ServerConfig
+from splitfuse.config.server import ServerConfig
 from splitfuse.core.limits import EngineLimits
 from splitfuse.core.sampling_params import SamplingParams
 from splitfuse.errors import InvalidRequestError, OverloadedError

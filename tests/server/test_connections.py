@@ -15,7 +15,7 @@ import pytest
 from patience import PATIENCE
 from server_process import make_certificate
 
-from splitfuse.config import ServerConfig
+from splitfuse.config.server import ServerConfig
 from splitfuse.server.connections import (
     FILES_OF_A_REPLICA,
     FILES_OF_OUR_OWN,

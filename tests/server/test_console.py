@@ -13,7 +13,8 @@ import httpx
 import pytest
 from running_server import RunningServer, running_server
 
-from splitfuse.config import Role, ServerConfig
+from splitfuse.config.server import ServerConfig
+from splitfuse.config.values import Role
 from splitfuse.core.latency.phases import LatencyPhase
 from splitfuse.core.request_output import FinishReason
 from splitfuse.engine.client import EngineState

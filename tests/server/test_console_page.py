@@ -11,7 +11,7 @@ import pytest
 from msgspec import structs
 from running_server import RunningServer, running_server
 
-from splitfuse.config import ServerConfig
+from splitfuse.config.server import ServerConfig
 from splitfuse.core.latency.phases import LatencyBreakdown, LatencyPhase
 from splitfuse.core.request_output import FinishReason
 from splitfuse.core.slo.targets import SloTargets, SloViolation

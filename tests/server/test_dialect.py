@@ -7,7 +7,7 @@ import msgspec
 import pytest
 from running_server import running_server
 
-from splitfuse.config import ServerConfig
+from splitfuse.config.server import ServerConfig
 from splitfuse.errors import InvalidRequestError
 from splitfuse.server import app
 from splitfuse.server.context import RequestContext

@@ -17,7 +17,8 @@ from running_server import RunningServer, running_server
 
 from splitfuse.cli.explain import format_breakdown
 from splitfuse.clients.sync import client
-from splitfuse.config import EngineConfig, ServerConfig
+from splitfuse.config.engine import EngineConfig
+from splitfuse.config.server import ServerConfig
 from splitfuse.core.latency.phases import LatencyBreakdown, LatencyPhase
 from splitfuse.core.sampling_params import SamplingParams
 from splitfuse.core.slo.cost_model import CostModel

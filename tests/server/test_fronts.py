@@ -26,7 +26,7 @@ from server_process import ServerProcess, make_certificate, server_process
 from tiny_adapters import ATTENTION, module_shapes, save_adapter
 
 import splitfuse
-from splitfuse.config import ServerConfig
+from splitfuse.config.server import ServerConfig
 from splitfuse.core.sampling_params import SamplingParams
 from splitfuse.core.structured_outputs import MAX_CHARACTERS, MAX_COMPILED, StructuredOutputs
 from splitfuse.engine.client import EngineState

@@ -23,7 +23,7 @@ from server_process import server_process, wait_until
 
 from splitfuse.clients.client import server_engines, server_state
 from splitfuse.clients.http_stream import Address
-from splitfuse.config import GatewayConfig, ServerConfig
+from splitfuse.config.server import GatewayConfig, ServerConfig
 from splitfuse.deploy import registry
 from splitfuse.errors import ConfigError
 from splitfuse.gateway.app import Gateway

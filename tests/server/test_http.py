@@ -17,7 +17,7 @@ import pytest
 from running_server import PATIENCE, RunningServer, running_server
 
 import splitfuse
-from splitfuse.config import ServerConfig
+from splitfuse.config.server import ServerConfig
 from splitfuse.engine.engine import MAX_BROKEN_STEPS
 from splitfuse.engine.thread import AsyncEngine
 from splitfuse.errors import ConfigError

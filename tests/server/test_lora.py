@@ -20,7 +20,8 @@ from safetensors.torch import load_file
 from tiny_adapters import ATTENTION, module_shapes, save_adapter
 
 import splitfuse
-from splitfuse.config import EngineConfig, ServerConfig
+from splitfuse.config.engine import EngineConfig
+from splitfuse.config.server import ServerConfig
 from splitfuse.core.sampling_params import SamplingParams
 from splitfuse.engine.client import EngineClient, EngineState
 from splitfuse.engine.engine import Engine

@@ -10,7 +10,7 @@ import pytest
 from running_server import RunningServer, running_server
 
 import splitfuse
-from splitfuse.config import ServerConfig
+from splitfuse.config.server import ServerConfig
 from splitfuse.core.request_output import FinishReason, RequestOutput
 from splitfuse.core.sampling_params import SamplingParams
 from splitfuse.models.sources.hub import open_model

@@ -17,7 +17,8 @@ from patience import PATIENCE
 from prometheus_client.parser import text_string_to_metric_families
 from router_streams import held
 
-from splitfuse.config import EngineConfig, Role
+from splitfuse.config.engine import EngineConfig
+from splitfuse.config.values import Role
 from splitfuse.core.limits import EngineLimits
 from splitfuse.core.request_output import FinishReason
 from splitfuse.core.sampling_params import SamplingParams

@@ -11,7 +11,7 @@ from openai_clients import connect
 from running_server import RunningServer, running_server
 
 import splitfuse
-from splitfuse.config import ServerConfig
+from splitfuse.config.server import ServerConfig
 
 MODEL = "storyteller"
 PROMPT = "Once upon a time"

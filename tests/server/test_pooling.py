@@ -24,7 +24,7 @@ from tokenizers import AddedToken
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 import splitfuse
-from splitfuse.config import ServerConfig
+from splitfuse.config.server import ServerConfig
 from splitfuse.core.pooling_params import NOTHING_GENERATED, PoolingParams
 from splitfuse.errors import InvalidRequestError, ModelError, PromptTooLongError
 from splitfuse.models.sources.hub import BUNDLED_MODEL

@@ -13,7 +13,7 @@ import pytest
 from openai_clients import connect
 from running_server import RunningServer, running_server
 
-from splitfuse.config import ServerConfig
+from splitfuse.config.server import ServerConfig
 from splitfuse.errors import InvalidRequestError
 from splitfuse.server.responses import endpoints
 from splitfuse.server.responses.answers import EVENTS, ResponseAnswer, ResponseEvent

@@ -13,7 +13,7 @@ from running_server import RunningServer, running_server
 from schemathesis import GenerationMode
 from schemathesis.checks import CHECKS
 
-from splitfuse.config import ServerConfig
+from splitfuse.config.server import ServerConfig
 
 TIMEOUT = 120.0  # seconds for one call
 GENERATING = ("/v1/completions", "/v1/chat/completions", "/v1/messages", "/v1/responses")

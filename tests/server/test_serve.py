@@ -25,7 +25,8 @@ from server_process import PATIENCE, ServerProcess, make_certificate, server_pro
 
 import splitfuse
 from splitfuse.clients.client import AsyncClient, server_state
-from splitfuse.config import EngineConfig, ServerConfig
+from splitfuse.config.engine import EngineConfig
+from splitfuse.config.server import ServerConfig
 from splitfuse.deploy import daemon, registry
 from splitfuse.deploy.registry import Deployment
 from splitfuse.engine.messages import Loading

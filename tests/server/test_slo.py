@@ -9,7 +9,8 @@ import httpx
 import pytest
 from running_server import RunningServer, running_server
 
-from splitfuse.config import EngineConfig, SchedulerConfig, ServerConfig
+from splitfuse.config.engine import EngineConfig, SchedulerConfig
+from splitfuse.config.server import ServerConfig
 from splitfuse.core.slo.cost_model import CostModel
 from splitfuse.engine.engine import ESTIMATED_STEPS
 from splitfuse.engine.loop import REFRESH_STEPS

@@ -14,7 +14,7 @@ from patience import PATIENCE
 from running_server import RunningServer, running_server
 
 import splitfuse
-from splitfuse.config import ServerConfig
+from splitfuse.config.server import ServerConfig
 from splitfuse.core.sampling_params import SamplingParams
 from splitfuse.text.chat_options import ChatOptions
 

@@ -24,7 +24,8 @@ from server_process import PATIENCE, make_certificate, wait_until
 
 import splitfuse
 from splitfuse import cli
-from splitfuse.config import EngineConfig, ServerConfig
+from splitfuse.config.engine import EngineConfig
+from splitfuse.config.server import ServerConfig
 from splitfuse.deploy import health, registry
 from splitfuse.deploy.registry import Deployment
 from splitfuse.engine.tier_files import open_tiers

@@ -14,7 +14,7 @@ from running_server import RunningServer, running_server
 from thinking_model import thinking_model
 
 import splitfuse
-from splitfuse.config import ServerConfig
+from splitfuse.config.server import ServerConfig
 
 USER: Any = {"role": "user", "content": "Erik plays the cello. Anna keeps a goose.\n\nWho keeps a goose?"}
 TOOLS: Any = [{"type": "function", "function": {"name": "now", "parameters": {"additionalProperties": False}}}]

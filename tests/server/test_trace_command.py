@@ -23,7 +23,7 @@ from splitfuse.cli.chrome_trace import ChromeTrace, TraceFile
 from splitfuse.cli.live_state import LiveState
 from splitfuse.cli.trace_lines import trace_lines
 from splitfuse.clients.sync import client
-from splitfuse.config import ServerConfig
+from splitfuse.config.server import ServerConfig
 from splitfuse.core.latency.phases import LatencyPhase
 from splitfuse.core.slo.targets import SloTargets
 from splitfuse.engine.client import EngineState

@@ -12,7 +12,7 @@ import tiny_tokenizers
 from patience import PATIENCE
 
 import splitfuse
-from splitfuse.config import EngineConfig
+from splitfuse.config.engine import EngineConfig
 from splitfuse.core.request_output import FinishReason
 from splitfuse.core.sampling_params import SamplingParams
 from splitfuse.engine.engine import Engine

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sequence
 from operator import attrgetter
 from typing import Any, NamedTuple
 
-from splitfuse.config import TAIL_SHARE, SchedulerConfig
+from splitfuse.config.engine import TAIL_SHARE, SchedulerConfig
 from splitfuse.core.policy import (
     ClaimOrder,
     Fcfs,

@@ -20,7 +20,8 @@ from itertools import accumulate, groupby
 from operator import attrgetter
 from typing import NamedTuple
 
-from splitfuse.config import MAX_TARGET, MAX_TOKEN_BUDGET
+from splitfuse.config.engine import MAX_TOKEN_BUDGET
+from splitfuse.config.values import MAX_TARGET
 from splitfuse.core.request import Request
 from splitfuse.core.scheduling_options import Priority
 from splitfuse.core.slo.cost_model import StepTimes

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, fields
 
-from splitfuse.config import MAX_TARGET, MIN_TARGET, PER_TOKEN, parse_itl, parse_seconds
+from splitfuse.config.values import MAX_TARGET, MIN_TARGET, PER_TOKEN, parse_itl, parse_seconds
 from splitfuse.errors import InvalidRequestError, brief
 
 

@@ -11,7 +11,8 @@ from typing import Any
 
 import msgspec
 
-from splitfuse.config import EngineConfig, parse_adapter
+from splitfuse.config.engine import EngineConfig
+from splitfuse.config.values import parse_adapter
 from splitfuse.core.slo.targets import SloTargets
 from splitfuse.engine.messages import Alive, Beat, Command, EngineInfo, InFlight, Report, Welcome, encode
 from splitfuse.engine.remote.clock import ClockDifference, shift_command, shift_report

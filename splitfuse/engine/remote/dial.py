@@ -7,7 +7,7 @@ import ssl
 
 import msgspec
 
-from splitfuse.config import parse_address
+from splitfuse.config.values import parse_address
 from splitfuse.engine.messages import Welcome
 from splitfuse.engine.remote.handshake import HandshakeError, Purpose, greet_server
 from splitfuse.engine.remote.transport import HANDSHAKE_SECONDS, READ_AHEAD, read_message

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import msgspec
 
-from splitfuse.config import EngineConfig
+from splitfuse.config.engine import EngineConfig
 from splitfuse.core.kv.names import new_key
 from splitfuse.engine.messages import Command, EngineInfo, Report, Stop, decode_report, encode
 from splitfuse.engine.remote.in_flight import InFlightRecord

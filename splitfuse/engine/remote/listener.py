@@ -21,7 +21,8 @@ from typing import Any
 
 import msgspec
 
-from splitfuse.config import EngineConfig, parse_address
+from splitfuse.config.engine import EngineConfig
+from splitfuse.config.values import parse_address
 from splitfuse.core.kv.fetching import Frame
 from splitfuse.engine.messages import Alive, Beat, Failed, Loading, Report, Stop, Welcome, decode_command, encode
 from splitfuse.engine.private_files import check_private

@@ -12,7 +12,7 @@ import traceback
 
 import msgspec
 
-from splitfuse.config import EngineConfig
+from splitfuse.config.engine import EngineConfig
 from splitfuse.engine.remote.standalone import StandaloneEngine
 from splitfuse.runtime.secret import Secret
 

@@ -17,7 +17,7 @@ from itertools import count
 import msgspec
 
 from splitfuse import errors
-from splitfuse.config import EngineConfig
+from splitfuse.config.engine import EngineConfig
 from splitfuse.engine.remote.transport import READ_AHEAD, frame, read_message
 from splitfuse.errors import EngineUnavailableError, SplitfuseError
 

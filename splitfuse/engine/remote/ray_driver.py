@@ -17,7 +17,7 @@ from typing import Any
 
 import msgspec
 
-from splitfuse.config import parse_address
+from splitfuse.config.values import parse_address
 from splitfuse.engine.remote.ray_actor import EngineActor
 from splitfuse.engine.remote.ray_cluster import (
     LOCAL,

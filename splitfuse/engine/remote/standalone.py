@@ -21,7 +21,8 @@ from collections.abc import Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
-from splitfuse.config import EngineConfig, ListenConfig
+from splitfuse.config.engine import EngineConfig
+from splitfuse.config.server import ListenConfig
 from splitfuse.engine import garbage
 from splitfuse.engine.messages import Failed, InFlight, Leaving, Loading, Stop
 from splitfuse.engine.remote.handshake import NO_CERTIFICATE

@@ -12,7 +12,7 @@ import time
 from collections.abc import Sequence
 
 from splitfuse import errors
-from splitfuse.config import ServerConfig
+from splitfuse.config.server import ServerConfig
 from splitfuse.core.request_output import FinishReason
 from splitfuse.engine.client import EngineState, LocalClient
 from splitfuse.engine.messages import Add, Alive, Command, EngineInfo, Failed, Loading, Report, StepReport, Stop

@@ -21,7 +21,7 @@ from multiprocessing.connection import Connection
 import msgspec
 import torch
 
-from splitfuse.config import EngineConfig
+from splitfuse.config.engine import EngineConfig
 from splitfuse.errors import ConfigError, RankLostError, SplitfuseError
 from splitfuse.kernels.group import Group, Shard, SharedGroup
 from splitfuse.models.kv_cache import KVCache

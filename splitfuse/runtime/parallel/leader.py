@@ -22,7 +22,7 @@ from multiprocessing.connection import Connection
 from torch import Tensor
 
 from splitfuse import errors
-from splitfuse.config import EngineConfig, change_settings
+from splitfuse.config.engine import EngineConfig, change_settings
 from splitfuse.errors import EngineUnavailableError, RankLostError, SplitfuseError
 from splitfuse.kernels.batch import RaggedBatch
 from splitfuse.kernels.group import PATIENCE, Group, Shard, SharedGroup, make_group_file

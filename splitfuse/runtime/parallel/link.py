@@ -14,7 +14,7 @@ import secrets
 import socket
 from typing import Final
 
-from splitfuse.config import parse_address
+from splitfuse.config.values import parse_address
 from splitfuse.errors import ConfigError, EngineUnavailableError
 
 MAGIC = b"splitfuse rank 1"

@@ -10,7 +10,7 @@ from typing import TypeAlias
 import msgspec
 import torch
 
-from splitfuse.config import EngineConfig
+from splitfuse.config.engine import EngineConfig
 from splitfuse.kernels.batch import RaggedBatch
 
 

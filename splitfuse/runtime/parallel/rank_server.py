@@ -12,7 +12,8 @@ import socket
 import subprocess
 import sys
 
-from splitfuse.config import RankConfig, parse_address
+from splitfuse.config.server import RankConfig
+from splitfuse.config.values import parse_address
 from splitfuse.errors import ServerError
 from splitfuse.runtime.parallel.leader import FOLLOWER
 from splitfuse.runtime.parallel.link import LinkError, prove

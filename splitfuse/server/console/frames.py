@@ -17,7 +17,7 @@ from typing import Any
 
 import msgspec
 
-from splitfuse.config import Role
+from splitfuse.config.values import Role
 from splitfuse.core.latency.phases import LatencyPhase
 from splitfuse.core.slo.targets import NO_SLO
 from splitfuse.engine.client import EngineState, LocalClient

@@ -16,7 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from splitfuse.config import ServerConfig
+from splitfuse.config.server import ServerConfig
 from splitfuse.core.latency.phases import LatencyBreakdown
 from splitfuse.errors import InvalidRequestError, TokenizerError
 from splitfuse.models.sources.folder import ModelFolder

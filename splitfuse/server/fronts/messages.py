@@ -16,7 +16,7 @@ from typing import Any, Generic, Self, TypeVar
 import msgspec
 
 from splitfuse import errors
-from splitfuse.config import ServerConfig
+from splitfuse.config.server import ServerConfig
 from splitfuse.core.latency.phases import LatencyBreakdown
 from splitfuse.core.limits import EngineLimits
 from splitfuse.core.request_output import RequestOutput

@@ -19,7 +19,7 @@ from typing import Any
 
 import msgspec
 
-from splitfuse.config import ServerConfig
+from splitfuse.config.server import ServerConfig
 from splitfuse.engine.remote.launcher import exit_text, send_signal, start_process
 from splitfuse.errors import ServerError
 from splitfuse.models.sources.source import ModelSource
