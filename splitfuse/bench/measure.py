@@ -1,4 +1,4 @@
-"""Measures: start the target, drive each load with its repetitions, collect the results.
+"""Measures a target: starts it, drives each load with its repetitions, and collects the results.
 
 All loads are driven once before any is driven again, so that what changes in the machine meanwhile shows in the spread.
 """

@@ -1,4 +1,4 @@
-"""Describe steps and their results: plain data between scheduler and executor, printable, recordable, comparable."""
+"""Describes steps and their results: plain data between scheduler and executor, printable, recordable, comparable."""
 
 from __future__ import annotations
 

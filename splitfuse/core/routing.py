@@ -1,4 +1,4 @@
-"""Choose the replica for a request: `choose_replica`, used by the router and by the simulator.
+"""Chooses the replica for a request: `choose_replica`, used by the router and by the simulator.
 
 It goes to the replica that would give its first token soonest, of those where it can meet its SLO and makes no other
 request late; if there is none, to where least is broken. What replicas would need is counted in seconds, by the test

@@ -1,4 +1,4 @@
-"""The two sides of loans in an engine: blocks that it holds for requests of others, and channels of its own requests.
+"""Keeps both sides of loans in an engine: blocks that it holds for requests of others, and its own requests' channels.
 
 A creditor holds blocks of its cache as long as the loan lives, and a thread for each loan, which attends to them for
 the debtor beside the steps of the engine. It is asked by the front, and refuses where its own requests might need the

@@ -1,4 +1,4 @@
-"""Serve several engines as one: each request goes to the replica that core/routing.py chooses."""
+"""Serves several engines as one: each request goes to the replica that core/routing.py chooses."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""Execute plans on a device: plan its memory, load a model, run steps, sample."""
+"""Executes plans on a device: plans its memory, loads a model, runs steps, samples."""

@@ -1,4 +1,4 @@
-"""Turn the chunks of a plan into tensors. It knows positions and blocks, not why the chunks are as they are."""
+"""Turns the chunks of a plan into tensors. It knows positions and blocks, not why the chunks are as they are."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A draft model: a second, smaller model with the same vocabulary, which guesses tokens for requests of the first.
+"""Runs a draft model: a second, smaller model with the same vocabulary, which guesses tokens for requests of the first.
 
 It guesses the token that the first model's sampler would choose if the scores were its own: with the request's
 parameters, form and seed, by the same numbers. So where both models score alike, sampled tokens are guessed right too.

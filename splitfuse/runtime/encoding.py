@@ -1,4 +1,4 @@
-"""Load a bidirectional encoder, and execute plans with it. It has the scheduler of decoders, and no KV cache.
+"""Loads a bidirectional encoder, and executes plans with it. It has the scheduler of decoders, and no KV cache.
 
 A chunk of a prompt that goes on later computes nothing: the last one computes the whole text, since each token attends
 to all. Texts that end in one step are computed in runs of at most the budget and a text's length.

@@ -1,4 +1,4 @@
-"""Describe what a measurement depends on: command, versions, commit, machine."""
+"""Describes what a measurement depends on: command, versions, commit, machine."""
 
 from __future__ import annotations
 

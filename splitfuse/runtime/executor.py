@@ -1,4 +1,4 @@
-"""Execute plans: chunks -> one ragged batch -> logits -> tokens. It decides nothing, and knows neither text nor which
+"""Executes plans: chunks -> one ragged batch -> logits -> tokens. It decides nothing, and knows neither text nor which
 request holds a block.
 """
 

@@ -1,4 +1,4 @@
-"""Load the model that the settings name: open it, plan its memory, load its weights."""
+"""Loads the model that the settings name: opens it, plans its memory, loads its weights."""
 
 from __future__ import annotations
 

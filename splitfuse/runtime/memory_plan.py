@@ -1,4 +1,4 @@
-"""Plan memory before anything is loaded: what a model needs, and what the machine has.
+"""Plans memory before anything is loaded: what a model needs, and what the machine has.
 
 The plan settles `max_model_len` and `num_blocks` where they were left open.
 """

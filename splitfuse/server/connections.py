@@ -50,7 +50,7 @@ _logger = logging.getLogger(__name__)
 
 
 class Waits(Enum):
-    """What a connection waits for its client to send."""
+    """Says what a connection waits for its client to send."""
 
     HEAD = "the first byte or the rest of a head, or of a body after its answer"
     BODY = "the rest of a body, for which the application sets a time"

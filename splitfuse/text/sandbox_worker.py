@@ -1,4 +1,4 @@
-"""The process that renders templates and tokenizes texts: `python -m splitfuse.text.sandbox_worker FD`.
+"""Renders templates and tokenizes texts in a process of its own: `python -m splitfuse.text.sandbox_worker FD`.
 
 sandbox.py starts it. FD is a connected socket that it inherits; the process ends when the other end closes. It answers
 one request after another. A request that takes too much computing time or memory ends the process.

@@ -1,1 +1,1 @@
-"""Manage KV blocks: name them, give them to requests, and reuse them by prefix."""
+"""Manages KV blocks: names them, gives them to requests, and reuses them by prefix."""

@@ -1,4 +1,4 @@
-"""Own the KV blocks: which requests hold them, what is in them, which content to give up first.
+"""Owns the KV blocks: which requests hold them, what is in them, which content to give up first.
 
 A block is in exactly one of three states: *held* (its reference count is above zero), *cached* (no request holds it,
 but its content is known and may be wanted again; the least recently used goes first), or *free* (no known content).

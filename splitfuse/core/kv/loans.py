@@ -1,4 +1,4 @@
-"""Loans: leading KV blocks of a request that another engine, its creditor, holds.
+"""Describes loans: leading KV blocks of a request that another engine, its creditor, holds.
 
 A request whose tokens exceed the cache of its engine keeps the newest of them there. As soon as leading blocks are
 computed they are deposited with the creditor, in whole tiles of TILE tokens, and given back here; steps attend to them

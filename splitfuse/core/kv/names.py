@@ -1,4 +1,4 @@
-"""Name KV blocks by content: a chained, keyed digest of all tokens up to a block's end.
+"""Names KV blocks by content: a chained, keyed digest of all tokens up to a block's end.
 
     root    = H(key, fingerprint, salt)
     name[0] = H(key, root, tokens of block 0)

@@ -1,4 +1,4 @@
-"""Own the slots of recurrent states: which requests hold them, and which snapshots are kept for prefix reuse.
+"""Owns the slots of recurrent states: which requests hold them, and which snapshots are kept for prefix reuse.
 
 A layer with a recurrence has one state per request, of a fixed size: what all tokens so far have left, which cannot be
 cut into blocks. A slot holds the states of all such layers at one position of one request. Like a block, a slot is

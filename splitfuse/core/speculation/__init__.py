@@ -1,1 +1,1 @@
-"""Speculation: several tokens of a request in one step."""
+"""Speculates: computes several tokens of a request in one step."""

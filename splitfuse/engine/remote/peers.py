@@ -104,7 +104,7 @@ async def serve_blocks(
 
 @dataclass(eq=False)
 class _Peer:
-    """What is known of a peer."""
+    """Holds what is known of a peer."""
 
     address: str
     tls: ssl.SSLContext | None

@@ -1,1 +1,1 @@
-"""The bidirectional encoder: a network that reads a text at once and keeps nothing of it, for embeddings."""
+"""Computes bidirectional encoders: networks that read a text at once and keep nothing of it, for embeddings."""

@@ -1,4 +1,4 @@
-"""Typed reading of config.json: every number is checked once, here. Knows JSON, no architecture."""
+"""Reads config.json by types: every number is checked once, here. Knows JSON, no architecture."""
 
 from __future__ import annotations
 

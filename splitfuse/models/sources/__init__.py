@@ -1,1 +1,1 @@
-"""Find stored models (folder, Hub, bundled), and read their files and tensors."""
+"""Finds stored models (folder, Hub, bundled), and reads their files and tensors."""

@@ -1,4 +1,4 @@
-"""Make random weights in place of a checkpoint, for measuring a network without its weights."""
+"""Makes random weights in place of a checkpoint, for measuring a network without its weights."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Read the small files of a model's folder within bounds: a folder is untrusted, and may hold pipes, devices, endless
+"""Reads the small files of a model's folder within bounds: a folder is untrusted, and may hold pipes, devices, endless
 files, or JSON that takes a hundred times its size in memory.
 """
 

@@ -1,4 +1,4 @@
-"""Read a model from a folder in Hugging Face format: config.json, tokenizer.json, safetensors files."""
+"""Reads a model from a folder in Hugging Face format: config.json, tokenizer.json, safetensors files."""
 
 from __future__ import annotations
 

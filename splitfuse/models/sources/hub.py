@@ -1,4 +1,4 @@
-"""Find a model: the bundled one, a folder, a GGUF file, one of an installed package or of the Hugging Face Hub."""
+"""Finds a model: the bundled one, a folder, a GGUF file, one of an installed package or of the Hugging Face Hub."""
 
 from __future__ import annotations
 

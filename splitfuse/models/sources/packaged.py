@@ -1,4 +1,4 @@
-"""Find models that installed packages carry, by short names. Nothing of a package is imported or run."""
+"""Finds models that installed packages carry, by short names. Nothing of a package is imported or run."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Read tensors by name, memory-mapped from the safetensors files of a folder. Pickles are never read."""
+"""Reads tensors by name, memory-mapped from the safetensors files of a folder. Pickles are never read."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Define the interfaces of a stored model, ModelSource and WeightSource: code above does not know which kind it has."""
+"""Defines the interfaces of a stored model, ModelSource and WeightSource. Code above does not know which it has."""
 
 from __future__ import annotations
 

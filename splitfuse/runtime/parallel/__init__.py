@@ -1,1 +1,1 @@
-"""Tensor parallelism: the other ranks of an engine, processes that compute its network together with it."""
+"""Divides a network among the ranks of an engine: processes that compute it together (tensor parallelism)."""

@@ -1,1 +1,1 @@
-"""Choose tokens from logits."""
+"""Chooses tokens from logits."""

@@ -1,4 +1,4 @@
-"""Change logits before a token is chosen: logit_bias, penalties, min_tokens, thoughts without a budget."""
+"""Changes logits before a token is chosen: logit_bias, penalties, min_tokens, thoughts without a budget."""
 
 from __future__ import annotations
 

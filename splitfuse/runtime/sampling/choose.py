@@ -1,4 +1,4 @@
-"""Choose tokens that the forms of answers allow: first choose, then ask whether that is allowed.
+"""Chooses tokens that the forms of answers allow: first choose, then ask whether that is allowed.
 
 Mostly it is, and where it is not, few tokens are, and these are looked for. The result is the one of a choice among
 nothing but allowed tokens. For a greedy one the next best are tried in their order. For a random one tokens are drawn

@@ -1,4 +1,4 @@
-"""Draw tokens at random, from numbers that are a function of a request's seed and position."""
+"""Draws tokens at random, from numbers that are a function of a request's seed and position."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Allow only tokens with which an answer can have the form that its request asks for.
+"""Allows only tokens with which an answer can have the form that its request asks for.
 
 Each such request has a matcher, which knows the tokens chosen so far. It says in microseconds whether a token may come
 next; a mask of all that may costs up to milliseconds, and most where nearly every token may. So tokens are chosen first

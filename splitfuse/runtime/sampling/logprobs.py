@@ -1,4 +1,4 @@
-"""Report log-probabilities: of the distribution as the model gave it, before bias, penalties and filters."""
+"""Reports log-probabilities: of the distribution as the model gave it, before bias, penalties and filters."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Read the numbers that PoolingParams ask for, from the rows of one step. A row's depend on nothing but that row."""
+"""Reads the numbers that PoolingParams ask for, from the rows of one step. A row's depend on nothing but that row."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Choose tokens: the rows of one step, each under its own settings, vectorized over the batch.
+"""Chooses tokens: the rows of one step, each under its own settings, vectorized over the batch.
 
 The token of a row depends on nothing but that row, bit for bit: every reduction here is exact (max, count, compare) or
 runs along one row in a fixed order (`cumsum`, in float64), never through `sum` or `softmax`, whose order of additions

@@ -25,7 +25,7 @@ class TokenCount(msgspec.Struct, frozen=True):
 
 
 class Hello(msgspec.Struct, frozen=True):
-    """Greets."""
+    """Answers clients that ask whether the server is there."""
 
     message: str = "hello"
 

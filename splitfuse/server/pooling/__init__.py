@@ -1,1 +1,1 @@
-"""The routes that generate nothing: embeddings, reranking, scores and decisions."""
+"""Serves the routes that generate nothing: embeddings, reranking, scores and decisions."""

@@ -1,4 +1,4 @@
-"""What requests that generate nothing are made of, and what becomes of their numbers: embeddings, reranking, decisions.
+"""Says what requests that generate nothing are made of, and what becomes of their numbers: embeddings, reranking, decisions.
 
 Pure functions of texts and numbers, for servers and pipelines alike.
 """

@@ -1,1 +1,1 @@
-"""Read models from GGUF files: one file with everything, in the format of llama.cpp."""
+"""Reads models from GGUF files: one file with everything, in the format of llama.cpp."""

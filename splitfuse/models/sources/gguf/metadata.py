@@ -1,4 +1,4 @@
-"""Typed reading of a GGUF file's metadata: every value is checked once, here. Knows the keys of no architecture."""
+"""Reads a GGUF file's metadata by types: every value is checked once, here. Knows the keys of no architecture."""
 
 from __future__ import annotations
 
