@@ -1,4 +1,4 @@
-"""Says what requests that generate nothing are made of, and what becomes of their numbers: embeddings, reranking, decisions.
+"""Says what requests that generate nothing are made of, and what becomes of their numbers.
 
 Pure functions of texts and numbers, for servers and pipelines alike.
 """
