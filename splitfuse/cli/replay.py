@@ -18,7 +18,7 @@ from splitfuse.errors import ConfigError, InvalidRequestError, RecordingError, p
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from splitfuse.bench.live import Figures
+    from splitfuse.bench.resend import Figures
     from splitfuse.recording.format import Recording
     from splitfuse.recording.replay import Contents, ReplayReport
 
@@ -136,7 +136,7 @@ def _replay_live(
     import msgspec
     from tqdm import tqdm
 
-    from splitfuse.bench.live import Figures, num_equal, send_again
+    from splitfuse.bench.resend import Figures, num_equal, send_again
     from splitfuse.cli.tables import console
     from splitfuse.recording.requests import read_requests
 

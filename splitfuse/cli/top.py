@@ -19,7 +19,7 @@ from splitfuse.cli.trace import NameArgument
 from splitfuse.errors import ConfigError, ServerError, SplitfuseError
 
 if TYPE_CHECKING:
-    from splitfuse.cli.live_state import LiveState
+    from splitfuse.cli.top_state import LiveState
     from splitfuse.clients.sync import Client
     from splitfuse.server.trace_feed import TraceLine
 
@@ -55,7 +55,7 @@ def top(
 
 
 def _print_once(server: Client, sort: str, *, as_json: bool) -> None:
-    from splitfuse.cli.live_state import LiveState
+    from splitfuse.cli.top_state import LiveState
     from splitfuse.cli.trace_lines import trace_lines
 
     state = LiveState()
@@ -65,8 +65,8 @@ def _print_once(server: Client, sort: str, *, as_json: bool) -> None:
     if as_json:
         print(json.dumps(state.as_dict(sort), indent=2))
         return
-    from splitfuse.cli.live_view import LiveView
     from splitfuse.cli.tables import console
+    from splitfuse.cli.top_view import LiveView
 
     console().print(LiveView(state, server.url, sort=sort))
 
@@ -75,7 +75,7 @@ class _Screen:
     """Draws what comes on the whole terminal, until a key ends it."""
 
     def __init__(self, server: Client, sort: str) -> None:
-        from splitfuse.cli.live_state import LiveState
+        from splitfuse.cli.top_state import LiveState
 
         self._server, self._sort = server, sort
         self._state = LiveState()
@@ -88,7 +88,7 @@ class _Screen:
         from rich.console import Console
         from rich.live import Live
 
-        from splitfuse.cli.live_view import LiveView
+        from splitfuse.cli.top_view import LiveView
         from splitfuse.cli.trace_lines import trace_lines
 
         stream = trace_lines(self._server)

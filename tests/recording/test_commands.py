@@ -19,8 +19,8 @@ from hostile_forms import HOSTILE
 from patience import PATIENCE
 from server_process import server_process
 
-from splitfuse.bench.live import Figures
 from splitfuse.bench.recorded import step_ratios
+from splitfuse.bench.resend import Figures
 from splitfuse.bench.workload import TokenIds, Trace
 from splitfuse.cli.replay import live_table
 from splitfuse.core.request_output import FinishReason

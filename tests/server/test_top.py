@@ -19,9 +19,9 @@ from patience import PATIENCE
 from rich.console import Console
 from running_server import RunningServer
 
-from splitfuse.cli.live_state import SORTS, LiveState
-from splitfuse.cli.live_view import LiveView
 from splitfuse.cli.top import ORDERS
+from splitfuse.cli.top_state import SORTS, LiveState
+from splitfuse.cli.top_view import LiveView
 from splitfuse.core.latency.phases import LatencyPhase
 from splitfuse.core.request_output import FinishReason
 from splitfuse.core.slo.targets import SloTargets

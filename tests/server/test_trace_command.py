@@ -20,7 +20,7 @@ from patience import PATIENCE
 from running_server import RunningServer, running_server
 
 from splitfuse.cli.chrome_trace import ChromeTrace, TraceFile
-from splitfuse.cli.live_state import LiveState
+from splitfuse.cli.top_state import LiveState
 from splitfuse.cli.trace_lines import trace_lines
 from splitfuse.clients.sync import client
 from splitfuse.config.server import ServerConfig

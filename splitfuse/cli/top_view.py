@@ -10,7 +10,7 @@ from rich.segment import Segment
 from rich.table import Table
 from rich.text import Text
 
-from splitfuse.cli.live_state import LiveEngine, LiveRequest, LiveState
+from splitfuse.cli.top_state import LiveEngine, LiveRequest, LiveState
 from splitfuse.engine.client import EngineState
 
 LEVELS = "▁▂▃▄▅▆▇█"
