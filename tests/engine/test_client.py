@@ -30,7 +30,7 @@ from splitfuse.core.request_output import FinishReason, RequestOutput
 from splitfuse.core.sampling_params import SamplingParams
 from splitfuse.core.scheduling_options import SchedulingOptions
 from splitfuse.core.slo.targets import SloTargets
-from splitfuse.engine.client import EngineClient, EngineState
+from splitfuse.engine.client import EngineClient, EngineState, LocalClient
 from splitfuse.engine.engine import Engine
 from splitfuse.engine.messages import (
     Add,
@@ -408,6 +408,23 @@ def access_to_weights(pid: int) -> str:
     return next(line.split()[1] for line in lines if "splitfuse-weights" in line)
 
 
+async def dies_with(client: LocalClient, request: Add) -> bool:
+    """Kill an engine that computes a request; return whether it was still running then."""
+    assert isinstance(client, SupervisedEngine)
+    await until(lambda: client.state is EngineState.READY)
+    stream = client.open(request)
+    await anext(aiter(stream))
+    assert client.pid is not None
+    os.kill(client.pid, signal.SIGKILL)
+    await until(lambda: client.state is not EngineState.READY)
+    try:
+        async for _ in stream:
+            pass
+    except EngineUnavailableError:
+        return True
+    return False
+
+
 def test_replicas_share_their_weights() -> None:
     async def test() -> None:
         cores = os.sched_getaffinity(0)
@@ -429,16 +446,13 @@ def test_replicas_share_their_weights() -> None:
                 next(line.split()[1] for line in text.splitlines() if "splitfuse-weights" in line) for text in mapped
             ]
             assert access == ["rw-s", "r--s"]
-            suspect = Add("suspect", PROMPT, LONG)
-            for pid, replica in zip(pids, router.replicas, strict=True):
-                assert isinstance(replica, SupervisedEngine)
-                replica.rescue = None  # it shall not go on
-                stream = replica.open(suspect)
-                await anext(aiter(stream))
-                os.kill(pid, signal.SIGKILL)  # and when the one that packed them comes back, it finds them
-                await until(lambda replica=replica: replica.state is not EngineState.READY)
-                stream.close()
-                await until(lambda: router.replicas[0].state is EngineState.READY)
+            for replica in router.replicas:
+                replica.rescue = None  # no request shall go on
+            for seed in itertools.count():  # one that ended before the engine was killed is no suspect: another is sent
+                suspect = Add(f"suspect {seed}", PROMPT, replace(LONG, seed=seed))
+                if all([await dies_with(replica, suspect) for replica in router.replicas]):
+                    break
+            await until(lambda: router.replicas[0].state is EngineState.READY)  # the one that packed them finds them
             with pytest.raises(RequestQuarantinedError):  # all replicas know what killed the others
                 router.open(suspect)
             assert await answer(router, "again", *asked[0]) == first[0]
