@@ -159,13 +159,13 @@ class Stop(msgspec.Struct, frozen=True, tag=True):
     """Ends the engine, whatever is unfinished."""
 
 
-class Beat(msgspec.Struct, frozen=True, tag=True):
+class Heartbeat(msgspec.Struct, frozen=True, tag=True):
     """Tells an engine on another machine that its front lives, and at which time on the front's monotonic clock."""
 
     sent: float
 
 
-Command = Add | Finish | Lend | Export | Prefetch | LoadAdapter | UnloadAdapter | SetTracing | Stop | Beat
+Command = Add | Finish | Lend | Export | Prefetch | LoadAdapter | UnloadAdapter | SetTracing | Stop | Heartbeat
 
 # From the engine -----------------------------------------------------------------------------------------------------
 
@@ -303,7 +303,7 @@ class Alive(msgspec.Struct, frozen=True, tag=True):
 
     seconds_in_step: float
     """Seconds since the current step began; 0 if none runs."""
-    beat: Beat | None = None
+    beat: Heartbeat | None = None
     """Newest one that has come from the front."""
     beat_age: float = 0.0
     """Seconds since it came."""

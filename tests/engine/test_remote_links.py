@@ -27,11 +27,11 @@ from splitfuse.core.sampling_params import SamplingParams
 from splitfuse.core.scheduling_options import SchedulingOptions
 from splitfuse.engine.messages import (
     Add,
-    Beat,
     EngineInfo,
     EngineStats,
     Failed,
     Finish,
+    Heartbeat,
     ResumePoint,
     StepReport,
     Stop,
@@ -503,7 +503,7 @@ def test_all_times_of_messages_are_translated_and_nothing_else() -> None:
     assert shift_command(later, -100.0) == request
     assert shift_command(Finish("a", FinishReason.ABORT, ended=1.0), 1.0) == Finish("a", FinishReason.ABORT, ended=2.0)
     assert shift_command(Add("b", (1,), SamplingParams()), 5.0) == Add("b", (1,), SamplingParams())
-    assert shift_command(Beat(1.0), 5.0) == Beat(1.0)
+    assert shift_command(Heartbeat(1.0), 5.0) == Heartbeat(1.0)
     output = RequestOutput("a", (1,), latency_breakdown=LatencyBreakdown(1.0, 2.0))
     records = (
         RequestTrace(1, "a", 1.0, 2.0, 2, 3, 0, 1, None, arrival_time=0.5),

@@ -50,18 +50,18 @@ from splitfuse.server.fronts.messages import (
     WINDOW,
     Admit,
     Admitted,
-    Beat,
     Channel,
+    Delivered,
     Failure,
     FromFront,
     FrontSpec,
+    Heartbeat,
     Keep,
     Kept,
     Open,
     Piece,
     Release,
     Seen,
-    Taken,
     ToFront,
     View,
 )
@@ -494,10 +494,10 @@ def test_an_answer_waits_for_a_client_that_does_not_read() -> None:
             batch = await front.receive()
             assert batch is not None
             pieces += sum(len(message.data) for message in batch if isinstance(message, Piece))
-        front.send(Taken(1, 1000))
-        assert await server.receive() == [Taken(1, 1000)]
+        front.send(Delivered(1, 1000))
+        assert await server.receive() == [Delivered(1, 1000)]
         assert pieces == WINDOW and not sending.done()
-        request.take(Taken(1, 1000))
+        request.take(Delivered(1, 1000))
         batch = await front.receive()
         assert batch is not None and [(len(each.data), each.more) for each in batch] == [(WINDOW, True)]
         request.disconnect()
@@ -518,7 +518,7 @@ def test_an_answer_waits_for_a_front_that_has_not_seen_the_adapters() -> None:
         front._session, front.ready_at = FrontSession(state, server), 0.0
         listening = asyncio.create_task(front._listen(server, lambda: None))
         knowing = asyncio.create_task(front.knows(3))
-        for message in (Seen(2), Beat(7)):
+        for message in (Seen(2), Heartbeat(7)):
             channel.send(message)
         while front.num_connections != 7:
             await asyncio.sleep(0)

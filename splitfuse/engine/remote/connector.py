@@ -14,7 +14,7 @@ import msgspec
 from splitfuse.config.engine import EngineConfig
 from splitfuse.config.values import parse_adapter
 from splitfuse.core.slo.targets import SloTargets
-from splitfuse.engine.messages import Alive, Beat, Command, EngineInfo, InFlight, Report, Welcome, encode
+from splitfuse.engine.messages import Alive, Command, EngineInfo, Heartbeat, InFlight, Report, Welcome, encode
 from splitfuse.engine.remote.clock import ClockDifference, shift_command, shift_report
 from splitfuse.engine.remote.dial import connect, read_welcome
 from splitfuse.engine.remote.handshake import Purpose, client_context
@@ -213,7 +213,7 @@ class _SocketLink(Link):
         while True:
             self._was_stopped()
             self._beat_sent = time.monotonic()
-            self._writer.write(frame(encode(Beat(self._beat_sent))))
+            self._writer.write(frame(encode(Heartbeat(self._beat_sent))))
             await asyncio.sleep(BEAT_SECONDS)
 
     def _was_stopped(self) -> bool:

@@ -24,7 +24,7 @@ import msgspec
 from splitfuse.config.engine import EngineConfig
 from splitfuse.config.values import parse_address
 from splitfuse.core.kv.fetching import Frame
-from splitfuse.engine.messages import Alive, Beat, Failed, Loading, Report, Stop, Welcome, decode_command, encode
+from splitfuse.engine.messages import Alive, Failed, Heartbeat, Loading, Report, Stop, Welcome, decode_command, encode
 from splitfuse.engine.private_files import check_private
 from splitfuse.engine.remote.handshake import NO_CERTIFICATE, HandshakeError, Purpose, greet_client, server_context
 from splitfuse.engine.remote.launcher import BlockListen
@@ -67,7 +67,7 @@ class FrontSession:
         """Function that returns a heartbeat of the engine."""
         self._reader, self._writer = reader, writer
         self._loop = asyncio.get_running_loop()
-        self._beat: Beat | None = None  # the newest, and when it came
+        self._beat: Heartbeat | None = None  # the newest, and when it came
         self._beat_came = 0.0
         self._held: list[Report] = []  # until the front has said what its clock says
         self._ended = self._reads_nothing = False
@@ -101,7 +101,7 @@ class FrontSession:
                     raise TimeoutError
                 async with asyncio.timeout(SILENCE_SECONDS) as self._patience:
                     command = decode_command(await read_message(self._reader))
-                if isinstance(command, Beat):
+                if isinstance(command, Heartbeat):
                     self._take_beat(command)
                     continue
                 self.commands.put(command)
@@ -132,7 +132,7 @@ class FrontSession:
             async with asyncio.timeout(HANDSHAKE_SECONDS):
                 await self._writer.wait_closed()
 
-    def _take_beat(self, beat: Beat) -> None:
+    def _take_beat(self, beat: Heartbeat) -> None:
         is_first = self._beat is None
         self._beat, self._beat_came = beat, time.monotonic()
         if is_first:

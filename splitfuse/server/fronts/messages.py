@@ -87,7 +87,7 @@ class Failure(msgspec.Struct, frozen=True, array_like=True):
 # From a front --------------------------------------------------------------------------------------------------------
 
 
-class Beat(msgspec.Struct, frozen=True, tag=True, array_like=True):
+class Heartbeat(msgspec.Struct, frozen=True, tag=True, array_like=True):
     """Reports a few times a second that the front lives, and how many connections it has."""
 
     num_connections: int
@@ -148,13 +148,13 @@ class Body(msgspec.Struct, frozen=True, tag=True, array_like=True):
     more: bool
 
 
-class Gone(msgspec.Struct, frozen=True, tag=True, array_like=True):
+class Disconnected(msgspec.Struct, frozen=True, tag=True, array_like=True):
     """Reports that the client of a request has disconnected."""
 
     number: int
 
 
-class Taken(msgspec.Struct, frozen=True, tag=True, array_like=True):
+class Delivered(msgspec.Struct, frozen=True, tag=True, array_like=True):
     """Reports that bytes of an answer have been given to the system, or are about to be."""
 
     number: int
@@ -243,14 +243,14 @@ class Look(msgspec.Struct, frozen=True, tag=True, array_like=True):
 
 
 FromFront = (
-    Beat
+    Heartbeat
     | Ready
     | Seen
     | Fault
     | Head
     | Body
-    | Gone
-    | Taken
+    | Disconnected
+    | Delivered
     | Admit
     | Release
     | Hold

@@ -27,11 +27,12 @@ from splitfuse.server.fronts.app import FrontApp, load_tokenizer
 from splitfuse.server.fronts.messages import (
     WINDOW,
     Admitted,
-    Beat,
     Body,
     BreakOff,
     Channel,
     Closed,
+    Delivered,
+    Disconnected,
     End,
     Failure,
     Fault,
@@ -39,8 +40,8 @@ from splitfuse.server.fronts.messages import (
     FromFront,
     FrontSpec,
     Generate,
-    Gone,
     Head,
+    Heartbeat,
     Kept,
     Output,
     Piece,
@@ -48,7 +49,6 @@ from splitfuse.server.fronts.messages import (
     Ready,
     Seen,
     Start,
-    Taken,
     ToExchange,
     ToFront,
     View,
@@ -143,7 +143,7 @@ class Front:
 
     async def _beat(self) -> None:
         while True:
-            self._channel.send(Beat(len(self._server.connections), self._app.num_text_restarts))
+            self._channel.send(Heartbeat(len(self._server.connections), self._app.num_text_restarts))
             await asyncio.sleep(BEAT_SECONDS)
 
 
@@ -201,7 +201,7 @@ class _Exchange:
                 self._wanted.clear()
             message = await receive()
             if message["type"] != "http.request":
-                self._channel.send(Gone(self.number))
+                self._channel.send(Disconnected(self.number))
                 return
             if more:
                 body, more = message.get("body", b""), message.get("more_body", False)
@@ -227,7 +227,7 @@ class _Exchange:
             await send({"type": "http.response.body", "body": data, "more_body": more})
             num_taken += len(data)
             if more and num_taken >= WINDOW // 2:
-                self._channel.send(Taken(self.number, num_taken))
+                self._channel.send(Delivered(self.number, num_taken))
                 num_taken = 0
 
 

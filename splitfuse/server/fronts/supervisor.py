@@ -26,23 +26,23 @@ from splitfuse.models.sources.source import ModelSource
 from splitfuse.server.auth import ApiKeys
 from splitfuse.server.fronts.messages import (
     WINDOW,
-    Beat,
     Body,
     BreakOff,
     Channel,
+    Delivered,
+    Disconnected,
     End,
     Fault,
     FromFront,
     FrontSpec,
     Generate,
-    Gone,
     Head,
+    Heartbeat,
     Piece,
     Read,
     Ready,
     Seen,
     Start,
-    Taken,
     ToFront,
     TokenizerFiles,
     View,
@@ -310,14 +310,14 @@ class _Front:
                         _logger.error("front %d passes on all requests: it cannot generate text: %s", self.index, why)
                     self.ready_at, self.was_ready = time.monotonic(), True
                     on_ready()
-                elif isinstance(message, Beat):
+                elif isinstance(message, Heartbeat):
                     self.num_connections = message.num_connections
                     self.num_text_restarts += message.num_text_restarts - self._text_restarts
                     self._text_restarts = message.num_text_restarts
                 elif isinstance(message, Seen):
                     self._seen = message.number
                     self._has_seen.set()
-                elif isinstance(message, Head | Body | Gone | Taken):
+                elif isinstance(message, Head | Body | Disconnected | Delivered):
                     self._pass_on(channel, message)
                 elif self._session is not None:
                     self._session.take(message)
@@ -332,7 +332,7 @@ class _Front:
             self._session = None
         self._has_seen.set()
 
-    def _pass_on(self, channel: Channel[FromFront, ToFront], message: Head | Body | Gone | Taken) -> None:
+    def _pass_on(self, channel: Channel[FromFront, ToFront], message: Head | Body | Disconnected | Delivered) -> None:
         """Pass on to the application what a front does not serve by itself."""
         if isinstance(message, Head):
             new = self._requests[message.number] = _Request(message.number, channel, self._tell)
@@ -382,11 +382,11 @@ class _Request:
         self._is_whole = False
         self._num_sent = 0  # bytes that were not taken yet
 
-    def take(self, message: Body | Gone | Taken) -> None:
+    def take(self, message: Body | Disconnected | Delivered) -> None:
         """Take in what the front says of it."""
         if isinstance(message, Body):
             self._parts.append(message)
-        elif isinstance(message, Taken):
+        elif isinstance(message, Delivered):
             self._num_sent -= message.num_bytes
         else:
             self._is_over = True
