@@ -10,86 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import (
-    ArceeForCausalLM,
-    BambaForCausalLM,
-    Cohere2ForCausalLM,
-    CohereForCausalLM,
-    CwmForCausalLM,
-    DeepseekV2ForCausalLM,
-    DeepseekV3ForCausalLM,
-    Dots1ForCausalLM,
-    Ernie4_5_MoeForCausalLM,
-    Ernie4_5ForCausalLM,
-    Exaone4ForCausalLM,
-    FalconForCausalLM,
-    Gemma2ForCausalLM,
-    Gemma3ForCausalLM,
-    Gemma3ForConditionalGeneration,
-    Gemma4ForCausalLM,
-    Gemma4ForConditionalGeneration,
-    Gemma4UnifiedForCausalLM,
-    GemmaForCausalLM,
-    Glm4ForCausalLM,
-    Glm4MoeForCausalLM,
-    Glm4MoeLiteForCausalLM,
-    GlmForCausalLM,
-    GPT2LMHeadModel,
-    GPTBigCodeForCausalLM,
-    GPTJForCausalLM,
-    GPTNeoXForCausalLM,
-    GptOssForCausalLM,
-    GraniteForCausalLM,
-    GraniteMoeForCausalLM,
-    GraniteMoeHybridForCausalLM,
-    HunYuanDenseV1ForCausalLM,
-    Lfm2Config,
-    Lfm2ForCausalLM,
-    Llama4ForCausalLM,
-    Llama4ForConditionalGeneration,
-    LlamaConfig,
-    LlamaForCausalLM,
-    MellumForCausalLM,
-    MiniMaxM2ForCausalLM,
-    Ministral3ForCausalLM,
-    MinistralForCausalLM,
-    Mistral3ForConditionalGeneration,
-    MistralConfig,
-    MistralForCausalLM,
-    MixtralConfig,
-    MixtralForCausalLM,
-    MptForCausalLM,
-    NemotronForCausalLM,
-    NemotronHForCausalLM,
-    Olmo2ForCausalLM,
-    Olmo3ForCausalLM,
-    OlmoeForCausalLM,
-    OPTForCausalLM,
-    Phi3ForCausalLM,
-    PhiForCausalLM,
-    PreTrainedModel,
-    Qwen2_5_VLForConditionalGeneration,
-    Qwen2Config,
-    Qwen2ForCausalLM,
-    Qwen2MoeForCausalLM,
-    Qwen2VLForConditionalGeneration,
-    Qwen3_5ForCausalLM,
-    Qwen3_5ForConditionalGeneration,
-    Qwen3_5MoeForCausalLM,
-    Qwen3_5MoeTextConfig,
-    Qwen3_5TextConfig,
-    Qwen3Config,
-    Qwen3ForCausalLM,
-    Qwen3MoeConfig,
-    Qwen3MoeForCausalLM,
-    Qwen3NextConfig,
-    Qwen3NextForCausalLM,
-    Qwen3VLForConditionalGeneration,
-    SeedOssForCausalLM,
-    SmolLM3ForCausalLM,
-    StableLmForCausalLM,
-    Starcoder2ForCausalLM,
-)
+import transformers
+from transformers import PreTrainedModel
 
 VOCAB_SIZE = 97
 MAX_POSITION = 128
@@ -127,11 +49,11 @@ def tiny_with_vision(model: type[PreTrainedModel], **changes: Any) -> PreTrained
     vision: dict[str, Any] = {"hidden_size": 16, "intermediate_size": 24, "patch_size": 4}
     if "Qwen" in model.__name__:
         vision |= {"depth": 2, "num_heads": 2, "out_hidden_size": 48, "deepstack_visual_indexes": [0]}
-        if model is Qwen2VLForConditionalGeneration:
+        if model is transformers.Qwen2VLForConditionalGeneration:
             vision |= {"hidden_size": 48, "embed_dim": 16}
     else:
         vision |= {"num_hidden_layers": 2, "num_attention_heads": 2, "head_dim": 8, "image_size": 16}
-    if model is Llama4ForConditionalGeneration:
+    if model is transformers.Llama4ForConditionalGeneration:
         vision |= {"vision_output_dim": 16, "projector_input_dim": 16, "projector_output_dim": 16}
     tied = {"tie_word_embeddings": changes.pop("tie_word_embeddings", False)}
     return model(model.config_class(text_config=sizes(**changes), vision_config=vision, **tied))
@@ -139,32 +61,32 @@ def tiny_with_vision(model: type[PreTrainedModel], **changes: Any) -> PreTrained
 
 def llama(**changes: Any) -> PreTrainedModel:
     """A Llama with the changed settings."""
-    return LlamaForCausalLM(LlamaConfig(**sizes(**changes)))
+    return transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes(**changes)))
 
 
 def mistral(**changes: Any) -> PreTrainedModel:
     """A Mistral with the changed settings."""
-    return MistralForCausalLM(MistralConfig(**sizes(**changes)))
+    return transformers.MistralForCausalLM(transformers.MistralConfig(**sizes(**changes)))
 
 
 def qwen2(**changes: Any) -> PreTrainedModel:
     """A Qwen2 with the changed settings."""
-    return Qwen2ForCausalLM(Qwen2Config(**sizes(**changes)))
+    return transformers.Qwen2ForCausalLM(transformers.Qwen2Config(**sizes(**changes)))
 
 
 def qwen3(**changes: Any) -> PreTrainedModel:
     """A Qwen3 with the changed settings."""
-    return Qwen3ForCausalLM(Qwen3Config(**sizes(**changes)))
+    return transformers.Qwen3ForCausalLM(transformers.Qwen3Config(**sizes(**changes)))
 
 
 def mixtral(**changes: Any) -> PreTrainedModel:
     """A Mixtral with the changed settings."""
-    return MixtralForCausalLM(MixtralConfig(**sizes(num_local_experts=5, **changes)))
+    return transformers.MixtralForCausalLM(transformers.MixtralConfig(**sizes(num_local_experts=5, **changes)))
 
 
 def falcon(**changes: Any) -> PreTrainedModel:
     """A Falcon with the changed settings; six heads have slopes that bf16 holds, as which its oracle keeps them."""
-    return tiny(FalconForCausalLM, num_key_value_heads=None, **changes)
+    return tiny(transformers.FalconForCausalLM, num_key_value_heads=None, **changes)
 
 
 def gpt(model: type[PreTrainedModel], **changes: Any) -> PreTrainedModel:
@@ -176,12 +98,12 @@ def gpt(model: type[PreTrainedModel], **changes: Any) -> PreTrainedModel:
 def mpt(**changes: Any) -> PreTrainedModel:
     """An MPT with the changed settings."""
     small = {"vocab_size": VOCAB_SIZE, "d_model": 48, "n_heads": 6, "n_layers": 3, "max_seq_len": MAX_POSITION}
-    return MptForCausalLM(MptForCausalLM.config_class(**small, **changes))
+    return transformers.MptForCausalLM(transformers.MptForCausalLM.config_class(**small, **changes))
 
 
 def opt(**changes: Any) -> PreTrainedModel:
     """An OPT with the changed settings."""
-    return tiny(OPTForCausalLM, ffn_dim=72, num_key_value_heads=None, **changes)
+    return tiny(transformers.OPTForCausalLM, ffn_dim=72, num_key_value_heads=None, **changes)
 
 
 def phi3_longrope(original: int) -> PreTrainedModel:
@@ -189,13 +111,15 @@ def phi3_longrope(original: int) -> PreTrainedModel:
     factors = {"short_factor": [1.0, 1.2, 1.5, 2.0, 3.0, 4.0], "long_factor": [2.0, 3.0, 5.0, 8.0, 13.0, 21.0]}
     scaling = rope("longrope", attention_factor=1.05, partial_rotary_factor=0.75, **factors)
     heads = {"num_attention_heads": 3, "num_key_value_heads": 1}
-    return tiny(Phi3ForCausalLM, original_max_position_embeddings=original, rope_parameters=scaling, **heads)
+    return tiny(
+        transformers.Phi3ForCausalLM, original_max_position_embeddings=original, rope_parameters=scaling, **heads
+    )
 
 
 def qwen3_moe(**changes: Any) -> PreTrainedModel:
     """A Qwen3-MoE with the changed settings."""
     few = {"head_dim": 16, "num_experts": 10, "num_experts_per_tok": 3, "moe_intermediate_size": 20}
-    return Qwen3MoeForCausalLM(Qwen3MoeConfig(**sizes(**(few | changes))))
+    return transformers.Qwen3MoeForCausalLM(transformers.Qwen3MoeConfig(**sizes(**(few | changes))))
 
 
 def delta_sizes(**changes: Any) -> dict[str, Any]:
@@ -213,7 +137,7 @@ def delta_sizes(**changes: Any) -> dict[str, Any]:
 
 def qwen3_5(**changes: Any) -> PreTrainedModel:
     """A Qwen3.5 with the changed settings."""
-    return Qwen3_5ForCausalLM(Qwen3_5TextConfig(**delta_sizes(**changes)))
+    return transformers.Qwen3_5ForCausalLM(transformers.Qwen3_5TextConfig(**delta_sizes(**changes)))
 
 
 SHARED_EXPERT = {
@@ -226,17 +150,19 @@ SHARED_EXPERT = {
 
 def qwen3_5_moe(**changes: Any) -> PreTrainedModel:
     """A Qwen3.5-MoE with the changed settings."""
-    return Qwen3_5MoeForCausalLM(Qwen3_5MoeTextConfig(**delta_sizes(**SHARED_EXPERT, **changes)))
+    return transformers.Qwen3_5MoeForCausalLM(
+        transformers.Qwen3_5MoeTextConfig(**delta_sizes(**SHARED_EXPERT, **changes))
+    )
 
 
 def qwen3_next(**changes: Any) -> PreTrainedModel:
     """A Qwen3-Next with the changed settings."""
-    return Qwen3NextForCausalLM(Qwen3NextConfig(**delta_sizes(**SHARED_EXPERT, **changes)))
+    return transformers.Qwen3NextForCausalLM(transformers.Qwen3NextConfig(**delta_sizes(**SHARED_EXPERT, **changes)))
 
 
 def lfm2(**changes: Any) -> PreTrainedModel:
     """An LFM2 with the changed settings."""
-    return Lfm2ForCausalLM(Lfm2Config(**sizes(block_multiple_of=8, **changes)))
+    return transformers.Lfm2ForCausalLM(transformers.Lfm2Config(**sizes(block_multiple_of=8, **changes)))
 
 
 GRANITE_HYBRID: dict[str, Any] = {
@@ -304,47 +230,47 @@ LATENT: dict[str, Any] = {
 def qwen2_moe(**changes: Any) -> PreTrainedModel:
     """A Qwen2-MoE with the changed settings."""
     few = {"num_experts": 10, "num_experts_per_tok": 3, "moe_intermediate_size": 20}
-    return tiny(Qwen2MoeForCausalLM, **few, shared_expert_intermediate_size=28, **changes)
+    return tiny(transformers.Qwen2MoeForCausalLM, **few, shared_expert_intermediate_size=28, **changes)
 
 
 def gpt_oss(**changes: Any) -> PreTrainedModel:
     """A gpt-oss with the changed settings."""
     few = {"head_dim": 10, "num_local_experts": 6, "num_experts_per_tok": 2, "sliding_window": 7}
-    return tiny(GptOssForCausalLM, **(few | changes))
+    return tiny(transformers.GptOssForCausalLM, **(few | changes))
 
 
 def olmoe(**changes: Any) -> PreTrainedModel:
     """An OLMoE with the changed settings."""
-    return tiny(OlmoeForCausalLM, num_experts=6, num_experts_per_tok=2, **changes)
+    return tiny(transformers.OlmoeForCausalLM, num_experts=6, num_experts_per_tok=2, **changes)
 
 
 def glm4_moe(**changes: Any) -> PreTrainedModel:
     """A GLM-4.5 with the changed settings."""
     few = {"head_dim": 20, "n_routed_experts": 12, "num_experts_per_tok": 3, "moe_intermediate_size": 20}
-    return tiny(Glm4MoeForCausalLM, **few, **changes)
+    return tiny(transformers.Glm4MoeForCausalLM, **few, **changes)
 
 
 def dots1(**changes: Any) -> PreTrainedModel:
     """A dots.llm1 with the changed settings."""
     few = {"n_routed_experts": 12, "n_shared_experts": 1, "num_experts_per_tok": 3, "moe_intermediate_size": 20}
-    return tiny(Dots1ForCausalLM, **(few | changes))
+    return tiny(transformers.Dots1ForCausalLM, **(few | changes))
 
 
 def minimax_m2(**changes: Any) -> PreTrainedModel:
     """A MiniMax-M2 with the changed settings."""
     few = {"head_dim": 20, "num_local_experts": 6, "num_experts_per_tok": 2}
-    return tiny(MiniMaxM2ForCausalLM, **few, **changes)
+    return tiny(transformers.MiniMaxM2ForCausalLM, **few, **changes)
 
 
 def ernie(**changes: Any) -> PreTrainedModel:
     """An Ernie 4.5 with the changed settings."""
-    return tiny(Ernie4_5ForCausalLM, **changes)
+    return tiny(transformers.Ernie4_5ForCausalLM, **changes)
 
 
 def ernie_moe(**changes: Any) -> PreTrainedModel:
     """An Ernie 4.5 with experts and the changed settings."""
     few = {"moe_num_experts": 6, "moe_k": 2, "moe_intermediate_size": 20}
-    return tiny(Ernie4_5_MoeForCausalLM, **few, **changes)
+    return tiny(transformers.Ernie4_5_MoeForCausalLM, **few, **changes)
 
 
 VARIANTS: dict[str, Callable[[], PreTrainedModel]] = {
@@ -366,41 +292,41 @@ VARIANTS: dict[str, Callable[[], PreTrainedModel]] = {
     "llama-rope-yarn": lambda: llama(
         rope_parameters=rope("yarn", factor=4.0, original_max_position_embeddings=32),
     ),
-    "arcee": lambda: tiny(ArceeForCausalLM),
-    "arcee-biases": lambda: tiny(ArceeForCausalLM, head_dim=10, attention_bias=True, mlp_bias=True),
+    "arcee": lambda: tiny(transformers.ArceeForCausalLM),
+    "arcee-biases": lambda: tiny(transformers.ArceeForCausalLM, head_dim=10, attention_bias=True, mlp_bias=True),
     "cwm": lambda: tiny(
-        CwmForCausalLM, bos_token_id=0, head_dim=10, num_hidden_layers=5, sliding_window=6, mlp_bias=True
+        transformers.CwmForCausalLM, bos_token_id=0, head_dim=10, num_hidden_layers=5, sliding_window=6, mlp_bias=True
     ),
     "cwm-layer-types": lambda: tiny(
-        CwmForCausalLM,
+        transformers.CwmForCausalLM,
         bos_token_id=0,
         head_dim=8,
         sliding_window=6,
         layer_types=["sliding_attention", "sliding_attention", "full_attention"],
         rope_parameters=rope("default"),
     ),
-    "exaone4": lambda: tiny(Exaone4ForCausalLM, num_hidden_layers=5, sliding_window=6, head_dim=10),
+    "exaone4": lambda: tiny(transformers.Exaone4ForCausalLM, num_hidden_layers=5, sliding_window=6, head_dim=10),
     "exaone4-no-window": lambda: tiny(
-        Exaone4ForCausalLM,
+        transformers.Exaone4ForCausalLM,
         tie_word_embeddings=True,
         sliding_window=None,
         layer_types=["full_attention"] * 3,
         rope_parameters=rope("default"),
     ),
     "exaone4-layer-types": lambda: tiny(
-        Exaone4ForCausalLM,
+        transformers.Exaone4ForCausalLM,
         sliding_window=9,
         layer_types=["full_attention", "sliding_attention", "full_attention"],
         num_attention_heads=7,
         num_key_value_heads=1,
         head_dim=10,
     ),
-    "gemma": lambda: tiny(GemmaForCausalLM, head_dim=16, num_key_value_heads=1),
+    "gemma": lambda: tiny(transformers.GemmaForCausalLM, head_dim=16, num_key_value_heads=1),
     "gemma-biases": lambda: tiny(
-        GemmaForCausalLM, head_dim=10, tie_word_embeddings=False, attention_bias=True, hidden_act="silu"
+        transformers.GemmaForCausalLM, head_dim=10, tie_word_embeddings=False, attention_bias=True, hidden_act="silu"
     ),
     "gemma2": lambda: tiny(
-        Gemma2ForCausalLM,
+        transformers.Gemma2ForCausalLM,
         head_dim=16,
         num_hidden_layers=4,
         query_pre_attn_scalar=24,
@@ -409,7 +335,7 @@ VARIANTS: dict[str, Callable[[], PreTrainedModel]] = {
         final_logit_softcapping=5.0,
     ),
     "gemma2-no-softcaps": lambda: tiny(
-        Gemma2ForCausalLM,
+        transformers.Gemma2ForCausalLM,
         head_dim=10,
         tie_word_embeddings=False,
         attention_bias=True,
@@ -419,7 +345,7 @@ VARIANTS: dict[str, Callable[[], PreTrainedModel]] = {
         final_logit_softcapping=None,
     ),
     "gemma3": lambda: tiny(
-        Gemma3ForCausalLM,
+        transformers.Gemma3ForCausalLM,
         head_dim=16,
         num_hidden_layers=7,
         query_pre_attn_scalar=24,
@@ -430,7 +356,7 @@ VARIANTS: dict[str, Callable[[], PreTrainedModel]] = {
         },
     ),
     "gemma3-final-softcap": lambda: tiny(
-        Gemma3ForCausalLM,
+        transformers.Gemma3ForCausalLM,
         head_dim=10,
         tie_word_embeddings=False,
         attention_bias=True,
@@ -439,18 +365,22 @@ VARIANTS: dict[str, Callable[[], PreTrainedModel]] = {
         final_logit_softcapping=5.0,
     ),
     "gemma3-vision": lambda: tiny_with_vision(
-        Gemma3ForConditionalGeneration, head_dim=16, num_hidden_layers=6, sliding_window=6, tie_word_embeddings=True
+        transformers.Gemma3ForConditionalGeneration,
+        head_dim=16,
+        num_hidden_layers=6,
+        sliding_window=6,
+        tie_word_embeddings=True,
     ),
-    "glm": lambda: tiny(GlmForCausalLM, head_dim=16, tie_word_embeddings=True),
+    "glm": lambda: tiny(transformers.GlmForCausalLM, head_dim=16, tie_word_embeddings=True),
     "glm-quarter-rope": lambda: tiny(
-        GlmForCausalLM,
+        transformers.GlmForCausalLM,
         head_dim=16,
         attention_bias=False,
         rope_parameters=rope("default", partial_rotary_factor=0.25),
     ),
-    "glm4": lambda: tiny(Glm4ForCausalLM, head_dim=12, num_attention_heads=7, num_key_value_heads=1),
+    "glm4": lambda: tiny(transformers.Glm4ForCausalLM, head_dim=12, num_attention_heads=7, num_key_value_heads=1),
     "granite": lambda: tiny(
-        GraniteForCausalLM,
+        transformers.GraniteForCausalLM,
         tie_word_embeddings=True,
         embedding_multiplier=12.0,
         logits_scaling=8.0,
@@ -458,10 +388,10 @@ VARIANTS: dict[str, Callable[[], PreTrainedModel]] = {
         attention_multiplier=0.2,
     ),
     "granite-biases": lambda: tiny(
-        GraniteForCausalLM, head_dim=10, attention_bias=True, mlp_bias=True, residual_multiplier=0.5
+        transformers.GraniteForCausalLM, head_dim=10, attention_bias=True, mlp_bias=True, residual_multiplier=0.5
     ),
     "granite-moe": lambda: tiny(
-        GraniteMoeForCausalLM,
+        transformers.GraniteMoeForCausalLM,
         num_local_experts=6,
         attention_bias=True,
         attention_multiplier=0.2,
@@ -470,17 +400,21 @@ VARIANTS: dict[str, Callable[[], PreTrainedModel]] = {
         logits_scaling=2.0,
     ),
     "hunyuan-dense-alpha": lambda: tiny(
-        HunYuanDenseV1ForCausalLM,
+        transformers.HunYuanDenseV1ForCausalLM,
         head_dim=16,
         tie_word_embeddings=True,
         rope_parameters=rope("dynamic", alpha=1000.0, factor=1.0, mscale=1.0, mscale_all_dim=1.0),
     ),
-    "hunyuan-dense-biases": lambda: tiny(HunYuanDenseV1ForCausalLM, head_dim=8, attention_bias=True),
-    "cohere-qk-norm": lambda: tiny(CohereForCausalLM, use_qk_norm=True, attention_bias=True),
-    "cohere-untied": lambda: tiny(CohereForCausalLM, tie_word_embeddings=False, logit_scale=0.3),
-    "cohere2": lambda: tiny(Cohere2ForCausalLM, num_hidden_layers=5, sliding_window=7, attention_bias=True),
+    "hunyuan-dense-biases": lambda: tiny(transformers.HunYuanDenseV1ForCausalLM, head_dim=8, attention_bias=True),
+    "cohere-qk-norm": lambda: tiny(transformers.CohereForCausalLM, use_qk_norm=True, attention_bias=True),
+    "cohere-untied": lambda: tiny(transformers.CohereForCausalLM, tie_word_embeddings=False, logit_scale=0.3),
+    "cohere2": lambda: tiny(
+        transformers.Cohere2ForCausalLM, num_hidden_layers=5, sliding_window=7, attention_bias=True
+    ),
     "cohere2-layer-types": lambda: tiny(
-        Cohere2ForCausalLM, sliding_window=6, layer_types=["full_attention", "sliding_attention", "sliding_attention"]
+        transformers.Cohere2ForCausalLM,
+        sliding_window=6,
+        layer_types=["full_attention", "sliding_attention", "sliding_attention"],
     ),
     "falcon-7b": lambda: falcon(num_attention_heads=7, hidden_size=56, ffn_hidden_size=70),
     "falcon-40b": lambda: falcon(new_decoder_architecture=True, num_kv_heads=2, bias=True),
@@ -493,21 +427,21 @@ VARIANTS: dict[str, Callable[[], PreTrainedModel]] = {
     ),
     "falcon-rw": lambda: falcon(alibi=True, multi_query=False, parallel_attn=False, bias=True),
     "falcon-alibi-one-kv-head": lambda: falcon(alibi=True, parallel_attn=False, activation="gelu_pytorch_tanh"),
-    "gpt2": lambda: gpt(GPT2LMHeadModel),
+    "gpt2": lambda: gpt(transformers.GPT2LMHeadModel),
     "gpt2-scales": lambda: gpt(
-        GPT2LMHeadModel,
+        transformers.GPT2LMHeadModel,
         n_inner=70,
         tie_word_embeddings=False,
         scale_attn_weights=False,
         scale_attn_by_inverse_layer_idx=True,
         activation_function="relu",
     ),
-    "gpt-bigcode": lambda: gpt(GPTBigCodeForCausalLM),
-    "gpt-bigcode-many-heads": lambda: gpt(GPTBigCodeForCausalLM, multi_query=False, n_inner=70),
-    "gptj": lambda: gpt(GPTJForCausalLM, rotary_dim=6),
-    "gpt-neox": lambda: tiny(GPTNeoXForCausalLM, hidden_size=96, num_key_value_heads=None),
+    "gpt-bigcode": lambda: gpt(transformers.GPTBigCodeForCausalLM),
+    "gpt-bigcode-many-heads": lambda: gpt(transformers.GPTBigCodeForCausalLM, multi_query=False, n_inner=70),
+    "gptj": lambda: gpt(transformers.GPTJForCausalLM, rotary_dim=6),
+    "gpt-neox": lambda: tiny(transformers.GPTNeoXForCausalLM, hidden_size=96, num_key_value_heads=None),
     "gpt-neox-sequential": lambda: tiny(
-        GPTNeoXForCausalLM,
+        transformers.GPTNeoXForCausalLM,
         num_key_value_heads=None,
         use_parallel_residual=False,
         attention_bias=False,
@@ -516,7 +450,7 @@ VARIANTS: dict[str, Callable[[], PreTrainedModel]] = {
         rope_parameters=rope("linear", factor=4.0, partial_rotary_factor=1.0),
     ),
     "mellum": lambda: tiny(
-        MellumForCausalLM,
+        transformers.MellumForCausalLM,
         head_dim=10,
         num_hidden_layers=4,
         sliding_window=7,
@@ -531,16 +465,16 @@ VARIANTS: dict[str, Callable[[], PreTrainedModel]] = {
             "sliding_attention": rope("default"),
         },
     ),
-    "ministral": lambda: tiny(MinistralForCausalLM, sliding_window=7, head_dim=10),
+    "ministral": lambda: tiny(transformers.MinistralForCausalLM, sliding_window=7, head_dim=10),
     "ministral-layer-types": lambda: tiny(
-        MinistralForCausalLM,
+        transformers.MinistralForCausalLM,
         head_dim=8,
         sliding_window=6,
         tie_word_embeddings=True,
         layer_types=["full_attention", "sliding_attention", "full_attention"],
     ),
     "ministral3": lambda: tiny(
-        Ministral3ForCausalLM,
+        transformers.Ministral3ForCausalLM,
         head_dim=12,
         rope_parameters=rope(
             "yarn",
@@ -552,7 +486,7 @@ VARIANTS: dict[str, Callable[[], PreTrainedModel]] = {
         ),
     ),
     "ministral3-window": lambda: tiny(
-        Ministral3ForCausalLM,
+        transformers.Ministral3ForCausalLM,
         num_attention_heads=7,
         num_key_value_heads=1,
         head_dim=16,
@@ -562,15 +496,21 @@ VARIANTS: dict[str, Callable[[], PreTrainedModel]] = {
     ),
     "mpt": lambda: mpt(),
     "mpt-scale": lambda: mpt(tie_word_embeddings=False, attn_config={"softmax_scale": 0.3}),
-    "nemotron": lambda: tiny(NemotronForCausalLM, head_dim=12),
+    "nemotron": lambda: tiny(transformers.NemotronForCausalLM, head_dim=12),
     "nemotron-biases": lambda: tiny(
-        NemotronForCausalLM, tie_word_embeddings=True, attention_bias=True, mlp_bias=True, num_key_value_heads=1
+        transformers.NemotronForCausalLM,
+        tie_word_embeddings=True,
+        attention_bias=True,
+        mlp_bias=True,
+        num_key_value_heads=1,
     ),
-    "olmo2": lambda: tiny(Olmo2ForCausalLM),
-    "olmo2-biases": lambda: tiny(Olmo2ForCausalLM, attention_bias=True, tie_word_embeddings=True, head_dim=10),
-    "olmo3": lambda: tiny(Olmo3ForCausalLM, num_hidden_layers=5, sliding_window=7, attention_bias=True),
+    "olmo2": lambda: tiny(transformers.Olmo2ForCausalLM),
+    "olmo2-biases": lambda: tiny(
+        transformers.Olmo2ForCausalLM, attention_bias=True, tie_word_embeddings=True, head_dim=10
+    ),
+    "olmo3": lambda: tiny(transformers.Olmo3ForCausalLM, num_hidden_layers=5, sliding_window=7, attention_bias=True),
     "olmo3-yarn-layer-types": lambda: tiny(
-        Olmo3ForCausalLM,
+        transformers.Olmo3ForCausalLM,
         sliding_window=6,
         layer_types=["sliding_attention", "full_attention", "sliding_attention"],
         rope_parameters={
@@ -580,31 +520,37 @@ VARIANTS: dict[str, Callable[[], PreTrainedModel]] = {
     ),
     "opt": lambda: opt(),
     "opt-without-biases": lambda: opt(enable_bias=False, tie_word_embeddings=False, activation_function="gelu"),
-    "phi2": lambda: tiny(PhiForCausalLM, hidden_size=72),
+    "phi2": lambda: tiny(transformers.PhiForCausalLM, hidden_size=72),
     "phi2-qk-layernorm": lambda: tiny(
-        PhiForCausalLM, hidden_size=96, qk_layernorm=True, tie_word_embeddings=True, hidden_act="relu"
+        transformers.PhiForCausalLM, hidden_size=96, qk_layernorm=True, tie_word_embeddings=True, hidden_act="relu"
     ),
-    "stablelm": lambda: tiny(StableLmForCausalLM, hidden_size=96, use_qkv_bias=True),
+    "stablelm": lambda: tiny(transformers.StableLmForCausalLM, hidden_size=96, use_qkv_bias=True),
     "stablelm-parallel-qk-layernorm": lambda: tiny(
-        StableLmForCausalLM, hidden_size=96, use_parallel_residual=True, qk_layernorm=True, tie_word_embeddings=True
+        transformers.StableLmForCausalLM,
+        hidden_size=96,
+        use_parallel_residual=True,
+        qk_layernorm=True,
+        tie_word_embeddings=True,
     ),
-    "starcoder2": lambda: tiny(Starcoder2ForCausalLM, sliding_window=7),
+    "starcoder2": lambda: tiny(transformers.Starcoder2ForCausalLM, sliding_window=7),
     "starcoder2-without-biases": lambda: tiny(
-        Starcoder2ForCausalLM, use_bias=False, tie_word_embeddings=False, head_dim=10, hidden_act="gelu"
+        transformers.Starcoder2ForCausalLM, use_bias=False, tie_word_embeddings=False, head_dim=10, hidden_act="gelu"
     ),
     "mistral-window": lambda: mistral(sliding_window=7),
     "mistral-no-window": lambda: mistral(sliding_window=None, rope_parameters=rope("default")),
-    "phi3": lambda: tiny(Phi3ForCausalLM, tie_word_embeddings=True),
-    "phi3-window": lambda: tiny(Phi3ForCausalLM, sliding_window=7, num_attention_heads=14, hidden_size=112),
+    "phi3": lambda: tiny(transformers.Phi3ForCausalLM, tie_word_embeddings=True),
+    "phi3-window": lambda: tiny(
+        transformers.Phi3ForCausalLM, sliding_window=7, num_attention_heads=14, hidden_size=112
+    ),
     "phi3-longrope-short": lambda: phi3_longrope(MAX_POSITION),
     "phi3-longrope-long": lambda: phi3_longrope(1),
-    "seed-oss": lambda: tiny(SeedOssForCausalLM, head_dim=10),
+    "seed-oss": lambda: tiny(transformers.SeedOssForCausalLM, head_dim=10),
     "seed-oss-biases": lambda: tiny(
-        SeedOssForCausalLM, head_dim=16, attention_bias=False, attention_out_bias=True, mlp_bias=True
+        transformers.SeedOssForCausalLM, head_dim=16, attention_bias=False, attention_out_bias=True, mlp_bias=True
     ),
-    "smollm3": lambda: tiny(SmolLM3ForCausalLM, num_hidden_layers=5),
+    "smollm3": lambda: tiny(transformers.SmolLM3ForCausalLM, num_hidden_layers=5),
     "smollm3-windows": lambda: tiny(
-        SmolLM3ForCausalLM,
+        transformers.SmolLM3ForCausalLM,
         tie_word_embeddings=False,
         attention_bias=True,
         mlp_bias=True,
@@ -635,7 +581,7 @@ VARIANTS: dict[str, Callable[[], PreTrainedModel]] = {
     ),
     "qwen3.5": lambda: qwen3_5(max_position_embeddings=640),
     "qwen3.5-vision": lambda: tiny_with_vision(
-        Qwen3_5ForConditionalGeneration,
+        transformers.Qwen3_5ForConditionalGeneration,
         head_dim=16,
         num_hidden_layers=4,
         linear_num_key_heads=2,
@@ -654,7 +600,7 @@ VARIANTS: dict[str, Callable[[], PreTrainedModel]] = {
         rope_parameters=rope("default", partial_rotary_factor=0.5),
     ),
     "bamba": lambda: tiny(
-        BambaForCausalLM,
+        transformers.BambaForCausalLM,
         attn_layer_indices=[1],
         mamba_n_heads=8,
         mamba_n_groups=4,
@@ -663,9 +609,11 @@ VARIANTS: dict[str, Callable[[], PreTrainedModel]] = {
         mlp_bias=True,
         tie_word_embeddings=True,
     ),
-    "granite-hybrid": lambda: tiny(GraniteMoeHybridForCausalLM, **GRANITE_HYBRID, tie_word_embeddings=True),
+    "granite-hybrid": lambda: tiny(
+        transformers.GraniteMoeHybridForCausalLM, **GRANITE_HYBRID, tie_word_embeddings=True
+    ),
     "granite-hybrid-dense-rope": lambda: tiny(
-        GraniteMoeHybridForCausalLM,
+        transformers.GraniteMoeHybridForCausalLM,
         **GRANITE_HYBRID | {"mamba_n_groups": 1, "num_local_experts": 0},
         mamba_expand=3,
         mamba_d_conv=2,
@@ -675,9 +623,9 @@ VARIANTS: dict[str, Callable[[], PreTrainedModel]] = {
         attention_bias=True,
         position_embedding_type="rope",
     ),
-    "nemotron-h": lambda: tiny(NemotronHForCausalLM, **NEMOTRON_H, max_position_embeddings=640),
+    "nemotron-h": lambda: tiny(transformers.NemotronHForCausalLM, **NEMOTRON_H, max_position_embeddings=640),
     "nemotron-h-biases": lambda: tiny(
-        NemotronHForCausalLM,
+        transformers.NemotronHForCausalLM,
         **NEMOTRON_H | {"n_groups": 1, "n_group": 1, "topk_group": 1, "hybrid_override_pattern": "E-*M-"},
         conv_kernel=3,
         use_bias=True,
@@ -689,33 +637,33 @@ VARIANTS: dict[str, Callable[[], PreTrainedModel]] = {
     "qwen3.5-moe": lambda: qwen3_5_moe(full_attention_interval=2),
     "qwen3-next": lambda: qwen3_next(mlp_only_layers=[1], norm_topk_prob=False),
     "ministral3-vision": lambda: tiny_with_vision(
-        Mistral3ForConditionalGeneration,
+        transformers.Mistral3ForConditionalGeneration,
         model_type="ministral3",
         head_dim=12,
         rope_parameters=rope("yarn", factor=4.0, original_max_position_embeddings=16, llama_4_scaling_beta=0.2),
     ),
     "mistral3-vision": lambda: tiny_with_vision(
-        Mistral3ForConditionalGeneration, model_type="mistral", head_dim=10, sliding_window=None
+        transformers.Mistral3ForConditionalGeneration, model_type="mistral", head_dim=10, sliding_window=None
     ),
     "qwen2-vision": lambda: tiny_with_vision(
-        Qwen2VLForConditionalGeneration,
+        transformers.Qwen2VLForConditionalGeneration,
         tie_word_embeddings=True,
         rope_parameters=rope("default", mrope_section=[1, 2, 1], rope_theta=1e6),
     ),
     "qwen2.5-vision-windows": lambda: tiny_with_vision(
-        Qwen2_5_VLForConditionalGeneration,
+        transformers.Qwen2_5_VLForConditionalGeneration,
         rope_parameters=rope("default", mrope_section=[1, 2, 1]),
         use_sliding_window=True,
         sliding_window=6,
         max_window_layers=1,
     ),
     "qwen3-vision": lambda: tiny_with_vision(
-        Qwen3VLForConditionalGeneration,
+        transformers.Qwen3VLForConditionalGeneration,
         head_dim=16,
         rope_parameters=rope("default", mrope_section=[4, 2, 2], mrope_interleaved=True),
     ),
     "deepseek-v2-groups-biases": lambda: tiny(
-        DeepseekV2ForCausalLM,
+        transformers.DeepseekV2ForCausalLM,
         **LATENT,
         topk_method="group_limited_greedy",
         first_k_dense_replace=1,
@@ -724,10 +672,11 @@ VARIANTS: dict[str, Callable[[], PreTrainedModel]] = {
         routed_scaling_factor=3.0,
     ),
     "deepseek-v2-direct-queries": lambda: tiny(
-        DeepseekV2ForCausalLM, **LATENT | {"q_lora_rank": None, "qk_nope_head_dim": 4, "n_shared_experts": 1}
+        transformers.DeepseekV2ForCausalLM,
+        **LATENT | {"q_lora_rank": None, "qk_nope_head_dim": 4, "n_shared_experts": 1},
     ),
     "deepseek-v3": lambda: tiny(
-        DeepseekV3ForCausalLM,
+        transformers.DeepseekV3ForCausalLM,
         **LATENT,
         first_k_dense_replace=1,
         rope_parameters=rope(
@@ -735,14 +684,14 @@ VARIANTS: dict[str, Callable[[], PreTrainedModel]] = {
         ),
     ),
     "glm4-moe-lite": lambda: tiny(
-        Glm4MoeLiteForCausalLM,
+        transformers.Glm4MoeLiteForCausalLM,
         **LATENT | {"n_group": 1, "topk_group": 1, "v_head_dim": 18},
         norm_topk_prob=False,
         attention_bias=True,
         mlp_layer_types=["sparse", "dense", "sparse"],
     ),
     "gemma4-keys-as-values": lambda: tiny(
-        Gemma4ForCausalLM,
+        transformers.Gemma4ForCausalLM,
         **GEMMA4,
         hidden_size_per_layer_input=0,
         attention_k_eq_v=True,
@@ -751,7 +700,7 @@ VARIANTS: dict[str, Callable[[], PreTrainedModel]] = {
         hidden_activation="silu",
     ),
     "gemma4-experts": lambda: tiny(
-        Gemma4ForCausalLM,
+        transformers.Gemma4ForCausalLM,
         **GEMMA4,
         hidden_size_per_layer_input=0,
         enable_moe_block=True,
@@ -761,7 +710,7 @@ VARIANTS: dict[str, Callable[[], PreTrainedModel]] = {
         rms_norm_eps=1e-5,
     ),
     "gemma4-vision-per-layer-embeddings": lambda: tiny_with_vision(
-        Gemma4ForConditionalGeneration,
+        transformers.Gemma4ForConditionalGeneration,
         **GEMMA4,
         pad_token_id=0,
         hidden_size_per_layer_input=12,
@@ -771,7 +720,7 @@ VARIANTS: dict[str, Callable[[], PreTrainedModel]] = {
         tie_word_embeddings=True,
     ),
     "gemma4-unified-shared-keys": lambda: tiny(
-        Gemma4UnifiedForCausalLM,
+        transformers.Gemma4UnifiedForCausalLM,
         **GEMMA4 | {"num_hidden_layers": 6, "layer_types": (["sliding_attention"] * 2 + ["full_attention"]) * 2},
         num_kv_shared_layers=3,
         use_double_wide_mlp=True,
@@ -783,7 +732,7 @@ VARIANTS: dict[str, Callable[[], PreTrainedModel]] = {
         },
     ),
     "llama4-vision": lambda: tiny_with_vision(
-        Llama4ForConditionalGeneration,
+        transformers.Llama4ForConditionalGeneration,
         **LLAMA4,
         interleave_moe_layer_step=2,
         num_key_value_heads=1,
@@ -791,7 +740,7 @@ VARIANTS: dict[str, Callable[[], PreTrainedModel]] = {
         attn_scale=0.7,
     ),
     "llama4-two-experts-plain-heads": lambda: tiny(
-        Llama4ForCausalLM,
+        transformers.Llama4ForCausalLM,
         **LLAMA4,
         use_qk_norm=False,
         attention_bias=True,
