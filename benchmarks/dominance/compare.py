@@ -7,6 +7,7 @@ import json
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from itertools import pairwise
 from pathlib import Path
 
 import splitfuse
@@ -28,21 +29,26 @@ WARM_UP = 0.1
 """Fraction of the requests which are sent before the window in which they count, at least."""
 HALF_WIDTH = 0.02
 """Half of the 95 % interval of a ratio at which no more seeds are run."""
+BATCHES = 10
+"""Number of parts of a window, each of as many requests, whose differences say how certain a ratio is (the method of
+batch means; Law and Kelton, Simulation Modeling and Analysis): one long run has what several short ones never come to,
+such as late requests whose turn comes.
+"""
 CLOSE = 0.8
 """Goodput relative to the best other, under any SLO of a scenario, from which a policy is run with further seeds."""
 STUDENT = (0.0, 12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201)
-"""Quantiles 0.975 of Student's distribution by degrees of freedom."""
+"""Quantiles 0.975 of Student's distribution by degrees of freedom; for more they are hardly less."""
 
 
 @dataclass(frozen=True)
 class Settings:
     """Says how often each point is run, and what of it is known already."""
 
-    requests: int = 300
-    """Requests of a run."""
-    seeds: int = 4
+    requests: int = 1200
+    """Requests of a run: at least 1,000 of them are in the window, with 64 clients too."""
+    seeds: int = 1
     """Runs of each point at least."""
-    most_seeds: int = 12
+    most_seeds: int = 4
     ours: System = OUR_SYSTEM
     tag: str = ""
     """Name of our policy's version."""
@@ -60,6 +66,8 @@ class Outcome:
     """Requests whose first token was late."""
     longest: float
     """Longest time from sending a request to its last token."""
+    batches: Sequence[tuple[float, int]] = ()
+    """Seconds of each part of the window, and how many of its requests met the SLO."""
 
     @property
     def goodput(self) -> float:
@@ -142,14 +150,16 @@ def judge(records: Sequence[tuple[MeasuredRequest, int]], targets: Sequence[SloT
     first, last = max(int(WARM_UP * len(records)), clients), max(len(records) - max(clients, 1), 1)
     start, end = records[min(first, last - 1)][0].sent, records[last][0].sent if last < len(records) else math.inf
     counted = [(record, targets[kind]) for record, kind in records if start <= record.sent < end]
-    met = late_first = 0
+    late_first, met = 0, []
     for record, slo in counted:
-        if metrics.ttft(record) > slo.ttft_target(record.num_prompt_tokens):
-            late_first += 1
-        else:
-            met += metrics.meets_slo(record, slo)
+        is_late = metrics.ttft(record) > slo.ttft_target(record.num_prompt_tokens)
+        late_first += is_late
+        met.append(not is_late and metrics.meets_slo(record, slo))
     longest = max(record.done - record.sent for record, _ in counted)
-    return Outcome(end - start, len(counted), met, late_first, longest)
+    bounds = [len(counted) * number // BATCHES for number in range(BATCHES + 1)]
+    times = [*(record.sent for record, _ in counted), end]
+    batches = [(times[last] - times[first], sum(met[first:last])) for first, last in pairwise(bounds)]
+    return Outcome(end - start, len(counted), sum(met), late_first, longest, batches)
 
 
 @dataclass
@@ -169,8 +179,8 @@ class Comparison:
             self.outcomes.setdefault(line.system, {})[line.seed] = outcome
 
     def goodput(self, system: str) -> float:
-        """Return the mean goodput of a system in requests/s."""
-        return metrics.mean([outcome.goodput for outcome in self.outcomes[system].values()])
+        """Return the goodput of a system in requests/s, over all its seeds."""
+        return _goodput(self.outcomes[system].values())
 
     @property
     def ours(self) -> str:
@@ -192,22 +202,35 @@ class Comparison:
         """
         ours, theirs = self.outcomes[self.ours], self.outcomes[other or self.best_other]
         seeds = sorted(ours.keys() & theirs.keys())
-        our, their = ([each[seed].goodput for seed in seeds] for each in (ours, theirs))
-        if not any(their):
-            return (math.inf, math.inf) if any(our) else (1.0, 0.0)
-        ratio = sum(our) / sum(their)
-        if len(seeds) < 2:
+        both = [[each[seed] for seed in seeds] for each in (ours, theirs)]
+        our, their = map(_goodput, both)
+        if not their:
+            return (math.inf, math.inf) if our else (1.0, 0.0)
+        ratio = our / their
+        misses = [a - b for a, b in zip(*map(_changes, both), strict=True)]
+        if len(misses) < 2:
             return ratio, math.inf
-        residuals = [a - ratio * b for a, b in zip(our, their, strict=True)]
-        deviation = math.sqrt(sum(each**2 for each in residuals) / (len(seeds) - 1))
-        half_width = STUDENT[len(seeds) - 1] * deviation / math.sqrt(len(seeds)) / metrics.mean(their)
-        return ratio, half_width
+        deviation = math.sqrt(sum(each**2 for each in misses) / (len(misses) - 1))
+        return ratio, ratio * STUDENT[min(len(misses), len(STUDENT)) - 1] * deviation / math.sqrt(len(misses))
 
     @property
     def is_certain(self) -> bool:
         """Return whether the ratio is known well enough, or certainly above 1."""
         ratio, half_width = self.ratio()
         return half_width <= HALF_WIDTH or ratio - half_width > 1.0 or ratio == math.inf
+
+
+def _goodput(outcomes: Iterable[Outcome]) -> float:
+    """Return the requests/s that met the SLO in all these windows together."""
+    some = list(outcomes)
+    return sum(outcome.met for outcome in some) / sum(outcome.seconds for outcome in some)
+
+
+def _changes(outcomes: Sequence[Outcome]) -> list[float]:
+    """Return by how much each batch changes the goodput of all together, relative to it and times their number."""
+    batches = [batch for outcome in outcomes for batch in outcome.batches]
+    seconds, met = (metrics.mean(each) for each in zip(*batches, strict=True)) if batches else (1.0, 1.0)
+    return [(its_met / met if met else 0.0) - its_seconds / seconds for its_seconds, its_met in batches]
 
 
 def complete(scenario: Scenario, slos: Sequence[Slo], known: Iterable[Line], settings: Settings) -> Iterator[Line]:

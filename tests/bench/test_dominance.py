@@ -92,30 +92,37 @@ def test_requests_are_judged_within_the_window() -> None:
     times = [(0.5, 0.6), (2.5, 2.6), (2.3, 2.9), (3.1, 3.2)]  # the second has a late first token, the third a late gap
     records = [(MeasuredRequest(i, float(i), 10, times[i]), 0) for i in range(4)]
     outcome = compare.judge(records, [SloTargets(ttft=1.0, itl=0.25)], clients=0)
-    assert outcome == Outcome(seconds=3.0, sent=3, met=1, late_first=1, longest=pytest.approx(1.6))
+    batches = [(0.0, 0), (0.0, 0), (0.0, 0), (1.0, 1), (0.0, 0), (0.0, 0), (1.0, 0), (0.0, 0), (0.0, 0), (1.0, 0)]
+    assert outcome == Outcome(3.0, sent=3, met=1, late_first=1, longest=pytest.approx(1.6), batches=batches)
     assert outcome.late_gaps == 1 and outcome.goodput == pytest.approx(1 / 3)
 
 
-def test_ratio_is_of_equal_seeds() -> None:
+def test_ratio_is_of_equal_seeds_and_its_interval_of_batches() -> None:
     point = scenario("0.5b-int8/chat/8 clients")
     comparison = Comparison(point, point.slos[0])
 
-    def add(system: str, *goodputs: int) -> None:
-        for seed, met in enumerate(goodputs, start=1):
-            outcomes = {str(point.slos[0]): Outcome(1.0, 100, met, 0, 1.0)}
-            comparison.add(Line("", str(point), system, seed, outcomes))
+    def add(system: str, *met: int, seed: int = 1) -> None:
+        outcome = Outcome(1.0 * len(met), 100, sum(met), 0, 1.0, [(1.0, each) for each in met])
+        comparison.add(Line("", str(point), system, seed, {str(point.slos[0]): outcome}))
 
     add(str(OUR_SYSTEM), 55, 66, 77)
     for other in OTHERS:
-        add(str(other), 0)
+        add(str(other), 0, 0, 0)
     assert comparison.ratio() == (math.inf, math.inf) and comparison.is_certain
     add(str(OTHERS[0]), 50, 60, 70)
-    assert comparison.best_other == str(OTHERS[0])
+    add(str(OTHERS[0]), 500, 600, 700, seed=2)
+    assert comparison.best_other == str(OTHERS[0]) and comparison.goodput(str(OTHERS[0])) == 330.0
     ratio, half_width = comparison.ratio()
     assert ratio == pytest.approx(1.1) and half_width == pytest.approx(0.0, abs=1e-9)
     add(str(OUR_SYSTEM), 45, 66, 60)
     ratio, half_width = comparison.ratio()
     assert ratio == pytest.approx(0.95) and half_width > compare.HALF_WIDTH and not comparison.is_certain
+    # As many in less time are more: the ratio of sums, and its change by each batch, to first order.
+    ours = Outcome(8.0, 100, 180, 0, 1.0, [(2.0, 50), (3.0, 60), (3.0, 70)])
+    comparison.add(Line("", str(point), str(OUR_SYSTEM), 1, {str(point.slos[0]): ours}))
+    misses = [1.0 / 8.0 * 2.0, -1.0 / 8.0, -1.0 / 8.0]
+    deviation = math.sqrt(sum(each**2 for each in misses) / 2)
+    assert comparison.ratio() == (pytest.approx(3 / 8), pytest.approx(3 / 8 * 4.303 * deviation / math.sqrt(3)))
 
 
 def test_finished_runs_are_not_run_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
