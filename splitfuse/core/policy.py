@@ -11,7 +11,6 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from operator import attrgetter
 from typing import NamedTuple
 
 from splitfuse.core.compiling import mypyc_attr
@@ -23,7 +22,9 @@ from splitfuse.errors import InvalidRequestError
 OVERTAKEN_SHARE = 1 / 16
 """Fraction of a step reserved for the oldest request while others come before it, by priority or fair share."""
 
-_by_priority = attrgetter("priority")
+
+def _by_priority(request: Request) -> int:
+    return request.priority
 
 
 class PlanningError(Exception):
@@ -70,15 +71,15 @@ class SchedulingPolicy(ABC):
             step.raise_budget()
         if oldest is not None and oldest.num_unscheduled:
             step.reserve(order.tail_share, at_most=oldest.num_unscheduled)
-        waiting = set(step.queue.waiting)
+        running = set(step.queue.running)
         for tier in order.tiers:
             step.max_seconds, starts = tier.max_seconds, True
             for request in tier.claims:
-                if request not in waiting:
+                if request in running:
                     step.grant(request)
                 elif starts:
                     starts = step.start(request)
-        for request in [each for each in step.queue.waiting if each not in waiting]:  # preempted in this step
+        for request in [each for each in step.queue.waiting if each in running]:  # preempted in this step
             if not step.start(request):
                 break
 

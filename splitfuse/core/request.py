@@ -8,14 +8,13 @@ from __future__ import annotations
 import enum
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from operator import attrgetter
 
 from splitfuse.core.kv.request_kv import RequestKv
 from splitfuse.core.plan import PLACEHOLDER, SamplingState
 from splitfuse.core.pooling_params import PoolingParams
 from splitfuse.core.request_output import FinishReason
 from splitfuse.core.sampling_params import SamplingParams
-from splitfuse.core.scheduling_options import DEFAULT_SCHEDULING, Priority, SchedulingOptions
+from splitfuse.core.scheduling_options import DEFAULT_SCHEDULING, SchedulingOptions
 from splitfuse.core.slo.request_slo import RequestSlo
 from splitfuse.core.slo.targets import NO_SLO
 from splitfuse.core.speculation.request_drafts import RequestDrafts
@@ -77,7 +76,8 @@ class Request:
     kv: RequestKv = field(default_factory=RequestKv)
     drafts: RequestDrafts = field(default_factory=RequestDrafts)
     slo: RequestSlo = field(init=False)
-    priority: Priority = field(init=False)
+    priority: int = field(init=False)
+    """A Priority: as a number it is compared in no time."""
     owner: str = field(init=False)
     on_time_only: bool = field(init=False)
 
@@ -162,5 +162,6 @@ class Request:
         )
 
 
-by_queue_key = attrgetter("priority", "is_new", "fair_share_key", "sequence_number")
-"""Returns the position of a request among all unfinished ones: by priority, by fair share, by age."""
+def by_queue_key(request: Request) -> tuple[int, bool, float, int]:
+    """Return the position of a request among all unfinished ones: by priority, by fair share, by age."""
+    return request.priority, request.is_new, request.fair_share_key, request.sequence_number

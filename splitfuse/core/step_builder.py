@@ -17,7 +17,7 @@ from splitfuse.core.kv.fetching import Fetch
 from splitfuse.core.limits import ceil_div
 from splitfuse.core.plan import Chunk, DraftKind, StepPlan
 from splitfuse.core.request import Request, RequestStatus
-from splitfuse.core.slo.cost_model import StepFeatures
+from splitfuse.core.slo.cost_model import StepCounts, StepFeatures
 from splitfuse.core.slo.latency_predictor import LatencyPredictor
 
 ALIGNMENT = 16
@@ -163,8 +163,7 @@ class StepBuilder:
         self._token_budget, self._most_tokens = token_budget, most_tokens
         self._choose_victim = choose_victim
         self.predictor = predictor
-        self.features = StepFeatures()
-        """Features of all that is granted, without drafts, if there is a predictor."""
+        self._counts = StepCounts()
         self.drafts: dict[Request, tuple[DraftKind, tuple[int, ...]]] = {}
         """Drafts that are computed with the newest token of some requests, and where they come from."""
         self.claimant: Request | None = None
@@ -177,6 +176,11 @@ class StepBuilder:
         """Raise the token budget to that of a step which is limited by time. Call it before tokens are granted."""
         assert not self.granted
         self._token_budget = self.tokens_left = max(self._token_budget, self._most_tokens)
+
+    @property
+    def features(self) -> StepFeatures:
+        """Return the features of all that is granted, without drafts."""
+        return self._counts.features
 
     # Requests ---------------------------------------------------------------------------------------------------------
 
@@ -268,20 +272,16 @@ class StepBuilder:
                 kv.grow(self._allocator, start, start + count)
             self.granted[request] = count
             self.tokens_left -= count
-            if self.predictor is not None:
-                self.features = self._plus(request, count)
+            self._count(request, count)
         return count
 
     def fitting_tokens(self, request: Request, *, at_least: int = 0) -> int:
         """Return how many tokens of a request fit the budgets, `at_least` of them whatever time they take."""
         needed = request.num_unscheduled
-        is_limited = self.predictor is not None and self.max_seconds < math.inf
-        if needed <= self.tokens_left and not is_limited:
-            return needed
         fitting = most = min(needed, max(self.tokens_left, 0))
-        if self.predictor is not None and is_limited:
-            seconds, start = self.max_seconds * (1.0 - self._reserved_share), request.num_scheduled
-            fitting = self.predictor.tokens_within(seconds, self.features, start=start, most=most, rows=1)
+        if self.predictor is not None and self.max_seconds < math.inf:
+            seconds = self.max_seconds * (1.0 - self._reserved_share)
+            fitting = self.predictor.tokens_within(seconds, self._counts, request.num_scheduled, most)
         if 0 < fitting < needed:
             fitting = self._even_chunk(request, fitting)
         return min(most, max(fitting, at_least))
@@ -324,13 +324,13 @@ class StepBuilder:
 
     def _revoke(self, request: Request) -> None:
         self.tokens_left += self.granted.pop(request, 0)
-        self.features = StepFeatures()
+        self._counts = StepCounts()
         for other, count in self.granted.items():
-            self.features = self._plus(other, count)
+            self._count(other, count)
 
-    def _plus(self, request: Request, count: int) -> StepFeatures:
+    def _count(self, request: Request, count: int) -> None:
         # One row of logits for each chunk: one with none (within a prompt) or several (prompt_logprobs) takes as long.
-        return self.features.plus(start=request.num_scheduled, count=count, rows=1)
+        self._counts.add(request.num_scheduled, count)
 
     # The plan ---------------------------------------------------------------------------------------------------------
 

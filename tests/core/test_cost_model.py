@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from splitfuse.core.plan import Chunk, StepPlan
-from splitfuse.core.slo.cost_model import MIN_SAMPLES, CostModel, Sample, StepFeatures, features_of, fit
+from splitfuse.core.slo.cost_model import MIN_SAMPLES, CostModel, Sample, StepCounts, StepFeatures, features_of, fit
 from splitfuse.errors import CostModelError
 from splitfuse.runtime.calibration import Calibration, load, save
 
@@ -140,16 +140,27 @@ def test_features_are_those_of_the_plan() -> None:
     assert features_of(StepPlan(1, 256, chunks)) == expected
 
 
-@given(MODELS, STEPS, st.integers(0, 3000), st.integers(0, 600), st.floats(0.0, 10.0))
+@given(
+    MODELS,
+    st.lists(st.tuples(st.integers(0, 3000), st.integers(1, 600)), max_size=3),
+    st.integers(0, 3000),
+    st.integers(0, 600),
+    st.floats(0.0, 10.0),
+)
 def test_tokens_within_is_the_largest_count_that_fits(
-    model: CostModel, step: StepFeatures, start: int, most: int, seconds: float
+    model: CostModel, chunks: list[tuple[int, int]], start: int, most: int, seconds: float
 ) -> None:
-    count = model.tokens_within(seconds, step, start=start, most=most)
+    counts, step = StepCounts(), StepFeatures()
+    for position, length in chunks:
+        counts.add(position, length)
+        step = step.plus(start=position, count=length, rows=1)
+    assert counts.features == step
+    count = model.tokens_within(seconds, counts, start, most)
     assert 0 <= count <= most
     if count:
-        assert model.seconds(step.plus(start=start, count=count, rows=0)) <= seconds
+        assert model.seconds(step.plus(start=start, count=count, rows=1)) <= seconds
     if count < most:
-        assert model.seconds(step.plus(start=start, count=count + 1, rows=0)) > seconds
+        assert model.seconds(step.plus(start=start, count=count + 1, rows=1)) > seconds
 
 
 def test_calibrations_keep_it_as_json(tmp_path: Path) -> None:

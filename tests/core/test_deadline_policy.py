@@ -22,7 +22,7 @@ from splitfuse.core.request import Request, RequestStatus
 from splitfuse.core.sampling_params import SamplingParams
 from splitfuse.core.scheduler import Scheduler
 from splitfuse.core.scheduling_options import Priority, SchedulingOptions
-from splitfuse.core.slo.cost_model import MAX_COEFFICIENT, CostModel, StepFeatures
+from splitfuse.core.slo.cost_model import MAX_COEFFICIENT, CostModel, StepCounts, StepFeatures
 from splitfuse.core.slo.deadline_policy import MAX_SKIPPED_STEPS, ClaimOrder, DeadlinePolicy, Fcfs
 from splitfuse.core.slo.feasibility import Feasibility
 from splitfuse.core.slo.latency_predictor import MAX_SAFETY_FACTOR, LatencyPredictor
@@ -269,8 +269,9 @@ def test_the_share_of_the_late_comes_on_top_of_the_floor() -> None:
     late, prompt = request("late", 100, SloTargets(0.01)), request("p", 200, SloTargets(1.0), arrival_time=4.99)
     order = policy.order([decode("d", 0.25, token_at=4.98)], [late, prompt], now=5.0)
     assert [[each.request_id for each in tier.claims] for tier in order.tiers] == [["d"], ["late"], ["p"], []]
-    decodes = StepFeatures().plus(start=10, count=1, rows=1)
-    assert predictor.tokens_within(order.tiers[1].max_seconds, decodes, start=0, most=100, rows=1) > 0
+    decodes = StepCounts()
+    decodes.add(10, 1)
+    assert predictor.tokens_within(order.tiers[1].max_seconds, decodes, 0, 100) > 0
 
 
 def test_a_prompt_without_time_in_its_tier_keeps_no_other_tier_from_starting() -> None:

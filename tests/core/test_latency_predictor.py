@@ -7,7 +7,7 @@ from statistics import median
 
 import pytest
 
-from splitfuse.core.slo.cost_model import CostModel, StepFeatures
+from splitfuse.core.slo.cost_model import CostModel, StepCounts, StepFeatures
 from splitfuse.core.slo.latency_predictor import IN_TIME, MAX_SAFETY_FACTOR, MIN_SAFETY_FACTOR, LatencyPredictor
 
 COST = CostModel(floor=0.01, per_token=0.001)
@@ -94,7 +94,7 @@ def test_tokens_within_counts_with_the_correction() -> None:
     predictor = LatencyPredictor(COST)
     for _ in range(300):
         predictor.observe(STEP, 0.2)
-    count = predictor.tokens_within(0.2, StepFeatures(), start=0, most=500)
+    count = predictor.tokens_within(0.2, StepCounts(), 0, 500)
     assert count == pytest.approx(90, abs=2)
     assert predictor.seconds(StepFeatures(tokens=count)) <= 0.2 < predictor.seconds(StepFeatures(tokens=count + 1))
 

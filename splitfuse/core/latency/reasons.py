@@ -26,7 +26,7 @@ class IdlePhases:
 
     def __init__(self) -> None:
         self._reason: LatencyPhase | None = None  # why requests waited in the step before
-        self._waiting: set[Request] = set()  # those that did
+        self._waiting: list[Request] = []  # those that did
 
     def of(self, step: StepScheduled) -> Iterator[tuple[Request, LatencyPhase]]:
         """Yield each such request with the reason, but those whose last token is in flight, and those that wait for the
@@ -38,7 +38,7 @@ class IdlePhases:
             yield request, LatencyPhase.FETCHING
         left_out = [request for request in running if request not in granted] if len(granted) < len(running) else []
         if not left_out and not waiting:
-            self._waiting = set()
+            self._waiting = []
             return
         needing = next((request for request in (*left_out, *waiting[:1]) if request.num_unscheduled), None)
         is_full = builder.tokens_left <= 0 or needing is None or builder.fitting_tokens(needing) <= 0
@@ -53,7 +53,10 @@ class IdlePhases:
         reason = _reason_to_wait(step, is_full=is_full)
         is_outranked = reason is LatencyPhase.NO_BUDGET  # those before a request that has got some of it
         last_granted = max(map(by_queue_key, granted)) if is_outranked else ()
-        told = self._waiting if reason is self._reason and not is_outranked else ()
+        is_told = reason is self._reason and not is_outranked
+        if is_told and waiting == self._waiting:  # which looks at no request, as long as none comes or goes
+            return
+        told = set(self._waiting) if is_told else ()
         for request in [request for request in waiting if request not in told]:
             if request.kv.num_preemptions:
                 yield request, LatencyPhase.PREEMPTED
@@ -61,7 +64,7 @@ class IdlePhases:
                 yield request, LatencyPhase.OUTRANKED
             else:
                 yield request, reason
-        self._reason, self._waiting = reason, set(waiting)
+        self._reason, self._waiting = reason, list(waiting)
 
 
 def _reason_to_wait(step: StepScheduled, *, is_full: bool) -> LatencyPhase:

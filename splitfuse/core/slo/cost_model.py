@@ -63,6 +63,26 @@ class StepFeatures(NamedTuple):
         )
 
 
+class StepCounts:
+    """Counts the features of a step while it is built, chunk by chunk."""
+
+    __slots__ = ("kv_tokens", "pairs", "requests", "tokens")
+
+    def __init__(self) -> None:
+        self.tokens = self.pairs = self.kv_tokens = self.requests = 0
+
+    def add(self, start: int, count: int) -> None:
+        """Add a chunk of `count` tokens from position `start`, one of which has logits."""
+        self.tokens += count
+        self.pairs += count * start + count * (count + 1) // 2
+        self.kv_tokens += start + count
+        self.requests += 1
+
+    @property
+    def features(self) -> StepFeatures:
+        return StepFeatures(self.tokens, self.requests, self.pairs, self.kv_tokens, self.requests)
+
+
 def features_of(plan: StepPlan) -> StepFeatures:
     """Return the features of a whole step."""
     rows = pairs = kv_tokens = 0
@@ -111,6 +131,10 @@ class CostModel:
     def seconds(self, step: StepFeatures) -> float:
         """Return the predicted time of a step."""
         tokens, rows, pairs, kv_tokens, requests = step
+        return self.seconds_of(tokens, rows, pairs, kv_tokens, requests)
+
+    def seconds_of(self, tokens: int, rows: int, pairs: int, kv_tokens: int, requests: int) -> float:
+        """Return the predicted time of a step with these features."""
         seconds = (
             self.floor
             + self.per_token * tokens
@@ -121,14 +145,17 @@ class CostModel:
         )
         return seconds + self.per_token_beyond * (tokens - self.knee) if tokens > self.knee else seconds
 
-    def tokens_within(self, seconds: float, step: StepFeatures, *, start: int, most: int, rows: int = 0) -> int:
+    def tokens_within(self, seconds: float, step: StepCounts, start: int, most: int) -> int:
         """Return how many tokens of one more request, from its position `start` and `most` at most, keep a step within
-        `seconds`; 0 if none does. `rows` of them have logits.
+        `seconds`; 0 if none does. One of them has logits.
         """
+        requests = step.requests + 1
         low, high = 0, most  # `low` tokens fit, more than `high` do not
         count = most
         while low < high:
-            if self.seconds(step.plus(start=start, count=count, rows=rows)) <= seconds:
+            pairs = step.pairs + count * start + count * (count + 1) // 2
+            kv_tokens = step.kv_tokens + start + count
+            if self.seconds_of(step.tokens + count, requests, pairs, kv_tokens, requests) <= seconds:
                 low = count
             else:
                 high = count - 1

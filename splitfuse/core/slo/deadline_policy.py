@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from operator import attrgetter
 from typing import Any, NamedTuple
 
 from splitfuse.config.engine import TAIL_SHARE, SchedulerConfig
@@ -46,9 +45,13 @@ for requests that arrive meanwhile."""
 MAX_DEADLINES = 128
 """Number of deadlines of prompts, the first ones, that a step is planned for: those of later ones come nearer."""
 
-_by_priority = attrgetter("priority")
-_by_deadline = attrgetter("slo.deadline", "sequence_number")
-_by_urgency = attrgetter("priority", "slo.missed", "slo.deadline", "sequence_number")
+
+def _by_deadline(request: Request) -> tuple[float, int]:
+    return request.slo.deadline, request.sequence_number
+
+
+def _by_urgency(request: Request) -> tuple[int, bool, float, int]:
+    return request.priority, request.slo.missed, request.slo.deadline, request.sequence_number
 
 
 class StepLimit(NamedTuple):
@@ -105,8 +108,8 @@ class DeadlinePolicy(Fcfs):
         """See SchedulingPolicy."""
         self._arrivals.plan(step.now)
         super().compose(step)
-        work = self._outlook((), now=step.now).seconds
-        decodes = sum(work(request) for request in step.granted if request.output_token_ids)
+        outlook = self._outlook((), now=step.now)
+        decodes = sum([outlook.seconds(request) for request in step.granted if request.output_token_ids])
         self._turns.advance(max(self._predictor.seconds(step.features) - decodes, 0.0))
 
     def order(self, running: Sequence[Request], waiting: Sequence[Request], *, now: float) -> ClaimOrder:
@@ -115,7 +118,7 @@ class DeadlinePolicy(Fcfs):
             return super().order(running, waiting, now=now)
         decodes, prefills = split_running(running)
         prefills += waiting
-        highest = min(map(_by_priority, prefills), default=Priority.LOW)
+        highest = min([request.priority for request in prefills], default=Priority.LOW)
         outlook = self._outlook(decodes, now=now, priority=highest)
         feasible, share = self._feasible(outlook, prefills), 0.0
         if not feasible and self._is_out_of_reach(outlook, decodes):
@@ -137,7 +140,7 @@ class DeadlinePolicy(Fcfs):
         urgent = self._urgent(decodes, outlook, limit)
         others = self._others(decodes, prefills, apart=in_time.union(urgent))
         self._in_time = in_time
-        used = sum(map(outlook.seconds_of_token, urgent))
+        used = sum([outlook.seconds_of_token(request) for request in urgent])
         late = share * max(limit.seconds, (outlook.overhead + used) / (1.0 - share))
         return ClaimOrder(
             (
@@ -193,10 +196,10 @@ class DeadlinePolicy(Fcfs):
             usual = 0.0
         usual = max(usual, every / DECODES_PER_STEP, self._shortest(outlook))
         seconds, spare, before = usual, math.inf, 0.0
-        for request, work, room in feasible:
-            before += work
-            spare = min(spare, room - outlook.with_floor(before))
-            steps = (AIM * outlook.time_until(request.slo.deadline) - before / (1.0 - share)) // every
+        for each in feasible:
+            before += each.work
+            spare = min(spare, each.room - outlook.with_floor(before))
+            steps = (AIM * outlook.time_until(each.request.slo.deadline) - before / (1.0 - share)) // every
             seconds = max(seconds, before / (1.0 - share) / max(steps, 1.0) + every)
         if feasible:
             first = feasible[0]
@@ -224,7 +227,7 @@ class DeadlinePolicy(Fcfs):
             elif not slo.missed:
                 ahead.append(request)
         spare = limit.spare
-        for request in sorted(ahead, key=_by_deadline):
+        for request in sorted(ahead, key=_by_deadline) if spare > 0.0 else ():
             spare -= outlook.seconds_of_token(request)
             if spare < 0.0:
                 break
@@ -235,18 +238,16 @@ class DeadlinePolicy(Fcfs):
         """Return the claims besides those `apart`, by priority; within one, decodes before prefills, and before both
         those that have not missed their SLO.
         """
-        on_time: tuple[list[Request], list[Request]] = [], []
-        late: tuple[list[Request], list[Request]] = [], []
+        parts: list[list[Request]] = [[] for _ in range(4 * len(Priority))]
         for kind, requests in enumerate((decodes, prefills)):
             for request in requests:
                 if request not in apart:
                     slo = request.slo
                     is_late = slo.missed or (kind == 1 and slo.deadline < math.inf)
-                    (late if is_late else on_time)[kind].append(request)
-        claims = sorted(on_time[0], key=_by_deadline)
-        for part in (on_time[1], *late):
-            claims += sorted(part, key=by_queue_key)
-        claims.sort(key=_by_priority)
+                    parts[4 * request.priority + 2 * is_late + kind].append(request)
+        claims: list[Request] = []
+        for number, part in enumerate(parts):
+            claims += sorted(part, key=by_queue_key) if number % 4 else sorted(part, key=_by_deadline)
         return claims
 
     def preemption_victim(self, running: Sequence[Request], *, claimant: Request) -> Request | None:

@@ -16,9 +16,8 @@ import math
 import sys
 from bisect import bisect_left
 from collections.abc import Iterable, Sequence
-from itertools import accumulate, groupby
-from operator import attrgetter
-from typing import NamedTuple
+from dataclasses import dataclass
+from itertools import groupby
 
 from splitfuse.config.engine import MAX_TOKEN_BUDGET
 from splitfuse.config.values import MAX_TARGET
@@ -32,11 +31,17 @@ TOLERANCE = 1.1
 """Factor by which a token beyond the knee must take longer than one of a step at the knee for steps to end there: a fit
 is no more exact."""
 
-_by_priority = attrgetter("priority")
-_by_deadline = attrgetter("slo.deadline")
+
+def _by_priority(request: Request) -> int:
+    return request.priority
 
 
-class Prefill(NamedTuple):
+def _by_deadline(request: Request) -> float:
+    return request.slo.deadline
+
+
+@dataclass(slots=True)
+class Prefill:
     """Is a prompt that can have its first token in time."""
 
     request: Request
@@ -60,7 +65,7 @@ class Feasibility:
         *,
         soon: Iterable[Request] = (),
         now: float,
-        priority: Priority = Priority.LOW,
+        priority: int = Priority.LOW,
         token_budget: int = MAX_TOKEN_BUDGET,
     ) -> None:
         """`soon` are prompts that are computed one after the other, and decode from then on."""
@@ -101,18 +106,20 @@ class Feasibility:
                 seconds = self._per_decode + self._per_position * request.num_tokens
                 due.append((first_token + itl_target, seconds, 1.0 / itl_target))
         due.sort()
+        self._due = due
         self._deadlines = [deadline for deadline, _, _ in due]
-        self._seconds = [0.0, *accumulate(seconds for _, seconds, _ in due)]
-        self._rates = [0.0, *accumulate(seconds * rate for _, seconds, rate in due)]
-        self._token_rates = [0.0, *accumulate(rate for *_, rate in due)]
-        self._tokens_begun = [0.0, *accumulate(rate * deadline - 1.0 for deadline, _, rate in due)]
-        self._begun = [0.0, *accumulate(seconds * rate * deadline for deadline, seconds, rate in due)]
-        first = {rate: deadline for deadline, _, rate in reversed(due)}  # of the decodes with that target
+        sum_of_seconds = sum_of_rates = sum_of_begun = 0.0
+        self._seconds, self._rates, self._begun = [0.0], [0.0], [0.0]
+        first: dict[float, float] = {}  # of the decodes with that target
+        for deadline, seconds, rate in due:
+            sum_of_seconds += seconds
+            sum_of_rates += seconds * rate
+            sum_of_begun += seconds * rate * deadline
+            self._seconds.append(sum_of_seconds)
+            self._rates.append(sum_of_rates)
+            self._begun.append(sum_of_begun)
+            first.setdefault(rate, deadline)
         self._first = [(deadline, rate) for rate, deadline in first.items()]
-        highest = max(first, default=0.0)  # so many steps/s; their floor is filled by the tokens of decodes first
-        floors = max(highest * self.floor - spread * self._token_rates[-1], highest * self.overhead)
-        self.is_sustainable = self._rates[-1] + floors <= self.safety_factor
-        """Whether all decodes together can keep their targets, if there are no prompts."""
 
     def efficient_step(self, efficiency: float) -> float:
         """Return the seconds of the shortest step whose tokens/s are that fraction of the most that steps can have."""
@@ -125,6 +132,13 @@ class Feasibility:
         if seconds < self.at_knee and self._slope > 0.0:
             efficiency = min(efficiency, (1.0 - self.floor / seconds) * self._per_token / self._slope)
         return max(efficiency, 0.0)
+
+    @property
+    def is_sustainable(self) -> bool:
+        """Return whether all decodes together can keep their targets, if there are no prompts."""
+        highest = max([rate for _, rate in self._first], default=0.0)  # so many steps/s
+        floors = highest * self.floor - self._spread * sum([rate for *_, rate in self._due])  # which decodes fill first
+        return self._rates[-1] + max(floors, highest * self.overhead) <= self.safety_factor
 
     @property
     def step_of_decodes(self) -> float:
@@ -176,7 +190,7 @@ class Feasibility:
         those which the deadlines of decodes end.
         """
         index = bisect_left(self._deadlines, deadline)
-        tokens = deadline * self._token_rates[index] - self._tokens_begun[index]
+        tokens = sum([(deadline - its_deadline) * rate + 1.0 for its_deadline, _, rate in self._due[:index]])
         for_decodes = (int((deadline - first) * rate) + 1 for first, rate in self._first if first <= deadline)
         num_steps += max(for_decodes, default=0)
         decodes = self._seconds[index] + deadline * self._rates[index] - self._begun[index]
@@ -214,7 +228,8 @@ class Feasibility:
         candidates.sort(key=_by_priority)
         found: list[Prefill] = []
         for priority, of_priority in groupby(candidates, key=_by_priority):
-            above = sum(self.seconds(r) for r in prefills if r.priority < priority)  # they come first in any case
+            # Those above come first in any case.
+            above: float = sum([self.seconds(r) for r in prefills if r.priority < priority])
             chosen, looked_at = FewestLate(), []
             for request in of_priority:
                 work, room = self.seconds(request), share * self.room(request.slo.deadline) - above
@@ -229,5 +244,5 @@ class Feasibility:
                 while self.with_floor(chosen.work) > room:
                     chosen.drop()
             in_time = chosen.requests
-            found += (prefill for prefill in looked_at if prefill.request in in_time)
+            found += [prefill for prefill in looked_at if prefill.request in in_time]
         return found

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import heapq
 import math
-from collections import defaultdict
 
 from splitfuse.core.request import Request
 
@@ -14,49 +13,67 @@ as others can yield to it: the rest is for requests which arrive, or start to de
 """
 
 
+class _Owner:
+    """Holds what is chosen of one owner: a heap, the first to drop first."""
+
+    __slots__ = ("first_key", "heap", "name", "num_changes", "service")
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.heap: list[tuple[bool, float, int, Request]] = []
+        self.first_key = math.inf
+        self.service = 0.0
+        self.num_changes = 0
+
+    def change(self, service: float) -> None:
+        self.service += service
+        self.num_changes += 1
+
+    @property
+    def turn(self) -> tuple[bool, float, int, str]:
+        """Return the place of its longest prefill among those to drop: the owner that would have had most first."""
+        return self.heap[0][0], -(self.first_key + self.service), self.num_changes, self.name
+
+
 class FewestLate:
-    """Holds the prefills of one priority that can meet their deadlines so far. Each owner's are a heap, the
-    longest first.
-    """
+    """Holds the prefills of one priority that can meet their deadlines so far."""
 
     def __init__(self) -> None:
         self.work = 0.0
         """Sum of their work, in any unit: seconds, or tokens."""
         self.num_yielding = 0
         """Number of requests which are not `on_time_only`."""
-        self._heaps: defaultdict[str, list[tuple[bool, float, int, Request]]] = defaultdict(list)
-        self._first_key: defaultdict[str, float] = defaultdict(lambda: math.inf)
-        self._shares: defaultdict[str, float] = defaultdict(float)
-        self._owners: list[tuple[bool, float, int, str]] = []  # a heap, the first to drop first; with outdated entries
-        self._versions: dict[str, int] = {}  # of each owner's valid entry
+        self._new: list[tuple[Request, float]] = []  # since one was dropped: most often none is
+        self._owners: dict[str, _Owner] = {}
 
     @property
     def requests(self) -> set[Request]:
-        return {request for heap in self._heaps.values() for *_, request in heap}
+        dropped_before = {request for owner in self._owners.values() for *_, request in owner.heap}
+        return dropped_before.union([request for request, _ in self._new])
 
     def add(self, request: Request, work: float) -> None:
-        owner, on_time_only = request.owner, request.on_time_only
-        self.num_yielding += not on_time_only
-        heapq.heappush(self._heaps[owner], (on_time_only, -work, -request.sequence_number, request))
-        self._first_key[owner] = min(self._first_key[owner], request.fair_share_key)
-        self._change(owner, work, request.num_unscheduled / request.scheduling.weight)
+        self.work += work
+        self.num_yielding += not request.on_time_only
+        self._new.append((request, work))
 
     def drop(self) -> None:
         """Drop the longest prefill of the owner that would have had most; an `on_time_only` one only if there is no
         other.
         """
-        while True:
-            *_, version, owner = heapq.heappop(self._owners)
-            if self._versions[owner] == version:
-                break
-        _, negative, _, request = heapq.heappop(self._heaps[owner])
+        for request, work in self._new:
+            owner = self._owners.get(request.owner)
+            if owner is None:
+                owner = self._owners[request.owner] = _Owner(request.owner)
+            heapq.heappush(owner.heap, (request.on_time_only, -work, -request.sequence_number, request))
+            owner.first_key = min(owner.first_key, request.fair_share_key)
+            owner.change(_service(request))
+        self._new.clear()
+        owner = min([each for each in self._owners.values() if each.heap], key=lambda each: each.turn)
+        _, negative, _, request = heapq.heappop(owner.heap)
+        self.work += negative
         self.num_yielding -= not request.on_time_only
-        self._change(owner, negative, -request.num_unscheduled / request.scheduling.weight)
+        owner.change(-_service(request))
 
-    def _change(self, owner: str, work: float, service: float) -> None:
-        self.work += work
-        self._shares[owner] += service
-        self._versions[owner] = self._versions.get(owner, 0) + 1
-        if heap := self._heaps[owner]:
-            would_have = self._first_key[owner] + self._shares[owner]
-            heapq.heappush(self._owners, (heap[0][0], -would_have, self._versions[owner], owner))
+
+def _service(request: Request) -> float:
+    return request.num_unscheduled / request.scheduling.weight

@@ -21,7 +21,7 @@ import math
 from dataclasses import replace
 from statistics import NormalDist
 
-from splitfuse.core.slo.cost_model import CostModel, StepFeatures, StepTimes
+from splitfuse.core.slo.cost_model import CostModel, StepCounts, StepFeatures, StepTimes
 
 GAIN = 1 / 16
 """Fraction of the error which one step corrects."""
@@ -81,11 +81,11 @@ class LatencyPredictor:
         seconds = floor * self.cost.floor + beyond * (self.cost.seconds(features) - self.cost.floor)
         return max(seconds, MIN_SECONDS)
 
-    def tokens_within(self, seconds: float, features: StepFeatures, *, start: int, most: int, rows: int = 0) -> int:
+    def tokens_within(self, seconds: float, step: StepCounts, start: int, most: int) -> int:
         """See CostModel."""
         floor, beyond = self.factors
         calibrated = self.cost.floor + (seconds - floor * self.cost.floor) / beyond
-        return self.cost.tokens_within(calibrated, features, start=start, most=most, rows=rows)
+        return self.cost.tokens_within(calibrated, step, start, most)
 
     def observe(self, features: StepFeatures, seconds: float) -> float:
         """Correct the factors by the measured time of a step. Returns what was predicted of it before."""

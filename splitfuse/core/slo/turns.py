@@ -10,11 +10,12 @@ Work is counted in seconds of steps, less what decodes took: those go on in any 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from operator import attrgetter
 
 from splitfuse.core.request import Request
 
-_by_turn = attrgetter("turn", "sequence_number")
+
+def _by_turn(request: Request) -> tuple[float, int]:
+    return request.turn, request.sequence_number
 
 
 class Turns:
@@ -34,4 +35,4 @@ class Turns:
 
     def have_come(self, prefills: Iterable[Request]) -> list[Request]:
         """Return those whose turn has come, in the order of their turns."""
-        return sorted((r for r in prefills if r.turn <= self._done), key=_by_turn)
+        return sorted([r for r in prefills if r.turn <= self._done], key=_by_turn)
