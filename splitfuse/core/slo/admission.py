@@ -21,7 +21,6 @@ from typing import Protocol
 
 from splitfuse.core.policy import split_running
 from splitfuse.core.request import Request, RequestStatus
-from splitfuse.core.scheduling_options import Priority
 from splitfuse.core.slo.feasibility import Feasibility
 from splitfuse.core.slo.fewest_late import ON_TIME_ONLY_SHARE
 from splitfuse.core.slo.request_slo import MISSED_ITL_FACTOR
@@ -110,9 +109,7 @@ def _have_time(ahead: Sequence[Request], outlook: Feasibility, *, share: float) 
     return True
 
 
-def _latest_ends(
-    requests: Sequence[Request], outlook: Feasibility, *, priority: Priority
-) -> list[tuple[float, Request]]:
+def _latest_ends(requests: Sequence[Request], outlook: Feasibility, *, priority: int) -> list[tuple[float, Request]]:
     """Return the times at which requests have generated `max_tokens` at the latest, in order. Those of a priority below
     `priority` may be late by then.
     """

@@ -14,7 +14,6 @@ from collections.abc import Sequence
 from itertools import chain
 
 from splitfuse.core.request import Request
-from splitfuse.core.scheduling_options import Priority
 
 
 class FairShare:
@@ -22,7 +21,7 @@ class FairShare:
 
     def __init__(self) -> None:
         self._service: defaultdict[str, float] = defaultdict(float)
-        self._levels: defaultdict[Priority, float] = defaultdict(float)
+        self._levels: defaultdict[int, float] = defaultdict(float)
         """Service of the least served owner that has requests, for each priority; it never falls."""
 
     def key(self, request: Request, *, running: Sequence[Request], waiting: Sequence[Request]) -> float:
