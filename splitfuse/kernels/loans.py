@@ -24,7 +24,7 @@ STATE_AT = HEADER_BYTES - 8
 """Place in a channel of a number by which a creditor says whether it lends."""
 OPEN, GRANTED, REFUSED = range(3)
 
-_HEAD, _STATE, _CLOSED = struct.Struct("<Qq"), struct.Struct("<q"), struct.Struct("<I")
+_NUMBER, _STATE, _CLOSED = struct.Struct("<Q"), struct.Struct("<q"), struct.Struct("<I")
 
 
 class Channel:
@@ -42,9 +42,10 @@ class Channel:
             raise ValueError(f"a file of {size} bytes is no channel of a loan")
         self.number = number
         self.patience = patience
+        self.capacity = size - HEADER_BYTES
+        """Bytes of its data."""
         self._map = mmap.mmap(fd, size)
-        found, capacity = _HEAD.unpack_from(self._map)
-        if (found, capacity) != (number, size - HEADER_BYTES):
+        if _NUMBER.unpack_from(self._map) != (number,):
             raise ValueError(f"the file is not the channel of loan {number}")
         self._first = ctypes.c_char.from_buffer(self._map)
         self.address = ctypes.addressof(self._first)
@@ -82,7 +83,7 @@ def make_channel(number: int, capacity: int) -> int:
     try:
         os.ftruncate(fd, HEADER_BYTES + capacity)
         fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL)
-        os.pwrite(fd, _HEAD.pack(number, capacity), 0)
+        os.pwrite(fd, _NUMBER.pack(number), 0)
     except BaseException:
         os.close(fd)
         raise

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import mmap
 import os
 import random
+import struct
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -198,12 +201,62 @@ def test_a_lost_creditor_is_noticed_and_harms_no_other(variant: str, how: str) -
         assert torch.equal(each, torch.stack(alone.logits))
 
 
+ATTEND, DEPOSIT = 1, 2
+NO_SENSE = {
+    "kind": (3, 0, 1, 1, TILE),
+    "layer": (ATTEND, 2, 1, 1, TILE),
+    "negative layer": (ATTEND, -1, 1, 1, TILE),
+    "no tokens": (ATTEND, 0, 0, 1, TILE),
+    "more tokens than there is room for": (ATTEND, 0, 10**6, 1, TILE),
+    "most tokens": (ATTEND, 0, 2**31 - 1, 1, TILE),
+    "more tiles than are lent": (ATTEND, 0, 1, 2, 2 * TILE),
+    "most tiles": (ATTEND, 0, 1, 2**31 - 1, 2**40),
+    "queries within the tiles": (ATTEND, 0, 1, 1, TILE - 1),
+    "a start beyond all positions": (ATTEND, 0, 1, 1, 2**63 - 1),
+    "block": (DEPOSIT, 8, 0, 0, 0),
+    "negative block": (DEPOSIT, -1, 0, 0, 0),
+}
+"""Kind, index, tokens, tiles and start of messages to a creditor of one tile, in eight blocks and two layers."""
+
+
+def bytes_of(cache: KVCache) -> Tensor:
+    """Return what is in all blocks of a cache."""
+    out = torch.empty(NUM_BLOCKS, cache.block_bytes, dtype=torch.uint8)
+    for block in range(NUM_BLOCKS):
+        cache.read_block(block, out[block])
+    return out
+
+
+def send(memory: mmap.mmap, message: tuple[int, ...]) -> bool:
+    """Send a message by the layout of the header in csrc/loans.h. Returns whether the creditor refuses it."""
+    (number,) = struct.unpack_from("<I", memory, 64)
+    struct.pack_into("<iiiiq", memory, 72, *message)
+    struct.pack_into("<I", memory, 64, number + 1)
+    while struct.unpack_from("<I", memory, 128) != (number + 1,):
+        time.sleep(0.001)
+    return bool(*struct.unpack_from("<i", memory, 132))
+
+
 @pytest.mark.parametrize("variant", variants())
 def test_a_message_that_makes_no_sense_is_refused(variant: str) -> None:
     decoder = make_decoder(variant, "plain")
     cache = make_cache(decoder)
-    with lending(decoder, cache, range(8)) as channel:
+    before = bytes_of(cache)
+    fd = make_channel(5, decoder.channel_bytes(cache, CHUNK))
+    channel, memory = Channel(fd, 5), mmap.mmap(fd, 0)
+    os.close(fd)
+    thread = threading.Thread(target=decoder.lend, args=(cache, channel, range(8)))
+    thread.start()
+    try:
+        memory[8:64] = b"\x7f" * 56  # whatever a debtor writes elsewhere in the header
+        for name, message in NO_SENSE.items():
+            assert send(memory, message), name
+        assert not send(memory, (ATTEND, 0, 1, 1, TILE))
         assert not decoder.backend.deposit(channel, 8, torch.zeros(cache.block_bytes, dtype=torch.uint8))
+    finally:
+        channel.close()
+        thread.join()
+    assert torch.equal(bytes_of(cache), before)
 
 
 @pytest.mark.parametrize(("num_tokens", "start"), [(TILE + 1, 1500), (TILE, 500), (0, 500)])

@@ -219,13 +219,15 @@ class Loan(Struct):
     _fields_ = [
         *_fields(c_int32, "request", "tiles"),
         ("channel", c_void_p),
+        ("capacity", c_int64),
         *_fields(c_int32, "lost", "asked", "awaits", "patience"),
     ]
 
     @classmethod
     def of(cls, channel: Channel, request: int = 0, num_tokens: int = 0) -> Loan:
         """Return the loan of `num_tokens` leading tokens; the caller keeps the channel alive."""
-        return cls(request, num_tokens // TILE, channel.address, 0, 0, 0, int(1000 * channel.patience))
+        patience = int(1000 * channel.patience)
+        return cls(request, num_tokens // TILE, channel.address, channel.capacity, 0, 0, 0, patience)
 
 
 class Loans(Struct):
@@ -793,7 +795,7 @@ FUNCTIONS: dict[str, tuple[list[Any], Any]] = {
     "mamba": ([c_void_p] * 7, c_int32),
     "network": ([c_void_p] * 5, c_int32),
     "head": ([*[c_void_p] * 5, c_int64, c_void_p, c_int64], c_int32),
-    "lend": ([c_void_p, c_void_p, c_void_p, c_int64, c_void_p, c_int64], c_int32),
+    "lend": ([c_void_p, c_void_p, c_int64, c_void_p, c_int64, c_void_p, c_int64], c_int32),
     "deposit": ([c_void_p, c_int64, c_void_p, c_int64], c_int32),
     "route": ([c_void_p, c_void_p, c_void_p, c_int64, c_void_p, c_void_p], None),
     "experts": ([c_void_p, c_void_p, c_void_p, c_int64, c_void_p, c_void_p, c_void_p], c_int32),

@@ -257,7 +257,7 @@ class FusedNetwork:
         assert all(0 <= block < num_blocks for block in blocks)
         table = array("i", blocks)
         address = table.buffer_info()[0]
-        library.lend(channel.address, ctypes.addressof(layers), len(layers), address, len(blocks))
+        library.lend(channel.address, channel.capacity, ctypes.addressof(layers), len(layers), address, len(blocks))
 
     def channel_bytes(self, stores: Sequence[Store], num_tokens: int) -> int:
         """Return the bytes of the data of a loan's channel: queries of `num_tokens` tokens in one layer with their

@@ -86,6 +86,7 @@ struct Loan {
     std::int32_t request;      // of the step
     std::int32_t tiles;
     Channel* channel;
+    std::int64_t capacity;     // bytes of the channel behind its header
     std::int32_t lost;         // set if the creditor does not answer: what the step computes of the request is of no use
     std::uint32_t asked;       // number of the message that was sent last
     std::int32_t awaits;       // whether its answer is still to be read

@@ -32,10 +32,9 @@ struct Message {
     std::int64_t start;   // position of the first query
 };
 
-// The header of a channel, which takes CHANNEL_HEADER bytes. Python writes `number`, `capacity` and `closed`.
+// The header of a channel, which takes CHANNEL_HEADER bytes. Python writes `number` and `closed`.
 struct Channel {
     std::uint64_t number;                         // of the loan
-    std::int64_t capacity;                        // bytes behind the header
     alignas(64) std::atomic<std::uint32_t> asked; // number of the last message
     Message message;
     alignas(64) std::atomic<std::uint32_t> answered;
@@ -89,7 +88,7 @@ template <class Write>
 void ask(Loan& loan, const Message& message, i64 bytes, Write write) {
     Channel& channel = *loan.channel;
     if (loan.lost) return;
-    if (channel.closed.load(std::memory_order_acquire) || bytes > channel.capacity) return lose(loan);
+    if (channel.closed.load(std::memory_order_acquire) || bytes > loan.capacity) return lose(loan);
     write(data_of(channel));
     channel.message = message;
     loan.asked = channel.asked.load(std::memory_order_relaxed) + 1;

@@ -159,8 +159,9 @@ SF_EXPORT(i32, head)(Workspace* work, Group* group, const Weight* head, const u1
 }
 
 // Answers the debtor of a loan until it is closed: see lending.h.
-SF_EXPORT(i32, lend)(Workspace* work, Channel* channel, const Layer* layers, i64 num_layers, const i32* blocks, i64 num_blocks) {
-    return guarded([&] { lend(*work, *channel, layers, num_layers, blocks, num_blocks); });
+SF_EXPORT(i32, lend)(Workspace* work, Channel* channel, i64 capacity, const Layer* layers, i64 num_layers, const i32* blocks,
+                     i64 num_blocks) {
+    return guarded([&] { lend(*work, *channel, capacity, layers, num_layers, blocks, num_blocks); });
 }
 
 // Lets a creditor keep a block whose bytes, of all layers, lie side by side. Returns 0, or 1 if it does not answer.
