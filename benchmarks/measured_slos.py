@@ -4,10 +4,11 @@
 
 In each turn our policy runs under each SLO, and each other policy once, judged by all of them; every second turn in
 reverse order. One model is loaded once, loads are closed loops. The machine is calibrated before each run
-(`--seconds`), and the run simulated with that: others use the machine too, and its speed is another one after
-minutes. A target is a time (`250ms`), or a multiple of what the first calibration says of a lone prompt of 512 tokens
-(`ttft=1.15x`, for each token of a prompt) or of a step of one decode (`itl=12x`, `itl=10x/p95`, `tpot=8x`). Prints
-goodput, measured and simulated, the ratio to the best other policy, and the median and P95 of first tokens and gaps.
+(`--seconds`), and the run simulated with that, all steps as much longer or shorter as those of the run were in sum: a
+machine that others use too has another speed within a minute. A target is a time (`250ms`), or a multiple of what the
+first calibration says of a lone prompt of 512 tokens (`ttft=1.15x`, for each token of a prompt) or of a step of one
+decode (`itl=12x`, `itl=10x/p95`, `tpot=8x`). Prints goodput, measured and simulated, the ratio to the best other
+policy, and the median and P95 of first tokens and gaps.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import argparse
 import asyncio
 import gc
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from splitfuse.bench import metrics
@@ -27,8 +28,9 @@ from splitfuse.bench.target import EngineTarget
 from splitfuse.bench.workload import Independent, Lengths
 from splitfuse.config.engine import EngineConfig
 from splitfuse.config.values import PER_TOKEN
+from splitfuse.core.events import StepRecord
 from splitfuse.core.slo.attainable import USUAL_PROMPT, prompt_seconds
-from splitfuse.core.slo.cost_model import CostModel, StepFeatures
+from splitfuse.core.slo.cost_model import CostModel, StepFeatures, features_of
 from splitfuse.core.slo.targets import SloTargets
 from splitfuse.engine.calibrate import calibrate
 from splitfuse.engine.client import EngineClient
@@ -73,12 +75,17 @@ def main() -> None:
             target = LoadedTarget(system.config(settings), model, calibration.cost, system.policy)
             point = asyncio.run(drive(target, arguments, turn))
             system.measured.append(point)
+            slowdown = target.measured_seconds / target.calibrated_seconds
+            today = replace(calibration, cost=calibration.cost.slower(slowdown))
+            simulated = SimulatedTarget(system.simulation(today, settings))
             del target
             gc.collect()
-            simulated = SimulatedTarget(system.simulation(calibration, settings))
             system.simulated.append(virtual_time.run(drive(simulated, arguments, turn)))
             both = " and ".join(f"{metrics.throughput(some[-1]):.2f}" for some in (system.measured, system.simulated))
-            print(f"turn {turn}, {system.name}: {both} requests/s (simulated)", flush=True)
+            print(
+                f"turn {turn}, {system.name}: {both} requests/s (simulated); steps {slowdown:.2f} times as calibrated",
+                flush=True,
+            )
     show(systems, slos)
 
 
@@ -129,13 +136,20 @@ class LoadedTarget(EngineTarget):
     def __init__(self, config: EngineConfig, model: LoadedModel, cost: CostModel, policy: str) -> None:
         super().__init__(config, policy=policy)
         self._model, self._cost = model, cost
+        self.measured_seconds = self.calibrated_seconds = 0.0
+        """Seconds that all steps took, and that the calibration says of them."""
 
     def _make_client(self) -> EngineClient:
         policy = make_baseline(self._policy, self._config.scheduler)
         cost = self._cost if self._config.scheduler.slo_enabled else None
         engine = Engine(self._config, self._model, policy=policy, cost=cost)
         engine.scheduler.budget.choose(self._cost)
+        engine.events.subscribe(StepRecord, self._add)
         return AsyncEngine(engine)
+
+    def _add(self, step: StepRecord) -> None:
+        self.measured_seconds += step.measured_seconds
+        self.calibrated_seconds += self._cost.seconds(features_of(step.plan))
 
 
 async def drive(target: EngineTarget | SimulatedTarget, arguments: argparse.Namespace, seed: int) -> Point:
