@@ -146,6 +146,9 @@ class FakeTier:
         count = next((n for n, name in enumerate(names) if name not in self.frames), len(names))
         return Found(count, self._rng.choice((0.0, 0.0, 1.0, 100.0)))
 
+    def find_one(self, names: Iterable[bytes]) -> tuple[bytes, float] | None:
+        return next(((name, self._rng.choice((0.0, 1.0))) for name in names if name in self.frames), None)
+
     def forget(self, number: int) -> None:
         """Some answers come all the same."""
 

@@ -46,8 +46,8 @@ class StateSlots(NamedTuple):
 
 
 class Save(NamedTuple):
-    """Copies a full block, whose name and tokens are these, out of the cache, before anything is written there. The
-    plan may write to the block, and after that it must not be saved again.
+    """Copies a block, whose name and tokens are these, out of the cache, before anything is written there. The plan may
+    write to the block, and after that it must not be saved again.
     """
 
     block: int

@@ -164,6 +164,9 @@ class RequestTable:
         if request.num_plans_in_flight:
             return
         if request.is_finished:
+            if self._allocator.saves_published:
+                tokens = request.tokens(0, min(request.kv.num_computed, request.num_tokens))
+                request.kv.save_end(self._allocator, tokens, salt=request.scheduling.cache_salt)
             request.kv.release(self._allocator)
             request.num_scheduled = 0
             del self.by_id[request.request_id]

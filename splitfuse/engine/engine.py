@@ -281,6 +281,8 @@ class Engine:
         if isinstance(model, LoadedModel) and has_long_steps(model):
             self._estimate = load_or_estimate(self.config, model)
             budget.choose(self._estimate)
+            if (fetches := self.scheduler.fetches) is not None:
+                fetches.seconds_of = self._estimate.seconds
 
     @property
     def step_times(self) -> StepTimes | None:
@@ -624,6 +626,7 @@ class Engine:
         accepted here has room alone. Returns whether it lends.
         """
         assert self.lender is not None, "kv_loans is not set"
+        self._save_rest()  # what is lent may be written to at once
         waiting = [each.request for each in self._awaited.values()] + [each for each, _ in self._held.values()]
         needs = [self._own_blocks(each) for each in waiting]
         for request in self.scheduler.queue.unfinished:
@@ -778,6 +781,7 @@ class Engine:
         if fetches is None or self._in_flight or not (lands := fetches.take_lands_ahead()):
             return False
         assert isinstance(self.executor, Executor) and self.tiers is not None
+        self._save_rest()  # of a request that has ended between steps: blocks land where its were
         self.executor.land(lands)
         self.tiers.stats.num_fetched += len(lands)
         fetches.ahead.landed(lands, is_there=True)

@@ -12,7 +12,7 @@ import math
 import queue
 import threading
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
@@ -210,6 +210,14 @@ class Tiers:
             _, more = self._find_at_peer(sources, len(names) - count, LONGEST_FETCH - seconds)
             return Found(count + more.num_blocks, seconds + more.seconds)
         return Found(count, seconds)
+
+    def find_one(self, names: Iterable[bytes]) -> tuple[bytes, float] | None:
+        """See BlockSource: peers are not asked."""
+        now = time.monotonic()
+        if 0.0 < self._reading_until < now:
+            return None
+        found = ((name, tier.block_seconds.at(now)) for name in names if (tier := self._tier_of(name)) is not None)
+        return next(found, None)
 
     def _find_at_peer(self, sources: Sequence[str], num_blocks: int, longest: float) -> tuple[str, Found]:
         """Return the first peer among some sources from which blocks are expected in time, and what is expected."""

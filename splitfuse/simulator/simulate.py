@@ -339,6 +339,8 @@ class Replica:
         policy = policy or make_policy(config, calibration.cost if config.slo_enabled else None)
         self.scheduler = Scheduler(config, allocator, policy, budget, fetching=fetching)
         self._chosen_cost = calibration.cost if budget.is_open else None
+        if (fetches := self.scheduler.fetches) is not None and self._chosen_cost is not None:
+            fetches.seconds_of = fetches.seconds_of or self._chosen_cost.seconds
         self.view = ReplicaView(
             num_blocks=calibration.num_blocks,
             block_size=calibration.block_size,

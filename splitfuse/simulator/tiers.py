@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections import OrderedDict, deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 from splitfuse.core.kv.fetching import LATENCY, Fetch, Found, Frame, places
@@ -152,6 +152,11 @@ class SimulatedTiers:
                 break
             count, seconds = count + 1, seconds + store.seconds_per_block
         return Found(count, seconds)
+
+    def find_one(self, names: Iterable[bytes]) -> tuple[bytes, float] | None:
+        """See BlockSource."""
+        found = ((name, store.seconds_per_block) for name in names for store in self._stores if name in store)
+        return next(found, None)
 
     def ask(self, fetch: Fetch) -> None:
         """Answer a fetch after those before it, within its seconds."""

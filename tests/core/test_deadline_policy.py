@@ -1,7 +1,7 @@
 """The order of claims under SLOs: on hand-made requests, against laws and against every other order."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from itertools import permutations
 from random import Random
@@ -64,6 +64,9 @@ class Everything:
 
     def find(self, names: Sequence[bytes], _: Sequence[str] = ()) -> Found:
         return Found(len(names), 0.001)
+
+    def find_one(self, _: Iterable[bytes]) -> tuple[bytes, float] | None:
+        return None
 
     def forget(self, number: int) -> None: ...
 

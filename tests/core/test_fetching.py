@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from random import Random
 
 import pytest
@@ -30,11 +30,14 @@ class Source:
         self.asked.append(len(names))
         return self.found
 
+    def find_one(self, _: Iterable[bytes]) -> tuple[bytes, float] | None:
+        return None
+
     def forget(self, number: int) -> None: ...
 
 
 def ask(source: Source, capacity: int = 10, *, per_block: float | None = None) -> Fetch | None:
-    compute = None if per_block is None else lambda count: per_block * count
+    compute = None if per_block is None else lambda count: per_block * count / 2  # tokens of a block
     return Fetching(source, Inbox(capacity, 4)).ask("a", 3, NAMES, TOKENS, compute)
 
 
@@ -114,6 +117,29 @@ def test_others_go_on_while_one_waits_and_it_is_the_oldest_again() -> None:
     run.drain()
     for each in (old, new):
         assert (run.outcomes[each.request_id].tokens, run.outcomes[each.request_id].finish_reason) == reference(each)
+
+
+@pytest.mark.parametrize("where", ["another engine", "the same engine", "the same engine, which predicts its steps"])
+def test_the_next_turn_begins_where_the_last_one_ended(where: str) -> None:
+    """Blocks of 4 tokens; of the first turn 9 + 3 - 1 are computed, its last token was not fed back."""
+    tier = FakeTier(Random(0), 4)
+    tier.ANSWERS = ("at once",)  # type: ignore[misc]
+    tier.find = lambda names, _: Found(sum(name in tier.frames for name in names), 0.0)  # type: ignore[method-assign]
+    first, other = (Run.make(num_blocks=16, block_size=4, budget=64, tier=tier, inbox_blocks=10) for _ in range(2))
+    old = request("old", (1,) * 9)
+    first.add(old)
+    first.drain()
+    first.step()  # which saves what was computed last
+    run = other if where == "another engine" else first
+    assert run.scheduler.fetches is not None
+    if where.endswith("steps"):
+        run.scheduler.fetches.seconds_of = lambda step: float(step.tokens)
+    turn = request("turn", (*old.prompt_token_ids, *reference(old)[0], 7, 7, 7))
+    run.add(turn)
+    run.drain()
+    chunk = next(chunk for plan in run.plans for chunk in plan.chunks if chunk.request_id == "turn")
+    assert chunk.start == (8 if where == "the same engine" else 11), "two full blocks, and three tokens of the last"
+    assert (run.outcomes["turn"].tokens, run.outcomes["turn"].finish_reason) == reference(turn)
 
 
 def test_fetches_follow_the_cost_model_of_the_policy() -> None:

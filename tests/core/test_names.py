@@ -24,6 +24,17 @@ def test_only_full_blocks_have_a_name() -> None:
     assert [len(names(TOKENS[:count])) for count in (0, 1, 2, 3, 4)] == [0, 0, 1, 1, 2]
 
 
+def test_beginnings_of_a_block_have_names_of_their_own() -> None:
+    namer, full = BlockNamer(4, key=b"key"), list[bytes]()
+    namer.extend(full, TOKENS)
+    parts = namer.name_parts(full[:1], TOKENS[4:7])
+    assert len({*parts, *full}) == 3 + 2
+    for count in (1, 2):
+        assert namer.name_parts(full[:1], TOKENS[4 : 4 + count]) == parts[:count]
+    for others in (namer.name_parts([], TOKENS[4:7]), namer.name_parts(full, TOKENS[4:7])):
+        assert not {*others} & {*parts}
+
+
 def test_any_other_input_gives_other_names() -> None:
     base = names(TOKENS)
     others = (

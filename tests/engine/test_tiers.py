@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import tiny_encoders
+import torch
 from backends import variants
 from patience import PATIENCE
 from scheduler_checks import check_scheduler
@@ -33,11 +34,12 @@ from splitfuse.core.sampling_params import SamplingParams
 from splitfuse.engine.block_file import BlockFile
 from splitfuse.engine.client import EngineState
 from splitfuse.engine.engine import Engine
-from splitfuse.engine.messages import Add
+from splitfuse.engine.messages import Add, Prefetch
 from splitfuse.engine.ragged import RaggedEngine
 from splitfuse.engine.router import _accepts
 from splitfuse.engine.tier_files import open_tiers
 from splitfuse.errors import ConfigError, EngineUnavailableError, InvalidRequestError
+from splitfuse.runtime.executor import Executor
 from splitfuse.runtime.loading import load_model
 
 SMALL = {"dtype": "float32", "num_blocks": 24, "block_size": 4, "max_num_batched_tokens": 16}
@@ -103,9 +105,9 @@ def test_what_one_engine_computed_another_fetches(
     assert fetched[0] == computed[0]
     turn = prompt(1) + computed[0] + prompt(2, 5)
     (next_turn,), (alone,) = ask(third, turn), ask(make(engines, 1, model=folder_of(kind), **SMALL)[0], turn)
-    assert next_turn[2] == 56, "the answer's blocks too"
+    assert next_turn[2] == 58, "all that was computed: the answer's blocks too, and the last one, which is not full"
     assert next_turn[0] == alone[0]
-    assert third.tiers is not None and third.tiers.stats.num_fetched == 14
+    assert third.tiers is not None and third.tiers.stats.num_fetched == 15
 
 
 @pytest.mark.parametrize("kv_cache_dtype", ["auto", "int8"])
@@ -127,6 +129,31 @@ def test_drafts_are_saved_as_far_as_they_were_right(folder_of: Callable[[str], s
     (fetched,) = ask(second, text + computed[0], max_tokens=9)
     (alone,) = ask(make(engines, 1, **{**settings, "num_speculative_tokens": 0})[0], text + computed[0], max_tokens=9)
     assert fetched[2] >= 60 and fetched[0] == alone[0]
+
+
+def test_what_ends_between_steps_is_saved_before_others_land_in_its_blocks(
+    folder_of: Callable[[str], str], engines: list[Engine]
+) -> None:
+    first, second = make(engines, 2, model=folder_of("llama-gqa"), **SMALL, **MEMORY)
+    ask(second, prompt(2, 30))
+    first.add_request("a", prompt(1, 10), SamplingParams(max_tokens=30))
+    first.step()
+    request = first.scheduler.get("a")
+    assert request is not None and request.kv.num_computed == 10
+    assert isinstance(first.executor, Executor) and first.tiers is not None
+    content = torch.empty(first.tiers.block_bytes, dtype=torch.uint8)
+    first.executor.kv_cache.read_block(request.kv.blocks[2], content)
+    first.abort("a")
+    own, names, size = list[bytes](), list[bytes](), 4
+    first.allocator.name_blocks(prompt(1, 10), own, 2)
+    first.allocator.name_blocks(prompt(2, 30), names, 7)
+    blocks = tuple(tuple(prompt(2, 30)[start : start + size]) for start in range(0, 28, size))
+    assert first.prefetch(Prefetch("b", tuple(names), blocks, ()))
+    while first.has_unfinished:
+        first.step()
+    assert first.tiers.stats.num_fetched == 7 and first.tiers.wait_until_written(PATIENCE)
+    frame = first.tiers.read(first.allocator.name_parts(own, prompt(1, 10)[8:])[-1])
+    assert frame is not None and bytes(frame.data) == content.numpy().tobytes()
 
 
 def test_a_small_cache_is_filled_again_from_the_tier(folder_of: Callable[[str], str], engines: list[Engine]) -> None:
@@ -207,7 +234,7 @@ def test_a_restarted_engine_finds_its_blocks_on_the_disk(
     assert (tmp_path / "kv" / "key").stat().st_mode & 0o777 == 0o600
     (engine,) = make(engines, 1, **settings, kv_memory_tier="1MiB")
     (fetched,) = ask(engine, prompt(1) + computed[0])
-    assert fetched[2] == 56
+    assert fetched[2] == 58
     assert engine.tiers is not None and engine.tiers.stats.num_saved >= 14, "memory has them too now"
     engines.pop().close()
     other = {**settings, "model": folder_of("mistral-window")}

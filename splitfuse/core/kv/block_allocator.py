@@ -55,7 +55,8 @@ class BlockAllocator:
         self._cached: OrderedDict[int, None] = OrderedDict()  # least recently used first
         self._contents: dict[int, tuple[bytes, tuple[int, ...]]] = {}  # published block -> its name and tokens
         self._index: dict[bytes, int] = {}  # name -> published block
-        self._saves_published = saves_blocks
+        self.saves_published = saves_blocks
+        """Whether all that is published is saved."""
         self._saves: list[Save] = []
         self.num_lent = 0
         """Blocks held for requests of other engines."""
@@ -184,7 +185,7 @@ class BlockAllocator:
             content = names[index], self._tokens(token_ids, index)
             self._contents[blocks[index]] = content
             self._index[names[index]] = blocks[index]
-            if self._saves_published:
+            if self.saves_published:
                 self._saves.append(Save(blocks[index], *content, before=names[index - 1] if index else b""))
         return max(first, num_full)
 
@@ -231,13 +232,15 @@ class BlockAllocator:
             for index in range(first, num_full)
         ]
         if part and (rest := tuple(token_ids[num_full * self.block_size :])):
-            name = self._namer.name_part(names[:num_full], rest, salt=salt)
+            *_, name = self._namer.name_parts(names[:num_full], rest, salt=salt)
             saves.append(Save(blocks[num_full], name, rest, before=before[num_full]))
         return tuple(saves)
 
-    def name_part(self, names: Sequence[bytes], token_ids: Sequence[int], *, salt: str = "") -> bytes | None:
-        """Return the name of tokens that do not fill a block, behind the blocks of these names; None without names."""
-        return None if self._namer is None else self._namer.name_part(names, token_ids, salt=salt)
+    def name_parts(self, names: Sequence[bytes], token_ids: Sequence[int], *, salt: str = "") -> list[bytes]:
+        """Return the names of the beginnings of tokens that do not fill a block, the shortest first, behind the blocks
+        of these names; none if blocks have no names.
+        """
+        return [] if self._namer is None else self._namer.name_parts(names, token_ids, salt=salt)
 
     def save(self, saves: Sequence[Save]) -> None:
         """Note blocks for `take_saves`, which are not written to any more."""

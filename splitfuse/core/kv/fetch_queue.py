@@ -9,12 +9,12 @@ from __future__ import annotations
 import logging
 import math
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 
 from splitfuse.core.events import EngineEvents, FetchBegun, FetchEnded
 from splitfuse.core.kv.block_allocator import BlockAllocator
-from splitfuse.core.kv.fetching import Arrived, Fetch, Fetching, Frame
+from splitfuse.core.kv.fetching import Arrived, Fetch, Fetching, Frame, Part
 from splitfuse.core.kv.prefetching import Prefetching
 from splitfuse.core.plan import Land, StepPlan
 from splitfuse.core.request import Request, RequestStatus
@@ -36,7 +36,7 @@ class FetchQueue:
         events: EngineEvents,
         predictor: LatencyPredictor | None,
     ) -> None:
-        """`predictor` says how long computing blocks would take, if there is one."""
+        """`predictor` says how long computing blocks would take; without it, `seconds_of` may be set later."""
         assert allocator.states is None, "a recurrent state is not fetched with its blocks"
         self.fetching = fetching
         self.ahead = Prefetching(allocator, fetching)
@@ -44,7 +44,8 @@ class FetchQueue:
         self._queue = queue
         self._allocator = allocator
         self._events = events
-        self._predictor = predictor
+        self.seconds_of = None if predictor is None else predictor.seconds
+        """Function that predicts how long a step takes, None: nothing is known of that."""
         self._to_ask: deque[Request] = deque()  # that have not run, and for which nothing was asked
         self._awaited: dict[int, Request] = {}  # number of a fetch -> its request
 
@@ -139,20 +140,23 @@ class FetchQueue:
         limit = (len(tokens) - 1) // size  # a token is left to compute
         has_moved = bool(sources and request.output_token_ids)
         part = tokens[limit * size : -1] if has_moved else ()  # all of it was computed
-        if first >= limit and not part:
+        if first >= limit and not part and (has_moved or self.seconds_of is None):
             return None
         self._allocator.name_blocks(tokens, kv.block_names, limit, salt=salt)
         seconds, patience = None, math.inf
-        if self._predictor is not None:
-            seconds = partial(_seconds_to_compute, self._predictor, first * size, size)
+        if self.seconds_of is not None:
+            seconds = partial(_seconds_to_compute, self.seconds_of, first * size)
             if request.on_time_only:  # it was admitted as one that computes all
-                patience = request.slo.deadline - now - seconds(limit - first + 1)
+                patience = request.slo.deadline - now - seconds((limit - first + 1) * size)
         blocks = [tokens[start : start + size] for start in range(first * size, limit * size, size)]
-        names = kv.block_names[first:limit]
-        if part and (name := self._allocator.name_part(kv.block_names[:limit], part, salt=salt)) is not None:
-            names, blocks = [*names, name], [*blocks, part]
+        names, part_behind = kv.block_names[first:limit], None
+        if part and (parts := self._allocator.name_parts(kv.block_names[:limit], part, salt=salt)):
+            names, blocks = [*names, parts[-1]], [*blocks, part]
+        elif not has_moved:
+            part_behind = partial(self._part_behind, tokens, kv.block_names, first, salt)
         fetch = self.fetching.ask(
             *(request.request_id, first, names, blocks, seconds),
+            part_behind=part_behind,
             patience=patience,
             sources=sources,
             has_moved=has_moved,
@@ -162,8 +166,24 @@ class FetchQueue:
             self._awaited[fetch.number] = request
         return fetch
 
+    def _part_behind(
+        self, tokens: tuple[int, ...], names: Sequence[bytes], first: int, salt: str, num_blocks: int
+    ) -> Part | None:
+        """Return the longest beginning of block `first + num_blocks` that a request has left there at its end, all of
+        whose tokens but one may be used; None for the first block.
+        """
+        count, size = first + num_blocks, self._allocator.block_size
+        rest = tokens[count * size : min((count + 1) * size, len(tokens)) - 1]
+        if not count or not rest:
+            return None
+        parts = self._allocator.name_parts(names[:count], rest, salt=salt)
+        if (found := self.fetching.source.find_one(reversed(parts))) is None:
+            return None
+        name, seconds = found
+        return Part(name, rest[: parts.index(name) + 1], seconds)
 
-def _seconds_to_compute(predictor: LatencyPredictor, start: int, block_size: int, num_blocks: int) -> float:
-    """Return by how much longer steps take in all that compute so many blocks from position `start`."""
-    computed = StepFeatures().plus(start=start, count=num_blocks * block_size, rows=0)
-    return predictor.seconds(computed) - predictor.seconds(StepFeatures())
+
+def _seconds_to_compute(seconds_of: Callable[[StepFeatures], float], start: int, num_tokens: int) -> float:
+    """Return by how much longer steps take in all that compute so many tokens from position `start`."""
+    computed = StepFeatures().plus(start=start, count=num_tokens, rows=0)
+    return seconds_of(computed) - seconds_of(StepFeatures())

@@ -95,12 +95,25 @@ class Found(NamedTuple):
     seconds: float
 
 
+class Part(NamedTuple):
+    """Is the beginning of a block, which another request has left, and how long fetching it with others takes."""
+
+    name: bytes
+    token_ids: tuple[int, ...]
+    seconds: float
+
+
 class BlockSource(Protocol):
     """Has blocks that other engines, or this one before, have computed."""
 
     def find(self, names: Sequence[bytes], sources: Sequence[str] = (), /) -> Found:
         """Return how many leading blocks of these names can be fetched, from `sources` too, and how long that is
         expected to take.
+        """
+
+    def find_one(self, names: Iterable[bytes], /) -> tuple[bytes, float] | None:
+        """Return the first of these names of which there is a block here, and how long fetching it with others takes;
+        None if there is none.
         """
 
     def forget(self, number: int) -> None:
@@ -192,32 +205,34 @@ class Fetching:
         token_ids: Sequence[tuple[int, ...]],
         compute_seconds: Callable[[int], float] | None,
         *,
+        part_behind: Callable[[int], Part | None] | None = None,
         patience: float = math.inf,
         sources: tuple[str, ...] = (),
         has_moved: bool = False,
     ) -> Fetch | None:
         """Return what to ask for of blocks with these names, from block `first` of a request on, which it would compute
-        otherwise; None if nothing is to be gained. `compute_seconds` says how long computing so many leading ones would
-        take; None: there is no cost model. The request waits for no more than `patience` seconds. Of one that has
-        moved, what the engine before has laid ready at `sources` is always asked for.
+        otherwise; None if nothing is to be gained. `compute_seconds` says how long computing so many tokens of them
+        would take; None: there is no cost model. `part_behind` gives the block that is not full behind so many of them,
+        if there is one. The request waits for no more than `patience` seconds. Of one that has moved, what the engine
+        before has laid ready at `sources` is always asked for.
         """
         wanted = names[: self.inbox.num_free]
         found = self.source.find(wanted, sources)
         num_blocks, longest = min(found.num_blocks, len(wanted)), min(LONGEST_FETCH, patience)
-        if num_blocks == 0 or longest <= 0.0:
+        if longest <= 0.0 or (num_blocks < FEWEST_BLOCKS and compute_seconds is None and not has_moved):
             return None
-        if has_moved:
-            pass
-        elif compute_seconds is None:
-            if num_blocks < FEWEST_BLOCKS:
+        names, blocks, seconds = [*names[:num_blocks]], [*token_ids[:num_blocks]], found.seconds
+        if part_behind is not None and num_blocks < self.inbox.num_free and (part := part_behind(num_blocks)):
+            names.append(part.name)
+            blocks.append(part.token_ids)
+            seconds += part.seconds
+        if not names:
+            return None
+        if compute_seconds is not None and not has_moved:
+            longest = min(longest, compute_seconds(sum(map(len, blocks))))
+            if seconds >= longest:
                 return None
-        else:
-            seconds = compute_seconds(num_blocks)
-            longest = min(longest, seconds)
-            if found.seconds >= longest:
-                return None
-        fetch = self.reserve(request_id, first, names[:num_blocks], token_ids[:num_blocks], longest, sources)
-        return fetch._replace(has_moved=has_moved)
+        return self.reserve(request_id, first, names, blocks, longest, sources)._replace(has_moved=has_moved)
 
     def reserve(
         self,

@@ -154,6 +154,16 @@ class RequestKv:
         self.num_saved_blocks = max(first, len(token_ids) // allocator.block_size)
         return allocator.saves_of(self.blocks, token_ids, self.block_names, first=first, part=part, salt=salt)
 
+    def save_end(self, allocator: BlockAllocator, token_ids: Sequence[int], *, salt: str) -> None:
+        """Have the last block of a request that ends saved, if it is not full: the next turn of a conversation begins
+        in it. Those before it were saved when they were published. `token_ids` have been computed.
+        """
+        num_full = len(token_ids) // allocator.block_size
+        if num_full and self.state is None and self.loan is None:
+            allocator.save(
+                allocator.saves_of(self.blocks, token_ids, self.block_names, first=num_full, part=True, salt=salt)
+            )
+
     def release(self, allocator: BlockAllocator) -> None:
         """Give all blocks and state slots back. A fault there loses those that were not given back yet, no more."""
         blocks, state = self.blocks, self.state
