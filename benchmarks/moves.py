@@ -10,7 +10,8 @@ stream from when all have begun, and in steps of the other engine.
 Drains are compared with runs without one; tokens that were computed again are those of all steps of both engines, less
 those of the run without. Kills (SIGKILL) are compared without and with a memory tier, in turns; tokens that were
 computed again are those that the other engine computes beyond one for each that it gives. The killed engine is
-restarted meanwhile, on its own core.
+restarted meanwhile, on its own core. Then the other engine computes as many tokens as new prompts, sent at once: what
+of a pause without a tier is not that is finding out, and trying some requests before others.
 """
 
 from __future__ import annotations
@@ -102,12 +103,17 @@ async def read(stream: Stream, router: Router) -> Answer:
     return answer
 
 
-def make_requests(flags: argparse.Namespace, salt: str) -> Iterator[Add]:
-    """Yield requests that have `tokens` tokens when the engine is drained: half greedy, half with seeds."""
+def make_requests(
+    flags: argparse.Namespace, salt: str, *, num_prompt: int | None = None, most: int | None = None
+) -> Iterator[Add]:
+    """Yield requests that have `tokens` tokens when the engine is drained, or with prompts and answers of these
+    lengths: half greedy, half with seeds.
+    """
     rng = Random(0)
     for number in range(flags.streams):
-        prompt = tuple(rng.randrange(5, 700) for _ in range(flags.tokens - flags.before))
-        most, temperature = flags.before + flags.after, 0.9 if number % 2 else 0.0
+        prompt = tuple(rng.randrange(5, 700) for _ in range(num_prompt or flags.tokens - flags.before))
+        temperature = 0.9 if number % 2 else 0.0
+        most = most or flags.before + flags.after
         params = SamplingParams(max_tokens=most, ignore_eos=True, temperature=temperature, seed=number)
         yield Add(f"{salt}-{number}", prompt, params, scheduling=SchedulingOptions(cache_salt=salt))
 
@@ -146,6 +152,19 @@ def num_computed(router: Router) -> tuple[int, int]:
     return sum(numbers), numbers[1]
 
 
+async def alone(router: Router, flags: argparse.Namespace, num_prompt: int) -> list[float]:
+    """Return the seconds after which new prompts of that length, all sent at once to the second engine, have their
+    first tokens.
+    """
+    first, _ = router.replicas
+    first.is_drained = True
+    began = time.monotonic()
+    streams = [router.open(request) for request in make_requests(flags, "alone", num_prompt=num_prompt, most=1)]
+    answers = await asyncio.gather(*(read(stream, router) for stream in streams))
+    first.is_drained = False
+    return [answer.times[0] - began for answer in answers]
+
+
 async def started(flags: argparse.Namespace, **settings: Any) -> Router:
     """Return two engines with a core each."""
     own = {"model": flags.model, "quantization": flags.quantization, "num_threads": 1}
@@ -177,6 +196,7 @@ async def compare_kills(flags: argparse.Namespace) -> None:
     """Print how long streams pause at a kill, without and with a memory tier."""
     routers = {"without a tier": await started(flags)}
     pauses: dict[str, list[float]] = {}
+    num_more = 0  # tokens of each that were generated when the engine died
     try:
         routers["with a tier"] = await started(flags, kv_memory_tier=TIER)
         whole = {name: await run(router, flags, "whole") for name, router in routers.items()}
@@ -186,12 +206,21 @@ async def compare_kills(flags: argparse.Namespace) -> None:
                 found = [answer.pause for answer in killed.moved]
                 pauses.setdefault(name, []).extend(found)
                 again = killed.num_computed_elsewhere - sum(answer.num_elsewhere for answer in killed.answers)
+                num_more = max(num_more, again // flags.streams - flags.tokens)
                 print(
                     f"{name}: went on {len(found)} of {len(killed.answers)}, equal {killed.num_equal(whole[name])}; "
                     f"pauses: median {median(found):.2f} s, longest {max(found):.2f} s; computed again: {again} tokens",
                     flush=True,
                 )
         without, with_tier = pauses["without a tier"], pauses["with a tier"]
+        step, length = median(whole["without a tier"].gaps), flags.tokens + num_more
+        computed = await alone(routers["without a tier"], flags, length)
+        beyond = [figure(without) - figure(computed) for figure in (median, max)]
+        print(
+            f"computing {flags.streams} prompts of {length} tokens: first tokens after {median(computed):.2f} s "
+            f"(median), {max(computed):.2f} s (last); pauses without a tier are longer by {beyond[0] / step:.1f} and "
+            f"{beyond[1] / step:.1f} steps of {1e3 * step:.1f} ms"
+        )
         for which, figure in (("median", median), ("longest", max)):
             print(f"{which} pause with a tier / without: {figure(with_tier) / figure(without):.3f}")
     finally:

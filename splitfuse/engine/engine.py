@@ -736,7 +736,7 @@ class Engine:
         assert isinstance(executor, Executor), "it has tiers"
         if self.scheduler.queue.running:  # memory is asked for after each step
             return min(executor.num_ready(reserve=True), most)
-        if executor.num_ready() < most:
+        if executor.num_ready(reserve=True) < most:  # no step waits for what is asked for now
             executor.have_memory()
         return min(executor.num_ready(), most)
 

@@ -4,13 +4,18 @@ The old engine lays the blocks of a request ready where others can fetch them, a
 fetches them into its prefix cache, while the old one still gives tokens. Only when all but the newest are there the old
 one lets go, with its last token, and lays the rest ready. So the client waits for about a step, however long its
 request is; what does not come in time is computed again.
+
+In a drain, the blocks of all requests come before the first of them leaves, as far as that takes AHEAD_SECONDS: until
+then the new engine may have no request whose step what it lands, and its memory, would make longer.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 from collections.abc import Callable, MutableMapping, Sequence
+from dataclasses import dataclass
 from weakref import WeakKeyDictionary
 
 from splitfuse.engine.client import LocalClient
@@ -21,12 +26,26 @@ MOVES_AT_ONCE = 2
 """Number of requests whose blocks are on their way from an engine at a time."""
 STAGE_SECONDS = 10.0
 """Longest time that blocks may take to be laid ready, or to be fetched, in seconds: the request goes on meanwhile."""
+AHEAD_SECONDS = 5.0
+"""Longest time from the beginning of a drain for which requests whose blocks are there wait for those of others, in
+seconds.
+"""
+HANDED_OVER_SECONDS = 1.0
+"""Longest time for which others wait until a request that has left goes on, in seconds."""
 NEWEST_BLOCKS = 1
 """Number of full blocks that are left for the end: at least one may fill up meanwhile."""
 MOST_RECEIVERS = 3
 """Number of engines that a request's blocks are brought to, if one after the other is not ready any more."""
 
 _logger = logging.getLogger(__name__)
+
+
+@dataclass
+class _Coming:
+    """Says where a stream is to go on, and how many of its leading blocks were brought there."""
+
+    receiver: LocalClient
+    num_there: int = 0
 
 
 class Mover:
@@ -39,11 +58,11 @@ class Mover:
         *,
         can_leave: Callable[[Stream, LocalClient], bool],
     ) -> None:
-        """`choose` gives the engine that a stream should go to from its present one, None if none can have it now;
-        `can_leave` says whether one may have it at some time.
+        """`choose` gives the engine that a stream should go to from its present one, and lets that one's view have it;
+        None if none can have it now. `can_leave` says whether one may have it at some time.
         """
         self._choose, self._name_blocks, self._can_leave = choose, name_blocks, can_leave
-        self._receivers: MutableMapping[Stream, LocalClient] = WeakKeyDictionary()  # to which blocks were brought
+        self._coming: MutableMapping[Stream, _Coming] = WeakKeyDictionary()
         self._tasks: set[asyncio.Task[None]] = set()
         self._num_moving: dict[LocalClient, int] = {}
 
@@ -51,30 +70,43 @@ class Mover:
         """Let streams go on elsewhere, as long as their engine is drained. Returns them without those that stay, to end
         where they are, since no other engine can ever have them.
         """
-        gate = asyncio.Semaphore(MOVES_AT_ONCE)
+        gate, all_there, num_there = asyncio.Semaphore(MOVES_AT_ONCE), asyncio.Event(), 0
+        timer = asyncio.get_running_loop().call_later(AHEAD_SECONDS, all_there.set)
+
+        async def bring(stream: Stream) -> None:
+            try:
+                await self._bring(source, stream)
+            except Exception:  # it is computed again, then
+                _logger.exception("the blocks of request %s do not go with it", stream.request.request_id)
 
         async def move(stream: Stream) -> bool:
+            nonlocal num_there
             async with gate:
-                try:
-                    await self._bring(source, stream)
-                except Exception:  # it is computed again, then
-                    _logger.exception("the blocks of request %s do not go with it", stream.request.request_id)
+                await bring(stream)
+            num_there += 1
+            if num_there == len(streams):
+                all_there.set()
+            await all_there.wait()
+            async with gate:
+                await bring(stream)  # what it has had since
                 stays = source.has(stream) and not (source.is_drained and self._can_leave(stream, source))
                 if stays:
                     self.take_receiver(stream)
                 else:
-                    source.move(stream)
+                    await self._hand_over(source, stream)
                 return stays
 
-        stay = await asyncio.gather(*(move(stream) for stream in streams))
+        try:
+            stay = await asyncio.gather(*(move(stream) for stream in streams))
+        finally:
+            timer.cancel()
         return [stream for stream, stays in zip(streams, stay, strict=True) if not stays]
 
     def follow(self, stream: Stream, source: LocalClient, receiver: LocalClient) -> None:
         """Bring the blocks of a stream that will leave its engine after the first token to another one, behind the
         chunks of its prompt. That one's view has the stream already, and loses it if the stream ends before it comes.
         """
-        self._receivers[stream] = receiver
-        stream.breakdown.add_done_callback(lambda _: self.take_receiver(stream))
+        self._expect(stream, receiver)
         task = asyncio.get_running_loop().create_task(self._follow(stream, source, receiver))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
@@ -83,10 +115,17 @@ class Mover:
         """Return the engine to which the blocks of a stream were brought, whose view has the stream no longer; None if
         there is none, or it was taken before.
         """
-        receiver = self._receivers.pop(stream, None)
-        if receiver is not None and receiver.view is not None:
-            receiver.view.forget(stream.request.request_id)
-        return receiver
+        if (coming := self._coming.pop(stream, None)) is None:
+            return None
+        if coming.receiver.view is not None:
+            coming.receiver.view.forget(stream.request.request_id)
+        return coming.receiver
+
+    def _expect(self, stream: Stream, receiver: LocalClient) -> _Coming:
+        """Note that a stream is to go on at an engine, unless it ends before."""
+        coming = self._coming[stream] = _Coming(receiver)
+        stream.breakdown.add_done_callback(lambda _: self.take_receiver(stream))
+        return coming
 
     async def _follow(self, stream: Stream, source: LocalClient, receiver: LocalClient) -> None:
         request, info, num_there = stream.request, source.info, 0
@@ -106,24 +145,37 @@ class Mover:
             num_there = end
 
     async def _bring(self, source: LocalClient, stream: Stream) -> None:
-        """Bring the blocks of a stream to the engine that is chosen for it."""
+        """Bring the blocks of a stream to the engine that is chosen for it, or was before and can have it still."""
         self._num_moving[source] = self._num_moving.get(source, 0) + 1
         try:
             for _ in range(MOST_RECEIVERS):
-                receiver = self._choose(stream, source) if source.has(stream) else None
-                if receiver is None:
+                if not source.has(stream):
                     return
-                self.take_receiver(stream)
-                self._receivers[stream] = receiver
-                await self._bring_to(receiver, source, stream)
-                if receiver.can_go_on_with(stream):
+                coming = self._coming.get(stream)
+                if coming is None or not coming.receiver.can_go_on_with(stream):
+                    self.take_receiver(stream)
+                    if (receiver := self._choose(stream, source)) is None:
+                        return
+                    coming = self._expect(stream, receiver)
+                await self._bring_to(coming, source, stream)
+                if coming.receiver.can_go_on_with(stream):
                     return
         finally:
             self._num_moving[source] -= 1
 
-    async def _bring_to(self, receiver: LocalClient, source: LocalClient, stream: Stream) -> None:
+    async def _hand_over(self, source: LocalClient, stream: Stream) -> None:
+        """Let a stream go, and wait until it goes on, at the engine to which its blocks were brought."""
+        receiver = None if (coming := self._coming.get(stream)) is None else coming.receiver
+        source.move(stream)
+        if receiver is None:
+            return
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(HANDED_OVER_SECONDS):
+                await receiver.wait_until(lambda: stream.is_over or (receiver.has(stream) and stream.num_outputs_here))
+
+    async def _bring_to(self, coming: _Coming, source: LocalClient, stream: Stream) -> None:
         """Bring the full blocks of a stream to an engine, all but the newest, as far as they come in time."""
-        info, num_there = source.info, 0
+        info, receiver, num_there = source.info, coming.receiver, coming.num_there
         size, request_id = info.limits.block_size, stream.request.request_id
         while receiver.fetches_from(source) and receiver.can_go_on_with(stream) and source.has(stream):
             request = stream.resumption(0.0)
@@ -145,4 +197,4 @@ class Mover:
                 return
             if num_come < end - num_there:
                 return
-            num_there = end
+            coming.num_there = num_there = end

@@ -471,11 +471,17 @@ class Router(EngineClient):
         ]
 
     def _choose_receiver(self, stream: Stream, source: LocalClient) -> LocalClient | None:
-        """Choose the engine that a stream is to go to from its present one; None if none can have it now."""
+        """Choose the engine that a stream is to go to from its present one, and count it there from now on, so that
+        those which follow it choose others; None if none can have it now.
+        """
         able = [each for each in self.replicas if each is not source and each.can_go_on_with(stream)]
         able = [*self._of_roles(able, has_begun=stream.has_output)]
-        choice = self._choose(stream.resumption(0.0), able) if able else None
-        return None if choice is None else choice.engine
+        request = stream.resumption(0.0)
+        if not able or (choice := self._choose(request, able)) is None:
+            return None
+        if choice.copy is not None and choice.loan is None and choice.engine.view is not None:
+            choice.engine.view.add(choice.copy, self._name_blocks(request))
+        return choice.engine
 
     def _can_leave(self, stream: Stream, source: LocalClient) -> bool:
         """Return whether another engine than its present one can go on with a stream, now or later."""

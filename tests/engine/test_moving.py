@@ -22,9 +22,11 @@ from splitfuse.core.events import StepScheduled
 from splitfuse.core.request_output import FinishReason
 from splitfuse.core.sampling_params import SamplingParams
 from splitfuse.core.scheduling_options import SchedulingOptions
+from splitfuse.engine.client import LocalClient
 from splitfuse.engine.engine import Engine
 from splitfuse.engine.loop import EngineLoop
 from splitfuse.engine.messages import Add, Export, Finish, Prefetch, ResumePoint, Stop
+from splitfuse.engine.moving import Mover
 from splitfuse.engine.stream import Stream
 from splitfuse.engine.thread import AsyncEngine
 from splitfuse.engine.tier_files import open_tiers
@@ -266,6 +268,20 @@ def test_a_drain_computes_at_most_a_block_of_each_again(moves_bytes: int, monkey
     # on a busy machine blocks come late, and are computed again then
     for bound in ("engine.moving.STAGE_SECONDS", "core.kv.fetching.LONGEST_FETCH", "core.kv.prefetching.LONGEST_FETCH"):
         monkeypatch.setattr(f"splitfuse.{bound}", PATIENCE)
+    monkeypatch.setattr("splitfuse.engine.moving.AHEAD_SECONDS", PATIENCE)
+    events: list[tuple[str, Stream]] = []
+    bring, hand_over = Mover._bring, Mover._hand_over
+
+    async def note_brought(self: Mover, source: LocalClient, stream: Stream) -> None:
+        await bring(self, source, stream)
+        events.append(("brought", stream))
+
+    async def note_leaving(self: Mover, source: LocalClient, stream: Stream) -> None:
+        events.append(("leaves", stream))
+        await hand_over(self, source, stream)
+
+    monkeypatch.setattr(Mover, "_bring", note_brought)
+    monkeypatch.setattr(Mover, "_hand_over", note_leaving)
     wanted = [
         msgspec.structs.replace(each, prompt_token_ids=each.prompt_token_ids * 3)
         for each in requests(8, max_tokens=200)
@@ -296,13 +312,33 @@ def test_a_drain_computes_at_most_a_block_of_each_again(moves_bytes: int, monkey
                 before, streams = num_computed(), open_at_first(f"{number}")
                 reading = [asyncio.create_task(read(stream)) for stream in streams]
                 await until(lambda streams=streams: min(stream.num_tokens for stream in streams) > 20)  # type: ignore[misc]
+                events.clear()
                 assert await router.drain_engine(0) >= len(resumed(streams))
+                first_leaves = [what for what, _ in events].index("leaves")
+                assert {stream for _, stream in events[:first_leaves]} == {stream for _, stream in events}
                 assert await asyncio.gather(*reading) == whole
                 assert num_computed() - before - alone <= 8 * BLOCK
                 assert all(stream.num_resumed <= 1 for stream in streams)
                 if len(resumed(streams)) > 1:
                     break
                 router.undrain_engine(0)  # they had ended before they could move
+
+    asyncio.run(asyncio.wait_for(test(), PATIENCE))
+
+
+def test_requests_that_leave_together_are_counted_where_each_will_be() -> None:
+    async def test() -> None:
+        config = EngineConfig.from_settings(SETTINGS)
+        model = load_model(config)
+        first, second, third = (AsyncEngine(Engine(config, model, name_key=b"k")) for _ in range(3))
+        async with running(first, second, third, name_key=b"k") as router:
+            second.is_drained = third.is_drained = True
+            streams = [router.open(request) for request in requests(2, max_tokens=200)]
+            second.is_drained = third.is_drained = False
+            chosen = [router._choose_receiver(stream, first) for stream in streams]
+            assert {*chosen} == {second, third}, "the second goes where the first does not"
+            for stream in streams:
+                stream.close()
 
     asyncio.run(asyncio.wait_for(test(), PATIENCE))
 
