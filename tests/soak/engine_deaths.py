@@ -51,14 +51,16 @@ def with_adapter(folder: Path) -> tuple[list[str], dict[str, Any]]:
 
 
 def with_hybrid(folder: Path) -> tuple[list[str], dict[str, Any]]:
-    """A small Qwen3.5 with random weights, and the tokenizer of the bundled model."""
+    """A small Qwen3.5 with random weights, and the tokenizer of the bundled model. It is fast: with longer answers all
+    streams run at the signal.
+    """
     bundled, path = Path(BUNDLED_MODEL), folder / "hybrid"
     vocab_size = json.loads((bundled / "config.json").read_text())["vocab_size"]
-    model = tiny_models.make("qwen3.5", lambda: tiny_models.qwen3_5(vocab_size=vocab_size, max_position_embeddings=640))
+    model = tiny_models.make("qwen3.5", lambda: tiny_models.qwen3_5(vocab_size=vocab_size, max_position_embeddings=2048))
     model.save_pretrained(path)
     for each in bundled.glob("tokenizer*"):
         shutil.copy(each, path)
-    return [f"--model={path}", "--dtype=bfloat16"], {}
+    return [f"--model={path}", "--dtype=bfloat16"], {"max_tokens": 1000}
 
 
 CASES: dict[str, Callable[[Path], tuple[list[str], dict[str, Any]]]] = {
