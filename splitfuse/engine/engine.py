@@ -736,8 +736,7 @@ class Engine:
         assert isinstance(executor, Executor), "it has tiers"
         if self.scheduler.queue.running:  # memory is asked for after each step
             return min(executor.num_ready(reserve=True), most)
-        if executor.num_ready(reserve=True) < most:  # no step waits for what is asked for now
-            executor.have_memory()
+        executor.have_memory()  # no step waits for it now
         return min(executor.num_ready(), most)
 
     def _export_more(self, most: int) -> None:

@@ -165,13 +165,18 @@ class Mover:
 
     async def _hand_over(self, source: LocalClient, stream: Stream) -> None:
         """Let a stream go, and wait until it goes on, at the engine to which its blocks were brought."""
-        receiver = None if (coming := self._coming.get(stream)) is None else coming.receiver
+        coming = self._coming.get(stream)
         source.move(stream)
-        if receiver is None:
+        if coming is None:
             return
+        receiver = coming.receiver
+
+        def goes_on() -> bool:
+            return stream.is_over or (receiver.has(stream) and stream.num_outputs_here > 0)
+
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(HANDED_OVER_SECONDS):
-                await receiver.wait_until(lambda: stream.is_over or (receiver.has(stream) and stream.num_outputs_here))
+                await receiver.wait_until(goes_on)
 
     async def _bring_to(self, coming: _Coming, source: LocalClient, stream: Stream) -> None:
         """Bring the full blocks of a stream to an engine, all but the newest, as far as they come in time."""

@@ -184,8 +184,8 @@ class Executor:
         return self._ahead.num_ready(reserve=reserve)
 
     def have_memory(self) -> None:
-        """Ask for some more memory, while no step runs."""
-        self._ahead.have_next()
+        """Ask for some more memory, while no step runs, unless there is as much as is asked for ahead."""
+        self._ahead.have_some()
 
     def _deposit(self, chunks: Sequence[Chunk]) -> set[str]:
         """Give creditors the blocks that they are to hold. Returns the ids of the requests whose loan is lost."""

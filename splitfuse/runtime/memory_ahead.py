@@ -59,6 +59,11 @@ class MemoryAhead:
             if self._seconds <= 0.0:
                 return
 
+    def have_some(self) -> None:
+        """Ask for a piece, if it is to be asked for ahead: there is time now."""
+        if self._lacks(self._ahead):
+            self.have_next()
+
     def have_next(self) -> float:
         """Ask for a piece, and return how long that took."""
         began = time.monotonic()

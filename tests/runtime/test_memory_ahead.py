@@ -107,6 +107,15 @@ def test_others_may_have_what_is_there_beyond_what_is_reserved(monkeypatch: pyte
     assert ahead.num_ready(reserve=True) > 100, "all of it is there"
 
 
+def test_in_idle_time_as_much_comes_as_is_asked_for_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory_ahead, "AHEAD_BYTES", 3 * PIECE_BYTES)
+    cache = Cache()
+    ahead = MemoryAhead(cache)  # type: ignore[arg-type]
+    for _ in range(9):
+        ahead.have_some()
+    assert [first for first, *_ in cache.had] == [0, 0, 2, 4, 4], "up to four blocks ahead"
+
+
 def test_it_ends_where_memory_cannot_be_asked_for() -> None:
     cache = Cache(can=False)
     ahead = MemoryAhead(cache)  # type: ignore[arg-type]

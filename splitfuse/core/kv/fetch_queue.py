@@ -44,7 +44,7 @@ class FetchQueue:
         self._queue = queue
         self._allocator = allocator
         self._events = events
-        self.seconds_of = None if predictor is None else predictor.seconds
+        self.seconds_of: Callable[[StepFeatures], float] | None = None if predictor is None else predictor.seconds
         """Function that predicts how long a step takes, None: nothing is known of that."""
         self._to_ask: deque[Request] = deque()  # that have not run, and for which nothing was asked
         self._awaited: dict[int, Request] = {}  # number of a fetch -> its request
