@@ -56,7 +56,9 @@ def with_hybrid(folder: Path) -> tuple[list[str], dict[str, Any]]:
     """
     bundled, path = Path(BUNDLED_MODEL), folder / "hybrid"
     vocab_size = json.loads((bundled / "config.json").read_text())["vocab_size"]
-    model = tiny_models.make("qwen3.5", lambda: tiny_models.qwen3_5(vocab_size=vocab_size, max_position_embeddings=2048))
+    model = tiny_models.make(
+        "qwen3.5", lambda: tiny_models.qwen3_5(vocab_size=vocab_size, max_position_embeddings=1280)
+    )
     model.save_pretrained(path)
     for each in bundled.glob("tokenizer*"):
         shutil.copy(each, path)
