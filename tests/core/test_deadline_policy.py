@@ -23,7 +23,7 @@ from splitfuse.core.sampling_params import SamplingParams
 from splitfuse.core.scheduler import Scheduler
 from splitfuse.core.scheduling_options import Priority, SchedulingOptions
 from splitfuse.core.slo.cost_model import MAX_COEFFICIENT, CostModel, StepCounts, StepFeatures
-from splitfuse.core.slo.deadline_policy import MAX_SKIPPED_STEPS, ClaimOrder, DeadlinePolicy, Fcfs
+from splitfuse.core.slo.deadline_policy import ClaimOrder, DeadlinePolicy, Fcfs
 from splitfuse.core.slo.feasibility import Feasibility
 from splitfuse.core.slo.latency_predictor import MAX_SAFETY_FACTOR, LatencyPredictor
 from splitfuse.core.slo.request_slo import MISSED_ITL_FACTOR
@@ -313,7 +313,9 @@ def test_a_decode_skipped_too_often_is_urgent() -> None:
     late = decode("late", 0.25, token_at=1.0)
     late.slo.observe_token(5.9)
     assert names(make_policy().order([late], [], now=6.0)) == ([], ["late"])
-    late.slo.steps_skipped = MAX_SKIPPED_STEPS
+    late.slo.steps_skipped = 6
+    assert names(make_policy().order([late], [], now=6.0)) == ([], ["late"])
+    late.slo.steps_skipped = 7  # more than 1 / tail_share
     assert names(make_policy().order([late], [], now=6.0)) == (["late"], [])
 
 

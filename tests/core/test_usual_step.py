@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from splitfuse.core.slo.cost_model import CostModel, StepTimes
-from splitfuse.core.slo.feasibility import Feasibility
-from splitfuse.core.slo.usual_step import EFFICIENCY, MIN_EFFICIENCY, NEWEST, Arrivals, usual_step
+from splitfuse.core.slo.feasibility import EFFICIENCY, MIN_EFFICIENCY, Feasibility
+from splitfuse.core.slo.usual_step import NEWEST, Arrivals, usual_step
 
 COSTS = (
     CostModel(floor=0.01, per_token=0.001),  # a step of 0.04 s has three quarters of the throughput, one of 0.4 s 0.975

@@ -27,14 +27,12 @@ from splitfuse.core.scheduling_options import Priority
 from splitfuse.core.slo.admission import check_on_time
 from splitfuse.core.slo.answers import Answers
 from splitfuse.core.slo.cost_model import CostModel
-from splitfuse.core.slo.feasibility import Feasibility, Prefill
+from splitfuse.core.slo.feasibility import MIN_EFFICIENCY, Feasibility, Prefill
 from splitfuse.core.slo.latency_predictor import LatencyPredictor
 from splitfuse.core.slo.turns import Turns
-from splitfuse.core.slo.usual_step import MIN_EFFICIENCY, Arrivals, usual_step
+from splitfuse.core.slo.usual_step import NEWEST, Arrivals, usual_step
 from splitfuse.core.step_builder import RequestQueue, StepBuilder
 
-MAX_SKIPPED_STEPS = 32
-"""Number of consecutive steps without a token after which a decode is urgent, whatever else is."""
 DECODES_PER_STEP = 1 / 2
 """Largest fraction of a step without deadlines to meet that a token of every decode takes."""
 MIN_STEP = 1.25
@@ -42,8 +40,6 @@ MIN_STEP = 1.25
 AIM = 1 / 2
 """Fraction of the time to its deadline in which a prompt is to be done, if decodes have the slack for it: the rest is
 for requests that arrive meanwhile."""
-MAX_DEADLINES = 128
-"""Number of deadlines of prompts, the first ones, that a step is planned for: those of later ones come nearer."""
 
 
 def _by_deadline(request: Request) -> tuple[float, int]:
@@ -69,7 +65,7 @@ class DeadlinePolicy(Fcfs):
     """Lets as many requests as possible meet their SLO.
 
     Urgent are decodes whose deadline is before the end of the step after this one, or which were skipped
-    MAX_SKIPPED_STEPS times; and as many others as leave the prompts that can be in time enough. Late prompts whose turn
+    `1 / tail_share` times; and as many others as leave the prompts that can be in time enough. Late prompts whose turn
     has come (turns.py) have a share of each step. Then come the prompts that can be in time, by deadline; then all
     others, decodes first, and those last that are late.
     """
@@ -132,7 +128,7 @@ class DeadlinePolicy(Fcfs):
             share = self._turns.share
             apart = set(overdue)
             prefills = [request for request in prefills if request not in apart]
-            feasible = outlook.feasible(prefills, share=1.0 - share, at_most=MAX_DEADLINES)
+            feasible = outlook.feasible(prefills, share=1.0 - share, at_most=NEWEST)
             in_time = {prefill.request for prefill in feasible}
         limit = self._limit(outlook, feasible, decodes, share=share)
         if feasible and len(feasible) == len(prefills):
@@ -170,10 +166,10 @@ class DeadlinePolicy(Fcfs):
         """Return the prefills that can be in time. If none can with the safety factor, those that can without: a prompt
         at risk may be in time, one that is given up is not. Decodes are not put at risk for it.
         """
-        feasible = outlook.feasible(prefills, at_most=MAX_DEADLINES)
+        feasible = outlook.feasible(prefills, at_most=NEWEST)
         if not feasible and prefills:
             safety_factor, outlook.safety_factor = outlook.safety_factor, 1.0
-            feasible = outlook.feasible(prefills, at_most=MAX_DEADLINES)
+            feasible = outlook.feasible(prefills, at_most=NEWEST)
             outlook.safety_factor = safety_factor
         return feasible
 
@@ -219,10 +215,10 @@ class DeadlinePolicy(Fcfs):
     def _urgent(self, decodes: Sequence[Request], outlook: Feasibility, limit: StepLimit) -> list[Request]:
         """Return the decodes that get their token before any prompt."""
         soon = outlook.now + limit.seconds + outlook.step_of_decodes / outlook.safety_factor
-        urgent, ahead = [], []
+        urgent, ahead, most_skipped = [], [], 1.0 / self._turns.share
         for request in decodes:
             slo = request.slo
-            if slo.steps_skipped >= MAX_SKIPPED_STEPS or slo.deadline <= (outlook.now if slo.missed else soon):
+            if slo.steps_skipped >= most_skipped or slo.deadline <= (outlook.now if slo.missed else soon):
                 urgent.append(request)
             elif not slo.missed:
                 ahead.append(request)

@@ -27,9 +27,9 @@ from splitfuse.core.slo.cost_model import StepTimes
 from splitfuse.core.slo.fewest_late import ON_TIME_ONLY_SHARE, FewestLate
 from splitfuse.core.slo.latency_predictor import MIN_SECONDS, LatencyPredictor
 
-TOLERANCE = 1.1
-"""Factor by which a token beyond the knee must take longer than one of a step at the knee for steps to end there: a fit
-is no more exact."""
+EFFICIENCY, MIN_EFFICIENCY = 0.975, 0.75
+"""Throughput of a step, relative to the highest, for which steps are as long as they are without deadlines to meet; and
+the least that they are shortened to for TTFT targets, or come to beyond the knee."""
 
 
 def _by_priority(request: Request) -> int:
@@ -78,7 +78,7 @@ class Feasibility:
         spread = min(full, self.floor / knee) if knee else full  # what a token of a full step takes of the floor
         self.at_knee = self.floor + beyond * cost.per_token * knee
         """Seconds of a step of as many tokens as the knee."""
-        self.longest = self.at_knee if TOLERANCE * spread < full else math.inf
+        self.longest = self.at_knee if spread < MIN_EFFICIENCY * full else math.inf
         """Seconds of a step beyond which further tokens take longer than in a step of their own."""
         self._spread = spread
         self.overhead = max(self.floor - spread * knee, MIN_SECONDS)

@@ -3,8 +3,7 @@
 A cost model is estimated in a moment at the start, or fitted in a quiet minute; memory changes its speed, neighbours
 come and go, and some use memory, others arithmetic. So there are two factors, one for the floor of a step, where it
 waits for the weights, and one for all that it takes beyond. After each step both are corrected by a small part of the
-error, on a logarithmic scale, each by its share of the step and a little of the other's: what is learned from short
-steps is mostly, not only, theirs.
+error, on a logarithmic scale, each by its share of the step.
 
 The correction is a normalized LMS filter (Widrow and Hoff, 1960; Nagumo and Noda, 1967) on the logarithm: the error of
 the next step of the same kind is 1 - GAIN of this one's. So a lasting change is followed within some dozens of steps, a
@@ -21,28 +20,27 @@ import math
 from dataclasses import replace
 from statistics import NormalDist
 
-from splitfuse.core.slo.cost_model import CostModel, StepCounts, StepFeatures, StepTimes
+from splitfuse.core.slo.cost_model import MAX_COEFFICIENT, CostModel, StepCounts, StepFeatures, StepTimes
 
 GAIN = 1 / 16
 """Fraction of the error which one step corrects."""
-COMMON = 1 / 4
-"""Weight that both factors move together with, in addition to their shares of the step."""
-MAX_ERROR = math.log(1.5)
-"""Bound on the logarithm of a single error: a step held up by the system says little about the next."""
-MAX_FACTOR = math.log(32.0)
-"""Bound on the logarithms of the factors: beyond it the cost model is of another machine."""
 IN_TIME = 0.99
 """Fraction of the steps which are to end within the time they were planned for."""
 MAX_SAFETY_FACTOR, MIN_SAFETY_FACTOR = 0.97, 0.7
 """Bounds of `LatencyPredictor.safety_factor`. With more noise than the lower one allows for, missing
 a deadline now and then is better than making all steps still shorter.
 """
+MAX_ERROR = -math.log(MIN_SAFETY_FACTOR)
+"""Bound on the logarithm of a single error, which is what plans allow for at most: a step that was held up for longer
+says little about the next.
+"""
 SAFETY_GAIN = 1 / 64
 """Decrease of the logarithm of the safety factor by a step which took longer than allowed. One which did not moves it
 back by a hundredth of that: some 1,600 steps from the smallest factor to the largest.
 """
 
-
+MAX_FACTOR = math.log(MAX_COEFFICIENT)
+"""Bound on the logarithms of the factors: those of a cost model whose steps take no time would grow for ever."""
 MIN_SECONDS = 1e-9
 """Shortest time that is predicted of a step: plans divide by it, and a cost model may say that a step takes none."""
 
@@ -96,9 +94,9 @@ class LatencyPredictor:
         error = math.log(seconds / predicted)
         floor = self.factors[0] * self.cost.floor / predicted  # its share
         beyond = 1.0 - floor
-        gain = GAIN * _clamped(error, -MAX_ERROR, MAX_ERROR) / (floor * (floor + COMMON) + beyond * (beyond + COMMON))
-        self._log_floor = _clamped(self._log_floor + gain * (floor + COMMON), -MAX_FACTOR, MAX_FACTOR)
-        self._log_beyond = _clamped(self._log_beyond + gain * (beyond + COMMON), -MAX_FACTOR, MAX_FACTOR)
+        gain = GAIN * _clamped(error, -MAX_ERROR, MAX_ERROR) / (floor * floor + beyond * beyond)
+        self._log_floor = _clamped(self._log_floor + gain * floor, -MAX_FACTOR, MAX_FACTOR)
+        self._log_beyond = _clamped(self._log_beyond + gain * beyond, -MAX_FACTOR, MAX_FACTOR)
         self.factors = math.exp(self._log_floor), math.exp(self._log_beyond)
         # Steps of little but the floor are short, and planned far from any deadline.
         change = SAFETY_GAIN * beyond * (IN_TIME if error > self._log_over else IN_TIME - 1.0)

@@ -13,13 +13,11 @@ from bisect import bisect_left, bisect_right
 from collections import deque
 from collections.abc import Iterable
 
-from splitfuse.core.slo.feasibility import Feasibility
+from splitfuse.core.slo.feasibility import EFFICIENCY, MIN_EFFICIENCY, Feasibility
 
-EFFICIENCY, MIN_EFFICIENCY = 0.975, 0.75
-"""Throughput of a step, relative to the highest, for which steps are as long as they are without deadlines to meet; and
-the least that they are shortened to for TTFT targets."""
 NEWEST = 32
-"""Number of requests, the newest ones, by which the policy judges those that come."""
+"""Number of requests that a plan goes by: of the newest that came, of the newest that ended, and of prompts those with
+the first deadlines, since those of later ones come nearer."""
 
 
 class Arrivals:
