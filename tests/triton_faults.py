@@ -1,4 +1,4 @@
-"""Changes modules of kernels on purpose, for tests that must find it."""
+"""Changes modules of kernels on purpose, for tests that must find it, and how Triton's interpreter adds up."""
 
 from __future__ import annotations
 
@@ -6,7 +6,9 @@ import importlib.util
 import sys
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
+import numpy as np
 import pytest
 
 
@@ -24,3 +26,12 @@ def changed_copy(module: ModuleType, old: str, new: str, folder: Path, monkeypat
     monkeypatch.setitem(sys.modules, path.stem, copy)
     spec.loader.exec_module(copy)
     return copy
+
+
+def sum_in_one_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let `tl.dot` add in one order for all rows of a tile, as a GPU does: BLAS adds by the place of a row."""
+
+    def matmul(a: Any, b: Any, dtype: Any = None) -> Any:
+        return (a.astype(dtype)[:, :, None] * b.astype(dtype)[None]).sum(1)
+
+    monkeypatch.setattr(np, "matmul", matmul)

@@ -72,7 +72,7 @@ class ModelConfig:
         "Threads of the C++ kernels, in each rank (default: the cores available to this process, divided among them).",
     )
     tensor_parallel_size: int = setting(
-        1, "Number of processes that compute the model together, each with a part of its weights."
+        1, "Number of processes that compute the model together, each with a part of its weights, and a GPU if on GPUs."
     )
     rank: tuple[str, ...] = setting(
         (),
@@ -314,6 +314,11 @@ class EngineConfig:
                 raise ConfigError(
                     f"draft_model {draft} cannot be used with tensor_parallel_size={size}, whose ranks compute one "
                     "model: leave one of them out"
+                )
+            if self.model.cuda_graphs:
+                raise ConfigError(
+                    f"cuda_graphs cannot be used with tensor_parallel_size={size}, whose ranks would have to capture "
+                    "the same steps at the same time: leave one of them out"
                 )
         if self.model.draft_model is not None and not self.scheduler.num_speculative_tokens:
             raise ConfigError(

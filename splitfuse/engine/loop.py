@@ -39,6 +39,7 @@ from splitfuse.engine.trace import TraceLevel, in_parts
 from splitfuse.engine.tracer import EngineTracer
 from splitfuse.errors import RankLostError, SplitfuseError
 from splitfuse.kernels.lora import PackedAdapter
+from splitfuse.runtime.device import ranks_of_device
 
 REFRESH_STEPS = 128
 """Number of steps after which it is said again what the machine can keep of the SLO."""
@@ -109,7 +110,7 @@ class EngineLoop:
             num_export_slots=0 if engine.tiers is None else engine.tiers.num_export_slots,
             num_speculative_tokens=0 if (drafting := engine.scheduler.drafting) is None else drafting.most,
             memory_plan=str(engine.model.plan),
-            planned_bytes=engine.model.plan.available * engine.config.model.num_local_ranks,
+            planned_bytes=engine.model.plan.available * ranks_of_device(engine.config),
             embedding_size=engine.model.spec.hidden_size,
             is_embedder=engine.model.pooling is not None,
             slo_enabled=engine.slo_enabled,

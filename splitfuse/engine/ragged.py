@@ -73,9 +73,10 @@ class RaggedEngine:
             check_token_ids(f"sequence {uid}", ids, self.model.spec.vocab_size)
         before = {uid: self._sequences.get(uid, RequestKv()).num_computed for uid in uids}
         chunks = [self._append(uid, tuple(ids)) for uid, ids in zip(uids, tokens, strict=True)]
+        decoder = self._executor.decoder
         try:
-            with torch.inference_mode():
-                logits = self._executor.decoder.logits(self._executor.hidden(chunks))
+            with torch.inference_mode(), decoder.on_device():
+                logits = decoder.logits(self._executor.hidden(chunks))
         except BaseException:  # Ctrl-C too: the tokens count as not put
             for uid, num_tokens in before.items():
                 self._truncate(uid, num_tokens)

@@ -84,16 +84,23 @@ class RaggedBatch:
         return self._host_part(7)
 
     @property
+    def host_packed(self) -> Tensor:
+        """Return all numbers on the host, flat."""
+        return self.packed if self._on_host is None else self._on_host
+
+    @property
     def host_parts(self) -> tuple[Tensor, ...]:
         """Return all tensors of `packed` on the host, flat, in its order."""
-        return (self.packed if self._on_host is None else self._on_host).split_with_sizes(self.sizes)
+        return self.host_packed.split_with_sizes(self.sizes)
 
     def _host_part(self, number: int) -> list[int]:
         numbers: list[int] = self.host_parts[number].tolist()
         return numbers
 
     def on_device(self, device: torch.device) -> RaggedBatch:
-        """Return a copy of a batch on the host, on another device."""
+        """Return a batch on the host, or a copy of it on another device."""
+        if device == self.packed.device:
+            return self
         sizes = (self.num_tokens, self.num_requests, self.table_width, self.num_rows)
         return RaggedBatch(self.packed.to(device), *sizes, on_host=self.packed, is_padded=self.is_padded)
 

@@ -1,6 +1,7 @@
 """Describes tensor-parallel groups: processes (ranks) that compute one network together. See csrc/group.h.
 
-Ranks on one machine gather: they share the memory that all read, and meet there. Ranks on several add up partial sums.
+Ranks of the C++ kernels on one machine gather: they share the memory that all read, and meet there. Others, on several
+machines or on GPUs, add up partial sums.
 """
 
 from __future__ import annotations
@@ -100,17 +101,22 @@ class SharedGroup(Group):
 
 
 class SummingGroup(Group):
-    """Connects ranks that share no memory. Each calls the same methods in the same order."""
+    """Connects ranks that share no memory. Each calls the same methods in the same order, with contiguous tensors on
+    its device. All raise RankLostError; on a GPU, which computes later, a rank that is lost may be noticed by
+    `join_columns` alone.
+    """
 
     @abstractmethod
     def add_up(self, numbers: Tensor) -> None:
-        """Replace numbers in fp32 by their sums over all ranks, added in their order. Raises RankLostError."""
+        """Replace numbers by their sums over all ranks."""
+
+    @abstractmethod
+    def broadcast(self, numbers: Tensor) -> None:
+        """Replace numbers by those of the first rank."""
 
     @abstractmethod
     def join_columns(self, own: Tensor, columns: int) -> Tensor:
-        """Return the columns of all ranks side by side, [R, columns] in fp32, from those of this one. Raises
-        RankLostError.
-        """
+        """Return the columns of all ranks side by side, [R, columns] in fp32, from those of this one."""
 
 
 def make_group_file(*, logit_bytes: int, step_bytes: int) -> int:

@@ -20,7 +20,7 @@ from torch import Tensor
 from splitfuse.errors import ConfigError
 from splitfuse.kernels.batch import RaggedBatch
 from splitfuse.kernels.drawing import Filter
-from splitfuse.kernels.group import Group
+from splitfuse.kernels.group import Group, SummingGroup
 from splitfuse.kernels.layers import (
     AttentionSpec,
     ConvSpec,
@@ -104,7 +104,7 @@ class Capabilities:
     own_threads: bool = False  # num_threads is honoured
     shares_weights: bool = False  # processes can share one copy of the weights
     lends: bool = False  # another process can hold the leading keys and values of a request
-    divides: bool = False  # a tensor-parallel group can compute a network
+    gathers: bool = False  # ranks that share memory compute a network with the bits of one process
     kv_layout: int = 1  # version of what the bytes of a block or a state mean: raise it with every change of that
 
 
@@ -453,13 +453,14 @@ class Backend(ABC):
         del plan
         return None
 
-    # Tensor-parallel groups, for networks in one call. Only for a backend whose capabilities say `divides`.
+    # Tensor-parallel groups
 
     def gather_logits(self, x: Tensor, head: Weight, bias: Tensor | None, vocabulary: int, group: Group) -> Tensor:
         """Return the logits [R, V] in fp32 of rows x [R, C], which all ranks have, by the rows of the head of each.
-        Where ranks share memory they lie there, until it is used again.
+        Where ranks share memory they lie there, until it is used again: for a backend whose capabilities say `gathers`.
         """
-        raise NotImplementedError(f"{self.capabilities.name} cannot be divided among ranks")
+        assert isinstance(group, SummingGroup)
+        return group.join_columns(self.linear(x, head, bias).float(), vocabulary)
 
     # Loans, of networks in one call. Only for a backend whose capabilities say `lends`.
 

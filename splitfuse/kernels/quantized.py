@@ -81,6 +81,15 @@ class GroupQuantized:
         parts: dict[str, Any] = {name: getattr(self, name) for name in names}
         return replace(self, **{name: part[index] for name, part in parts.items() if part is not None})
 
+    def only_columns(self, columns: range) -> GroupQuantized:
+        """Return some of the columns, which `are_whole_groups`. Theirs must be the order of the weight."""
+        assert self.order is None
+        size = self.format.group_size
+        sizes = {"levels": 1, "scales": size, "mins": size, "zeros": size}
+        sizes |= dict.fromkeys(("super_scales", "super_mins"), size * (self.format.super_groups or 1))
+        parts: dict[str, Any] = {name: _of_columns(getattr(self, name), columns, each) for name, each in sizes.items()}
+        return replace(self, **parts)
+
     def dequantize(self, dtype: torch.dtype) -> Tensor:
         """Return the weight: what fp32 arithmetic makes of it, rounded to `dtype`."""
         (num_rows, columns), out = self.shape, torch.empty(self.shape, dtype=dtype)
@@ -155,6 +164,11 @@ class Fp8Quantized:
         values = self.values.view(torch.uint8)[index].view(torch.float8_e4m3fn)
         return replace(self, values=values, scales=self.scales[index])
 
+    def only_columns(self, columns: range) -> Fp8Quantized:
+        """Return some of the columns, which `are_whole_groups`."""
+        scales = _of_columns(self.scales, columns, FP8_GROUP)
+        return replace(self, values=self.values[:, columns.start : columns.stop], scales=scales)
+
     def dequantize(self, dtype: torch.dtype) -> Tensor:
         """Return the weight: what fp32 arithmetic makes of it, rounded to `dtype`."""
         scales = self.scales.repeat_interleave(FP8_GROUP, dim=1)[:, : self.shape[1]]
@@ -173,3 +187,23 @@ def read_alike(pieces: Sequence[QuantizedWeight]) -> bool:
     return all(
         each is first or (each is not None and first is not None and torch.equal(each, first)) for each in others
     )
+
+
+def are_whole_groups(stored: QuantizedFormat, columns: range, width: int) -> bool:
+    """Return whether some of the columns of a weight, which has `width`, are whole groups of it, or of a group that all
+    are in.
+
+    >>> are_whole_groups(Fp8Format(), range(128, 200), 200), are_whole_groups(Fp8Format(), range(100, 200), 200)
+    (True, False)
+    """
+    size = FP8_GROUP if isinstance(stored, Fp8Format) else stored.group_size
+    if size >= width:
+        return True
+    if isinstance(stored, GroupFormat):
+        size *= stored.super_groups or 1
+    return columns.start % size == 0 and (columns.stop % size == 0 or columns.stop == width)
+
+
+def _of_columns(numbers: Tensor | None, columns: range, size: int) -> Tensor | None:
+    """Return the numbers of groups of so many columns that some columns are in."""
+    return None if numbers is None else numbers[:, columns.start // size : -(-columns.stop // size)]

@@ -6,6 +6,7 @@ Knows neither where weights come from (weights.py) nor which requests a batch se
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial, reduce
 from typing import TypeAlias
 
@@ -83,6 +84,10 @@ class Decoder:
         """Return the device of the weights, where batches and caches must be too."""
         return self.weights.norm.device
 
+    def on_device(self) -> AbstractContextManager[object]:
+        """Return a context in which kernels are launched on the device of the weights: to compute in, and to choose."""
+        return torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext()
+
     @property
     def is_fused(self) -> bool:
         """Return whether the backend computes the network in one call."""
@@ -94,7 +99,7 @@ class Decoder:
         """
         if self._fused is not None:
             return self._fused(kv_cache.layers, batch)
-        x = self.backend.embed(batch.ids, self.weights.embed)  # [T, C], the residual stream
+        x = self.embed(batch.ids)  # [T, C], the residual stream
         if self.spec.embed_scale != 1.0:
             x = x * self.spec.embed_scale
         if self.weights.positions is not None:
@@ -134,6 +139,14 @@ class Decoder:
         assert self._fused is not None
         self.backend.lend(self._fused, kv_cache.layers, channel, blocks)
 
+    def embed(self, ids: Tensor) -> Tensor:
+        """Return the rows of the embedding for ids [T]: [T, C]."""
+        return self.backend.embed(ids, self.weights.embed)
+
+    def total(self, branch: Tensor) -> Tensor:
+        """Return what a block gives, [T, C], from what this process computes of it: here all."""
+        return branch
+
     def logits(self, hidden: Tensor) -> Tensor:
         """Apply the output head to rows of hidden states: [rows, C] -> [rows, vocabulary] in fp32."""
         logits = self.head_products(hidden)
@@ -163,7 +176,7 @@ class Decoder:
         norms, read, reads_sum = layer.norms, None, False
         if layer.mixer is not None:
             read = self._read(x, norms, weights.attn_norm, weights.attn_norm_bias)
-            mixed = self._mix(read, layer.mixer, weights, store, batch, lora)
+            mixed = self.total(self._mix(read, layer.mixer, weights, store, batch, lora))
             if norms.after:
                 mixed = self._norm(mixed, weights.post_attn_norm, weights.post_attn_norm_bias)
             before, reads_sum = x, layer.mlp is not None and norms.before and not layer.parallel
@@ -176,7 +189,7 @@ class Decoder:
             if not reads_sum and not (layer.parallel and layer.shared_norm):
                 read = self._read(source, norms, weights.mlp_norm, weights.mlp_norm_bias)
             assert read is not None
-            inner = mlp(read, layer.mlp, weights, self.backend, source, lora)
+            inner = self.total(mlp(read, layer.mlp, weights, self.backend, source, lora))
             if norms.after:
                 inner = self._norm(inner, weights.post_mlp_norm, weights.post_mlp_norm_bias)
             x = add_branch(x, inner, layer.residual_scale)

@@ -2,7 +2,8 @@
 
 A rank has its heads, its part of the inner elements of each MLP and expert, and of the rows of o, down, embedding and
 output head. It reads all columns of each: so every sum is that of one process, to the last bit. Ranks that share no
-memory have the columns of o and down that belong to their heads and inner elements, and add up the partial sums.
+memory, or compute one operation after the other, have the columns of o and down that belong to their heads and inner
+elements, and add up the partial sums.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from torch import Tensor
 from splitfuse.errors import ConfigError, RankLostError
 from splitfuse.kernels.batch import RaggedBatch
 from splitfuse.kernels.drawing import Filter
-from splitfuse.kernels.group import Group, SharedGroup
+from splitfuse.kernels.group import Group, Shard, SharedGroup, SummingGroup
 from splitfuse.kernels.interface import Backend
 from splitfuse.kernels.layers import AttentionSpec, ExpertsSpec, LayerSpec, MlpSpec
 from splitfuse.kernels.weights import NetworkWeights
@@ -33,8 +34,8 @@ _logger = logging.getLogger(__name__)
 
 DIVIDED = frozenset(
     [
-        *("embed", "head", "head_bias", "qkv", "qkv_bias", "sinks", "o", "o_bias", "w13", "w1", "w1_bias"),
-        *("w2", "w2_bias"),
+        *("embed", "head", "head_bias", "qkv", "qkv_bias", "attn_gate", "sinks", "o", "o_bias"),
+        *("w13", "w1", "w1_bias", "w2", "w2_bias"),
         *(f"{mlp}.{name}" for mlp in ("mlp", "shared") for name in ("gate_up", "up", "up_bias", "down", "down_bias")),
     ]
 )
@@ -66,17 +67,20 @@ def _rank_mlp(spec: MlpSpec, size: int) -> MlpSpec:
     return replace(spec, intermediate_size=spec.intermediate_size // size)
 
 
+def rank_shard(backend: Backend, rank: int, size: int, *, elsewhere: bool) -> Shard:
+    """Return the part of a rank of `size`, of which some are `elsewhere`, on other machines."""
+    return Shard(rank, size, sums=size > 1 and (elsewhere or not backend.capabilities.gathers))
+
+
 def check_ranks(spec: ModelSpec, backend: Backend, size: int) -> None:
     """Raise ConfigError, naming a number of ranks that would do, unless `size` ranks can compute the network."""
     if size == 1:
         return
-    if not backend.capabilities.divides:
-        raise ConfigError(
-            f"tensor_parallel_size={size} needs the C++ kernels, and here are {backend.capabilities.name}: leave it out"
-        )
-    if (reason := next(filter(None, map(_obstacle, set(spec.layers))), None)) is not None:
+    is_fused = backend.capabilities.gathers
+    obstacles = (_obstacle(layer, is_fused=is_fused) for layer in set(spec.layers))
+    if (reason := next(filter(None, obstacles), None)) is not None:
         raise ConfigError(f"tensor_parallel_size={size} cannot be used: the model has {reason}; leave it out")
-    sizes = dict.fromkeys(_sizes(spec))
+    sizes = dict.fromkeys(_sizes(spec, is_fused=is_fused))
     if wrong := next(((name, length) for name, length in sizes if length % size), None):
         fitting = [str(each) for each in range(1, size) if not any(length % each for _, length in sizes)]
         raise ConfigError(
@@ -85,9 +89,9 @@ def check_ranks(spec: ModelSpec, backend: Backend, size: int) -> None:
         )
 
 
-def _sizes(spec: ModelSpec) -> list[tuple[str, int]]:
+def _sizes(spec: ModelSpec, *, is_fused: bool) -> list[tuple[str, int]]:
     """Return what ranks must be able to divide evenly, by name."""
-    sizes = [("elements of hidden states", spec.hidden_size)]
+    sizes = [("elements of hidden states", spec.hidden_size)] if is_fused else []
     for layer in spec.layers:
         mlps = [layer.mlp]
         if isinstance(layer.mlp, ExpertsSpec):
@@ -98,8 +102,8 @@ def _sizes(spec: ModelSpec) -> list[tuple[str, int]]:
     return sizes
 
 
-def _obstacle(layer: LayerSpec) -> str | None:
-    """Return what a layer has that ranks cannot divide, if anything."""
+def _obstacle(layer: LayerSpec, *, is_fused: bool) -> str | None:
+    """Return what a layer has that ranks cannot divide, if anything: a network in one call, or its operations."""
     mixer, mlp = layer.mixer, layer.mlp
     if not isinstance(mixer, AttentionSpec | None):
         return "layers with a recurrent state"
@@ -107,7 +111,7 @@ def _obstacle(layer: LayerSpec) -> str | None:
         norms = mixer.qk_norm
         for found, what in (
             (mixer.latent, "latent attention"),
-            (mixer.gate, "a gate of attention"),
+            (mixer.gate and is_fused, "a gate of attention"),
             (mixer.alibi, "ALiBi, whose slopes depend on all heads"),
             (norms and norms.whole_row, "norms over all heads of queries and keys"),
             (norms and norms.own_weights, "norms with weights of each head"),
@@ -116,7 +120,7 @@ def _obstacle(layer: LayerSpec) -> str | None:
                 return what
     if isinstance(mlp, ExpertsSpec) and mlp.own_norm is not None:
         return "norms of experts of their own"
-    if layer.token_input is not None or layer.output_scale:
+    if is_fused and (layer.token_input is not None or layer.output_scale):
         return "layers with an input or a scale of their own"
     return None
 
@@ -145,13 +149,28 @@ class RankDecoder(Decoder):
         begin = batch.on_start
         with self._together() as tell:
 
-            def start() -> None:  # only once the batch is known to be one that can be computed
+            def start() -> None:
                 tell()
                 self.on_step(batch)
                 begin()
 
-            batch.on_start = start
+            if self.is_fused:  # only once the batch is known to be one that can be computed
+                batch.on_start = start
+            else:
+                start()
             return super().forward(batch, kv_cache)
+
+    def embed(self, ids: Tensor) -> Tensor:
+        own = self.group.shard.span(self.spec.vocab_size)
+        mine = ((ids >= own.start) & (ids < own.stop)).unsqueeze(1)
+        found = super().embed((ids - own.start).clamp(0, len(own) - 1))
+        return self.total(found.masked_fill(~mine, 0.0))  # one rank has the row: the sum is exact
+
+    def total(self, branch: Tensor) -> Tensor:
+        assert isinstance(self.group, SummingGroup)
+        branch = branch.contiguous()
+        self.group.add_up(branch)
+        return branch
 
     def logits(self, hidden: Tensor) -> Tensor:
         found = super().logits(hidden)
@@ -173,6 +192,9 @@ class RankDecoder(Decoder):
         with self._together() as tell:
             tell()
             self.on_head(hidden)
+            if isinstance(self.group, SummingGroup):
+                hidden = hidden.contiguous()
+                self.group.broadcast(hidden)
             return self.backend.gather_logits(hidden, weights.head, weights.head_bias, self.spec.vocab_size, self.group)
 
     @contextmanager

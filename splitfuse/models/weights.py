@@ -32,7 +32,7 @@ from splitfuse.kernels.layers import (
     MlpSpec,
     NormSpec,
 )
-from splitfuse.kernels.quantized import QuantizedFormat, QuantizedWeight
+from splitfuse.kernels.quantized import QuantizedFormat, QuantizedWeight, are_whole_groups
 from splitfuse.kernels.weights import LayerWeights, MlpWeights, NetworkWeights, Role, Weight
 from splitfuse.models.decoder import Decoder
 from splitfuse.models.encoder.spec import EncoderSpec
@@ -130,10 +130,10 @@ class Part:
         return torch.zeros_like(taken) if self.is_zero else taken
 
     def row_numbers(self) -> Tensor | None:
-        """Return which rows of the stored tensor these are, in order; None if they are no whole rows of it."""
-        if len(self.piece.shape) != 2 or self.columns is not None:
+        """Return which rows of the stored tensor these are, or are columns of, in order; None if they are none."""
+        if len(self.piece.shape) != 2:
             return None
-        numbers = self.take(torch.arange(self.piece.shape[0]).unsqueeze(1))
+        numbers = replace(self, columns=None).take(torch.arange(self.piece.shape[0]).unsqueeze(1))
         return numbers[:, 0] if numbers.shape == (self.shape[0], 1) else None
 
 
@@ -329,18 +329,26 @@ def weight_bytes(
     return sum(parameter_bytes(parameter, formats, dtype, backend) for parameter, formats in plan)
 
 
-def copy_bytes(spec: ModelSpec, dtype: torch.dtype, backend: Backend, weights: WeightSource | None = None) -> int:
-    """Return the bytes of the largest copy of a weight that `backend` makes in a step, of those that are quantized in
-    `weights` too.
+def copy_bytes(
+    spec: ModelSpec,
+    dtype: torch.dtype,
+    backend: Backend,
+    weights: WeightSource | None = None,
+    *,
+    shard: Shard = WHOLE,
+) -> int:
+    """Return the bytes of the largest copy of a rank's weight that `backend` makes in a step, of those that are
+    quantized in `weights` too.
     """
     is_stored = weights is not None and any(weights.quantization(name) is not None for name in weights.names())
     if backend.quantization is None and not is_stored:  # a mixture has tens of thousands of weights to ask about
         return 0
     if weights is None or not is_stored:
-        return max(backend.copy_bytes(each.shape, role=each.role, dtype=dtype) for each in parameters(spec))
+        parts = [each.of_rank(shard) for each in parameters(spec)]
+        return max(backend.copy_bytes(each.shape, role=each.role, dtype=dtype) for each in parts)
     return max(
         backend.copy_bytes(each.shape, role=each.role, dtype=dtype, is_stored=any(formats))
-        for each, formats in kept_parameters(weights, spec, backend)
+        for each, formats in kept_parameters(weights, spec, backend, shard)
     )
 
 
@@ -382,10 +390,13 @@ def _kept_formats(weights: WeightSource, parameter: Parameter, backend: Backend)
 
 def _kept_format(weights: WeightSource, part: Part, role: Role, backend: Backend) -> QuantizedFormat | None:
     """Return the format that a backend could keep rows of a weight in: None if they are dense, or no rows of a stored
-    matrix, or if the backend does not take the format.
+    matrix, or not whole groups of their columns, or if the backend does not take the format.
     """
-    stored = weights.quantization(part.piece.name) if part.piece.name in weights else None
+    (name, shape), columns = part.piece, part.columns
+    stored = weights.quantization(name) if name in weights else None
     if stored is None or not backend.accepts(stored, role) or part.row_numbers() is None:
+        return None
+    if columns is not None and not (are_whole_groups(stored, columns, shape[1]) and weights.is_in_order(name)):
         return None
     return stored
 
@@ -556,7 +567,8 @@ class _Reader:
             self._stored[piece] = self._stack.enter_context(weights.read_quantized(piece))
         stored = self._stored[piece]
         if quantized and (rows := part.row_numbers()) is not None:
-            return stored.rows(rows)
+            stored = stored.rows(rows)
+            return stored if part.columns is None else stored.only_columns(part.columns)
         if piece not in self._tensors:
             self._tensors[piece] = stored.dequantize(self._dtype)
         return part.take(self._tensors[piece])

@@ -152,7 +152,7 @@ class DraftRunner:
         """See `DraftModel`."""
         began = time.perf_counter()
         guesses: list[Guess | None] = [None] * len(chunks)
-        with torch.inference_mode():
+        with torch.inference_mode(), self.decoder.on_device():
             hidden = self.decoder.forward(self._batches.build(chunks), self._kv_cache)
             wanted = [number for number, chunk in enumerate(chunks) if chunk.num_logits]
             requests = [self._requests[chunks[number].request_id] for number in wanted]

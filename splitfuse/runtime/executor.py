@@ -222,7 +222,8 @@ class Executor:
         try:
             if before is not None and before.done.exception() is not None:
                 raise RuntimeError("the step before it failed")
-            handle.done.set_result(self._execute(handle.plan))
+            with self.decoder.on_device():
+                handle.done.set_result(self._execute(handle.plan))
         except BaseException as error:
             handle.done.set_exception(error)
         self._running = None
@@ -235,7 +236,8 @@ class Executor:
 
     def hidden(self, chunks: Sequence[Chunk]) -> Tensor:
         """Run one forward step; return final hidden states [sum of num_logits, hidden], in the order of the chunks."""
-        return self._forward(self._batch(chunks))
+        with self.decoder.on_device():
+            return self._forward(self._batch(chunks))
 
     def _forward(self, batch: RaggedBatch) -> Tensor:
         graphs = self._graphs

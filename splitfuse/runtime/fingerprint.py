@@ -16,7 +16,7 @@ from splitfuse.config.engine import EngineConfig
 from splitfuse.kernels.interface import Backend
 from splitfuse.models.sources.source import ModelSource
 from splitfuse.runtime.machine import gpu
-from splitfuse.runtime.memory_plan import MemoryPlan
+from splitfuse.runtime.memory_plan import MemoryPlan, first_shard
 from splitfuse.version import __version__
 
 _NOT_IN_BLOCKS = frozenset({"tokenizer", "llguidance", "max_model_len"})
@@ -45,7 +45,7 @@ def identify(
         "device": gpu(device) or device.type,
         "max_model_len": plan.max_model_len,
     }
-    if model.rank:  # which add up partial sums; others give the same bits as one process
+    if first_shard(config, backend).sums:  # ranks that share memory give the same bits as one process
         parts["ranks"] = model.tensor_parallel_size
     return {name: str(part) for name, part in parts.items()}
 

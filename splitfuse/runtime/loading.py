@@ -38,12 +38,12 @@ from splitfuse.models.weights import (
     weight_bytes,
 )
 from splitfuse.runtime.backend_choice import choose_backend
-from splitfuse.runtime.device import choose_device, device_of
+from splitfuse.runtime.device import choose_device, device_of, rank_devices
 from splitfuse.runtime.draft_model import DraftRunner, open_draft
 from splitfuse.runtime.executor import Executor
 from splitfuse.runtime.fingerprint import describe_kernels, digest, fingerprint, identify, kv_fingerprint
 from splitfuse.runtime.machine import available_memory, usable_cores
-from splitfuse.runtime.memory_plan import DraftSizes, MemoryPlan, plan_memory, tier_bytes, token_bytes
+from splitfuse.runtime.memory_plan import DraftSizes, MemoryPlan, first_shard, plan_memory, tier_bytes, token_bytes
 from splitfuse.runtime.parallel.leader import Leader
 from splitfuse.runtime.results import HEAD_ROWS
 from splitfuse.runtime.sampling.grammar import Grammars
@@ -284,6 +284,8 @@ def _start_ranks(config: EngineConfig, opened: _Opened, spec: ModelSpec, plan: M
     tokens = max(plan.max_num_batched_tokens, MAX_TOKEN_BUDGET)  # what is not used costs nothing
     return Leader(
         config,
+        shard=first_shard(config, opened.backend),
+        devices=rank_devices(config),
         files=_files(opened.source, config),
         kernels=describe_kernels(opened.backend),
         logit_bytes=4 * HEAD_ROWS * spec.vocab_size,
@@ -350,7 +352,7 @@ def _plan(
     plan = partial(plan_memory, spec, config, backend=backend, weights=weights, tiers=tiers, draft=draft)
     if sharing is None:
         return plan()
-    free = available_memory(device_of(config))
+    free = min(map(available_memory, set(rank_devices(config))))
     num_sharers, share = sharing.num_sharers, sharing.share
     if not backend.capabilities.shares_weights or config.model.tensor_parallel_size > 1:  # each has its own
         return plan(available=free // num_sharers if share is None else min(share, free))

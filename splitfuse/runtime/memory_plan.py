@@ -15,17 +15,17 @@ from splitfuse.core.kv.fetching import INBOX_BYTES, MOVES_BYTES, MOVES_INBOX_BYT
 from splitfuse.core.limits import ceil_div
 from splitfuse.core.step_budget import BUDGETS, FIRST_BUDGET
 from splitfuse.errors import ConfigError, MemoryPlanError
-from splitfuse.kernels.group import Shard
+from splitfuse.kernels.group import WHOLE, Shard
 from splitfuse.kernels.interface import Backend, StepSizes
 from splitfuse.kernels.layers import AttentionSpec, ExpertsSpec, LayerSpec, RecurrentSpec
 from splitfuse.kernels.loans import TILE
 from splitfuse.models.kv_cache import block_bytes, state_bytes
-from splitfuse.models.sharding import check_ranks, rank_spec
+from splitfuse.models.sharding import check_ranks, rank_shard, rank_spec
 from splitfuse.models.sources.source import WeightSource
 from splitfuse.models.spec import LongRopeScaling, ModelSpec
 from splitfuse.models.storage import may_be_quantized
 from splitfuse.models.weights import copy_bytes, resolve_dtype, weight_bytes
-from splitfuse.runtime.device import device_of
+from splitfuse.runtime.device import device_of, rank_devices, ranks_of_device
 from splitfuse.runtime.machine import GIB, available_memory
 from splitfuse.runtime.results import HEAD_ROWS
 from splitfuse.runtime.step_graphs import MAX_BYTES, round_up
@@ -37,7 +37,7 @@ LOGIT_BYTES = 20
 """Bytes of each logit while rows are sampled, about: in fp32, also in the kernels' own buffer, adjusted in fp64, and
 what drawing adds."""
 SUM_BYTES = 8
-"""Bytes of each number that a rank receives of another one to add it up: in fp32, and in gloo's own buffer."""
+"""Bytes of each number that a rank receives of another one to add it up: in fp32, and in the library's own buffer."""
 LARGEST_KV_SHARE = 0.5
 """Fraction of the memory left by weights and activations that a KV cache takes by default; the rest is for others."""
 LARGEST_STATE_SHARE = 0.25
@@ -167,13 +167,15 @@ def plan_memory(
         raise ConfigError(
             f"max_model_len is {wanted_len}, but the model has {spec.max_position} positions: use at most that"
         )
-    weight_size = weight_bytes(spec, dtype, backend, weights, shard=first_shard(config))
-    available = available_memory(device_of(config)) if available is None else available
-    available //= config.model.num_local_ranks
+    shard = first_shard(config, backend)
+    weight_size = weight_bytes(spec, dtype, backend, weights, shard=shard)
+    devices = rank_devices(config)
+    available = min(map(available_memory, set(devices))) if available is None else available
+    available //= ranks_of_device(config)
     if (most := _gpu_share(config)) is not None:
         available = min(available, most)
     free = available - weight_size - (0 if draft is None else draft.weights + draft.activations)
-    token_size = token_bytes(spec, dtype, num_sums=_num_sums(config))
+    token_size = token_bytes(spec, dtype, shard)
     budget = config.scheduler.max_num_batched_tokens or _largest_budget(token_size, free=free)
     block = block_bytes(rank_spec(spec, num_ranks), block_size=size, dtype=dtype, backend=backend)
     num_positions = max(available, 0) // max(block, 1) * size
@@ -205,8 +207,10 @@ def plan_memory(
     if config.cache.kv_loans:
         check_loans(spec, backend, block_size=size)
     if num_ranks > 1:
-        divided = "the model" if config.model.rank else "the model and the machine's memory"
-        plan = replace(plan, remarks=(f"each of {num_ranks} ranks, which divide {divided}",))
+        divided = "the model and the machine's memory" if ranks_of_device(config) > 1 else "the model"
+        where = f" on {', '.join(devices)}" if devices[0] != devices[-1] else ""
+        adding = "; they add up by torch.distributed" if shard.sums else ""
+        plan = replace(plan, remarks=(f"each of {num_ranks} ranks{where}, which divide {divided}{adding}",))
     plan = _with_tiers(plan, config)
     plan = _with_states(plan, config, free=plan.available - plan.need)
     free = plan.available - plan.need
@@ -229,9 +233,9 @@ def plan_memory(
     )
 
 
-def first_shard(config: EngineConfig) -> Shard:
+def first_shard(config: EngineConfig, backend: Backend) -> Shard:
     """Return the part of the model that rank 0 has, which is that of an engine."""
-    return Shard(0, config.model.tensor_parallel_size, sums=bool(config.model.rank))
+    return rank_shard(backend, 0, config.model.tensor_parallel_size, elsewhere=bool(config.model.rank))
 
 
 def tier_bytes(cache: CacheConfig, *, num_sharers: int = 1, filled: int = 0, for_moves: bool = False) -> int:
@@ -291,11 +295,6 @@ def _rope_remarks(spec: ModelSpec, max_model_len: int) -> tuple[str, ...]:
     )
 
 
-def _num_sums(config: EngineConfig) -> int:
-    """Return the number of partial sums that are added up."""
-    return config.model.tensor_parallel_size if config.model.rank else 0
-
-
 def _largest_budget(token_size: int, *, free: int) -> int:
     """Return the largest token budget whose activations take no more than their share of the memory that the weights
     leave, and FIRST_BUDGET in any case.
@@ -316,8 +315,8 @@ def _activations(
     """Return the bytes that steps of so many tokens take besides weights and caches, and the CUDA graphs of steps, if
     there are any.
     """
-    dtype = resolve_dtype(config.model.dtype, spec)
-    size = step_bytes(spec, dtype, num_tokens, backend, weights, num_sums=_num_sums(config))
+    dtype, shard = resolve_dtype(config.model.dtype, spec), first_shard(config, backend)
+    size = step_bytes(spec, dtype, num_tokens, backend, weights, shard=shard)
     size += attention_bytes(spec, config, backend, num_tokens=num_tokens, num_positions=num_positions)
     return size + (graph_bytes(size) if config.model.cuda_graphs else 0)
 
@@ -329,13 +328,13 @@ def step_bytes(
     backend: Backend,
     weights: WeightSource | None = None,
     *,
-    num_sums: int = 0,
+    shard: Shard = WHOLE,
 ) -> int:
-    """Return the bytes of the activations and logits of a step of so many tokens, and of the copies of weights that
-    `backend` makes for it, of those that are quantized in `weights` too.
+    """Return the bytes of the activations and logits of a rank's step of so many tokens, and of the copies of weights
+    that `backend` makes for it, of those that are quantized in `weights` too.
     """
-    token_size = token_bytes(spec, dtype, num_sums=num_sums)
-    copies = copy_bytes(spec, dtype, backend, weights)
+    token_size = token_bytes(spec, dtype, shard)
+    copies = copy_bytes(spec, dtype, backend, weights, shard=shard)
     return num_tokens * token_size + HEAD_ROWS * spec.vocab_size * LOGIT_BYTES + copies
 
 
@@ -359,7 +358,8 @@ def attention_bytes(
         is_padded=is_padded,
     )
     dtype = resolve_dtype(config.model.dtype, spec)
-    mixers = {layer.mixer for layer in spec.layers if isinstance(layer.mixer, AttentionSpec)}
+    layers = rank_spec(spec, config.model.tensor_parallel_size).layers
+    mixers = {layer.mixer for layer in layers if isinstance(layer.mixer, AttentionSpec)}
     return max((backend.attention_bytes(each, sizes, dtype) for each in mixers), default=0)
 
 
@@ -368,13 +368,15 @@ def graph_bytes(activations: int) -> int:
     return MAX_BYTES + activations
 
 
-def token_bytes(spec: ModelSpec, dtype: torch.dtype, *, num_sums: int = 0) -> int:
-    """Return the bytes of one token at the widest moment of a step, generously. `num_sums` ranks add up what they give
-    of a hidden state.
+def token_bytes(spec: ModelSpec, dtype: torch.dtype, shard: Shard = WHOLE) -> int:
+    """Return the bytes of one token at the widest moment of a rank's step, generously. Ranks that share memory have
+    those of the whole network in it; others receive what all of them give of a hidden state.
     """
+    layers = set(rank_spec(spec, shard.size).layers if shard.sums else spec.layers)
     token_inputs = 3 * spec.token_input_size * len(spec.layers)
-    width = max(_layer_width(layer, spec.hidden_size) for layer in set(spec.layers)) + token_inputs
-    return width * max(dtype.itemsize, 4) + num_sums * spec.hidden_size * SUM_BYTES
+    width = max(_layer_width(layer, spec.hidden_size) for layer in layers) + token_inputs
+    sums = shard.size * spec.hidden_size * SUM_BYTES if shard.sums else 0
+    return width * max(dtype.itemsize, 4) + sums
 
 
 def _layer_width(layer: LayerSpec, hidden: int) -> int:
@@ -439,7 +441,8 @@ def _gpu_share(config: EngineConfig) -> int | None:
     device = torch.device(device_of(config))
     if device.type == "cpu" or not torch.cuda.is_available():
         return None
-    return int(config.cache.gpu_memory_share * torch.cuda.get_device_properties(device).total_memory)
+    sizes = [torch.cuda.get_device_properties(each).total_memory for each in rank_devices(config)]
+    return int(config.cache.gpu_memory_share * min(sizes))
 
 
 def _smaller_model(
@@ -448,7 +451,8 @@ def _smaller_model(
     """Return settings with each of which weights, activations and one KV block would fit."""
     dtype = resolve_dtype(config.model.dtype, spec)
     missing = plan.need + plan.block_of_both - plan.available
-    token_size = token_bytes(spec, dtype, num_sums=_num_sums(config))
+    shard = first_shard(config, backend)
+    token_size = token_bytes(spec, dtype, shard)
     budget = plan.max_num_batched_tokens - ceil_div(missing, token_size)
     options = [f"max_num_batched_tokens={budget}"] if budget >= 1 else []
     if plan.tiers >= missing:
@@ -462,10 +466,9 @@ def _smaller_model(
     )
     if config.model.cuda_graphs and plan.activations - without >= missing:
         options.append("leaving out cuda_graphs")
-    shard = first_shard(config)
     if plan.weights - weight_bytes(spec, torch.bfloat16, backend, weights, shard=shard) >= missing:
         options.append("dtype=bfloat16")
-    of_weights = plan.weights + copy_bytes(spec, dtype, backend, weights)
+    of_weights = plan.weights + copy_bytes(spec, dtype, backend, weights, shard=shard)
     quantization = _quantization(spec, backend, of_weights - missing, shard)
     if quantization and (weights is None or may_be_quantized(weights, quantization)):
         options.append(f"quantization={quantization}")
@@ -502,7 +505,8 @@ def _quantization(spec: ModelSpec, backend: Backend, most: int, shard: Shard) ->
     begin = 0 if backend.quantization is None else names.index(backend.quantization) + 1
     for name in names[begin:]:
         other = backend.quantized(name)
-        size = weight_bytes(spec, torch.bfloat16, other, shard=shard) + copy_bytes(spec, torch.bfloat16, other)
+        size = weight_bytes(spec, torch.bfloat16, other, shard=shard)
+        size += copy_bytes(spec, torch.bfloat16, other, shard=shard)
         if size <= most:
             return name
     return None

@@ -7,6 +7,7 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+from collections.abc import Sequence
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -14,6 +15,7 @@ from typing import Any
 import pytest
 import tiny_models
 import torch
+from backends import runnable
 from router_streams import closed_loop, read, requests, resumed, run, running, until
 
 from splitfuse.config.engine import EngineConfig
@@ -117,6 +119,48 @@ def test_ranks_give_the_bits_of_one_process(
         engine.step()
 
 
+def tokens(engine: Engine, lengths: Sequence[int]) -> dict[str, list[int]]:
+    """Return the greedy tokens of prompts of these lengths."""
+    found: dict[str, list[int]] = {}
+    for length in lengths:
+        prompt = [7 * number + 5 + length for number in range(length)]
+        engine.add_request(str(length), prompt, SamplingParams(max_tokens=4, temperature=0.0, ignore_eos=True))
+    while engine.has_unfinished:
+        for output in engine.step():
+            found.setdefault(output.request_id, []).extend(output.token_ids)
+    return found
+
+
+ADDING = {"dtype": "float32", "num_threads": None, "block_size": 16, "max_num_batched_tokens": 64}
+"""Settings of ranks that add up."""
+
+
+@pytest.mark.parametrize(
+    "kernels", ["reference", pytest.param("triton", marks=[*runnable("triton-float32"), pytest.mark.slow])]
+)
+def test_ranks_that_add_up_give_the_tokens_of_one_process(kernels: str) -> None:
+    """As on GPUs, by gloo in place of NCCL; log-probabilities differ in their last digits."""
+    settings = {**ADDING, "kernels": kernels}
+    alone, together = (load_model(config(ranks, **settings)) for ranks in (1, 2))
+    assert together.leader is not None and together.identity == {**alone.identity, "ranks": "2"}
+    assert "divide the model and the machine's memory; they add up by torch.distributed" in str(together.plan)
+    assert together.plan.block * 2 == alone.plan.block and together.plan.weights < 0.7 * alone.plan.weights
+    engine = Engine(config(2, **settings), together)
+    assert tokens(engine, (1, 27, 9)) == tokens(Engine(config(1, **settings), alone), (1, 27, 9))
+    (pid,) = together.leader.pids
+    os.kill(pid, signal.SIGKILL)
+    with pytest.raises(RankLostError, match="tensor-parallel group"):
+        tokens(engine, (5,))
+    assert together.leader.group.is_broken
+    engine.close()
+    assert not Path(f"/proc/{pid}").exists()
+
+
+def test_ranks_capture_no_steps() -> None:
+    with pytest.raises(ConfigError, match="cuda_graphs cannot be used with tensor_parallel_size=2, whose ranks would"):
+        config(2, cuda_graphs=True)
+
+
 def test_a_rank_with_other_weights_or_kernels_is_refused(tmp_path: Path) -> None:
     folders = [tmp_path / name for name in ("leader", "rank")]
     for folder in folders:
@@ -147,22 +191,24 @@ def ranks_of(engine: SupervisedEngine) -> list[int]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("how", "is_alone"),
+    ("how", "is_alone", "settings"),
     [
-        (signal.SIGKILL, False),
-        (signal.SIGKILL, True),
-        (signal.SIGSTOP, True),
+        (signal.SIGKILL, False, {}),
+        (signal.SIGKILL, True, {}),
+        (signal.SIGSTOP, True, {}),
+        pytest.param(signal.SIGKILL, True, {**ADDING, "kernels": "reference"}, id="adding"),
     ],
 )
 def test_requests_go_on_when_a_rank_is_lost(
-    how: signal.Signals, is_alone: bool, monkeypatch: pytest.MonkeyPatch
+    how: signal.Signals, is_alone: bool, settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """They go on at another engine, or when this one is there again, and no process is left of the one that was."""
     monkeypatch.setattr(supervisor, "FIRST_PAUSE", 0.01)
     wanted = requests(6, max_tokens=60)
 
     async def test() -> None:
-        group, other = SupervisedEngine(SubprocessLauncher(config(2))), AsyncEngine(Engine.load(config(1)))
+        group = SupervisedEngine(SubprocessLauncher(config(2, **settings)))
+        other = AsyncEngine(Engine.load(config(1, **settings)))
         async with running(group, other) as router:
             whole = await asyncio.gather(*(read(other.open(request)) for request in wanted))
             if is_alone:

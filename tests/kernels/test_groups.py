@@ -4,128 +4,36 @@ from __future__ import annotations
 
 import math
 import os
-import random
 import re
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from queue import SimpleQueue
-from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from backends import CPU, emulation_slow, variants
-from ragged_requests import Chunk, Request, Runner
-from random_networks import OWN, OwnNames, RandomWeights
-from specs import make_delta, make_experts
+from ragged_requests import Chunk, Runner
+from random_networks import RandomWeights
+from rank_networks import EPS, NETWORKS, dense, heads, logits, make_summing_groups, network, own_names, together
+from specs import make_delta
 from torch import Tensor
 
 from splitfuse.errors import ConfigError, RankLostError
 from splitfuse.kernels.cpu.backend import CpuBackend
 from splitfuse.kernels.group import WHOLE, Group, Shard, SharedGroup, make_group_file
-from splitfuse.kernels.layers import (
-    AttentionSpec,
-    ExpertsSpec,
-    HeadNormSpec,
-    LayerSpec,
-    Mixer,
-    MlpSpec,
-    NormPlace,
-    NormSpec,
-    RouterSpec,
-)
-from splitfuse.kernels.reference import ReferenceBackend
+from splitfuse.kernels.layers import HeadNormSpec, LayerSpec, Mixer
 from splitfuse.models.decoder import Decoder
-from splitfuse.models.families import registry
-from splitfuse.models.families.common import Family
 from splitfuse.models.kv_cache import KVCache, Piece
 from splitfuse.models.sharding import RankDecoder, check_ranks
-from splitfuse.models.spec import ModelSpec, RopeSpec
+from splitfuse.models.spec import ModelSpec
 from splitfuse.models.weights import load_decoder, parameters, weight_bytes
 from splitfuse.runtime.batch import BatchBuilder
 from splitfuse.runtime.parallel.follower import RankExecutor
-from splitfuse.runtime.parallel.gloo import GlooGroup
 from splitfuse.runtime.parallel.messages import ComputeHead, ComputeStep
 
-EPS = NormSpec(eps=1e-5)
 LOGIT_BYTES, STEP_BYTES = 2**19, 2**21
-
-
-def heads(**fields: Any) -> AttentionSpec:
-    return AttentionSpec(**{"num_heads": 12, "num_kv_heads": 6, "head_dim": 16} | fields)
-
-
-def dense(size: int, activation: str = "silu", **fields: Any) -> MlpSpec:
-    return MlpSpec(intermediate_size=size, activation=activation, **fields)
-
-
-def network(*layers: LayerSpec, **fields: Any) -> ModelSpec:
-    ropes = (RopeSpec(theta=10000.0, rotary_dim=16),)
-    sizes = {"architecture": OWN, "dtype": "bfloat16", "vocab_size": 71, "hidden_size": 96, "max_position": 700}
-    return ModelSpec(**sizes | {"norm": EPS, "ropes": ropes, "layers": layers} | fields)
-
-
-NETWORKS = {
-    "plain": network(LayerSpec(mixer=heads(), mlp=dense(132)), LayerSpec(mixer=heads(window=9), mlp=dense(66))),
-    "biases": network(
-        LayerSpec(
-            mixer=heads(qkv_bias=True, o_bias=True, sinks=True, softcap=5.0, qk_norm=HeadNormSpec(norm=EPS)),
-            mlp=dense(132, "gelu", bias=True),
-        ),
-        LayerSpec(mixer=heads(), mlp=dense(66, "clamped_swiglu", bias=True)),
-        tied_embeddings=True,
-        logit_softcap=20.0,
-        embed_scale=9.7,
-    ),
-    "sandwich": network(
-        LayerSpec(mixer=heads(), mlp=dense(132), norms=NormPlace.AROUND, residual_scale=0.7),
-        LayerSpec(mixer=heads(head_dim=18, rope=None), mlp=dense(66), norms=NormPlace.AFTER),
-        LayerSpec(mixer=heads(), mlp=make_experts(5, 2, 48), norms=NormPlace.AROUND),
-        LayerSpec(mixer=heads(), mlp=make_experts(5, 2, 48), residual_scale=0.6),
-    ),
-    "classic": network(
-        LayerSpec(mixer=heads(rope=None, qkv_bias=True), mlp=dense(36, "relu2", gated=False, bias=True)),
-        LayerSpec(mixer=heads(o_bias=True), mlp=dense(132, "gelu", gated=False), parallel=True, shared_norm=True),
-        LayerSpec(mixer=heads(), mlp=dense(66, "relu", gated=False), parallel=True),
-        LayerSpec(mixer=None, mlp=dense(42, gated=False)),
-        LayerSpec(mixer=heads(window=21), mlp=None),
-        norm=NormSpec(eps=1e-5, centered=True, bias=True),
-        learned_positions=True,
-        position_offset=2,
-    ),
-    "experts": network(
-        LayerSpec(mixer=heads(), mlp=make_experts(20, 3, 48)),
-        LayerSpec(
-            mixer=heads(),
-            mlp=ExpertsSpec(
-                router=RouterSpec(num_experts=24, top_k=3, renormalize=True, sigmoid=True, bias=True, scale=1.5),
-                expert=dense(48, "clamped_swiglu", bias=True),
-                shared=dense(72, bias=True),
-                shared_gate=True,
-            ),
-        ),
-        LayerSpec(
-            mixer=heads(),
-            mlp=replace(
-                make_experts(9, 3, 48),
-                shared=dense(72),
-                router=RouterSpec(num_experts=9, top_k=3, renormalize=False, sigmoid=True, scales_input=True),
-            ),
-        ),
-        LayerSpec(
-            mixer=heads(),
-            mlp=ExpertsSpec(
-                router=RouterSpec(num_experts=12, top_k=2, renormalize=False),
-                expert=dense(36, "relu2", gated=False, bias=True),
-                shared=dense(36, "relu2", gated=False),
-            ),
-            parallel=True,
-        ),
-    ),
-}
 FORMATS = [(None, None, False, 2), ("int8", None, True, 2), ("int8", 128, False, 3), ("int4", 64, False, 2)]
 CASES = [
     pytest.param(*case.values, name, id=f"{case.id}-{name}", marks=case.marks)
@@ -136,9 +44,9 @@ CASES = [
 
 
 @pytest.fixture(autouse=True)
-def own_names(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let networks have any layers: names of weights are those of no family."""
-    monkeypatch.setitem(registry.FAMILIES, OWN, Family("own", lambda _: NETWORKS["plain"], OwnNames()))
+def _own_names() -> Iterator[None]:
+    with own_names():
+        yield
 
 
 def load(spec: ModelSpec, backend: CpuBackend, group: Group | None = None) -> Decoder:
@@ -151,31 +59,6 @@ def make_groups(size: int, patience: float = 60.0) -> list[Group]:
     groups: list[Group] = [SharedGroup(fd, shard, logit_bytes=LOGIT_BYTES, patience=patience) for shard in shards]
     os.close(fd)
     return groups
-
-
-def make_summing_groups(size: int, patience: float = 60.0) -> list[Group]:
-    """Return groups that add up by gloo, made in threads, since they wait for each other."""
-    store = dist.HashStore()
-    shards = [Shard(rank, size, sums=True) for rank in range(size)]
-    with ThreadPoolExecutor(size) as pool:
-        made = pool.map(lambda shard: GlooGroup(store, shard, address="127.0.0.1", patience=patience), shards)
-        return list(made)
-
-
-def together(decoders: list[Decoder], compute: Callable[[Decoder], list[Tensor]]) -> list[list[Tensor]]:
-    """Return what each rank computes, in threads."""
-    with ThreadPoolExecutor(len(decoders)) as pool:
-        return list(pool.map(compute, decoders))
-
-
-def logits(decoder: Decoder, vocab_size: int, seed: int = 3) -> list[Tensor]:
-    """Return the logits of every position of some prompts, computed in chunks, and of some tokens chosen by them."""
-    rng = random.Random(0)
-    requests = [Request([rng.randrange(vocab_size) for _ in range(length)]) for length in (1, 3, 23, 70)]
-    runner = Runner(decoder, block_size=32, num_blocks=16)
-    runner.run_split(requests, random.Random(seed))
-    runner.generate(requests, 3)
-    return [torch.stack(request.logits) for request in requests]
 
 
 @pytest.mark.parametrize(
@@ -387,9 +270,7 @@ def test_what_ranks_cannot_divide_is_refused(size: int, layer: Mixer, message: s
     check_ranks(spec, CpuBackend(num_threads=1), 1)
 
 
-def test_indivisible_elements_and_other_kernels_are_refused() -> None:
+def test_indivisible_elements_are_refused() -> None:
     message = "tensor_parallel_size=3 does not divide the 130 inner elements of an MLP of the model: it can be 1 or 2"
     with pytest.raises(ConfigError, match=message):
         check_ranks(network(LayerSpec(mixer=heads(), mlp=dense(130))), CpuBackend(num_threads=1), 3)
-    with pytest.raises(ConfigError, match=r"tensor_parallel_size=2 needs the C\+\+ kernels, and here are"):
-        check_ranks(NETWORKS["plain"], ReferenceBackend(), 2)

@@ -7,7 +7,6 @@ from random import Random
 from typing import Any
 
 import backends
-import numpy as np
 import pytest
 import torch
 from backends import Requests, pack_experts, runnable
@@ -15,6 +14,7 @@ from specs import make_spec
 from stored_formats import FORMATS, fp8, weight_in
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from triton_faults import sum_in_one_order
 
 from splitfuse.config.engine import EngineConfig
 from splitfuse.errors import ConfigError
@@ -270,12 +270,7 @@ def test_a_quantized_head_is_looked_up() -> None:
 
 @pytest.fixture
 def ordered_sums(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let `tl.dot` add in one order for all rows of a tile, as a GPU does: BLAS adds by the place of a row."""
-
-    def matmul(a: Any, b: Any, dtype: Any = None) -> Any:
-        return (a.astype(dtype)[:, :, None] * b.astype(dtype)[None]).sum(1)
-
-    monkeypatch.setattr(np, "matmul", matmul)
+    sum_in_one_order(monkeypatch)
 
 
 @pytest.mark.usefixtures("ordered_sums")

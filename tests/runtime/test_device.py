@@ -7,13 +7,18 @@ from typing import Any
 
 import pytest
 import torch
+from specs import make_spec
 
 from splitfuse.config.engine import EngineConfig
 from splitfuse.errors import ConfigError
+from splitfuse.kernels.reference import ReferenceBackend
 from splitfuse.kernels.triton import capabilities as triton
 from splitfuse.runtime import device, memory_plan
 from splitfuse.runtime.device import DeviceChoice, choose_device
 from splitfuse.runtime.machine import GIB
+
+SIZES = {"num_layers": 2, "intermediate_size": 96, "num_heads": 4, "num_kv_heads": 2, "head_dim": 16}
+SPEC = make_spec(vocab_size=100, hidden_size=64, max_position=1000, **SIZES)
 
 
 def choose(**settings: Any) -> DeviceChoice:
@@ -55,7 +60,6 @@ def test_a_gpu_without_room_is_left_to_others(monkeypatch: pytest.MonkeyPatch) -
     [
         ({"kernels": "avx2"}, "kernels=avx2"),
         ({"num_threads": 2}, "num_threads=2"),
-        ({"tensor_parallel_size": 2}, "tensor_parallel_size=2"),
     ],
 )
 def test_settings_that_need_the_cpu_get_it(
@@ -63,6 +67,35 @@ def test_settings_that_need_the_cpu_get_it(
 ) -> None:
     simulate(monkeypatch, 70)
     assert choose(**settings) == DeviceChoice("cpu", f"{reason} needs it")
+
+
+def test_ranks_take_neighbours_that_all_have_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    simulate(monkeypatch, 79, 45, 60, 70, 30)
+    choice = choose(tensor_parallel_size=2)
+    assert choice == DeviceChoice("cuda:2", "60.0 of 80.0 GiB are free on cuda:2 to cuda:3")
+    for settings, devices in (
+        ({"tensor_parallel_size": 2}, ("cuda:2", "cuda:3")),
+        ({"tensor_parallel_size": 3, "device": "cuda"}, ("cuda:0", "cuda:1", "cuda:2")),
+        ({"tensor_parallel_size": 2, "device": "cuda:1"}, ("cuda:1", "cuda:2")),
+        ({"device": "cuda"}, ("cuda",)),
+    ):
+        assert device.rank_devices(EngineConfig.from_settings(settings)) == devices
+    assert choose(tensor_parallel_size=4).name == "cuda:0"
+    assert choose(tensor_parallel_size=5).why.startswith("only 30.0 of 80.0 GiB are free on cuda:0 to cuda:4")
+    assert choose(tensor_parallel_size=6).why == "tensor_parallel_size=6 needs as many GPUs, and there are 5"
+    assert choose(tensor_parallel_size=6, device="cpu").name == "cpu"
+    with pytest.raises(ConfigError, match="needs 3 GPUs from cuda:3 on, and PyTorch finds 2: use at most that"):
+        device.rank_devices(EngineConfig.from_settings({"device": "cuda:3", "tensor_parallel_size": 3}))
+
+
+def test_a_rank_has_what_the_gpu_with_least_leaves(monkeypatch: pytest.MonkeyPatch) -> None:
+    simulate(monkeypatch, 70, 20)
+    monkeypatch.setattr(memory_plan, "available_memory", device.available_memory)
+    config = EngineConfig.from_settings({"device": "cuda:0", "tensor_parallel_size": 2})
+    plan = memory_plan.plan_memory(SPEC, config, backend=ReferenceBackend())
+    assert plan.available == 20 * GIB
+    assert "each of 2 ranks on cuda:0, cuda:1, which divide the model; they add up by torch.distributed" in str(plan)
+    assert device.ranks_of_device(config) == 1
 
 
 def test_a_gpu_that_the_kernels_do_not_run_on_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:

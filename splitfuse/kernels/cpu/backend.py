@@ -57,7 +57,7 @@ from splitfuse.kernels.cpu.stored import (
     stored_groups,
 )
 from splitfuse.kernels.drawing import Filter
-from splitfuse.kernels.group import Group, SharedGroup, SummingGroup
+from splitfuse.kernels.group import Group, SharedGroup
 from splitfuse.kernels.interface import Backend, Capabilities, Network, NetworkPlan, RopeTable
 from splitfuse.kernels.layers import (
     AttentionSpec,
@@ -113,7 +113,7 @@ class CpuBackend(Backend):
         own_threads=True,
         shares_weights=True,
         lends=True,
-        divides=True,
+        gathers=True,
     )
 
     def __init__(
@@ -554,9 +554,8 @@ class CpuBackend(Backend):
     # Groups
 
     def gather_logits(self, x: Tensor, head: Weight, bias: Tensor | None, vocabulary: int, group: Group) -> Tensor:
-        if isinstance(group, SummingGroup):
-            return group.join_columns(self.linear(x, head, bias), vocabulary)
-        assert isinstance(group, SharedGroup)
+        if not isinstance(group, SharedGroup):
+            return super().gather_logits(x, head, bias, vocabulary, group)
         check(x, torch.bfloat16)
         ids, rank, size = group.shard.span(vocabulary), Rank.of(group), 4 * len(x) * vocabulary
         assert (head.rows, head.columns) == (len(ids), x.shape[1]) and size <= group.logit_bytes

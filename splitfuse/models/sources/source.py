@@ -89,6 +89,11 @@ class WeightSource(ABC):
         """Return a tensor that is quantized, as `read` does one that is not."""
         raise NotImplementedError(f"{piece.name} is not quantized")
 
+    def is_in_order(self, name: str) -> bool:
+        """Return whether the columns of a quantized tensor are stored in the order of the weight."""
+        del name
+        return True
+
     def in_one_order(self, names: Collection[str]) -> bool:
         """Return whether the columns of quantized tensors are stored in the same order."""
         del names

@@ -20,16 +20,19 @@ from multiprocessing.connection import Connection
 
 import msgspec
 import torch
+from torch import Tensor
 
 from splitfuse.config.engine import EngineConfig
 from splitfuse.errors import ConfigError, RankLostError, SplitfuseError
 from splitfuse.kernels.group import Group, Shard, SharedGroup
 from splitfuse.models.kv_cache import KVCache
 from splitfuse.models.sharding import RankDecoder
-from splitfuse.runtime.loading import load_rank
+from splitfuse.runtime.device import device_of
+from splitfuse.runtime.loading import load_rank, parse_device
 from splitfuse.runtime.memory_ahead import MemoryAhead
-from splitfuse.runtime.parallel.gloo import GlooGroup, open_store
+from splitfuse.runtime.parallel.distributed import DistributedGroup, open_store
 from splitfuse.runtime.parallel.messages import (
+    ComputeHead,
     ComputeStep,
     FollowerSpec,
     RankFailed,
@@ -70,7 +73,7 @@ def _follow(connection: Connection, spec: FollowerSpec, model: str | None = None
     config = spec.config
     if model is not None:
         config = EngineConfig.from_settings({**config.settings, "model": model})
-    group = _join(connection, spec)
+    group = _join(connection, spec, config)
     try:
         executor = RankExecutor(*load_rank(config, group, files=spec.files, kernels=spec.kernels))
         connection.send_bytes(encode(RankReady()))
@@ -91,16 +94,27 @@ class RankExecutor:
 
     def execute(self, task: Task) -> None:
         """Compute this rank's part of a task. Raises RankLostError."""
+        decoder = self._decoder
         if not isinstance(task, ComputeStep):
-            self._decoder.head_products(task.hidden)
+            with decoder.on_device():
+                decoder.head_products(self._rows(task))
             self._follow()
             return
         batch, began = task.batch, time.monotonic()
-        self._decoder.forward(batch, self._kv_cache)
-        self._last_block = int(batch.slot_mapping.max()) // self._kv_cache.block_size
+        slots = batch.slot_mapping
+        with decoder.on_device():
+            decoder.forward(batch.on_device(decoder.device), self._kv_cache)
+        self._last_block = int(slots.max()) // self._kv_cache.block_size
         self._seconds = time.monotonic() - began
         if not batch.num_rows:  # else the leader asks for the head at once, and is not to wait
             self._follow()
+
+    def _rows(self, task: ComputeHead) -> Tensor:
+        """Return the rows of a task, or space for those that the leader broadcasts."""
+        decoder = self._decoder
+        if isinstance(decoder.group, SharedGroup):
+            return task.hidden
+        return torch.empty(task.num_rows, decoder.spec.hidden_size, dtype=decoder.dtype, device=decoder.device)
 
     def _follow(self) -> None:
         self._ahead.use(self._last_block)
@@ -108,17 +122,28 @@ class RankExecutor:
         self._seconds = 0.0
 
 
-def _join(connection: Connection, spec: FollowerSpec) -> Group:
+def _join(connection: Connection, spec: FollowerSpec, config: EngineConfig) -> Group:
     """Return our place in the group. Raises RankLostError."""
-    link, size = spec.link, spec.config.model.tensor_parallel_size
+    link, size = spec.link, config.model.tensor_parallel_size
     if isinstance(link, SharedMemory):
         group = SharedGroup(link.fd, Shard(spec.rank, size), logit_bytes=link.logit_bytes, patience=spec.patience)
         os.close(link.fd)
         return group
+    return DistributedGroup(
+        open_store(link.host, link.port),
+        Shard(spec.rank, size, sums=True),
+        address=_own_address(connection) if config.model.rank else link.host,
+        device=parse_device(device_of(config)),
+        in_order=link.in_order,
+        patience=spec.patience,
+    )
+
+
+def _own_address(connection: Connection) -> str:
+    """Return the address of this machine which the leader has reached."""
     with socket.fromfd(connection.fileno(), socket.AF_INET, socket.SOCK_STREAM) as ours:
-        host = ours.getsockname()[0]
-    store = open_store(link.host, link.port)
-    return GlooGroup(store, Shard(spec.rank, size, sums=True), address=host, patience=spec.patience)
+        address: str = ours.getsockname()[0]
+    return address
 
 
 def _end_with(connection: int) -> None:

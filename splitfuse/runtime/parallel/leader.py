@@ -14,11 +14,12 @@ import subprocess
 import sys
 import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 
+import torch
 from torch import Tensor
 
 from splitfuse import errors
@@ -27,7 +28,7 @@ from splitfuse.errors import EngineUnavailableError, RankLostError, SplitfuseErr
 from splitfuse.kernels.batch import RaggedBatch
 from splitfuse.kernels.group import PATIENCE, Group, Shard, SharedGroup, make_group_file
 from splitfuse.models.sharding import RankDecoder
-from splitfuse.runtime.parallel.gloo import GlooGroup, make_store
+from splitfuse.runtime.parallel.distributed import DistributedGroup, make_store
 from splitfuse.runtime.parallel.link import connect
 from splitfuse.runtime.parallel.messages import (
     ComputeHead,
@@ -90,6 +91,8 @@ class Leader:
         self,
         config: EngineConfig,
         *,
+        shard: Shard,
+        devices: Sequence[str],
         files: str,
         kernels: str,
         logit_bytes: int,
@@ -98,7 +101,9 @@ class Leader:
         max_model_len: int,
         patience: float = PATIENCE,
     ) -> None:
-        """Start the followers, which load their parts of the model; those on other machines wait for us there.
+        """Start the followers, which load their parts of the model; those on other machines wait for us there. `shard`
+        is the part of rank 0, and `devices` are those of the ranks of this machine. Where ranks share memory, logits
+        and a step take so many bytes of it.
 
         Raises EngineUnavailableError if that cannot be done now, ConfigError if a rank elsewhere is none or has another
         key.
@@ -108,6 +113,7 @@ class Leader:
         self.num_blocks = num_blocks
         """Number of KV blocks of each follower."""
         self.num_local_ranks = config.model.num_local_ranks
+        self._shard, self._devices = shard, devices
         self._files, self._kernels, self._patience, self._lost = files, kernels, patience, ""
         self._lock = threading.Lock()
         self._followers: list[_Follower] = []
@@ -116,8 +122,11 @@ class Leader:
         try:
             if config.model.rank:
                 self._join()
+            elif shard.sums:
+                self._start()
+                self._meet("127.0.0.1")
             else:
-                self._start(logit_bytes, step_bytes)
+                self._share_memory(logit_bytes, step_bytes)
         except OSError as error:
             self.close()
             raise EngineUnavailableError(f"the ranks of the engine could not be started: {error.strerror}") from error
@@ -126,26 +135,29 @@ class Leader:
             raise
         self._end = weakref.finalize(self, _end_all, self._followers)
 
-    def _start(self, logit_bytes: int, step_bytes: int) -> None:
-        """Start processes of this machine."""
-        size = self._config.model.tensor_parallel_size
+    def _share_memory(self, logit_bytes: int, step_bytes: int) -> None:
+        """Start processes of this machine, which share memory."""
         memory = make_group_file(logit_bytes=logit_bytes, step_bytes=step_bytes)
         try:
-            self.group = SharedGroup(memory, Shard(0, size), logit_bytes=logit_bytes, patience=self._patience)
-            for rank in range(1, size):
-                ours, theirs = socket.socketpair()
-                with theirs:
-                    connection = self._connection(ours)
-                    process = subprocess.Popen(
-                        [sys.executable, "-m", FOLLOWER, str(theirs.fileno())],
-                        pass_fds=[theirs.fileno(), memory],
-                        stdin=subprocess.DEVNULL,
-                        stdout=2,  # what a library prints must not mix with our own output
-                    )
-                self._followers.append(_Follower(f"rank {rank} (process {process.pid})", connection, process))
-                connection.send_bytes(encode(self._spec(rank, SharedMemory(memory, logit_bytes))))
+            self.group = SharedGroup(memory, self._shard, logit_bytes=logit_bytes, patience=self._patience)
+            self._start(memory)
+            self._tell_specs(SharedMemory(memory, logit_bytes))
         finally:
             os.close(memory)
+
+    def _start(self, *inherited: int) -> None:
+        """Start processes of this machine, which inherit these descriptors."""
+        for rank in range(1, self._shard.size):
+            ours, theirs = socket.socketpair()
+            with theirs:
+                connection = self._connection(ours)
+                process = subprocess.Popen(
+                    [sys.executable, "-m", FOLLOWER, str(theirs.fileno())],
+                    pass_fds=[theirs.fileno(), *inherited],
+                    stdin=subprocess.DEVNULL,
+                    stdout=2,  # what a library prints must not mix with our own output
+                )
+            self._followers.append(_Follower(f"rank {rank} (process {process.pid})", connection, process))
 
     def _join(self) -> None:
         """Connect to processes on other machines, and them to each other."""
@@ -156,18 +168,30 @@ class Leader:
             ours = connect(address, key)
             host = host or ours.getsockname()[0]
             self._followers.append(_Follower(f"rank {rank} ({address})", self._connection(ours), None))
-        store = make_store(host)
-        for rank, follower in enumerate(self._followers, 1):
-            follower.connection.send_bytes(encode(self._spec(rank, Rendezvous(host, store.port))))
-        shard = Shard(0, model.tensor_parallel_size, sums=True)
+        self._meet(host)
+
+    def _meet(self, host: str) -> None:
+        """Connect processes to each other that add up, by a store at this address of ours."""
+        device = torch.device(self._devices[0])
+        store, in_order = make_store(host), device.type != "cuda" or self._config.model.batch_invariant
+        self._tell_specs(Rendezvous(host, store.port, in_order))
         try:
-            self.group = GlooGroup(store, shard, address=host, patience=self._patience)
+            self.group = DistributedGroup(
+                store, self._shard, address=host, device=device, in_order=in_order, patience=self._patience
+            )
         except RankLostError:
             self.wait()  # if one of them knows why, that is raised
             raise
 
-    def _spec(self, rank: int, link: SharedMemory | Rendezvous) -> FollowerSpec:
-        return FollowerSpec(__version__, self._config, rank, link, self._patience, self._files, self._kernels)
+    def _tell_specs(self, link: SharedMemory | Rendezvous) -> None:
+        """Tell the followers what they are; those of this machine, on which device."""
+        for rank, follower in enumerate(self._followers, 1):
+            settings = self._config.settings
+            if follower.process is not None:
+                settings = change_settings(settings, {"device": self._devices[rank]})
+            config = EngineConfig.from_settings(settings)
+            spec = FollowerSpec(__version__, config, rank, link, self._patience, self._files, self._kernels)
+            follower.connection.send_bytes(encode(spec))
 
     def _connection(self, ours: socket.socket) -> Connection:
         """Return a connection by which no sending waits without end: a follower that is stopped takes nothing."""
@@ -223,7 +247,7 @@ class Leader:
         self._tell(ComputeStep.of(batch))
 
     def _compute_head(self, hidden: Tensor) -> None:
-        self._tell(ComputeHead.of(hidden))
+        self._tell(ComputeHead(len(hidden)) if self._shard.sums else ComputeHead.of(hidden))
 
     def _tell(self, task: Task) -> None:
         """Give a task to all followers. Raises RankLostError."""

@@ -22,10 +22,12 @@ class SharedMemory(msgspec.Struct, frozen=True, tag="memory"):
 
 
 class Rendezvous(msgspec.Struct, frozen=True, tag="store"):
-    """Names the store through which ranks on several machines find each other."""
+    """Names the store through which ranks that share no memory find each other."""
 
     host: str
     port: int
+    in_order: bool
+    """Whether they add up in their order."""
 
 
 class FollowerSpec(msgspec.Struct, frozen=True):
@@ -57,29 +59,31 @@ class ComputeStep(msgspec.Struct, frozen=True, tag="step"):
         """Return the message for a batch, which has neither adapters nor loans."""
         assert batch.adapters is None and not batch.loans
         sizes = (batch.num_tokens, batch.num_requests, batch.table_width, batch.num_rows)
-        return cls(*sizes, batch.packed.numpy().tobytes())
+        return cls(*sizes, batch.host_packed.numpy().tobytes())
 
     @property
     def batch(self) -> RaggedBatch:
-        """Return the batch."""
+        """Return the batch, on the host."""
         packed = torch.frombuffer(bytearray(self.packed), dtype=torch.int32)
         return RaggedBatch(packed, self.num_tokens, self.num_requests, self.table_width, self.num_rows)
 
 
 class ComputeHead(msgspec.Struct, frozen=True, tag="head"):
-    """Asks for the logits of rows of hidden states, in bf16."""
+    """Asks for the logits of rows of hidden states. Ranks that share memory are given the rows, in bf16; among others
+    the leader broadcasts them.
+    """
 
     num_rows: int
-    rows: bytes
+    rows: bytes = b""
 
     @classmethod
     def of(cls, hidden: torch.Tensor) -> ComputeHead:
-        """Return the message for rows of hidden states."""
+        """Return the message with the rows."""
         return cls(len(hidden), hidden.contiguous().view(torch.uint8).numpy().tobytes())
 
     @property
     def hidden(self) -> torch.Tensor:
-        """Return the rows."""
+        """Return the rows of the message."""
         return torch.frombuffer(bytearray(self.rows), dtype=torch.bfloat16).view(self.num_rows, -1)
 
 

@@ -85,6 +85,12 @@ class QuantizedWeights(WeightSource):
                 raise WeightsError(f"{piece.name} is stored with {error}") from error
             yield weight
 
+    def is_in_order(self, name: str) -> bool:
+        if (stored := self._layers[name].parts.get("g_idx")) is None:
+            return True
+        with self._stored.tensor(stored) as groups:
+            return bool((groups[1:] >= groups[:-1]).all())
+
     def in_one_order(self, names: Collection[str]) -> bool:
         stored = [self._layers[name].parts.get("g_idx") for name in names]
         if len(stored) < 2 or not any(stored):

@@ -1,0 +1,272 @@
+"""Ranks that add up partial sums, one operation after the other: as on GPUs, by gloo in place of NCCL.
+
+Ranks are threads. Triton's interpreter has one state for all threads, so that launches take turns.
+"""
+
+from __future__ import annotations
+
+import re
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny_models
+import torch
+import torch.distributed as dist
+from backends import CPU, runnable
+from quantized_folders import awq, gptq, quantize
+from ragged_requests import Runner
+from random_networks import RandomWeights
+from rank_networks import EPS, NETWORKS, dense, heads, logits, make_summing_groups, network, own_names, together
+from specs import make_delta, make_experts
+from torch import Tensor
+from triton_faults import sum_in_one_order
+
+from splitfuse.errors import ConfigError, RankLostError
+from splitfuse.kernels.group import Group, Shard
+from splitfuse.kernels.interface import Backend, HeadNormSpec, LayerSpec, Mixer, TokenInputSpec
+from splitfuse.kernels.reference import ReferenceBackend
+from splitfuse.models.decoder import Decoder
+from splitfuse.models.families.registry import load_spec
+from splitfuse.models.sharding import RankDecoder, check_ranks
+from splitfuse.models.sources.folder import ModelFolder
+from splitfuse.models.spec import ModelSpec
+from splitfuse.models.weights import load_decoder, weight_bytes
+from splitfuse.runtime.parallel.distributed import DistributedGroup
+from splitfuse.runtime.parallel.follower import RankExecutor
+from splitfuse.runtime.parallel.messages import ComputeHead, ComputeStep
+
+AWQ = {"quant_method": "awq", "bits": 4, "group_size": 16, "zero_point": True, "version": "gemm"}
+GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 16, "sym": True, "desc_act": False, "lm_head": False}
+OTHERS = {
+    "gates": network(
+        LayerSpec(mixer=heads(gate=True), mlp=dense(132), output_scale=True),
+        LayerSpec(mixer=heads(), mlp=dense(66), token_input=TokenInputSpec(size=20, activation="silu")),
+        token_input_rows=71,
+        token_input_size=20,
+    ),
+    "narrow": network(LayerSpec(mixer=heads(), mlp=make_experts(5, 2, 48)), hidden_size=50, tied_embeddings=True),
+}
+"""Networks that the fused one cannot divide."""
+SPECS = NETWORKS | OTHERS
+TRITON = runnable("triton-float32")
+SLOW = [*TRITON, pytest.mark.slow]
+LENGTHS = {"lengths": (1, 3, 12), "block_size": 4}
+"""Requests that the interpreter computes in a second or two."""
+
+
+@pytest.fixture(autouse=True)
+def _own_names() -> Iterator[None]:
+    with own_names():
+        yield
+
+
+@pytest.fixture(autouse=True)
+def _launches_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    try:
+        from triton.runtime.interpreter import GridExecutor
+    except ImportError:
+        return
+    lock, launch = threading.RLock(), GridExecutor.__call__
+
+    def in_turn(self: Any, *args: Any, **kwargs: Any) -> None:
+        with lock:
+            launch(self, *args, **kwargs)
+
+    monkeypatch.setattr(GridExecutor, "__call__", in_turn)
+
+
+def triton(**options: Any) -> Backend:
+    from splitfuse.kernels.triton.backend import TritonBackend
+
+    return TritonBackend(device="cpu", **options)
+
+
+def load(spec: ModelSpec, backend: Backend, group: Group | None = None, dtype: torch.dtype = torch.float32) -> Decoder:
+    return load_decoder(RandomWeights(), spec, dtype=dtype, device=CPU, backend=backend, group=group)
+
+
+def compute(decoder: Decoder, seed: int = 3, **options: Any) -> list[Tensor]:
+    return logits(decoder, decoder.spec.vocab_size, seed, **options)
+
+
+def check_close(ours: list[Tensor], theirs: list[Tensor], share: float = 1e-4) -> None:
+    for one, other in zip(ours, theirs, strict=True):
+        assert one.shape == other.shape and other.isfinite().all() and other.std() > 0.1
+        assert (one - other).abs().max() <= share * other.abs().max()
+
+
+@pytest.mark.parametrize("size", [2, 3])
+@pytest.mark.parametrize("name", SPECS)
+def test_ranks_compute_the_network_of_one(name: str, size: int) -> None:
+    alone = compute(load(SPECS[name], ReferenceBackend()))
+    groups = make_summing_groups(size)
+    found = together([load(SPECS[name], ReferenceBackend(), group) for group in groups], compute)
+    for rows in found:
+        check_close(rows, alone)
+        assert all(torch.equal(ours, theirs) for ours, theirs in zip(rows, found[0], strict=True))
+
+
+@pytest.mark.parametrize(
+    ("name", "in_order", "options"),
+    [
+        pytest.param("plain", True, {}, marks=TRITON),
+        pytest.param("narrow", False, {}, marks=TRITON),
+        *(pytest.param(name, True, {}, marks=SLOW) for name in SPECS if name != "plain"),
+        pytest.param("plain", True, {"kv_dtype": "int8"}, marks=SLOW),
+    ],
+)
+def test_ranks_compute_the_network_of_one_with_triton(name: str, in_order: bool, options: dict[str, Any]) -> None:
+    alone = compute(load(SPECS[name], triton(**options)), **LENGTHS)
+    decoders = [load(SPECS[name], triton(**options), each) for each in make_summing_groups(2, in_order=in_order)]
+    share = 0.02 if options else 1e-4
+    for rows in together(decoders, lambda decoder: compute(decoder, **LENGTHS)):
+        check_close(rows, alone, share)
+
+
+@pytest.mark.parametrize("quantization", [pytest.param("int8", marks=SLOW), pytest.param("int4", marks=TRITON)])
+def test_ranks_keep_weights_in_few_bits(quantization: str) -> None:
+    """Scales of o and w2 are those of a rank's columns: the logits are like those of one process, not equal."""
+    spec = SPECS["narrow"]
+    alone = compute(load(spec, triton(quantization=quantization)), **LENGTHS)
+    groups = make_summing_groups(2)
+    decoders = [load(spec, triton(quantization=quantization), group) for group in groups]
+    found = together(decoders, lambda decoder: compute(decoder, **LENGTHS))
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(*found, strict=True))
+    ours, theirs = (torch.cat([each[:-3] for each in rows]) for rows in (found[0], alone))  # later tokens may differ
+    assert torch.cosine_similarity(ours, theirs, dim=-1).median() > 0.98
+    backend = triton(quantization=quantization)
+    whole, half = (weight_bytes(spec, torch.float32, backend, shard=each) for each in (Shard(0, 1), groups[0].shard))
+    assert half < 0.75 * whole
+
+
+@pytest.mark.parametrize(
+    ("layer", "config", "is_kept"),
+    [
+        pytest.param(awq, AWQ, True, marks=TRITON),
+        pytest.param(partial(gptq, act_order=True), GPTQ | {"desc_act": True}, False, marks=SLOW),
+        pytest.param(gptq, GPTQ, True, marks=SLOW),
+    ],
+    ids=["awq", "gptq-act-order", "gptq"],
+)
+def test_ranks_keep_the_bits_of_a_checkpoint(
+    layer: Callable[..., Any], config: dict[str, Any], is_kept: bool, tmp_path: Path
+) -> None:
+    """Also of o and down, whose columns they divide, unless those are in an order of their own."""
+    network = tiny_models.make("llama-gqa", lambda: tiny_models.llama(num_key_value_heads=2, num_attention_heads=4))
+    network.save_pretrained(tmp_path / "dense")
+    quantize(tmp_path / "dense", tmp_path / "kept", layer, config)
+    folder = ModelFolder(tmp_path / "kept")
+    weights, spec = folder.weights(), load_spec(folder)
+
+    def loaded(group: Group | None = None) -> Decoder:
+        return load_decoder(weights, spec, dtype=torch.float32, device=CPU, backend=triton(), group=group)
+
+    alone, groups = loaded(), make_summing_groups(2)
+    decoders = [loaded(group) for group in groups]
+    for rows in together(decoders, lambda decoder: compute(decoder, **LENGTHS)):
+        check_close(rows, compute(alone, **LENGTHS))
+    o = decoders[1].weights.layers[0].o
+    assert isinstance(o, Tensor) != is_kept
+    own, whole = (
+        [*(each.o for each in decoder.weights.layers), *(each.mlp.down for each in decoder.weights.layers if each.mlp)]
+        for decoder in (decoders[1], alone)
+    )
+    if is_kept:
+        assert 2 * sum(each.nbytes for each in own) == sum(each.nbytes for each in whole)
+
+
+@pytest.mark.parametrize("ranks", [pytest.param(2, marks=TRITON), pytest.param(3, marks=SLOW)])
+def test_bits_depend_on_the_number_of_ranks_alone(ranks: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With batch_invariant: however prompts are cut, and whatever runs beside them."""
+    sum_in_one_order(monkeypatch)
+    spec = SPECS["narrow"]
+    groups = make_summing_groups(ranks)
+    found = []
+    for seed, lengths in ((3, (1, 3, 12)), (8, (1, 3, 12)), (5, (1,))):
+        decoders = [load(spec, triton(invariant=True), group) for group in groups]
+        options = {"seed": seed, "lengths": lengths, "block_size": 4}
+        found.append(together(decoders, lambda decoder, options=options: compute(decoder, **options))[ranks - 1])  # type: ignore[misc]
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(found[0], found[1], strict=True))
+    assert torch.equal(found[0][0], found[2][0])
+
+
+@pytest.mark.parametrize("in_order", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_sums_are_those_of_all_ranks(dtype: torch.dtype, in_order: bool) -> None:
+    groups = make_summing_groups(3, in_order=in_order)
+    parts = [torch.randn(5, 7, generator=torch.Generator().manual_seed(n)).to(dtype) for n in range(3)]
+
+    def add_up(group: Group) -> tuple[Tensor, Tensor]:
+        assert isinstance(group, DistributedGroup)
+        total, rows = parts[group.shard.rank].clone(), parts[group.shard.rank].clone()
+        group.add_up(total)
+        group.broadcast(rows)
+        return total, rows
+
+    with ThreadPoolExecutor(3) as pool:
+        for total, rows in pool.map(add_up, groups):
+            assert torch.equal(rows, parts[0])
+            if in_order:
+                assert torch.equal(total, (parts[0].float() + parts[1].float() + parts[2].float()).to(dtype))
+            else:
+                assert torch.allclose(total, sum(parts, torch.zeros_like(total)), atol=4e-3)
+
+
+def test_a_follower_computes_what_it_is_told() -> None:
+    """A step, and the head of rows that the leader broadcasts."""
+    spec = SPECS["plain"]
+    leader, follower = (load(spec, ReferenceBackend(), group) for group in make_summing_groups(2))
+    assert isinstance(leader, RankDecoder) and isinstance(follower, RankDecoder)
+    executor = RankExecutor(follower, Runner(follower, block_size=32, num_blocks=16).cache)
+    tasks: list[ComputeStep | ComputeHead] = []
+    done: list[Any] = []
+    with ThreadPoolExecutor(1) as pool:
+
+        def tell(task: ComputeStep | ComputeHead) -> None:
+            tasks.append(task)
+            done.append(pool.submit(executor.execute, task))
+
+        leader.on_step = lambda batch: tell(ComputeStep.of(batch))
+        leader.on_head = lambda hidden: tell(ComputeHead(len(hidden)))
+        check_close(compute(leader), compute(load(spec, ReferenceBackend())))
+        for each in done:
+            each.result()
+    assert {type(task) for task in tasks} == {ComputeStep, ComputeHead}
+    assert all(not task.rows for task in tasks if isinstance(task, ComputeHead))
+
+
+def test_a_step_fails_that_another_rank_does_not_compute() -> None:
+    first, _ = groups = make_summing_groups(2, patience=0.3)
+    decoder = load(SPECS["plain"], ReferenceBackend(), first)
+    for _ in range(2):
+        with pytest.raises(RankLostError):
+            compute(decoder)
+    assert groups[0].is_broken
+    with pytest.raises(RankLostError, match="cannot connect to each other"):
+        DistributedGroup(dist.HashStore(), Shard(0, 2, sums=True), address="192.0.2.1")
+
+
+@pytest.mark.parametrize(
+    ("size", "layer", "message"),
+    [
+        (
+            4,
+            heads(num_heads=8, num_kv_heads=2),
+            "=4 does not divide the 2 key/value heads of the model: it can be 1 or 2",
+        ),
+        (2, heads(alibi=1.0), "the model has ALiBi, whose slopes depend on all heads; leave it out"),
+        (2, heads(qk_norm=HeadNormSpec(norm=EPS, whole_row=True)), "norms over all heads of queries and keys"),
+        (2, make_delta(2, 6, 10, 18), "the model has layers with a recurrent state"),
+    ],
+)
+def test_what_ranks_cannot_divide_is_refused(size: int, layer: Mixer, message: str) -> None:
+    spec = network(
+        LayerSpec(mixer=heads(num_heads=8, num_kv_heads=4), mlp=None), LayerSpec(mixer=layer, mlp=dense(132))
+    )
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        check_ranks(spec, ReferenceBackend(), size)
