@@ -137,12 +137,18 @@ def together(decoders: list[Decoder], compute: Callable[[Decoder], list[Tensor]]
 
 
 def logits(
-    decoder: Decoder, vocab_size: int, seed: int = 3, *, lengths: Sequence[int] = (1, 3, 23, 70), block_size: int = 32
+    decoder: Decoder,
+    vocab_size: int,
+    seed: int = 3,
+    *,
+    lengths: Sequence[int] = (1, 3, 23, 70),
+    block_size: int = 32,
+    num_chosen: int = 3,
 ) -> list[Tensor]:
     """Return the logits of every position of some prompts, computed in chunks, and of some tokens chosen by them."""
     rng = random.Random(0)
     requests = [Request([rng.randrange(vocab_size) for _ in range(length)]) for length in lengths]
     runner = Runner(decoder, block_size=block_size, num_blocks=16)
     runner.run_split(requests, random.Random(seed))
-    runner.generate(requests, 3)
+    runner.generate(requests, num_chosen)
     return [torch.stack(request.logits) for request in requests]
