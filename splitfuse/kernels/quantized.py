@@ -87,7 +87,8 @@ class GroupQuantized:
         size = self.format.group_size
         sizes = {"levels": 1, "scales": size, "mins": size, "zeros": size}
         sizes |= dict.fromkeys(("super_scales", "super_mins"), size * (self.format.super_groups or 1))
-        parts: dict[str, Any] = {name: _of_columns(getattr(self, name), columns, each) for name, each in sizes.items()}
+        parts: dict[str, Any] = {name: getattr(self, name) for name in sizes}
+        parts = {name: _of_columns(part, columns, sizes[name]) for name, part in parts.items() if part is not None}
         return replace(self, **parts)
 
     def dequantize(self, dtype: torch.dtype) -> Tensor:
@@ -204,6 +205,6 @@ def are_whole_groups(stored: QuantizedFormat, columns: range, width: int) -> boo
     return columns.start % size == 0 and (columns.stop % size == 0 or columns.stop == width)
 
 
-def _of_columns(numbers: Tensor | None, columns: range, size: int) -> Tensor | None:
+def _of_columns(numbers: Tensor, columns: range, size: int) -> Tensor:
     """Return the numbers of groups of so many columns that some columns are in."""
-    return None if numbers is None else numbers[:, columns.start // size : -(-columns.stop // size)]
+    return numbers[:, columns.start // size : -(-columns.stop // size)]
