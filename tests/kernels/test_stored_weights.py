@@ -24,6 +24,7 @@ from splitfuse.kernels.quantized import (
     GroupFormat,
     GroupQuantized,
     QuantizedWeight,
+    are_whole_groups,
 )
 from splitfuse.kernels.reference import ReferenceBackend
 from splitfuse.kernels.weights import LayerWeights, Role
@@ -72,6 +73,21 @@ def assert_product(ours: Tensor, x: Tensor, weight: QuantizedWeight) -> None:
 
 
 SHAPES = [(1, 32), (40, 96), (33, 256), (70, 2272)]
+
+
+@pytest.mark.parametrize("name", [*FORMATS, "FP8"])
+def test_whole_groups_of_columns_are_those_of_the_weight(name: str) -> None:
+    weight: QuantizedWeight = fp8(3, 1152) if name == "FP8" else weight_in(FORMATS[name], 3, 1152)
+    whole = weight.dequantize(F32)
+    for columns in (range(768), range(768, 1152), range(384, 768)):
+        if not are_whole_groups(weight.format, columns, 1152):
+            assert columns.start == 384  # half a block of 256
+            continue
+        some = weight.only_columns(columns)
+        assert some.shape == (3, len(columns))
+        assert torch.equal(some.dequantize(F32), whole[:, columns.start : columns.stop])
+    by_row = name == "int8 by row"
+    assert are_whole_groups(weight.format, range(100, 768), 1152) == by_row
 
 
 @pytest.mark.parametrize(("variant", "name"), CASES)
