@@ -127,7 +127,7 @@ def test_ranks_compute_the_network_of_one_with_triton(name: str, in_order: bool,
         check_close(rows, alone, share)
 
 
-@pytest.mark.parametrize("quantization", [pytest.param("int8", marks=SLOW), pytest.param("int4", marks=TRITON)])
+@pytest.mark.parametrize("quantization", [pytest.param(name, marks=SLOW) for name in ("int8", "int4")])
 def test_ranks_keep_weights_in_few_bits(quantization: str) -> None:
     """Scales of o and w2 are those of a rank's columns: the logits are like those of one process, not equal."""
     spec = SPECS["narrow"]
@@ -179,7 +179,7 @@ def test_ranks_keep_the_bits_of_a_checkpoint(
         assert 2 * sum(each.nbytes for each in own) == sum(each.nbytes for each in whole)
 
 
-@pytest.mark.parametrize("ranks", [pytest.param(2, marks=SLOW), pytest.param(3, marks=SLOW)])
+@pytest.mark.parametrize("ranks", [pytest.param(number, marks=SLOW) for number in (2, 3)])
 def test_bits_depend_on_the_number_of_ranks_alone(ranks: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """With batch_invariant: however prompts are cut, and whatever runs beside them."""
     sum_in_one_order(monkeypatch)
