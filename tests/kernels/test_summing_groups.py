@@ -28,7 +28,8 @@ from triton_faults import sum_in_one_order
 
 from splitfuse.errors import ConfigError, RankLostError
 from splitfuse.kernels.group import Group, Shard
-from splitfuse.kernels.interface import Backend, HeadNormSpec, LayerSpec, Mixer, TokenInputSpec
+from splitfuse.kernels.interface import Backend
+from splitfuse.kernels.layers import HeadNormSpec, LayerSpec, Mixer, TokenInputSpec
 from splitfuse.kernels.reference import ReferenceBackend
 from splitfuse.models.decoder import Decoder
 from splitfuse.models.families.registry import load_spec
