@@ -1,5 +1,5 @@
 """The kernel backends that the suites run over, as pytest parameters. One that this machine cannot run is skipped, with
-the reason; which it is must be seen, so none is left out.
+the reason and the number of its cases (conftest.py): it must be seen, so none is left out.
 """
 
 from __future__ import annotations

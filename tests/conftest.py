@@ -24,6 +24,26 @@ settings.register_profile("any machine", deadline=None, suppress_health_check=[H
 settings.load_profile("any machine")
 
 
+def is_skip(mark: pytest.Mark) -> bool:
+    """Whether a test that is marked so does not run here."""
+    return mark.name == "skip" or (mark.name == "skipif" and mark.args[0] is True)
+
+
+@pytest.hookimpl(trylast=True)  # of the cases that -m leaves
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Let one case stand for all that are skipped for the same reason, such as a variant of the kernels that this CPU
+    cannot run, and say how many they are.
+    """
+    skipped: dict[str, list[pytest.Item]] = {}
+    for item in items:
+        if reason := next((mark.kwargs["reason"] for mark in item.iter_markers() if is_skip(mark)), None):
+            skipped.setdefault(reason, []).append(item)
+    for reason, cases in skipped.items():  # a condition counts before `skip`
+        cases[0].add_marker(pytest.mark.skipif(True, reason=f"{reason} ({len(cases)} cases)"), append=False)
+    left_out = {case for _, *others in skipped.values() for case in others}
+    items[:] = [item for item in items if item not in left_out]
+
+
 @pytest.fixture
 def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
     """Run the command line here: a second faster than in a process of its own."""
