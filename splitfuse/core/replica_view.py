@@ -9,6 +9,7 @@ that the replica has not even received.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -43,6 +44,8 @@ class ReplicaView:
         self._decodes: dict[str, Request] = {}
         self._work: dict[str, float] = {}  # of the prefills
         self._token_seconds: dict[str, float] = {}  # of the decodes
+        self._num_positions = 0  # of all decodes that are computed
+        self._itl_targets: Counter[float] = Counter()  # of the decodes
         self._sums: tuple[float, float, int] | None = None  # of both, and the tokens of the prefills
         self._alone_of: tuple[StepTimes | None, Feasibility] | None = None
 
@@ -71,6 +74,8 @@ class ReplicaView:
             if output.token_ids:
                 request.output_token_ids += output.token_ids
                 request.slo.observe_tokens(now, len(output.token_ids))
+            if name in self._decodes:
+                self._num_positions += output.num_computed - request.num_scheduled
             request.num_scheduled, request.num_expected_cached = output.num_computed, 0
             request.status = RequestStatus.RUNNING
             if request.num_unscheduled > 1:  # also one that was preempted
@@ -80,14 +85,14 @@ class ReplicaView:
 
     def forget(self, request_id: str) -> None:
         """Forget a request that was expected, and does not come."""
-        for part in (self._prefills, self._decodes, self._work, self._token_seconds):
+        self._end_decode(request_id)
+        for part in (self._prefills, self._work):
             part.pop(request_id, None)
         self._sums = None
 
     def _begin_prefill(self, request: Request) -> None:
         name = request.request_id
-        self._decodes.pop(name, None)
-        self._token_seconds.pop(name, None)
+        self._end_decode(name)
         self._prefills[name] = request
         self._work[name] = self._alone.seconds(request)
         self._sums = None
@@ -98,7 +103,19 @@ class ReplicaView:
         self._work.pop(name, None)
         self._decodes[name] = request
         self._token_seconds[name] = self._alone.seconds_of_token(request)
+        self._num_positions += request.num_scheduled
+        if (itl_target := request.slo.itl_target) is not None:
+            self._itl_targets[itl_target] += 1
         self._sums = None
+
+    def _end_decode(self, name: str) -> None:
+        if (request := self._decodes.pop(name, None)) is not None:
+            del self._token_seconds[name]
+            self._num_positions -= request.num_scheduled
+            if (itl_target := request.slo.itl_target) is not None:
+                self._itl_targets[itl_target] -= 1
+                if not self._itl_targets[itl_target]:
+                    del self._itl_targets[itl_target]
 
     # What there is, as admission.py asks ------------------------------------------------------------------------------
 
@@ -152,6 +169,15 @@ class ReplicaView:
         otherwise.
         """
         request.num_expected_cached, request.sequence_number = cached, self._num_added
+        is_late = request.slo.deadline <= now or request.slo.missed
+        if not is_late and self._alone.surely_fit(
+            [*self._prefills.values(), request],
+            num_decodes=len(self._decodes),
+            num_positions=self._num_positions,
+            itl_target=min(self._itl_targets, default=math.inf),
+            now=now,
+        ):
+            return 0
         decodes, prefills = list(self._decodes.values()), list(self._prefills.values())
         outlook = self._outlook(decodes, now=now, priority=min(each.priority for each in (request, *prefills)))
         kept = {each.request for each in outlook.feasible(prefills)}

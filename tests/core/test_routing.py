@@ -18,9 +18,10 @@ from splitfuse.core.request import Request
 from splitfuse.core.request_output import FinishReason, RequestOutput
 from splitfuse.core.routing import Candidate, choose_replica
 from splitfuse.core.sampling_params import SamplingParams
-from splitfuse.core.scheduling_options import SchedulingOptions
+from splitfuse.core.scheduling_options import Priority, SchedulingOptions
 from splitfuse.core.slo.cost_model import CostModel, StepTimes
 from splitfuse.core.slo.deadline_policy import DeadlinePolicy
+from splitfuse.core.slo.feasibility import Feasibility
 from splitfuse.core.slo.latency_predictor import LatencyPredictor
 from splitfuse.core.slo.targets import NO_SLO, SloTargets
 from splitfuse.errors import SloUnattainableError
@@ -45,9 +46,10 @@ def request(
     generate: int = 10,
     now: float = 0.0,
     on_time_only: bool = False,
+    priority: Priority = Priority.NORMAL,
 ) -> Request:
     tokens = tuple(Random(name).randbytes(prompt))
-    scheduling = SchedulingOptions(targets=targets, arrival_time=now, on_time_only=on_time_only)
+    scheduling = SchedulingOptions(targets=targets, arrival_time=now, on_time_only=on_time_only, priority=priority)
     return Request(name, tokens, SamplingParams(), generate, seed=0, scheduling=scheduling)
 
 
@@ -138,6 +140,44 @@ def test_where_all_break_an_slo_the_fewest_are_broken() -> None:
     late = with_prompts(600, targets=SloTargets(ttft=0.1))
     assert late.num_broken(new, 0, 0.0) == 0, "what is late anyway gives way"
     assert chosen(new, two, one, late) == 2
+
+
+SLOS = [NO_SLO, *(SloTargets(ttft=0.1 * n) for n in (1, 3, 6)), *(SloTargets(ttft=2.0, itl=0.02 * n) for n in (1, 2))]
+some_requests = st.lists(
+    st.builds(
+        request,
+        st.uuids().map(str),
+        st.integers(1, 300),
+        st.sampled_from(SLOS),
+        on_time_only=st.booleans(),
+        priority=st.sampled_from(Priority),
+    ),
+    max_size=5,
+)
+
+
+@given(
+    decodes=some_requests, prompts=some_requests, new=some_requests.filter(bool), now=st.sampled_from([0.0, 0.05, 0.2])
+)
+def test_broken_are_those_that_would_be_in_time_otherwise(
+    decodes: list[Request], prompts: list[Request], new: list[Request], now: float
+) -> None:
+    known = view()
+    for each in (*decodes, *prompts):
+        known.add(each, [])
+    outputs = [RequestOutput(each.request_id, (7,), num_computed=each.num_prompt_tokens) for each in decodes]
+    known.take(outputs, TIMES, available_blocks=900, now=0.0)
+    for each in new:
+        found = known.num_broken(each, 0, now)
+        every = [*prompts, each]
+        priority = min(one.priority for one in every)
+        outlook = Feasibility(TIMES, decodes, now=now, priority=priority, token_budget=BUDGET)
+        before = {one.request for one in outlook.feasible(prompts)} | (
+            {each} if each.slo.deadline < math.inf else set()
+        )
+        after = {one.request for one in outlook.feasible(every)}
+        together = Feasibility(TIMES, decodes, soon=every, now=now, token_budget=BUDGET)
+        assert found == len(before - after) + (not together.is_sustainable)
 
 
 @given(st.lists(st.tuples(st.booleans(), st.lists(st.integers(1, 900), max_size=3), st.integers(0, 9)), max_size=6))

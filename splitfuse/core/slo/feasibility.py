@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 import sys
 from bisect import bisect_left
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 
@@ -184,6 +184,33 @@ class Feasibility:
             if (its_steps := (deadline - first) * rate + 1.0) > steps:
                 steps = its_steps
         return self.safety_factor * (deadline - self.now) - decodes - steps * self.overhead
+
+    def surely_fit(
+        self, prompts: Collection[Request], *, num_decodes: int, num_positions: int, itl_target: float, now: float
+    ) -> bool:
+        """Return True only if all prompts whose deadline is to come can meet it, and if all can decode beside
+        `num_decodes` requests with so many tokens, each of which needs one now and then one in every `itl_target`, or
+        none if that is infinity. What takes long to count is counted as if all had the tightest target.
+        """
+        work = later = 0.0
+        for request in prompts:
+            work += self.seconds(request)
+            if (own := request.slo.itl_target) is not None:
+                itl_target = min(itl_target, own)
+                later += self._per_decode + self._per_position * request.num_tokens
+        rate, decodes = 1.0 / itl_target, 0.0
+        if rate:
+            decodes = self._per_decode * num_decodes + self._per_position * (num_positions + num_decodes)
+        if rate * (decodes + later + self.floor) > self.safety_factor:
+            return False
+        work = self.with_floor(work)
+        for request in prompts:
+            seconds = request.slo.deadline - now
+            if 0.0 < seconds < math.inf:
+                room = self.safety_factor * seconds - (1.0 + rate * seconds) * (decodes + self.overhead)
+                if work > ON_TIME_ONLY_SHARE * room:
+                    return False
+        return True
 
     def spare(self, deadline: float, work: float, num_steps: int) -> float:
         """Return the seconds that are left before a deadline by prompts of so many seconds, in so many steps besides
