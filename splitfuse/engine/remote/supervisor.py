@@ -18,10 +18,11 @@ from splitfuse.engine.client import EngineState, LocalClient
 from splitfuse.engine.messages import Add, Alive, Command, EngineInfo, Failed, Loading, Report, StepReport, Stop
 from splitfuse.engine.quarantine import Quarantine, find_suspects
 from splitfuse.engine.remote.launcher import Launcher, Link
+from splitfuse.engine.restart_pauses import RestartPauses
 from splitfuse.engine.stream import Stream
 from splitfuse.errors import EngineUnavailableError, SplitfuseError
 
-FIRST_PAUSE, LONGEST_PAUSE = 0.5, 30.0  # seconds before a restart; doubled each time
+FIRST_PAUSE, LONGEST_PAUSE = 0.5, 30.0  # seconds before a restart
 STABLE_SECONDS = 10.0  # for which an engine has been ready if its death is the first of a series again
 TIME_TO_STOP = 5.0
 RESTART_SECONDS = 600.0
@@ -163,7 +164,7 @@ class SupervisedEngine(LocalClient):
         `start` raises, and there is no second one: a wrong setting stays wrong. An engine that cannot be reached may be
         later.
         """
-        pause = FIRST_PAUSE
+        pauses = RestartPauses(FIRST_PAUSE, LONGEST_PAUSE, stable=STABLE_SECONDS)
         while not self._closing:
             try:
                 why = await self._live()
@@ -185,18 +186,16 @@ class SupervisedEngine(LocalClient):
                 self._started.exception()  # the waiting caller may be gone: else asyncio would complain
                 if not (self.keeps_trying and isinstance(prevented, EngineUnavailableError)):
                     return
-                await asyncio.sleep(pause)  # what waits for the start logs why, or ends it
+                await asyncio.sleep(FIRST_PAUSE)  # what waits for the start logs why, or ends it
                 continue
             if self._closing:
                 return
             if self._died_at is None:  # else it died again before it was ready
                 self._died_at = time.monotonic()
-            if self._ready_at is not None and time.monotonic() - self._ready_at >= STABLE_SECONDS:
-                pause = FIRST_PAUSE
+            pause = pauses.next(None if self._ready_at is None else time.monotonic() - self._ready_at)
             made = self._launcher
             _logger.error("%s %s: %s; %s again in %g s", made.name, made.ends, why, made.begins, pause)
             await asyncio.sleep(pause)
-            pause = min(2 * pause, LONGEST_PAUSE)
 
     async def _live(self) -> str:
         """Let the engine live once; return why it ended."""
