@@ -45,6 +45,7 @@ from splitfuse.models.sources.hub import BUNDLED_MODEL
 from splitfuse.server.fronts import messages
 from splitfuse.server.fronts.app import ServerAdmission, ServerStore
 from splitfuse.server.fronts.engines import ServerEngines
+from splitfuse.server.fronts.kept_files import with_kept_files
 from splitfuse.server.fronts.messages import (
     BATCH_BYTES,
     WINDOW,
@@ -67,7 +68,7 @@ from splitfuse.server.fronts.messages import (
 )
 from splitfuse.server.fronts.session import FrontSession
 from splitfuse.server.fronts.supervisor import FrontProcesses, _Front, _Request
-from splitfuse.server.listen import LateApp, listening_sockets
+from splitfuse.server.listen import HttpServer, LateApp, listening_sockets
 from splitfuse.server.store import StoredAnswer
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="only Linux divides connections among sockets")
@@ -474,6 +475,25 @@ def test_a_front_is_started_without_keys_and_engines() -> None:
     assert config == ServerConfig(fronts=2, tls_certificate="cert.pem", tls_key="key.pem", max_body_mib=2)
 
 
+def test_a_front_has_the_certificate_with_which_the_server_started(tmp_path: Path) -> None:
+    if not make_certificate(tmp_path):
+        pytest.skip("needs openssl")
+    cert, key = tmp_path / "cert.pem", tmp_path / "key.pem"
+    key.chmod(0o600)
+    config = ServerConfig(fronts=2, tls_certificate=str(cert), tls_key=str(key))
+    kept, descriptors = with_kept_files(config)
+    said = [path.read_bytes() for path in (cert, key)]
+    for path in (cert, key):
+        path.unlink()
+    assert [Path(each).read_bytes() for each in (kept.tls_certificate, kept.tls_key) if each] == said
+    HttpServer(kept, max_connections=1)  # a front that is started now
+    with pytest.raises(ConfigError, match=r"tls_certificate .*cert\.pem cannot be read: No such file"):
+        with_kept_files(config)
+    for each in descriptors:
+        os.close(each)
+    assert with_kept_files(ServerConfig(fronts=2)) == (ServerConfig(fronts=2), [])
+
+
 def test_an_answer_waits_for_a_client_that_does_not_read() -> None:
     async def run() -> None:
         server, front = await channels()
@@ -513,7 +533,7 @@ def test_an_answer_waits_for_a_front_that_has_not_seen_the_adapters() -> None:
     async def run() -> None:
         server, channel = await channels()
         state: Any = None
-        front = _Front(0, FrontSpec.of(ServerConfig(), 0), LateApp(), lambda: asyncio.sleep(0))
+        front = _Front(0, FrontSpec.of(ServerConfig(), 0), [], LateApp(), lambda: asyncio.sleep(0))
         await front.knows(3)  # before it generates text it sees the newest view
         front._session, front.ready_at = FrontSession(state, server), 0.0
         listening = asyncio.create_task(front._listen(server, lambda: None))
@@ -670,6 +690,15 @@ def test_keys_tls_and_cors_hold_at_all_fronts(folder: Path, tmp_path: Path) -> N
         records = [json.loads(line) for line in server.printed.splitlines()]
         done = [record for record in records if record["route"] == ROUTE and record["status"] == 200]
         assert len(done) == 12
+        (tmp_path / "cert.pem").unlink()
+        with httpx.Client(base_url=found[1], verify=False, timeout=PATIENCE, trust_env=False) as client:
+            for pid in children(server.process.pid, FRONT):
+                os.kill(pid, signal.SIGKILL)
+            for number in range(2):
+                server.wait_for(f"front {number} died")
+            headers = {"authorization": "Bearer other"}
+            answer = client.post(ROUTE, json=body, headers=headers)  # which waits for a front
+            assert answer.status_code == 200, "they have the certificate with which the server started"
         assert {(each["key"], each["prompt"], len(each["text"])) for each in done} == {("bob", PROMPT, 1)}
 
 

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import signal
 import socket
 import time
 from collections import deque
-from collections.abc import Awaitable, Callable, MutableMapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, MutableMapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
@@ -24,6 +25,7 @@ from splitfuse.engine.remote.launcher import exit_text, send_signal, start_proce
 from splitfuse.errors import ServerError
 from splitfuse.models.sources.source import ModelSource
 from splitfuse.server.auth import ApiKeys
+from splitfuse.server.fronts.kept_files import with_kept_files
 from splitfuse.server.fronts.messages import (
     WINDOW,
     Body,
@@ -85,7 +87,7 @@ class FrontProcesses:
         """Raise ConfigError for a TLS certificate or key that cannot be used."""
         HttpServer(config, max_connections=1)  # it says what is wrong with these settings
         self._answer = LateApp()
-        self._config = config
+        self._config, self._files = with_kept_files(config)
         self._generation: Generation | None = None
         self._fronts: list[_Front] = []
         self._sockets: Sequence[socket.socket] = ()
@@ -119,7 +121,7 @@ class FrontProcesses:
         """Serve with a front on each of these sockets until `end`. Raises ServerError if one cannot be started."""
         self._sockets = sockets
         specs = [FrontSpec.of(self._config, each.fileno()) for each in sockets]
-        self._fronts = [_Front(index, spec, self._answer, self.tell) for index, spec in enumerate(specs)]
+        self._fronts = [_Front(n, spec, self._files, self._answer, self.tell) for n, spec in enumerate(specs)]
         telling = asyncio.create_task(self._tell_often())
         try:
             async with asyncio.TaskGroup() as group:
@@ -129,6 +131,8 @@ class FrontProcesses:
             raise errors.exceptions[0] from None
         finally:
             telling.cancel()
+            for each in self._files:
+                os.close(each)
 
     async def ready(self) -> None:
         """Return once all fronts generate text, and know of the engines what is known here."""
@@ -206,7 +210,8 @@ class Generation:
 class _Front:
     """Runs one front, life after life, and the requests that it passes on."""
 
-    def __init__(self, index: int, spec: FrontSpec, app: App, tell: Tell) -> None:
+    def __init__(self, index: int, spec: FrontSpec, files: Collection[int], app: App, tell: Tell) -> None:
+        """`files` are descriptors that it inherits besides its listener."""
         self.index = index
         self.num_connections = 0
         self.num_text_restarts = 0
@@ -216,6 +221,7 @@ class _Front:
         self.ready_at: float | None = None
         """Time at which it was ready in this life, or knew that it passes all requests on; None: it was not yet."""
         self._spec, self._app, self._tell = spec, app, tell
+        self._descriptors = [spec.listener, *files]
         self._channel: Channel[FromFront, ToFront] | None = None
         self._generation: Generation | None = None
         self._session: FrontSession | None = None
@@ -240,7 +246,7 @@ class _Front:
         self._fault, self.ready_at, self._text_restarts, self._has_spoken = "", None, 0, False
         self._seen = 0
         try:
-            process, connection = await start_process(PROCESS, self._spec, [self._spec.listener])
+            process, connection = await start_process(PROCESS, self._spec, self._descriptors)
         except OSError as error:  # no descriptors, memory or processes now
             return f"its process could not be started: {error.strerror}"
         channel: Channel[FromFront, ToFront] = await Channel.on(connection, list[FromFront])
