@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 GIB = 2**30
 MOUNT = "sys/fs/cgroup"
+NODES = "sys/devices/system/node"
 CGROUP_FILES = {  # by version: the limit, and the bytes in use
     1: ("memory.limit_in_bytes", "memory.usage_in_bytes"),
     2: ("memory.max", "memory.current"),
@@ -90,18 +91,45 @@ def paid_cores(root: Path = Path("/")) -> Iterator[int]:
             yield max(1, cores)
 
 
+# --- NUMA nodes -------------------------------------------------------------------------------------------------------
+
+
 def cores_by_node(cores: Iterable[int], root: Path = Path("/")) -> list[int]:
     """Return cores in the order of their NUMA nodes, so that neighbours in the list have the same memory nearby; by
     number where there is one node. `root` is the folder of `sys`.
     """
-    node_of: dict[int, int] = {}
-    for file in (root / "sys/devices/system/node").glob("node*/cpulist"):
-        with suppress(OSError, ValueError):  # what cannot be read counts as the first node
-            for part in filter(None, file.read_text().strip().split(",")):  # such as 0-15,32-47
-                first, _, last = part.partition("-")
-                number = int(file.parent.name.removeprefix("node"))
-                node_of |= dict.fromkeys(range(int(first), int(last or first) + 1), number)
+    node_of = _nodes_of_cores(root)
     return sorted(cores, key=lambda core: (node_of.get(core, 0), core))
+
+
+def nodes_with_memory(cores: Iterable[int], root: Path = Path("/")) -> list[int]:
+    """Return the NUMA nodes of some cores that have memory, in order. `root` is the folder of `sys`."""
+    node_of = _nodes_of_cores(root)
+    nodes = {node_of[core] for core in cores if core in node_of}
+    with suppress(OSError, ValueError):  # else all have
+        nodes &= set(_numbers((root / NODES / "has_memory").read_text()))
+    return sorted(nodes)
+
+
+def _nodes_of_cores(root: Path) -> dict[int, int]:
+    """Return the node of each core. One that no file tells of is in none."""
+    node_of: dict[int, int] = {}
+    for file in (root / NODES).glob("node*/cpulist"):
+        with suppress(OSError, ValueError):
+            number = int(file.parent.name.removeprefix("node"))
+            node_of |= dict.fromkeys(_numbers(file.read_text()), number)
+    return node_of
+
+
+def _numbers(text: str) -> Iterator[int]:
+    """Yield the numbers of a list of Linux.
+
+    >>> [*_numbers("0-2,8")]
+    [0, 1, 2, 8]
+    """
+    for part in filter(None, text.strip().split(",")):
+        first, _, last = part.partition("-")
+        yield from range(int(first), int(last or first) + 1)
 
 
 # --- memory -----------------------------------------------------------------------------------------------------------

@@ -14,7 +14,6 @@ from backends import BACKENDS, runnable, variants
 
 import splitfuse
 from splitfuse.config.engine import DTYPES, KERNELS, QUANTIZATIONS, EngineConfig
-from splitfuse.engine.replicas import divide
 from splitfuse.errors import ConfigError, KernelError
 from splitfuse.kernels.cpu import bindings
 from splitfuse.kernels.cpu.backend import CpuBackend
@@ -26,7 +25,7 @@ from splitfuse.models.weights import DTYPES as DTYPES_OF_WEIGHTS
 from splitfuse.runtime import backend_choice
 from splitfuse.runtime.backend_choice import BACKENDS as BACKENDS_BY_NAME
 from splitfuse.runtime.backend_choice import choose_backend
-from splitfuse.runtime.machine import cores_by_node, usable_cores
+from splitfuse.runtime.machine import usable_cores
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 ONLY_CPP: list[dict[str, Any]] = [
@@ -343,31 +342,3 @@ def test_the_tightest_control_group_counts(
 
 def test_without_control_groups_every_core_is_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert machine(tmp_path, monkeypatch, cgroup=None, files={}, cores=5) == 5
-
-
-@pytest.mark.parametrize(
-    ("nodes", "divided"),
-    [
-        ({"node0": "0-3", "node1": "4-7"}, [(0, 1, 2, 3), (4, 5, 6, 7)]),
-        (
-            {"node0": "0-1,4-5", "node1": "2-3,6-7"},
-            [(0, 1, 4, 5), (2, 3, 6, 7)],
-        ),  # second threads of cores
-        ({"node0": "0,2,4,6", "node1": "1,3,5,7"}, [(0, 2, 4, 6), (1, 3, 5, 7)]),
-        ({"node0": "0-7", "node1": "", "node2": "no cores"}, [(0, 1, 2, 3), (4, 5, 6, 7)]),  # a node of memory alone
-        ({}, [(0, 1, 2, 3), (4, 5, 6, 7)]),
-    ],
-)
-def test_replicas_have_cores_of_one_node(
-    nodes: Mapping[str, str], divided: list[tuple[int, ...]], tmp_path: Path
-) -> None:
-    for name, cores in nodes.items():
-        folder = tmp_path / "sys/devices/system/node" / name
-        folder.mkdir(parents=True)
-        (folder / "cpulist").write_text(f"{cores}\n")
-    assert divide(cores_by_node(range(8), tmp_path), 2) == divided
-
-
-def test_the_cores_of_this_machine_are_all_there() -> None:
-    cores = os.sched_getaffinity(0)
-    assert sorted(cores_by_node(cores)) == sorted(cores)

@@ -29,6 +29,7 @@ from splitfuse.engine.remote.handshake import NO_CERTIFICATE
 from splitfuse.engine.remote.listener import FrontSession, Listener, load_certificate
 from splitfuse.engine.tier_files import open_tiers
 from splitfuse.errors import ConfigError, SplitfuseError
+from splitfuse.runtime.numa import spread_engine
 from splitfuse.runtime.secret import Secret, read_secret
 
 if TYPE_CHECKING:
@@ -119,6 +120,7 @@ class StandaloneEngine:
         return False
 
     def _load(self) -> Engine:
+        spread_engine(self._config)  # before there are threads that compute
         self._listener.show(Loading("importing"))
         with garbage.paused():
             from splitfuse.engine.engine import Engine

@@ -28,6 +28,7 @@ from splitfuse.engine.remote.in_flight import InFlightRecord
 from splitfuse.engine.remote.launcher import WorkerSpec
 from splitfuse.engine.remote.transport import frame, receive
 from splitfuse.errors import SplitfuseError
+from splitfuse.runtime.numa import spread_engine
 
 if TYPE_CHECKING:
     from splitfuse.engine.loop import EngineLoop
@@ -48,6 +49,7 @@ def main() -> None:
     spec = msgspec.msgpack.decode(message, type=WorkerSpec)
     if spec.cores is not None:  # before PyTorch counts them
         os.sched_setaffinity(0, spec.cores)
+    spread_engine(spec.config)  # before there are threads that compute
     Worker(connection).run(spec)
 
 
