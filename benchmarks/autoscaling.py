@@ -180,7 +180,7 @@ class FluidServer:
                 seed=0,
                 scheduling=SchedulingOptions(targets=arrival.targets, arrival_time=arrival.at),
             )
-            replica = best_of(self._ready, request, (), arrival.at)
+            replica = best_of([(each, 0) for each in self._ready], request, arrival.at)
             sent.append((arrival.at, replica.add(request, (), 0)))
         for replica in (*self._ready, *self._draining):
             replica.finish()

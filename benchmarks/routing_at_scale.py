@@ -1,7 +1,7 @@
 """Measures the time of a choice among many replicas, and simulates how good the choices are.
 
     python -m benchmarks.routing_at_scale decisions [--replicas 16,100,1000,10000]
-    python -m benchmarks.routing_at_scale fleet [--replicas N] [--per-replica N] [--load F] [--fronts one,exact,...]
+    python -m benchmarks.routing_at_scale fleet [--replicas N] [--per-replica N] [--load F] [--seeds N] [--fronts ...]
     python -m benchmarks.routing_at_scale check [--replicas 16,256] [--per-replica N]
 
 Prompts begin with one of many prefixes, which are asked for by Zipf's law: the most popular of 50,000 comes with every
@@ -83,10 +83,12 @@ def plan(replicas: int, count: int, load: float = LOAD, *, seed: int = 1) -> Ite
         yield at, random.choices(range(number), cum_weights=weights)[0]
 
 
-def fluid_requests(replicas: int, count: int, load: float = LOAD) -> Iterator[tuple[float, Request, list[bytes]]]:
+def fluid_requests(
+    replicas: int, count: int, load: float = LOAD, *, seed: int = 1
+) -> Iterator[tuple[float, Request, list[bytes]]]:
     """Yield requests whose prompts are zeros and whose blocks have names as if they were not."""
     prompt = (0,) * (PREFIX + OWN)
-    for number, (at, prefix) in enumerate(plan(replicas, count, load)):
+    for number, (at, prefix) in enumerate(plan(replicas, count, load, seed=seed)):
         names = [b"p%d %d" % (prefix, block) for block in range(PREFIX // BLOCK)]
         names += [b"o%d %d" % (number, block) for block in range(OWN // BLOCK)]
         yield at, new_request(str(number), prompt, at), names
@@ -167,7 +169,7 @@ def figures(hits: float, ttfts: list[float], loads: Sequence[int]) -> str:
     )
 
 
-def fleet(replicas: int, per_replica: int, load: float, kinds: Sequence[str]) -> None:
+def fleet(replicas: int, per_replica: int, load: float, kinds: Sequence[str], seed: int = 1) -> None:
     for kind in kinds:
         clock = Clock()
         members = [FluidReplica(engine(), clock) for _ in range(replicas)]
@@ -176,7 +178,7 @@ def fleet(replicas: int, per_replica: int, load: float, kinds: Sequence[str]) ->
 
         def requests(members: list[FluidReplica] = members, loads: list[int] = loads) -> Iterator:  # type: ignore[type-arg]
             count = replicas * per_replica
-            for number, each in enumerate(fluid_requests(replicas, count, load)):
+            for number, each in enumerate(fluid_requests(replicas, count, load, seed=seed)):
                 if number == int(WARM_UP * count):
                     loads += [member.num_tokens for member in members]
                 yield each
@@ -185,7 +187,7 @@ def fleet(replicas: int, per_replica: int, load: float, kinds: Sequence[str]) ->
         counted = [member.num_tokens - before for member, before in zip(members, loads, strict=True)]
         counted_seconds = front.seconds[int(WARM_UP * len(front.seconds)) :]
         print(
-            f"{replicas:6} replicas, {kind:7}{summary(sent, counted)}  decision mean "
+            f"{replicas:6} replicas, seed {seed}, {kind:8}{summary(sent, counted)}  decision mean "
             f"{1e3 * metrics.mean(counted_seconds):6.3f}  P99 {1e3 * metrics.percentile(counted_seconds, 99):6.3f} ms",
             flush=True,
         )
@@ -290,6 +292,7 @@ def main() -> None:
     parser.add_argument("--per-replica", type=int, default=30, help="requests for each replica")
     parser.add_argument("--load", type=float, default=LOAD, help="of what a replica serves that has all prefixes")
     parser.add_argument("--fronts", default="one,exact,cells,random")
+    parser.add_argument("--seeds", type=int, default=1, help="number of simulations, each of other requests")
     arguments = parser.parse_args()
     default = {"decisions": "16,100,1000,10000", "fleet": "10000", "check": "16,256"}[arguments.what]
     numbers = [int(each) for each in (arguments.replicas or default).split(",")]
@@ -298,7 +301,8 @@ def main() -> None:
             asyncio.run(decisions(count, NO_SLO))
             asyncio.run(decisions(count, SloTargets(ttft=5.0, itl=1.0)))
     for count in numbers if arguments.what == "fleet" else ():
-        fleet(count, arguments.per_replica, arguments.load, arguments.fronts.split(","))
+        for seed in range(1, arguments.seeds + 1):
+            fleet(count, arguments.per_replica, arguments.load, arguments.fronts.split(","), seed)
     for count in numbers if arguments.what == "check" else ():
         fleet(count, arguments.per_replica, arguments.load, ["one"])
         print(f"{count:6} replicas, full   {full_replicas(count, arguments.per_replica, arguments.load)}", flush=True)
