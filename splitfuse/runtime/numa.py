@@ -60,4 +60,5 @@ def memory_policy() -> tuple[int, list[int]] | None:
 def _call(which: int, *arguments: object) -> bool:
     if platform.system() != "Linux" or (numbers := _SYSTEM_CALLS.get(platform.machine())) is None:
         return False
-    return ctypes.CDLL(None).syscall(numbers[which], *arguments) == 0
+    status: int = ctypes.CDLL(None).syscall(numbers[which], *arguments)
+    return status == 0

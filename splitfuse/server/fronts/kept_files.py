@@ -11,26 +11,26 @@ from pathlib import Path
 from splitfuse.config.server import ServerConfig
 from splitfuse.errors import ConfigError
 
-FILES = ("tls_certificate", "tls_key")
-"""Settings that name the files."""
-
 
 def with_kept_files(config: ServerConfig) -> tuple[ServerConfig, list[int]]:
     """Return the settings of fronts, with the names of files in memory, and the descriptors of these, which fronts
     inherit. Raises ConfigError for a file that cannot be read.
     """
-    descriptors: list[int] = []
-    for name in FILES:
-        if (path := getattr(config, name)) is None:
-            continue
-        try:
-            content = Path(path).read_bytes()
-        except OSError as error:
-            raise ConfigError(f"{name} {path} cannot be read: {error.strerror}") from error
-        descriptor = os.memfd_create(name)
-        os.fchmod(descriptor, 0o600)  # else any user could read the key through /proc
-        with open(descriptor, "wb", closefd=False) as file:
-            file.write(content)
-        descriptors.append(descriptor)
-        config = replace(config, **{name: f"/proc/self/fd/{descriptor}"})
-    return config, descriptors
+    if config.tls_certificate is None or config.tls_key is None:
+        return config, []
+    certificate, key = _kept("tls_certificate", config.tls_certificate), _kept("tls_key", config.tls_key)
+    kept = replace(config, tls_certificate=f"/proc/self/fd/{certificate}", tls_key=f"/proc/self/fd/{key}")
+    return kept, [certificate, key]
+
+
+def _kept(setting: str, path: str) -> int:
+    """Return the descriptor of a file in memory that says what a file says."""
+    try:
+        content = Path(path).read_bytes()
+    except OSError as error:
+        raise ConfigError(f"{setting} {path} cannot be read: {error.strerror}") from error
+    descriptor = os.memfd_create(setting)
+    os.fchmod(descriptor, 0o600)  # else any user could read the key through /proc
+    with open(descriptor, "wb", closefd=False) as file:
+        file.write(content)
+    return descriptor
