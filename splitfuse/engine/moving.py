@@ -5,8 +5,9 @@ fetches them into its prefix cache, while the old one still gives tokens. Only w
 one lets go, with its last token, and lays the rest ready. So the client waits for about a step, however long its
 request is; what does not come in time is computed again.
 
-In a drain, the blocks of all requests come before the first of them leaves, as far as that takes AHEAD_SECONDS: until
-then the new engine may have no request whose step what it lands, and its memory, would make longer.
+In a drain, the blocks of all requests that others have room for come before the first of them leaves, as far as that
+takes AHEAD_SECONDS: until then the new engine may have no request, whose steps would be longer for what lands and for
+the memory that this takes. The others follow when these have left.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+from collections import deque
 from collections.abc import Callable, MutableMapping, Sequence
 from dataclasses import dataclass
 from weakref import WeakKeyDictionary
@@ -57,11 +59,13 @@ class Mover:
         name_blocks: Callable[[Add], list[bytes]],
         *,
         can_leave: Callable[[Stream, LocalClient], bool],
+        fits: Callable[[LocalClient], bool],
     ) -> None:
         """`choose` gives the engine that a stream should go to from its present one, and lets that one's view have it;
-        None if none can have it now. `can_leave` says whether one may have it at some time.
+        None if none can have it now. `can_leave` says whether one may have it at some time, `fits` whether an engine
+        has room for all that its view has.
         """
-        self._choose, self._name_blocks, self._can_leave = choose, name_blocks, can_leave
+        self._choose, self._name_blocks, self._can_leave, self._fits = choose, name_blocks, can_leave, fits
         self._coming: MutableMapping[Stream, _Coming] = WeakKeyDictionary()
         self._tasks: set[asyncio.Task[None]] = set()
         self._num_moving: dict[LocalClient, int] = {}
@@ -69,6 +73,21 @@ class Mover:
     async def drain(self, source: LocalClient, streams: Sequence[Stream]) -> list[Stream]:
         """Let streams go on elsewhere, as long as their engine is drained. Returns them without those that stay, to end
         where they are, since no other engine can ever have them.
+        """
+        moved: list[Stream] = []
+        left = deque(streams)
+        while left:
+            together: list[Stream] = []
+            while left and (len(together) < MOVES_AT_ONCE or self._fit_where_they_go(together)):
+                together.append(left.popleft())
+                with contextlib.suppress(Exception):  # which is met again, and logged, where its blocks are brought
+                    self._find_receiver(source, together[-1])
+            moved += await self._move(source, together)
+        return moved
+
+    async def _move(self, source: LocalClient, streams: Sequence[Stream]) -> list[Stream]:
+        """Bring the blocks of streams that others have room for, then let one after the other go. Returns those that do
+        not stay.
         """
         gate, all_there, num_there = asyncio.Semaphore(MOVES_AT_ONCE), asyncio.Event(), 0
         timer = asyncio.get_running_loop().call_later(AHEAD_SECONDS, all_there.set)
@@ -144,19 +163,29 @@ class Mover:
                 return
             num_there = end
 
+    def _fit_where_they_go(self, streams: Sequence[Stream]) -> bool:
+        """Return whether the engines of streams have room for all that come."""
+        receivers = {coming.receiver for stream in streams if (coming := self._coming.get(stream)) is not None}
+        return all(map(self._fits, receivers))
+
+    def _find_receiver(self, source: LocalClient, stream: Stream) -> _Coming | None:
+        """Return where a stream is to go on, which is chosen if it was not before, or cannot have it any more; None if
+        none can have it now.
+        """
+        coming = self._coming.get(stream)
+        if coming is None or not coming.receiver.can_go_on_with(stream):
+            self.take_receiver(stream)
+            receiver = self._choose(stream, source) if source.has(stream) else None
+            coming = None if receiver is None else self._expect(stream, receiver)
+        return coming
+
     async def _bring(self, source: LocalClient, stream: Stream) -> None:
-        """Bring the blocks of a stream to the engine that is chosen for it, or was before and can have it still."""
+        """Bring the blocks of a stream to the engine where it is to go on."""
         self._num_moving[source] = self._num_moving.get(source, 0) + 1
         try:
             for _ in range(MOST_RECEIVERS):
-                if not source.has(stream):
+                if (coming := self._find_receiver(source, stream)) is None:
                     return
-                coming = self._coming.get(stream)
-                if coming is None or not coming.receiver.can_go_on_with(stream):
-                    self.take_receiver(stream)
-                    if (receiver := self._choose(stream, source)) is None:
-                        return
-                    coming = self._expect(stream, receiver)
                 await self._bring_to(coming, source, stream)
                 if coming.receiver.can_go_on_with(stream):
                     return
@@ -164,10 +193,11 @@ class Mover:
             self._num_moving[source] -= 1
 
     async def _hand_over(self, source: LocalClient, stream: Stream) -> None:
-        """Let a stream go, and wait until it goes on, at the engine to which its blocks were brought."""
+        """Let a stream go, and wait until it goes on, unless the engine to which its blocks were brought is full."""
         coming = self._coming.get(stream)
+        is_awaited = coming is not None and self._fits(coming.receiver)
         source.move(stream)
-        if coming is None:
+        if coming is None or not is_awaited:
             return
         receiver = coming.receiver
 

@@ -76,7 +76,7 @@ class Router(EngineClient):
         self._is_lone = len(self.replicas) + len(spare) == 1  # then there is no choice
         for replica in (*self.replicas, *spare):
             replica.keeps_view = not self._is_lone
-        self._mover = Mover(self._choose_receiver, self._name_blocks, can_leave=self._can_leave)
+        self._mover = Mover(self._choose_receiver, self._name_blocks, can_leave=self._can_leave, fits=_fits)
         self._recovery = Recovery(self.replicas, self._choose, prefer=self._prefer)
         self._loans = LoanBook(self.replicas) if lends else None
         self.name_key = name_key or new_key()
@@ -480,6 +480,7 @@ class Router(EngineClient):
         if not able or (choice := self._choose(request, able)) is None:
             return None
         if choice.copy is not None and choice.loan is None and choice.engine.view is not None:
+            choice.copy.num_expected_cached = choice.copy.num_tokens - 1  # its blocks come before it
             choice.engine.view.add(choice.copy, self._name_blocks(request))
         return choice.engine
 
@@ -584,6 +585,12 @@ def _is_open(replica: LocalClient) -> bool:
 
 def _room(info: EngineInfo) -> int:
     return info.limits.room
+
+
+def _fits(replica: LocalClient) -> bool:
+    """Return whether a replica has sequence slots and blocks for all that it has, or will have."""
+    view = replica.view
+    return view is None or view.free.fit(view.waiting, num_running=len(view.running))
 
 
 def _has_room(replica: LocalClient, stream: Stream) -> bool:
