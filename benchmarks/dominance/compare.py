@@ -217,7 +217,9 @@ class Comparison:
     def is_certain(self) -> bool:
         """Return whether the ratio is known well enough, or certainly above 1."""
         ratio, half_width = self.ratio()
-        return half_width <= HALF_WIDTH or ratio - half_width > 1.0 or ratio == math.inf
+        if half_width <= HALF_WIDTH or ratio == math.inf:
+            return True
+        return ratio > 1.0 and ratio * math.exp(-half_width / ratio) > 1.0  # on a logarithmic scale, as ratios are
 
 
 def _goodput(outcomes: Iterable[Outcome]) -> float:
