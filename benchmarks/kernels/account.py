@@ -32,6 +32,8 @@ class Operator:
     run: Callable[[], object]
     num_bytes: float = 0.0
     operations: float = 0.0
+    in_bf16: bool = False
+    """Whether it multiplies bf16 whatever the weights are, as attention does."""
 
 
 def account(executor: Executor, chunks: Sequence[Chunk], limits: Limits, *, int8: bool, turns: int) -> Iterator[Any]:
@@ -41,7 +43,11 @@ def account(executor: Executor, chunks: Sequence[Chunk], limits: Limits, *, int8
     total = 0.0
     for operator in operators(executor, chunks):
         timing = limits.compare(
-            operator.run, num_bytes=operator.num_bytes, operations=operator.operations, int8=int8, turns=turns
+            operator.run,
+            num_bytes=operator.num_bytes,
+            operations=operator.operations,
+            int8=int8 and not operator.in_bf16,
+            turns=turns,
         )
         total += timing.seconds
         limited = operator.num_bytes or operator.operations
@@ -121,7 +127,7 @@ def operators(executor: Executor, chunks: Sequence[Chunk]) -> Iterator[Operator]
     yield Operator("norms", norm_all)
     yield product("qkv", lambda layer: layer.qkv, "qkv_bias")
     yield Operator("rotate and store", store_all)
-    yield Operator("attention", attend_all, sum(ends) * token_bytes * len(layers), pairs)
+    yield Operator("attention", attend_all, sum(ends) * token_bytes * len(layers), pairs, in_bf16=True)
     yield product("o", lambda layer: layer.o)
     yield product("gate and up", lambda layer: layer.mlp.gate_up if layer.mlp is not None else None)
     yield product("down", lambda layer: layer.mlp.down if layer.mlp is not None else None)
