@@ -135,7 +135,7 @@ class Chunk:
         return self.start + len(self.token_ids)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class SamplingState:
     """Holds what choosing tokens needs of a request. The executor is sent it with the request's first chunk, and keeps
     it until the request retires, with the tokens that were chosen; preemption does not change it.

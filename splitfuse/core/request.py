@@ -80,6 +80,7 @@ class Request:
     """A Priority: as a number it is compared in no time."""
     owner: str = field(init=False)
     on_time_only: bool = field(init=False)
+    weight: float = field(init=False)
 
     def __post_init__(self) -> None:
         options = self.scheduling
@@ -89,6 +90,7 @@ class Request:
             num_prompt_tokens=len(self.prompt_token_ids),
         )
         self.priority, self.owner, self.on_time_only = options.priority, options.owner, options.on_time_only
+        self.weight = options.weight
 
     def resume(self, token_ids: Sequence[int], times: Sequence[float], *, num_prompt_logprobs: int) -> None:
         """Let a new request go on behind the tokens that another engine has generated, which its client has had since

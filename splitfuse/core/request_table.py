@@ -41,6 +41,7 @@ class RequestTable:
         """Ids of the requests that the next plan retires."""
         self._departing: list[Save] = []
         self._going_ahead: list[Save] = []
+        self._unsettled: list[Request] = []  # that a plan which is back has ended, or has to preempt
         self.fair_share = FairShare()
         self.num_accepted = 0
         self._queue = queue
@@ -63,8 +64,9 @@ class RequestTable:
         self._events.emit(RequestAdded(request, min(sent_time, now), now))
 
     def take_results(self, plan: StepPlan, results: StepResult, now: float) -> list[RequestOutput]:
-        """Move the requests of a plan on. Those that have ended are to be settled."""
+        """Move the requests of a plan on. Those that have ended or lose their blocks are to be settled."""
         outputs = []
+        self._unsettled.clear()
         for chunk in plan.chunks:
             request = self.by_id[chunk.request_id]
             request.num_plans_in_flight -= 1
@@ -74,6 +76,8 @@ class RequestTable:
                 is_leaving = request.most_here >= 0 and request.is_leaving
                 if is_leaving and not request.is_finished and not request.num_plans_in_flight:
                     outputs.append(self.leave(request, now))
+            if request.is_finished or request.kv.preempt_on_return:
+                self._unsettled.append(request)
         return outputs
 
     def take_result(self, request: Request, chunk: Chunk, result: ChunkResult, now: float) -> RequestOutput:
@@ -153,11 +157,11 @@ class RequestTable:
         tokens = request.tokens(0, num_tokens)
         return request.kv.save(self._allocator, tokens, part=part, salt=request.scheduling.cache_salt)
 
-    def settle_all(self, plan: StepPlan, now: float) -> None:
-        """Settle the requests of a plan that is back."""
-        for request in [self.by_id[chunk.request_id] for chunk in plan.chunks]:
-            if request.is_finished or request.kv.preempt_on_return:
-                self.settle(request, now)
+    def settle_all(self, now: float) -> None:
+        """Settle the requests of the plan that is back."""
+        for request in self._unsettled:
+            self.settle(request, now)
+        self._unsettled.clear()
 
     def settle(self, request: Request, now: float) -> None:
         """Release a request that has finished, or preempt one that is to be, unless one of its plans is in flight."""

@@ -183,7 +183,7 @@ class Scheduler:
         outputs = self.requests.take_results(plan, result, now)
         if self.fetches is not None:
             self.fetches.end(plan, is_done=all(each.error is None for each in result.values()))
-        self.requests.settle_all(plan, now)  # once it is known which have ended, and so which is the oldest
+        self.requests.settle_all(now)  # once it is known which have ended, and so which is the oldest
         return outputs
 
     def finish(

@@ -39,16 +39,16 @@ class FairShare:
         self._levels[priority] = max(self._levels[priority], level)
         key = max(service[owner], self._levels[priority], max((each.fair_share_key for each in same), default=0.0))
         if request.is_new:
-            service[owner] = key + request.num_prompt_tokens / request.scheduling.weight
+            service[owner] = key + request.num_prompt_tokens / request.weight
         return key
 
     def charge_tokens(self, request: Request, count: int) -> None:
         """Charge the owner of a request for generated tokens."""
-        self._service[request.owner] += count / request.scheduling.weight
+        self._service[request.owner] += count / request.weight
 
     def refund(self, request: Request) -> None:
         """Give back what was charged for the part of a finished request's prompt which was never computed."""
         if not request.is_new:
             return
         computed = max(request.num_scheduled, request.kv.num_lost)
-        self._service[request.owner] -= max(request.num_prompt_tokens - computed, 0) / request.scheduling.weight
+        self._service[request.owner] -= max(request.num_prompt_tokens - computed, 0) / request.weight

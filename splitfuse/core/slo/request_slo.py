@@ -23,6 +23,11 @@ class RequestSlo:
     10.7
     """
 
+    __slots__ = (
+        *("targets", "exists", "arrival_time", "ttft_target", "deadline", "missed", "steps_skipped", "itl_target"),
+        *("num_gaps", "gap_seconds", "_gaps", "_newest_token_time", "_ttft_violation"),
+    )
+
     def __init__(self, targets: SloTargets = NO_SLO, *, arrival_time: float = 0.0, num_prompt_tokens: int) -> None:
         self.targets = targets
         self.exists = targets != NO_SLO
