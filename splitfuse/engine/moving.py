@@ -92,9 +92,9 @@ class Mover:
         gate, all_there, num_there = asyncio.Semaphore(MOVES_AT_ONCE), asyncio.Event(), 0
         timer = asyncio.get_running_loop().call_later(AHEAD_SECONDS, all_there.set)
 
-        async def bring(stream: Stream) -> None:
+        async def bring(stream: Stream, *, once: bool = False) -> None:
             try:
-                await self._bring(source, stream)
+                await self._bring(source, stream, once=once)
             except Exception:  # it is computed again, then
                 _logger.exception("the blocks of request %s do not go with it", stream.request.request_id)
 
@@ -107,7 +107,7 @@ class Mover:
                 all_there.set()
             await all_there.wait()
             async with gate:
-                await bring(stream)  # what it has had since
+                await bring(stream, once=True)  # with few requests left, the engine is faster than what it has to bring
                 stays = source.has(stream) and not (source.is_drained and self._can_leave(stream, source))
                 if stays:
                     self.take_receiver(stream)
@@ -179,14 +179,16 @@ class Mover:
             coming = None if receiver is None else self._expect(stream, receiver)
         return coming
 
-    async def _bring(self, source: LocalClient, stream: Stream) -> None:
-        """Bring the blocks of a stream to the engine where it is to go on."""
+    async def _bring(self, source: LocalClient, stream: Stream, *, once: bool = False) -> None:
+        """Bring the blocks of a stream to the engine where it is to go on, `once` with what it has now: what it has
+        then goes with it.
+        """
         self._num_moving[source] = self._num_moving.get(source, 0) + 1
         try:
             for _ in range(MOST_RECEIVERS):
                 if (coming := self._find_receiver(source, stream)) is None:
                     return
-                await self._bring_to(coming, source, stream)
+                await self._bring_to(coming, source, stream, once=once)
                 if coming.receiver.can_go_on_with(stream):
                     return
         finally:
@@ -208,7 +210,7 @@ class Mover:
             async with asyncio.timeout(HANDED_OVER_SECONDS):
                 await receiver.wait_until(goes_on)
 
-    async def _bring_to(self, coming: _Coming, source: LocalClient, stream: Stream) -> None:
+    async def _bring_to(self, coming: _Coming, source: LocalClient, stream: Stream, *, once: bool) -> None:
         """Bring the full blocks of a stream to an engine, all but the newest, as far as they come in time."""
         info, receiver, num_there = source.info, coming.receiver, coming.num_there
         size, request_id = info.limits.block_size, stream.request.request_id
@@ -233,3 +235,5 @@ class Mover:
             if num_come < end - num_there:
                 return
             coming.num_there = num_there = end
+            if once:
+                return

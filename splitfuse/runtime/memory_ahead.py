@@ -60,8 +60,8 @@ class MemoryAhead:
                 return
 
     def have_some(self) -> None:
-        """Ask for a piece, if it is to be asked for ahead: there is time now."""
-        if self._lacks(self._ahead):
+        """Ask for a piece, while no request runs: twice as much as steps ask for, which then need not for a while."""
+        if self._lacks(2 * self._ahead):
             self.have_next()
 
     def have_next(self) -> float:

@@ -274,8 +274,8 @@ def test_a_drain_computes_at_most_a_block_of_each_again(is_narrow: bool, monkeyp
     events: list[tuple[str, Stream]] = []
     bring, hand_over = Mover._bring, Mover._hand_over
 
-    async def note_brought(self: Mover, source: LocalClient, stream: Stream) -> None:
-        await bring(self, source, stream)
+    async def note_brought(self: Mover, source: LocalClient, stream: Stream, **how: bool) -> None:
+        await bring(self, source, stream, **how)
         events.append(("brought", stream))
 
     async def note_leaving(self: Mover, source: LocalClient, stream: Stream) -> None:

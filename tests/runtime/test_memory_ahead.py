@@ -107,13 +107,17 @@ def test_others_may_have_what_is_there_beyond_what_is_reserved(monkeypatch: pyte
     assert ahead.num_ready(reserve=True) > 100, "all of it is there"
 
 
-def test_in_idle_time_as_much_comes_as_is_asked_for_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_after_idle_time_steps_ask_for_nothing_for_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(memory_ahead, "AHEAD_BYTES", 3 * PIECE_BYTES)
     cache = Cache()
     ahead = MemoryAhead(cache)  # type: ignore[arg-type]
-    for _ in range(9):
+    for _ in range(20):
         ahead.have_some()
-    assert [first for first, *_ in cache.had] == [0, 0, 2, 4, 4], "up to four blocks ahead"
+    assert [first for first, *_ in cache.had] == [0, 0, 2, 4, 4, 6, 8, 8], "up to eight blocks ahead"
+    for last_used, count in ((3, 8), (6, 9)):
+        ahead.use(last_used)
+        ahead.follow(1e9)
+        assert len(cache.had) == count, "up to four blocks ahead"
 
 
 def test_it_ends_where_memory_cannot_be_asked_for() -> None:
