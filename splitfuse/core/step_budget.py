@@ -12,11 +12,11 @@ it runs are remembered, and the model is fitted to them. It reads no clock, and 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from splitfuse.config.engine import MAX_TOKEN_BUDGET, SchedulerConfig
 from splitfuse.core.events import StepRecord
-from splitfuse.core.slo.cost_model import MIN_SAMPLES, CostModel, Sample, StepFeatures, features_of, fit
+from splitfuse.core.slo.cost_model import MIN_SAMPLES, CostModel, Sample, StepFeatures, features_of, fit_in_parts
 
 BUDGETS = (64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, MAX_TOKEN_BUDGET)
 """Token budgets to choose among: two in each octave, so that each move is a clear one."""
@@ -84,6 +84,8 @@ class StepBudget:
         self._num_steps = 0
         self._next_fit = FIRST_FIT
         self._last_found = tokens  # by the fit before
+        self._fitting: Iterator[CostModel | None] | None = None
+        self._usual_step = USUAL_STEP  # of those that are fitted
         self._samples: dict[int, deque[tuple[int, Sample]]] = {}  # by size of the step, with its number
 
     @classmethod
@@ -124,12 +126,17 @@ class StepBudget:
         size = _size(step.plan.num_tokens)
         sample = Sample(features_of(step.plan), step.measured_seconds)  # and not the plan, which has prompts
         self._samples.setdefault(size, deque(maxlen=SAMPLES_PER_SIZE)).append((self._num_steps, sample))
-        if self._num_steps >= self._next_fit:
+        if self._fitting is None and self._num_steps >= self._next_fit:
             self._next_fit = self._num_steps + min(self._num_steps, MOST_STEPS_BETWEEN)
-            self._choose()
+            self._begin_to_fit()
+        if self._fitting is not None and (cost := next(self._fitting)) is not None:
+            self._fitting = None
+            self._follow(cost)
 
-    def _choose(self) -> None:
-        """Fit a cost model to what is remembered, and move the budget if another is clearly better."""
+    def _begin_to_fit(self) -> None:
+        """Begin to fit a cost model to what is remembered, if that says enough: a part with each step that follows,
+        since no request waits for longer than a step then.
+        """
         oldest = self._num_steps - FORGOTTEN_AFTER
         recent = {size: [each for n, each in some if n > oldest] for size, some in self._samples.items()}
         sizes = sorted(size for size, some in recent.items() if some)
@@ -137,9 +144,12 @@ class StepBudget:
         counts = [each.features.tokens for each in samples]
         if len(samples) < MIN_SAMPLES or len(sizes) < LEAST_SIZES or max(counts) < LEAST_RANGE * min(counts):
             return
-        cost, step = fit(samples, held_out=samples), _mean_step(samples)
+        self._fitting, self._usual_step = fit_in_parts(samples, held_out=samples), _mean_step(samples)
+
+    def _follow(self, cost: CostModel) -> None:
+        """Move the budget if another is clearly better by a cost model that was fitted."""
         least, best, clear = (
-            choose_budget(cost, self._budgets, step=step, share=THROUGHPUT + change)
+            choose_budget(cost, self._budgets, step=self._usual_step, share=THROUGHPUT + change)
             for change in (-HYSTERESIS, 0.0, HYSTERESIS)
         )
         found = best if least > self.tokens else min(clear, self.tokens)

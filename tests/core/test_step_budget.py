@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from random import Random
+from typing import Any
 from weakref import ref
 
 import pytest
@@ -16,6 +17,7 @@ from splitfuse.core.request import Request
 from splitfuse.core.sampling_params import SamplingParams
 from splitfuse.core.scheduler import Scheduler
 from splitfuse.core.scheduling_options import SchedulingOptions
+from splitfuse.core.slo import cost_model
 from splitfuse.core.slo.cost_model import CostModel, StepFeatures, features_of
 from splitfuse.core.slo.deadline_policy import make_policy
 from splitfuse.core.slo.targets import NO_SLO, SloTargets
@@ -218,6 +220,26 @@ def test_steps_that_say_too_little_change_nothing() -> None:
 def test_few_steps_change_nothing() -> None:
     budget = StepBudget(256, BUDGETS)
     assert run(budget, steps_of(Random(7), budget), FLOOR.seconds, FIRST_FIT - 1) == [256]
+
+
+@pytest.mark.interpreted
+def test_a_step_does_a_small_part_of_a_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All of it takes a tenth of a second in Python, for which every stream would wait."""
+    solved, most, least_squares = 0, 0, cost_model._least_squares
+
+    def count(*args: Any) -> list[float]:
+        nonlocal solved
+        solved += 1
+        return least_squares(*args)
+
+    monkeypatch.setattr(cost_model, "_least_squares", count)
+    budget = StepBudget(128, BUDGETS)
+    steps = steps_of(Random(5), budget)
+    for _ in range(600):
+        before = solved
+        run(budget, steps, FLOOR.seconds, 1)
+        most = max(most, solved - before)
+    assert most == 1 and solved > 100 and budget.tokens > 128
 
 
 def test_what_is_remembered_is_bounded() -> None:

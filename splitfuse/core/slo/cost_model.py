@@ -12,7 +12,7 @@ less, and the time is convex in the tokens.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from operator import mul
 from statistics import median
@@ -208,13 +208,27 @@ def fit(samples: Sequence[Sample], *, held_out: Sequence[Sample]) -> CostModel:
     For each knee that the samples can tell, non-negative least squares, reweighted so that a few disturbed timings do
     not bend it. Raises CostModelError for fewer than MIN_SAMPLES.
     """
+    return next(model for model in fit_in_parts(samples, held_out=held_out) if model is not None)
+
+
+def fit_in_parts(samples: Sequence[Sample], *, held_out: Sequence[Sample]) -> Iterator[CostModel | None]:
+    """Yield None after each part of the work of `fit`, then the model. A part takes about a millisecond, all of it a
+    tenth of a second. Raises as `fit` does.
+    """
     if len(samples) < MIN_SAMPLES:
         raise CostModelError(
             f"{len(samples)} timed steps are too few to fit a cost model: at least {MIN_SAMPLES} are needed"
         )
-    fits = [_fit(samples, knee) for knee in _knees(samples)]
-    model = min(fits, key=lambda each: sum(abs(each.seconds(s.features) / s.seconds - 1.0) for s in samples))
-    return replace(model, error=model.measure(held_out))
+    best, least = None, math.inf
+    for knee in _knees(samples):
+        for model in _fit(samples, knee):
+            yield None
+            if model is not None:
+                error = sum([abs(model.seconds(each.features) / each.seconds - 1.0) for each in samples])
+                if best is None or error < least:
+                    best, least = model, error
+    assert best is not None, "no knee at all is one of them"
+    yield replace(best, error=best.measure(held_out))
 
 
 def _knees(samples: Sequence[Sample]) -> list[float]:
@@ -224,9 +238,9 @@ def _knees(samples: Sequence[Sample]) -> list[float]:
     return [0.0, *(float(counts[int(i * step)]) for i in range(int(len(counts) / step)))]
 
 
-def _fit(samples: Sequence[Sample], knee: float) -> CostModel:
-    """Fit one knee by iteratively reweighted least squares. Every row is divided by its time, so that errors are
-    relative and all targets are 1.
+def _fit(samples: Sequence[Sample], knee: float) -> Iterator[CostModel | None]:
+    """Fit one knee by iteratively reweighted least squares: yield None after each of them, then the model. Every row is
+    divided by its time, so that errors are relative and all targets are 1.
     """
     rows = []
     for sample in samples:
@@ -241,10 +255,11 @@ def _fit(samples: Sequence[Sample], knee: float) -> CostModel:
         misses = [abs(sum(v * x for v, x in zip(row, solution, strict=True)) - 1.0) for row in rows]
         bound = HUBER * max(1.4826 * median(misses), 1e-6)
         weights = [1.0 if miss <= bound else bound / miss for miss in misses]
+        yield None
     floor, per_token, beyond, per_row, per_pair, per_kv_token, per_request = (
         value / scale for value, scale in zip(solution, scales, strict=True)
     )
-    return CostModel(
+    yield CostModel(
         floor=floor,
         per_token=per_token,
         knee=knee,
