@@ -171,14 +171,16 @@ def ours(given: dict[str, Any], prompts: list[list[int]], answer: int) -> Callab
 
 
 def transformers_batching(setting: Setting, folder: str, prompts: list[list[int]], answer: int) -> Callable[[], int]:
-    from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+    from transformers import AutoConfig, AutoModelForCausalLM, ContinuousBatchingConfig, GenerationConfig
 
+    small = ContinuousBatchingConfig(page_size=BLOCK, num_blocks=16, max_batch_tokens=64)  # else it fills the memory
     config = AutoConfig.from_pretrained(folder)
     model = AutoModelForCausalLM.from_config(config, dtype=setting.dtype, attn_implementation="sdpa").to(setting.device)
     options = GenerationConfig(max_new_tokens=answer, do_sample=False, eos_token_id=-1, pad_token_id=0)
 
     def run() -> int:
-        results = model.eval().generate_batch(prompts, generation_config=options)
+        batching = small if setting.is_rehearsal else None
+        results = model.eval().generate_batch(prompts, generation_config=options, continuous_batching_config=batching)
         return sum(len(each.generated_tokens) for each in results.values())
 
     return run

@@ -166,7 +166,7 @@ def _on_ray(
         name_key=secret.name_key,
         step_timeout=step_timeout,
         cpus=config.model.num_threads * config.model.tensor_parallel_size,
-        gpus=int(config.model.device.startswith("cuda")),
+        gpus=config.model.num_local_ranks if config.model.device.startswith("cuda") else 0,
         memory=0 if memory is None else parse_bytes("ray_memory", memory),
         seconds=seconds,
     )

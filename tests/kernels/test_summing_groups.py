@@ -27,6 +27,7 @@ from torch import Tensor
 from triton_faults import sum_in_one_order
 
 from splitfuse.errors import ConfigError, RankLostError
+from splitfuse.kernels.cpu.backend import CpuBackend
 from splitfuse.kernels.group import Group, Shard
 from splitfuse.kernels.interface import Backend
 from splitfuse.kernels.layers import HeadNormSpec, LayerSpec, Mixer, TokenInputSpec
@@ -36,7 +37,7 @@ from splitfuse.models.families.registry import load_spec
 from splitfuse.models.sharding import RankDecoder, check_ranks
 from splitfuse.models.sources.folder import ModelFolder
 from splitfuse.models.spec import ModelSpec
-from splitfuse.models.weights import load_decoder, weight_bytes
+from splitfuse.models.weights import kept_parameters, load_decoder, weight_bytes
 from splitfuse.runtime.parallel.distributed import DistributedGroup
 from splitfuse.runtime.parallel.follower import RankExecutor
 from splitfuse.runtime.parallel.messages import ComputeHead, ComputeStep
@@ -145,39 +146,39 @@ def test_ranks_keep_weights_in_few_bits(quantization: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("layer", "config", "is_kept"),
+    ("kernels", "layer", "config", "is_kept"),
     [
-        pytest.param(awq, AWQ, True, marks=SLOW),
-        pytest.param(partial(gptq, act_order=True), GPTQ | {"desc_act": True}, False, marks=SLOW),
-        pytest.param(gptq, GPTQ, True, marks=SLOW),
+        pytest.param("cpp", awq, AWQ, True, marks=runnable("avx2"), id="cpp-awq"),
+        pytest.param("triton", awq, AWQ, True, marks=SLOW, id="awq"),
+        pytest.param("triton", gptq, GPTQ, True, marks=SLOW, id="gptq"),
+        pytest.param("triton", partial(gptq, act_order=True), GPTQ | {"desc_act": True}, False, marks=SLOW, id="order"),
     ],
-    ids=["awq", "gptq-act-order", "gptq"],
 )
 def test_ranks_keep_the_bits_of_a_checkpoint(
-    layer: Callable[..., Any], config: dict[str, Any], is_kept: bool, tmp_path: Path
+    kernels: str, layer: Callable[..., Any], config: dict[str, Any], is_kept: bool, tmp_path: Path
 ) -> None:
     """Also of o and down, whose columns they divide, unless those are in an order of their own."""
-    network = tiny_models.make("llama-gqa", lambda: tiny_models.llama(num_key_value_heads=2, num_attention_heads=4))
+    changes = {"num_key_value_heads": 2, "num_attention_heads": 4, "head_dim": 16, "intermediate_size": 96}
+    network = tiny_models.make("llama-gqa", lambda: tiny_models.llama(**changes))
     network.save_pretrained(tmp_path / "dense")
     quantize(tmp_path / "dense", tmp_path / "kept", layer, config)
-    folder = ModelFolder(tmp_path / "kept")
+    folder, is_cpp = ModelFolder(tmp_path / "kept"), kernels == "cpp"
     weights, spec = folder.weights(), load_spec(folder)
+    dtype = torch.bfloat16 if is_cpp else torch.float32
 
     def loaded(group: Group | None = None) -> Decoder:
-        return load_decoder(weights, spec, dtype=torch.float32, device=CPU, backend=triton(), group=group)
+        backend = CpuBackend(variant="avx2", num_threads=1) if is_cpp else triton()
+        return load_decoder(weights, spec, dtype=dtype, device=CPU, backend=backend, group=group)
 
-    alone, groups = loaded(), make_summing_groups(2)
-    decoders = [loaded(group) for group in groups]
-    for rows in together(decoders, lambda decoder: compute(decoder, **FEW)):
-        check_close(rows, compute(alone, **FEW))
-    o = decoders[1].weights.layers[0].o
-    assert isinstance(o, Tensor) != is_kept
-    own, whole = (
-        [*(each.o for each in decoder.weights.layers), *(each.mlp.down for each in decoder.weights.layers if each.mlp)]
-        for decoder in (decoders[1], alone)
-    )
-    if is_kept:
-        assert 2 * sum(each.nbytes for each in own) == sum(each.nbytes for each in whole)
+    few = FEW | {"block_size": 32} if is_cpp else FEW
+    alone, decoders = loaded(), [loaded(group) for group in make_summing_groups(2)]
+    for rows in together(decoders, lambda decoder: compute(decoder, **few)):
+        check_close(rows, compute(alone, **few), 0.05 if is_cpp else 1e-4)
+    plan = kept_parameters(weights, spec, alone.backend, Shard(1, 2, sums=True))
+    formats = [formats for parameter, formats in plan if parameter.name in ("o", "mlp.down")]
+    assert len(formats) == 2 * len(spec.layers) and all(all(each) == is_kept for each in formats)
+    if not is_cpp:
+        assert isinstance(decoders[1].weights.layers[0].o, Tensor) != is_kept
 
 
 @pytest.mark.parametrize("ranks", [pytest.param(number, marks=SLOW) for number in (2, 3)])

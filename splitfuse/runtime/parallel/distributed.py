@@ -94,16 +94,13 @@ class DistributedGroup(SummingGroup):
 
     def _of_all(self, numbers: Tensor) -> Sequence[Tensor]:
         """Return what each rank has in its place, until the next call."""
-        size, num_bytes = self.shard.size, numbers.nbytes
-        if self._received.numel() < size * num_bytes:
+        num_bytes = self.shard.size * numbers.nbytes
+        if self._received.numel() < num_bytes:
             with torch.inference_mode(False):  # it may be used in either mode
-                self._received = torch.empty(size * num_bytes, dtype=torch.uint8, device=self._device)
-        found = [
-            self._received[rank * num_bytes :][:num_bytes].view(numbers.dtype).view(numbers.shape)
-            for rank in range(size)
-        ]
-        self._wait(lambda: self._ranks.allgather([found], [numbers]))
-        return found
+                self._received = torch.empty(num_bytes, dtype=torch.uint8, device=self._device)
+        found = self._received[:num_bytes].view(numbers.dtype)
+        self._wait(lambda: self._ranks._allgather_base(found, numbers.view(-1)))
+        return found.view(self.shard.size, *numbers.shape).unbind()
 
     def _wait(self, start: Callable[[], Any]) -> None:
         """Do what all ranks do: on a GPU, what is launched later waits for it. Raises RankLostError."""

@@ -184,12 +184,11 @@ class Leader:
             raise
 
     def _tell_specs(self, link: SharedMemory | Rendezvous) -> None:
-        """Tell the followers what they are; those of this machine, on which device."""
+        """Tell the followers what they are, and on which device: on another machine the first of that kind."""
+        elsewhere = torch.device(self._devices[0]).type
         for rank, follower in enumerate(self._followers, 1):
-            settings = self._config.settings
-            if follower.process is not None:
-                settings = change_settings(settings, {"device": self._devices[rank]})
-            config = EngineConfig.from_settings(settings)
+            device = elsewhere if follower.process is None else self._devices[rank]
+            config = EngineConfig.from_settings(change_settings(self._config.settings, {"device": device}))
             spec = FollowerSpec(__version__, config, rank, link, self._patience, self._files, self._kernels)
             follower.connection.send_bytes(encode(spec))
 
