@@ -7,6 +7,7 @@ from random import Random
 
 import pytest
 
+from benchmarks.autoscaling import MOST, Day, FluidServer
 from splitfuse.bench import metrics
 from splitfuse.bench.results import MeasuredRequest
 from splitfuse.bench.workload import LoadRequest
@@ -100,3 +101,14 @@ def test_replicas_come_with_the_load_and_go_with_it() -> None:
 def test_autoscaling_that_cannot_be(change: dict[str, float], named: str) -> None:
     with pytest.raises(ConfigError, match=named):
         Autoscaling(**{"least": 1, "most": 2, **change})  # type: ignore[arg-type]
+
+
+def test_a_simulated_day_follows_its_load() -> None:
+    day = Day(0.1, seed=1)
+    server = FluidServer(day, Autoscaling(least=1, most=MOST, start_seconds=10.0))
+    answers = server.run()
+    assert [at for at, _ in answers] == day.times
+    numbers = [number for _, number in server.counts]
+    assert numbers[0] == 1 and 5 < max(numbers) <= MOST
+    assert max(numbers) * day.seconds > server.replica_seconds > day.seconds
+    assert sum(kept for _, kept in answers) > 0.7 * len(answers)
