@@ -102,8 +102,7 @@ def check_close(ours: list[Tensor], theirs: list[Tensor], share: float = 1e-4) -
         assert (one - other).abs().max() <= share * other.abs().max()
 
 
-@pytest.mark.parametrize("size", [2, 3])
-@pytest.mark.parametrize("name", SPECS)
+@pytest.mark.parametrize(("name", "size"), [*((name, 2) for name in SPECS), ("experts", 3)])
 def test_ranks_compute_the_network_of_one(name: str, size: int) -> None:
     alone = compute(load(SPECS[name], ReferenceBackend()))
     groups = make_summing_groups(size)
