@@ -32,6 +32,7 @@ def check_scheduler(scheduler: Scheduler) -> None:
     for request in unfinished.values():
         num_slots = request.kv.num_blocks * allocator.block_size
         assert request.kv.num_computed <= request.num_scheduled <= num_slots
-        assert request.num_plans_in_flight or request.kv.num_computed == request.num_scheduled
+        is_to_be_computed = request.num_plans_in_flight or request.kv.landing
+        assert is_to_be_computed or request.kv.num_computed == request.num_scheduled
         assert 0 <= request.num_output_placeholders <= request.num_plans_in_flight
         assert len(request.output_token_ids) <= request.max_tokens

@@ -82,14 +82,15 @@ class RequestQueue:
         insort(self.running, request, key=by_sequence_number)
         request.status = RequestStatus.RUNNING
         request.kv.start(self._allocator, request.num_tokens)
+        num_landing = 0
         if request.kv.loan is not None:
             request.kv.num_computed = request.kv.num_lent * self._allocator.block_size
         elif request.params.prompt_logprobs is None:  # else the logits of every position are needed: all are computed
             tokens = request.tokens(0, request.num_tokens)
             request.kv.reuse_prefix(self._allocator, tokens, salt=request.scheduling.cache_salt)
             if request.kv.arrived:
-                request.kv.land(self._allocator, spare=len(self.running))
-        request.num_scheduled = request.kv.num_computed
+                num_landing = request.kv.land(self._allocator, spare=len(self.running))
+        request.num_scheduled = request.kv.num_computed + num_landing
         request.num_expected_cached = 0
 
     def begin_fetch(self, request: Request, fetch: Fetch) -> None:

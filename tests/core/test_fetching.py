@@ -9,7 +9,9 @@ import pytest
 from scheduler_harness import FakeTier, Run, reference
 
 from splitfuse.core.kv.fetching import LONGEST_FETCH, Fetch, Fetching, Found, Frame, Inbox
+from splitfuse.core.plan import ChunkResult
 from splitfuse.core.request import Request
+from splitfuse.core.request_output import FinishReason
 from splitfuse.core.sampling_params import SamplingParams
 from splitfuse.core.slo.cost_model import CostModel
 from splitfuse.core.slo.deadline_policy import DeadlinePolicy
@@ -140,6 +142,32 @@ def test_the_next_turn_begins_where_the_last_one_ended(where: str) -> None:
     chunk = next(chunk for plan in run.plans for chunk in plan.chunks if chunk.request_id == "turn")
     assert chunk.start == (8 if where == "the same engine" else 11), "two full blocks, and three tokens of the last"
     assert (run.outcomes["turn"].tokens, run.outcomes["turn"].finish_reason) == reference(turn)
+
+
+@pytest.mark.parametrize("how", ["it ends before its step is computed", "its step fails"])
+def test_what_has_not_landed_is_not_saved(how: str) -> None:
+    """Another text may be in the blocks where it should have landed, the last of which is not full."""
+    tier = FakeTier(Random(0), 4)
+    tier.find = lambda names, _: Found(sum(name in tier.frames for name in names), 0.0)  # type: ignore[method-assign]
+    first, second = (Run.make(num_blocks=16, block_size=4, budget=64, tier=tier, inbox_blocks=10) for _ in range(2))
+    old = request("old", (1,) * 9)
+    first.add(old)
+    first.drain()
+    first.step()  # which saves what was computed last
+    scheduler = second.scheduler
+    assert scheduler.fetches is not None
+    scheduler.add(request("turn", (*old.prompt_token_ids, *reference(old)[0], 7, 7, 7)))
+    (fetch,) = scheduler.fetches.take()
+    assert scheduler.fetches.arrived(fetch.number, [tier.frames[name] for name in fetch.names])
+    plan = scheduler.schedule()
+    assert plan is not None and len(plan.chunks[0].lands) == 3 and plan.chunks[0].start == 11
+    assert not scheduler.requests.save_blocks("turn", 2, 2), "none of them is there"
+    if how == "its step fails":
+        scheduler.update(plan, {"turn": ChunkResult(error="the forward step failed")})
+    else:
+        scheduler.finish("turn", FinishReason.ABORT)
+        scheduler.update(plan, {"turn": ChunkResult()})
+    assert not scheduler.has_unfinished and not second.allocator.take_saves()
 
 
 def test_fetches_follow_the_cost_model_of_the_policy() -> None:

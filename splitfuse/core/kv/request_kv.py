@@ -31,7 +31,7 @@ class RequestKv:
     num_cached_tokens: int = 0
     """Prompt tokens found in the prefix cache when the request was first scheduled."""
     num_computed: int = 0
-    """Leading positions whose keys and values are written."""
+    """Leading positions whose keys and values are written: in steps that are back, or found in the prefix cache."""
     num_lost: int = 0
     """Leading positions which had been computed when the request was preempted, or lost or left its engine, and must be
     recomputed.
@@ -85,17 +85,19 @@ class RequestKv:
             self.state.shared_until = len(self.blocks) * allocator.block_size
         self._begin_with_blocks(allocator)
 
-    def land(self, allocator: BlockAllocator, *, spare: int) -> None:
-        """Go on with blocks that have arrived, where they continue those of the cache, and leave `spare` blocks."""
+    def land(self, allocator: BlockAllocator, *, spare: int) -> int:
+        """Go on with blocks that have arrived, where they continue those of the cache, and leave `spare` blocks.
+        Returns how many tokens they hold, which count as computed once the next chunk, that brings them there, is back.
+        """
         first = len(self.blocks)
         usable = [each for each in self.arrived if each.place >= first]
         count = min(len(usable), allocator.num_available - spare)
         if count <= 0 or usable[0].place > first:  # the cache has forgotten what they continue
-            return
+            return 0
         blocks = allocator.allocate(count)
         self.landing = tuple(each.into(block) for each, block in zip(usable, blocks, strict=False))
         self.blocks += blocks
-        self.num_computed += sum(each.num_tokens for each in usable[:count])
+        return sum(each.num_tokens for each in usable[:count])
 
     def drop_last_block(self, allocator: BlockAllocator) -> None:
         """Give the last block back, whose tokens are then computed again; with states, all after the next snapshot."""
