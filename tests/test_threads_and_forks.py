@@ -111,7 +111,7 @@ FORKED = """if True:
     from splitfuse.core.sampling_params import SamplingParams
     from splitfuse.engine.ragged import RaggedEngine
     from splitfuse.kernels.cpu.backend import CpuBackend
-    from splitfuse.kernels.interface import Role
+    from splitfuse.kernels.weights import Role
     from splitfuse.runtime.loading import load_model
 
     torch.set_num_threads(2)
