@@ -63,7 +63,7 @@ wheel: $(STAMP)  ## dist/: wheels for x86-64 with the kernels of all instruction
 
 tests: $(STAMP)
 	@echo "== tests"
-	@$(BIN)/python -m pytest $(SELECTED) $(WORKERS) -rs --durations=15
+	@$(BIN)/python -m pytest $(SELECTED) $(WORKERS) --durations=15
 
 lint: style types
 

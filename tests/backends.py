@@ -5,6 +5,7 @@ the reason and the number of its cases (conftest.py): it must be seen, so none i
 from __future__ import annotations
 
 import functools
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -91,10 +92,14 @@ def make_case(name: str) -> BackendCase:
 
 
 def why_not(variant: str) -> str | None:
-    """Why this machine cannot run a variant of the C++ kernels."""
+    """Why this machine cannot run a variant of the C++ kernels. Raises KernelError if the environment names a library
+    or requires one, and it cannot be loaded: then nothing may be skipped for that.
+    """
     try:
         return None if variant in supported_variants() else f"this CPU cannot run the {variant} kernels"
     except KernelError as error:
+        if "SPLITFUSE_KERNEL_LIBRARY" in os.environ or os.environ.get("SPLITFUSE_KERNELS") == "required":
+            raise
         return str(error)
 
 

@@ -24,9 +24,15 @@ settings.register_profile("any machine", deadline=None, suppress_health_check=[H
 settings.load_profile("any machine")
 
 
-def is_skip(mark: pytest.Mark) -> bool:
-    """Whether a test that is marked so does not run here."""
-    return mark.name == "skip" or (mark.name == "skipif" and mark.args[0] is True)
+def reason_to_skip(item: pytest.Item) -> str | None:
+    """The reason of a mark that skips a test here; None if there is none, or it is for pytest to evaluate."""
+    for mark in item.iter_markers():
+        if mark.name == "skip":
+            return str(mark.kwargs.get("reason") or next(iter(mark.args), "unconditional skip"))
+        conditions = (mark.kwargs["condition"],) if "condition" in mark.kwargs else mark.args
+        if mark.name == "skipif" and any(condition is True for condition in conditions):
+            return mark.kwargs.get("reason")
+    return None
 
 
 @pytest.hookimpl(trylast=True)  # of the cases that -m leaves
@@ -36,10 +42,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """
     skipped: dict[str, list[pytest.Item]] = {}
     for item in items:
-        if reason := next((mark.kwargs["reason"] for mark in item.iter_markers() if is_skip(mark)), None):
+        if reason := reason_to_skip(item):
             skipped.setdefault(reason, []).append(item)
-    for reason, cases in skipped.items():  # a condition counts before `skip`
-        cases[0].add_marker(pytest.mark.skipif(True, reason=f"{reason} ({len(cases)} cases)"), append=False)
+    for reason, cases in skipped.items():
+        if len(cases) > 1:  # a condition counts before `skip`
+            cases[0].add_marker(pytest.mark.skipif(True, reason=f"{reason} ({len(cases)} cases)"), append=False)
     left_out = {case for _, *others in skipped.values() for case in others}
     items[:] = [item for item in items if item not in left_out]
 
