@@ -1,6 +1,8 @@
 """Defines the settings of what serves on a port: servers, gateways, and engines and ranks for servers elsewhere.
 
-config = ServerConfig.from_settings({"port": 0, "replicas": 2})
+    config = ServerConfig.from_settings({"port": 0, "replicas": 2})
+
+Nothing here changes what is generated.
 """
 
 from __future__ import annotations
@@ -34,7 +36,7 @@ MIN_RECORD_MIB = 4.0
 
 @dataclass(frozen=True, kw_only=True)
 class ServerConfig:
-    """Says how a server meets its clients. Nothing here changes what is generated."""
+    """Says how a server meets its clients."""
 
     host: str = setting("127.0.0.1", "Address to listen on; the default accepts connections from this machine only.")
     port: int = setting(8000, "Port to listen on; 0 picks a free one.")

@@ -1,6 +1,6 @@
 """Describes decoder layers as plain data: what a model family says of a network, and what decoder and backends compute.
 
-D is the size of a head, C that of hidden states. `reference.py` gives the meaning of each in plain PyTorch.
+Letters of sizes are those of interface.py. `reference.py` gives the meaning of each in plain PyTorch.
 """
 
 from __future__ import annotations

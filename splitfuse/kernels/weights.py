@@ -1,7 +1,7 @@
 """Holds the weights of a network as a backend keeps them, and says what each is for.
 
 What a linear weight looks like inside is the backend's own affair: weights come out of `Backend.pack`, and only that
-backend looks into them. Sizes are those of interface.py.
+backend looks into them. Letters of sizes are those of interface.py.
 """
 
 from __future__ import annotations
