@@ -9,7 +9,7 @@ SOURCES := $(wildcard splitfuse/kernels/cpu/csrc/*)
 # Engines and servers are started hundreds of times by the tests: Python shall not compile their modules each time.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo chat test tests test-all compiled papers test-compiled test-extras test-sanitize lint style types install wheel clean
+.PHONY: demo chat test tests test-all compiled papers dominance test-compiled test-extras test-sanitize lint style types install wheel clean
 
 demo: $(STAMP)  ## answer questions about stories with the bundled model, and show every step
 	@mkdir -p build && $(BIN)/python examples/demo.py --picture build/steps.png
@@ -46,6 +46,9 @@ compiled: $(STAMP)  ## build/compiled: the package with a compiled core, as a wh
 
 papers: compiled  ## simulate the figures of four papers (benchmarks/papers), on one core; a second `make papers` goes on
 	@PYTHONPATH=build/compiled:. $(BIN)/python -P -m benchmarks.papers --keep build/papers.jsonl
+
+dominance: compiled  ## compare scheduling policies on 230 points (benchmarks/dominance), on two cores; a second `make dominance` goes on
+	@PYTHONPATH=build/compiled:. $(BIN)/python -P -m benchmarks.dominance --out build/dominance.jsonl
 
 test-compiled: compiled  ## the tests of the scheduler on a compiled core
 	@$(BIN)/python -m pytest tests/core $(WORKERS) -m "not slow and not interpreted" -o pythonpath="build/compiled tests examples"
