@@ -76,7 +76,7 @@ class Mover:
         """
         moved: list[Stream] = []
         left = deque(streams)
-        while left:
+        while left and source.is_drained:
             together: list[Stream] = []
             while left and (len(together) < MOVES_AT_ONCE or self._fit_where_they_go(together)):
                 together.append(left.popleft())
@@ -89,7 +89,8 @@ class Mover:
         """Bring the blocks of streams that others have room for, then let one after the other go. Returns those that do
         not stay.
         """
-        gate, all_there, num_there = asyncio.Semaphore(MOVES_AT_ONCE), asyncio.Event(), 0
+        bringing, leaving = asyncio.Semaphore(MOVES_AT_ONCE), asyncio.Semaphore(MOVES_AT_ONCE)
+        all_there, num_there = asyncio.Event(), 0
         timer = asyncio.get_running_loop().call_later(AHEAD_SECONDS, all_there.set)
 
         async def bring(stream: Stream, *, once: bool = False) -> None:
@@ -100,14 +101,16 @@ class Mover:
 
         async def move(stream: Stream) -> bool:
             nonlocal num_there
-            async with gate:
-                await bring(stream)
+            async with bringing:
+                if is_brought := source.is_drained and not all_there.is_set():
+                    await bring(stream)
             num_there += 1
             if num_there == len(streams):
                 all_there.set()
             await all_there.wait()
-            async with gate:
-                await bring(stream, once=True)  # with few requests left, the engine is faster than what it has to bring
+            async with leaving:
+                if source.is_drained:  # with few requests left, it is faster than what it has to bring
+                    await bring(stream, once=is_brought)
                 stays = source.has(stream) and not (source.is_drained and self._can_leave(stream, source))
                 if stays:
                     self.take_receiver(stream)

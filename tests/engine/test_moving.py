@@ -8,6 +8,7 @@ import asyncio
 from collections.abc import Iterator, Sequence
 from itertools import count
 from random import Random
+from types import SimpleNamespace
 from typing import Any
 
 import msgspec
@@ -324,6 +325,47 @@ def test_a_drain_computes_at_most_a_block_of_each_again(is_narrow: bool, monkeyp
                 if len(resumed(streams)) > 1:
                     break
                 router.undrain_engine(0)  # they had ended before they could move
+
+    asyncio.run(asyncio.wait_for(test(), PATIENCE))
+
+
+@pytest.mark.parametrize("is_undrained", [False, True])
+def test_those_whose_blocks_are_there_leave_before_others(is_undrained: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The blocks of two that follow do not come. Then the engine is not drained any more, or they come late."""
+    monkeypatch.setattr("splitfuse.engine.moving.AHEAD_SECONDS", 0.0)
+
+    class Named:
+        """Is a stream by its number, which an engine has."""
+
+        def __init__(self, number: int) -> None:
+            self.number = number
+
+    events: list[tuple[str, int]] = []
+    source: Any = SimpleNamespace(is_drained=True, has=lambda _: True)
+    streams: list[Any] = [Named(number) for number in range(6)]
+
+    async def test() -> None:
+        come = asyncio.Event()
+
+        async def bring(_: Mover, __: LocalClient, stream: Any, **how: bool) -> None:
+            if stream.number in (2, 3):
+                await come.wait()
+            events.append(("is brought", stream.number))
+
+        async def hand_over(_: Mover, __: LocalClient, stream: Any) -> None:
+            events.append(("leaves", stream.number))
+
+        monkeypatch.setattr(Mover, "_bring", bring)
+        monkeypatch.setattr(Mover, "_hand_over", hand_over)
+        mover = Mover(lambda *_: None, lambda _: [], can_leave=lambda *_: True, fits=lambda _: True)
+        draining = asyncio.create_task(mover.drain(source, streams))
+        await until(lambda: {("leaves", 0), ("leaves", 1)} <= {*events})
+        source.is_drained = not is_undrained
+        events.clear()
+        come.set()
+        assert await draining == streams[: 2 if is_undrained else 6]
+        named = {number for _, number in events}
+        assert named == ({2, 3} if is_undrained else {2, 3, 4, 5}), "no blocks are brought for those that stay"
 
     asyncio.run(asyncio.wait_for(test(), PATIENCE))
 
