@@ -20,6 +20,7 @@ from collections.abc import Callable, MutableMapping, Sequence
 from dataclasses import dataclass
 from weakref import WeakKeyDictionary
 
+from splitfuse.core.replica_view import ReplicaView
 from splitfuse.engine.client import LocalClient
 from splitfuse.engine.messages import Add
 from splitfuse.engine.stream import Stream
@@ -47,7 +48,13 @@ class _Coming:
     """Says where a stream is to go on, and how many of its leading blocks were brought there."""
 
     receiver: LocalClient
+    view: ReplicaView | None
+    """View of the receiver to which the stream was added: after a restart it has another, and none of the blocks."""
     num_there: int = 0
+
+    def can_have(self, stream: Stream) -> bool:
+        """Return whether the stream can still go on there, with what was brought."""
+        return self.view is self.receiver.view and self.receiver.can_go_on_with(stream)
 
 
 class Mover:
@@ -145,7 +152,7 @@ class Mover:
 
     def _expect(self, stream: Stream, receiver: LocalClient) -> _Coming:
         """Note that a stream is to go on at an engine, unless it ends before."""
-        coming = self._coming[stream] = _Coming(receiver)
+        coming = self._coming[stream] = _Coming(receiver, receiver.view)
         stream.breakdown.add_done_callback(lambda _: self.take_receiver(stream))
         return coming
 
@@ -176,7 +183,7 @@ class Mover:
         none can have it now.
         """
         coming = self._coming.get(stream)
-        if coming is None or not coming.receiver.can_go_on_with(stream):
+        if coming is None or not coming.can_have(stream):
             self.take_receiver(stream)
             receiver = self._choose(stream, source) if source.has(stream) else None
             coming = None if receiver is None else self._expect(stream, receiver)
@@ -192,7 +199,7 @@ class Mover:
                 if (coming := self._find_receiver(source, stream)) is None:
                     return
                 await self._bring_to(coming, source, stream, once=once)
-                if coming.receiver.can_go_on_with(stream):
+                if coming.can_have(stream):
                     return
         finally:
             self._num_moving[source] -= 1
@@ -217,7 +224,7 @@ class Mover:
         """Bring the full blocks of a stream to an engine, all but the newest, as far as they come in time."""
         info, receiver, num_there = source.info, coming.receiver, coming.num_there
         size, request_id = info.limits.block_size, stream.request.request_id
-        while receiver.fetches_from(source) and receiver.can_go_on_with(stream) and source.has(stream):
+        while receiver.fetches_from(source) and coming.can_have(stream) and source.has(stream):
             request = stream.resumption(0.0)
             names = self._name_blocks(request)
             end = min(len(names), stream.num_computed // size)
