@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Future
 from itertools import count
 from random import Random
 from types import SimpleNamespace
@@ -347,7 +348,7 @@ def test_those_whose_blocks_are_there_leave_before_others(is_undrained: bool, mo
     async def test() -> None:
         come = asyncio.Event()
 
-        async def bring(_: Mover, __: LocalClient, stream: Any, **how: bool) -> None:
+        async def bring(_: Mover, __: LocalClient, stream: Any, **___: bool) -> None:
             if stream.number in (2, 3):
                 await come.wait()
             events.append(("is brought", stream.number))
@@ -368,6 +369,27 @@ def test_those_whose_blocks_are_there_leave_before_others(is_undrained: bool, mo
         assert named == ({2, 3} if is_undrained else {2, 3, 4, 5}), "no blocks are brought for those that stay"
 
     asyncio.run(asyncio.wait_for(test(), PATIENCE))
+
+
+def test_an_engine_that_has_restarted_has_nothing_of_what_it_was_brought() -> None:
+    forgotten: list[str] = []
+    receiver: Any = SimpleNamespace(view=SimpleNamespace(forget=forgotten.append), can_go_on_with=lambda _: True)
+    source: Any = SimpleNamespace(has=lambda _: True)
+
+    class Named:
+        """Is a stream with an id."""
+
+        request, breakdown = SimpleNamespace(request_id="a"), Future[None]()
+
+    stream: Any = Named()
+    mover = Mover(lambda *_: receiver, lambda _: [], can_leave=lambda *_: True, fits=lambda _: True)
+    coming = mover._find_receiver(source, stream)
+    assert coming is not None
+    coming.num_there = 7
+    assert mover._find_receiver(source, stream) is coming and not forgotten
+    receiver.view = SimpleNamespace(forget=forgotten.append)
+    again = mover._find_receiver(source, stream)
+    assert again is not None and again.num_there == 0 and mover.take_receiver(stream) is receiver
 
 
 def test_requests_that_leave_together_are_counted_where_each_will_be() -> None:
