@@ -534,6 +534,8 @@ class Engine:
         if not self.scheduler.finish(request_id, reason, num_tokens=kept, now=now, wanted_until=until):
             return None
         self._save_departing()
+        if self.tiers is not None and self._tier_files is not None and not self.has_unfinished:  # no plan would come
+            self._save_rest()
         return RequestOutput(request_id, finish_reason=reason, latency_breakdown=self._latencies.pop(request_id))
 
     @guarded
