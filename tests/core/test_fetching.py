@@ -8,7 +8,7 @@ from random import Random
 import pytest
 from scheduler_harness import FakeTier, Run, reference
 
-from splitfuse.core.kv.fetching import LONGEST_FETCH, Fetch, Fetching, Found, Frame, Inbox
+from splitfuse.core.kv.fetching import LONGEST_FETCH, Fetch, Fetching, Found, Frame, Inbox, Part
 from splitfuse.core.plan import ChunkResult
 from splitfuse.core.request import Request
 from splitfuse.core.request_output import FinishReason
@@ -57,6 +57,16 @@ def test_with_a_cost_model_what_is_there_sooner_is_fetched() -> None:
     assert fetch is not None and len(fetch.names) == 1 and fetch.seconds == 0.6, "not longer than computing them"
     fetch = ask(Source(4, 0.5), per_block=60.0)
     assert fetch is not None and len(fetch.names) == 4 and fetch.seconds == LONGEST_FETCH
+
+
+@pytest.mark.parametrize(("seconds", "num_blocks"), [(0.0, 2), (0.1, 2), (0.4, 1)])
+def test_a_part_is_fetched_only_if_that_takes_less_time_than_computing_it(seconds: float, num_blocks: int) -> None:
+    """A token takes 0.3 s: a full block of two is there sooner, whatever its part of one token takes."""
+    fetch = Fetching(Source(1, 0.5), Inbox(10, 4)).ask(
+        *("a", 3, NAMES, TOKENS, lambda count: 0.3 * count),
+        part_behind=lambda _: Part(b"part", (9,), seconds),
+    )
+    assert fetch is not None and len(fetch.names) == num_blocks
 
 
 def test_no_more_is_asked_for_than_the_inbox_has_places() -> None:

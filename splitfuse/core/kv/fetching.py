@@ -213,8 +213,9 @@ class Fetching:
         """Return what to ask for of blocks with these names, from block `first` of a request on, which it would compute
         otherwise; None if nothing is to be gained. `compute_seconds` says how long computing so many tokens of them
         would take; None: there is no cost model. `part_behind` gives the block that is not full behind so many of them,
-        if there is one. The request waits for no more than `patience` seconds. Of one that has moved, what the engine
-        before has laid ready at `sources` is always asked for.
+        if there is one: it is asked for too if fetching it takes less time than computing it. The request waits for no
+        more than `patience` seconds. Of one that has moved, what the engine before has laid ready at `sources` is
+        always asked for.
         """
         wanted = names[: self.inbox.num_free]
         found = self.source.find(wanted, sources)
@@ -223,9 +224,14 @@ class Fetching:
             return None
         names, blocks, seconds = [*names[:num_blocks]], [*token_ids[:num_blocks]], found.seconds
         if part_behind is not None and num_blocks < self.inbox.num_free and (part := part_behind(num_blocks)):
-            names.append(part.name)
-            blocks.append(part.token_ids)
-            seconds += part.seconds
+            saved = math.inf
+            if compute_seconds is not None:
+                num_tokens = sum(map(len, blocks))
+                saved = compute_seconds(num_tokens + len(part.token_ids)) - compute_seconds(num_tokens)
+            if part.seconds < saved:
+                names.append(part.name)
+                blocks.append(part.token_ids)
+                seconds += part.seconds
         if not names:
             return None
         if compute_seconds is not None and not has_moved:
