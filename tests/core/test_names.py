@@ -31,6 +31,7 @@ def test_beginnings_of_a_block_have_names_of_their_own() -> None:
     assert len({*parts, *full}) == 3 + 2
     for count in (1, 2):
         assert namer.name_parts(full[:1], TOKENS[4 : 4 + count]) == parts[:count]
+        assert namer.name_part(full[:1], TOKENS[4 : 4 + count]) == parts[count - 1]
     for others in (namer.name_parts([], TOKENS[4:7]), namer.name_parts(full, TOKENS[4:7])):
         assert not {*others} & {*parts}
 

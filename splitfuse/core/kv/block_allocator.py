@@ -232,9 +232,14 @@ class BlockAllocator:
             for index in range(first, num_full)
         ]
         if part and (rest := tuple(token_ids[num_full * self.block_size :])):
-            *_, name = self._namer.name_parts(names[:num_full], rest, salt=salt)
+            name = self._namer.name_part(names[:num_full], rest, salt=salt)
             saves.append(Save(blocks[num_full], name, rest, before=before[num_full]))
         return tuple(saves)
+
+    def name_part(self, names: Sequence[bytes], token_ids: Sequence[int], *, salt: str = "") -> bytes:
+        """Return the name of tokens that do not fill a block, behind the blocks of these names."""
+        assert self._namer is not None, "blocks have no names"
+        return self._namer.name_part(names, token_ids, salt=salt)
 
     def name_parts(self, names: Sequence[bytes], token_ids: Sequence[int], *, salt: str = "") -> list[bytes]:
         """Return the names of the beginnings of tokens that do not fill a block, the shortest first, behind the blocks

@@ -150,8 +150,9 @@ class FetchQueue:
                 patience = request.slo.deadline - now - seconds((limit - first + 1) * size)
         blocks = [tokens[start : start + size] for start in range(first * size, limit * size, size)]
         names, part_behind = kv.block_names[first:limit], None
-        if part and (parts := self._allocator.name_parts(kv.block_names[:limit], part, salt=salt)):
-            names, blocks = [*names, parts[-1]], [*blocks, part]
+        if part and self._allocator.reuses_content:
+            names = [*names, self._allocator.name_part(kv.block_names[:limit], part, salt=salt)]
+            blocks = [*blocks, part]
         elif not has_moved:
             part_behind = partial(self._part_behind, tokens, kv.block_names, first, salt)
         fetch = self.fetching.ask(

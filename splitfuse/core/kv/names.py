@@ -64,6 +64,14 @@ class BlockNamer:
             parent = digest.digest()
             names.append(parent)
 
+    def name_part(self, names: Sequence[bytes], token_ids: Sequence[int], *, salt: str = "") -> bytes:
+        """Return the name of tokens that do not fill a block, behind the blocks of these names."""
+        assert 0 < len(token_ids) < self.block_size
+        digest = self._block.copy()
+        digest.update(names[-1] if names else self._root_name(salt))
+        digest.update(array("i", token_ids).tobytes())
+        return digest.digest()
+
     def name_parts(self, names: Sequence[bytes], token_ids: Sequence[int], *, salt: str = "") -> list[bytes]:
         """Return the names of the beginnings of tokens that do not fill a block, the first token alone first, behind
         the blocks of these names.
