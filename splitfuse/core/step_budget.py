@@ -80,6 +80,8 @@ class StepBudget:
         """Without `budgets`, in ascending order, to choose among it stays as it is."""
         self.tokens = tokens
         """Token budget of a step that nothing else limits."""
+        self.cost: CostModel | None = None
+        """Newest cost model by which it was chosen."""
         self._budgets = tuple(budgets)
         self._num_steps = 0
         self._next_fit = FIRST_FIT
@@ -114,7 +116,13 @@ class StepBudget:
     def choose(self, cost: CostModel) -> None:
         """Choose anew by a cost model, if it is open."""
         if self.is_open:
+            self.cost = cost
             self.tokens = self._last_found = choose_budget(cost, self._budgets)
+
+    def seconds(self, step: StepFeatures) -> float:
+        """Predict how long a step takes, once a cost model is known."""
+        assert self.cost is not None, "call choose() before"
+        return self.cost.seconds(step)
 
     def observe(self, step: StepRecord) -> None:
         """Remember a step that was measured, and now and then choose anew."""
@@ -130,7 +138,7 @@ class StepBudget:
             self._next_fit = self._num_steps + min(self._num_steps, MOST_STEPS_BETWEEN)
             self._begin_to_fit()
         if self._fitting is not None and (cost := next(self._fitting)) is not None:
-            self._fitting = None
+            self._fitting, self.cost = None, cost
             self._follow(cost)
 
     def _begin_to_fit(self) -> None:

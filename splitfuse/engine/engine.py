@@ -282,7 +282,7 @@ class Engine:
             self._estimate = load_or_estimate(self.config, model)
             budget.choose(self._estimate)
             if (fetches := self.scheduler.fetches) is not None:
-                fetches.seconds_of = self._estimate.seconds
+                fetches.seconds_of = budget.seconds
 
     @property
     def step_times(self) -> StepTimes | None:

@@ -185,13 +185,16 @@ def test_it_comes_to_the_machines_budget(cost: CostModel, noise: float) -> None:
 
 def test_it_follows_a_machine_that_changes() -> None:
     """A neighbour takes memory bandwidth: the wait for weights is four times as long, then as before."""
-    budget = StepBudget(256, BUDGETS)
+    budget, usual = StepBudget(256, BUDGETS), StepFeatures(576, 1, 0, 0, 1)
+    budget.choose(ROOFLINE.slower(7.0))
+    assert budget.seconds(usual) == ROOFLINE.slower(7.0).seconds(usual)
+    budget.tokens = 256
     steps = steps_of(Random(4), budget)
     run(budget, steps, ROOFLINE.seconds, 4000, noise=0.05)
-    assert 192 <= budget.tokens <= 512
+    assert 192 <= budget.tokens <= 512 and budget.seconds(usual) == pytest.approx(ROOFLINE.seconds(usual), rel=0.2)
     slower = CostModel(floor=0.4, per_token=0.0, knee=1000, per_token_beyond=0.0004)
     run(budget, steps, slower.seconds, 7000, noise=0.05)
-    assert budget.tokens >= 768
+    assert budget.tokens >= 768 and budget.seconds(usual) == pytest.approx(slower.seconds(usual), rel=0.2)
     run(budget, steps, ROOFLINE.seconds, 7000, noise=0.05)
     assert 192 <= budget.tokens <= 512
 
