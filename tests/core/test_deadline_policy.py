@@ -28,6 +28,7 @@ from splitfuse.core.slo.feasibility import Feasibility
 from splitfuse.core.slo.latency_predictor import MAX_SAFETY_FACTOR, LatencyPredictor
 from splitfuse.core.slo.request_slo import MISSED_ITL_FACTOR
 from splitfuse.core.slo.targets import NO_SLO, SloTargets
+from splitfuse.core.slo.usual_step import NEWEST
 from splitfuse.core.step_builder import StepBuilder
 from splitfuse.errors import CostModelError, InvalidRequestError, SloUnattainableError
 
@@ -195,6 +196,19 @@ def test_others_yield_to_on_time_only_requests() -> None:
 
     assert len(feasible(on_time_only=False)) == 5  # the last deadline is not looked at
     assert [name[:5] for name in feasible(on_time_only=True)] == ["other"] * 4 + ["taken"]  # 0.84 s
+
+
+@pytest.mark.parametrize("number", [NEWEST - 1, NEWEST, NEWEST + 8])
+def test_prompts_of_low_priority_hide_none_of_a_higher(number: int) -> None:
+    low = [request(f"low{n}", 10, SloTargets(2.0), arrival_time=n / 1000) for n in range(number)]
+    for each in low:
+        change(each, priority=Priority.LOW)
+    high = request("high", 10, SloTargets(2.0), arrival_time=0.1)  # the last deadline
+    change(high, priority=Priority.HIGH)
+    for each in (*low, high):
+        each.turn = 9.0
+    _, others = names(make_policy().order([], [*low, high], now=0.2))
+    assert others[0] == "high" and len(others) == number + 1
 
 
 def test_an_impossible_itl_target_shortens_no_step() -> None:

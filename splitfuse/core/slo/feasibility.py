@@ -17,7 +17,6 @@ import sys
 from bisect import bisect_left
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
-from itertools import groupby
 
 from splitfuse.config.engine import MAX_TOKEN_BUDGET
 from splitfuse.config.values import MAX_TARGET
@@ -30,10 +29,6 @@ from splitfuse.core.slo.latency_predictor import MIN_SECONDS, LatencyPredictor
 EFFICIENCY, MIN_EFFICIENCY = 0.975, 0.75
 """Throughput of a step, relative to the highest, for which steps are as long as they are without deadlines to meet; and
 the least that they are shortened to for TTFT targets, or come to beyond the knee."""
-
-
-def _by_priority(request: Request) -> int:
-    return request.priority
 
 
 def _by_deadline(request: Request) -> float:
@@ -243,18 +238,22 @@ class Feasibility:
 
     def feasible(self, prefills: Sequence[Request], *, share: float = 1.0, at_most: int = sys.maxsize) -> list[Prefill]:
         """Return the prefills that can meet their deadlines, by priority and deadline, if they get a `share` of the
-        room. It looks at the first `at_most` deadlines, and at those that are `on_time_only`.
+        room. It looks at the first `at_most` deadlines of each priority, and at those that are `on_time_only`.
 
         By the rule of Moore and Hodgson (Management Science, 1968), which leaves as few late as possible: take them in
         the order of their deadlines, and whenever one would be late drop the longest; among several owners', that of
         the owner that would have had most.
         """
-        candidates = [r for r in prefills if self.now < r.slo.deadline < math.inf and not r.slo.missed]
-        candidates.sort(key=_by_deadline)
-        candidates[at_most:] = [request for request in candidates[at_most:] if request.on_time_only]
-        candidates.sort(key=_by_priority)
+        candidates: list[list[Request]] = [[] for _ in Priority]
+        for request in prefills:
+            if self.now < request.slo.deadline < math.inf and not request.slo.missed:
+                candidates[request.priority].append(request)
         found: list[Prefill] = []
-        for priority, of_priority in groupby(candidates, key=_by_priority):
+        for priority, of_priority in enumerate(candidates):
+            if not of_priority:
+                continue
+            of_priority.sort(key=_by_deadline)
+            of_priority[at_most:] = [request for request in of_priority[at_most:] if request.on_time_only]
             # Those above come first in any case.
             above: float = sum([self.seconds(r) for r in prefills if r.priority < priority])
             chosen, looked_at = FewestLate(), []
