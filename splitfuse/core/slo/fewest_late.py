@@ -25,15 +25,6 @@ class _Owner:
         self.service = 0.0
         self.num_changes = 0
 
-    def change(self, service: float) -> None:
-        self.service += service
-        self.num_changes += 1
-
-    @property
-    def turn(self) -> tuple[bool, float, int, str]:
-        """Return the place of its longest prefill among those to drop: the owner that would have had most first."""
-        return self.heap[0][0], -(self.first_key + self.service), self.num_changes, self.name
-
 
 class FewestLate:
     """Holds the prefills of one priority that can meet their deadlines so far."""
@@ -45,6 +36,8 @@ class FewestLate:
         """Number of requests which are not `on_time_only`."""
         self._new: list[tuple[Request, float]] = []  # since one was dropped: most often none is
         self._owners: dict[str, _Owner] = {}
+        self._next: list[tuple[bool, float, int, str]] = []
+        """A heap of owners, the one that loses a prefill first; entries are outdated if their owner changed since."""
 
     @property
     def requests(self) -> set[Request]:
@@ -66,13 +59,24 @@ class FewestLate:
                 owner = self._owners[request.owner] = _Owner(request.owner)
             heapq.heappush(owner.heap, (request.on_time_only, -work, -request.sequence_number, request))
             owner.first_key = min(owner.first_key, request.fair_share_key)
-            owner.change(_service(request))
+            self._change(owner, _service(request))
         self._new.clear()
-        owner = min([each for each in self._owners.values() if each.heap], key=lambda each: each.turn)
+        while True:
+            *_, num_changes, name = heapq.heappop(self._next)
+            owner = self._owners[name]
+            if num_changes == owner.num_changes:
+                break
         _, negative, _, request = heapq.heappop(owner.heap)
         self.work += negative
         self.num_yielding -= not request.on_time_only
-        owner.change(-_service(request))
+        self._change(owner, -_service(request))
+
+    def _change(self, owner: _Owner, service: float) -> None:
+        owner.service += service
+        owner.num_changes += 1
+        if owner.heap:
+            would_have = owner.first_key + owner.service
+            heapq.heappush(self._next, (owner.heap[0][0], -would_have, owner.num_changes, owner.name))
 
 
 def _service(request: Request) -> float:
