@@ -41,8 +41,8 @@ class FewestLate:
 
     @property
     def requests(self) -> set[Request]:
-        dropped_before = {request for owner in self._owners.values() for *_, request in owner.heap}
-        return dropped_before.union([request for request, _ in self._new])
+        in_heaps = {request for owner in self._owners.values() for *_, request in owner.heap}
+        return in_heaps.union([request for request, _ in self._new])
 
     def add(self, request: Request, work: float) -> None:
         self.work += work
