@@ -323,14 +323,15 @@ def test_order_is_fcfs_where_no_request_can_be_in_time() -> None:
     assert policy.order([late], [prompt], now=5.15).limits_time
 
 
-def test_a_decode_skipped_too_often_is_urgent() -> None:
+@pytest.mark.parametrize("tail_share", [0.001, TAIL_SHARE, 0.5])
+def test_a_decode_skipped_too_often_is_urgent(tail_share: float) -> None:
+    policy = DeadlinePolicy(LatencyPredictor(COST), token_budget=BUDGET, tail_share=tail_share)
     late = decode("late", 0.25, token_at=1.0)
     late.slo.observe_token(5.9)
-    assert names(make_policy().order([late], [], now=6.0)) == ([], ["late"])
-    late.slo.steps_skipped = 6
-    assert names(make_policy().order([late], [], now=6.0)) == ([], ["late"])
-    late.slo.steps_skipped = 7  # more than 1 / tail_share
-    assert names(make_policy().order([late], [], now=6.0)) == (["late"], [])
+    for late.slo.steps_skipped in (0, 6):
+        assert names(policy.order([late], [], now=6.0)) == ([], ["late"])
+    late.slo.steps_skipped = 7
+    assert names(policy.order([late], [], now=6.0)) == (["late"], [])
 
 
 def test_a_late_decode_gets_twice_the_itl_target() -> None:

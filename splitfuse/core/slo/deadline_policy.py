@@ -40,6 +40,9 @@ MIN_STEP = 1.25
 AIM = 1 / 2
 """Fraction of the time to its deadline in which a prompt is to be done, if decodes have the slack for it: the rest is
 for requests that arrive meanwhile."""
+MOST_SKIPPED_STEPS = math.ceil(1.0 / TAIL_SHARE)
+"""Number of steps in a row that a decode can be left out of, whatever its targets: in the next it is urgent. So it is
+in about as large a part of the steps as late prompts have of each by default."""
 
 
 def _by_deadline(request: Request) -> tuple[float, int]:
@@ -64,8 +67,8 @@ class StepLimit(NamedTuple):
 class DeadlinePolicy(Fcfs):
     """Lets as many requests as possible meet their SLO.
 
-    Urgent are decodes whose deadline is before the end of the step after this one, or which were skipped
-    `1 / tail_share` times; and as many others as leave the prompts that can be in time enough. Late prompts whose turn
+    Urgent are decodes whose deadline is before the end of the step after this one, or which were left out
+    of `MOST_SKIPPED_STEPS`; and as many others as leave the prompts that can be in time enough. Late prompts whose turn
     has come (turns.py) have a share of each step. Then come the prompts that can be in time, by deadline; then all
     others, decodes first, and those last that are late.
     """
@@ -215,10 +218,10 @@ class DeadlinePolicy(Fcfs):
     def _urgent(self, decodes: Sequence[Request], outlook: Feasibility, limit: StepLimit) -> list[Request]:
         """Return the decodes that get their token before any prompt."""
         soon = outlook.now + limit.seconds + outlook.step_of_decodes / outlook.safety_factor
-        urgent, ahead, most_skipped = [], [], 1.0 / self._turns.share
+        urgent, ahead = [], []
         for request in decodes:
             slo = request.slo
-            if slo.steps_skipped >= most_skipped or slo.deadline <= (outlook.now if slo.missed else soon):
+            if slo.steps_skipped >= MOST_SKIPPED_STEPS or slo.deadline <= (outlook.now if slo.missed else soon):
                 urgent.append(request)
             elif not slo.missed:
                 ahead.append(request)
