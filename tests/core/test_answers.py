@@ -15,7 +15,7 @@ from splitfuse.core.scheduling_options import SchedulingOptions
 from splitfuse.core.slo.answers import Answers
 from splitfuse.core.slo.gaps import MeanTarget, MovingAverageTarget, PercentileTarget
 from splitfuse.core.slo.targets import SloTargets
-from splitfuse.core.slo.usual_step import NEWEST
+from splitfuse.core.slo.usual_step import MOST_LOOKED_AT
 
 
 def request(max_tokens: int = 100) -> Request:
@@ -41,7 +41,7 @@ def first_gap(answers: Answers, max_tokens: int = 100) -> float:
 
 def test_nothing_is_expected_until_enough_answers_have_ended() -> None:
     answers = Answers()
-    for number in range(NEWEST):
+    for number in range(MOST_LOOKED_AT):
         assert first_gap(answers) == pytest.approx(0.1)
         for reason in (FinishReason.ABORT, FinishReason.ERROR, FinishReason.MOVED):
             answers.end(ended(1, 0.01, reason))
@@ -55,7 +55,7 @@ def test_nothing_is_expected_until_enough_answers_have_ended() -> None:
 
 def test_answers_that_were_slow_give_no_slack() -> None:
     answers = Answers()
-    for _ in range(NEWEST):
+    for _ in range(MOST_LOOKED_AT):
         answers.end(ended(20, 0.11))
     assert first_gap(answers) == pytest.approx(0.1)
 

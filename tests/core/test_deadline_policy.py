@@ -28,7 +28,7 @@ from splitfuse.core.slo.feasibility import Feasibility
 from splitfuse.core.slo.latency_predictor import MAX_SAFETY_FACTOR, LatencyPredictor
 from splitfuse.core.slo.request_slo import MISSED_ITL_FACTOR
 from splitfuse.core.slo.targets import NO_SLO, SloTargets
-from splitfuse.core.slo.usual_step import NEWEST
+from splitfuse.core.slo.usual_step import MOST_LOOKED_AT
 from splitfuse.core.step_builder import StepBuilder
 from splitfuse.errors import CostModelError, InvalidRequestError, SloUnattainableError
 
@@ -198,7 +198,7 @@ def test_others_yield_to_on_time_only_requests() -> None:
     assert [name[:5] for name in feasible(on_time_only=True)] == ["other"] * 4 + ["taken"]  # 0.84 s
 
 
-@pytest.mark.parametrize("number", [NEWEST - 1, NEWEST, NEWEST + 8])
+@pytest.mark.parametrize("number", [MOST_LOOKED_AT - 1, MOST_LOOKED_AT, MOST_LOOKED_AT + 8])
 def test_prompts_of_low_priority_hide_none_of_a_higher(number: int) -> None:
     low = [request(f"low{n}", 10, SloTargets(2.0), arrival_time=n / 1000) for n in range(number)]
     for each in low:

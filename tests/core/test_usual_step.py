@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from splitfuse.core.slo.cost_model import CostModel, StepTimes
 from splitfuse.core.slo.feasibility import EFFICIENCY, MIN_EFFICIENCY, Feasibility
-from splitfuse.core.slo.usual_step import NEWEST, Arrivals, usual_step
+from splitfuse.core.slo.usual_step import MOST_LOOKED_AT, Arrivals, usual_step
 
 COSTS = (
     CostModel(floor=0.01, per_token=0.001),  # a step of 0.04 s has three quarters of the throughput, one of 0.4 s 0.975
@@ -70,7 +70,7 @@ def test_a_request_says_how_long_its_step_could_have_been() -> None:
     for number in range(100):
         arrivals.accept(arrival_time=12.0 + number, margin=1.0)
     arrivals.plan(112.0)
-    assert len(arrivals.longest_steps) == NEWEST
+    assert len(arrivals.longest_steps) == MOST_LOOKED_AT
 
 
 @pytest.mark.parametrize("cost", COSTS)

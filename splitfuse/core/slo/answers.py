@@ -11,14 +11,14 @@ from collections import deque
 
 from splitfuse.core.request import Request
 from splitfuse.core.request_output import FinishReason
-from splitfuse.core.slo.usual_step import NEWEST
+from splitfuse.core.slo.usual_step import MOST_LOOKED_AT
 
 
 class Answers:
     """Holds the gaps of the newest answers that ended."""
 
     def __init__(self) -> None:
-        self._ended: deque[tuple[int, float]] = deque(maxlen=NEWEST)  # number of gaps, and their sum
+        self._ended: deque[tuple[int, float]] = deque(maxlen=MOST_LOOKED_AT)  # number of gaps, and their sum
 
     def end(self, request: Request) -> None:
         """Take note of a request that has finished. One that was ended from outside says nothing of others."""
@@ -27,7 +27,7 @@ class Answers:
 
     def expect(self, request: Request) -> None:
         """Tell the SLO of a new request what its answer will be like, once enough have ended to say so."""
-        if len(self._ended) == NEWEST:
+        if len(self._ended) == MOST_LOOKED_AT:
             shortest, total = min(self._ended)[0], sum(count for count, _ in self._ended)
             if shortest:
                 seconds = sum(seconds for _, seconds in self._ended)

@@ -30,7 +30,7 @@ from splitfuse.core.slo.cost_model import CostModel
 from splitfuse.core.slo.feasibility import MIN_EFFICIENCY, Feasibility, Prefill
 from splitfuse.core.slo.latency_predictor import LatencyPredictor
 from splitfuse.core.slo.turns import Turns
-from splitfuse.core.slo.usual_step import NEWEST, Arrivals, usual_step
+from splitfuse.core.slo.usual_step import MOST_LOOKED_AT, Arrivals, usual_step
 from splitfuse.core.step_builder import RequestQueue, StepBuilder
 
 DECODES_PER_STEP = 1 / 2
@@ -131,7 +131,7 @@ class DeadlinePolicy(Fcfs):
             share = self._turns.share
             apart = set(overdue)
             prefills = [request for request in prefills if request not in apart]
-            feasible = outlook.feasible(prefills, share=1.0 - share, at_most=NEWEST)
+            feasible = outlook.feasible(prefills, share=1.0 - share, at_most=MOST_LOOKED_AT)
             in_time = {prefill.request for prefill in feasible}
         limit = self._limit(outlook, feasible, decodes, share=share)
         if feasible and len(feasible) == len(prefills):
@@ -169,10 +169,10 @@ class DeadlinePolicy(Fcfs):
         """Return the prefills that can be in time. If none can with the safety factor, those that can without: a prompt
         at risk may be in time, one that is given up is not. Decodes are not put at risk for it.
         """
-        feasible = outlook.feasible(prefills, at_most=NEWEST)
+        feasible = outlook.feasible(prefills, at_most=MOST_LOOKED_AT)
         if not feasible and prefills:
             safety_factor, outlook.safety_factor = outlook.safety_factor, 1.0
-            feasible = outlook.feasible(prefills, at_most=NEWEST)
+            feasible = outlook.feasible(prefills, at_most=MOST_LOOKED_AT)
             outlook.safety_factor = safety_factor
         return feasible
 

@@ -15,16 +15,16 @@ from collections.abc import Iterable
 
 from splitfuse.core.slo.feasibility import EFFICIENCY, MIN_EFFICIENCY, Feasibility
 
-NEWEST = 32
-"""Number of requests that a plan goes by: of the newest that came, of the newest that ended, and of prompts those with
-the first deadlines, since those of later ones come nearer."""
+MOST_LOOKED_AT = 32
+"""Number of requests that a plan goes by at most: of the newest that came, of the newest that ended, and of the prompts
+of a priority those with the first deadlines, since those of later ones come nearer."""
 
 
 class Arrivals:
     """Holds, for each of the newest requests, how long the step that it waited for could have been."""
 
     def __init__(self) -> None:
-        self.longest_steps: deque[float] = deque(maxlen=NEWEST)
+        self.longest_steps: deque[float] = deque(maxlen=MOST_LOOKED_AT)
         """Lengths in seconds; infinity for a request that waited for no step, or has no TTFT target."""
         self._waiting: list[tuple[float, float]] = []  # when they came, and their margins
         self._planned_at = 0.0
