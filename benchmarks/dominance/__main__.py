@@ -63,7 +63,8 @@ def run_all(
     if out.exists():
         for text in out.read_text(encoding="utf-8").splitlines():
             line = Line.parse(text)
-            known.setdefault(line.scenario, []).append(line)
+            if line.has_batches:  # others can be compared with none of now
+                known.setdefault(line.scenario, []).append(line)
     by_scenario: dict[Scenario, list[Slo]] = {}
     for scenario, slo in points:
         by_scenario.setdefault(scenario, []).append(slo)

@@ -100,6 +100,11 @@ class Line:
         fields["outcomes"] = {slo: Outcome(**outcome) for slo, outcome in fields["outcomes"].items()}
         return cls(**fields)
 
+    @property
+    def has_batches(self) -> bool:
+        """Return whether it was judged as runs are now: older results have no batches."""
+        return all(len(outcome.batches) == BATCHES for outcome in self.outcomes.values())
+
 
 def policy_version() -> str:
     """Return a digest of the scheduler's source, which stands for the version of our policy."""

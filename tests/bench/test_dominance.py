@@ -1,5 +1,6 @@
 """benchmarks/dominance: points, judging, ratios, resuming; and points at which no other policy has more goodput."""
 
+import json
 import math
 from pathlib import Path
 
@@ -140,3 +141,18 @@ def test_finished_runs_are_not_run_again(tmp_path: Path, monkeypatch: pytest.Mon
     assert ran == [str(OUR_SYSTEM)] * len(points)
     text = command.summary(again)
     assert f"of {len(points)} points have at least 0.98" in text and "prefill-first 2048" in text
+
+
+def test_runs_that_were_judged_without_batches_are_run_again(tmp_path: Path) -> None:
+    points = command.chosen(["7b", "short", "4 clients"])[:1]
+    settings = Settings(requests=20, seeds=1, most_seeds=1, tag="a")
+    out = tmp_path / "runs.jsonl"
+    first = command.run_all(points, settings, out, processes=1)
+    lines = [json.loads(text) for text in out.read_text().splitlines()]
+    for line in lines[:-1]:  # of the others: ours would be run again by its tag
+        for outcome in line["outcomes"].values():
+            del outcome["batches"]
+    out.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    again = command.run_all(points, settings, out, processes=1)
+    assert [each.ratio() for each in again] == [each.ratio() for each in first]
+    assert len(out.read_text().splitlines()) == len(lines) + len(OTHERS)
