@@ -88,6 +88,9 @@ class Decoder:
         """Return a context in which kernels are launched on the device of the weights: to compute in, and to choose."""
         return torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext()
 
+    def check_complete(self) -> None:
+        """Check that numbers which were read from the device are those of all ranks; here there is one."""
+
     @property
     def is_fused(self) -> bool:
         """Return whether the backend computes the network in one call."""

@@ -225,6 +225,11 @@ class RankDecoder(Decoder):
                 _logger.error("%s", reason, exc_info=True)
                 raise RankLostError(reason) from error
 
+    def check_complete(self) -> None:
+        """Raise RankLostError if the group has ended: sums that were broken off on a GPU end without an error."""
+        if self.group.is_broken:
+            raise RankLostError("the tensor-parallel group has ended")
+
     def choose(
         self, hidden: Tensor, filters: Sequence[Filter] = (), numbers: Sequence[float] = ()
     ) -> tuple[list[int], list[float]]:

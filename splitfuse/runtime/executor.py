@@ -310,6 +310,7 @@ class Executor:
                 if self._running is not None:  # the time to plan the next step, before tokens are chosen
                     self._running.layers_done.set()
                 results = results_of(chunks, hidden, self.requests, self.decoder)
+        self.decoder.check_complete()
         for loan in batch.loans:
             if loan.is_lost:
                 results[chunks[loan.request].request_id] = ChunkResult(loan_lost=True)

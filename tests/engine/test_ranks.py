@@ -19,6 +19,7 @@ from backends import runnable
 from router_streams import closed_loop, read, requests, resumed, run, running, until
 
 from splitfuse.config.engine import EngineConfig
+from splitfuse.core.pooling_params import NOTHING_GENERATED, PoolingParams
 from splitfuse.core.sampling_params import SamplingParams
 from splitfuse.engine.client import EngineState
 from splitfuse.engine.engine import Engine
@@ -28,11 +29,12 @@ from splitfuse.engine.remote import supervisor
 from splitfuse.engine.remote.launcher import SubprocessLauncher
 from splitfuse.engine.remote.supervisor import SupervisedEngine
 from splitfuse.engine.thread import AsyncEngine
-from splitfuse.errors import ConfigError, ModelError, RankLostError
+from splitfuse.errors import ConfigError, EngineUnavailableError, ModelError, RankLostError
 from splitfuse.kernels.group import Shard, SharedGroup, make_group_file
 from splitfuse.runtime.backend_choice import choose_backend
 from splitfuse.runtime.fingerprint import describe_kernels, digest
 from splitfuse.runtime.loading import load_model, load_rank, open_source
+from splitfuse.runtime.parallel import leader
 from splitfuse.runtime.results import HEAD_ROWS
 
 SETTINGS = {"num_blocks": 200, "max_num_batched_tokens": 128, "max_num_seqs": 4, "dtype": "bfloat16"}
@@ -154,6 +156,42 @@ def test_ranks_that_add_up_give_the_tokens_of_one_process(kernels: str) -> None:
     assert together.leader.group.is_broken
     engine.close()
     assert not Path(f"/proc/{pid}").exists()
+
+
+def test_a_rank_that_fails_before_it_connects_ends_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    """NCCL would wait for it without end: the leader is told why, and begins no connection."""
+    monkeypatch.setattr(leader, "__version__", "0.0")
+    monkeypatch.setattr(leader, "DistributedGroup", None)
+    with pytest.raises(ConfigError, match=r"a rank is splitfuse .*, and its leader 0\.0: use the same version"):
+        load_model(config(2, **ADDING, kernels="reference"))
+    monkeypatch.setattr(leader, "FOLLOWER", "this")
+    with pytest.raises(EngineUnavailableError, match=r"rank 1 \(process .* was lost .*: it ended with code 0"):
+        load_model(config(2, **ADDING, kernels="reference"))
+
+
+def test_no_embedding_is_given_of_sums_that_were_broken_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU what waits for a lost rank ends without an error, and with some numbers."""
+    loaded = load_model(config(2, **ADDING, kernels="reference"))
+    assert loaded.leader is not None
+    engine, forward = Engine(config(2, **ADDING, kernels="reference"), loaded), loaded.decoder.forward
+
+    def broken_off(*args: Any) -> torch.Tensor:
+        found = forward(*args)
+        assert loaded.leader is not None
+        loaded.leader.group.end()
+        return found
+
+    engine.add(Add("whole", (5, 6, 7), NOTHING_GENERATED, pooling=PoolingParams()))
+    while not (outputs := engine.step()):
+        pass
+    assert outputs[0].values
+    monkeypatch.setattr(loaded.decoder, "forward", broken_off)
+    engine.add(Add("part", (5, 6, 7), NOTHING_GENERATED, pooling=PoolingParams()))
+    with pytest.raises(RankLostError, match="tensor-parallel group has ended"):
+        while engine.has_unfinished:
+            engine.step()
+    engine.close()
+    assert loaded.leader.group.is_broken
 
 
 def test_ranks_capture_no_steps() -> None:

@@ -38,7 +38,7 @@ from splitfuse.models.sharding import RankDecoder, check_ranks
 from splitfuse.models.sources.folder import ModelFolder
 from splitfuse.models.spec import ModelSpec
 from splitfuse.models.weights import kept_parameters, load_decoder, weight_bytes
-from splitfuse.runtime.parallel.distributed import DistributedGroup
+from splitfuse.runtime.parallel.distributed import DistributedGroup, announce, await_ranks
 from splitfuse.runtime.parallel.follower import RankExecutor
 from splitfuse.runtime.parallel.messages import ComputeHead, ComputeStep
 
@@ -249,6 +249,17 @@ def test_a_step_fails_that_another_rank_does_not_compute() -> None:
     assert groups[0].is_broken
     with pytest.raises(RankLostError, match="cannot connect to each other"):
         DistributedGroup(dist.HashStore(), Shard(0, 2, sums=True), address="192.0.2.1")
+
+
+def test_ranks_that_do_not_come_or_compute_elsewhere_are_not_met() -> None:
+    store, heard = dist.HashStore(), list[float]()
+    announce(store, 1, torch.device("cuda:1"))
+    await_ranks(store, 2, torch.device("cuda:0"), heard.append)
+    assert not heard
+    with pytest.raises(ConfigError, match="rank 1 computes on a device of kind cuda, and its leader on cpu: name a"):
+        await_ranks(store, 2, CPU, heard.append)
+    with pytest.raises(RankLostError, match="rank 2 of the group has not come within 0 s"):
+        await_ranks(store, 3, torch.device("cuda:0"), heard.append, seconds=0.0)
 
 
 @pytest.mark.parametrize(

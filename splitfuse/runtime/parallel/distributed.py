@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import Any, TypeAlias
@@ -15,6 +16,8 @@ from splitfuse.kernels.group import PATIENCE, Shard, SummingGroup
 
 JOIN_SECONDS = 60.0
 """Longest time until all ranks are connected, in seconds: a process has to begin."""
+LISTEN_SECONDS = 0.05
+"""Longest time between two looks at who has come, in seconds."""
 CPU = torch.device("cpu")
 Store: TypeAlias = Any
 """Place through which ranks find each other."""
@@ -32,6 +35,36 @@ def open_store(host: str, port: int) -> Store:
         return _dist.TCPStore(host, port, is_master=False, timeout=timedelta(seconds=JOIN_SECONDS))
     except RuntimeError as error:
         raise RankLostError(f"the store of the group at {host}:{port} cannot be reached: {error}") from error
+
+
+def announce(store: Store, rank: int, device: torch.device) -> None:
+    """Tell the first rank that this one is about to connect to the others, and where its tensors are."""
+    store.set(_key(rank), device.type)
+
+
+def await_ranks(
+    store: Store, size: int, device: torch.device, listen: Callable[[float], None], *, seconds: float = JOIN_SECONDS
+) -> None:
+    """Wait until all other ranks have announced themselves: NCCL would wait for one that has failed without end.
+    `listen` waits for at most so many seconds, and raises the error of a rank that has failed.
+
+    Raises RankLostError if one does not come in time, ConfigError if it computes on another kind of device.
+    """
+    deadline = time.monotonic() + seconds
+    for rank in range(1, size):
+        while not store.check([_key(rank)]):
+            if time.monotonic() > deadline:
+                raise RankLostError(f"rank {rank} of the group has not come within {seconds:.0f} s")
+            listen(LISTEN_SECONDS)
+        if (theirs := store.get(_key(rank)).decode()) != device.type:
+            raise ConfigError(
+                f"rank {rank} computes on a device of kind {theirs}, and its leader on {device.type}: name a device "
+                "that all ranks have, such as device=cpu"
+            )
+
+
+def _key(rank: int) -> str:
+    return f"device of rank {rank}"
 
 
 class DistributedGroup(SummingGroup):

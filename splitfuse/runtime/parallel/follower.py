@@ -30,7 +30,7 @@ from splitfuse.models.sharding import RankDecoder
 from splitfuse.runtime.device import device_of
 from splitfuse.runtime.loading import load_rank, parse_device
 from splitfuse.runtime.memory_ahead import MemoryAhead
-from splitfuse.runtime.parallel.distributed import DistributedGroup, open_store
+from splitfuse.runtime.parallel.distributed import DistributedGroup, announce, open_store
 from splitfuse.runtime.parallel.messages import (
     ComputeHead,
     ComputeStep,
@@ -129,11 +129,13 @@ def _join(connection: Connection, spec: FollowerSpec, config: EngineConfig) -> G
         group = SharedGroup(link.fd, Shard(spec.rank, size), logit_bytes=link.logit_bytes, patience=spec.patience)
         os.close(link.fd)
         return group
+    device, store = parse_device(device_of(config)), open_store(link.host, link.port)
+    announce(store, spec.rank, device)
     return DistributedGroup(
-        open_store(link.host, link.port),
+        store,
         Shard(spec.rank, size, sums=True),
         address=_own_address(connection) if config.model.rank else link.host,
-        device=parse_device(device_of(config)),
+        device=device,
         in_order=link.in_order,
         patience=spec.patience,
     )

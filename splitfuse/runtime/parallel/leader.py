@@ -17,6 +17,7 @@ import weakref
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from multiprocessing import connection as connections
 from multiprocessing.connection import Connection
 
 import torch
@@ -28,7 +29,7 @@ from splitfuse.errors import EngineUnavailableError, RankLostError, SplitfuseErr
 from splitfuse.kernels.batch import RaggedBatch
 from splitfuse.kernels.group import PATIENCE, Group, Shard, SharedGroup, make_group_file
 from splitfuse.models.sharding import RankDecoder
-from splitfuse.runtime.parallel.distributed import DistributedGroup, make_store
+from splitfuse.runtime.parallel.distributed import DistributedGroup, await_ranks, make_store
 from splitfuse.runtime.parallel.link import connect
 from splitfuse.runtime.parallel.messages import (
     ComputeHead,
@@ -176,6 +177,7 @@ class Leader:
         store, in_order = make_store(host), device.type != "cuda" or self._config.model.batch_invariant
         self._tell_specs(Rendezvous(host, store.port, in_order))
         try:
+            await_ranks(store, self._shard.size, device, self._listen)
             self.group = DistributedGroup(
                 store, self._shard, address=host, device=device, in_order=in_order, patience=self._patience
             )
@@ -202,17 +204,28 @@ class Leader:
     def wait(self) -> None:
         """Wait until all followers have loaded their parts. Raises the error with which one of them failed."""
         for follower in self._followers:
-            try:
-                news = receive_news(follower.connection)
-            except (EOFError, OSError):
-                news = RankFailed(f"{follower.name} was lost while it loaded the model: {follower.close()}")
-            if isinstance(news, RankFailed):
-                self.close()
-                kind = getattr(errors, news.kind, EngineUnavailableError) if news.kind else EngineUnavailableError
-                assert issubclass(kind, SplitfuseError)
-                raise kind(news.error)
+            self._hear(follower)
         for follower in self._followers:
             threading.Thread(target=_watch, args=(weakref.ref(self), follower), daemon=True).start()
+
+    def _listen(self, seconds: float) -> None:
+        """Wait for a follower that fails, for at most so many seconds, and raise its error."""
+        heard = connections.wait([each.connection for each in self._followers], seconds)
+        for follower in self._followers:
+            if follower.connection in heard:
+                self._hear(follower)
+
+    def _hear(self, follower: _Follower) -> None:
+        """Wait until a follower has loaded its part. Raises the error with which it failed."""
+        try:
+            news = receive_news(follower.connection)
+        except (EOFError, OSError):
+            news = RankFailed(f"{follower.name} was lost while it loaded the model: {follower.close()}")
+        if isinstance(news, RankFailed):
+            self.close()
+            kind = getattr(errors, news.kind, EngineUnavailableError) if news.kind else EngineUnavailableError
+            assert issubclass(kind, SplitfuseError)
+            raise kind(news.error)
 
     def lead(self, decoder: RankDecoder) -> None:
         """Let the followers compute what a decoder, which is rank 0, computes."""
@@ -225,6 +238,8 @@ class Leader:
         with self._lock:
             self._lost = self._lost or "it was closed"
         _end_all(self._followers)
+        if hasattr(self, "group"):  # else a rank has failed before they were connected
+            self.group.end()
 
     @property
     def pids(self) -> list[int]:
