@@ -274,7 +274,7 @@ struct Recurrent {
     States states;
 };
 
-// How tokens choose among experts by their scores. See RouterSpec in kernels/interface.py.
+// How tokens choose among experts by their scores. See RouterSpec in kernels/layers.py.
 struct Router {
     const float* choice_bias;  // [E], or null
     std::int32_t num_experts;
