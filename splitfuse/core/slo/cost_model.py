@@ -33,6 +33,15 @@ MIN_SAMPLES = 24
 """Number of timed steps that a fit needs: three for each coefficient."""
 
 
+def num_pairs(start: int, count: int) -> int:
+    """Return how many pairs of a query and a key `count` tokens from position `start` have, each with those up to it.
+
+    >>> num_pairs(2, 3)  # tokens 2, 3 and 4: three, four and five keys
+    12
+    """
+    return count * start + count * (count + 1) // 2
+
+
 class StepFeatures(NamedTuple):
     """Counts what the time of a step depends on."""
 
@@ -50,16 +59,19 @@ class StepFeatures(NamedTuple):
         return StepFeatures(
             self.tokens + count,
             self.rows + rows,
-            self.pairs + count * start + count * (count + 1) // 2,
+            self.pairs + num_pairs(start, count),
             self.kv_tokens + start + count,
             self.requests + 1,
         )
 
     def longer(self, *, end: int, count: int) -> StepFeatures:
         """Return these with a chunk that ended at position `end` continued by `count` tokens, all with logits."""
-        pairs = count * end + count * (count + 1) // 2
         return StepFeatures(
-            self.tokens + count, self.rows + count, self.pairs + pairs, self.kv_tokens + count, self.requests
+            self.tokens + count,
+            self.rows + count,
+            self.pairs + num_pairs(end, count),
+            self.kv_tokens + count,
+            self.requests,
         )
 
 
@@ -74,7 +86,7 @@ class StepCounts:
     def add(self, start: int, count: int) -> None:
         """Add a chunk of `count` tokens from position `start`, one of which has logits."""
         self.tokens += count
-        self.pairs += count * start + count * (count + 1) // 2
+        self.pairs += num_pairs(start, count)
         self.kv_tokens += start + count
         self.requests += 1
 
@@ -89,7 +101,7 @@ def features_of(plan: StepPlan) -> StepFeatures:
     for chunk in plan.chunks:
         count = len(chunk.token_ids)
         rows += chunk.num_logits
-        pairs += count * chunk.start + count * (count + 1) // 2
+        pairs += num_pairs(chunk.start, count)
         kv_tokens += chunk.start + count
     return StepFeatures(plan.num_tokens, rows, pairs, kv_tokens, len(plan.chunks))
 
@@ -153,7 +165,7 @@ class CostModel:
         low, high = 0, most  # `low` tokens fit, more than `high` do not
         count = most
         while low < high:
-            pairs = step.pairs + count * start + count * (count + 1) // 2
+            pairs = step.pairs + num_pairs(start, count)
             kv_tokens = step.kv_tokens + start + count
             if self.seconds_of(step.tokens + count, requests, pairs, kv_tokens, requests) <= seconds:
                 low = count
