@@ -16,6 +16,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from splitfuse.errors import RankLostError
+
 HEADER_BYTES = 4096
 """Bytes of a group's memory before its data."""
 BROKEN_AT = 192
@@ -60,6 +62,11 @@ class Group(ABC):
     def is_broken(self) -> bool:
         """Return whether the group has ended."""
 
+    def check(self) -> None:
+        """Raise RankLostError if the group has ended."""
+        if self.is_broken:
+            raise RankLostError("the tensor-parallel group has ended")
+
     @abstractmethod
     def end(self) -> None:
         """End the group, so that no rank waits for this one."""
@@ -103,7 +110,7 @@ class SharedGroup(Group):
 class SummingGroup(Group):
     """Connects ranks that share no memory. Each calls the same methods in the same order, with contiguous tensors on
     its device. All raise RankLostError; on a GPU, which computes later, a rank that is lost may be noticed by
-    `join_columns` alone.
+    `join_columns` and `check` alone.
     """
 
     @abstractmethod

@@ -122,7 +122,7 @@ class DistributedGroup(SummingGroup):
         joined = torch.cat(parts, dim=1)
         if self._device.type == "cuda":  # what a lost rank has left undone ends without an error
             torch.cuda.current_stream(self._device).synchronize()
-            self._check()
+            self.check()
         return joined
 
     def _of_all(self, numbers: Tensor) -> Sequence[Tensor]:
@@ -137,16 +137,12 @@ class DistributedGroup(SummingGroup):
 
     def _wait(self, start: Callable[[], Any]) -> None:
         """Do what all ranks do: on a GPU, what is launched later waits for it. Raises RankLostError."""
-        self._check()
+        self.check()
         try:
             start().wait()
         except RuntimeError as error:
             self.end()
             raise RankLostError(f"a rank of the tensor-parallel group does not answer: {error}") from error
-
-    def _check(self) -> None:
-        if self._is_broken:
-            raise RankLostError("the tensor-parallel group has ended")
 
     @property
     def is_broken(self) -> bool:
