@@ -38,7 +38,8 @@ class SchedulingOptions:
     targets: SloTargets | None = None
     """SLO of the request; None: the engine's default."""
     arrival_time: float | None = None
-    """Time of arrival on the engine's monotonic clock, from which the TTFT target counts; None: when it is added."""
+    """Time of arrival on the engine's monotonic clock, from which the TTFT target counts; None: when a client
+    opens it, or it is added to an engine."""
     on_time_only: bool = False
     """True to reject the request when it is added unless its SLO can be met."""
     owner: str = ""

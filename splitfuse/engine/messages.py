@@ -7,6 +7,7 @@ unencoded.
 from __future__ import annotations
 
 import secrets
+import time
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -62,7 +63,7 @@ class Add(msgspec.Struct, frozen=True, tag=True):
     adapter: str = ""
     """Digest of the LoRA adapter that the request is computed with; empty: none."""
     seed: int | None = None
-    """Seed of its random choices, which a client settles when it opens a request; None: the engine does."""
+    """Seed of its random choices; None: see `settled`."""
     resume_point: ResumePoint | None = None
     """Where the request goes on that another engine has begun; None: it is new."""
     block_sources: tuple[str, ...] = ()
@@ -74,11 +75,17 @@ class Add(msgspec.Struct, frozen=True, tag=True):
 
     @property
     def settled(self) -> Add:
-        """Return the request with a seed: that of its parameters, or a random one."""
-        if self.seed is not None:
-            return self
-        seed = secrets.randbits(64) if self.params.seed is None else self.params.seed
-        return msgspec.structs.replace(self, seed=seed)
+        """Return the request with a seed: that of its parameters, or a random one; and with an arrival time: now, if it
+        has none. What it waits for the step in flight counts to its SLO.
+        """
+        request = self
+        if request.seed is None:
+            seed = secrets.randbits(64) if self.params.seed is None else self.params.seed
+            request = msgspec.structs.replace(request, seed=seed)
+        if request.scheduling.arrival_time is None:
+            scheduling = replace(request.scheduling, arrival_time=time.monotonic())
+            request = msgspec.structs.replace(request, scheduling=scheduling)
+        return request
 
     def keeps_to(self, limits: EngineLimits) -> bool:
         """Return whether the request, but for what is lent to it, keeps to the limits of an engine."""

@@ -11,6 +11,8 @@ import random
 import re
 import signal
 import socket
+import threading
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager
 from dataclasses import replace
@@ -25,6 +27,7 @@ from patience import PATIENCE
 import splitfuse
 from splitfuse.config.engine import EngineConfig
 from splitfuse.config.values import Role
+from splitfuse.core.events import RequestAdded, StepRecord
 from splitfuse.core.plan import Logprobs, TokenLogprob
 from splitfuse.core.request_output import FinishReason, RequestOutput
 from splitfuse.core.sampling_params import SamplingParams
@@ -211,6 +214,34 @@ def test_a_client_has_limits(shared: EngineClient) -> None:
             limits.check(prompt, SamplingParams())
     with pytest.raises(AssertionError, match="before submitting"):
         shared.open(Add("a", (), SamplingParams()))
+
+
+def test_a_request_arrives_when_it_is_opened_though_a_step_is_in_flight() -> None:
+    engine = Engine.load(CONFIG)
+    is_computing, go_on = threading.Event(), threading.Event()
+    arrivals: dict[str, float] = {}
+
+    def hold(_: StepRecord) -> None:
+        is_computing.set()
+        assert go_on.wait(PATIENCE)
+
+    def note(added: RequestAdded) -> None:
+        arrivals[added.request.request_id] = added.request.slo.arrival_time
+
+    async def scenario() -> None:
+        engine.events.subscribe(StepRecord, hold)
+        engine.events.subscribe(RequestAdded, note)
+        async with running(AsyncEngine(engine)) as client:
+            first = asyncio.create_task(answer(client, "first", PROMPT, SamplingParams(max_tokens=1)))
+            await until(is_computing.is_set)
+            second = asyncio.create_task(answer(client, "second", PROMPT, SamplingParams(max_tokens=1)))
+            await asyncio.sleep(0)  # it is opened
+            opened = time.monotonic()
+            go_on.set()
+            await asyncio.gather(first, second)
+            assert arrivals["second"] <= opened, "what it waits for the step in flight counts to its SLO"
+
+    run(scenario())
 
 
 def test_an_id_in_use_and_a_request_larger_than_the_cache() -> None:
