@@ -1,14 +1,18 @@
 """Compare policies on the engine itself under SLOs of several kinds, in turns, and each with its simulation.
 
-    python -m benchmarks.measured_slos --model DIR [--quantization int8] [--clients 16] [--requests 32] [--turns 3]
+    python -m benchmarks.measured_slos --model DIR [--quantization int8] [--clients 16] [--requests 64] [--turns 3]
+    python -m benchmarks.measured_slos --runs FILE       # simulate again what `--out FILE` kept, without the engine
 
 In each turn our policy runs under each SLO, and each other policy once, judged by all of them; every second turn in
 reverse order. One model is loaded once, loads are closed loops. The machine is calibrated before each run
-(`--seconds`), and the run simulated with that, all steps as much longer or shorter as those of the run were in sum: a
-machine that others use too has another speed within a minute. A target is a time (`250ms`), or a multiple of what the
-first calibration says of a lone prompt of 512 tokens (`ttft=1.15x`, for each token of a prompt) or of a step of one
-decode (`itl=12x`, `itl=10x/p95`, `tpot=8x`). Prints goodput, measured and simulated, the ratio to the best other
-policy, and the median and P95 of first tokens and gaps.
+(`--seconds`), and that cost model is what engine and simulation begin with. Simulated steps take what the steps of the
+run did (splitfuse/simulator/pace.py): a machine that others use too has another speed within a minute, and holds a step
+up now and then. As the run went is one of the ways in which it could have gone: it is simulated SIMULATIONS times, each
+from another place of its steps on. Nothing that was measured of its requests is used.
+
+A target is a time (`250ms`), or a multiple of what the first calibration says of a lone prompt of 512 tokens
+(`ttft=1.15x`, for each token of a prompt) or of a step of one decode (`itl=12x`, `itl=10x/p95`, `tpot=8x`). Prints
+goodput, measured and simulated, the ratio to the best other policy, and the median and P95 of first tokens and gaps.
 """
 
 from __future__ import annotations
@@ -16,9 +20,15 @@ from __future__ import annotations
 import argparse
 import asyncio
 import gc
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
+from pathlib import Path
+from statistics import median
 from typing import Any
+
+import msgspec
 
 from splitfuse.bench import metrics
 from splitfuse.bench.baselines import make_baseline
@@ -30,7 +40,7 @@ from splitfuse.config.engine import EngineConfig
 from splitfuse.config.values import PER_TOKEN
 from splitfuse.core.events import StepRecord
 from splitfuse.core.slo.attainable import USUAL_PROMPT, prompt_seconds
-from splitfuse.core.slo.cost_model import CostModel, StepFeatures, features_of
+from splitfuse.core.slo.cost_model import CostModel, Sample, StepFeatures, features_of
 from splitfuse.core.slo.targets import SloTargets
 from splitfuse.engine.calibrate import calibrate
 from splitfuse.engine.client import EngineClient
@@ -39,12 +49,17 @@ from splitfuse.engine.thread import AsyncEngine
 from splitfuse.runtime.calibration import Calibration
 from splitfuse.runtime.loading import LoadedModel, load_model
 from splitfuse.simulator import virtual_time
-from splitfuse.simulator.deployment import SimulationConfig
+from splitfuse.simulator.deployment import Deployment, Machine, SimulationConfig
+from splitfuse.simulator.pace import MeasuredMachine
 from splitfuse.simulator.simulate import SimulatedTarget
 
 SLOS = ("ttft=4x,itl=12x", "ttft=3x,itl=10x/p95", "ttft=4x,tpot=8x", "ttft=1.15x,itl=12x")
 OTHERS = {"by age": ("splitfuse", None), "prefill-first": ("prefill-first", 2048), "orca": ("orca", 2048)}
 """Policies to compare with, by name: the policy, and its token budget; None for the chosen one."""
+SIMULATIONS = 8
+"""Number of times that each run is simulated."""
+PROGRESS_SECONDS = 10.0
+"""Seconds between two lines about a run that is under way."""
 
 
 def main() -> None:
@@ -53,40 +68,55 @@ def main() -> None:
     parser.add_argument("--quantization")
     parser.add_argument("--dtype")
     parser.add_argument("--slo", action="append", help=f"may be repeated (default: {', '.join(SLOS)})")
+    parser.add_argument("--others", default=",".join(OTHERS), help="policies to compare with (default: %(default)s)")
     parser.add_argument("--clients", type=int, default=16)
-    parser.add_argument("--requests", type=int, default=32, help="requests that count in each run")
+    parser.add_argument("--requests", type=int, default=64, help="requests that count in each run under an SLO")
+    parser.add_argument("--other-requests", type=int, help="the same in each run of another policy (default: the same)")
     parser.add_argument("--turns", type=int, default=3)
     parser.add_argument("--prompt", type=float, default=USUAL_PROMPT)
     parser.add_argument("--generate", type=float, default=64)
     parser.add_argument("--seconds", type=float, default=8.0, help="duration of each calibration")
+    parser.add_argument("--out", type=Path, help="file to keep the runs in, with all their steps")
+    parser.add_argument("--runs", type=Path, help="file of runs that are simulated again; other options do not count")
     arguments = parser.parse_args()
+    if unknown := set(arguments.others.split(",")) - OTHERS.keys():
+        parser.error(f"--others {unknown.pop()}: choose from {', '.join(OTHERS)}")
+    if arguments.runs is None:
+        runs = measure(arguments)
+    else:
+        runs = msgspec.json.decode(arguments.runs.read_bytes(), type=list[Run])
+        for run in runs:
+            run.simulate()
+    show(runs)
+
+
+def measure(arguments: argparse.Namespace) -> list[Run]:
+    """Return the runs of all turns, each simulated as soon as it has ended."""
+    began = time.monotonic()
     settings = {"enable_prefix_caching": False} | {
         name: value for name in ("model", "quantization", "dtype") if (value := getattr(arguments, name)) is not None
     }
     config = EngineConfig.from_settings(settings)
     model = load_model(config)
     calibration, _ = calibrate(config, model, seconds=arguments.seconds)
-    slos = [absolute(slo, calibration.cost) for slo in arguments.slo or SLOS]
-    systems = [System(f"ours, {name_of(slo)}", slo=slo) for slo in slos]
-    systems += [System(name, policy=policy, budget=budget) for name, (policy, budget) in OTHERS.items()]
+    load = Load(arguments.prompt, arguments.generate, arguments.clients, arguments.requests)
+    other_load = replace(load, requests=arguments.other_requests or arguments.requests)
+    systems = [System(load, slo=absolute(slo, calibration.cost)) for slo in arguments.slo or SLOS]
+    systems += [System(other_load, *OTHERS[name], other=name) for name in arguments.others.split(",")]
+    runs: list[Run] = []
     for turn in range(arguments.turns):
         for system in systems if turn % 2 == 0 else systems[::-1]:
             calibration, _ = calibrate(config, model, seconds=arguments.seconds)
             target = LoadedTarget(system.config(settings), model, calibration.cost, system.policy)
-            point = asyncio.run(drive(target, arguments, turn))
-            system.measured.append(point)
-            slowdown = target.measured_seconds / target.calibrated_seconds
-            today = replace(calibration, cost=calibration.cost.slower(slowdown))
-            simulated = SimulatedTarget(system.simulation(today, settings))
+            say = Progress(f"{time.monotonic() - began:4.0f} s, turn {turn}, {system.name}")
+            point = asyncio.run(drive(target, system.load, turn, say))
+            runs.append(Run(system, settings, calibration, turn, point, target.steps, target.between_steps))
             del target
             gc.collect()
-            system.simulated.append(virtual_time.run(drive(simulated, arguments, turn)))
-            both = " and ".join(f"{metrics.throughput(some[-1]):.2f}" for some in (system.measured, system.simulated))
-            print(
-                f"turn {turn}, {system.name}: {both} requests/s (simulated); steps {slowdown:.2f} times as calibrated",
-                flush=True,
-            )
-    show(systems, slos)
+            runs[-1].simulate()
+            if arguments.out is not None:
+                arguments.out.write_bytes(msgspec.json.encode(runs))
+    return runs
 
 
 def absolute(slo: str, cost: CostModel) -> dict[str, str]:
@@ -108,36 +138,84 @@ def absolute(slo: str, cost: CostModel) -> dict[str, str]:
     return found
 
 
-def name_of(slo: dict[str, str]) -> str:
-    return " ".join(slo.values())
+@dataclass(frozen=True)
+class Load:
+    """Describes a closed loop."""
+
+    prompt: float
+    generate: float
+    clients: int
+    requests: int
 
 
-@dataclass
+@dataclass(frozen=True)
 class System:
-    """Holds a policy, and its loads so far, one for each turn."""
+    """Is a policy under a load: ours with an SLO, or another one."""
 
-    name: str
-    slo: dict[str, str] = field(default_factory=dict)
+    load: Load
     policy: str = "splitfuse"
     budget: int | None = None
-    measured: list[Point] = field(default_factory=list)
-    simulated: list[Point] = field(default_factory=list)
+    slo: dict[str, str] = field(default_factory=dict)
+    other: str = ""
+    """Name of another policy."""
+
+    @property
+    def name(self) -> str:
+        return self.other or f"ours, {' '.join(self.slo.values())}"
 
     def config(self, settings: dict[str, Any]) -> EngineConfig:
         return EngineConfig.from_settings({**settings, **self.slo, "max_num_batched_tokens": self.budget})
 
-    def simulation(self, calibration: Calibration, settings: dict[str, Any]) -> SimulationConfig:
-        return SimulationConfig.of(calibration, self.config(settings), policy=self.policy)
+
+@dataclass
+class Run:
+    """Holds what was measured of a system in a turn, and what was simulated of it."""
+
+    system: System
+    settings: dict[str, Any]
+    calibration: Calibration
+    """Calibration that was made just before."""
+    turn: int
+    measured: Point
+    steps: list[Sample]
+    between_steps: float
+    """Median of the seconds from the end of a step to the next plan, where requests were running."""
+    simulated: list[Point] = field(default_factory=list)
+
+    def simulate(self) -> None:
+        """Simulate the run on a machine with its steps, and print both."""
+        config = SimulationConfig.of(
+            self.calibration,
+            self.system.config(self.settings),
+            policy=self.system.policy,
+            step_overhead=self.between_steps,
+        )
+        of_run = MeasuredMachine.of(self.steps, self.calibration.cost)
+        self.simulated = []
+        for number in range(SIMULATIONS):
+            pace = replace(of_run.pace, start=number / SIMULATIONS)
+            machine = Machine(engine=config, step_times=of_run.step_times, pace=pace)
+            target = SimulatedTarget(Deployment(machines=(machine,)))
+            self.simulated.append(virtual_time.run(drive(target, self.system.load, self.turn)))
+        both = [metrics.throughput(self.measured), metrics.mean([metrics.throughput(p) for p in self.simulated])]
+        slowdown = sum(each.seconds for each in self.steps) / sum(
+            self.calibration.cost.seconds(each.features) for each in self.steps
+        )
+        text = f"turn {self.turn}, {self.system.name}: {both[0]:.2f} requests/s, simulated {both[1]:.2f}"
+        if self.system.slo:
+            slo = SloTargets.parse(**self.system.slo)
+            text += f"; in time {goodput([self.measured], slo)}, simulated {goodput(self.simulated, slo)}"
+        print(f"{text}; steps took {slowdown:.2f} times as long as calibrated", flush=True)
 
 
 class LoadedTarget(EngineTarget):
-    """Our engine, with a model that is already loaded and a cost model, which it uses under an SLO."""
+    """Runs our engine, with a model that is already loaded and a cost model, which it uses under an SLO."""
 
     def __init__(self, config: EngineConfig, model: LoadedModel, cost: CostModel, policy: str) -> None:
         super().__init__(config, policy=policy)
         self._model, self._cost = model, cost
-        self.measured_seconds = self.calibrated_seconds = 0.0
-        """Seconds that all steps took, and that the calibration says of them."""
+        self.steps: list[Sample] = []
+        self._times: list[tuple[float, float]] = []  # when each began and ended
 
     def _make_client(self) -> EngineClient:
         policy = make_baseline(self._policy, self._config.scheduler)
@@ -148,50 +226,97 @@ class LoadedTarget(EngineTarget):
         return AsyncEngine(engine)
 
     def _add(self, step: StepRecord) -> None:
-        self.measured_seconds += step.measured_seconds
-        self.calibrated_seconds += self._cost.seconds(features_of(step.plan))
+        self.steps.append(Sample(features_of(step.plan), step.measured_seconds))
+        self._times.append((step.start_time, step.end_time))
+
+    @property
+    def between_steps(self) -> float:
+        return median(max(later[0] - earlier[1], 0.0) for earlier, later in pairwise(self._times))
 
 
-async def drive(target: EngineTarget | SimulatedTarget, arguments: argparse.Namespace, seed: int) -> Point:
+class Progress:
+    """Prints how far a run is, every PROGRESS_SECONDS at most."""
+
+    def __init__(self, name: str) -> None:
+        self._name, self._began, self._next = name, time.monotonic(), 0.0
+
+    def __call__(self, activity: str, num_done: int) -> None:
+        if (now := time.monotonic()) >= self._next:
+            self._next = now + PROGRESS_SECONDS
+            print(f"  {self._name}: {now - self._began:.0f} s, {activity}, {num_done} done that count", flush=True)
+
+
+async def drive(
+    target: EngineTarget | SimulatedTarget,
+    load: Load,
+    seed: int,
+    on_progress: Callable[[str, int], None] = lambda *_: None,
+) -> Point:
     """Return the requests of a closed loop."""
     await target.start()
     try:
-        lengths = Lengths(arguments.prompt, arguments.generate, room=target.room)
+        lengths = Lengths(load.prompt, load.generate, room=target.room)
         workload = Independent(lengths, target.vocabulary, seed)
-        return await closed_loop(target, workload, clients=arguments.clients, requests=arguments.requests)
+        how = {"clients": load.clients, "requests": load.requests}
+        return await closed_loop(target, workload, **how, on_progress=on_progress)
     finally:
         await target.close()
 
 
-def goodput(points: Sequence[Point], slo: SloTargets) -> float:
-    """Return the requests/s that meet an SLO, the mean of all turns."""
-    return metrics.mean([metrics.slo_goodput(point, slo) for point in points])
+@dataclass(frozen=True)
+class Goodput:
+    """Holds the requests/s that meet an SLO: the mean of some loads, and the standard deviation of one of them."""
+
+    mean: float
+    deviation: float
+
+    def __str__(self) -> str:
+        return f"{self.mean:.2f}" + (f" +- {self.deviation:.2f}" if self.deviation else "")
 
 
-def show(systems: Sequence[System], slos: Sequence[dict[str, str]]) -> None:
+def goodput(points: Sequence[Point], slo: SloTargets) -> Goodput:
+    """Return the requests/s of loads that meet an SLO."""
+    values = [metrics.slo_goodput(point, slo) for point in points]
+    mean = metrics.mean(values)
+    squares = sum((each - mean) ** 2 for each in values)
+    return Goodput(mean, (squares / (len(values) - 1)) ** 0.5 if len(values) > 1 else 0.0)
+
+
+def show(runs: Sequence[Run]) -> None:
     """Print goodput under each SLO, measured (simulated), and the times of each system."""
-    print("\ngoodput, requests/s: measured (simulated)\n")
-    others = [system for system in systems if not system.slo]
-    heads = ["SLO", "ours", *(system.name for system in others), "ours / best other", "measured / simulated"]
+    print("\ngoodput, requests/s: measured (simulated, +- the standard deviation of a run)\n")
+    names = list(dict.fromkeys(run.system.name for run in runs))
+    of_system = {name: [run for run in runs if run.system.name == name] for name in names}
+    others = [name for name in names if not of_system[name][0].system.slo]
+    heads = ["SLO", "ours", *others, "ours / best other", "measured / simulated"]
     print(f"| {' | '.join(heads)} |\n|{'---|' * len(heads)}")
-    for slo in slos:
-        targets = SloTargets.parse(**slo)
-        row = [next(system for system in systems if system.slo == slo), *others]
-        real = [goodput(system.measured, targets) for system in row]
-        virtual = [goodput(system.simulated, targets) for system in row]
-        cells = [f"{each:.2f} ({other:.2f})" for each, other in zip(real, virtual, strict=True)]
-        ratios = [quotient(real[0], max(real[1:])), quotient(real[0], virtual[0])]
-        print(f"| {' | '.join([name_of(slo), *cells, *ratios])} |")
-    print("\n| | requests/s | first token P50, P95, longest, s | gap P50, P95, longest, ms |\n|---|---|---|---|")
-    for system in systems:
-        records = [record for point in system.measured for record in metrics.counted(point)]
-        first = [metrics.ttft(record) for record in records]
-        cells = [
-            f"{metrics.mean([metrics.throughput(point) for point in system.measured]):.2f}",
-            spread(first, 1.0),
-            spread([gap for record in records for gap in metrics.gaps(record)], 1e3),
-        ]
-        print(f"| {' | '.join([system.name, *cells])} |")
+    for name in names:
+        if slo := of_system[name][0].system.slo:
+            targets = SloTargets.parse(**slo)
+            row = [of_system[name], *(of_system[other] for other in others)]
+            real = [goodput([run.measured for run in some], targets) for some in row]
+            virtual = [goodput([point for run in some for point in run.simulated], targets) for some in row]
+            cells = [f"{each} ({other})" for each, other in zip(real, virtual, strict=True)]
+            best = max((each.mean for each in real[1:]), default=0.0)
+            ratios = [quotient(real[0].mean, best), quotient(real[0].mean, virtual[0].mean)]
+            print(f"| {' | '.join([' '.join(slo.values()), *cells, *ratios])} |")
+    heads = ["", "requests/s", "first token P50, P95, longest, s", "gap P50, P95, longest, ms"]
+    print(f"\nmeasured (simulated)\n\n| {' | '.join(heads)} |\n|{'---|' * len(heads)}")
+    for name in names:
+        measured = [run.measured for run in of_system[name]]
+        simulated = [point for run in of_system[name] for point in run.simulated]
+        cells = [f"{each} ({other})" for each, other in zip(times(measured), times(simulated), strict=True)]
+        print(f"| {' | '.join([name, *cells])} |")
+
+
+def times(points: Sequence[Point]) -> tuple[str, str, str]:
+    """Return the throughput of loads, and percentiles of their first tokens and gaps."""
+    records = [record for point in points for record in metrics.counted(point)]
+    return (
+        f"{metrics.mean([metrics.throughput(point) for point in points]):.2f}",
+        spread([metrics.ttft(record) for record in records], 1.0),
+        spread([gap for record in records for gap in metrics.gaps(record)], 1e3),
+    )
 
 
 def spread(values: Sequence[float], unit: float) -> str:

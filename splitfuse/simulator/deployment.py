@@ -21,6 +21,7 @@ from splitfuse.core.step_budget import StepBudget
 from splitfuse.errors import ConfigError
 from splitfuse.runtime.calibration import Calibration
 from splitfuse.simulator.lending import Lending
+from splitfuse.simulator.pace import MeasuredPace
 from splitfuse.simulator.tiers import SharedTiers, TierStore
 
 MAX_BLOCKS = 2**24
@@ -192,6 +193,8 @@ class Machine:
     role: Role = Role.MIXED
     step_times: StepClock | None = None
     """Times of its steps if they are others than the cost model's, which its scheduler predicts with."""
+    pace: MeasuredPace | None = None
+    """How much longer or shorter steps take from moment to moment; None: by the noise of the cost model."""
     stages: int = 1
     gpus: int = 1
     price: float = 0.0

@@ -44,6 +44,7 @@ from splitfuse.simulator.deployment import Deployment, Failure, Machine, Simulat
 from splitfuse.simulator.landing import LandedKv
 from splitfuse.simulator.lending import LoanPool
 from splitfuse.simulator.links import Network
+from splitfuse.simulator.pace import by_chance
 from splitfuse.simulator.pools import Pools
 from splitfuse.simulator.tiers import SharedTiers, SimulatedTiers
 
@@ -295,7 +296,7 @@ class Replica:
         self._engine = lane.engine
         self.cost = lane.engine.calibration.cost
         self._step_times = lane.step_times or self.cost
-        self._random = Random(seed)
+        self._at_its_pace = by_chance(self.cost.noise, seed) if lane.pace is None else lane.pace.begin(seed)
         budget = StepFeatures().plus(start=0, count=lane.engine.budget.tokens, rows=1)
         self._seconds_per_token = self._step_times.seconds(budget) / budget.tokens
         self.block_size = lane.engine.calibration.block_size
@@ -533,14 +534,14 @@ class Replica:
     def _seconds(self, plan: StepPlan) -> float:
         if self.pool is None:
             return self.step_seconds(features_of(plan))
-        return self._with_noise(self.pool.seconds(plan, self.cost))
+        return self._measured(self.pool.seconds(plan, self.cost))
 
     def step_seconds(self, step: StepFeatures) -> float:
-        """Return the time of a step: as predicted, times noise as in the calibration."""
-        return self._with_noise(self._step_times.seconds(step))
+        """Return the time of a step: its usual one, at the pace of the machine, and what comes between steps."""
+        return self._measured(self._step_times.seconds(step))
 
-    def _with_noise(self, seconds: float) -> float:
-        return seconds * self._random.lognormvariate(0.0, self.cost.noise) + self._engine.step_overhead
+    def _measured(self, usual: float) -> float:
+        return self._at_its_pace(usual) + self._engine.step_overhead
 
     def _end_step(self, plan: StepPlan) -> None:
         now = asyncio.get_running_loop().time()
