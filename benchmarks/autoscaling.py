@@ -152,9 +152,9 @@ class FluidServer:
         self._day, self._scaling, self._clock = day, scaling, Clock()
         self._arrivals = day.arrivals()
         self._times = StepTimes(SCENARIO.calibration.cost)
-        outlook = Feasibility(self._times, (), now=0.0)
+        feasibility = Feasibility(self._times, (), now=0.0)
         margin = (day.targets.ttft or 0.0) / 2
-        self._step = usual_step(outlook, [margin])
+        self._step = usual_step(feasibility, [margin])
         self._ready = [self._replica() for _ in range(scaling.least)]
         self._starting: list[float] = []  # when they will be ready
         self._draining: list[FluidReplica] = []

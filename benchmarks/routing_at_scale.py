@@ -67,9 +67,9 @@ def engine() -> SimulationConfig:
 
 def rate(load: float) -> float:
     """Return the requests/s of each replica, relative to those that it could serve if it had all prefixes."""
-    outlook = Feasibility(StepTimes(MACHINES[MACHINE].cost), (), now=0.0)
-    prompt = outlook.seconds_of(PREFIX, OWN)
-    return load / (prompt + (ANSWER - 1) * outlook.seconds_of(PREFIX + OWN, 1))
+    feasibility = Feasibility(StepTimes(MACHINES[MACHINE].cost), (), now=0.0)
+    prompt = feasibility.seconds_of(PREFIX, OWN)
+    return load / (prompt + (ANSWER - 1) * feasibility.seconds_of(PREFIX + OWN, 1))
 
 
 def plan(replicas: int, count: int, load: float = LOAD, *, seed: int = 1) -> Iterator[tuple[float, int]]:

@@ -179,19 +179,19 @@ class ReplicaView:
         ):
             return 0
         decodes, prefills = list(self._decodes.values()), list(self._prefills.values())
-        outlook = self._outlook(decodes, now=now, priority=min(each.priority for each in (request, *prefills)))
-        kept = {each.request for each in outlook.feasible(prefills)}
+        feasibility = self._feasibility(decodes, now=now, priority=min(each.priority for each in (request, *prefills)))
+        kept = {each.request for each in feasibility.feasible(prefills)}
         if request.slo.deadline < math.inf:
             kept.add(request)
-        late = kept.difference(each.request for each in outlook.feasible([*prefills, request]))
-        together = self._outlook(decodes, soon=[*prefills, request], now=now)
+        late = kept.difference(each.request for each in feasibility.feasible([*prefills, request]))
+        together = self._feasibility(decodes, soon=[*prefills, request], now=now)
         return len(late) + (not together.is_sustainable)
 
     def wait(self, request: Request, cached: int, now: float) -> float:
         """Return the seconds until a new request with `on_time_only` could be admitted; 0 if it can be now."""
         request.num_expected_cached, request.sequence_number = cached, self._num_added
         try:
-            check_on_time(request, self, self._outlook, now=now)
+            check_on_time(request, self, self._feasibility, now=now)
         except SloUnattainableError as error:
             return error.retry_after
         return 0.0
@@ -226,12 +226,12 @@ class ReplicaView:
                 return num_left * step
         return left[-1][0] * step if left else 0.0
 
-    def _outlook(self, decodes: Iterable[Request], **how: Any) -> Feasibility:
+    def _feasibility(self, decodes: Iterable[Request], **how: Any) -> Feasibility:
         return Feasibility(self.times or IN_TOKENS, decodes, token_budget=self._token_budget, **how)
 
     @property
     def _alone(self) -> Feasibility:
-        """Return the outlook without decodes, for the seconds of requests."""
+        """Return the `Feasibility` without decodes, for the seconds of requests."""
         if self._alone_of is None or self._alone_of[0] is not self.times:
-            self._alone_of = self.times, self._outlook((), now=0.0)
+            self._alone_of = self.times, self._feasibility((), now=0.0)
         return self._alone_of[1]

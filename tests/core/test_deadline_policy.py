@@ -81,12 +81,12 @@ def test_what_has_arrived_from_a_tier_is_no_work() -> None:
     scheduler.add(added, 0.0)
     assert scheduler.fetches is not None
     (fetch,) = scheduler.fetches.take()
-    assert not policy._outlook([], now=0.0).feasible([added])
+    assert not policy._feasibility([], now=0.0).feasible([added])
     scheduler.fetches.arrived(
         fetch.number, [Frame.of(*each, b"data") for each in zip(fetch.names, fetch.token_ids, strict=True)]
     )
     assert added.num_expected_cached == 992
-    assert [each.request for each in policy._outlook([], now=0.0).feasible([added])] == [added]
+    assert [each.request for each in policy._feasibility([], now=0.0).feasible([added])] == [added]
 
 
 @pytest.mark.parametrize(("ttft", "most"), [(1.5, 0.5), (1.03, 0.03), (0.9, None), (30.0, 1.0)])
@@ -180,8 +180,8 @@ def test_rounding_at_the_knee_limits_no_step() -> None:
 
 def test_the_token_of_the_oldest_request_makes_no_decode_late() -> None:
     stream = decode("s", 0.25, token_at=1.0)
-    outlook = make_policy()._outlook([stream], now=1.231)
-    assert outlook.slack + COST.per_token <= MAX_SAFETY_FACTOR * (stream.slo.deadline - 1.231)
+    feasibility = make_policy()._feasibility([stream], now=1.231)
+    assert feasibility.slack + COST.per_token <= MAX_SAFETY_FACTOR * (stream.slo.deadline - 1.231)
 
 
 def test_others_yield_to_on_time_only_requests() -> None:
@@ -350,17 +350,17 @@ def test_no_other_order_meets_more_ttft_targets(seed: int) -> None:
         request(f"p{number}", rng.randint(2, 150), SloTargets(rng.uniform(0.05, 0.9)), arrival_time=number / 1000)
         for number in range(rng.randint(1, 6))
     ]
-    outlook = Feasibility(LatencyPredictor(COST), (), now=0.01)
+    feasibility = Feasibility(LatencyPredictor(COST), (), now=0.01)
 
     def on_time(chosen: Sequence[Request]) -> int:
         """How many are, if only those are begun that can be, in this order."""
         work, count = 0.0, 0
         for each in chosen:
-            if work + outlook.seconds(each) <= outlook.room(each.slo.deadline):
-                work, count = work + outlook.seconds(each), count + 1
+            if work + feasibility.seconds(each) <= feasibility.room(each.slo.deadline):
+                work, count = work + feasibility.seconds(each), count + 1
         return count
 
-    found = [each.request for each in outlook.feasible(prompts)]
+    found = [each.request for each in feasibility.feasible(prompts)]
     assert len(found) == on_time(found) == max(on_time(chosen) for chosen in permutations(prompts))
 
 

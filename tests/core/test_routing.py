@@ -171,11 +171,11 @@ def test_broken_are_those_that_would_be_in_time_otherwise(
         found = known.num_broken(each, 0, now)
         every = [*prompts, each]
         priority = min(one.priority for one in every)
-        outlook = Feasibility(TIMES, decodes, now=now, priority=priority, token_budget=BUDGET)
-        before = {one.request for one in outlook.feasible(prompts)} | (
+        feasibility = Feasibility(TIMES, decodes, now=now, priority=priority, token_budget=BUDGET)
+        before = {one.request for one in feasibility.feasible(prompts)} | (
             {each} if each.slo.deadline < math.inf else set()
         )
-        after = {one.request for one in outlook.feasible(every)}
+        after = {one.request for one in feasibility.feasible(every)}
         together = Feasibility(TIMES, decodes, soon=every, now=now, token_budget=BUDGET)
         assert found == len(before - after) + (not together.is_sustainable)
 

@@ -20,19 +20,19 @@ COSTS = (
 )
 
 
-def outlook_of(cost: CostModel) -> Feasibility:
+def feasibility_of(cost: CostModel) -> Feasibility:
     return Feasibility(StepTimes(cost), (), now=0.0)
 
 
 @given(st.sampled_from(COSTS), st.lists(st.floats(0.0, 2.0) | st.just(math.inf), min_size=1, max_size=8))
 def test_no_other_step_has_a_higher_goodput(cost: CostModel, longest: list[float]) -> None:
-    outlook = outlook_of(cost)
-    least, most = outlook.efficient_step(MIN_EFFICIENCY), outlook.efficient_step(EFFICIENCY)
+    feasibility = feasibility_of(cost)
+    least, most = feasibility.efficient_step(MIN_EFFICIENCY), feasibility.efficient_step(EFFICIENCY)
 
     def goodput(seconds: float) -> float:
-        return outlook.efficiency(seconds) * sum(seconds <= each for each in longest)
+        return feasibility.efficiency(seconds) * sum(seconds <= each for each in longest)
 
-    chosen = usual_step(outlook, longest)
+    chosen = usual_step(feasibility, longest)
     assert least <= chosen <= most
     best = max(goodput(least + (most - least) * part / 200) for part in range(201))
     assert goodput(chosen) >= (1.0 - 1e-9) * best
@@ -51,7 +51,7 @@ def test_no_other_step_has_a_higher_goodput(cost: CostModel, longest: list[float
     ],
 )
 def test_steps_are_as_long_as_arrivals_can_wait(longest: list[float], seconds: float) -> None:
-    assert usual_step(outlook_of(COSTS[0]), longest) == pytest.approx(seconds)
+    assert usual_step(feasibility_of(COSTS[0]), longest) == pytest.approx(seconds)
 
 
 def test_a_request_says_how_long_its_step_could_have_been() -> None:
@@ -76,7 +76,7 @@ def test_a_request_says_how_long_its_step_could_have_been() -> None:
 @pytest.mark.parametrize("cost", COSTS)
 @pytest.mark.parametrize("efficiency", [0.5, MIN_EFFICIENCY, 0.9, EFFICIENCY])
 def test_the_efficiency_of_an_efficient_step_is_that(cost: CostModel, efficiency: float) -> None:
-    outlook = outlook_of(cost)
-    seconds = outlook.efficient_step(efficiency)
-    assert outlook.efficiency(seconds) >= efficiency * (1.0 - 1e-9)
-    assert outlook.efficiency(0.99 * seconds) < efficiency or cost.per_token == 0.0
+    feasibility = feasibility_of(cost)
+    seconds = feasibility.efficient_step(efficiency)
+    assert feasibility.efficiency(seconds) >= efficiency * (1.0 - 1e-9)
+    assert feasibility.efficiency(0.99 * seconds) < efficiency or cost.per_token == 0.0

@@ -27,7 +27,7 @@ from splitfuse.core.slo.request_slo import MISSED_ITL_FACTOR
 from splitfuse.core.step_builder import FreeResources
 from splitfuse.errors import SloUnattainableError, whole_seconds
 
-MakeOutlook = Callable[..., Feasibility]
+MakeFeasibility = Callable[..., Feasibility]
 """Type of a function that returns the Feasibility of decodes."""
 
 
@@ -44,38 +44,38 @@ class Unfinished(Protocol):
     def free(self) -> FreeResources: ...
 
 
-def check_on_time(request: Request, queue: Unfinished, make_outlook: MakeOutlook, *, now: float) -> None:
+def check_on_time(request: Request, queue: Unfinished, make_feasibility: MakeFeasibility, *, now: float) -> None:
     """Raise SloUnattainableError if a new request, which is not in the queue, could not meet its SLO if it were
     admitted now. Its `retry_after` is when it could by what is known now: infinity if it never can.
     """
-    _check_alone(request, make_outlook)
-    make_outlook = partial(make_outlook, now=now, priority=request.priority)
+    _check_alone(request, make_feasibility)
+    make_feasibility = partial(make_feasibility, now=now, priority=request.priority)
     decodes, prefills = split_running([each for each in queue.running if each.num_unscheduled])
     prefills += [*queue.waiting, *queue.fetching]
     share = ON_TIME_ONLY_SHARE if decodes or prefills else 1.0
-    before = [each.request for each in make_outlook(decodes).feasible(prefills, share=share)]
+    before = [each.request for each in make_feasibility(decodes).feasible(prefills, share=share)]
     above = [each for each in prefills if each.priority < request.priority and each not in before]
     ahead = sorted([*before, *above, request], key=attrgetter("priority", "slo.deadline"))
-    outlook = make_outlook(decodes, soon=ahead[:-1])  # of which each takes time from the next
-    ends = _latest_ends(queue.running, outlook, priority=request.priority)
-    num_ended, is_enough = _num_to_end(ends, ahead, queue, make_outlook)
+    feasibility = make_feasibility(decodes, soon=ahead[:-1])  # of which each takes time from the next
+    ends = _latest_ends(queue.running, feasibility, priority=request.priority)
+    num_ended, is_enough = _num_to_end(ends, ahead, queue, make_feasibility)
     start = ends[num_ended - 1][0] if num_ended else now
-    done = outlook.room(start) if start > now else 0.0  # nothing of it before
-    after = outlook.feasible([*prefills, request], share=share)
-    deadline, own = request.slo.deadline, outlook.seconds(request)
+    done = feasibility.room(start) if start > now else 0.0  # nothing of it before
+    after = feasibility.feasible([*prefills, request], share=share)
+    deadline, own = request.slo.deadline, feasibility.seconds(request)
     is_in_time = deadline == math.inf or (
         {each.request for each in after}.issuperset([*before, request])
-        and _have_time(ahead, outlook, share=share)
-        and outlook.with_floor(done + own) <= share * outlook.room(deadline)
+        and _have_time(ahead, feasibility, share=share)
+        and feasibility.with_floor(done + own) <= share * feasibility.room(deadline)
     )
     if is_enough and is_in_time:
         return
-    work = max(sum(map(outlook.seconds, ahead)), done + own) / share  # after all that are before it
-    first_token = outlook.time_for(work)
+    work = max(sum(map(feasibility.seconds, ahead)), done + own) / share  # after all that are before it
+    first_token = feasibility.time_for(work)
     if first_token == math.inf:  # decodes leave prompts nothing: when all have ended
-        ends += _latest_ends([*before, *above], outlook, priority=request.priority)
+        ends += _latest_ends([*before, *above], feasibility, priority=request.priority)
         first_token = max([now, *(end for end, _ in ends)]) + work
-    wait = max(first_token - min(deadline, first_token), start - now, outlook.step_of_decodes)
+    wait = max(first_token - min(deadline, first_token), start - now, feasibility.step_of_decodes)
     reason = f"its first token would come after {first_token - now:.3g} s"
     raise _unattainable(f"{reason}; try again in {whole_seconds(wait)} s", wait)
 
@@ -84,46 +84,51 @@ def _unattainable(reason: str, retry_after: float) -> SloUnattainableError:
     return SloUnattainableError(f"the request cannot meet its SLO: {reason}", retry_after=retry_after)
 
 
-def _check_alone(request: Request, make_outlook: MakeOutlook) -> None:
+def _check_alone(request: Request, make_feasibility: MakeFeasibility) -> None:
     """Raise SloUnattainableError if a request could not meet its SLO even on an idle engine."""
     arrival = request.slo.arrival_time
-    idle = make_outlook((), now=arrival)
+    idle = make_feasibility((), now=arrival)
     first_token = idle.time_for(idle.seconds(request)) - arrival
     if first_token > request.slo.ttft_target:
         raise _unattainable(f"its first token may take {first_token:.3g} s even on an idle engine", math.inf)
-    if not make_outlook((), soon=[request], now=arrival).is_sustainable:
+    if not make_feasibility((), soon=[request], now=arrival).is_sustainable:
         gap = idle.floor / idle.safety_factor
         raise _unattainable(f"its tokens may take {gap:.3g} s each even on an idle engine", math.inf)
 
 
-def _have_time(ahead: Sequence[Request], outlook: Feasibility, *, share: float) -> bool:
+def _have_time(ahead: Sequence[Request], feasibility: Feasibility, *, share: float) -> bool:
     """Return whether all of `ahead` that are `on_time_only` are in time with a share of the machine, one after the
     other, each in a step of its own.
     """
     work = 0.0
     for number, request in enumerate(ahead, start=1):
-        work += outlook.seconds(request) / share
+        work += feasibility.seconds(request) / share
         deadline = request.slo.deadline
-        if request.on_time_only and deadline < math.inf and outlook.spare(deadline, work, num_steps=number) < 0.0:
+        if request.on_time_only and deadline < math.inf and feasibility.spare(deadline, work, num_steps=number) < 0.0:
             return False
     return True
 
 
-def _latest_ends(requests: Sequence[Request], outlook: Feasibility, *, priority: int) -> list[tuple[float, Request]]:
+def _latest_ends(
+    requests: Sequence[Request], feasibility: Feasibility, *, priority: int
+) -> list[tuple[float, Request]]:
     """Return the times at which requests have generated `max_tokens` at the latest, in order. Those of a priority below
     `priority` may be late by then.
     """
     ends = []
     for request in requests:
-        gap = request.slo.itl_target or outlook.step_of_decodes
+        gap = request.slo.itl_target or feasibility.step_of_decodes
         if request.slo.missed or request.priority > priority:
             gap *= MISSED_ITL_FACTOR
-        ends.append((outlook.now + (request.max_tokens - len(request.output_token_ids)) * gap, request))
+        ends.append((feasibility.now + (request.max_tokens - len(request.output_token_ids)) * gap, request))
     return sorted(ends, key=itemgetter(0))
 
 
 def _num_to_end(
-    ends: Sequence[tuple[float, Request]], ahead: Sequence[Request], queue: Unfinished, make_outlook: MakeOutlook
+    ends: Sequence[tuple[float, Request]],
+    ahead: Sequence[Request],
+    queue: Unfinished,
+    make_feasibility: MakeFeasibility,
 ) -> tuple[int, bool]:
     """Return how many of the running requests must end until there are sequence slots and blocks for the waiting ones
     of `ahead`, and time in each step for all of them to decode together with those that still run; and True. If even
@@ -137,7 +142,7 @@ def _num_to_end(
             free = free.after(request)
         left = [request for _, request in ends[num_ended:]]
         decodes, _ = split_running([request for request in left if request.num_unscheduled])
-        return free.fit(new, num_running=len(left)) and make_outlook(decodes, soon=ahead).is_sustainable
+        return free.fit(new, num_running=len(left)) and make_feasibility(decodes, soon=ahead).is_sustainable
 
     num_ended = bisect_left(range(len(ends)), True, key=is_enough)
     return num_ended, num_ended < len(ends) or is_enough(num_ended)

@@ -81,20 +81,20 @@ class DeadlinePolicy(Fcfs):
         self._in_time: set[Request] = set()
         """Prompts that could be in time when the last step was planned."""
 
-    def _outlook(self, decodes: Iterable[Request], **how: Any) -> Feasibility:
+    def _feasibility(self, decodes: Iterable[Request], **how: Any) -> Feasibility:
         return Feasibility(self._predictor, decodes, token_budget=self._token_budget, **how)
 
     def accept(self, request: Request, queue: RequestQueue, *, now: float) -> None:
         """See SchedulingPolicy."""
         queue.expect_cached(request)
-        outlook, before, in_time = self._outlook((), now=now), 0.0, 0.0
+        feasibility, before, in_time = self._feasibility((), now=now), 0.0, 0.0
         for other in queue.unfinished:
             if not other.output_token_ids:
-                work = outlook.seconds(other)
+                work = feasibility.seconds(other)
                 before += work
                 in_time += work if other in self._in_time else 0.0
-        own = outlook.seconds(request)
-        margin = request.slo.ttft_target - outlook.overhead - outlook.with_floor(in_time + own)
+        own = feasibility.seconds(request)
+        margin = request.slo.ttft_target - feasibility.overhead - feasibility.with_floor(in_time + own)
         self._arrivals.accept(arrival_time=request.slo.arrival_time, margin=margin)
         self._turns.accept(request, own=own, before=before)
         self._answers.expect(request)
@@ -107,8 +107,8 @@ class DeadlinePolicy(Fcfs):
         """See SchedulingPolicy."""
         self._arrivals.plan(step.now)
         super().compose(step)
-        outlook = self._outlook((), now=step.now)
-        decodes = sum([outlook.seconds(request) for request in step.granted if request.output_token_ids])
+        feasibility = self._feasibility((), now=step.now)
+        decodes = sum([feasibility.seconds(request) for request in step.granted if request.output_token_ids])
         self._turns.advance(max(self._predictor.seconds(step.features) - decodes, 0.0))
 
     def order(self, running: Sequence[Request], waiting: Sequence[Request], *, now: float) -> ClaimOrder:
@@ -118,9 +118,9 @@ class DeadlinePolicy(Fcfs):
         decodes, prefills = split_running(running)
         prefills += waiting
         highest = min([request.priority for request in prefills], default=Priority.LOW)
-        outlook = self._outlook(decodes, now=now, priority=highest)
-        feasible, share = self._feasible(outlook, prefills), 0.0
-        if not feasible and self._is_out_of_reach(outlook, decodes):
+        feasibility = self._feasibility(decodes, now=now, priority=highest)
+        feasible, share = self._feasible(feasibility, prefills), 0.0
+        if not feasible and self._is_out_of_reach(feasibility, decodes):
             self._in_time = set()
             return super().order(running, waiting, now=now)
         in_time = {prefill.request for prefill in feasible}
@@ -131,54 +131,54 @@ class DeadlinePolicy(Fcfs):
             share = self._turns.share
             apart = set(overdue)
             prefills = [request for request in prefills if request not in apart]
-            feasible = outlook.feasible(prefills, share=1.0 - share, at_most=MOST_LOOKED_AT)
+            feasible = feasibility.feasible(prefills, share=1.0 - share, at_most=MOST_LOOKED_AT)
             in_time = {prefill.request for prefill in feasible}
-        limit = self._limit(outlook, feasible, decodes, share=share)
+        limit = self._limit(feasibility, feasible, decodes, share=share)
         if feasible and len(feasible) == len(prefills):
-            limit = limit._replace(spare=min(limit.spare, self._spare_for_arrivals(outlook, feasible[0])))
-        urgent = self._urgent(decodes, outlook, limit)
+            limit = limit._replace(spare=min(limit.spare, self._spare_for_arrivals(feasibility, feasible[0])))
+        urgent = self._urgent(decodes, feasibility, limit)
         others = self._others(decodes, prefills, apart=in_time.union(urgent))
         self._in_time = in_time
-        used = sum([outlook.seconds_of_token(request) for request in urgent])
-        late = share * max(limit.seconds, (outlook.overhead + used) / (1.0 - share))
+        used = sum([feasibility.seconds_of_token(request) for request in urgent])
+        late = share * max(limit.seconds, (feasibility.overhead + used) / (1.0 - share))
         return ClaimOrder(
             (
                 Tier(urgent),
-                Tier(overdue, outlook.overhead + outlook.with_floor(used + late) if feasible else limit.others),
+                Tier(overdue, feasibility.overhead + feasibility.with_floor(used + late) if feasible else limit.others),
                 Tier([prefill.request for prefill in feasible], limit.seconds),
                 Tier(others, limit.others),
             ),
             limits_time=True,
         )
 
-    def _is_out_of_reach(self, outlook: Feasibility, decodes: Sequence[Request]) -> bool:
+    def _is_out_of_reach(self, feasibility: Feasibility, decodes: Sequence[Request]) -> bool:
         """Return whether all decodes are late and no step is so short that any of the newest requests could have waited
         for it. Then by age all wait less for their first token, and none is worse off.
         """
-        shortest = self._shortest(outlook)
+        shortest = self._shortest(feasibility)
         longest = max(self._arrivals.longest_steps, default=math.inf)
         return longest < shortest and all(decode.slo.missed for decode in decodes)
 
     @staticmethod
-    def _shortest(outlook: Feasibility) -> float:
+    def _shortest(feasibility: Feasibility) -> float:
         """Return the seconds of the shortest step with prompts that no deadline makes still shorter."""
-        return max(outlook.efficient_step(MIN_EFFICIENCY), MIN_STEP * outlook.floor)
+        return max(feasibility.efficient_step(MIN_EFFICIENCY), MIN_STEP * feasibility.floor)
 
     @staticmethod
-    def _feasible(outlook: Feasibility, prefills: Sequence[Request]) -> list[Prefill]:
+    def _feasible(feasibility: Feasibility, prefills: Sequence[Request]) -> list[Prefill]:
         """Return the prefills that can be in time. If none can with the safety factor, those that can without: a prompt
         at risk may be in time, one that is given up is not. Decodes are not put at risk for it.
         """
-        feasible = outlook.feasible(prefills, at_most=MOST_LOOKED_AT)
+        feasible = feasibility.feasible(prefills, at_most=MOST_LOOKED_AT)
         if not feasible and prefills:
-            safety_factor, outlook.safety_factor = outlook.safety_factor, 1.0
-            feasible = outlook.feasible(prefills, at_most=MOST_LOOKED_AT)
-            outlook.safety_factor = safety_factor
+            safety_factor, feasibility.safety_factor = feasibility.safety_factor, 1.0
+            feasible = feasibility.feasible(prefills, at_most=MOST_LOOKED_AT)
+            feasibility.safety_factor = safety_factor
         return feasible
 
     def _limit(
         self,
-        outlook: Feasibility,
+        feasibility: Feasibility,
         feasible: Sequence[Prefill],
         decodes: Sequence[Request],
         *,
@@ -187,47 +187,51 @@ class DeadlinePolicy(Fcfs):
         """Return how long a step may be: as short as throughput allows, as long as the deadlines of the `feasible`
         prompts require, and no longer than the slack of the decodes, or of the first of these prompts.
         """
-        every = outlook.overhead + outlook.decode_seconds
-        usual = usual_step(outlook, self._arrivals.longest_steps)
-        if 0 < len(decodes) >= len(feasible) and every < DECODES_PER_STEP * outlook.floor:
+        every = feasibility.overhead + feasibility.decode_seconds
+        usual = usual_step(feasibility, self._arrivals.longest_steps)
+        if 0 < len(decodes) >= len(feasible) and every < DECODES_PER_STEP * feasibility.floor:
             # Steps of decodes alone would waste the rest of the floor: prompts are computed in many short steps. If
             # more can be in time, they are computed at full throughput: the decodes that they become fill the floor.
             usual = 0.0
-        usual = max(usual, every / DECODES_PER_STEP, self._shortest(outlook))
+        usual = max(usual, every / DECODES_PER_STEP, self._shortest(feasibility))
         seconds, spare, before = usual, math.inf, 0.0
         for each in feasible:
             before += each.work
-            spare = min(spare, each.room - outlook.with_floor(before))
-            steps = (AIM * outlook.time_until(each.request.slo.deadline) - before / (1.0 - share)) // every
+            spare = min(spare, each.room - feasibility.with_floor(before))
+            steps = (AIM * feasibility.time_until(each.request.slo.deadline) - before / (1.0 - share)) // every
             seconds = max(seconds, before / (1.0 - share) / max(steps, 1.0) + every)
         if feasible:
             first = feasible[0]
-            whole = outlook.overhead + outlook.with_floor(first.work) + min(outlook.decode_seconds, max(spare, 0.0))
-            seconds = min(seconds, max(whole, outlook.time_until(first.request.slo.deadline)))
-        seconds = min(seconds, outlook.slack, max(outlook.longest + outlook.decode_seconds, usual))
+            whole = (
+                feasibility.overhead
+                + feasibility.with_floor(first.work)
+                + min(feasibility.decode_seconds, max(spare, 0.0))
+            )
+            seconds = min(seconds, max(whole, feasibility.time_until(first.request.slo.deadline)))
+        seconds = min(seconds, feasibility.slack, max(feasibility.longest + feasibility.decode_seconds, usual))
         return StepLimit(seconds, min(seconds, usual), spare)
 
-    def _spare_for_arrivals(self, outlook: Feasibility, first: Prefill) -> float:
+    def _spare_for_arrivals(self, feasibility: Feasibility, first: Prefill) -> float:
         """Return the seconds that decodes may take without need in the step of the `first` prompt, so that one like it
         that arrives meanwhile, and waits for this step, can still be in time.
         """
-        whole = outlook.overhead + outlook.with_floor(first.work)
-        margin = outlook.safety_factor * first.request.slo.ttft_target - whole
+        whole = feasibility.overhead + feasibility.with_floor(first.work)
+        margin = feasibility.safety_factor * first.request.slo.ttft_target - whole
         return AIM * margin - whole
 
-    def _urgent(self, decodes: Sequence[Request], outlook: Feasibility, limit: StepLimit) -> list[Request]:
+    def _urgent(self, decodes: Sequence[Request], feasibility: Feasibility, limit: StepLimit) -> list[Request]:
         """Return the decodes that get their token before any prompt."""
-        soon = outlook.now + limit.seconds + outlook.step_of_decodes / outlook.safety_factor
+        soon = feasibility.now + limit.seconds + feasibility.step_of_decodes / feasibility.safety_factor
         urgent, ahead = [], []
         for request in decodes:
             slo = request.slo
-            if slo.steps_skipped >= MOST_SKIPPED_STEPS or slo.deadline <= (outlook.now if slo.missed else soon):
+            if slo.steps_skipped >= MOST_SKIPPED_STEPS or slo.deadline <= (feasibility.now if slo.missed else soon):
                 urgent.append(request)
             elif not slo.missed:
                 ahead.append(request)
         spare = limit.spare
         for request in sorted(ahead, key=_by_deadline) if spare > 0.0 else ():
-            spare -= outlook.seconds_of_token(request)
+            spare -= feasibility.seconds_of_token(request)
             if spare < 0.0:
                 break
             urgent.append(request)
@@ -270,7 +274,7 @@ class DeadlinePolicy(Fcfs):
         if not request.slo.exists:
             raise slo_required()
         queue.expect_cached(request)
-        check_on_time(request, queue, self._outlook, now=now)
+        check_on_time(request, queue, self._feasibility, now=now)
 
 
 def make_policy(config: SchedulerConfig, cost: CostModel | None = None) -> SchedulingPolicy:

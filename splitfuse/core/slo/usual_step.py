@@ -46,16 +46,16 @@ class Arrivals:
         self._planned_at = now
 
 
-def usual_step(outlook: Feasibility, longest_steps: Iterable[float]) -> float:
+def usual_step(feasibility: Feasibility, longest_steps: Iterable[float]) -> float:
     """Return the seconds of a step without deadlines to meet: of its bounds and `longest_steps` between them, that with
     the highest goodput, the longest of those that are equally good.
     """
     ordered = sorted(longest_steps)
-    least, most = outlook.efficient_step(MIN_EFFICIENCY), outlook.efficient_step(EFFICIENCY)
+    least, most = feasibility.efficient_step(MIN_EFFICIENCY), feasibility.efficient_step(EFFICIENCY)
     between = ordered[bisect_right(ordered, least) : bisect_left(ordered, most)]
     best, goodput = most, 0.0
     for seconds in (least, *between, most):
         in_time = len(ordered) - bisect_left(ordered, seconds)
-        if (its_goodput := outlook.efficiency(seconds) * in_time) >= goodput:
+        if (its_goodput := feasibility.efficiency(seconds) * in_time) >= goodput:
             best, goodput = seconds, its_goodput
     return best
