@@ -44,7 +44,7 @@ from splitfuse.bench.results import Point
 from splitfuse.bench.target import EngineTarget, Target
 from splitfuse.bench.workload import Independent, Lengths
 from splitfuse.config.engine import EngineConfig
-from splitfuse.config.values import Role
+from splitfuse.config.values import EngineRole
 from splitfuse.core.kv.fetching import FIRST_BANDWIDTH
 from splitfuse.core.latency.phases import LatencyPhase
 from splitfuse.core.sampling_params import SamplingParams
@@ -61,7 +61,7 @@ from splitfuse.simulator import virtual_time
 from splitfuse.simulator.deployment import Deployment, Link, Machine, SimulationConfig
 from splitfuse.simulator.simulate import SimulatedTarget
 
-SPLIT = (Role.PROMPT, Role.GENERATION)
+SPLIT = (EngineRole.PROMPT, EngineRole.GENERATION)
 MODES = ("prefill-first", "roles", "splitfuse", "slo")
 LENGTHS = (128, 500, 1000, 2000)
 STREAM_PROMPT, STREAM_TOKENS = 32, 600
@@ -120,7 +120,7 @@ def make_config(flags: argparse.Namespace, **settings: Any) -> EngineConfig:
     return EngineConfig.from_settings({**own, **settings})
 
 
-async def started(config: EngineConfig, *, roles: tuple[Role, ...] = ()) -> Router:
+async def started(config: EngineConfig, *, roles: tuple[EngineRole, ...] = ()) -> Router:
     """Return two engines with a core each."""
     router = make_replicas(config, replicas=2, roles=roles)
     try:

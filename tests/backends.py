@@ -23,7 +23,7 @@ from splitfuse.kernels.layers import AttentionSpec, HeadNormSpec, LatentSpec, Ml
 from splitfuse.kernels.onednn import OneDnnBackend
 from splitfuse.kernels.reference import ReferenceBackend
 from splitfuse.kernels.triton import capabilities as triton
-from splitfuse.kernels.weights import LayerWeights, Role
+from splitfuse.kernels.weights import LayerWeights, WeightRole
 
 CPU = torch.device("cpu")
 
@@ -144,10 +144,10 @@ def pack_experts(backend: Backend, w13: Tensor, w2: Tensor, *biases: Tensor) -> 
     """w13 [E, 2I, C] and w2 [E, C, I] as `Backend.experts` takes them, and their biases [E, 2I] and [E, C] if given."""
     w1_bias, w2_bias = biases or ((), ())
     return LayerWeights(
-        w13=[backend.pack(each.chunk(2), role=Role.W13) for each in w13],
-        w2=[backend.pack([each], role=Role.W2) for each in w2],
-        w1_bias=[backend.pack([each], role=Role.PLAIN) for each in w1_bias],
-        w2_bias=[backend.pack([each], role=Role.PLAIN) for each in w2_bias],
+        w13=[backend.pack(each.chunk(2), role=WeightRole.W13) for each in w13],
+        w2=[backend.pack([each], role=WeightRole.W2) for each in w2],
+        w1_bias=[backend.pack([each], role=WeightRole.PLAIN) for each in w1_bias],
+        w2_bias=[backend.pack([each], role=WeightRole.PLAIN) for each in w2_bias],
     )
 
 
@@ -166,7 +166,7 @@ def route(backend: Backend, logits: Tensor, top_k: int, renormalize: bool) -> tu
 
 def rms_norm(backend: Backend, x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """`Backend.norm` with a weight that any dtype holds."""
-    return backend.norm(x, NormSpec(eps=eps), backend.pack([weight], role=Role.NORM))
+    return backend.norm(x, NormSpec(eps=eps), backend.pack([weight], role=WeightRole.NORM))
 
 
 # --- blocked keys and values ------------------------------------------------------------------------------------------
@@ -261,8 +261,8 @@ def rope_store(
     shape = {"num_heads": num_heads, "num_kv_heads": num_kv_heads, "head_dim": head_dim}
     spec = AttentionSpec(**shape, qk_norm=norms, latent=latent)
     weights = LayerWeights(
-        q_norm=None if q_norm is None else backend.pack([q_norm], role=Role.NORM),
-        k_norm=None if k_norm is None else backend.pack([k_norm], role=Role.NORM),
+        q_norm=None if q_norm is None else backend.pack([q_norm], role=WeightRole.NORM),
+        k_norm=None if k_norm is None else backend.pack([k_norm], role=WeightRole.NORM),
     )
     arrays = Arrays(positions=positions, slot_mapping=slot_mapping)
     return backend.rope_store(qkv, store, spec, arrays, (cos, sin), weights)

@@ -111,7 +111,7 @@ FORKED = """if True:
     from splitfuse.core.sampling_params import SamplingParams
     from splitfuse.engine.ragged import RaggedEngine
     from splitfuse.kernels.cpu.backend import CpuBackend
-    from splitfuse.kernels.weights import Role
+    from splitfuse.kernels.weights import WeightRole
     from splitfuse.runtime.loading import load_model
 
     torch.set_num_threads(2)
@@ -125,7 +125,7 @@ FORKED = """if True:
     backend = CpuBackend(num_threads=2) if sys.argv[1] == "auto" else None
     x, w = torch.ones(40, 256).bfloat16(), torch.ones(128, 256).bfloat16()
     if backend:
-        packed = backend.pack([w], role=Role.QKV)
+        packed = backend.pack([w], role=WeightRole.QKV)
         wanted = backend.linear(x, packed)
     if os.fork():
         print(os.waitstatus_to_exitcode(os.wait()[1]))

@@ -18,7 +18,7 @@ from splitfuse.kernels.layers import AttentionSpec, NormSpec
 from splitfuse.kernels.triton import backend as module
 from splitfuse.kernels.triton.backend import TritonBackend
 from splitfuse.kernels.triton.tuning import AttentionTiles
-from splitfuse.kernels.weights import Role
+from splitfuse.kernels.weights import WeightRole
 from splitfuse.runtime.batch import BatchBuilder
 
 BLOCK = 32
@@ -148,9 +148,9 @@ def kernels(setting: Setting) -> bool:
         wide = torch.randn(2 * inner, hidden, device=setting.device, dtype=setting.dtype)
         for name, options in (("", {}), (" int8", {"quantization": "int8"}), (" int4", {"quantization": "int4"})):
             kind = setting.backend(**options)
-            packed = kind.pack([wide], role=Role.GATE_UP)
+            packed = kind.pack([wide], role=WeightRole.GATE_UP)
             seconds = setting.seconds(lambda x=x, kind=kind, packed=packed: kind.gated(x, packed, None, "silu"))
-            read = kind.weight_bytes(wide.shape, role=Role.GATE_UP, dtype=setting.dtype)
+            read = kind.weight_bytes(wide.shape, role=WeightRole.GATE_UP, dtype=setting.dtype)
             work = 2.0 * count * wide.numel()
             shares = (read / seconds / setting.bandwidth, work / seconds / setting.rate)
             table.row(f"gate and up{name} of {count}", seconds * 1e6, *shares)

@@ -41,7 +41,7 @@ from splitfuse.kernels.layers import (
 from splitfuse.kernels.quantized import QuantizedWeight
 from splitfuse.kernels.triton.backend import TritonBackend
 from splitfuse.kernels.triton.capabilities import OLDEST_OF_KV
-from splitfuse.kernels.weights import LayerWeights, Role
+from splitfuse.kernels.weights import LayerWeights, WeightRole
 
 NORM = NormSpec(eps=1e-6)
 SHARED_KIB = {(7, 5): 64, (8, 0): 163, (8, 6): 99, (8, 9): 99, (9, 0): 227, (10, 0): 227, (12, 0): 99}
@@ -232,12 +232,14 @@ def routed(setting: Setting, num_pairs: int) -> tuple[Any, ...]:
 
 
 def few_bits(setting: Setting, backend: TritonBackend, quantization: str) -> None:
-    packed = TritonBackend(device=backend.device, quantization=quantization).pack([rows(setting, 256, 96)], role=Role.O)
+    packed = TritonBackend(device=backend.device, quantization=quantization).pack(
+        [rows(setting, 256, 96)], role=WeightRole.O
+    )
     backend.linear(rows(setting, 256), packed, torch.ones(96, dtype=setting.dtype))
 
 
 def stored(setting: Setting, backend: TritonBackend, make: Callable[[int, int], QuantizedWeight]) -> None:
-    packed = backend.pack_quantized([make(96, 256)], role=Role.O, dtype=setting.dtype)
+    packed = backend.pack_quantized([make(96, 256)], role=WeightRole.O, dtype=setting.dtype)
     backend.linear(rows(setting, 256), packed)
 
 
@@ -247,7 +249,7 @@ def of_stored_experts(
     """Return arguments of `Backend.experts` whose weights are a checkpoint's."""
     w13, w2 = (
         [backend.pack_quantized([make(*shape)], role=role, dtype=setting.dtype) for _ in range(8)]
-        for role, shape in ((Role.W13, (96, 64)), (Role.W2, (64, 48)))
+        for role, shape in ((WeightRole.W13, (96, 64)), (WeightRole.W2, (64, 48)))
     )
     return *routed(setting, num_pairs), LayerWeights(w13=w13, w2=w2)
 

@@ -28,7 +28,7 @@ from splitfuse.kernels.layers import (
 from splitfuse.kernels.reference import ReferenceBackend
 from splitfuse.kernels.triton.capabilities import OLDEST_OF_KV
 from splitfuse.kernels.triton.quantized import Quantized, choose_format
-from splitfuse.kernels.weights import LayerWeights, Role
+from splitfuse.kernels.weights import LayerWeights, WeightRole
 from splitfuse.runtime.batch import BatchBuilder
 
 CASES = 20
@@ -170,7 +170,7 @@ def experts(setting: Setting, rng: Random) -> tuple[Tensor, Tensor]:
 
 
 def few_bits(setting: Setting, rng: Random) -> tuple[Tensor, Tensor]:
-    kept = choose_format(Role.O, *rng.choice((("int8", None), ("int8", 128), ("int4", 64), ("int4", 128))))
+    kept = choose_format(WeightRole.O, *rng.choice((("int8", None), ("int8", 128), ("int4", 64), ("int4", 128))))
     assert kept is not None
     weight = torch.randn(70, 300, device=setting.device, dtype=setting.dtype)
     packed, x = (
@@ -195,7 +195,7 @@ def scaled_caches(setting: Setting, rng: Random) -> tuple[Tensor, Tensor]:
 
 def checkpoints(setting: Setting, rng: Random) -> tuple[Tensor, Tensor]:
     make = rng.choice(list(stored_weights().values()))
-    packed = setting.backend().pack_quantized([make(96, 256)], role=Role.O, dtype=setting.dtype)
+    packed = setting.backend().pack_quantized([make(96, 256)], role=WeightRole.O, dtype=setting.dtype)
     x = torch.randn(rng.choice((1, 20, 90)), 256, device=setting.device, dtype=setting.dtype)
     return setting.backend().linear(x, packed), x.double() @ packed.dequantize(torch.float64).T
 
@@ -205,7 +205,7 @@ def experts_of_checkpoints(setting: Setting, rng: Random) -> tuple[Tensor, Tenso
     backend = setting.backend()
     w13, w2 = (
         [backend.pack_quantized([make(*shape)], role=role, dtype=setting.dtype) for _ in range(8)]
-        for role, shape in ((Role.W13, (128, 96)), (Role.W2, (96, 64)))
+        for role, shape in ((WeightRole.W13, (128, 96)), (WeightRole.W2, (96, 64)))
     )
     x = torch.randn(tokens, 96, device=setting.device, dtype=setting.dtype) / 10
     ids = torch.stack([torch.randperm(8)[:2] for _ in range(tokens)]).to(setting.device)

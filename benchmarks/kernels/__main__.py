@@ -32,7 +32,7 @@ from splitfuse.errors import SplitfuseError
 from splitfuse.kernels.cpu.backend import CpuBackend
 from splitfuse.kernels.cpu.bindings import VARIANTS, Heads
 from splitfuse.kernels.layers import AttentionSpec
-from splitfuse.kernels.weights import Role
+from splitfuse.kernels.weights import WeightRole
 from splitfuse.runtime.loading import load_model
 
 ROWS = (1, 2, 4, 8, 14, 16, 28, 64, 128, 512)
@@ -51,9 +51,9 @@ def linear(arguments: argparse.Namespace) -> Iterator[Row]:
         backend = make_backend(name, arguments.variant, arguments.threads)
         limits = Limits(backend)
         weights = [torch.randn(n, k).mul_(0.02).bfloat16() for n, k in sizes]
-        packed_bytes = sum(backend.weight_bytes(w.shape, role=Role.QKV, dtype=w.dtype) for w in weights)
+        packed_bytes = sum(backend.weight_bytes(w.shape, role=WeightRole.QKV, dtype=w.dtype) for w in weights)
         copies = max(1, -(-LARGEST_CACHE // packed_bytes))
-        layers = [[backend.pack([w], role=Role.QKV) for w in weights] for _ in range(copies)]
+        layers = [[backend.pack([w], role=WeightRole.QKV) for w in weights] for _ in range(copies)]
         for rows in arguments.rows or ROWS:
             inputs = {k: torch.randn(rows, k).bfloat16() for _, k in sizes}
             outputs = {n: torch.empty(rows, n) for n, _ in sizes}
@@ -235,7 +235,7 @@ def guard(arguments: argparse.Namespace) -> Iterator[Row]:
     for name, least in LEAST_SHARE.items():
         backend = make_backend(name, arguments.variant, 1)
         rows = 8 * TILES[backend.variant][0]  # whole tiles
-        weight = backend.pack([torch.randn(512, 1024).bfloat16()], role=Role.QKV)
+        weight = backend.pack([torch.randn(512, 1024).bfloat16()], role=WeightRole.QKV)
         x, y = torch.randn(rows, 1024).bfloat16(), torch.empty(rows, 512)
 
         def run(weight: Any = weight, x: Any = x, y: Any = y, backend: Any = backend, rows: int = rows) -> None:

@@ -15,7 +15,7 @@ from benchmarks.kernels.limits import Limits, seconds
 from splitfuse.kernels.cpu.backend import CpuBackend
 from splitfuse.kernels.cpu.bindings import Delta, Mamba, Step
 from splitfuse.kernels.layers import DeltaSpec, MambaSpec, NormSpec
-from splitfuse.kernels.weights import LayerWeights, Role
+from splitfuse.kernels.weights import LayerWeights, WeightRole
 
 ROWS = ((1, 1), (8, 1), (1, 64), (1, 512), (8, 64))  # requests, and tokens of each
 SLOTS = 16
@@ -91,7 +91,7 @@ def recurrent(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
     limits = Limits(backend)
     for name, shape in SHAPES.items():
         spec, weights = shape.spec, shape.weights
-        layer = [backend.pack([torch.randn(n, k).mul_(0.02).bfloat16()], role=Role.O) for n, k in shape.linears]
+        layer = [backend.pack([torch.randn(n, k).mul_(0.02).bfloat16()], role=WeightRole.O) for n, k in shape.linears]
         states = backend.allocate_states(spec, num_slots=SLOTS, device=torch.device("cpu"))
         states.memory.zero_()
         is_delta = isinstance(spec, DeltaSpec)

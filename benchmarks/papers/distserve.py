@@ -16,7 +16,7 @@ from benchmarks.papers.kept import Kept
 from benchmarks.papers.tables import Table
 from splitfuse.bench import metrics
 from splitfuse.config.engine import SchedulerConfig
-from splitfuse.config.values import Role
+from splitfuse.config.values import EngineRole
 from splitfuse.core.slo.targets import SloTargets
 from splitfuse.simulator import virtual_time
 from splitfuse.simulator.deployment import Deployment, Link, Machine, SimulationConfig
@@ -76,7 +76,7 @@ STAGED_KV_TOKENS = 78_512
 
 
 def machine(
-    engine: Engine, policy: str, budget: int, role: Role = Role.MIXED, *, stages: int = 1, **targets: str
+    engine: Engine, policy: str, budget: int, role: EngineRole = EngineRole.MIXED, *, stages: int = 1, **targets: str
 ) -> Machine:
     """Return a machine with an engine."""
     scheduler = SchedulerConfig(max_num_batched_tokens=budget, max_num_seqs=MAX_NUM_SEQS, **targets)  # type: ignore[arg-type]
@@ -96,8 +96,8 @@ def split(case: Case, engine: str = "DistServe") -> Deployment:
     kv_tokens = STAGED_KV_TOKENS if case.generation_stages > 1 else None
     generation = distserve_engine(engine, case.model, case.generation_gpus, kv_tokens=kv_tokens)
     machines = (
-        machine(prompts, "orca", 8192, Role.PROMPT),
-        machine(generation, "orca", 1024, Role.GENERATION, stages=case.generation_stages),
+        machine(prompts, "orca", 8192, EngineRole.PROMPT),
+        machine(generation, "orca", 1024, EngineRole.GENERATION, stages=case.generation_stages),
     )
     return Deployment(
         machines=machines,
@@ -197,7 +197,7 @@ def with_more_memory(deployment: Deployment, times: int) -> Deployment:
         calibration = replace(calibration, num_blocks=times * calibration.num_blocks)
         return replace(machine, engine=replace(machine.engine, calibration=calibration))
 
-    machines = (each if each.role is Role.PROMPT else larger(each) for each in deployment.machines)
+    machines = (each if each.role is EngineRole.PROMPT else larger(each) for each in deployment.machines)
     return replace(deployment, machines=tuple(machines))
 
 

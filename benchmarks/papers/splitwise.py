@@ -34,7 +34,7 @@ from splitfuse.bench.load import WARM_UP, open_loop
 from splitfuse.bench.results import MeasuredRequest
 from splitfuse.bench.workload import poisson
 from splitfuse.config.engine import SchedulerConfig
-from splitfuse.config.values import Role
+from splitfuse.config.values import EngineRole
 from splitfuse.core.request import Request
 from splitfuse.simulator import virtual_time
 from splitfuse.simulator.deployment import Deployment, Link, Machine, SimulationConfig
@@ -141,7 +141,7 @@ class Kind:
     def of(cls, name: str, model: str = LLAMA, reading: Reading = OURS) -> Kind:
         return cls(name, model, reading.times(name, model))
 
-    def machine(self, role: Role, policy: str, budget: int, **targets: str) -> Machine:
+    def machine(self, role: EngineRole, policy: str, budget: int, **targets: str) -> Machine:
         """Return a machine of this kind with a scheduling policy."""
         scheduler = SchedulerConfig(max_num_batched_tokens=budget, max_num_seqs=MAX_NUM_SEQS, **targets)  # type: ignore[arg-type]
         engine = SimulationConfig(
@@ -257,7 +257,9 @@ def explain(name: str, case: Case, machines: int, *, seconds: float) -> Table:
         THEIRS,
     )
     for reading in readings:
-        deployment = mixed(Kind.of(name, case.model, reading).machine(Role.MIXED, "orca", WHOLE_PROMPTS))(machines)
+        deployment = mixed(Kind.of(name, case.model, reading).machine(EngineRole.MIXED, "orca", WHOLE_PROMPTS))(
+            machines
+        )
         requests, lone = azure_code(), reading.times("DGX-A100", case.model)
         target = reading.target(deployment)
         count = round(case.rate * seconds)
@@ -304,11 +306,11 @@ def _row(name: str, system: str, count: Count) -> tuple[str, str, int, int]:
     least = math.floor(count.case.rate * kind.times.prompt_ms(2048) / 1e3)  # as fast as prompts can be
     high = math.ceil(MOST * baseline)
     if "baseline" in system:
-        machine = kind.machine(Role.MIXED, "orca", WHOLE_PROMPTS)
+        machine = kind.machine(EngineRole.MIXED, "orca", WHOLE_PROMPTS)
         found = count.least(mixed(machine), name, "mixed", guess=baseline, low=least, high=high)
         return str(baseline), _most(found, high), found, baseline
     if system.endswith("split"):
-        both = [kind.machine(role, "orca", WHOLE_PROMPTS) for role in (Role.PROMPT, Role.GENERATION)]
+        both = [kind.machine(role, "orca", WHOLE_PROMPTS) for role in (EngineRole.PROMPT, EngineRole.GENERATION)]
         best, chosen = high + 1, 0
         for generating in GENERATING:  # if they are few, the mixed pool helps out
             make, fewer = split(both[0], both[1], generating), best - 1 - generating
@@ -331,7 +333,7 @@ def _row(name: str, system: str, count: Count) -> tuple[str, str, int, int]:
     }
     for budget in BUDGETS:
         for targets in ({}, slo):
-            machine = kind.machine(Role.MIXED, "splitfuse", budget, **targets)
+            machine = kind.machine(EngineRole.MIXED, "splitfuse", budget, **targets)
             what = f"budget {budget}" + (", SLO scheduling" if targets else "")
             if count.is_enough(mixed(machine)(best - 1), name, what, best - 1):
                 best = count.least(mixed(machine), name, what, guess=best - 1, low=least, high=best - 1)

@@ -16,7 +16,7 @@ from typing import Any
 from splitfuse.config.fields import check_at_least, check_size, check_timeout, parse_settings, refuse_unknown, setting
 from splitfuse.config.values import (
     MAX_ENGINES,
-    Role,
+    EngineRole,
     is_loopback,
     parse_address,
     parse_autoscale,
@@ -253,9 +253,11 @@ class ServerConfig:
         return self.replicas if self.replicas is not None else int(not self.engine or self.ray is not None)
 
     @property
-    def engine_roles(self) -> tuple[Role, ...]:
+    def engine_roles(self) -> tuple[EngineRole, ...]:
         """Return the role of each engine: first those on this machine, then the others."""
-        return (Role.MIXED,) * self.num_engines if self.roles is None else parse_roles(self.roles, self.num_engines)
+        return (
+            (EngineRole.MIXED,) * self.num_engines if self.roles is None else parse_roles(self.roles, self.num_engines)
+        )
 
     @property
     def num_engines(self) -> int:

@@ -21,7 +21,7 @@ scheduler multiplies targets and divides by them, which must not leave the range
 MAX_ENGINES = 4096
 
 
-class Role(enum.StrEnum):
+class EngineRole(enum.StrEnum):
     """Says which part of a request an engine is given. It is routing alone: any engine can do all of it."""
 
     MIXED = "mixed"
@@ -124,24 +124,24 @@ def parse_autoscale(text: str) -> tuple[int, int]:
     return int(match[1]), int(match[2])
 
 
-def parse_roles(text: str, num_engines: int) -> tuple[Role, ...]:
+def parse_roles(text: str, num_engines: int) -> tuple[EngineRole, ...]:
     """Return the role of each engine, given as `prompt:1,generation:1`. Raises ConfigError for roles that are unknown,
     or too many or too few, and where a part of each request has no engine.
 
     >>> [str(role) for role in parse_roles("prompt:1,generation:2", 3)]
     ['prompt', 'generation', 'generation']
     """
-    roles: list[Role] = []
+    roles: list[EngineRole] = []
     for part in text.split(","):
         name, _, number = part.strip().partition(":")
-        if name not in list(Role) or not number.isdecimal() or not 1 <= int(number) <= MAX_ENGINES:
-            names = ", ".join(Role)
+        if name not in list(EngineRole) or not number.isdecimal() or not 1 <= int(number) <= MAX_ENGINES:
+            names = ", ".join(EngineRole)
             raise ConfigError(f"roles must be such as prompt:1,generation:1, of {names}, not {part.strip()!r:.80}")
-        roles += [Role(name)] * int(number)
+        roles += [EngineRole(name)] * int(number)
     if len(roles) != num_engines:
         raise ConfigError(f"roles {text!r:.80} are of {len(roles)} engines, and there are {num_engines}: give each one")
-    if Role.MIXED not in roles and len(set(roles)) == 1:
-        missing = Role.GENERATION if roles[0] is Role.PROMPT else Role.PROMPT
+    if EngineRole.MIXED not in roles and len(set(roles)) == 1:
+        missing = EngineRole.GENERATION if roles[0] is EngineRole.PROMPT else EngineRole.PROMPT
         raise ConfigError(f"roles {text!r:.80} leave out {missing} engines: add one, or mixed ones")
     return tuple(roles)
 

@@ -66,11 +66,6 @@ class RequestQueue:
         return [*self.running, *self.waiting, *self.fetching]
 
     @property
-    def has_slo(self) -> bool:
-        """Return whether any request has an SLO, of those that may run."""
-        return any(request.slo.exists for part in (self.running, self.waiting) for request in part)
-
-    @property
     def free(self) -> FreeResources:
         """Return what is free for further requests."""
         slots = self.max_num_seqs - len(self.running)

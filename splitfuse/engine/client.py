@@ -20,7 +20,7 @@ from typing import ClassVar, TypeVarTuple
 
 import msgspec
 
-from splitfuse.config.values import Role
+from splitfuse.config.values import EngineRole
 from splitfuse.core.capacity import MOST_ARRIVALS, Arrival
 from splitfuse.core.latency.phases import LatencyBreakdown
 from splitfuse.core.limits import EngineLimits
@@ -246,8 +246,8 @@ class LocalClient(EngineClient):
         """Listener that is called when the engine has died."""
         self.on_leaving: Callable[[LocalClient], object] = lambda _: None
         """Listener that is called when a signal asks the engine to end."""
-        self.role = Role.MIXED
-        """Role that a router gives it."""
+        self.role = EngineRole.MIXED
+        """EngineRole that a router gives it."""
         self.is_drained = False
         """True if it takes no requests, since it is to be restarted or left alone."""
         self.on_available: Callable[[], None] = lambda: None

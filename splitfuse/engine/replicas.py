@@ -11,7 +11,7 @@ from collections.abc import Collection, Sequence
 
 from splitfuse.config.engine import EngineConfig
 from splitfuse.config.server import ServerConfig
-from splitfuse.config.values import Role, is_loopback, parse_address, parse_bytes
+from splitfuse.config.values import EngineRole, is_loopback, parse_address, parse_bytes
 from splitfuse.core.kv.names import new_key
 from splitfuse.engine.quarantine import Quarantine
 from splitfuse.engine.remote.connector import Agreement, ConnectLauncher
@@ -39,7 +39,7 @@ def make_replicas(
     key_file: str | None = None,
     engine_tls: bool = False,
     listen: BlockListen | None = None,
-    roles: Sequence[Role] = (),
+    roles: Sequence[EngineRole] = (),
     given: Collection[str] = (),
     ray: str | None = None,
     ray_memory: str | None = None,
@@ -58,7 +58,7 @@ def make_replicas(
     above it, or if a KV tier, the key or Ray cannot be used.
     """
     most = max(replicas, max_replicas or replicas)
-    is_split = any(role is not Role.MIXED for role in roles)
+    is_split = any(role is not EngineRole.MIXED for role in roles)
     if config.cache.kv_loans and (replicas < 2 or engines or is_split or ray):
         raise ConfigError(
             "kv_loans needs another engine to lend, all on this machine and without roles: set replicas to 2 or more "

@@ -11,7 +11,7 @@ from functools import partial
 
 import msgspec
 
-from splitfuse.config.values import Role
+from splitfuse.config.values import EngineRole
 from splitfuse.core.kv.fetching import LONGEST_FETCH
 from splitfuse.core.kv.names import BlockNamer, new_key
 from splitfuse.core.limits import EngineLimits
@@ -55,7 +55,7 @@ class Router(EngineClient):
         name_key: bytes | None = None,
         agreement: Agreement | None = None,
         lends: bool = False,
-        roles: Sequence[Role] = (),
+        roles: Sequence[EngineRole] = (),
         num_scaled: int = 0,
         spare: Sequence[LocalClient] = (),
         why_no_more: str = "the number of its engines is fixed",
@@ -70,7 +70,7 @@ class Router(EngineClient):
         self.replicas = list(replicas)
         for replica, role in zip(self.replicas, roles, strict=False):
             replica.role = role
-        self._has_roles = any(replica.role is not Role.MIXED for replica in self.replicas)
+        self._has_roles = any(replica.role is not EngineRole.MIXED for replica in self.replicas)
         self.agreement = agreement
         self._on_close = on_close
         self._is_lone = len(self.replicas) + len(spare) == 1  # then there is no choice
@@ -498,19 +498,21 @@ class Router(EngineClient):
         """
         if not self._has_roles:
             return engines
-        other = Role.PROMPT if has_begun else Role.GENERATION
+        other = EngineRole.PROMPT if has_begun else EngineRole.GENERATION
         return [each for each in engines if each.role is not other and _is_open(each)] or engines
 
     def _choose_generation(self, request: Add, source: LocalClient) -> Choice | None:
         """Choose the engine that goes on with a new request after its first token; None if the one that computes its
         prompt is to do so.
         """
-        hands_over = source.role is Role.PROMPT and request.pooling is None and request.params.prompt_logprobs is None
+        hands_over = (
+            source.role is EngineRole.PROMPT and request.pooling is None and request.params.prompt_logprobs is None
+        )
         if not hands_over or request.params.max_tokens == 1:
             return None
         candidates = [
             Candidate(each.view, len(request.prompt_token_ids), each.silent)
-            if each.view is not None and each.role is not Role.PROMPT and each.goes_on_as(source, request)
+            if each.view is not None and each.role is not EngineRole.PROMPT and each.goes_on_as(source, request)
             else None
             for each in self.replicas
         ]

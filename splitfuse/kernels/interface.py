@@ -36,7 +36,7 @@ from splitfuse.kernels.loans import Channel
 from splitfuse.kernels.lora import Adapter, LoraRows, PackedAdapter
 from splitfuse.kernels.quantized import QuantizedFormat, QuantizedWeight
 from splitfuse.kernels.sharing import WeightSharing
-from splitfuse.kernels.weights import LayerWeights, NetworkWeights, Role, Weight
+from splitfuse.kernels.weights import LayerWeights, NetworkWeights, Weight, WeightRole
 
 Store: TypeAlias = Any
 """Keys and values of one layer, as `Backend.allocate_kv` returns them, or its states, as `allocate_states` does."""
@@ -206,10 +206,10 @@ class Backend(ABC):
     # Weights
 
     @abstractmethod
-    def weight_bytes(self, shape: Sequence[int], *, role: Role, dtype: torch.dtype) -> int:
+    def weight_bytes(self, shape: Sequence[int], *, role: WeightRole, dtype: torch.dtype) -> int:
         """Return the bytes of a weight of this shape and role as it is kept."""
 
-    def copy_bytes(self, shape: Sequence[int], *, role: Role, dtype: torch.dtype, is_stored: bool = False) -> int:
+    def copy_bytes(self, shape: Sequence[int], *, role: WeightRole, dtype: torch.dtype, is_stored: bool = False) -> int:
         """Return the most bytes that a step takes for a copy of a weight which is kept quantized, in another form. With
         `is_stored` a checkpoint has quantized it.
         """
@@ -217,7 +217,7 @@ class Backend(ABC):
         return 0
 
     @abstractmethod
-    def pack(self, pieces: Sequence[Tensor], *, role: Role, dtype: torch.dtype | None = None) -> Weight:
+    def pack(self, pieces: Sequence[Tensor], *, role: WeightRole, dtype: torch.dtype | None = None) -> Weight:
         """Return a linear weight [N, K] in the form that `linear`, `gated` or `experts` wants, from the pieces of its
         rows in their order, or one [H, N, K] that `linear_heads` wants. Pieces may be maps of files that are given back
         afterwards: what is kept must be a copy. `dtype` is what to compute in, if that is not the pieces' own.
@@ -225,21 +225,28 @@ class Backend(ABC):
         A packed HEAD is read by `embed` too, if the two are tied. PLAIN stays a tensor of the pieces' shape.
         """
 
-    def accepts(self, stored: QuantizedFormat, role: Role) -> bool:
+    def accepts(self, stored: QuantizedFormat, role: WeightRole) -> bool:
         """Return whether `pack_quantized` takes weights of a role that a checkpoint stores in this format, and keeps
         their bits. Those that it does not take are dequantized and given to `pack`.
         """
         del stored, role
         return False
 
-    def pack_quantized(self, pieces: Sequence[Tensor | QuantizedWeight], *, role: Role, dtype: torch.dtype) -> Weight:
+    def pack_quantized(
+        self, pieces: Sequence[Tensor | QuantizedWeight], *, role: WeightRole, dtype: torch.dtype
+    ) -> Weight:
         """Return a linear weight as `pack` does, of pieces of which at least one is quantized, each in a format that
         `accepts` was asked about: they may differ, and some may be dense. `dtype` is what to compute in.
         """
         raise NotImplementedError(f"{self.capabilities.name} keep no weights as a checkpoint has quantized them")
 
     def quantized_weight_bytes(
-        self, pieces: Sequence[tuple[QuantizedFormat | None, int]], *, columns: int, role: Role, dtype: torch.dtype
+        self,
+        pieces: Sequence[tuple[QuantizedFormat | None, int]],
+        *,
+        columns: int,
+        role: WeightRole,
+        dtype: torch.dtype,
     ) -> int:
         """Return the bytes of what `pack_quantized` makes of pieces, of which the format and the number of rows is
         given in their order; None: the piece is dense.

@@ -15,7 +15,7 @@ from torch import Tensor
 from splitfuse.kernels.interface import Capabilities
 from splitfuse.kernels.lora import LoraRows
 from splitfuse.kernels.reference import ReferenceBackend, add_lora
-from splitfuse.kernels.weights import Role, Weight
+from splitfuse.kernels.weights import Weight, WeightRole
 
 GELU = {"gelu": "none", "gelu_tanh": "tanh"}
 """Approximations of the activations that oneDNN computes as it stores a product, by their names."""
@@ -32,12 +32,12 @@ class OneDnnBackend(ReferenceBackend):
         lost = "no quantization, no int8 KV cache, no equal bits, and a fraction of the speed"
         return f"PyTorch kernels with oneDNN linears ({lost})" + (f": {self.why}" if self.why else "")
 
-    def weight_bytes(self, shape: Sequence[int], *, role: Role, dtype: torch.dtype) -> int:
-        return super().weight_bytes(shape, role=role, dtype=dtype) * (2 if role is Role.HEAD else 1)
+    def weight_bytes(self, shape: Sequence[int], *, role: WeightRole, dtype: torch.dtype) -> int:
+        return super().weight_bytes(shape, role=role, dtype=dtype) * (2 if role is WeightRole.HEAD else 1)
 
-    def pack(self, pieces: Sequence[Tensor], *, role: Role, dtype: torch.dtype | None = None) -> Weight:
+    def pack(self, pieces: Sequence[Tensor], *, role: WeightRole, dtype: torch.dtype | None = None) -> Weight:
         weight = super().pack(pieces, role=role, dtype=dtype)
-        return _Prepacked(weight, keep=role is Role.HEAD) if role.linear and not role.by_head else weight
+        return _Prepacked(weight, keep=role is WeightRole.HEAD) if role.linear and not role.by_head else weight
 
     def embed(self, ids: Tensor, table: Weight) -> Tensor:
         return super().embed(ids, table.plain if isinstance(table, _Prepacked) else table)

@@ -28,7 +28,7 @@ from splitfuse.kernels.layers import (
     RouterSpec,
 )
 from splitfuse.kernels.lora import Adapter, LoraRows, LoraUpdate, PackedAdapter
-from splitfuse.kernels.weights import LayerWeights, NetworkWeights, Role, Weight
+from splitfuse.kernels.weights import LayerWeights, NetworkWeights, Weight, WeightRole
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
@@ -105,14 +105,14 @@ class ReferenceBackend(Backend):
     def allocate_states(self, spec: RecurrentSpec, *, num_slots: int, device: torch.device) -> Store:
         return torch.empty(num_slots, sum(_state_sizes(spec)), device=device)
 
-    def weight_bytes(self, shape: Sequence[int], *, role: Role, dtype: torch.dtype) -> int:
-        kept = _wide(dtype) if role is Role.NORM else dtype
+    def weight_bytes(self, shape: Sequence[int], *, role: WeightRole, dtype: torch.dtype) -> int:
+        kept = _wide(dtype) if role is WeightRole.NORM else dtype
         return math.prod(shape) * kept.itemsize
 
-    def pack(self, pieces: Sequence[Tensor], *, role: Role, dtype: torch.dtype | None = None) -> Weight:
+    def pack(self, pieces: Sequence[Tensor], *, role: WeightRole, dtype: torch.dtype | None = None) -> Weight:
         weight = pieces[0].clone() if len(pieces) == 1 else torch.cat(tuple(pieces))
         dtype = dtype or weight.dtype
-        return weight.to(_wide(dtype) if role is Role.NORM else dtype).contiguous()
+        return weight.to(_wide(dtype) if role is WeightRole.NORM else dtype).contiguous()
 
     def embed(self, ids: Tensor, table: Weight) -> Tensor:
         return F.embedding(ids, table)

@@ -17,7 +17,7 @@ Weight: TypeAlias = Any
 """Linear weight as `Backend.pack` returns it."""
 
 
-class Role(Enum):
+class WeightRole(Enum):
     """Says what a weight is for: a backend chooses the format by it. Values, but for "plain" and "norm", are fields of
     LayerWeights, MlpWeights and NetworkWeights.
 
@@ -54,17 +54,17 @@ class Role(Enum):
     @property
     def gated(self) -> bool:
         """Return whether the rows are a gate and an up half, multiplied by `Backend.gated` or `Backend.experts`."""
-        return self in (Role.GATE_UP, Role.W13)
+        return self in (WeightRole.GATE_UP, WeightRole.W13)
 
     @property
     def linear(self) -> bool:
         """Return whether the weight is multiplied, and packed for it."""
-        return self not in (Role.PLAIN, Role.EMBED, Role.NORM)
+        return self not in (WeightRole.PLAIN, WeightRole.EMBED, WeightRole.NORM)
 
     @property
     def by_head(self) -> bool:
         """Return whether the weight is one of each head, [H, N, K], multiplied by `Backend.linear_heads`."""
-        return self in (Role.K_B, Role.V_B)
+        return self in (WeightRole.K_B, WeightRole.V_B)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,7 +10,7 @@ import torch
 
 from splitfuse.kernels.interface import Backend
 from splitfuse.kernels.quantized import Fp8Format, QuantizedFormat
-from splitfuse.kernels.weights import Role
+from splitfuse.kernels.weights import WeightRole
 from splitfuse.models.sources.source import WeightSource
 from splitfuse.models.spec import ModelSpec
 from splitfuse.models.weights import Part, kept_parameters, parameter_bytes
@@ -45,13 +45,15 @@ def tensor_groups(weights: WeightSource, spec: ModelSpec, backend: Backend, dtyp
     return [TensorGroup(*kind, count=len(names[kind]), num_bytes=size) for kind, size in sizes.most_common()]
 
 
-def _kind(weights: WeightSource, part: Part, role: Role, backend: Backend, dtype: torch.dtype) -> tuple[str, str, bool]:
+def _kind(
+    weights: WeightSource, part: Part, role: WeightRole, backend: Backend, dtype: torch.dtype
+) -> tuple[str, str, bool]:
     """Return how a tensor that is not kept as stored is stored, how it is kept, and whether that is exact."""
     name = part.piece.name
     stored, quantized = weights.stored_as(name), weights.quantization(name) is not None
     if backend.quantization is not None and role.linear:
         return stored, f"quantized to {backend.quantization}", False
-    kept = torch.float32 if role is Role.NORM else dtype
+    kept = torch.float32 if role is WeightRole.NORM else dtype
     how = "dequantized to" if quantized else "as"
     exact = kept in (torch.float32, None if quantized else DTYPES.get(stored))
     return stored, f"{how} {str(kept).removeprefix('torch.')}", exact

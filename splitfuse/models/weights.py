@@ -33,7 +33,7 @@ from splitfuse.kernels.layers import (
     NormSpec,
 )
 from splitfuse.kernels.quantized import QuantizedFormat, QuantizedWeight, are_whole_groups
-from splitfuse.kernels.weights import LayerWeights, MlpWeights, NetworkWeights, Role, Weight
+from splitfuse.kernels.weights import LayerWeights, MlpWeights, NetworkWeights, Weight, WeightRole
 from splitfuse.models.decoder import Decoder
 from splitfuse.models.encoder.spec import EncoderSpec
 from splitfuse.models.families.common import WeightNames
@@ -61,7 +61,7 @@ class Parameter:
     """Names one weight of the decoder, and the checkpoint's tensors that are stacked by rows to make it."""
 
     name: str  # a field of LayerWeights, "mlp.up" of its MlpWeights, or of NetworkWeights where layer is None
-    role: Role
+    role: WeightRole
     layer: int | None
     expert: int | None
     parts: tuple[Part, ...]
@@ -178,15 +178,15 @@ def _part(stored: Stored, shape: Shape, place: Place, head: int) -> Part:
     return Part(Piece(name, stored.shape(shape, place)), stored, place, shape)
 
 
-def _role(name: str, spec: ModelSpec) -> Role:
-    """Return the role of a weight: a tied embedding is the output head; what no Role is named after stays plain."""
+def _role(name: str, spec: ModelSpec) -> WeightRole:
+    """Return the role of a weight: a tied embedding is the output head; one without a role stays plain."""
     if name == "embed" and spec.tied_embeddings:
-        return Role.HEAD
+        return WeightRole.HEAD
     last = name.rpartition(".")[2]
     others = ("output_scale", "choice_bias", "expert_scale", "skip")
     if last.removesuffix("_bias").endswith(("norm", "conv", "decay")) or last in others:
-        return Role.NORM
-    return Role(last) if last in {role.value for role in Role} else Role.PLAIN
+        return WeightRole.NORM
+    return WeightRole(last) if last in {role.value for role in WeightRole} else WeightRole.PLAIN
 
 
 def _outer_shapes(spec: ModelSpec) -> Shapes:
@@ -388,7 +388,7 @@ def _kept_formats(weights: WeightSource, parameter: Parameter, backend: Backend)
     return (None,) * len(formats)
 
 
-def _kept_format(weights: WeightSource, part: Part, role: Role, backend: Backend) -> QuantizedFormat | None:
+def _kept_format(weights: WeightSource, part: Part, role: WeightRole, backend: Backend) -> QuantizedFormat | None:
     """Return the format that a backend could keep rows of a weight in: None if they are dense, or no rows of a stored
     matrix, or not whole groups of their columns, or if the backend does not take the format.
     """

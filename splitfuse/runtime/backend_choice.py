@@ -22,7 +22,7 @@ from splitfuse.kernels.layers import LayerSpec, NormSpec
 from splitfuse.kernels.onednn import OneDnnBackend
 from splitfuse.kernels.reference import ReferenceBackend
 from splitfuse.kernels.triton import capabilities as triton
-from splitfuse.kernels.weights import NetworkWeights, Role
+from splitfuse.kernels.weights import NetworkWeights, WeightRole
 from splitfuse.runtime.device import device_of
 from splitfuse.runtime.machine import usable_cores
 
@@ -122,7 +122,7 @@ def _unhonourable(config: EngineConfig, candidate: Candidate, why: str) -> Confi
 def _onednn_obstacle(_config: EngineConfig, dtype: torch.dtype) -> str | None:
     """Return why PyTorch has no prepacked linears here: it knows which dtypes this CPU can multiply."""
     try:
-        OneDnnBackend().pack([torch.zeros(1, 1, dtype=dtype)], role=Role.O)
+        OneDnnBackend().pack([torch.zeros(1, 1, dtype=dtype)], role=WeightRole.O)
     except (RuntimeError, AttributeError) as error:
         return f"oneDNN does not multiply {str(dtype).removeprefix('torch.')} here ({str(error).splitlines()[0]})"
     return None

@@ -17,7 +17,7 @@ import torch
 from splitfuse.core.limits import ceil_div
 from splitfuse.core.plan import Chunk, StateSlots
 from splitfuse.core.slo.cost_model import CostModel
-from splitfuse.kernels.weights import Role
+from splitfuse.kernels.weights import WeightRole
 from splitfuse.models.decoder import Decoder
 from splitfuse.runtime.loading import LoadedModel
 
@@ -150,4 +150,4 @@ def _head_bytes(model: LoadedModel) -> int:
     """Return the bytes of the weights of the output head."""
     decoder, spec = model.decoder, model.spec
     num_ids = spec.vocab_size // (1 if model.leader is None else model.leader.group.shard.size)
-    return decoder.backend.weight_bytes((num_ids, spec.hidden_size), role=Role.HEAD, dtype=decoder.dtype)
+    return decoder.backend.weight_bytes((num_ids, spec.hidden_size), role=WeightRole.HEAD, dtype=decoder.dtype)

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from splitfuse.bench.load import WARM_UP
 from splitfuse.bench.workload import LoadRequest, Trace, Workload
-from splitfuse.config.values import Role
+from splitfuse.config.values import EngineRole
 from splitfuse.core.slo.cost_model import CostModel
 from splitfuse.core.slo.targets import SloTargets
 from splitfuse.simulator.deployment import Machine
@@ -64,8 +64,8 @@ class Bounds:
         share = self._goal.criteria[0].share
         for part, works, role in self._parts(machines, most=_most_tokens):
             pieces = [(works, role)]
-            if role is Role.MIXED:  # first tokens alone may be more than they can do in time
-                pieces.append((self._works(part, Role.PROMPT, most=_most_tokens), Role.PROMPT))
+            if role is EngineRole.MIXED:  # first tokens alone may be more than they can do in time
+                pieces.append((self._works(part, EngineRole.PROMPT, most=_most_tokens), EngineRole.PROMPT))
             for seconds, what in pieces:
                 work = sum(sorted(seconds)[: math.ceil(share * count)])
                 noise = part[0].engine.calibration.cost.noise
@@ -73,12 +73,12 @@ class Bounds:
                 bounds.append(count / time if time > 0 else math.inf)
         return min(bounds)
 
-    def _slack(self, targets: SloTargets, role: Role) -> float:
+    def _slack(self, targets: SloTargets, role: EngineRole) -> float:
         """Return the time from the last arrival to the last deadline of what is computed in a role; infinity if answers
         have none.
         """
         first = max(targets.ttft_target(each.start + each.prompt) for each in self._sizes)
-        if role is Role.PROMPT:
+        if role is EngineRole.PROMPT:
             return first
         if targets.tpot is None:
             return math.inf
@@ -86,14 +86,14 @@ class Bounds:
 
     def _parts(
         self, machines: Sequence[Machine], *, most: Callable[[Machine], int]
-    ) -> list[tuple[list[Machine], list[float], Role]]:
+    ) -> list[tuple[list[Machine], list[float], EngineRole]]:
         """Return the machines of each role, and for each request the least time that one of them takes for it in steps
         of `most` tokens at most.
         """
-        by_role = {role: [machine for machine in machines if machine.role is role] for role in Role}
+        by_role = {role: [machine for machine in machines if machine.role is role] for role in EngineRole}
         return [(part, self._works(part, role, most=most), role) for role, part in by_role.items() if part]
 
-    def _works(self, part: Sequence[Machine], role: Role, *, most: Callable[[Machine], int]) -> list[float]:
+    def _works(self, part: Sequence[Machine], role: EngineRole, *, most: Callable[[Machine], int]) -> list[float]:
         """Return the least time that one of equal machines takes for what each request needs of a role."""
         return [_least_seconds(each, part[0], role, most(part[0])) for each in self._sizes]
 
@@ -101,7 +101,7 @@ class Bounds:
 def _token_budget(machine: Machine) -> int:
     """Return how many tokens a full step has."""
     engine = machine.engine
-    return engine.scheduler.max_num_seqs if machine.role is Role.GENERATION else engine.budget.tokens
+    return engine.scheduler.max_num_seqs if machine.role is EngineRole.GENERATION else engine.budget.tokens
 
 
 def _most_tokens(machine: Machine) -> int:
@@ -119,16 +119,16 @@ def _size(request: LoadRequest, *, is_trace: bool) -> _Size:
     return _Size(start, length - start, request.max_tokens)
 
 
-def _least_seconds(size: _Size, machine: Machine, role: Role, most: int) -> float:
+def _least_seconds(size: _Size, machine: Machine, role: EngineRole, most: int) -> float:
     """Return the least time that an engine takes for a request's part of a role, in steps of at most `most` tokens."""
     engine, cost = machine.engine, machine.engine.calibration.cost
     per_token = cost.per_token + _least_per_token(cost, most) + engine.step_overhead / most
     seconds, end = 0.0, size.start + size.prompt
-    if role is not Role.GENERATION:
+    if role is not EngineRole.GENERATION:
         pairs = size.prompt * size.start + size.prompt * (size.prompt + 1) / 2
         seconds += per_token * size.prompt + cost.per_row + cost.per_request
         seconds += cost.per_pair * pairs + cost.per_kv_token * end
-    if role is not Role.PROMPT:
+    if role is not EngineRole.PROMPT:
         count = size.answer - 1
         kv_tokens = count * end + count * (count + 1) / 2
         seconds += (per_token + cost.per_row + cost.per_request) * count

@@ -12,7 +12,7 @@ from typing import Any, Protocol, Self
 
 from splitfuse.bench.baselines import make_baseline
 from splitfuse.config.engine import TARGETS, CacheConfig, EngineConfig, SchedulerConfig
-from splitfuse.config.values import Role
+from splitfuse.config.values import EngineRole
 from splitfuse.core.kv.fetching import FIRST_BANDWIDTH
 from splitfuse.core.kv.loans import TILE
 from splitfuse.core.kv.names import BlockNamer
@@ -190,7 +190,7 @@ class Machine:
     """
 
     engine: SimulationConfig
-    role: Role = Role.MIXED
+    role: EngineRole = EngineRole.MIXED
     step_times: StepClock | None = None
     """Times of its steps if they are others than the cost model's, which its scheduler predicts with."""
     pace: MeasuredPace | None = None
@@ -273,7 +273,7 @@ class Deployment:
         if self.lending is not None:
             self._check_lending()
         roles = {machine.role for machine in self.machines}
-        if Role.MIXED not in roles and len(roles) < 2:
+        if EngineRole.MIXED not in roles and len(roles) < 2:
             raise ConfigError(
                 f"{next(iter(roles))} machines alone compute half of each request: add some of the other role"
             )
@@ -315,7 +315,7 @@ class Deployment:
     @property
     def is_split(self) -> bool:
         """Return whether there are machines for one part of a request alone."""
-        return any(machine.role is not Role.MIXED for machine in self.machines)
+        return any(machine.role is not EngineRole.MIXED for machine in self.machines)
 
     @property
     def gpus(self) -> int:

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from functools import cache
 
 from splitfuse.bench.measure import MakeWorkload
-from splitfuse.config.values import Role
+from splitfuse.config.values import EngineRole
 from splitfuse.errors import ConfigError
 from splitfuse.simulator.bounds import Bounds
 from splitfuse.simulator.deployment import Deployment, Link, Machine, SimulationConfig, without_targets
@@ -62,7 +62,7 @@ class Space:
 class Part:
     """Describes equal engines of one role."""
 
-    role: Role
+    role: EngineRole
     engines: int
     tensor_parallel: int
     budget: int
@@ -71,7 +71,9 @@ class Part:
 
     def __str__(self) -> str:
         over = f" over {self.tensor_parallel} machines each" if self.tensor_parallel > 1 else ""
-        how = "" if self.role is Role.GENERATION else f", budget {self.budget}{', SLO scheduling' * self.keeps_slo}"
+        how = (
+            "" if self.role is EngineRole.GENERATION else f", budget {self.budget}{', SLO scheduling' * self.keeps_slo}"
+        )
         return f"{self.engines} {self.role}{over}{how}"
 
 
@@ -118,7 +120,7 @@ def placements(space: Space) -> Iterator[Placement]:
         if space.machines % size == 0:
             for budget in budgets:
                 for keeps_slo in (True, False):
-                    yield Placement((Part(Role.MIXED, space.machines // size, size, budget, keeps_slo),))
+                    yield Placement((Part(EngineRole.MIXED, space.machines // size, size, budget, keeps_slo),))
     if space.link is None:
         return
     for size in sizes:
@@ -126,9 +128,9 @@ def placements(space: Space) -> Iterator[Placement]:
             left = space.machines - engines * size
             for other in sizes:
                 if left and left % other == 0:
-                    generation = Part(Role.GENERATION, left // other, other, budgets[0], keeps_slo=False)
+                    generation = Part(EngineRole.GENERATION, left // other, other, budgets[0], keeps_slo=False)
                     for budget in budgets:
-                        yield Placement((Part(Role.PROMPT, engines, size, budget, keeps_slo=False), generation))
+                        yield Placement((Part(EngineRole.PROMPT, engines, size, budget, keeps_slo=False), generation))
 
 
 @dataclass(frozen=True)

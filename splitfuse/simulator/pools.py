@@ -11,7 +11,7 @@ import math
 from collections.abc import Iterable, Sequence
 from typing import Generic, Protocol, TypeVar
 
-from splitfuse.config.values import Role
+from splitfuse.config.values import EngineRole
 from splitfuse.core.prefix_index import PrefixMemory
 from splitfuse.errors import ServerError
 
@@ -19,7 +19,7 @@ from splitfuse.errors import ServerError
 class Member(Protocol):
     """Is what is known of a machine when one is chosen."""
 
-    role: Role
+    role: EngineRole
     num_to_compute: int
     num_reserved: int
 
@@ -70,7 +70,7 @@ class Pools(Generic[M]):
         if not running:
             raise ServerError("all machines have failed")
         prompt = self._for_prompt(running, num_known, names)
-        if prompt is not None and prompt.role is Role.MIXED:
+        if prompt is not None and prompt.role is EngineRole.MIXED:
             prompt.memory.add(names)
             return prompt, prompt
         generation = self._for_generation(running, num_known + max_tokens, prompt)
@@ -81,27 +81,27 @@ class Pools(Generic[M]):
         return prompt, generation
 
     def _for_prompt(self, running: Sequence[M], num_known: int, names: list[bytes]) -> M | None:
-        for role in (self._own(running, Role.PROMPT), self._of_both(running)):
+        for role in (self._own(running, EngineRole.PROMPT), self._of_both(running)):
             best = min(role, key=lambda each: each.seconds_to_compute(names), default=None)
             if best is not None and (best.is_idle or best.num_to_compute + num_known <= self._long_queue):
                 return best
-        return self._borrow(min(self._own(running, Role.GENERATION), key=_num_to_compute, default=None))
+        return self._borrow(min(self._own(running, EngineRole.GENERATION), key=_num_to_compute, default=None))
 
     def _for_generation(self, running: Sequence[M], num_tokens: int, prompt: M | None) -> M | None:
-        for role in (self._own(running, Role.GENERATION), self._of_both(running)):
+        for role in (self._own(running, EngineRole.GENERATION), self._of_both(running)):
             best = min(role, key=_num_reserved, default=None)
             if best is not None and (best.fits(num_tokens) or self._long_queue == math.inf):
                 return best
-        others = (each for each in self._own(running, Role.PROMPT) if each is not prompt)
+        others = (each for each in self._own(running, EngineRole.PROMPT) if each is not prompt)
         borrowed = self._borrow(min(others, key=_num_reserved, default=None))
         return borrowed if borrowed is None or borrowed.fits(num_tokens) else None
 
-    def _own(self, running: Iterable[M], role: Role) -> list[M]:
+    def _own(self, running: Iterable[M], role: EngineRole) -> list[M]:
         return [each for each in running if each.role is role and each not in self._borrowed]
 
     def _of_both(self, running: Iterable[M]) -> list[M]:
         """Return the machines that do both: those which are mixed, and those which are borrowed."""
-        return [each for each in running if each.role is Role.MIXED or each in self._borrowed]
+        return [each for each in running if each.role is EngineRole.MIXED or each in self._borrowed]
 
     def _borrow(self, replica: M | None) -> M | None:
         if replica is not None and self._long_queue < math.inf:

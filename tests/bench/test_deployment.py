@@ -10,7 +10,7 @@ from splitfuse.bench import metrics
 from splitfuse.bench.target import Answer
 from splitfuse.bench.workload import Independent, Lengths, LoadRequest, Loads
 from splitfuse.config.engine import SchedulerConfig
-from splitfuse.config.values import Role
+from splitfuse.config.values import EngineRole
 from splitfuse.core.slo.cost_model import CostModel, StepFeatures
 from splitfuse.errors import ConfigError
 from splitfuse.runtime.calibration import Calibration
@@ -25,7 +25,7 @@ KV_BYTES = 1000
 LINK = Link(bytes_per_second=1e6 * KV_BYTES, latency=0.002)
 
 
-def machine(role: Role = Role.MIXED, *, num_blocks: int = 2000, **changes: Any) -> Machine:
+def machine(role: EngineRole = EngineRole.MIXED, *, num_blocks: int = 2000, **changes: Any) -> Machine:
     calibration = replace(CALIBRATION, num_blocks=num_blocks)
     config = SchedulerConfig(max_num_batched_tokens=256, max_num_seqs=64)
     return Machine(engine=SimulationConfig(calibration=calibration, scheduler=config), role=role, **changes)
@@ -34,7 +34,9 @@ def machine(role: Role = Role.MIXED, *, num_blocks: int = 2000, **changes: Any) 
 def split(
     prompt: int = 1, generation: int = 1, *, link: Link = LINK, num_blocks: int = 2000, **changes: Any
 ) -> Deployment:
-    machines = (machine(Role.PROMPT),) * prompt + (machine(Role.GENERATION, num_blocks=num_blocks),) * generation
+    machines = (machine(EngineRole.PROMPT),) * prompt + (
+        machine(EngineRole.GENERATION, num_blocks=num_blocks),
+    ) * generation
     return Deployment(machines=machines, link=link, kv_bytes_per_token=KV_BYTES, **changes)
 
 
@@ -204,7 +206,7 @@ def test_split_deployment_runs_a_load() -> None:
     ("make", "said"),
     [
         (lambda: Deployment(machines=()), "at least one machine"),
-        (lambda: Deployment(machines=(machine(Role.PROMPT),)), "prompt machines alone compute"),
+        (lambda: Deployment(machines=(machine(EngineRole.PROMPT),)), "prompt machines alone compute"),
         (lambda: replace(split(), link=None), "need a link"),
         (lambda: replace(split(), kv_bytes_per_token=0), "need the KV bytes of a token, such as 327680, not 0"),
         (lambda: Deployment.of(machine().engine, replicas=0), "--replicas 0 must be at least 1"),

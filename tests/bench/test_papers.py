@@ -20,7 +20,7 @@ from benchmarks.papers.data import (
 from benchmarks.papers.distserve import WORKLOADS, split
 from benchmarks.papers.kept import Kept
 from splitfuse.bench.results import MeasuredRequest
-from splitfuse.config.values import Role
+from splitfuse.config.values import EngineRole
 from splitfuse.core.slo.cost_model import StepFeatures
 from splitfuse.core.slo.targets import SloTargets
 from splitfuse.errors import ConfigError
@@ -58,7 +58,7 @@ def test_figures_are_kept_for_the_same_sources(tmp_path: Path, monkeypatch: pyte
 
 
 def test_least_number_of_machines_is_searched_from_a_guess() -> None:
-    machine, asked = splitwise.Kind.of("DGX-H100").machine(Role.MIXED, "orca", 2048), []
+    machine, asked = splitwise.Kind.of("DGX-H100").machine(EngineRole.MIXED, "orca", 2048), []
 
     class Counted(splitwise.Count):
         def is_enough(self, deployment: Deployment, *_: object) -> bool:
@@ -138,7 +138,7 @@ def test_their_reading_divides_by_tokens_and_extends_lines() -> None:
 
 
 def test_their_routing_prefers_idle_machines() -> None:
-    machine = splitwise.Kind.of("DGX-H100", reading=splitwise.THEIRS).machine(Role.MIXED, "orca", 2048)
+    machine = splitwise.Kind.of("DGX-H100", reading=splitwise.THEIRS).machine(EngineRole.MIXED, "orca", 2048)
     requests, goal = (
         workload("azure_code", longest=splitwise.LONGEST - 1),
         splitwise.goal(token_line_times("DGX-A100"), 40, splitwise.THEIRS),
@@ -153,11 +153,11 @@ def test_their_routing_prefers_idle_machines() -> None:
 def test_splitwise_machines_are_counted() -> None:
     """A few machines at a small rate: enough of them meet the SLOs, split or not, and too few do not."""
     kind, requests = splitwise.Kind.of("DGX-H100"), workload("azure_code", longest=splitwise.LONGEST - 1)
-    parts = [kind.machine(role, "orca", 2048) for role in (Role.PROMPT, Role.GENERATION)]
+    parts = [kind.machine(role, "orca", 2048) for role in (EngineRole.PROMPT, EngineRole.GENERATION)]
     met, goal = {}, splitwise.goal(splitwise_times("DGX-A100"), 100)
     for count in (3, 12):
         for name, make in (
-            ("mixed", splitwise.mixed(kind.machine(Role.MIXED, "orca", 2048))),
+            ("mixed", splitwise.mixed(kind.machine(EngineRole.MIXED, "orca", 2048))),
             ("split", splitwise.split(parts[0], parts[1], count // 3)),
         ):
             met[name, count] = sustains(make(count), lambda _: requests, 15.0, goal)

@@ -13,7 +13,7 @@ from splitfuse.bench.target import Target
 from splitfuse.bench.workload import Independent, Lengths, Workload
 from splitfuse.cli import app
 from splitfuse.config.engine import SchedulerConfig
-from splitfuse.config.values import Role
+from splitfuse.config.values import EngineRole
 from splitfuse.core.slo.cost_model import CostModel, StepFeatures
 from splitfuse.core.slo.targets import SloTargets
 from splitfuse.errors import ConfigError
@@ -88,7 +88,7 @@ def test_bounds_count_the_least_work() -> None:
     engine = engine_of(LOOSE)
     bounds = bounds_of(LOOSE, engine)
     split = Placement(
-        (Part(Role.PROMPT, 1, 1, 256, keeps_slo=False), Part(Role.GENERATION, 1, 1, 256, keeps_slo=False))
+        (Part(EngineRole.PROMPT, 1, 1, 256, keeps_slo=False), Part(EngineRole.GENERATION, 1, 1, 256, keeps_slo=False))
     )
     narrow = bounds.largest_rate(split.deployment(engine, SPACE).machines)
     per_token = COST.per_token + (COST.floor + COST.per_token_beyond * (256 - COST.knee)) / 256
@@ -105,12 +105,12 @@ def test_first_tokens_alone_bound_machines_that_do_both() -> None:
     targets = {"ttft": "2s"}
     engine, bounds = engine_of(targets), bounds_of(targets, engine_of(targets))
     split = Placement(
-        (Part(Role.PROMPT, 1, 1, 256, keeps_slo=False), Part(Role.GENERATION, 1, 1, 256, keeps_slo=False))
+        (Part(EngineRole.PROMPT, 1, 1, 256, keeps_slo=False), Part(EngineRole.GENERATION, 1, 1, 256, keeps_slo=False))
     )
-    mixed = Placement((Part(Role.MIXED, 1, 1, 256, keeps_slo=False),))
+    mixed = Placement((Part(EngineRole.MIXED, 1, 1, 256, keeps_slo=False),))
     prompts_alone = bounds.largest_rate(split.deployment(engine, SPACE).machines)
     assert bounds.largest_rate(mixed.deployment(engine, SPACE).machines) == prompts_alone < inf
-    two = Placement((Part(Role.MIXED, 2, 1, 256, keeps_slo=False),))
+    two = Placement((Part(EngineRole.MIXED, 2, 1, 256, keeps_slo=False),))
     assert bounds.largest_rate(two.deployment(engine, SPACE).machines) > prompts_alone
 
 
@@ -124,7 +124,7 @@ def test_placements_use_all_machines() -> None:
     for placement in found:
         assert sum(part.engines * part.tensor_parallel for part in placement.parts) == 4
         roles = [part.role for part in placement.parts]
-        assert roles == ([Role.PROMPT, Role.GENERATION] if placement.is_split else [Role.MIXED])
+        assert roles == ([EngineRole.PROMPT, EngineRole.GENERATION] if placement.is_split else [EngineRole.MIXED])
     assert len(found) == len({str(each) for each in found}) == 4 + 6
     assert "2 prompt over 1" not in str(found) and "1 prompt over 2 machines each, budget 256" in str(found[-1])
     assert not any(each.is_split for each in placements(replace(space, link=None)))

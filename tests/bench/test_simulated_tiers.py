@@ -17,7 +17,7 @@ from splitfuse.bench.target import Answer
 from splitfuse.bench.workload import Chat, Lengths, LoadRequest, poisson
 from splitfuse.cli import app
 from splitfuse.config.engine import EngineConfig, SchedulerConfig
-from splitfuse.config.values import Role
+from splitfuse.config.values import EngineRole
 from splitfuse.core.events import StepScheduled
 from splitfuse.core.kv.fetching import FIRST_BANDWIDTH, LATENCY, LONGEST_FETCH, STAGED_BYTES, WAITING_SHARE
 from splitfuse.core.sampling_params import SamplingParams
@@ -269,7 +269,7 @@ def test_deployments_that_cannot_share_tiers_are_refused() -> None:
         SimulatedTarget(Deployment.of(config(kv_memory_tier=BLOCK_BYTES), replicas=2))
     with pytest.raises(ConfigError, match="all machines share their KV tiers"):
         Deployment(machines=(Machine(engine=config()), Machine(engine=config(kv_memory_tier=2 * MANY))))
-    parts = tuple(Machine(engine=config(), role=role) for role in (Role.PROMPT, Role.GENERATION))
+    parts = tuple(Machine(engine=config(), role=role) for role in (EngineRole.PROMPT, EngineRole.GENERATION))
     with pytest.raises(ConfigError, match="KV tiers of machines with roles are not simulated"):
         Deployment(machines=parts, link=Link(1e9), kv_bytes_per_token=1000.0)
 

@@ -26,7 +26,7 @@ from patience import PATIENCE
 
 import splitfuse
 from splitfuse.config.engine import EngineConfig
-from splitfuse.config.values import Role
+from splitfuse.config.values import EngineRole
 from splitfuse.core.events import RequestAdded, StepRecord
 from splitfuse.core.plan import Logprobs, TokenLogprob
 from splitfuse.core.request_output import FinishReason, RequestOutput
@@ -516,7 +516,7 @@ def test_places_for_replicas_that_could_never_come_are_refused() -> None:
     ranks = {"rank": ("10.0.0.2:9100",), "tensor_parallel_size": 2, "rank_key_file": "key"}
     for settings, how, message in (
         ({"kv_loans": True}, {"replicas": 2}, "max_replicas is 4, and with kv_loans there are 2 replicas from the"),
-        ({}, {"replicas": 2, "roles": (Role.PROMPT, Role.GENERATION)}, "leave out max_replicas or roles"),
+        ({}, {"replicas": 2, "roles": (EngineRole.PROMPT, EngineRole.GENERATION)}, "leave out max_replicas or roles"),
         (ranks, {"replicas": 2}, "with one engine at a time, and there could be 4: set replicas to 1"),
         (ranks, {}, "with one engine at a time, and there could be 4: set max_replicas to 1, and leave out autoscale"),
     ):

@@ -18,7 +18,7 @@ from scheduler_checks import check_scheduler
 import splitfuse
 from splitfuse.config.engine import EngineConfig
 from splitfuse.config.server import ServerConfig
-from splitfuse.config.values import Role, parse_roles
+from splitfuse.config.values import EngineRole, parse_roles
 from splitfuse.core.events import StepScheduled
 from splitfuse.core.limits import ceil_div
 from splitfuse.core.pooling_params import NOTHING_GENERATED, PoolingParams
@@ -33,11 +33,11 @@ from splitfuse.runtime.loading import load_model
 
 CHUNK, BLOCK = 64, 32
 SETTINGS: dict[str, Any] = {"num_blocks": 300, "max_num_batched_tokens": CHUNK, "num_threads": 1}
-SPLIT = (Role.PROMPT, Role.GENERATION)
+SPLIT = (EngineRole.PROMPT, EngineRole.GENERATION)
 
 
 @asynccontextmanager
-async def running(roles: Sequence[Role] = SPLIT, **settings: Any) -> AsyncIterator[Router]:
+async def running(roles: Sequence[EngineRole] = SPLIT, **settings: Any) -> AsyncIterator[Router]:
     config = EngineConfig.from_settings({**SETTINGS, **settings})
     model = load_model(config)
     files, key = open_tiers(config.cache, for_moves=True)
@@ -205,7 +205,7 @@ def test_an_engine_is_drained_while_it_computes_prompts() -> None:
     long = msgspec.structs.replace(request, prompt_token_ids=tuple(Random(1).randrange(5, 700) for _ in range(900)))
 
     async def test() -> None:
-        async with running((Role.PROMPT, Role.GENERATION, Role.GENERATION)) as router:
+        async with running((EngineRole.PROMPT, EngineRole.GENERATION, EngineRole.GENERATION)) as router:
             streams = [router.open(msgspec.structs.replace(long, request_id=f"{number}")) for number in range(6)]
             draining = asyncio.create_task(router.drain_engine(0))
             await asyncio.sleep(0)
@@ -254,7 +254,7 @@ def test_mixed_engines_take_both_parts() -> None:
 
     async def test() -> None:
         whole = await alone(wanted)
-        async with running((Role.PROMPT, Role.MIXED)) as router:
+        async with running((EngineRole.PROMPT, EngineRole.MIXED)) as router:
             assert await asyncio.gather(*(read(router.open(request)) for request in wanted)) == whole
             assert 0 < router.num_resumed["hand_over"] < len(wanted)
 

@@ -9,7 +9,7 @@ from router_streams import closed_loop, read, requests, resumed, run, until
 from told_replicas import Stoppable, add, router_of, step
 
 from splitfuse.config.engine import EngineConfig
-from splitfuse.config.values import Role
+from splitfuse.config.values import EngineRole
 from splitfuse.core.request import SchedulingOptions
 from splitfuse.core.request_output import FinishReason, RequestOutput
 from splitfuse.engine.client import EngineState
@@ -335,7 +335,9 @@ def test_nothing_is_ended_if_no_replica_that_stays_is_ready() -> None:
 @pytest.mark.parametrize("setting", ["roles", "lends"])
 def test_fixed_numbers_of_engines(setting: str) -> None:
     async def test() -> None:
-        changes: dict[str, Any] = {"roles": (Role.PROMPT, Role.GENERATION)} if setting == "roles" else {"lends": True}
+        changes: dict[str, Any] = (
+            {"roles": (EngineRole.PROMPT, EngineRole.GENERATION)} if setting == "roles" else {"lends": True}
+        )
         router = Router([Stoppable(), Stoppable()], num_scaled=2, **changes)
         with pytest.raises(InvalidRequestError, match="the number of engines is fixed"):
             await router.scale(1)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from splitfuse.kernels.cpu import bindings
 from splitfuse.kernels.cpu.backend import CpuBackend
-from splitfuse.kernels.weights import Role
+from splitfuse.kernels.weights import WeightRole
 
 LEAST_NORMAL = 2.0**-126
 AMX = [case for case in variants() if case.id == "avx512_amx"]
@@ -116,7 +116,7 @@ def test_groups_give_the_bits_of_avx512(variant: str, quantization: str, group: 
     results = []
     for name in (variant, "avx512"):
         backend = CpuBackend(variant=name, num_threads=2, quantization=quantization, group_size=group)
-        results.append(backend.linear(x, backend.pack([weight], role=Role.O)))
+        results.append(backend.linear(x, backend.pack([weight], role=WeightRole.O)))
     assert torch.equal(*results)
 
 

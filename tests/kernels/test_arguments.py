@@ -25,7 +25,7 @@ from splitfuse.kernels.cpu.bindings import BROKEN_RULES, MOST_TAPS, VARIANTS, ch
 from splitfuse.kernels.drawing import Filter
 from splitfuse.kernels.interface import NetworkPlan, Store
 from splitfuse.kernels.layers import AttentionSpec, ConvSpec, LayerSpec, MlpSpec, NormSpec, RouterSpec
-from splitfuse.kernels.weights import LayerWeights, MlpWeights, NetworkWeights, Role
+from splitfuse.kernels.weights import LayerWeights, MlpWeights, NetworkWeights, WeightRole
 
 POSITIONS, BLOCKS, BLOCK_SIZE, VOCABULARY, HIDDEN = 100, 4, 32, 11, 32
 GOOD: dict[str, Any] = {  # two requests: 3 tokens of one with 35 positions, 1 of one with 32
@@ -77,20 +77,20 @@ def store_of(backend: CpuBackend, **changes: Any) -> Store:
 def network_of(backend: CpuBackend) -> Callable[..., Tensor]:
     """One layer of two heads of 16, as one call of a step's parts."""
 
-    def linear(role: Role, *rows: int, columns: int) -> Any:
+    def linear(role: WeightRole, *rows: int, columns: int) -> Any:
         return backend.pack([torch.randn(n, columns) for n in rows], role=role)
 
     ones = torch.ones(HIDDEN)
     layer = LayerWeights(
         attn_norm=ones,
-        qkv=linear(Role.QKV, 32, 16, 16, columns=HIDDEN),
-        o=linear(Role.O, HIDDEN, columns=32),
+        qkv=linear(WeightRole.QKV, 32, 16, 16, columns=HIDDEN),
+        o=linear(WeightRole.O, HIDDEN, columns=32),
         mlp_norm=ones,
         mlp=MlpWeights(
-            gate_up=linear(Role.GATE_UP, 48, 48, columns=HIDDEN), down=linear(Role.DOWN, HIDDEN, columns=48)
+            gate_up=linear(WeightRole.GATE_UP, 48, 48, columns=HIDDEN), down=linear(WeightRole.DOWN, HIDDEN, columns=48)
         ),
     )
-    head = linear(Role.HEAD, VOCABULARY, columns=HIDDEN)
+    head = linear(WeightRole.HEAD, VOCABULARY, columns=HIDDEN)
     spec = LayerSpec(
         mixer=AttentionSpec(num_heads=2, num_kv_heads=1, head_dim=16),
         mlp=MlpSpec(intermediate_size=48, activation="silu"),
@@ -199,7 +199,7 @@ def test_blocks_beyond_the_length_of_a_request_may_be_anything(variant: str) -> 
 def test_ids_outside_the_table_are_refused(variant: str, ids: list[int]) -> None:
     backend = CpuBackend(variant=variant, num_threads=1)
     table = torch.randn(VOCABULARY, HIDDEN).bfloat16()
-    for each in (table, backend.pack([table], role=Role.HEAD)):
+    for each in (table, backend.pack([table], role=WeightRole.HEAD)):
         with pytest.raises(IndexError, match="a token id is not below 11, the rows of the embedding table"):
             backend.embed(torch.tensor(ids), each)
 
@@ -215,25 +215,27 @@ def test_unknown_experts_are_refused(variant: str, expert: int) -> None:
 
 
 WRONG: dict[str, Callable[[CpuBackend], object]] = {
-    "linear-of-fp32": lambda k: k.linear(torch.randn(2, 16), k.pack([torch.randn(4, 16)], role=Role.O)),
+    "linear-of-fp32": lambda k: k.linear(torch.randn(2, 16), k.pack([torch.randn(4, 16)], role=WeightRole.O)),
     "linear-of-other-width": lambda k: k.linear(
-        torch.randn(2, 17).bfloat16(), k.pack([torch.randn(4, 16)], role=Role.O)
+        torch.randn(2, 17).bfloat16(), k.pack([torch.randn(4, 16)], role=WeightRole.O)
     ),
-    "linear-of-columns": lambda k: k.linear(torch.randn(16, 2).bfloat16().T, k.pack([torch.randn(4, 16)], role=Role.O)),
+    "linear-of-columns": lambda k: k.linear(
+        torch.randn(16, 2).bfloat16().T, k.pack([torch.randn(4, 16)], role=WeightRole.O)
+    ),
     "linear-with-fp32-bias": lambda k: k.linear(
-        torch.randn(2, 16).bfloat16(), k.pack([torch.randn(4, 16)], role=Role.O), torch.randn(4)
+        torch.randn(2, 16).bfloat16(), k.pack([torch.randn(4, 16)], role=WeightRole.O), torch.randn(4)
     ),
     "linear-with-short-bias": lambda k: k.linear(
-        torch.randn(2, 16).bfloat16(), k.pack([torch.randn(4, 16)], role=Role.O), torch.randn(3).bfloat16()
+        torch.randn(2, 16).bfloat16(), k.pack([torch.randn(4, 16)], role=WeightRole.O), torch.randn(3).bfloat16()
     ),
     "linear-of-a-gated-weight": lambda k: k.linear(
-        torch.randn(2, 16).bfloat16(), k.pack([torch.randn(4, 16)], role=Role.GATE_UP)
+        torch.randn(2, 16).bfloat16(), k.pack([torch.randn(4, 16)], role=WeightRole.GATE_UP)
     ),
     "gated-of-a-plain-weight": lambda k: k.gated(
-        torch.randn(2, 16).bfloat16(), k.pack([torch.randn(4, 16)], role=Role.O), None, "silu"
+        torch.randn(2, 16).bfloat16(), k.pack([torch.randn(4, 16)], role=WeightRole.O), None, "silu"
     ),
     "gated-of-fp32": lambda k: k.gated(
-        torch.randn(2, 16), k.pack([torch.randn(4, 16)], role=Role.GATE_UP), None, "silu"
+        torch.randn(2, 16), k.pack([torch.randn(4, 16)], role=WeightRole.GATE_UP), None, "silu"
     ),
     "norm-of-bf16": lambda k: k.norm(torch.randn(2, 16).bfloat16(), NormSpec(eps=1e-5), torch.ones(16)),
     "norm-with-bf16-weight": lambda k: k.norm(torch.randn(2, 16), NormSpec(eps=1e-5), torch.ones(16).bfloat16()),
@@ -244,18 +246,18 @@ WRONG: dict[str, Callable[[CpuBackend], object]] = {
     "draw-of-columns": lambda k: k.draw(torch.randn(16, 2).T, [0], [Filter(1.0)], [[0.5]]),
     "draw-of-another-row": lambda k: k.draw(torch.randn(2, 16), [2], [Filter(1.0)], [[0.5]]),
     "draw-without-filters": lambda k: k.draw(torch.randn(2, 16), [0, 1], [Filter(1.0)], [[0.5], [0.5]]),
-    "choose-of-fp32": lambda k: k.choose(torch.randn(2, 16), k.pack([torch.randn(4, 16)], role=Role.HEAD)),
+    "choose-of-fp32": lambda k: k.choose(torch.randn(2, 16), k.pack([torch.randn(4, 16)], role=WeightRole.HEAD)),
     "choose-of-other-width": lambda k: k.choose(
-        torch.randn(2, 17).bfloat16(), k.pack([torch.randn(4, 16)], role=Role.HEAD)
+        torch.randn(2, 17).bfloat16(), k.pack([torch.randn(4, 16)], role=WeightRole.HEAD)
     ),
     "choose-with-too-few-filters": lambda k: k.choose(
-        torch.randn(2, 16).bfloat16(), k.pack([torch.randn(4, 16)], role=Role.HEAD), None, [Filter(1.0)], [0.5]
+        torch.randn(2, 16).bfloat16(), k.pack([torch.randn(4, 16)], role=WeightRole.HEAD), None, [Filter(1.0)], [0.5]
     ),
     "choose-without-numbers": lambda k: k.choose(
-        torch.randn(2, 16).bfloat16(), k.pack([torch.randn(4, 16)], role=Role.HEAD), None, [Filter(1.0)] * 2
+        torch.randn(2, 16).bfloat16(), k.pack([torch.randn(4, 16)], role=WeightRole.HEAD), None, [Filter(1.0)] * 2
     ),
     "choose-with-short-bias": lambda k: k.choose(
-        torch.randn(2, 16).bfloat16(), k.pack([torch.randn(4, 16)], role=Role.HEAD), torch.randn(3).bfloat16()
+        torch.randn(2, 16).bfloat16(), k.pack([torch.randn(4, 16)], role=WeightRole.HEAD), torch.randn(3).bfloat16()
     ),
     "topk-of-columns": lambda k: k.topk(torch.randn(16, 2).T, 1),
     "experts-of-fp32": lambda k: backends.experts(
@@ -303,7 +305,7 @@ WRONG: dict[str, Callable[[CpuBackend], object]] = {
     ),
     "rope-store-with-unequal-tables": lambda k: rope_store(k, store_of(k), GOOD, sin=torch.ones(POSITIONS - 1, 8)),
     "rope-store-with-a-short-norm": lambda k: rope_store(k, store_of(k), GOOD, q_norm=torch.ones(8).bfloat16()),
-    "packing-pieces-of-other-widths": lambda k: k.pack([torch.randn(4, 16), torch.randn(4, 15)], role=Role.QKV),
+    "packing-pieces-of-other-widths": lambda k: k.pack([torch.randn(4, 16), torch.randn(4, 15)], role=WeightRole.QKV),
 }
 
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from splitfuse.kernels.interface import Store
 from splitfuse.kernels.layers import AttentionSpec, HeadNormSpec, LatentSpec, NormSpec, QueryScaling
 from splitfuse.kernels.reference import ReferenceBackend
-from splitfuse.kernels.weights import LayerWeights, Role
+from splitfuse.kernels.weights import LayerWeights, WeightRole
 
 
 def attend(
@@ -290,7 +290,7 @@ def test_heads_in_every_form(
             weights[name] = torch.randn(shape).bfloat16().double()
             if norms.norm.bias:
                 weights[f"{name}_bias"] = torch.randn(shape).bfloat16().double()
-    packed = {name: backend.pack([value.to(case.narrow)], role=Role.NORM) for name, value in weights.items()}
+    packed = {name: backend.pack([value.to(case.narrow)], role=WeightRole.NORM) for name, value in weights.items()}
     qkv = torch.randn(length, heads + 2 * kv_heads, head_dim).bfloat16().double()
     arrays = Arrays(positions=positions.int(), slot_mapping=requests.slots(0, 0, length).int())
     q = backend.rope_store(qkv.flatten(1).to(case.wide), store, spec, arrays, rope, LayerWeights(**packed))

@@ -18,7 +18,7 @@ from torch import Tensor
 from splitfuse.kernels.cpu.backend import CpuBackend
 from splitfuse.kernels.drawing import GREEDY, Filter
 from splitfuse.kernels.layers import RouterSpec
-from splitfuse.kernels.weights import Role
+from splitfuse.kernels.weights import WeightRole
 
 FORMATS = [(None, None), ("int8", None), ("int8", 128), ("int4", 64), ("int4", 128)]
 CASES = [case for f in FORMATS for case in variants(*f, id="-".join(str(x) for x in f))]
@@ -45,7 +45,7 @@ def test_linear(variant: str, quantization: str | None, group: int | None, input
     bias = torch.randn(outputs).bfloat16()
     alone: Tensor | None = None
     for backend in teams(variant, quantization=quantization, group_size=group):
-        packed = backend.pack([weight], role=Role.O)
+        packed = backend.pack([weight], role=WeightRole.O)
         if alone is None:
             alone = torch.cat([backend.linear(x[[r]], packed, bias) for r in range(45)])
         for rows in groups(45):
@@ -60,7 +60,7 @@ def test_gated(variant: str, quantization: str | None, group: int | None, inputs
     bias = torch.randn(2 * inner).bfloat16()
     alone: Tensor | None = None
     for backend in teams(variant, quantization=quantization, group_size=group):
-        packed = backend.pack(halves, role=Role.GATE_UP)
+        packed = backend.pack(halves, role=WeightRole.GATE_UP)
         if alone is None:
             alone = torch.cat([backend.gated(x[[r]], packed, bias, kind) for r in range(33)])
         for rows in groups(33):
@@ -73,10 +73,10 @@ def test_linear_heads(variant: str, quantization: str | None, group: int | None)
     x, weight = torch.randn(400, 3, 130).bfloat16(), torch.randn(3, 47, 130).bfloat16()
     whole: Tensor | None = None
     for backend in teams(variant, quantization=quantization, group_size=group):
-        packed = backend.pack([weight], role=Role.V_B)
+        packed = backend.pack([weight], role=WeightRole.V_B)
         if whole is None:
             whole = backend.linear_heads(x, packed)
-            each = [backend.pack([head], role=Role.O) for head in weight]
+            each = [backend.pack([head], role=WeightRole.O) for head in weight]
             wanted = torch.stack([backend.linear(x[:, h].contiguous(), each[h]) for h in range(3)], dim=1)
             assert torch.equal(whole, wanted.bfloat16())
         for rows in ([0], [7, 3], list(range(100, 250)), list(range(400))):
@@ -150,7 +150,9 @@ def test_norm_embed_and_topk(variant: str, columns: int) -> None:
     x, weight = torch.randn(29, columns), torch.randn(columns)
     found = []
     for backend in teams(variant):
-        head = backend.pack([torch.randn(29, columns, generator=torch.Generator().manual_seed(1))], role=Role.HEAD)
+        head = backend.pack(
+            [torch.randn(29, columns, generator=torch.Generator().manual_seed(1))], role=WeightRole.HEAD
+        )
         for rows in groups(29):
             assert torch.equal(
                 rms_norm(backend, x[rows], weight, 1e-5),

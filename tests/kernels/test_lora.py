@@ -12,7 +12,7 @@ from torch import Tensor
 from splitfuse.kernels.cpu.backend import CpuBackend
 from splitfuse.kernels.lora import LoraUpdate, StepAdapters
 from splitfuse.kernels.quantized import GroupFormat, GroupQuantized
-from splitfuse.kernels.weights import LayerWeights, MlpWeights, NetworkWeights, Role, Weight
+from splitfuse.kernels.weights import LayerWeights, MlpWeights, NetworkWeights, Weight, WeightRole
 
 K = 96
 OF_ROW = [1, -1, 0, 1, 2, -1, 1]  # the third adapter leaves the weight as it is
@@ -65,7 +65,7 @@ def test_products_with_adapters(name: str) -> None:
     torch.manual_seed(1)
     case = make_case(name)
     weight, x = torch.randn(ROWS, K).to(case.narrow), torch.randn(len(OF_ROW), K).to(case.narrow)
-    adapters, packed = [updates(each) for each in ADAPTERS], case.backend.pack([weight], role=Role.O)
+    adapters, packed = [updates(each) for each in ADAPTERS], case.backend.pack([weight], role=WeightRole.O)
     kept = [
         case.backend.pack_adapter([{}, {"o": each} if each else {}], network(o=packed), case.narrow)
         for each in adapters
@@ -92,7 +92,7 @@ def test_adapters_of_quantized_weights(variant: str, quantization: str, columns:
     torch.manual_seed(3)
     backend = CpuBackend(variant=variant, num_threads=2, quantization=quantization)
     x, weight = torch.randn(len(OF_ROW), columns).bfloat16(), torch.randn(ROWS, columns).bfloat16()
-    packed, adapters = backend.pack([weight], role=Role.O), [updates(each, columns) for each in ADAPTERS]
+    packed, adapters = backend.pack([weight], role=WeightRole.O), [updates(each, columns) for each in ADAPTERS]
     first, second = adapters[0]
     broken = [first, replace(second, a=torch.full_like(second.a, torch.inf))]
     kept = [
@@ -119,8 +119,8 @@ def test_adapters_of_gated_weights_and_of_weights_in_parts(variant: str) -> None
     adapters = [updates(each) for each in ADAPTERS]
     of_row = torch.tensor(OF_ROW, dtype=torch.int32)
     gate_up = torch.randn(ROWS, K).bfloat16()
-    gated = backend.pack(gate_up.chunk(2), role=Role.GATE_UP)
-    parts = backend.pack_quantized([in_groups(4, 33), in_groups(8, 37)], role=Role.O, dtype=torch.bfloat16)
+    gated = backend.pack(gate_up.chunk(2), role=WeightRole.GATE_UP)
+    parts = backend.pack_quantized([in_groups(4, 33), in_groups(8, 37)], role=WeightRole.O, dtype=torch.bfloat16)
     assert parts.num_parts == 2
     weights = network(o=parts, mlp=MlpWeights(gate_up=gated))
     kept = [backend.pack_adapter([{}, {"o": each, "up": each} if each else {}], weights, x.dtype) for each in adapters]

@@ -21,7 +21,7 @@ from splitfuse.kernels.drawing import GREEDY, Filter, exact_draw
 from splitfuse.kernels.layers import NormSpec, RouterSpec
 from splitfuse.kernels.onednn import OneDnnBackend
 from splitfuse.kernels.reference import ACTIVATIONS, GATED_ACTIVATIONS
-from splitfuse.kernels.weights import Role
+from splitfuse.kernels.weights import WeightRole
 
 SHAPES = [  # rows, K, N: nothing; single ones; odd, even and beyond every block, panel and slab of the kernels
     (0, 32, 32),
@@ -49,7 +49,7 @@ def grid(*shape: int) -> Tensor:
 @pytest.mark.parametrize(("rows", "inputs", "outputs"), SHAPES)
 def test_linear(case: BackendCase, rows: int, inputs: int, outputs: int) -> None:
     x, weight, bias = grid(rows, inputs), grid(outputs, inputs), grid(outputs)
-    packed = case.backend.pack([weight.to(case.narrow)], role=Role.O)
+    packed = case.backend.pack([weight.to(case.narrow)], role=WeightRole.O)
     exact, magnitude = x @ weight.T, x.abs() @ weight.abs().T
 
     def linear(*options: Tensor | None) -> Tensor:
@@ -66,7 +66,7 @@ def test_linear(case: BackendCase, rows: int, inputs: int, outputs: int) -> None
 )
 def test_linear_heads(case: BackendCase, rows: int, heads: int, inputs: int, outputs: int) -> None:
     x, weight = grid(rows, heads, inputs), grid(heads, outputs, inputs)
-    packed = case.backend.pack([weight.to(case.narrow)], role=Role.K_B)
+    packed = case.backend.pack([weight.to(case.narrow)], role=WeightRole.K_B)
     ours = case.backend.linear_heads(x.to(case.narrow), packed)
     exact, magnitude = (torch.einsum("thk,hnk->thn", *each) for each in ((x, weight), (x.abs(), weight.abs())))
     case.near(ours, exact, magnitude)
@@ -76,30 +76,32 @@ def test_pieces_are_packed_in_order(case: BackendCase) -> None:
     pieces = [grid(rows, 70) for rows in (50, 1, 16, 33)]
     x = grid(3, 70)
     whole = torch.cat(pieces)
-    packed = case.backend.pack([piece.to(case.narrow) for piece in pieces], role=Role.QKV)
+    packed = case.backend.pack([piece.to(case.narrow) for piece in pieces], role=WeightRole.QKV)
     case.near(case.backend.linear(x.to(case.narrow), packed), x @ whole.T, x.abs() @ whole.abs().T)
 
 
 @pytest.mark.parametrize("stored", [torch.float16, torch.float32, torch.float64])
 def test_pieces_may_be_strided_and_of_another_dtype(case: BackendCase, stored: torch.dtype) -> None:
     x, weight = grid(3, 70), grid(40, 140).half().to(stored)[:, ::2]
-    packed = case.backend.pack([weight[:33], weight[33:]], role=Role.QKV, dtype=case.narrow)
+    packed = case.backend.pack([weight[:33], weight[33:]], role=WeightRole.QKV, dtype=case.narrow)
     kept = weight.to(case.narrow).double()
     case.near(case.backend.linear(x.to(case.narrow), packed), x @ kept.T, x.abs() @ kept.abs().T)
 
 
-@pytest.mark.parametrize("role", [Role.QKV, Role.O, Role.GATE_UP, Role.DOWN, Role.HEAD, Role.ROUTER])
+@pytest.mark.parametrize(
+    "role", [WeightRole.QKV, WeightRole.O, WeightRole.GATE_UP, WeightRole.DOWN, WeightRole.HEAD, WeightRole.ROUTER]
+)
 @pytest.mark.parametrize("shape", [(2, 1), (64, 96), (66, 127), (130, 1025)])
-def test_weight_bytes_is_what_is_kept(case: BackendCase, role: Role, shape: tuple[int, int]) -> None:
+def test_weight_bytes_is_what_is_kept(case: BackendCase, role: WeightRole, shape: tuple[int, int]) -> None:
     plain = math.prod(shape) * case.narrow.itemsize
     packed = case.backend.pack([grid(*shape).to(case.narrow)], role=role)
     planned = case.backend.weight_bytes(shape, role=role, dtype=case.narrow)
     if isinstance(case.backend, OneDnnBackend):  # what oneDNN keeps cannot be asked for its size
-        assert planned == plain * (2 if role is Role.HEAD else 1)
+        assert planned == plain * (2 if role is WeightRole.HEAD else 1)
     else:
         assert planned == (packed if isinstance(packed, Tensor) else packed.memory).nbytes
         assert planned >= plain
-    assert case.backend.weight_bytes(shape, role=Role.PLAIN, dtype=case.narrow) == plain
+    assert case.backend.weight_bytes(shape, role=WeightRole.PLAIN, dtype=case.narrow) == plain
 
 
 @pytest.mark.parametrize("kind", ACTIVATIONS)
@@ -108,7 +110,7 @@ def test_weight_bytes_is_what_is_kept(case: BackendCase, role: Role, shape: tupl
 )
 def test_activated(case: BackendCase, kind: str, rows: int, inputs: int, inner: int, biased: bool) -> None:
     x, weight, bias = grid(rows, inputs), grid(inner, inputs) / 4, grid(inner)
-    packed = case.backend.pack([weight.to(case.narrow)], role=Role.UP)
+    packed = case.backend.pack([weight.to(case.narrow)], role=WeightRole.UP)
     ours = case.backend.activated(x.to(case.narrow), packed, bias.to(case.narrow) if biased else None, kind)
     product = x @ weight.T + biased * bias
     exact, summed = formula(kind, product), x.abs() @ weight.abs().T + biased * bias.abs()
@@ -122,7 +124,7 @@ def test_activated(case: BackendCase, kind: str, rows: int, inputs: int, inner: 
 def test_gated(case: BackendCase, kind: str, rows: int, inputs: int, inner: int, biased: bool) -> None:
     x, weight, bias = grid(rows, inputs), grid(2 * inner, inputs) / 4, grid(2 * inner)
     halves = weight.to(case.narrow).split(inner)
-    packed = case.backend.pack(halves, role=Role.GATE_UP)
+    packed = case.backend.pack(halves, role=WeightRole.GATE_UP)
     ours = case.backend.gated(x.to(case.narrow), packed, bias.to(case.narrow) if biased else None, kind)
     gate, up = (x @ weight.T + biased * bias).chunk(2, dim=-1)
     exact = gated(kind, gate, up)
@@ -161,7 +163,7 @@ def gated(kind: str, gate: Tensor, up: Tensor) -> Tensor:
 @pytest.mark.parametrize("kind", [kind for kind in ACTIVATIONS if kind != "sigmoid"])
 def test_gates_far_from_zero(case: BackendCase, kind: str) -> None:
     gates = torch.tensor([-1e30, -3e4, -300.0, -100.0, 100.0, 300.0, 3e4], dtype=torch.float64).bfloat16().double()
-    packed = case.backend.pack([torch.ones(1, 1, dtype=case.narrow)] * 2, role=Role.GATE_UP)
+    packed = case.backend.pack([torch.ones(1, 1, dtype=case.narrow)] * 2, role=WeightRole.GATE_UP)
     bias = torch.tensor([0.0, 1.0], dtype=case.narrow)
     x = gates.unsqueeze(1)
     ours = case.backend.gated(x.to(case.narrow), packed, bias, kind).double()
@@ -175,7 +177,9 @@ def test_clamped_swiglu_far_from_zero(case: BackendCase) -> None:
     gate = [1e30, 1e30, -1e4, 7.5, 2.0, 1.0, torch.nan]
     up = [1e30, -1e30, 1e30, 9.0, -1.0, -50.0, 1.0]
     x = torch.tensor([gate, up]).T.contiguous().to(case.narrow)
-    packed = case.backend.pack([torch.tensor([side]).to(case.narrow) for side in ([1, 0], [0, 1])], role=Role.GATE_UP)
+    packed = case.backend.pack(
+        [torch.tensor([side]).to(case.narrow) for side in ([1, 0], [0, 1])], role=WeightRole.GATE_UP
+    )
     ours = case.backend.gated(x, packed, None, "clamped_swiglu")[:, 0].double()
     exact = gated("clamped_swiglu", *x.double().T)
     torch.testing.assert_close(ours, exact, rtol=2**-6, atol=1e-30, equal_nan=True)
@@ -196,7 +200,7 @@ def test_norm(case: BackendCase, rows: int, columns: int, scale: float) -> None:
 @pytest.mark.parametrize("mean", [0.0, 30.0])
 def test_layer_norm(case: BackendCase, rows: int, columns: int, biased: bool, mean: float) -> None:
     x, weight, bias = (grid(rows, columns) + mean).bfloat16().double(), grid(columns), grid(columns)
-    packed, packed_bias = (case.backend.pack([each.to(case.narrow)], role=Role.NORM) for each in (weight, bias))
+    packed, packed_bias = (case.backend.pack([each.to(case.narrow)], role=WeightRole.NORM) for each in (weight, bias))
     spec = NormSpec(eps=1e-5, centered=True, bias=biased)
     ours = case.backend.norm(x.to(case.wide), spec, packed, packed_bias if biased else None)
     centered = x - x.mean(-1, keepdim=True)
@@ -211,7 +215,7 @@ def test_embed_picks_rows(case: BackendCase) -> None:
         table = grid(70, columns)
         ids = torch.tensor([69, 0, 31, 32, 69, 16], dtype=torch.int32)
         plain = table.to(case.narrow)
-        head = case.backend.pack([plain], role=Role.HEAD)
+        head = case.backend.pack([plain], role=WeightRole.HEAD)
         for ours in (case.backend.embed(ids, plain), case.backend.embed(ids, head)):
             assert ours.dtype == case.wide
             assert torch.equal(ours.double(), table[ids])
@@ -292,7 +296,7 @@ def test_routers(case: BackendCase, fields: dict[str, Any]) -> None:
     spec = RouterSpec(**{"num_experts": 24, "top_k": 5, "renormalize": True} | fields)
     logits = torch.stack([torch.randperm(24).double() / 4 - 3 for _ in range(9)])
     bias = torch.randn(24).double() if spec.choice_bias else torch.zeros(24).double()
-    packed = case.backend.pack([bias], role=Role.NORM, dtype=case.narrow) if spec.choice_bias else None
+    packed = case.backend.pack([bias], role=WeightRole.NORM, dtype=case.narrow) if spec.choice_bias else None
     ids, weights = case.backend.route(logits.to(case.wide), spec, packed)
     exact = [route_exactly(row, spec, bias.tolist()) for row in logits.tolist()]
     assert ids.tolist() == [chosen for chosen, _ in exact]
@@ -414,7 +418,7 @@ def test_choose(case: BackendCase, rows: int, inputs: int, width: int, drawn: bo
     backend, random = case.backend, Random(width)
     weight, bias = grid(width, inputs), grid(width).to(case.narrow)
     weight[width // 2 :] = weight[0]  # equal logits, in greedy choice without a bias
-    head, x = backend.pack([weight.to(case.narrow)], role=Role.HEAD), grid(rows, inputs).to(case.narrow)
+    head, x = backend.pack([weight.to(case.narrow)], role=WeightRole.HEAD), grid(rows, inputs).to(case.narrow)
     x[rows // 2, 0] = torch.nan  # a row that no token can be chosen from
     kinds = (GREEDY, Filter(0.7), Filter(1.5, top_k=4), Filter(1.0, top_p=0.8, min_p=0.01))
     filters = [kinds[row % len(kinds)] for row in range(rows)] if drawn else []
@@ -438,7 +442,7 @@ def test_choose(case: BackendCase, rows: int, inputs: int, width: int, drawn: bo
 def test_nan_stays_in_its_row(case: BackendCase, value: float) -> None:
     x, weight = grid(5, 40), grid(33, 40)
     x[2, 7] = value
-    packed = case.backend.pack([weight.to(case.narrow)], role=Role.O)
+    packed = case.backend.pack([weight.to(case.narrow)], role=WeightRole.O)
     ours = case.backend.linear(x.to(case.narrow), packed)
     assert not ours[2].isfinite().any()
     rest = [0, 1, 3, 4]

@@ -21,7 +21,7 @@ from splitfuse.errors import ConfigError
 from splitfuse.kernels.cpu.backend import CpuBackend
 from splitfuse.kernels.cpu.bindings import BF16, INT4, INT8
 from splitfuse.kernels.cpu.quantization import INT4_QVALUES, QVALUES, choose_format
-from splitfuse.kernels.weights import Role
+from splitfuse.kernels.weights import WeightRole
 
 Floats = npt.NDArray[np.float32]
 MOST_ERROR = 1.5
@@ -83,7 +83,7 @@ def int4_scales(values: Floats) -> Floats:
 
 def kept(backend: CpuBackend, weight: Tensor) -> npt.NDArray[np.float64]:
     """The weight as it is kept, read column by column with rows of a single 1: right to 2**-22."""
-    packed = backend.pack([weight.bfloat16()], role=Role.O)
+    packed = backend.pack([weight.bfloat16()], role=WeightRole.O)
     return backend.linear(torch.eye(weight.shape[1]).bfloat16(), packed).T.double().numpy()
 
 
@@ -178,7 +178,7 @@ def test_linear(variant: str, quantization: str, group: int | None, outputs: int
     x[-1] = 0
     bias = torch.randn(outputs).bfloat16()
     exact, bound = product(x, quantize(backend, weight))
-    packed = backend.pack([weight], role=Role.O)
+    packed = backend.pack([weight], role=WeightRole.O)
     assert ((backend.linear(x, packed) - exact).abs() <= bound + 2**-23 * exact.abs()).all()
     wanted = exact + bias.double()
     bound = bound + 2**-22 * (exact.abs() + bias.double().abs())
@@ -195,7 +195,7 @@ def test_no_sum_overflows(variant: str, quantization: str, group: int | None) ->
     x[1] *= -1
     x[2, ::2] *= -1
     exact = (x @ weight.T).double()
-    ours = backend.linear(x.bfloat16(), backend.pack([weight.bfloat16()], role=Role.O))
+    ours = backend.linear(x.bfloat16(), backend.pack([weight.bfloat16()], role=WeightRole.O))
     # int4 has its largest qvalue at one end only: a group of +1 and -1 is not exact.
     share = 2**-7 if quantization == "int8" else 0.2
     assert ((ours - exact).abs() <= share * 4096).all()
@@ -211,8 +211,8 @@ def test_gated(variant: str, quantization: str, group: int | None, inner: int, i
     backend = kernels_of(variant, quantization, group)
     weight, bias = torch.randn(2 * inner, inputs).bfloat16() / 8, torch.randn(2 * inner).bfloat16()
     x = torch.randn(5, inputs).bfloat16()
-    ours = backend.gated(x, backend.pack(list(weight.split(inner)), role=Role.GATE_UP), bias, kind).double()
-    gate, up = backend.linear(x, backend.pack([weight], role=Role.O), bias).double().chunk(2, dim=-1)
+    ours = backend.gated(x, backend.pack(list(weight.split(inner)), role=WeightRole.GATE_UP), bias, kind).double()
+    gate, up = backend.linear(x, backend.pack([weight], role=WeightRole.O), bias).double().chunk(2, dim=-1)
     activation = {
         "silu": gate * torch.sigmoid(gate),
         "gelu": gate * 0.5 * torch.erfc(-gate * 0.5**0.5),
@@ -231,8 +231,8 @@ def test_experts(variant: str, quantization: str, group: int | None) -> None:
     ours = backends.experts(backend, x, ids, weights, packed)
     wanted = torch.zeros(11, 130, dtype=torch.float64)
     for expert in range(5):
-        gate_up = backend.pack(w13[expert].bfloat16().chunk(2), role=Role.GATE_UP)
-        down = backend.pack([w2[expert].bfloat16()], role=Role.DOWN)
+        gate_up = backend.pack(w13[expert].bfloat16().chunk(2), role=WeightRole.GATE_UP)
+        down = backend.pack([w2[expert].bfloat16()], role=WeightRole.DOWN)
         said = backend.linear(backend.gated(x, gate_up, None, "silu"), down)
         wanted += (ids == expert).double().mul(weights).sum(1, keepdim=True) * said
     torch.testing.assert_close(ours.double(), wanted, rtol=1e-6, atol=1e-6 * float(wanted.abs().max()))
@@ -243,7 +243,7 @@ def test_experts(variant: str, quantization: str, group: int | None) -> None:
 def test_tied_embedding_reads_the_packed_head(variant: str, quantization: str, group: int | None, columns: int) -> None:
     backend = kernels_of(variant, quantization, group)
     weight = weights_of_all_kinds(40, columns)
-    head = backend.pack([weight], role=Role.HEAD)
+    head = backend.pack([weight], role=WeightRole.HEAD)
     rows = backend.embed(torch.arange(40), head).double().numpy()
     # The head of an int4 model is int8, a scale a row.
     wanted = int8(weight.float().numpy(), backend.group_size if quantization == "int8" else None)
@@ -257,7 +257,7 @@ def test_nan_is_not_hidden_by_quantization(variant: str, quantization: str, grou
     weight[3, 5] = torch.nan
     weight[35, 299] = torch.inf
     x[1, 7], x[2, 299] = torch.nan, -torch.inf
-    ours = backend.linear(x.bfloat16(), backend.pack([weight.bfloat16()], role=Role.O)).isfinite()
+    ours = backend.linear(x.bfloat16(), backend.pack([weight.bfloat16()], role=WeightRole.O)).isfinite()
     assert not ours[1:3].any()
     assert not ours[:, [3, 35]].any()
     assert ours[[0, 3, 4, 5]][:, [c for c in range(40) if c not in (3, 35)]].all()
@@ -269,7 +269,7 @@ def test_a_row_too_small_for_its_scale_is_nearly_zero(
     variant: str, quantization: str, group: int | None, magnitude: float
 ) -> None:
     backend = kernels_of(variant, quantization, group)
-    packed = backend.pack([torch.randn(33, 70).bfloat16()], role=Role.O)
+    packed = backend.pack([torch.randn(33, 70).bfloat16()], role=WeightRole.O)
     ours = backend.linear((torch.randn(3, 70) * magnitude).bfloat16(), packed)
     assert (ours.abs() <= 1e-25).all()
 
@@ -294,7 +294,7 @@ def test_error_of_normal_weights(variant: str, quantization: str, group: int | N
     assert np.sqrt(np.square(error).mean()) <= {"int8": 0.009, "int4": 0.1}[quantization]
 
 
-NEVER_QUANTIZED = (Role.ROUTER, Role.SHARED_GATE, Role.GATES)
+NEVER_QUANTIZED = (WeightRole.ROUTER, WeightRole.SHARED_GATE, WeightRole.GATES)
 
 
 @pytest.mark.parametrize(("variant", "quantization", "group"), CASES)
@@ -303,14 +303,20 @@ def test_bytes_of_a_weight(variant: str, quantization: str, group: int | None) -
     bits = {"int8": 8, "int4": 4}[quantization]
     scales = 1024 // group if group else 1
 
-    def size(role: Role) -> int:
+    def size(role: WeightRole) -> int:
         return backend.weight_bytes((512, 1024), role=role, dtype=torch.bfloat16)
 
-    for role in set(Role) - {Role.PLAIN, Role.EMBED, Role.NORM, Role.HEAD, *NEVER_QUANTIZED}:
+    for role in set(WeightRole) - {
+        WeightRole.PLAIN,
+        WeightRole.EMBED,
+        WeightRole.NORM,
+        WeightRole.HEAD,
+        *NEVER_QUANTIZED,
+    }:
         assert size(role) == 512 * 1024 * bits // 8 + 512 * scales * 2
-    assert size(Role.HEAD) == (size(Role.O) if quantization == "int8" else 512 * 1024 + 512 * 2)
-    assert size(Role.ROUTER) == size(Role.PLAIN) == 2 * 512 * 1024
-    assert size(Role.NORM) == 4 * 512 * 1024
+    assert size(WeightRole.HEAD) == (size(WeightRole.O) if quantization == "int8" else 512 * 1024 + 512 * 2)
+    assert size(WeightRole.ROUTER) == size(WeightRole.PLAIN) == 2 * 512 * 1024
+    assert size(WeightRole.NORM) == 4 * 512 * 1024
 
 
 def test_int4_values_rise_and_fit_a_byte() -> None:
@@ -320,18 +326,18 @@ def test_int4_values_rise_and_fit_a_byte() -> None:
     assert list(QVALUES) == [qvalue + 128 for qvalue in INT4_QVALUES]
 
 
-@pytest.mark.parametrize("role", [role for role in Role if role.linear], ids=str)
-def test_formats_by_role(role: Role) -> None:
+@pytest.mark.parametrize("role", [role for role in WeightRole if role.linear], ids=str)
+def test_formats_by_role(role: WeightRole) -> None:
     def found(quantization: str | None, group: int | None) -> tuple[int, int | None]:
         chosen = choose_format(role, quantization, group)
         return chosen.number, chosen.group
 
     assert found(None, None) == (BF16, None)
-    layers = role not in (Role.HEAD, *NEVER_QUANTIZED)
+    layers = role not in (WeightRole.HEAD, *NEVER_QUANTIZED)
     for group in (None, 128):
         assert found("int8", group) == ((BF16, None) if role in NEVER_QUANTIZED else (INT8, group))
     for group, resolved in ((None, 64), (64, 64), (128, 128)):
-        wanted = (INT4, resolved) if layers else (INT8, None) if role is Role.HEAD else (BF16, None)
+        wanted = (INT4, resolved) if layers else (INT8, None) if role is WeightRole.HEAD else (BF16, None)
         assert found("int4", group) == wanted
 
 
@@ -345,5 +351,5 @@ def test_formats_by_role(role: Role) -> None:
 )
 def test_unknown_formats_are_refused(quantization: str, group: int | None, message: str) -> None:
     with pytest.raises(ConfigError) as refusal:
-        choose_format(Role.O, quantization, group)
+        choose_format(WeightRole.O, quantization, group)
     assert str(refusal.value) == message

@@ -21,7 +21,7 @@ from splitfuse.core.plan import ZERO_STATE
 from splitfuse.kernels.cpu.backend import CpuBackend
 from splitfuse.kernels.interface import Backend, Store
 from splitfuse.kernels.layers import ConvSpec, DeltaSpec, MambaSpec, RecurrentSpec
-from splitfuse.kernels.weights import LayerWeights, Role
+from splitfuse.kernels.weights import LayerWeights, WeightRole
 
 LENGTHS = (1, 2, 150, 9)
 NUM_SLOTS = 12
@@ -134,7 +134,9 @@ class Layer:
             state_reads=torch.tensor([part[3] for part in parts], dtype=torch.int32),
             state_writes=torch.tensor([part[4] for part in parts], dtype=torch.int32),
         )
-        packed = LayerWeights(**{name: backend.pack([each], role=Role.NORM) for name, each in self.weights.items()})
+        packed = LayerWeights(
+            **{name: backend.pack([each], role=WeightRole.NORM) for name, each in self.weights.items()}
+        )
         x, gates = (
             torch.cat([each[request][begin:end] for request, begin, end, _, _ in parts]).to(dtype)
             for each in (self.rows, self.gates)

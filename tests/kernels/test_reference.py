@@ -16,7 +16,7 @@ from torch import Tensor
 from splitfuse.errors import ConfigError
 from splitfuse.kernels import reference
 from splitfuse.kernels.reference import ReferenceBackend
-from splitfuse.kernels.weights import LayerWeights, Role
+from splitfuse.kernels.weights import LayerWeights, WeightRole
 
 CPU = torch.device("cpu")
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-5, torch.bfloat16: 3e-2, torch.float16: 4e-3}
@@ -47,7 +47,7 @@ def test_linear(dtype: torch.dtype, rows: int, inputs: int, outputs: int) -> Non
     for row in range(rows):
         for out in range(outputs):
             naive[row, out] = sum(float(x[row, i]) * float(weight[out, i]) for i in range(inputs))
-    packed = backend.pack([weight], role=Role.O)
+    packed = backend.pack([weight], role=WeightRole.O)
     assert_near(backend.linear(x, packed), naive, dtype)
     assert_near(backend.linear(x, packed, bias), naive + bias.double(), dtype)
 
@@ -99,7 +99,7 @@ def test_gated(dtype: torch.dtype, kind: str, rows: int, width: int) -> None:
     for row in range(rows):
         for i in range(width):
             naive[row, i] = NAIVE_ACTIVATIONS[kind](float(gate_up[row, i])) * float(gate_up[row, width + i])
-    identity = backend.pack([torch.eye(2 * width, dtype=dtype)], role=Role.GATE_UP)
+    identity = backend.pack([torch.eye(2 * width, dtype=dtype)], role=WeightRole.GATE_UP)
     assert_near(backend.gated(gate_up, identity, None, kind), naive, dtype)
 
 

@@ -14,9 +14,9 @@ from backends import variants
 from splitfuse.kernels.cpu.backend import CpuBackend
 from splitfuse.kernels.cpu.memory import HUGE_PAGE, SharedWeights
 from splitfuse.kernels.sharing import WeightSharing
-from splitfuse.kernels.weights import Role
+from splitfuse.kernels.weights import WeightRole
 
-SHAPES = [(Role.QKV, (96, 128)), (Role.GATE_UP, (64, 128)), (Role.HEAD, (300, 70))]
+SHAPES = [(WeightRole.QKV, (96, 128)), (WeightRole.GATE_UP, (64, 128)), (WeightRole.HEAD, (300, 70))]
 
 
 @pytest.fixture
@@ -26,7 +26,7 @@ def file() -> Iterator[int]:
     os.close(fd)
 
 
-def pieces(role: Role, shape: tuple[int, int]) -> list[torch.Tensor]:
+def pieces(role: WeightRole, shape: tuple[int, int]) -> list[torch.Tensor]:
     torch.manual_seed(len(role.value))
     return [torch.randn(*shape).bfloat16()]
 
@@ -37,8 +37,8 @@ def test_plain_weights_are_shared_too(file: int) -> None:
     first.share_weights(WeightSharing(file, filled=False), 2**20)
     second.share_weights(WeightSharing(file, filled=True), 2**20)
     for weight in ([table], norm):
-        wanted = own.pack(weight, role=Role.PLAIN, dtype=torch.bfloat16)
-        found = [backend.pack(weight, role=Role.PLAIN, dtype=torch.bfloat16) for backend in (first, second)]
+        wanted = own.pack(weight, role=WeightRole.PLAIN, dtype=torch.bfloat16)
+        found = [backend.pack(weight, role=WeightRole.PLAIN, dtype=torch.bfloat16) for backend in (first, second)]
         assert torch.equal(wanted, torch.cat(weight).bfloat16())
         assert all(torch.equal(one, wanted) for one in found)
         found[0][0] += 1

@@ -27,7 +27,7 @@ from splitfuse.kernels.quantized import (
     are_whole_groups,
 )
 from splitfuse.kernels.reference import ReferenceBackend
-from splitfuse.kernels.weights import LayerWeights, Role
+from splitfuse.kernels.weights import LayerWeights, WeightRole
 from splitfuse.models.sources.gguf import blocks
 
 BF16, F32 = torch.bfloat16, torch.float32
@@ -95,7 +95,7 @@ def test_products_and_their_bits(variant: str, name: str) -> None:
     backend = kernels(variant)
     for outputs, inputs in SHAPES:
         weight = weight_in(FORMATS[name], outputs, inputs)
-        packed = backend.pack_quantized([weight], role=Role.O, dtype=BF16)
+        packed = backend.pack_quantized([weight], role=WeightRole.O, dtype=BF16)
         x = (torch.randn(31, inputs) * 10 ** torch.randn(31, 1) * 10 ** torch.randn(inputs)).bfloat16()
         x[3] = 0
         x[4, 32:] = 0
@@ -112,7 +112,7 @@ def test_products_with_blocks_of_gguf_files(variant: str, name: str) -> None:
         stored[..., 0] = stored[..., 0] % 32 + 112
     weight = blocks.unpack(name, torch.from_numpy(stored))
     x = torch.randn(7, weight.shape[1]).bfloat16()
-    packed = kernels(variant).pack_quantized([weight], role=Role.O, dtype=BF16)
+    packed = kernels(variant).pack_quantized([weight], role=WeightRole.O, dtype=BF16)
     assert_product(kernels(variant).linear(x, packed), quantized(x, weight.format.group_size), weight)
 
 
@@ -121,7 +121,7 @@ def test_products_in_fp8_and_their_bits(variant: str) -> None:
     backend = kernels(variant)
     for outputs, inputs in ((1, 1), (3, 7), (40, 127), (33, 130), (70, 1029)):
         weight = fp8(outputs, inputs)
-        packed = backend.pack_quantized([weight], role=Role.O, dtype=BF16)
+        packed = backend.pack_quantized([weight], role=WeightRole.O, dtype=BF16)
         x = torch.randn(31, inputs).bfloat16()
         ours = backend.linear(x, packed)
         assert_product(ours, x, weight)
@@ -134,7 +134,7 @@ def test_every_number_of_fp8_is_exact(variant: str) -> None:
     codes = torch.tensor([code for code in range(256) if code & 127 != 127]).to(torch.uint8)
     values = codes.view(torch.float8_e4m3fn).unsqueeze(0).expand(3, -1)
     weight = Fp8Quantized(values=values.contiguous(), scales=torch.ones(3, 2))
-    packed = kernels(variant).pack_quantized([weight], role=Role.O, dtype=BF16)
+    packed = kernels(variant).pack_quantized([weight], role=WeightRole.O, dtype=BF16)
     found = kernels(variant).linear(torch.eye(len(codes)).bfloat16(), packed)
     assert torch.equal(found, weight.dequantize(F32).T)
 
@@ -142,7 +142,7 @@ def test_every_number_of_fp8_is_exact(variant: str) -> None:
 @pytest.mark.parametrize(("variant", "name"), CASES)
 def test_embedding_reads_the_packed_weight(variant: str, name: str) -> None:
     weight = weight_in(FORMATS[name], 40, 544)
-    packed = kernels(variant).pack_quantized([weight], role=Role.HEAD, dtype=BF16)
+    packed = kernels(variant).pack_quantized([weight], role=WeightRole.HEAD, dtype=BF16)
     rows = kernels(variant).embed(torch.arange(40), packed)
     assert torch.equal(rows, weight.dequantize(F32))
 
@@ -151,7 +151,7 @@ def test_embedding_reads_the_packed_weight(variant: str, name: str) -> None:
 def test_bytes_are_those_of_the_file(name: str) -> None:
     backend = CpuBackend(num_threads=1)
     weight = weight_in(FORMATS[name], 64, 2304)
-    packed = backend.pack_quantized([weight], role=Role.O, dtype=BF16)
+    packed = backend.pack_quantized([weight], role=WeightRole.O, dtype=BF16)
     assert FILE_BITS[name] * 0.999 <= packed.memory.nbytes * 8 / weight.levels.numel() <= FILE_BITS[name] * 1.05
 
 
@@ -160,9 +160,9 @@ def test_pieces_of_two_formats_are_stacked(variant: str) -> None:
     backend = kernels(variant)
     pieces = [weight_in(FORMATS[name], rows, 512) for name, rows in (("Q4_K", 70), ("Q4_K", 33), ("Q6_K", 40))]
     x, bias = torch.randn(17, 512).bfloat16(), torch.randn(143).bfloat16()
-    whole = backend.linear(x, backend.pack_quantized(pieces, role=Role.QKV, dtype=BF16), bias)
+    whole = backend.linear(x, backend.pack_quantized(pieces, role=WeightRole.QKV, dtype=BF16), bias)
     apart = [
-        backend.linear(x, backend.pack_quantized([piece], role=Role.QKV, dtype=BF16), own.contiguous())
+        backend.linear(x, backend.pack_quantized([piece], role=WeightRole.QKV, dtype=BF16), own.contiguous())
         for piece, own in zip(pieces, bias.split([70, 33, 40]), strict=True)
     ]
     assert torch.equal(whole, torch.cat(apart, dim=1))
@@ -179,7 +179,7 @@ def test_gate_and_up_of_one_format_or_two(variant: str, names: tuple[str, str]) 
     for piece in pieces:  # products of about 1
         if isinstance(piece, Fp8Quantized):
             piece.scales.mul_(1 / 1000)
-    ours = backend.gated(x, backend.pack_quantized(pieces, role=Role.GATE_UP, dtype=BF16), None, "relu").double()
+    ours = backend.gated(x, backend.pack_quantized(pieces, role=WeightRole.GATE_UP, dtype=BF16), None, "relu").double()
     wanted = gate.relu() * up * (1 if names[0] == "FP8" else 1e6)
     assert ((ours - wanted).abs() <= 2**-7 * wanted.abs() + 1e-4 * wanted.abs().mean()).all()
 
@@ -188,7 +188,7 @@ def test_gate_and_up_of_one_format_or_two(variant: str, names: tuple[str, str]) 
 def test_pieces_of_two_widths_share_blocks_of_the_wider(variant: str) -> None:
     pieces, x = [weight_in(FORMATS[name], 40, 1120) for name in ("Q4_1", "GPTQ", "Q6_K")], torch.randn(17, 1120)
     x = (x * 10 ** torch.randn(1120)).bfloat16()
-    ours = kernels(variant).linear(x, kernels(variant).pack_quantized(pieces, role=Role.QKV, dtype=BF16))
+    ours = kernels(variant).linear(x, kernels(variant).pack_quantized(pieces, role=WeightRole.QKV, dtype=BF16))
     for piece, part in zip(pieces, ours.split(40, dim=1), strict=True):
         assert_product(part, quantized(x, 128), piece)
 
@@ -198,7 +198,7 @@ def test_a_large_element_leaves_other_blocks_alone(variant: str) -> None:
     """With one scale for a row all others would be rounded to zero."""
     weight, x = weight_in(FORMATS["Q4_1"], 40, 256), torch.randn(5, 256)
     x[:, 40] = 1e3
-    packed = kernels(variant).pack_quantized([weight], role=Role.O, dtype=BF16)
+    packed = kernels(variant).pack_quantized([weight], role=WeightRole.O, dtype=BF16)
     spared = x.clone()
     spared[:, 32:64] = 0
     given, alone = (kernels(variant).linear(each.bfloat16(), packed) for each in (x, spared))
@@ -211,8 +211,8 @@ def test_a_large_element_leaves_other_blocks_alone(variant: str) -> None:
 def test_a_dense_piece_makes_all_dense(variant: str) -> None:
     backend, x = kernels(variant), torch.randn(3, 512).bfloat16()
     weight, dense = weight_in(FORMATS["Q8_0"], 40, 512), torch.randn(33, 512).bfloat16()
-    packed = backend.pack_quantized([weight, dense], role=Role.QKV, dtype=BF16)
-    wanted = backend.pack([weight.dequantize(BF16), dense], role=Role.QKV)
+    packed = backend.pack_quantized([weight, dense], role=WeightRole.QKV, dtype=BF16)
+    wanted = backend.pack([weight.dequantize(BF16), dense], role=WeightRole.QKV)
     assert torch.equal(backend.linear(x, packed), backend.linear(x, wanted))
 
 
@@ -223,7 +223,7 @@ def test_experts(variant: str, name: str) -> None:
     backend, x = kernels(variant), torch.randn(11, 256).bfloat16()
     ids, weights = torch.stack([torch.randperm(5)[:3] for _ in range(11)]), torch.rand(11, 3)
 
-    def packed(rows: int, columns: int, role: Role) -> list[backends.Any]:
+    def packed(rows: int, columns: int, role: WeightRole) -> list[backends.Any]:
         def half() -> QuantizedWeight:
             return fp8(rows, columns) if name == "FP8" else weight_in(FORMATS[name.split()[0]], rows, columns)
 
@@ -233,7 +233,9 @@ def test_experts(variant: str, name: str) -> None:
             pieces[:] = [replace(piece, order=order) for piece in pieces if isinstance(piece, GroupQuantized)]
         return [backend.pack_quantized(pieces, role=role, dtype=BF16) for pieces in experts]
 
-    layer = LayerWeights(w13=packed(128, 256, Role.W13), w2=packed(256, 128, Role.W2), w1_bias=(), w2_bias=())
+    layer = LayerWeights(
+        w13=packed(128, 256, WeightRole.W13), w2=packed(256, 128, WeightRole.W2), w1_bias=(), w2_bias=()
+    )
     ours = backends.experts(backend, x, ids, weights, layer)
     wanted = torch.zeros(11, 256, dtype=torch.float64)
     for expert in range(5):
@@ -251,12 +253,12 @@ def test_columns_in_another_order(variant: str) -> None:
     weight, order = weight_in(FORMATS["GPTQ"], 40, 2048), torch.randperm(2048)
     ordered = GroupQuantized(**{**vars(weight), "order": order})
     assert torch.equal(ordered.dequantize(F32)[:, order], weight.dequantize(F32))
-    ours = backend.linear(x, backend.pack_quantized([ordered], role=Role.O, dtype=BF16))
-    plain = backend.pack_quantized([weight], role=Role.O, dtype=BF16)
+    ours = backend.linear(x, backend.pack_quantized([ordered], role=WeightRole.O, dtype=BF16))
+    plain = backend.pack_quantized([weight], role=WeightRole.O, dtype=BF16)
     assert torch.equal(ours, backend.linear(x[:, order].contiguous(), plain))
     # Pieces in different orders cannot be read at once.
-    dense = backend.pack([each.dequantize(BF16) for each in (weight, ordered)], role=Role.QKV)
-    both = backend.pack_quantized([weight, ordered], role=Role.QKV, dtype=BF16)
+    dense = backend.pack([each.dequantize(BF16) for each in (weight, ordered)], role=WeightRole.QKV)
+    both = backend.pack_quantized([weight, ordered], role=WeightRole.QKV, dtype=BF16)
     assert torch.equal(backend.linear(x, both), backend.linear(x, dense))
 
 
@@ -272,18 +274,20 @@ def test_nan_is_not_hidden(variant: str, name: str) -> None:
         (weight.scales if weight.super_scales is None else weight.super_scales)[3, 1] = torch.nan
     x = torch.randn(6, 512).bfloat16()
     x[1, 7] = torch.nan
-    ours = backend.linear(x, backend.pack_quantized([weight], role=Role.O, dtype=BF16)).isfinite()
+    ours = backend.linear(x, backend.pack_quantized([weight], role=WeightRole.O, dtype=BF16)).isfinite()
     assert not ours[1].any() and not ours[:, 3].any()
     assert ours[[0, 2, 3, 4, 5]][:, [c for c in range(40) if c != 3]].all()
 
 
 def test_formats_that_are_kept_and_others() -> None:
     backend = CpuBackend(num_threads=1)
-    assert all(backend.accepts(each, Role.O) and backend.accepts(each, Role.EMBED) for each in FORMATS.values())
-    assert not backend.accepts(FORMATS["Q8_0"], Role.PLAIN)
-    assert backend.accepts(Fp8Format(), Role.O) and not backend.accepts(Fp8Format(), Role.HEAD)
-    assert not CpuBackend(num_threads=1, quantization="int8").accepts(Fp8Format(), Role.O)
-    assert not ReferenceBackend().accepts(FORMATS["Q8_0"], Role.O)
+    assert all(
+        backend.accepts(each, WeightRole.O) and backend.accepts(each, WeightRole.EMBED) for each in FORMATS.values()
+    )
+    assert not backend.accepts(FORMATS["Q8_0"], WeightRole.PLAIN)
+    assert backend.accepts(Fp8Format(), WeightRole.O) and not backend.accepts(Fp8Format(), WeightRole.HEAD)
+    assert not CpuBackend(num_threads=1, quantization="int8").accepts(Fp8Format(), WeightRole.O)
+    assert not ReferenceBackend().accepts(FORMATS["Q8_0"], WeightRole.O)
     for odd in (
         GroupFormat(name="groups of 8", bits=4, group_size=8),
         GroupFormat(name="more than a byte", bits=9, group_size=32),

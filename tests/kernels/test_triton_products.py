@@ -24,7 +24,7 @@ from splitfuse.kernels.quantized import Fp8Format, Fp8Quantized, GroupFormat, Qu
 from splitfuse.kernels.reference import GATED_ACTIVATIONS, ReferenceBackend
 from splitfuse.kernels.triton import quantized
 from splitfuse.kernels.triton.quantized import Format, Quantized, choose_format
-from splitfuse.kernels.weights import LayerWeights, Role
+from splitfuse.kernels.weights import LayerWeights, WeightRole
 from splitfuse.runtime.memory_plan import plan_memory
 
 pytestmark = [*runnable("triton-float32"), pytest.mark.usefixtures("seeded")]
@@ -68,7 +68,9 @@ def test_experts_of_no_tokens() -> None:
     assert backends.experts(make_backend(), *empty, layer).shape == (0, 4)
 
 
-OWN_FORMATS = [choose_format(Role.O, *each) for each in (("int8", None), ("int8", 128), ("int4", 64), ("int4", 128))]
+OWN_FORMATS = [
+    choose_format(WeightRole.O, *each) for each in (("int8", None), ("int8", 128), ("int4", 64), ("int4", 128))
+]
 
 
 @pytest.mark.parametrize("kept", OWN_FORMATS, ids=["int8", "int8 in 128", "int4 in 64", "int4 in 128"])
@@ -117,11 +119,11 @@ def test_weights_of_checkpoints(name: str, dtype: torch.dtype) -> None:
     backend = make_backend()
     for rows, columns in ((40, 96), (3, 544)):
         pieces = [stored_weight(name, rows, columns), stored_weight(name, 5, columns)]
-        packed = backend.pack_quantized(pieces, role=Role.QKV, dtype=dtype)
+        packed = backend.pack_quantized(pieces, role=WeightRole.QKV, dtype=dtype)
         exact = torch.cat([piece.dequantize(torch.float32) for piece in pieces])
         assert torch.equal(packed.dequantize(torch.float32), exact)
         kept = [(piece.format, len(exact) - 5 if number == 0 else 5) for number, piece in enumerate(pieces)]
-        assert packed.nbytes == backend.quantized_weight_bytes(kept, columns=columns, role=Role.QKV, dtype=dtype)
+        assert packed.nbytes == backend.quantized_weight_bytes(kept, columns=columns, role=WeightRole.QKV, dtype=dtype)
         x, bias = torch.randn(7, columns).to(dtype), torch.randn(len(exact)).to(dtype)
         wanted = (x.double() @ exact.to(dtype).double().T + bias.double()).to(dtype)
         assert_near(backend.linear(x, packed, bias), wanted)
@@ -133,19 +135,21 @@ def test_weights_of_checkpoints(name: str, dtype: torch.dtype) -> None:
 def test_columns_in_another_order() -> None:
     backend, weight = make_backend(), stored_weight("GPTQ", 20, 256)
     ordered = replace(weight, order=torch.randperm(256))
-    packed, x = backend.pack_quantized([ordered], role=Role.O, dtype=torch.float32), torch.randn(5, 256)
+    packed, x = backend.pack_quantized([ordered], role=WeightRole.O, dtype=torch.float32), torch.randn(5, 256)
     assert torch.equal(packed.dequantize(torch.float32), ordered.dequantize(torch.float32))
     assert_near(backend.linear(x, packed), x @ ordered.dequantize(torch.float32).T)
-    both = backend.pack_quantized([weight, ordered], role=Role.QKV, dtype=torch.float32)  # which cannot be read at once
+    both = backend.pack_quantized(
+        [weight, ordered], role=WeightRole.QKV, dtype=torch.float32
+    )  # which cannot be read at once
     assert torch.equal(both, torch.cat([each.dequantize(torch.float32) for each in (weight, ordered)]))
 
 
 def test_pieces_in_several_formats_are_dense() -> None:
     backend, pieces = make_backend(), [stored_weight("GPTQ", 4, 128), stored_weight("Q4_1", 3, 128)]
-    dense = backend.pack_quantized([*pieces, torch.ones(2, 128)], role=Role.QKV, dtype=torch.float16)
+    dense = backend.pack_quantized([*pieces, torch.ones(2, 128)], role=WeightRole.QKV, dtype=torch.float16)
     assert torch.equal(dense[:4], pieces[0].dequantize(torch.float16)) and (dense[7:] == 1).all()
     kept = [(pieces[0].format, 4), (pieces[1].format, 3), (None, 2)]
-    assert backend.quantized_weight_bytes(kept, columns=128, role=Role.QKV, dtype=torch.float16) == dense.nbytes
+    assert backend.quantized_weight_bytes(kept, columns=128, role=WeightRole.QKV, dtype=torch.float16) == dense.nbytes
 
 
 @pytest.mark.parametrize("name", ["Q8_0", "FP8"])
@@ -155,22 +159,25 @@ def test_nan_is_not_hidden(name: str) -> None:
         weight.values.view(torch.uint8)[3, 200] = 0x7F
     else:
         weight.scales[3, 1] = torch.nan
-    ours = backend.linear(torch.randn(2, 256), backend.pack_quantized([weight], role=Role.O, dtype=torch.float32))
+    ours = backend.linear(torch.randn(2, 256), backend.pack_quantized([weight], role=WeightRole.O, dtype=torch.float32))
     assert ours[:, 3].isnan().all() and ours.isnan().sum() == 2
 
 
 def test_formats_of_checkpoints_that_are_kept() -> None:
     backend = make_backend()
     for stored in (*FORMATS.values(), Fp8Format()):
-        assert backend.accepts(stored, Role.O) and backend.accepts(stored, Role.W2)
-        assert not any(backend.accepts(stored, role) for role in (Role.GATES, Role.K_B, Role.NORM, Role.PLAIN))
-        assert not make_backend(quantization="int8").accepts(stored, Role.O)
+        assert backend.accepts(stored, WeightRole.O) and backend.accepts(stored, WeightRole.W2)
+        assert not any(
+            backend.accepts(stored, role)
+            for role in (WeightRole.GATES, WeightRole.K_B, WeightRole.NORM, WeightRole.PLAIN)
+        )
+        assert not make_backend(quantization="int8").accepts(stored, WeightRole.O)
     for odd in (
         {"bits": 9, "group_size": 32},
         {"bits": 4, "group_size": 8},
         {"bits": 5, "group_size": 32, "table": (1,)},
     ):
-        assert not backend.accepts(GroupFormat(name="odd", **odd), Role.O)  # type: ignore[arg-type]
+        assert not backend.accepts(GroupFormat(name="odd", **odd), WeightRole.O)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -183,7 +190,7 @@ def test_experts_of_few_bits(name: str, tokens: int) -> None:
     """All experts in one launch are each of them alone; some have their columns in orders of their own."""
     backend, count = make_backend(), 3
 
-    def make(rows: int, columns: int, role: Role) -> list[Any]:
+    def make(rows: int, columns: int, role: WeightRole) -> list[Any]:
         packed = []
         for expert in range(count):
             order = {"order": torch.randperm(columns)} if name == "GPTQ" and expert == 1 else {}
@@ -191,7 +198,7 @@ def test_experts_of_few_bits(name: str, tokens: int) -> None:
             packed.append(backend.pack_quantized(pieces, role=role, dtype=torch.float32))
         return packed
 
-    layer = LayerWeights(w13=make(40, 64, Role.W13), w2=make(64, 40, Role.W2))
+    layer = LayerWeights(w13=make(40, 64, WeightRole.W13), w2=make(64, 40, WeightRole.W2))
     x, weights = torch.randn(tokens, 64), torch.rand(tokens, 2)
     ids = torch.stack([torch.randperm(count)[:2] for _ in range(tokens)])
     dense = {field: [each.dequantize(torch.float64) for each in getattr(layer, field)] for field in ("w13", "w2")}
@@ -250,10 +257,10 @@ def test_partial_results_of_attention_are_in_the_memory_plan() -> None:
 
 
 def test_formats_by_role() -> None:
-    assert choose_format(Role.QKV, None, None) is choose_format(Role.ROUTER, "int8", None) is None
-    assert choose_format(Role.V_B, "int4", None) is choose_format(Role.NORM, "int4", None) is None
-    assert choose_format(Role.DOWN, "int4", None) == Format(4, 64, is_signed=False, offset_dtype=torch.float32)
-    assert choose_format(Role.HEAD, "int8", 128) == Format(8, 128)
+    assert choose_format(WeightRole.QKV, None, None) is choose_format(WeightRole.ROUTER, "int8", None) is None
+    assert choose_format(WeightRole.V_B, "int4", None) is choose_format(WeightRole.NORM, "int4", None) is None
+    assert choose_format(WeightRole.DOWN, "int4", None) == Format(4, 64, is_signed=False, offset_dtype=torch.float32)
+    assert choose_format(WeightRole.HEAD, "int8", 128) == Format(8, 128)
     with pytest.raises(ConfigError, match="quantization_group_size=64 cannot be used with int8: use 128"):
         make_backend(quantization="int8", group_size=64)
 
@@ -261,7 +268,7 @@ def test_formats_by_role() -> None:
 def test_a_quantized_head_is_looked_up() -> None:
     backend = make_backend(quantization="int8")
     table = torch.randn(7, 30, dtype=torch.float16)
-    rows = backend.embed(torch.tensor([6, 0], dtype=torch.int32), backend.pack([table], role=Role.HEAD))
+    rows = backend.embed(torch.tensor([6, 0], dtype=torch.int32), backend.pack([table], role=WeightRole.HEAD))
     assert rows.dtype == torch.float16 and (rows - table[[6, 0]]).abs().max() < 0.02
 
 
@@ -279,8 +286,8 @@ def ordered_sums(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_row_alone_has_the_bits_that_it_has_in_company(dtype: torch.dtype, quantization: str | None) -> None:
     backend = make_backend(invariant=True, quantization=quantization)
     x = torch.randn(70, 100, dtype=dtype)
-    weight = backend.pack([torch.randn(33, 100, dtype=dtype)], role=Role.O)
-    heads = backend.pack([torch.randn(5, 7, 20, dtype=dtype)], role=Role.K_B)
+    weight = backend.pack([torch.randn(33, 100, dtype=dtype)], role=WeightRole.O)
+    heads = backend.pack([torch.randn(5, 7, 20, dtype=dtype)], role=WeightRole.K_B)
     together, by_head = backend.linear(x, weight), backend.linear_heads(x.view(70, 5, 20), heads)
     for rows in (slice(0, 1), slice(69, 70), slice(3, 40)):
         assert torch.equal(backend.linear(x[rows], weight), together[rows])

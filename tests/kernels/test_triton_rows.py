@@ -14,7 +14,7 @@ from torch import Tensor
 from splitfuse.kernels.interface import Backend
 from splitfuse.kernels.layers import AttentionSpec, HeadNormSpec, NormSpec, QueryScaling
 from splitfuse.kernels.reference import GATED_ACTIVATIONS, ReferenceBackend
-from splitfuse.kernels.weights import LayerWeights, Role
+from splitfuse.kernels.weights import LayerWeights, WeightRole
 
 pytestmark = [*runnable("triton-float32"), pytest.mark.usefixtures("seeded")]
 
@@ -146,5 +146,5 @@ def test_blocks_of_8_bits_are_copied_with_their_scales() -> None:
 
 def test_packed_heads_are_looked_up() -> None:
     table = torch.randn(7, 3)
-    head = backend().pack([table], role=Role.HEAD)
+    head = backend().pack([table], role=WeightRole.HEAD)
     assert torch.equal(backend().embed(torch.tensor([6, 0]), head), table[[6, 0]])

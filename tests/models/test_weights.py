@@ -26,7 +26,7 @@ from splitfuse.kernels.cpu import bindings
 from splitfuse.kernels.cpu.backend import CpuBackend
 from splitfuse.kernels.quantized import Fp8Quantized, GroupFormat, GroupQuantized, QuantizedFormat, QuantizedWeight
 from splitfuse.kernels.reference import ReferenceBackend
-from splitfuse.kernels.weights import Role, Weight
+from splitfuse.kernels.weights import Weight, WeightRole
 from splitfuse.models.decoder import Decoder
 from splitfuse.models.families.registry import load_spec, spec_from_config
 from splitfuse.models.families.wrappers import kind_aside
@@ -77,7 +77,7 @@ def load(folder: Path, weights: WeightSource | None = None, **options: Any) -> D
 class Packing(ReferenceBackend):
     """Keeps of a weight only what it was told: its role, and the shapes of its pieces."""
 
-    def pack(self, pieces: Sequence[Tensor], *, role: Role, dtype: torch.dtype | None = None) -> Weight:
+    def pack(self, pieces: Sequence[Tensor], *, role: WeightRole, dtype: torch.dtype | None = None) -> Weight:
         assert dtype == torch.float32
         if not role.linear:
             return super().pack(pieces, role=role, dtype=dtype)
@@ -466,10 +466,12 @@ class QuantizedWeights(WeightSource):
 class KeepingQuantized(ReferenceBackend):
     """Keeps quantized matrices of layers as they are stored."""
 
-    def accepts(self, stored: QuantizedFormat, role: Role) -> bool:
-        return stored == IN_GROUPS and role is not Role.HEAD and role.linear
+    def accepts(self, stored: QuantizedFormat, role: WeightRole) -> bool:
+        return stored == IN_GROUPS and role is not WeightRole.HEAD and role.linear
 
-    def pack_quantized(self, pieces: Sequence[Tensor | QuantizedWeight], *, role: Role, dtype: torch.dtype) -> Weight:
+    def pack_quantized(
+        self, pieces: Sequence[Tensor | QuantizedWeight], *, role: WeightRole, dtype: torch.dtype
+    ) -> Weight:
         assert all(isinstance(piece, GroupQuantized) for piece in pieces)
         return self.pack([piece.dequantize(dtype) for piece in pieces if not isinstance(piece, Tensor)], role=role)
 

@@ -21,7 +21,7 @@ from splitfuse.kernels.interface import StepSizes
 from splitfuse.kernels.layers import AttentionSpec, ConvSpec
 from splitfuse.kernels.reference import ReferenceBackend
 from splitfuse.kernels.sharing import WeightSharing
-from splitfuse.kernels.weights import Role
+from splitfuse.kernels.weights import WeightRole
 from splitfuse.models.spec import LongRopeScaling, RopeSpec
 from splitfuse.runtime import loading
 from splitfuse.runtime.backend_choice import choose_backend
@@ -325,8 +325,8 @@ def test_the_largest_copy_of_a_weight_is_part_of_a_step() -> None:
     class Copying(ReferenceBackend):
         quantization = "int8"
 
-        def copy_bytes(self, shape: Sequence[int], *, role: Role, dtype: torch.dtype) -> int:
-            return dtype.itemsize * math.prod(shape) if role is Role.GATE_UP else 0
+        def copy_bytes(self, shape: Sequence[int], *, role: WeightRole, dtype: torch.dtype) -> int:
+            return dtype.itemsize * math.prod(shape) if role is WeightRole.GATE_UP else 0
 
     found = plan_memory(SPEC, EngineConfig(), backend=Copying(), available=FIXED + GIB)
     assert found.activations == plan(FIXED + GIB).activations + 4 * 192 * 64

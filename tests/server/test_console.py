@@ -14,7 +14,7 @@ import pytest
 from running_server import RunningServer, running_server
 
 from splitfuse.config.server import ServerConfig
-from splitfuse.config.values import Role
+from splitfuse.config.values import EngineRole
 from splitfuse.core.latency.phases import LatencyPhase
 from splitfuse.core.request_output import FinishReason
 from splitfuse.engine.client import EngineState
@@ -224,7 +224,7 @@ class Engines:
     state = EngineState.READY
     is_drained = False
     death = ""
-    role = Role.MIXED
+    role = EngineRole.MIXED
 
     def __init__(self) -> None:
         self.on_trace: Any = None

@@ -18,7 +18,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from router_streams import held
 
 from splitfuse.config.engine import EngineConfig
-from splitfuse.config.values import Role
+from splitfuse.config.values import EngineRole
 from splitfuse.core.limits import EngineLimits
 from splitfuse.core.request_output import FinishReason
 from splitfuse.core.sampling_params import SamplingParams
@@ -97,7 +97,7 @@ class StatedEngine:
     """One of the engines of a client that says what it is told."""
 
     address = "10.0.0.2:9000"
-    role = Role.MIXED
+    role = EngineRole.MIXED
 
     def __init__(self, client: "Stated", number: int) -> None:
         self._client, self.is_drained = client, number == 0

@@ -81,7 +81,7 @@ from splitfuse.kernels.quantized import (
     read_alike,
 )
 from splitfuse.kernels.sharing import WeightSharing
-from splitfuse.kernels.weights import LayerWeights, NetworkWeights, Role
+from splitfuse.kernels.weights import LayerWeights, NetworkWeights, WeightRole
 
 NAMES = {"avx512_amx": "AMX", "avx512_bf16": "AVX-512 (VNNI, bf16)", "avx512": "AVX-512 (VNNI)", "avx2": "AVX2"}
 """Names of the variants in the memory plan."""
@@ -131,12 +131,12 @@ class CpuBackend(Backend):
         self.group_size = group_size
         self.kv_int8 = kv_int8
         self._weights: OwnWeights | SharedWeights = OwnWeights()  # where `pack` puts them
-        choose_format(Role.QKV, quantization, group_size)  # raises, if there is none
+        choose_format(WeightRole.QKV, quantization, group_size)  # raises, if there is none
         self.library = Library(self.variant, self.num_threads)
 
     def describe(self) -> str:
         weights = self.quantization or "bf16"
-        if (group := choose_format(Role.QKV, self.quantization, self.group_size).group) is not None:
+        if (group := choose_format(WeightRole.QKV, self.quantization, self.group_size).group) is not None:
             weights += f" in groups of {group}"
         cache = "int8" if self.kv_int8 else "bf16"
         name = NAMES[self.variant] + (", emulated" if is_emulated(self.variant) else "")
@@ -206,15 +206,15 @@ class CpuBackend(Backend):
 
     # Weights
 
-    def weight_bytes(self, shape: Sequence[int], *, role: Role, dtype: torch.dtype) -> int:
+    def weight_bytes(self, shape: Sequence[int], *, role: WeightRole, dtype: torch.dtype) -> int:
         if not role.linear:
-            return math.prod(shape) * (torch.float32 if role is Role.NORM else dtype).itemsize
+            return math.prod(shape) * (torch.float32 if role is WeightRole.NORM else dtype).itemsize
         *heads, rows, columns = shape
         return math.prod(heads) * self._weight_bytes(self._weight(rows, columns, role))
 
-    def pack(self, pieces: Sequence[Tensor], *, role: Role, dtype: torch.dtype | None = None) -> Tensor | Weight:
+    def pack(self, pieces: Sequence[Tensor], *, role: WeightRole, dtype: torch.dtype | None = None) -> Tensor | Weight:
         if not role.linear:
-            return self._keep(pieces, torch.float32 if role is Role.NORM else dtype or pieces[0].dtype)
+            return self._keep(pieces, torch.float32 if role is WeightRole.NORM else dtype or pieces[0].dtype)
         heads = [[head] for piece in pieces for head in piece] if role.by_head else [pieces]
         columns = heads[0][0].shape[1]
         assert all(piece.shape[1] == columns for piece in heads[0])
@@ -238,17 +238,17 @@ class CpuBackend(Backend):
                 self.library.pack(weight.address, source.data_ptr(), first, len(source))
                 first += len(source)
 
-    def accepts(self, stored: QuantizedFormat, role: Role) -> bool:
-        if role is Role.GATES:  # one format for all: states depend on them exponentially
+    def accepts(self, stored: QuantizedFormat, role: WeightRole) -> bool:
+        if role is WeightRole.GATES:  # one format for all: states depend on them exponentially
             return False
         if isinstance(stored, GroupFormat):
-            kept = (role.linear and not role.by_head) or role is Role.EMBED
+            kept = (role.linear and not role.by_head) or role is WeightRole.EMBED
             return kept and kind_of(stored) is not None
-        dense = role.by_head or role is Role.HEAD  # FP8
+        dense = role.by_head or role is WeightRole.HEAD  # FP8
         return self.quantization is None and role.linear and not dense
 
     def pack_quantized(
-        self, pieces: Sequence[Tensor | QuantizedWeight], *, role: Role, dtype: torch.dtype
+        self, pieces: Sequence[Tensor | QuantizedWeight], *, role: WeightRole, dtype: torch.dtype
     ) -> Tensor | Weight:
         groups = [piece for piece in pieces if isinstance(piece, GroupQuantized)]
         values = [piece for piece in pieces if isinstance(piece, Fp8Quantized)]
@@ -261,7 +261,12 @@ class CpuBackend(Backend):
         return self.pack(dense, role=role, dtype=dtype)  # in several formats: as none of them
 
     def quantized_weight_bytes(
-        self, pieces: Sequence[tuple[QuantizedFormat | None, int]], *, columns: int, role: Role, dtype: torch.dtype
+        self,
+        pieces: Sequence[tuple[QuantizedFormat | None, int]],
+        *,
+        columns: int,
+        role: WeightRole,
+        dtype: torch.dtype,
     ) -> int:
         num_rows = sum(rows for _, rows in pieces)
         formats = [stored for stored, _ in pieces if isinstance(stored, GroupFormat)]
@@ -313,7 +318,7 @@ class CpuBackend(Backend):
             torch.cat([piece.to(dtype) for piece in pieces], out=kept)
         return kept
 
-    def _weight(self, rows: int, columns: int, role: Role) -> Weight:
+    def _weight(self, rows: int, columns: int, role: WeightRole) -> Weight:
         chosen = choose_format(role, self.quantization, self.group_size)
         return Weight(chosen.number, role.gated, rows, columns, chosen.group or 0, None, QVALUES)
 

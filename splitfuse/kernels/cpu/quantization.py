@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from splitfuse.errors import ConfigError
 from splitfuse.kernels.cpu.bindings import BF16, INT4, INT8
-from splitfuse.kernels.weights import Role
+from splitfuse.kernels.weights import WeightRole
 
 GROUP_SIZES = {"int8": (128,), "int4": (64, 128)}
 """Quantizations, the one that loses least first, and the group sizes of each."""
@@ -28,13 +28,13 @@ class WeightFormat:
     group: int | None = None
 
 
-def choose_format(role: Role, quantization: str | None, group_size: int | None) -> WeightFormat:
+def choose_format(role: WeightRole, quantization: str | None, group_size: int | None) -> WeightFormat:
     """Return the format of a weight of this role. Raises ConfigError for an unknown quantization or group size.
 
-    >>> choose_format(Role.HEAD, "int4", None) == WeightFormat(INT8)
+    >>> choose_format(WeightRole.HEAD, "int4", None) == WeightFormat(INT8)
     True
     """
-    if quantization is None or role in (Role.ROUTER, Role.SHARED_GATE, Role.GATES):
+    if quantization is None or role in (WeightRole.ROUTER, WeightRole.SHARED_GATE, WeightRole.GATES):
         return WeightFormat(BF16)
     if quantization not in GROUP_SIZES:
         raise ConfigError(f"quantization={quantization!r} is unknown: use {' or '.join(GROUP_SIZES)}")
@@ -43,6 +43,8 @@ def choose_format(role: Role, quantization: str | None, group_size: int | None) 
         raise ConfigError(f"quantization_group_size={group_size} is not supported for {quantization}: use {sizes}")
     if quantization == "int8":
         return WeightFormat(INT8, group_size)
-    if role is Role.HEAD:  # in int4 it alone would cost nearly as much as all layers; tied, it is the embedding too
+    if (
+        role is WeightRole.HEAD
+    ):  # in int4 it alone would cost nearly as much as all layers; tied, it is the embedding too
         return WeightFormat(INT8)
     return WeightFormat(INT4, group_size or INT4_GROUP)

@@ -46,7 +46,7 @@ from splitfuse.kernels.triton.rows import (
 from splitfuse.kernels.triton.store import ScaledStore
 from splitfuse.kernels.triton.tuning import attention_tiles
 from splitfuse.kernels.triton.work_list import AttentionWork
-from splitfuse.kernels.weights import LayerWeights, Role, Weight
+from splitfuse.kernels.weights import LayerWeights, Weight, WeightRole
 
 ELEMENTS = 1024
 """Number of columns of a program that goes along rows."""
@@ -61,7 +61,7 @@ QUANTIZED_COLUMNS = 32
 """Number of columns of a tile whose weight has 8 or 4 bits."""
 LARGE_ROWS = 64
 """Number of rows of a tile where experts have half as many or more each: every tile reads its weight again."""
-NEVER_COPIED = (Role.HEAD, Role.EMBED, Role.W13, Role.W1, Role.W2)
+NEVER_COPIED = (WeightRole.HEAD, WeightRole.EMBED, WeightRole.W13, WeightRole.W1, WeightRole.W2)
 """Roles of weights in 8 or 4 bits that are used as they are in steps of any size: heads have few rows at a time,
 embeddings are looked up, and experts have a kernel.
 """
@@ -97,7 +97,7 @@ class TritonBackend(ReferenceBackend):
         invariant: bool = False,
     ) -> None:
         super().__init__()
-        choose_format(Role.QKV, quantization, group_size)  # raises, if there is none
+        choose_format(WeightRole.QKV, quantization, group_size)  # raises, if there is none
         self.kv_dtype, self.quantization, self.group_size = kv_dtype, quantization, group_size
         self.invariant = invariant
         self.device, self.device_name = device, "cpu, interpreted"
@@ -114,7 +114,7 @@ class TritonBackend(ReferenceBackend):
         name = self.device_name
         if self.compute_capability is not None:
             name += " (compute capability {}.{})".format(*self.compute_capability)
-        kept = choose_format(Role.QKV, self.quantization, self.group_size)
+        kept = choose_format(WeightRole.QKV, self.quantization, self.group_size)
         weights = "as activations" if kept is None else f"int{kept.bits}"
         if kept is not None and kept.group:
             weights += f" in groups of {kept.group}"
@@ -185,28 +185,30 @@ class TritonBackend(ReferenceBackend):
 
     # Weights
 
-    def weight_bytes(self, shape: Sequence[int], *, role: Role, dtype: torch.dtype) -> int:
+    def weight_bytes(self, shape: Sequence[int], *, role: WeightRole, dtype: torch.dtype) -> int:
         kept = choose_format(role, self.quantization, self.group_size)
         return super().weight_bytes(shape, role=role, dtype=dtype) if kept is None else kept.num_bytes(shape)
 
-    def copy_bytes(self, shape: Sequence[int], *, role: Role, dtype: torch.dtype, is_stored: bool = False) -> int:
+    def copy_bytes(self, shape: Sequence[int], *, role: WeightRole, dtype: torch.dtype, is_stored: bool = False) -> int:
         is_kept = is_stored or choose_format(role, self.quantization, self.group_size) is not None
         if not is_kept or self.invariant or role in NEVER_COPIED:
             return 0
         return dequantizing_bytes(shape, dtype)
 
-    def pack(self, pieces: Sequence[Tensor], *, role: Role, dtype: torch.dtype | None = None) -> Weight:
+    def pack(self, pieces: Sequence[Tensor], *, role: WeightRole, dtype: torch.dtype | None = None) -> Weight:
         weight = super().pack(pieces, role=role, dtype=dtype)
         kept = choose_format(role, self.quantization, self.group_size)
         return weight if kept is None else Quantized.of(weight, kept)
 
-    def accepts(self, stored: QuantizedFormat, role: Role) -> bool:
-        if self.quantization is not None or role is Role.GATES:  # states depend on gates exponentially
+    def accepts(self, stored: QuantizedFormat, role: WeightRole) -> bool:
+        if self.quantization is not None or role is WeightRole.GATES:  # states depend on gates exponentially
             return False
-        kept = (role.linear and not role.by_head) or role is Role.EMBED
+        kept = (role.linear and not role.by_head) or role is WeightRole.EMBED
         return kept and stored_format(stored, sys.maxsize) is not None
 
-    def pack_quantized(self, pieces: Sequence[Tensor | QuantizedWeight], *, role: Role, dtype: torch.dtype) -> Weight:
+    def pack_quantized(
+        self, pieces: Sequence[Tensor | QuantizedWeight], *, role: WeightRole, dtype: torch.dtype
+    ) -> Weight:
         stored = [piece for piece in pieces if not isinstance(piece, Tensor)]
         device = torch.device(self.device)
         if len(stored) == len(pieces) and (weight := Quantized.stored(stored, dtype, device)) is not None:
@@ -215,7 +217,12 @@ class TritonBackend(ReferenceBackend):
         return self.pack([each.to(device) for each in dense], role=role, dtype=dtype)
 
     def quantized_weight_bytes(
-        self, pieces: Sequence[tuple[QuantizedFormat | None, int]], *, columns: int, role: Role, dtype: torch.dtype
+        self,
+        pieces: Sequence[tuple[QuantizedFormat | None, int]],
+        *,
+        columns: int,
+        role: WeightRole,
+        dtype: torch.dtype,
     ) -> int:
         shape = sum(rows for _, rows in pieces), columns
         formats = {None if stored is None else stored_format(stored, columns) for stored, _ in pieces}

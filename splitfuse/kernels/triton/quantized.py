@@ -23,7 +23,7 @@ from splitfuse.kernels.quantized import (
     QuantizedWeight,
     read_alike,
 )
-from splitfuse.kernels.weights import Role
+from splitfuse.kernels.weights import WeightRole
 
 GROUP_SIZES = {"int8": (128,), "int4": (64, 128)}
 """Quantizations, the one that loses least first, and the group sizes of each."""
@@ -83,11 +83,11 @@ def dequantizing_bytes(shape: Sequence[int], dtype: torch.dtype) -> int:
     return rows * columns * dtype.itemsize + min(rows, rows_at_once(padded)) * padded * AT_ONCE_BYTES
 
 
-def choose_format(role: Role, quantization: str | None, group_size: int | None) -> Format | None:
+def choose_format(role: WeightRole, quantization: str | None, group_size: int | None) -> Format | None:
     """Return the format of a weight of this role; None: it stays as it is. Raises ConfigError for a group size that the
     quantization does not have.
 
-    >>> choose_format(Role.HEAD, "int4", None).bits
+    >>> choose_format(WeightRole.HEAD, "int4", None).bits
     8
     """
     if quantization is None:
@@ -95,9 +95,9 @@ def choose_format(role: Role, quantization: str | None, group_size: int | None) 
     if group_size is not None and group_size not in GROUP_SIZES[quantization]:
         valid = " or ".join(map(str, GROUP_SIZES[quantization]))
         raise ConfigError(f"quantization_group_size={group_size} cannot be used with {quantization}: use {valid}")
-    if not role.linear or role.by_head or role in (Role.ROUTER, Role.SHARED_GATE, Role.GATES):
+    if not role.linear or role.by_head or role in (WeightRole.ROUTER, WeightRole.SHARED_GATE, WeightRole.GATES):
         return None
-    if quantization == "int8" or role is Role.HEAD:
+    if quantization == "int8" or role is WeightRole.HEAD:
         return Format(8, (group_size or 0) if quantization == "int8" else 0)
     return Format(4, group_size or INT4_GROUP, is_signed=False, offset_dtype=torch.float32)
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from splitfuse.errors import UnsupportedModelError
 from splitfuse.kernels.interface import Backend
-from splitfuse.kernels.weights import Role, Weight
+from splitfuse.kernels.weights import Weight, WeightRole
 from splitfuse.models.encoder.spec import EncoderSpec
 from splitfuse.models.sources.source import Piece, WeightSource
 
@@ -30,7 +30,7 @@ class Parameter:
     """Names one weight, and the checkpoint's tensors that are stacked by rows to make it."""
 
     name: str
-    role: Role
+    role: WeightRole
     pieces: tuple[Piece, ...]
 
 
@@ -40,23 +40,23 @@ def parameters(spec: EncoderSpec) -> Iterator[Parameter]:
 
     def norm(name: str, stored: str) -> Iterator[Parameter]:
         for part in ("weight", "bias"):
-            yield Parameter(f"{name}.{part}", Role.NORM, (Piece(f"{stored}.{part}", (hidden,)),))
+            yield Parameter(f"{name}.{part}", WeightRole.NORM, (Piece(f"{stored}.{part}", (hidden,)),))
 
-    def linear(name: str, role: Role, *stored: str, rows: int, columns: int) -> Iterator[Parameter]:
+    def linear(name: str, role: WeightRole, *stored: str, rows: int, columns: int) -> Iterator[Parameter]:
         yield Parameter(name, role, tuple(Piece(f"{each}.weight", (rows, columns)) for each in stored))
-        yield Parameter(f"{name}_bias", Role.PLAIN, tuple(Piece(f"{each}.bias", (rows,)) for each in stored))
+        yield Parameter(f"{name}_bias", WeightRole.PLAIN, tuple(Piece(f"{each}.bias", (rows,)) for each in stored))
 
     for name, count in (("word", spec.vocab_size), ("position", spec.num_positions), ("token_type", spec.num_types)):
-        yield Parameter(name, Role.EMBED, (Piece(f"embeddings.{name}_embeddings.weight", (count, hidden)),))
+        yield Parameter(name, WeightRole.EMBED, (Piece(f"embeddings.{name}_embeddings.weight", (count, hidden)),))
     yield from norm("norm", "embeddings.LayerNorm")
     for number in range(spec.num_layers):
         ours, theirs = f"{number}.", f"encoder.layer.{number}"
         attention = [f"{theirs}.attention.self.{part}" for part in ("query", "key", "value")]
-        yield from linear(f"{ours}qkv", Role.QKV, *attention, rows=hidden, columns=hidden)
-        yield from linear(f"{ours}o", Role.O, f"{theirs}.attention.output.dense", rows=hidden, columns=hidden)
+        yield from linear(f"{ours}qkv", WeightRole.QKV, *attention, rows=hidden, columns=hidden)
+        yield from linear(f"{ours}o", WeightRole.O, f"{theirs}.attention.output.dense", rows=hidden, columns=hidden)
         yield from norm(f"{ours}attn_norm", f"{theirs}.attention.output.LayerNorm")
-        yield from linear(f"{ours}up", Role.UP, f"{theirs}.intermediate.dense", rows=inner, columns=hidden)
-        yield from linear(f"{ours}down", Role.DOWN, f"{theirs}.output.dense", rows=hidden, columns=inner)
+        yield from linear(f"{ours}up", WeightRole.UP, f"{theirs}.intermediate.dense", rows=inner, columns=hidden)
+        yield from linear(f"{ours}down", WeightRole.DOWN, f"{theirs}.output.dense", rows=hidden, columns=inner)
         yield from norm(f"{ours}mlp_norm", f"{theirs}.output.LayerNorm")
 
 

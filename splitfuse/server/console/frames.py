@@ -17,7 +17,7 @@ from typing import Any
 
 import msgspec
 
-from splitfuse.config.values import Role
+from splitfuse.config.values import EngineRole
 from splitfuse.core.latency.phases import LatencyPhase
 from splitfuse.core.slo.targets import NO_SLO
 from splitfuse.engine.client import EngineState, LocalClient
@@ -58,7 +58,7 @@ class ShownEngine(msgspec.Struct, array_like=True, frozen=True):
     token_budget: int
     num_blocks: int
     block_size: int
-    role: str = Role.MIXED.value
+    role: str = EngineRole.MIXED.value
 
 
 class ShownRequest(msgspec.Struct, array_like=True, frozen=True):
