@@ -22,7 +22,7 @@ def engine(
 ) -> None:
     """Run one engine of a model, for servers on other machines: splitfuse serve --engine HOST:PORT.
 
-    It listens until SIGTERM or Ctrl-C, and lets in who has the secret of --key-file. One server has it at a time.
+    It listens until SIGTERM or Ctrl-C, and accepts one server at a time that has the secret of --key-file.
     """
     if model_argument is not None:
         if flags["model"] is not None:

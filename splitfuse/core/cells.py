@@ -25,7 +25,7 @@ MOST_NAMES = 65_536
 
 
 class Prefix(NamedTuple):
-    """Is a beginning of a prompt, which others may have too."""
+    """Describes a beginning of a prompt, which others may have too."""
 
     name: bytes
     """Name that stands for all tokens up to its end."""

@@ -39,7 +39,7 @@ class View(Protocol):
 
 
 class Candidate(NamedTuple):
-    """Is a replica that accepts requests."""
+    """Describes a replica that accepts requests."""
 
     view: View
     cached: int = 0

@@ -73,7 +73,7 @@ MOVING_SHARE = 1 / 16
 all on their way in. Reading and writing them takes threads of the same cores as long again, or longer.
 """
 IDLE_SECONDS = 0.004
-"""The same time where no request runs, in seconds: one may come meanwhile."""
+"""Seconds that it may take where no request runs: one may come meanwhile."""
 TIME_TO_WRITE = 0.01
 """Longest wait for blocks that go ahead of a request which leaves, in seconds."""
 WORTH_A_STEP = 1 / 2
@@ -444,8 +444,8 @@ class Engine:
         self._drop_adapters()
 
     def reset_adapters(self) -> None:
-        """Have the adapters of the settings again, and no others. One that can be read no more is lacking then: who is
-        served next is told.
+        """Have the adapters of the settings again, and no others. One that can be read no more is lacking then, which
+        the next server is told.
         """
         of_settings = dict(map(parse_adapter, self.config.model.lora))
         for name in self.adapters.keys() - of_settings.keys():

@@ -23,7 +23,7 @@ from splitfuse.kernels.loans import TILE, close_channel, make_channel
 
 @dataclass(frozen=True)
 class PlannedLoan:
-    """Is a loan that `LoanBook.begin` can begin. Its channel is closed with it."""
+    """Holds a loan that `LoanBook.begin` can begin. Its channel is closed with it."""
 
     loan: Loan
     debtor: LocalClient

@@ -110,7 +110,7 @@ class Lender:
 
 @dataclass(frozen=True)
 class AwaitedLoan:
-    """Is a request whose creditor has not said yet whether it lends."""
+    """Holds a request whose creditor has not said yet whether it lends."""
 
     request: Add
     channel: Channel | None

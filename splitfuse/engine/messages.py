@@ -125,8 +125,8 @@ class Lend(msgspec.Struct, frozen=True, tag=True):
 
 
 class Export(msgspec.Struct, frozen=True, tag=True):
-    """Has the first `num_blocks` blocks of a request laid ready for another engine, on which it will go on; it runs on
-    meanwhile. StepReport.exported tells how far that is.
+    """Asks for the first `num_blocks` blocks of a request to be laid ready for another engine, on which it will go on.
+    It runs on meanwhile. StepReport.exported tells how far that is.
     """
 
     request_id: str

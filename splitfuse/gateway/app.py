@@ -73,7 +73,7 @@ _logger = logging.getLogger(__name__)
 
 
 class StreamError(msgspec.Struct, frozen=True):
-    """Is the last event of a stream of the Responses API that breaks off."""
+    """Ends a stream of the Responses API that breaks off."""
 
     message: str
     code: str
@@ -93,7 +93,7 @@ class _Body:
 
 
 class _Refusal(NamedTuple):
-    """Is an answer by which a cell refuses a request that another one may accept."""
+    """Holds an answer by which a cell refuses a request that another one may accept."""
 
     status: int
     headers: list[tuple[bytes, bytes]]
@@ -115,7 +115,7 @@ class _LostError(Exception):
 
 
 class Gateway:
-    """Is the application, over some cells. `config` says how it meets its clients."""
+    """Implements the ASGI application over some cells. `config` says how it meets its clients."""
 
     def __init__(self, cells: Sequence[Cell], config: ServerConfig) -> None:
         self.cells = {each.url: each for each in cells}

@@ -51,7 +51,7 @@ _logger = logging.getLogger(__name__)
 
 
 class Cell:
-    """Is a server, and what is known of it. `number` is its place among the cells."""
+    """Holds what is known of a server. `number` is its place among the cells."""
 
     def __init__(self, number: int, url: str, address: Address, *, clock: Callable[[], float] = time.monotonic) -> None:
         self.number, self.url, self.address = number, url, address

@@ -200,7 +200,7 @@ RecurrentSpec: TypeAlias = DeltaSpec | ConvSpec | MambaSpec
 """Mixers that keep a state of one size for each request in place of keys and values."""
 
 Mixer: TypeAlias = AttentionSpec | RecurrentSpec
-"""What mixes the tokens of a request in a layer."""
+"""Part of a layer that mixes the tokens of a request."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -320,7 +320,7 @@ def count_end(state: AppState, record: RequestRecord, refused: str) -> None:
 
 
 def explain_end(state: AppState, end: RequestEnd, *, is_logged: bool = True) -> None:
-    """Keep what explains a request that has ended, and tell those who watch."""
+    """Keep what explains a request that has ended, and publish it to subscribers of traces."""
     state.explanations.end(end.unique_id, None if end.breakdown is None else (end.record, end.breakdown))
     if is_logged:
         state.traces.publish(end)

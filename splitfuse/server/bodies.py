@@ -23,7 +23,7 @@ SLOWEST = 16384
 
 _PIECE = 2**16
 _STRING = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"|(".*)', re.DOTALL)
-"""A text, or the begin of one that has no end: then it is also the group."""
+"""Text in JSON, or the beginning of one that has no end, which is also the group then."""
 
 
 class BodyBudget:

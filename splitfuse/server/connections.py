@@ -274,7 +274,7 @@ class Connection(H11Protocol):
 
     @property
     def has_unread(self) -> bool:
-        """Whether bytes of the client have come, and will be read in the loop's next turn."""
+        """Return whether bytes of the client have come, and will be read in the loop's next turn."""
         if self.transport is not None and not self.transport.is_reading():  # closed, or told to pause
             return False
         count = array("i", [0])

@@ -117,7 +117,7 @@ def _holder(port: int) -> str:
 
 
 class LateApp:
-    """Is an application that may come later: until then it answers that the server is starting."""
+    """Stands for an application that may come later: until then it answers that the server is starting."""
 
     def __init__(self) -> None:
         self.app: App | None = None

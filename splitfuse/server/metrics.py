@@ -209,7 +209,7 @@ FAMILIES = (
         "vllm:request_generation_tokens", "histogram", "request_generated", "As splitfuse:request_generated_tokens."
     ),
 )
-"""All metrics, ours first."""
+"""Metrics of a server, ours first."""
 
 _COUNTERS = tuple(
     {

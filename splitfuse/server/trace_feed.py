@@ -29,8 +29,8 @@ MAX_TRACES = 32
 
 
 class _Line(msgspec.Struct, frozen=True, tag_field="event", tag=True, omit_defaults=True):
-    """Is one line of the stream, without what is absent. All times are seconds on the monotonic clock of the server's
-    machine.
+    """Writes one line of the stream, without what is absent. All times are seconds on the monotonic clock of the
+    server's machine.
     """
 
 
@@ -47,7 +47,7 @@ class TraceBegin(_Line, frozen=True, tag="begin"):
 
 
 class TracedRecords(_Line, frozen=True, tag="records"):
-    """Has what an engine, by its index, has traced in a step or between two: see engine/trace.py."""
+    """Holds what an engine, by its index, has traced in a step or between two: see engine/trace.py."""
 
     engine: int
     records: tuple[TraceRecord, ...]

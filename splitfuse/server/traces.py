@@ -1,4 +1,4 @@
-"""Hands what engines trace, and what the server knows of requests, to those who want to see it.
+"""Hands what engines trace, and what the server knows of requests, to subscribers.
 
 Decides how much is traced: what the most demanding subscriber asks for, and nothing without one.
 """

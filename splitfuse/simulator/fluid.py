@@ -94,7 +94,7 @@ class Front(Protocol):
 
 
 class RouterFront:
-    """Is one router, which knows all replicas: the code of the real one."""
+    """Routes by one router, which knows all replicas: the code of the real one."""
 
     def __init__(self, replicas: Sequence[FluidReplica], *, seed: int = 0) -> None:
         self._replicas = replicas
@@ -117,8 +117,8 @@ def best_of(replicas: Sequence[tuple[FluidReplica, int]], request: Request, now:
 
 
 class CellsFront:
-    """Is a ring of cells, each with a router of its own. Every second each cell says how much it has to do. Requests go
-    in turn to some gateways, which know besides what they sent themselves.
+    """Routes by a ring of cells, each with a router of its own. Every second each cell says how much it has to do.
+    Requests go in turn to some gateways, which know besides what they sent themselves.
     """
 
     def __init__(self, replicas: Sequence[FluidReplica], *, size: int, gateways: int = 1) -> None:
@@ -152,7 +152,7 @@ def _always(number: int) -> bool:
 
 
 class Sent(NamedTuple):
-    """Is a request that was sent to a replica."""
+    """Records a request that was sent to a replica."""
 
     at: float
     job: Job

@@ -23,7 +23,7 @@ from splitfuse.errors import ConfigError, RequestTooLargeError
 
 
 class Lender(Protocol):
-    """Is a simulated machine, as loans see it."""
+    """Holds what loans need to know of a simulated machine."""
 
     pool: LoanPool | None
     cost: CostModel
@@ -61,7 +61,7 @@ class Lending:
 
 @dataclass(frozen=True)
 class Part:
-    """Is what one creditor holds of a request."""
+    """Describes what one creditor holds of a request."""
 
     creditor: Lender
     blocks: list[int]

@@ -17,7 +17,7 @@ from splitfuse.errors import ServerError
 
 
 class Member(Protocol):
-    """Is what is known of a machine when one is chosen."""
+    """Holds what is known of a machine when one is chosen."""
 
     role: EngineRole
     num_to_compute: int

@@ -99,7 +99,7 @@ class SharedTiers:
 
 
 class SimulatedTiers:
-    """Is the BlockSource of one engine, number `part` of those that share the tiers. `clock` returns the time.
+    """Implements the BlockSource of one engine, number `part` of those that share the tiers. `clock` returns the time.
 
     It begins now: what an engine before it had not written yet is lost.
     """

@@ -96,7 +96,7 @@ class Found(NamedTuple):
 
 
 class Part(NamedTuple):
-    """Is the beginning of a block, which another request has left, and how long fetching it with others takes."""
+    """Describes the beginning of a block that another request has left, and how long fetching it takes with others."""
 
     name: bytes
     token_ids: tuple[int, ...]
@@ -104,7 +104,7 @@ class Part(NamedTuple):
 
 
 class BlockSource(Protocol):
-    """Has blocks that other engines, or this one before, have computed."""
+    """Provides blocks that other engines, or this one before, have computed."""
 
     def find(self, names: Sequence[bytes], sources: Sequence[str] = (), /) -> Found:
         """Return how many leading blocks of these names can be fetched, from `sources` too, and how long that is
@@ -117,7 +117,7 @@ class BlockSource(Protocol):
         """
 
     def forget(self, number: int) -> None:
-        """Want no answer to a fetch any more."""
+        """Give a fetch up: its answer is dropped when it comes."""
 
 
 def waiting_bytes(tier_bytes: int) -> tuple[int, int]:

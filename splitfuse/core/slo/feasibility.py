@@ -37,7 +37,7 @@ def _by_deadline(request: Request) -> float:
 
 @dataclass(slots=True)
 class Prefill:
-    """Is a prompt that can have its first token in time."""
+    """Describes a prompt that can have its first token in time."""
 
     request: Request
     work: float

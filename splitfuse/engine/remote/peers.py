@@ -172,7 +172,7 @@ class Peers:
         self._loop.call_soon_threadsafe(begin)
 
     def forget(self, number: int) -> None:
-        """Want no blocks of a fetch any more."""
+        """Give a fetch up: blocks that come of it are dropped."""
 
         def end() -> None:
             if (task := self._tasks.get(number)) is not None:

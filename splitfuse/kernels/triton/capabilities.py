@@ -16,7 +16,7 @@ OLDEST = (7, 5)
 OLDEST_OF_DTYPES = {torch.bfloat16: (8, 0)}
 """Least compute capability by dtype, where it is newer."""
 OLDEST_OF_KV = {"fp8": (8, 9)}
-"""The same by kv_cache_dtype: older GPUs do not convert FP8."""
+"""Least compute capability by kv_cache_dtype: older GPUs do not convert FP8."""
 
 ON_GPUS = Capabilities(
     name="the Triton kernels",

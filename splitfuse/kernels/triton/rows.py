@@ -12,7 +12,7 @@ import triton.language as tl
 from splitfuse.kernels.triton.attention import tanh
 
 NO_NORM, NORM_FIRST, NORM_LAST = 0, 1, 2
-"""Whether heads are normed, before or after they are rotated: NORM of `place_kernel`."""
+"""Values of NORM of `place_kernel`: heads are not normed, or before or after they are rotated."""
 SILU, GELU, GELU_TANH, RELU, RELU2, SIGMOID, CLAMPED_SWIGLU = range(7)
 ACTIVATIONS = {
     "silu": SILU,

@@ -157,7 +157,9 @@ WORDS: dict[str, str | None] = {
     "ModelSpec.logit_softcap": "soft caps",
     "NormSpec.centered": "layer norms",
 }
-"""What a spec has -> its words in the table. A field of another value than its default that is not here is a detail."""
+"""Properties of a spec -> their words in the table. A field that is not here, of another value than its default, is a
+detail.
+"""
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ MODES: dict[str, Mode] = {
 all, or that of the last token. Others are refused.
 """
 NAMES: dict[str, Mode] = {"cls": "cls", "mean": "mean", "lasttoken": "last"}
-"""The same as the values of pooling_mode."""
+"""Values of pooling_mode -> the same."""
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from splitfuse.kernels.group import PATIENCE, Shard, SummingGroup
 JOIN_SECONDS = 60.0
 """Longest time until all ranks are connected, in seconds: a process has to begin."""
 LISTEN_SECONDS = 0.05
-"""Longest time between two looks at who has come, in seconds."""
+"""Seconds between two looks at which ranks have connected."""
 CPU = torch.device("cpu")
 Store: TypeAlias = Any
 """Place through which ranks find each other."""

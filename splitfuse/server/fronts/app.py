@@ -70,7 +70,7 @@ _logger = logging.getLogger(__name__)
 
 
 class FrontApp:
-    """Is the ASGI application of a front: what it does not serve by itself, or not yet, `relay` passes on."""
+    """Implements the ASGI application of a front: what it does not serve by itself, or not yet, `relay` passes on."""
 
     def __init__(self, channel: Channel[ToFront, FromFront], relay: App) -> None:
         self._channel, self._relay = channel, relay

@@ -1,4 +1,4 @@
-"""Is the engines of a server's process, as one of its fronts sees them: an EngineClient over the channel."""
+"""Connects a front to the engines of the server's process: an EngineClient over the channel."""
 
 from __future__ import annotations
 

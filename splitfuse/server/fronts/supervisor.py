@@ -77,7 +77,7 @@ _logger = logging.getLogger(__name__)
 
 
 class FrontProcesses:
-    """Has a server's HTTP spoken by several processes: it takes the place of HttpServer.
+    """Speaks a server's HTTP by several processes, in the place of HttpServer.
 
     Each front accepts connections on a socket of its own, which stays open while it is started again: clients that the
     system sends there meanwhile wait for it.
@@ -374,7 +374,7 @@ class _Front:
 
 
 class _Request:
-    """Is one request as the application sees it: `receive` and `send` of ASGI, with uvicorn's meanings."""
+    """Represents one request to the application: `receive` and `send` of ASGI, with uvicorn's meanings."""
 
     def __init__(self, number: int, channel: Channel[FromFront, ToFront], tell: Tell) -> None:
         """`tell` tells the fronts of the engines: before the answer to a request which has changed something there."""
