@@ -21,11 +21,11 @@ from splitfuse.errors import ConfigError, EngineUnavailableError
 POINTS = 64
 """Number of places of a cell on the ring: the more, the more equal their parts."""
 MOST_NAMES = 65_536
-"""Number of beginnings of prompts, the newest, of which it is known which cells have had them."""
+"""Number of prefixes, the newest, of which it is known which cells have had them."""
 
 
 class Prefix(NamedTuple):
-    """Describes a beginning of a prompt, which others may have too."""
+    """Describes a prefix of a prompt, which others may have too."""
 
     name: bytes
     """Name that stands for all tokens up to its end."""
@@ -64,8 +64,8 @@ class Cells:
 
     def choose(self, prefixes: Sequence[Prefix], seconds: float, *, without: Collection[str] = ()) -> str:
         """Return the cell, other than those of `without`, for a request that takes a replica so many seconds if nothing
-        of it is cached, and count all of these there until the cell's next report, so that a popular beginning does not
-        fill one cell meanwhile. `prefixes` are one or more beginnings of its prompt, the shortest first. Raises
+        of it is cached, and count all of these there until the cell's next report, so that a popular prefix does not
+        fill one cell meanwhile. `prefixes` are one or more of its prompt, the shortest first. Raises
         EngineUnavailableError if no cell is left.
         """
         loads = (
@@ -79,7 +79,7 @@ class Cells:
             for name in self._sent.get(prefix.name, ()):
                 if name in loads:
                     saved.setdefault(name, prefix.seconds)
-        # A beginning that no cell has had starts at home, where another gateway, or this one before a restart, sent it.
+        # A prefix that no cell has had starts at home, where another gateway, or this one before a restart, sent it.
         saved = {home: saved.get(home, prefixes[0].seconds if saved else prefixes[-1].seconds), **saved}
         others = dict.fromkeys(islice((name for name in order if name not in saved), 2), 0.0)
         takes = {name: seconds - each for name, each in (*saved.items(), *others.items())}

@@ -24,9 +24,9 @@ from splitfuse.clients.wire import CHAT_PATH
 from splitfuse.config.server import ServerConfig
 from splitfuse.core.cells import Cells
 from splitfuse.errors import EngineUnavailableError, RequestFailedError, ServerError
-from splitfuse.gateway.beginning import Beginning, beginning_of
 from splitfuse.gateway.cell import ANSWER_SECONDS, Cell
 from splitfuse.gateway.metrics import GatewayMetrics
+from splitfuse.gateway.prefixes import PromptPrefixes, prefixes_of
 from splitfuse.server.admission import Admission
 from splitfuse.server.anthropic.dialect import ANTHROPIC
 from splitfuse.server.auth import ANONYMOUS, check_observer
@@ -226,18 +226,18 @@ class Gateway:
         if not body.content:
             salt += path.encode()
         if len(body.content) < LARGE_BODY:
-            beginning = beginning_of(body.content, salt=salt)
+            prompt = prefixes_of(body.content, salt=salt)
         else:
-            beginning = await asyncio.to_thread(beginning_of, body.content, salt=salt)
+            prompt = await asyncio.to_thread(prefixes_of, body.content, salt=salt)
         body.may_be_stored = context.scope["method"] == "POST" and (
-            (path == "/v1/responses" and beginning.store is not False) or (path == CHAT_PATH and bool(beginning.store))
+            (path == "/v1/responses" and prompt.store is not False) or (path == CHAT_PATH and bool(prompt.store))
         )
-        keeper = await self._keeper(context, beginning)
+        keeper = await self._keeper(context, prompt)
         tried: list[str] = []
         refusal: _Refusal | None = None
         num_sent = 0
         while num_sent < MOST_CELLS and (keeper is None or not tried):
-            cell = keeper or self._choose(beginning, tried)
+            cell = keeper or self._choose(prompt, tried)
             if cell is None:
                 break
             if tried:
@@ -262,7 +262,7 @@ class Gateway:
             num_sent += 1
             if refused.status != 429:
                 cell.look_soon()
-            elif not beginning.on_time_only:
+            elif not prompt.on_time_only:
                 cell.note_full(refused.retry_after)
             self.metrics.retries[str(cell.number), "full" if refused.status == 429 else "unavailable"] += 1
             if refusal is None or (-refused.status, refused.retry_after) < (-refusal.status, refusal.retry_after):
@@ -285,7 +285,7 @@ class Gateway:
             "again"
         )
 
-    def _choose(self, beginning: Beginning, tried: Sequence[str]) -> Cell | None:
+    def _choose(self, prompt: PromptPrefixes, tried: Sequence[str]) -> Cell | None:
         """Return the cell for a request that has been tried at some; None if none is left. One that had no room a
         moment ago is asked only if none has: another request may have been too large for it, and this one is not.
         """
@@ -294,11 +294,11 @@ class Gateway:
         if not tried and len(full) == len(ready):
             full = []
         token_seconds = max((each.token_seconds for each in ready), default=0.0)
-        seconds = beginning.num_tokens * token_seconds
-        if beginning.num_tokens:
+        seconds = prompt.num_tokens * token_seconds
+        if prompt.num_tokens:
             seconds += max((each.request_seconds for each in ready), default=0.0)
         try:
-            chosen = self._ring.choose(beginning.prefixes(token_seconds), seconds, without=[*tried, *full])
+            chosen = self._ring.choose(prompt.in_seconds(token_seconds), seconds, without=[*tried, *full])
         except EngineUnavailableError:
             return None
         return self.cells[chosen]
@@ -379,7 +379,7 @@ class Gateway:
         if len(self._kept) > MOST_KEPT:
             self._kept.popitem(last=False)
 
-    async def _keeper(self, context: RequestContext, beginning: Beginning) -> Cell | None:
+    async def _keeper(self, context: RequestContext, prompt: PromptPrefixes) -> Cell | None:
         """Return the cell that has what a request asks for, or goes on from; None if it needs none of it, or if no cell
         has it. Raises EngineUnavailableError if none has it of those that can be asked, and not all can.
         """
@@ -388,8 +388,8 @@ class Gateway:
             answer_id, where = found[1], found[0]
         elif _EXPLAINED.fullmatch(path):
             answer_id, where = None, path
-        elif beginning.follows is not None and path.startswith("/v1/responses"):
-            answer_id = answer_id_of(beginning.follows)
+        elif prompt.follows is not None and path.startswith("/v1/responses"):
+            answer_id = answer_id_of(prompt.follows)
             if answer_id is None:  # the cell says what is wrong with it
                 return None
             where = f"/v1/responses/{answer_id}"

@@ -27,8 +27,8 @@ from splitfuse.config.server import GatewayConfig, ServerConfig
 from splitfuse.deploy import registry
 from splitfuse.errors import ConfigError
 from splitfuse.gateway.app import Gateway
-from splitfuse.gateway.beginning import Beginning, beginning_of
 from splitfuse.gateway.cell import GONE_SECONDS, Cell
+from splitfuse.gateway.prefixes import PromptPrefixes, prefixes_of
 
 CHAT = "/v1/chat/completions"
 PROMPT = {"model": "m", "prompt": "Once upon a time"}
@@ -506,22 +506,22 @@ def test_settings_that_cannot_be(settings: dict[str, Any], message: str) -> None
         GatewayConfig.from_settings(settings)
 
 
-# Beginnings -----------------------------------------------------------------------------------------------------------
+# Prefixes -------------------------------------------------------------------------------------------------------------
 
 
 def names(**body: Any) -> set[bytes]:
-    return {name for name, _ in beginning(**body).names}
+    return {name for name, _ in prefixes(**body).names}
 
 
-def beginning(**body: Any) -> Beginning:
-    return beginning_of(json.dumps(body).encode(), salt=b"key")
+def prefixes(**body: Any) -> PromptPrefixes:
+    return prefixes_of(json.dumps(body).encode(), salt=b"key")
 
 
 def test_a_conversation_begins_with_all_of_its_last_turn() -> None:
     turns = [{"role": "system", "content": 300 * "x"}, {"role": "user", "content": 200 * "y"}]
     more = [{"role": "assistant", "content": "z"}, {"role": "user", "content": "w"}]
     for field in ("messages", "input"):
-        before = beginning(model="m", **{field: turns})
+        before = prefixes(model="m", **{field: turns})
         assert before.names[-1][1] == 1.0
         assert {name for name, _ in before.names} < names(model="m", temperature=1, **{field: turns + more})
     assert not names(model="m", messages=turns) & names(model="adapter", messages=turns)
@@ -532,15 +532,15 @@ def test_a_conversation_begins_with_all_of_its_last_turn() -> None:
 def test_texts_and_token_ids_share_what_they_begin_with() -> None:
     assert names(prompt=400 * "x") & names(prompt=300 * "x" + "y")
     assert not names(prompt=99 * "x" + "a" + 200 * "x") & names(prompt=300 * "x")
-    ids = beginning(prompt=[*range(500)])
+    ids = prefixes(prompt=[*range(500)])
     assert ids.num_tokens == 500 and {name for name, _ in ids.names} & names(prompt=[*range(400)])
-    assert beginning(prompt="").names and beginning(prompt="a").names != beginning(prompt="b").names
-    assert beginning_of(b"", salt=b"a").names != beginning_of(b"", salt=b"b").names
+    assert prefixes(prompt="").names and prefixes(prompt="a").names != prefixes(prompt="b").names
+    assert prefixes_of(b"", salt=b"a").names != prefixes_of(b"", salt=b"b").names
 
 
 @pytest.mark.parametrize("body", [b"", b"no JSON", b"[]", b'{"messages": [1, "a"]}', b'{"a": 1}', b"\xff", b"[" * 9999])
-def test_a_body_of_any_kind_has_a_beginning(body: bytes) -> None:
-    assert beginning_of(body, salt=b"").names
+def test_a_body_of_any_kind_has_a_prefix(body: bytes) -> None:
+    assert prefixes_of(body, salt=b"").names
 
 
 # Real servers ---------------------------------------------------------------------------------------------------------

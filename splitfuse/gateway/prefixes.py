@@ -1,4 +1,4 @@
-"""Names the beginnings of the prompt in a request's body: requests whose prompts begin alike find their keys and values
+"""Names the prefixes of the prompt in a request's body: requests whose prompts begin alike find their keys and values
 in the same cell.
 
 Nothing is tokenized here: a name stands for bytes of the body, and for all that decides what a cell has cached: the
@@ -17,11 +17,11 @@ import msgspec
 from splitfuse.core.cells import Prefix
 
 SHORTEST = 128
-"""Number of bytes of the shortest beginning, about a KV block of 32 tokens. Each next one is twice as long."""
+"""Number of bytes of the shortest prefix, about a KV block of 32 tokens. Each next one is twice as long."""
 LONGEST = 2**20
 """Number of bytes of a prompt that are looked at."""
 LAST_MESSAGES = 16
-"""Number of messages, the last ones of a conversation, whose ends are ends of beginnings too: the next turn of a
+"""Number of messages, the last ones of a conversation, whose ends are ends of prefixes too: the next turn of a
 conversation begins with all of this one."""
 BYTES_PER_TOKEN = 4
 """Number of bytes of a text that count as a token."""
@@ -57,10 +57,8 @@ _item = msgspec.json.Decoder(_Item).decode
 _text = msgspec.json.Decoder(str).decode
 
 
-class Beginning(NamedTuple):
-    """Holds the beginnings of a prompt: the name of each, the shortest first, and the fraction of the prompt that it
-    is.
-    """
+class PromptPrefixes(NamedTuple):
+    """Holds the prefixes of a prompt: the name of each, the shortest first, and which fraction of the prompt it is."""
 
     names: Sequence[tuple[bytes, float]]
     num_tokens: int
@@ -72,22 +70,22 @@ class Beginning(NamedTuple):
     store: bool | None = None
     """Flag of an answer that is to be stored; None: it is left out."""
 
-    def prefixes(self, token_seconds: float) -> list[Prefix]:
-        """Return the beginnings with the seconds that they take, if each token takes so many."""
+    def in_seconds(self, token_seconds: float) -> list[Prefix]:
+        """Return the prefixes with the seconds that they take, if each token takes so many."""
         whole = self.num_tokens * token_seconds
         return [Prefix(name, fraction * whole) for name, fraction in self.names]
 
 
-def beginning_of(body: bytes, *, salt: bytes) -> Beginning:
-    """Return the beginnings of the prompt in a body; of one that is no JSON object of a prompt, those of its bytes. One
+def prefixes_of(body: bytes, *, salt: bytes) -> PromptPrefixes:
+    """Return the prefixes of the prompt in a body; of one that is no JSON object of a prompt, those of its bytes. One
     without a body has no tokens. `salt` is what else decides what a cell has cached.
 
-    >>> short = beginning_of(b'{"prompt": "Once"}', salt=b"")
-    >>> short == beginning_of(b'{"max_tokens": 3, "prompt": "Once"}', salt=b""), short.num_tokens
+    >>> short = prefixes_of(b'{"prompt": "Once"}', salt=b"")
+    >>> short == prefixes_of(b'{"max_tokens": 3, "prompt": "Once"}', salt=b""), short.num_tokens
     (True, 1)
     """
     if not body:
-        return Beginning([(blake2b(salt, digest_size=16).digest(), 1.0)], 0)
+        return PromptPrefixes([(blake2b(salt, digest_size=16).digest(), 1.0)], 0)
     try:
         asked = _read(body)
         main = next((each for each in map(bytes, (asked.messages, asked.prompt, asked.input)) if each), b"")
@@ -134,8 +132,8 @@ def _num_tokens(main: bytes) -> int:
     return max(len(main) // BYTES_PER_TOKEN, 1)
 
 
-def _named(pieces: Sequence[bytes], salt: bytes) -> Beginning:
-    """Return the beginnings of a text in pieces: those that end with one of the last pieces, or after a power of two
+def _named(pieces: Sequence[bytes], salt: bytes) -> PromptPrefixes:
+    """Return the prefixes of a text in pieces: those that end with one of the last pieces, or after a power of two
     bytes. There is one at least.
     """
     text = b"\0".join(pieces)
@@ -154,4 +152,4 @@ def _named(pieces: Sequence[bytes], salt: bytes) -> Beginning:
         digest.update(text[done:end])
         done = end
         names.append((digest.digest(), end / max(len(text), 1)))
-    return Beginning(names, max(len(text) // BYTES_PER_TOKEN, 1))
+    return PromptPrefixes(names, max(len(text) // BYTES_PER_TOKEN, 1))
