@@ -6,7 +6,7 @@
     python -m benchmarks.autoscaling scaling [--replicas 1,2,4,8,16] [--clients N]
 
 `day` simulates a day with bursts, with one to sixteen replicas: the real router and `replicas_wanted`
-(splitfuse/core/capacity.py), where a replica takes some time to start and one that is stopped is drained. Replicas are
+(core/replicas/capacity.py), where a replica takes some time to start and one that is stopped is drained. Replicas are
 fluids (splitfuse/simulator/fluid.py), or with --full have the real scheduler, which takes a hundred times as long. It
 prints the share of the requests that met the SLO, the replica-hours, and those of an oracle: for each minute the
 smallest number of replicas that keeps 95 % of its requests within the SLO, knowing them, by virtual replicas, each
@@ -30,7 +30,7 @@ from splitfuse.bench import metrics
 from splitfuse.bench.results import MeasuredRequest
 from splitfuse.bench.workload import LoadRequest
 from splitfuse.config.engine import SchedulerConfig
-from splitfuse.core.capacity import PART, WANTED_IN_TIME, Arrival, replicas_needed
+from splitfuse.core.replicas.capacity import PART, WANTED_IN_TIME, Arrival, replicas_needed
 from splitfuse.core.request import Request
 from splitfuse.core.sampling_params import SamplingParams
 from splitfuse.core.scheduling_options import SchedulingOptions

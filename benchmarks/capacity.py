@@ -1,4 +1,4 @@
-"""The number of replicas that arrivals need, as splitfuse/core/capacity.py says, against simulations with so many.
+"""The number of replicas that arrivals need, as core/replicas/capacity.py says, against simulations with so many.
 
     python -m benchmarks.capacity [--points TEXT] [--seconds S]
 
@@ -16,7 +16,7 @@ from benchmarks.dominance.points import MAX_NUM_SEQS, Scenario, Slo
 from benchmarks.routing import drive
 from splitfuse.bench import metrics
 from splitfuse.config.engine import SchedulerConfig
-from splitfuse.core.capacity import IN_TIME, PART, Arrival, replicas_needed
+from splitfuse.core.replicas.capacity import IN_TIME, PART, Arrival, replicas_needed
 from splitfuse.core.slo.cost_model import StepTimes
 from splitfuse.simulator.deployment import Deployment, SimulationConfig
 from splitfuse.simulator.simulate import SimulatedTarget

@@ -4,7 +4,7 @@
 
 The rules see the same arrivals and lengths. `tokens` sends a request to the replica with the fewest tokens still to be
 computed, prompts and answers, less those of its prompt that are cached there; `seconds` is the router's
-(splitfuse/core/routing.py). Prints the requests/s that met their SLO with each, and the median and P99 of the time to
+(core/replicas/routing.py). Prints the requests/s that met their SLO with each, and the median and P99 of the time to
 the first token, in seconds.
 """
 
@@ -22,9 +22,9 @@ from splitfuse.bench import metrics
 from splitfuse.bench.results import MeasuredRequest
 from splitfuse.bench.workload import LoadRequest
 from splitfuse.config.engine import SchedulerConfig
-from splitfuse.core.replica_view import ReplicaView
+from splitfuse.core.replicas.replica_view import ReplicaView
+from splitfuse.core.replicas.routing import Candidate, choose_replica
 from splitfuse.core.request import Request
-from splitfuse.core.routing import Candidate, choose_replica
 from splitfuse.core.slo.targets import SloTargets
 from splitfuse.simulator import simulate, virtual_time
 from splitfuse.simulator.deployment import Deployment, SimulationConfig

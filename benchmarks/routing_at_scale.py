@@ -27,7 +27,7 @@ from splitfuse.bench.workload import LoadRequest
 from splitfuse.config.engine import SchedulerConfig
 from splitfuse.core.kv.names import BlockNamer
 from splitfuse.core.limits import EngineLimits
-from splitfuse.core.prefix_index import PrefixIndex
+from splitfuse.core.replicas.prefix_index import PrefixIndex
 from splitfuse.core.request import Request
 from splitfuse.core.request_output import RequestOutput
 from splitfuse.core.sampling_params import SamplingParams

@@ -21,10 +21,10 @@ from typing import ClassVar, TypeVarTuple
 import msgspec
 
 from splitfuse.config.values import EngineRole
-from splitfuse.core.capacity import MOST_ARRIVALS, Arrival
 from splitfuse.core.latency.phases import LatencyBreakdown
 from splitfuse.core.limits import EngineLimits
-from splitfuse.core.replica_view import ReplicaView
+from splitfuse.core.replicas.capacity import MOST_ARRIVALS, Arrival
+from splitfuse.core.replicas.replica_view import ReplicaView
 from splitfuse.core.request_output import FinishReason, RequestOutput
 from splitfuse.engine.guard import check_process
 from splitfuse.engine.messages import (

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from splitfuse.core.prefix_index import PrefixMemory
+from splitfuse.core.replicas.prefix_index import PrefixMemory
 from splitfuse.engine.client import EngineState, LocalClient
 
 

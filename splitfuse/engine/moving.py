@@ -20,7 +20,7 @@ from collections.abc import Callable, MutableMapping, Sequence
 from dataclasses import dataclass
 from weakref import WeakKeyDictionary
 
-from splitfuse.core.replica_view import ReplicaView
+from splitfuse.core.replicas.replica_view import ReplicaView
 from splitfuse.engine.client import LocalClient
 from splitfuse.engine.messages import Add
 from splitfuse.engine.stream import Stream

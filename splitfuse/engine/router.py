@@ -1,4 +1,4 @@
-"""Serves several engines as one: each request goes to the replica that core/routing.py chooses."""
+"""Serves several engines as one: each request goes to the replica that core/replicas/routing.py chooses."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from splitfuse.config.values import EngineRole
 from splitfuse.core.kv.fetching import LONGEST_FETCH
 from splitfuse.core.kv.names import BlockNamer, new_key
 from splitfuse.core.limits import EngineLimits
-from splitfuse.core.replica_view import ReplicaView
+from splitfuse.core.replicas.replica_view import ReplicaView
+from splitfuse.core.replicas.routing import Candidate, choose_replica, expected_tokens
+from splitfuse.core.replicas.shortlist import ALL_ARE_PICKED, Shortlist
 from splitfuse.core.request import Request
-from splitfuse.core.routing import Candidate, choose_replica, expected_tokens
-from splitfuse.core.shortlist import ALL_ARE_PICKED, Shortlist
 from splitfuse.engine.client import EngineClient, EngineState, LocalClient
 from splitfuse.engine.loan_book import LoanBook, PlannedLoan
 from splitfuse.engine.machine_tiers import Held, MachineTiers

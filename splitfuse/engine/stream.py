@@ -14,8 +14,8 @@ from typing import Self
 
 import msgspec
 
-from splitfuse.core.capacity import Arrival
 from splitfuse.core.latency.phases import LatencyBreakdown, LatencyPhase
+from splitfuse.core.replicas.capacity import Arrival
 from splitfuse.core.request_output import FinishReason, RequestOutput
 from splitfuse.engine.messages import Add, Finish, ResumePoint
 

@@ -22,7 +22,7 @@ from starlette.websockets import WebSocketClose
 from splitfuse.clients.http_stream import Answer, exchange
 from splitfuse.clients.wire import CHAT_PATH
 from splitfuse.config.server import ServerConfig
-from splitfuse.core.cells import Cells
+from splitfuse.core.replicas.cells import Cells
 from splitfuse.errors import EngineUnavailableError, RequestFailedError, ServerError
 from splitfuse.gateway.cell import ANSWER_SECONDS, Cell
 from splitfuse.gateway.metrics import GatewayMetrics

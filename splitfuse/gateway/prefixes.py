@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import msgspec
 
-from splitfuse.core.cells import Prefix
+from splitfuse.core.replicas.cells import Prefix
 
 SHORTEST = 128
 """Number of bytes of the shortest prefix, about a KV block of 32 tokens. Each next one is twice as long."""

@@ -1,6 +1,6 @@
 """Changes the number of a server's replicas by its load: as many as its recent arrivals need to meet their SLO.
 
-core/capacity.py computes that number, for simulations too; this module decides when to ask for it, and scales.
+core/replicas/capacity.py computes that number, for simulations too; this module decides when to ask for it, and scales.
 Engines that were named with --engine take part of the load, so that fewer replicas are needed.
 """
 
@@ -12,7 +12,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
-from splitfuse.core.capacity import IN_TIME, PART, Arrival, replicas_wanted, share_late_alone
+from splitfuse.core.replicas.capacity import IN_TIME, PART, Arrival, replicas_wanted, share_late_alone
 from splitfuse.core.slo.cost_model import StepTimes
 from splitfuse.engine.client import EngineState
 from splitfuse.engine.router import Router

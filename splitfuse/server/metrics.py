@@ -21,7 +21,7 @@ from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from splitfuse.core.capacity import replicas_needed
+from splitfuse.core.replicas.capacity import replicas_needed
 from splitfuse.core.request_output import FinishReason
 from splitfuse.core.slo.attainable import Attainable
 from splitfuse.engine.client import EngineClient, EngineState

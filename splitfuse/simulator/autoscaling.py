@@ -1,5 +1,5 @@
-"""Simulates a server that has as many replicas as its arrivals need: `replicas_wanted` of core/capacity.py says how
-many, replicas take a while to start, and are drained before they are stopped.
+"""Simulates a server that has as many replicas as its arrivals need: `replicas_wanted` (core/replicas/capacity.py) says
+how many, replicas take a while to start, and are drained before they are stopped.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from splitfuse.bench.target import Answer
 from splitfuse.bench.workload import LoadRequest
-from splitfuse.core.capacity import WANTED_IN_TIME, WINDOW, Arrival, replicas_wanted
+from splitfuse.core.replicas.capacity import WANTED_IN_TIME, WINDOW, Arrival, replicas_wanted
 from splitfuse.core.slo.cost_model import StepTimes
 from splitfuse.core.slo.targets import SloTargets
 from splitfuse.errors import ConfigError

@@ -10,14 +10,14 @@ from collections.abc import Iterable, Sequence
 from itertools import cycle
 from typing import NamedTuple, Protocol
 
-from splitfuse.core.cells import Cells, Prefix
-from splitfuse.core.prefix_index import PrefixMemory
+from splitfuse.core.replicas.cells import Cells, Prefix
+from splitfuse.core.replicas.prefix_index import PrefixMemory
+from splitfuse.core.replicas.routing import Candidate, choose_replica
+from splitfuse.core.replicas.shortlist import Shortlist
+from splitfuse.core.replicas.virtual_replica import Job, VirtualReplica
 from splitfuse.core.request import Request
-from splitfuse.core.routing import Candidate, choose_replica
-from splitfuse.core.shortlist import Shortlist
 from splitfuse.core.slo.cost_model import StepTimes
 from splitfuse.core.slo.feasibility import Feasibility
-from splitfuse.core.virtual_replica import Job, VirtualReplica
 from splitfuse.simulator.deployment import SimulationConfig
 
 

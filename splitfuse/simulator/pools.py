@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sequence
 from typing import Generic, Protocol, TypeVar
 
 from splitfuse.config.values import EngineRole
-from splitfuse.core.prefix_index import PrefixMemory
+from splitfuse.core.replicas.prefix_index import PrefixMemory
 from splitfuse.errors import ServerError
 
 

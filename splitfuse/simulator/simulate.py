@@ -21,20 +21,20 @@ from splitfuse.bench.measure import MakeWorkload, measure
 from splitfuse.bench.results import Point, Results
 from splitfuse.bench.target import Answer, Target
 from splitfuse.bench.workload import LoadRequest, Loads, Prompt, TokenIds
-from splitfuse.core.capacity import Arrival, replicas_needed
 from splitfuse.core.kv.block_allocator import BlockAllocator
 from splitfuse.core.kv.fetching import WAITING_SHARE, Fetching, Inbox, places, waiting_bytes
 from splitfuse.core.kv.request_kv import RequestKv
 from splitfuse.core.limits import ceil_div
 from splitfuse.core.plan import ChunkResult, StepPlan
-from splitfuse.core.prefix_index import PrefixMemory
-from splitfuse.core.replica_view import ReplicaView
+from splitfuse.core.replicas.capacity import Arrival, replicas_needed
+from splitfuse.core.replicas.prefix_index import PrefixMemory
+from splitfuse.core.replicas.replica_view import ReplicaView
+from splitfuse.core.replicas.routing import Candidate, choose_replica, expected_tokens
+from splitfuse.core.replicas.shortlist import ALL_ARE_PICKED, Shortlist
 from splitfuse.core.request import Request
-from splitfuse.core.routing import Candidate, choose_replica, expected_tokens
 from splitfuse.core.sampling_params import SamplingParams
 from splitfuse.core.scheduler import Scheduler
 from splitfuse.core.scheduling_options import SchedulingOptions
-from splitfuse.core.shortlist import ALL_ARE_PICKED, Shortlist
 from splitfuse.core.slo.cost_model import StepFeatures, StepTimes, features_of
 from splitfuse.core.slo.deadline_policy import make_policy
 from splitfuse.core.slo.targets import NO_SLO, SloTargets

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from splitfuse.core import capacity
-from splitfuse.core.capacity import (
+from splitfuse.core.replicas import capacity
+from splitfuse.core.replicas.capacity import (
     LONGEST_WAIT,
     PART,
     SURGE,
@@ -17,9 +17,9 @@ from splitfuse.core.capacity import (
     replicas_wanted,
     share_late_alone,
 )
+from splitfuse.core.replicas.virtual_replica import VirtualReplica
 from splitfuse.core.slo.cost_model import CostModel, StepTimes
 from splitfuse.core.slo.targets import NO_SLO, SloTargets
-from splitfuse.core.virtual_replica import VirtualReplica
 
 TIMES = StepTimes(CostModel(floor=0.01, per_token=0.001))
 SOON = SloTargets(ttft=0.25)

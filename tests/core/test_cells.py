@@ -6,7 +6,7 @@ from random import Random
 
 import pytest
 
-from splitfuse.core.cells import Cells, Prefix
+from splitfuse.core.replicas.cells import Cells, Prefix
 from splitfuse.errors import ConfigError, EngineUnavailableError
 
 

@@ -12,11 +12,11 @@ from hypothesis import strategies as st
 from scheduler_harness import Run
 
 from splitfuse.core.kv.names import BlockNamer
-from splitfuse.core.prefix_index import PrefixMemory
-from splitfuse.core.replica_view import ReplicaView
+from splitfuse.core.replicas.prefix_index import PrefixMemory
+from splitfuse.core.replicas.replica_view import ReplicaView
+from splitfuse.core.replicas.routing import Candidate, choose_replica
 from splitfuse.core.request import Request
 from splitfuse.core.request_output import FinishReason, RequestOutput
-from splitfuse.core.routing import Candidate, choose_replica
 from splitfuse.core.sampling_params import SamplingParams
 from splitfuse.core.scheduling_options import Priority, SchedulingOptions
 from splitfuse.core.slo.cost_model import CostModel, StepTimes

@@ -8,8 +8,8 @@ from random import Random
 from hypothesis import given
 from hypothesis import strategies as st
 
-from splitfuse.core.prefix_index import PrefixIndex, PrefixMemory
-from splitfuse.core.shortlist import NUM_HOLDERS, NUM_LEAST_LOADED, NUM_RANDOM, Shortlist
+from splitfuse.core.replicas.prefix_index import PrefixIndex, PrefixMemory
+from splitfuse.core.replicas.shortlist import NUM_HOLDERS, NUM_LEAST_LOADED, NUM_RANDOM, Shortlist
 
 BLOCK = 16
 

@@ -27,9 +27,9 @@ from splitfuse.core.kv import fetching
 from splitfuse.core.latency.phases import LatencyPhase
 from splitfuse.core.limits import EngineLimits
 from splitfuse.core.plan import Land, Logprobs, StepPlan
-from splitfuse.core.replica_view import ReplicaView
+from splitfuse.core.replicas.replica_view import ReplicaView
+from splitfuse.core.replicas.routing import expected_tokens
 from splitfuse.core.request_output import RequestOutput
-from splitfuse.core.routing import expected_tokens
 from splitfuse.core.sampling_params import SamplingParams
 from splitfuse.engine.block_file import BlockFile
 from splitfuse.engine.client import EngineState

@@ -1,4 +1,4 @@
-"""The number of replicas follows the load: the rule is core/capacity.py's, what is done about it is tested here."""
+"""The number of replicas follows the load: the rule is in core/replicas/capacity.py, what is done about it is here."""
 
 import asyncio
 import logging

@@ -17,11 +17,11 @@ from functools import cache
 from statistics import fmean
 from typing import NamedTuple
 
+from splitfuse.core.replicas.virtual_replica import LEAST_SPEED, Job, VirtualReplica
 from splitfuse.core.slo.cost_model import StepTimes
 from splitfuse.core.slo.feasibility import Feasibility
 from splitfuse.core.slo.targets import NO_SLO, SloTargets
 from splitfuse.core.slo.usual_step import usual_step
-from splitfuse.core.virtual_replica import LEAST_SPEED, Job, VirtualReplica
 
 WINDOW = 300.0
 """Seconds whose arrivals are looked at."""

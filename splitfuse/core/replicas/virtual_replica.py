@@ -1,7 +1,7 @@
 """Models a replica as a fluid, to predict what becomes of its requests: `VirtualReplica` has no steps, only seconds
 that prompts take one after the other, by deadline, while every decode has its part of each of them.
 
-core/capacity.py sends arrivals to such replicas to say how many they need, and simulations of more than full ones can
+capacity.py sends arrivals to such replicas to say how many they need, and simulations of more than full ones can
 be simulated (simulator/fluid.py). What requests take is counted as claims are (core/slo/feasibility.py).
 """
 

@@ -1,4 +1,4 @@
-"""Picks the few of many replicas that are worth the test of core/routing.py, so that a choice among ten thousand takes
+"""Picks the few of many replicas that are worth the test of routing.py, so that a choice among ten thousand takes
 no longer than one among a dozen.
 
 They are those which have most of the prompt in their prefix cache, the least loaded, and a few at random: fronts that
@@ -13,7 +13,7 @@ from itertools import islice
 from random import Random
 from typing import Protocol
 
-from splitfuse.core.prefix_index import PrefixIndex, PrefixMemory
+from splitfuse.core.replicas.prefix_index import PrefixIndex, PrefixMemory
 
 NUM_HOLDERS = 8
 """Number of replicas that are picked for what they have of a prompt."""

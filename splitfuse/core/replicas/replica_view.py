@@ -14,7 +14,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from splitfuse.core.limits import ceil_div
-from splitfuse.core.prefix_index import PrefixMemory
+from splitfuse.core.replicas.prefix_index import PrefixMemory
 from splitfuse.core.request import Request, RequestStatus
 from splitfuse.core.request_output import RequestOutput
 from splitfuse.core.slo.admission import check_on_time
