@@ -26,7 +26,7 @@ LAYERS: dict[str, tuple[str, ...]] = {
     "deploy": ("config", "errors"),
     "server": ("deploy", "text", "recording", "engine", "models", "core", "config", "errors", "version"),
     "clients": ("deploy", "text", "core", "errors"),
-    "gateway": ("clients", "server", "deploy", "engine", "core", "config", "errors", "version"),
+    "gateway": ("clients", "server", "engine", "core", "config", "errors", "version"),
     "api": ("text", "engine", "runtime", "models", "core", "config", "errors"),
     "bench": ("clients", "recording", "engine", "runtime", "core", "config", "errors"),
     "simulator": ("bench", "runtime", "core", "config", "errors"),

@@ -5,21 +5,19 @@ from __future__ import annotations
 import asyncio
 import logging
 import ssl
-from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
 from splitfuse.clients.http_stream import Address
 from splitfuse.config.server import GatewayConfig, ServerConfig
 from splitfuse.config.values import parse_url
-from splitfuse.deploy import registry
-from splitfuse.deploy.registry import Deployment
 from splitfuse.engine.private_files import check_private
-from splitfuse.errors import ConfigError, RegistryError, ServerError, unreadable
+from splitfuse.errors import ConfigError, ServerError, unreadable
 from splitfuse.gateway.app import Gateway
 from splitfuse.gateway.cell import Cell
 from splitfuse.server.connections import connection_limit, num_newcomers
 from splitfuse.server.listen import FLUSH_TIMEOUT, HttpServer, listening_sockets
+from splitfuse.server.registration import deployment_of, registered
 from splitfuse.server.signals import Signals, wait_first
 
 _logger = logging.getLogger(__name__)
@@ -38,43 +36,22 @@ async def run_gateway(config: GatewayConfig) -> None:
         front, max_connections = _bounded(front)
         server = HttpServer(front, max_connections=max_connections)
         gateway = Gateway(cells, front)
-        deployment = Deployment(
-            name=front.name,
-            host=front.host,
-            port=listener.getsockname()[1],
-            scheme="http" if front.tls_certificate is None else "https",
-            model=f"{len(cells)} cells",
-            needs_key=False,
-            drain_timeout=front.drain_timeout,
-            tls_certificate=None if front.tls_certificate is None else str(Path(front.tls_certificate).resolve()),
-        )
-        is_listed = True
-        try:
-            registry.register(deployment)
-        except RegistryError as error:
-            is_listed = False
-            _logger.warning("%s. Until then splitfuse ps and stop do not find the gateway", error)
-        for each in cells:
-            _logger.info("cell %d is %s", each.number, each.url)
-        try:
+        deployment = deployment_of(front, listener.getsockname()[1], model=f"{len(cells)} cells", needs_key=False)
+        with registered(deployment) as mark_ready:
+            for each in cells:
+                _logger.info("cell %d is %s", each.number, each.url)
             await asyncio.gather(*(each.look() for each in cells))
             watching = asyncio.create_task(gateway.watch())
             server.app = gateway
             serving = asyncio.create_task(server.serve([listener]))
             try:
                 _logger.info("splitfuse passes requests on at %s (name %s)", deployment.url, deployment.name)
-                if is_listed:
-                    with suppress(RegistryError):  # the folder has gone since
-                        registry.mark_ready(deployment)
+                mark_ready()
                 await _serve(gateway, front.drain_timeout, serving, watching, signals)
             finally:
                 watching.cancel()
                 server.end(at_once=signals.now.is_set())
                 await asyncio.gather(watching, serving, return_exceptions=True)
-        finally:
-            if is_listed:
-                with suppress(RegistryError):
-                    registry.unregister(deployment)
     if signals.interrupted:
         raise KeyboardInterrupt
 

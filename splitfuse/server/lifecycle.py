@@ -20,8 +20,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from splitfuse.config.engine import EngineConfig, SchedulerConfig
 from splitfuse.config.server import ServerConfig
 from splitfuse.config.values import parse_adapter, parse_autoscale
-from splitfuse.deploy import registry
-from splitfuse.deploy.registry import Deployment
+from splitfuse.deploy.registry import is_loopback
 from splitfuse.engine import garbage
 from splitfuse.engine.client import EngineClient, EngineState, LocalClient
 from splitfuse.engine.line_writer import LineWriter
@@ -30,12 +29,13 @@ from splitfuse.engine.messages import EngineStats, Loading
 from splitfuse.engine.remote.launcher import BlockListen
 from splitfuse.engine.replicas import make_replicas
 from splitfuse.engine.router import Router
-from splitfuse.errors import ConfigError, RegistryError, ServerError
+from splitfuse.errors import ConfigError, ServerError
 from splitfuse.models.sources.hub import BUNDLED_MODEL, open_model
 from splitfuse.server.access_log import note_dropped
 from splitfuse.server.auth import ApiKeys
 from splitfuse.server.connections import connection_limit, num_newcomers
 from splitfuse.server.listen import SWITCH_INTERVAL, App, HttpServer, listening_sockets
+from splitfuse.server.registration import deployment_of, registered
 from splitfuse.server.signals import Signals, wait_first
 
 if TYPE_CHECKING:
@@ -85,41 +85,19 @@ async def run_server(
         max_connections = connection_limit(config)
         server = _http_server(config, max_connections)
         address, port = listeners[0].getsockname()[:2]
-        deployment = Deployment(
-            name=config.name,
-            host=config.host,
-            port=port,
-            scheme="http" if config.tls_certificate is None else "https",
-            model=model,
-            needs_key=bool(config.api_key or config.api_key_file),
-            drain_timeout=config.drain_timeout,
-            tls_certificate=None if config.tls_certificate is None else str(Path(config.tls_certificate).resolve()),
-        )
-        is_listed = _register(deployment)
-        if not deployment.needs_key and not registry.is_loopback(address):
-            _logger.warning("listening on %s without authentication; set SPLITFUSE_API_KEY or --api-key-file", address)
-        try:
-            client = make_replicas(
-                engine,
-                replicas=config.num_replicas,
-                max_replicas=config.most_replicas,
-                step_timeout=config.step_timeout,
-                engines=config.engine,
-                key_file=config.key_file,
-                engine_tls=config.engine_tls,
-                listen=_block_listen(config),
-                roles=config.engine_roles,
-                given=given,
-                ray=config.ray,
-                ray_memory=config.ray_memory,
-                ray_timeout=config.ray_timeout,
-            )
+        needs_key = bool(config.api_key or config.api_key_file)
+        deployment = deployment_of(config, port, model=model, needs_key=needs_key)
+        with registered(deployment) as mark_ready:
+            if not needs_key and not is_loopback(address):
+                _logger.warning(
+                    "listening on %s without authentication; set SPLITFUSE_API_KEY or --api-key-file", address
+                )
+            client = _make_client(engine, config, given)
             config = _bounded(config, max_connections)
+            make_app = functools.partial(_make_app, engine, config, client, server, log.write, recorder, spans)
             serving = asyncio.create_task(server.serve(listeners))
             try:
-                starting = asyncio.create_task(
-                    _start(engine, config, client, server, log.write, recorder, spans, show_stage or log_stages())
-                )
+                starting = asyncio.create_task(_start(make_app, client, server, show_stage or log_stages()))
                 if (started := await _started(starting, serving, signals)) is not None:
                     admission, service = started
                     with closing(service):
@@ -127,16 +105,10 @@ async def run_server(
                         _log_budget(engine.scheduler, client)
                         _logger.info("splitfuse serves %s on %s (name %s)", model, deployment.url, deployment.name)
                         garbage.freeze()
-                        if is_listed:
-                            with suppress(RegistryError):  # the folder has gone since
-                                registry.mark_ready(deployment)
+                        mark_ready()
                         await _serve(admission, client, config, serving, signals)
             finally:
                 await _end(client, server, serving, at_once=signals.now.is_set())
-        finally:
-            if is_listed:
-                with suppress(RegistryError):  # others remove the entry of a process that has ended
-                    registry.unregister(deployment)
     if signals.interrupted:
         raise KeyboardInterrupt
 
@@ -147,6 +119,25 @@ def model_name(model: str | None) -> str:
         return BUNDLED_MODEL.name
     path = Path(model).expanduser()
     return path.resolve().name if path.is_dir() else model
+
+
+def _make_client(engine: EngineConfig, config: ServerConfig, given: Collection[str]) -> Router:
+    """Return a client of all engines that the settings name. They are not started yet."""
+    return make_replicas(
+        engine,
+        replicas=config.num_replicas,
+        max_replicas=config.most_replicas,
+        step_timeout=config.step_timeout,
+        engines=config.engine,
+        key_file=config.key_file,
+        engine_tls=config.engine_tls,
+        listen=_block_listen(config),
+        roles=config.engine_roles,
+        given=given,
+        ray=config.ray,
+        ray_memory=config.ray_memory,
+        ray_timeout=config.ray_timeout,
+    )
 
 
 def _block_listen(config: ServerConfig) -> BlockListen | None:
@@ -216,16 +207,6 @@ def _check_autoscale(engine: EngineConfig, config: ServerConfig) -> None:
         raise ConfigError("autoscale and kv_loans are mutually exclusive: leave one of them out")
 
 
-def _register(deployment: Deployment) -> bool:
-    """List a deployment, and return whether it is listed: a server also runs where no folder can be written."""
-    try:
-        registry.register(deployment)
-    except RegistryError as error:
-        _logger.warning("%s. Until then splitfuse ps, stop and client(%r) do not find it", error, deployment.name)
-        return False
-    return True
-
-
 def _bounded(config: ServerConfig, max_connections: int) -> ServerConfig:
     """Return the settings with no more requests at once than connections, of which new clients get their share. Each
     front can have `max_connections`.
@@ -243,21 +224,15 @@ def _bounded(config: ServerConfig, max_connections: int) -> ServerConfig:
 
 
 async def _start(
-    engine: EngineConfig,
-    config: ServerConfig,
+    make_app: Callable[[], tuple[App, AppState, ApiKeys, ModelSource]],
     client: Router,
     server: HttpServer | FrontProcesses,
-    write_log: Callable[[str], None],
-    recorder: Recorder | None,
-    spans: RequestSpans | None,
     show_stage: ShowStage,
 ) -> tuple[Admission, TextService]:
     """Do everything up to the first request. /health and /ready answer meanwhile."""
     watching = asyncio.create_task(_watch_stage(client, show_stage))
     try:
-        app, state, keys, tokenizer = await run_in_daemon_thread(
-            lambda: _make_app(engine, config, client, server, write_log, recorder, spans)
-        )
+        app, state, keys, tokenizer = await run_in_daemon_thread(make_app)
         admission, service = state.admission, state.service
         if isinstance(server, HttpServer):
             server.app = app
