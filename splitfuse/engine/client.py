@@ -594,37 +594,7 @@ class LocalClient(EngineClient):
         self._news.set()
         match report:
             case StepReport():
-                self._exported |= {name: count for name, count in report.exported.items() if name in self._streams}
-                if report.traced:
-                    _call("a trace", self.on_trace, report.traced)
-                before, self._stats = self._stats, report.stats
-                if 0 < before.token_budget != report.stats.token_budget > 0:
-                    _logger.info("token budget of a step: %d, not %d", report.stats.token_budget, before.token_budget)
-                if report.stats.num_steps != before.num_steps:  # else it tells of requests that ended between steps
-                    _call("a step", self.on_step, report.stats)
-                if self.view is not None:
-                    stats, now = report.stats, time.monotonic()
-                    blocks = stats.num_available_blocks
-                    self.view.take(report.outputs, stats.step_times, available_blocks=blocks, now=now)
-                has_room = report.stats.num_lent_blocks < before.num_lent_blocks
-                for output in report.outputs:
-                    if output.finish_reason is not None:
-                        self._exported.pop(output.request_id, None)
-                        has_room = True
-                    if output.finish_reason is FinishReason.MOVED:
-                        self._move(output)
-                        continue
-                    parts = (part for part in (self._ending, self._moving) if output.request_id in part)
-                    streams = next(parts, self._streams)
-                    if (stream := streams.get(output.request_id)) is not None:
-                        stream.push(output, report.stats.step_seconds)
-                        if output.finish_reason is not None:
-                            del streams[output.request_id]
-                            if output.finish_reason in (FinishReason.STOP, FinishReason.LENGTH):
-                                self.ends.append((time.monotonic(), output.slo_met))
-                            _call("the end of a request", self.on_ended, self, output.request_id)
-                if has_room:
-                    _call("an engine that has room", self.on_available)
+                self._take_step(report)
             case Prefetched():
                 if report.request_id in self._prefetched:  # else it took too long
                     self._prefetched[report.request_id] = report.num_blocks
@@ -637,33 +607,75 @@ class LocalClient(EngineClient):
                 if report.memory_plan:
                     self.on_planned(report.memory_plan)
             case EngineInfo():
-                self._info, self.stage = report, Loading("ready", 1.0)
-                self.view = view_of(report) if self.keeps_view else None
-                # The model's length, which memory may limit, is heeded where it ends an answer.
-                self._identity = tuple(text for name, text in report.identity.items() if name != "max_model_len")
-                self._stats = EngineStats(token_budget=report.token_budget, attainable=report.attainable)
-                self._enter(EngineState.READY)
-                if self._trace_level is not TraceLevel.OFF:  # before any request
-                    self._send(SetTracing(self._trace_level))
-                self._adapters = dict(report.adapters)
-                self._present = set(self._adapters.values())
-                for name, path in self._changed_adapters.items():  # after a restart
-                    self._adapters.pop(name, None)
-                    if path is not None:
-                        self._begin_load(name, path).add_done_callback(partial(_log_failure, name))
-                self._paths = {digest: path for digest, path in self._paths.items() if digest in self._holds}
-                paths = [path for path, _ in self._loading.values()]
-                for digest, path in self._paths.items():
-                    if digest not in self._present and path not in paths:  # it is held, and has lost its name
-                        load = self._begin_load(NAMELESS + digest, path)
-                        load.add_done_callback(partial(_log_failure, f"at {path}"))
-                self._unload_unused()
-                _call("an engine that is ready", self.on_available)
+                self._take_info(report)
             case AdapterLoaded():
                 self._take_adapter(report)
                 _call("an adapter", self.on_available)
             case Failed():
                 self._die(report.error)
+
+    def _take_step(self, report: StepReport) -> None:
+        """Note what a step says of the engine, and hand its outputs to their streams."""
+        self._exported |= {name: count for name, count in report.exported.items() if name in self._streams}
+        if report.traced:
+            _call("a trace", self.on_trace, report.traced)
+        before, self._stats = self._stats, report.stats
+        if 0 < before.token_budget != report.stats.token_budget > 0:
+            _logger.info("token budget of a step: %d, not %d", report.stats.token_budget, before.token_budget)
+        if report.stats.num_steps != before.num_steps:  # else it tells of requests that ended between steps
+            _call("a step", self.on_step, report.stats)
+        if self.view is not None:
+            stats, now = report.stats, time.monotonic()
+            blocks = stats.num_available_blocks
+            self.view.take(report.outputs, stats.step_times, available_blocks=blocks, now=now)
+        has_room = report.stats.num_lent_blocks < before.num_lent_blocks
+        for output in report.outputs:
+            if output.finish_reason is not None:
+                self._exported.pop(output.request_id, None)
+                has_room = True
+            if output.finish_reason is FinishReason.MOVED:
+                self._move(output)
+                continue
+            parts = (part for part in (self._ending, self._moving) if output.request_id in part)
+            streams = next(parts, self._streams)
+            if (stream := streams.get(output.request_id)) is not None:
+                stream.push(output, report.stats.step_seconds)
+                if output.finish_reason is not None:
+                    del streams[output.request_id]
+                    if output.finish_reason in (FinishReason.STOP, FinishReason.LENGTH):
+                        self.ends.append((time.monotonic(), output.slo_met))
+                    _call("the end of a request", self.on_ended, self, output.request_id)
+        if has_room:
+            _call("an engine that has room", self.on_available)
+
+    def _take_info(self, info: EngineInfo) -> None:
+        """Begin with an engine that is ready, perhaps again."""
+        self._info, self.stage = info, Loading("ready", 1.0)
+        self.view = view_of(info) if self.keeps_view else None
+        # The model's length, which memory may limit, is heeded where it ends an answer.
+        self._identity = tuple(text for name, text in info.identity.items() if name != "max_model_len")
+        self._stats = EngineStats(token_budget=info.token_budget, attainable=info.attainable)
+        self._enter(EngineState.READY)
+        if self._trace_level is not TraceLevel.OFF:  # before any request
+            self._send(SetTracing(self._trace_level))
+        self._restore_adapters(info)
+        _call("an engine that is ready", self.on_available)
+
+    def _restore_adapters(self, info: EngineInfo) -> None:
+        """Have an engine load the adapters that were loaded since its start, and those that requests hold."""
+        self._adapters = dict(info.adapters)
+        self._present = set(self._adapters.values())
+        for name, path in self._changed_adapters.items():  # after a restart
+            self._adapters.pop(name, None)
+            if path is not None:
+                self._begin_load(name, path).add_done_callback(partial(_log_failure, name))
+        self._paths = {digest: path for digest, path in self._paths.items() if digest in self._holds}
+        paths = [path for path, _ in self._loading.values()]
+        for digest, path in self._paths.items():
+            if digest not in self._present and path not in paths:  # it is held, and has lost its name
+                load = self._begin_load(NAMELESS + digest, path)
+                load.add_done_callback(partial(_log_failure, f"at {path}"))
+        self._unload_unused()
 
     def _take_adapter(self, report: AdapterLoaded) -> None:
         if report.name not in self._loading:  # the engine has died since
