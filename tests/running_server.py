@@ -19,7 +19,8 @@ from splitfuse.engine.thread import AsyncEngine
 from splitfuse.models.sources.hub import open_model
 from splitfuse.server.access_log import RequestLog
 from splitfuse.server.admission import Admission
-from splitfuse.server.app import make_app
+from splitfuse.server.app import app_of, make_state
+from splitfuse.server.auth import ApiKeys
 from splitfuse.server.listen import HttpServer, listening_sockets
 from splitfuse.server.metrics import Metrics
 from splitfuse.server.traces import TraceHub
@@ -41,7 +42,7 @@ class RunningServer:
         self.metrics = Metrics(self.client)
         self.traces = TraceHub(self.client.engines)
         self.log = io.StringIO()
-        self.app = make_app(
+        state = make_state(
             self.service,
             config,
             admission=self.admission,
@@ -49,6 +50,7 @@ class RunningServer:
             log=RequestLog(self.log.write, log_prompts=config.log_prompts),
             traces=self.traces,
         )
+        self.app = app_of(state, ApiKeys(config))
         self.server = HttpServer(config, max_connections=MAX_CONNECTIONS)
         self.server.app = self.app
         self.loop = asyncio.new_event_loop()

@@ -58,25 +58,6 @@ CLIENT_GONE = 499
 _logger = logging.getLogger(__name__)
 
 
-def make_app(
-    service: TextService,
-    config: ServerConfig,
-    *,
-    admission: Admission,
-    metrics: Metrics,
-    log: RequestLog,
-    traces: TraceHub,
-    name_key: bytes | None = None,
-) -> App:
-    """Return the ASGI application. `name_key` is that of ApiKeys. Raises ConfigError for an api_key_file that cannot be
-    used.
-
-    It neither starts nor ends the engine client. The caller lets `admission` and `metrics` know of steps.
-    """
-    state = make_state(service, config, admission=admission, metrics=metrics, log=log, traces=traces)
-    return app_of(state, ApiKeys(config, name_key=name_key))
-
-
 def make_state(
     service: TextService,
     config: ServerConfig,
@@ -86,7 +67,7 @@ def make_state(
     log: RequestLog,
     traces: TraceHub,
 ) -> AppState:
-    """Return what all routes share."""
+    """Return what all routes share. The caller lets `admission` and `metrics` know of steps."""
     frames = ConsoleStore(traces, lambda: console.describe_model(state)) if config.console else None
     state = AppState(service, config, admission, metrics, log, int(time.time()), AnswerStore.of(config), traces, frames)
     metrics.num_text_restarts = lambda: service.num_ended_processes
