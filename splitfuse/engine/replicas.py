@@ -58,23 +58,7 @@ def make_replicas(
     above it, or if a KV tier, the key or Ray cannot be used.
     """
     most = max(replicas, max_replicas or replicas)
-    is_split = any(role is not EngineRole.MIXED for role in roles)
-    if config.cache.kv_loans and (replicas < 2 or engines or is_split or ray):
-        raise ConfigError(
-            "kv_loans needs another engine to lend, all on this machine and without roles: set replicas to 2 or more "
-            "and leave out engines elsewhere, ray and roles, or leave out kv_loans"
-        )
-    if most > replicas and (config.cache.kv_loans or is_split):
-        fixed = "kv_loans" if config.cache.kv_loans else "roles"
-        raise ConfigError(
-            f"max_replicas is {most}, and with {fixed} there are {replicas} replicas from the start on: leave out "
-            f"max_replicas or {fixed}"
-        )
-    if config.model.rank and most > 1:
-        what = "replicas to 1" if replicas > 1 else "max_replicas to 1, and leave out autoscale"
-        raise ConfigError(
-            f"rank {config.model.rank[0]} computes with one engine at a time, and there could be {most}: set {what}"
-        )
+    _check_together(config, replicas, most, is_spread=bool(engines or ray), roles=roles)
     agreement = Agreement(config, has_local=replicas > 0 and ray is None, given=given)
     secret = None if key_file is None else read_secret(key_file)
     cluster = None
@@ -111,6 +95,29 @@ def make_replicas(
         why_no_more=why_no_more,
         on_close=None if cluster is None else cluster.close,
     )
+
+
+def _check_together(
+    config: EngineConfig, replicas: int, most: int, *, is_spread: bool, roles: Sequence[EngineRole]
+) -> None:
+    """Raise ConfigError for settings that exclude each other. If the engines are spread, some run on other machines."""
+    is_split = any(role is not EngineRole.MIXED for role in roles)
+    if config.cache.kv_loans and (replicas < 2 or is_spread or is_split):
+        raise ConfigError(
+            "kv_loans needs another engine to lend, all on this machine and without roles: set replicas to 2 or more "
+            "and leave out engines elsewhere, ray and roles, or leave out kv_loans"
+        )
+    if most > replicas and (config.cache.kv_loans or is_split):
+        fixed = "kv_loans" if config.cache.kv_loans else "roles"
+        raise ConfigError(
+            f"max_replicas is {most}, and with {fixed} there are {replicas} replicas from the start on: leave out "
+            f"max_replicas or {fixed}"
+        )
+    if config.model.rank and most > 1:
+        what = "replicas to 1" if replicas > 1 else "max_replicas to 1, and leave out autoscale"
+        raise ConfigError(
+            f"rank {config.model.rank[0]} computes with one engine at a time, and there could be {most}: set {what}"
+        )
 
 
 def _here(
