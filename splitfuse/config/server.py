@@ -139,6 +139,24 @@ class ServerConfig:
             raise ConfigError(f"port must be from 0 to 65535, not {self.port}")
         if not self.name or not all(c.isalnum() or c in "-_." for c in self.name) or self.name.startswith("."):
             raise ConfigError(f"name must be made of letters, digits, '-', '_' and '.', not {self.name!r}")
+        self._check_fronts()
+        for name in ("max_queued_requests", "max_queued_tokens", "max_prompts"):
+            check_at_least(name, getattr(self, name), 1)
+        check_at_least("max_stored_responses", self.max_stored_responses, 0)
+        check_size("max_body_mib", self.max_body_mib)
+        check_size("max_stored_mib", self.max_stored_mib)
+        self._check_engines()
+        self._check_recording()
+        for name in ("step_timeout", "drain_timeout", "client_timeout", "keep_alive_timeout"):
+            check_timeout(name, getattr(self, name))
+        if (self.tls_certificate is None) != (self.tls_key is None):
+            raise ConfigError("tls_certificate and tls_key go together: give both or none")
+        if any(not key.strip() for key in self.api_key):
+            raise ConfigError("api_key must not be empty")
+        if not all(key.isprintable() for key in self.api_key):
+            raise ConfigError("api_key must have no line end, nor any other control character, in it")
+
+    def _check_fronts(self) -> None:
         if not 1 <= self.fronts <= MAX_FRONTS:
             raise ConfigError(f"fronts must be from 1 to {MAX_FRONTS}, not {self.fronts}")
         if self.fronts > 1 and sys.platform != "linux":
@@ -151,8 +169,8 @@ class ServerConfig:
                 "fronts and otel are mutually exclusive: a span needs the headers of its request, which stay in a "
                 "front: leave one of them out"
             )
-        for name in ("max_queued_requests", "max_queued_tokens", "max_prompts"):
-            check_at_least(name, getattr(self, name), 1)
+
+    def _check_engines(self) -> None:
         check_at_least("replicas", self.replicas, 0 if self.engine else 1)
         if self.max_replicas is not None and not max(self.num_replicas, 1) <= self.max_replicas <= MAX_ENGINES:
             raise ConfigError(
@@ -185,9 +203,8 @@ class ServerConfig:
             raise ConfigError(f"{name} is for engines elsewhere: name one with engine, or leave it out")
         if self.engine_listen is not None:
             self._check_engine_listen(self.engine_listen)
-        check_at_least("max_stored_responses", self.max_stored_responses, 0)
-        check_size("max_body_mib", self.max_body_mib)
-        check_size("max_stored_mib", self.max_stored_mib)
+
+    def _check_recording(self) -> None:
         check_size("record_max_mib", self.record_max_mib)
         if self.record_max_mib < MIN_RECORD_MIB:
             raise ConfigError(f"record_max_mib must be at least {MIN_RECORD_MIB:g}, not {self.record_max_mib}")
@@ -195,14 +212,6 @@ class ServerConfig:
             raise ConfigError(f"record {self.record!r} must be the path of a file, such as server.rec")
         if self.record is None and self.record_max_mib != ServerConfig.record_max_mib:
             raise ConfigError("record_max_mib is for a recording: set record, or leave it out")
-        for name in ("step_timeout", "drain_timeout", "client_timeout", "keep_alive_timeout"):
-            check_timeout(name, getattr(self, name))
-        if (self.tls_certificate is None) != (self.tls_key is None):
-            raise ConfigError("tls_certificate and tls_key go together: give both or none")
-        if any(not key.strip() for key in self.api_key):
-            raise ConfigError("api_key must not be empty")
-        if not all(key.isprintable() for key in self.api_key):
-            raise ConfigError("api_key must have no line end, nor any other control character, in it")
 
     def _check_engine_listen(self, text: str) -> None:
         host, port = parse_address("engine_listen", text)
