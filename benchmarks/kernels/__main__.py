@@ -25,9 +25,10 @@ from benchmarks.kernels.latent import latent
 from benchmarks.kernels.limits import FORMATS, TILES, Limits, seconds
 from benchmarks.kernels.neighbours import neighbours
 from benchmarks.kernels.recurrent import recurrent
-from benchmarks.kernels.steps import CONTEXT, check_shape, forward, make_chunks, scattered_steps
+from benchmarks.kernels.steps import check_shape, forward, make_chunks, scattered_steps
 from benchmarks.models import SHAPES, ModelShape
 from splitfuse.config.engine import EngineConfig
+from splitfuse.core.slo.cost_model import num_pairs
 from splitfuse.errors import SplitfuseError
 from splitfuse.kernels.cpu.backend import CpuBackend
 from splitfuse.kernels.cpu.bindings import VARIANTS, Heads
@@ -200,16 +201,18 @@ def step(arguments: argparse.Namespace) -> Iterator[Row]:
         linears = len(spec.layers) * sum(n * k for n, k in layer_sizes(shape))
         for rows in arguments.rows or STEP_ROWS:
             generating = rows <= 32
-            chunks = make_chunks(rows, generating)
+            chunks = make_chunks(rows, generating, arguments.beside)
+            kind = "generating" if generating else "a prompt"
+            if not generating and arguments.beside:
+                kind += f" beside {arguments.beside} generating"
+            title = {"format": name, "rows": rows, "kind": kind}
             if arguments.account:
-                title = {"format": name, "rows": rows, "kind": "generating" if generating else "a prompt"}
                 for part in account(executor, chunks, limits, int8=name != "bf16", turns=arguments.turns):
                     yield title | part
                 continue
-            start = CONTEXT if generating else 0
             head_rows = len(chunks)
-            kv = head_rows * start * model.plan.block / model.plan.block_size
-            pairs = rows * (start + 1) if generating else rows * (rows + 1) // 2
+            kv = sum(chunk.start for chunk in chunks) * model.plan.block / model.plan.block_size
+            pairs = sum(num_pairs(chunk.start, len(chunk.token_ids)) for chunk in chunks)
             attended = 4.0 * pairs * attention.num_heads * attention.head_dim * len(spec.layers)
             operations = 2.0 * (rows * linears + head_rows * spec.hidden_size * spec.vocab_size) + attended
             timing = limits.compare(
@@ -219,10 +222,7 @@ def step(arguments: argparse.Namespace) -> Iterator[Row]:
                 int8=name != "bf16",
                 turns=arguments.turns,
             )
-            yield {
-                "format": name,
-                "rows": rows,
-                "kind": "generating" if generating else "a prompt",
+            yield title | {
                 "ms": timing.seconds * 1e3,
                 "read GB/s": timing.bytes_per_second / 1e9,
                 "dots Gop/s": timing.operations_per_second / 1e9,
@@ -283,6 +283,9 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--turns", type=int, default=7)
     parser.add_argument("--no-torch", dest="torch", action="store_false", help="ours alone")
+    parser.add_argument(
+        "--beside", type=int, default=0, choices=range(33), metavar="0..32", help="generating beside a prompt, for step"
+    )
     parser.add_argument("--account", action="store_true", help="of each operator of a step, for step")
     parser.add_argument("--out", type=Path, help="append the rows as JSON lines")
     arguments = parser.parse_args()

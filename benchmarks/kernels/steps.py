@@ -40,11 +40,16 @@ def dense_sizes(spec: ModelSpec) -> dict[str, int]:
     }
 
 
-def make_chunks(rows: int, generating: bool) -> list[Chunk]:
-    if not generating:
-        return [Chunk("prompt", 0, tuple(range(rows)), tuple(range(rows // 32 + 1)), 1, True)]
+def make_chunks(rows: int, generating: bool, beside: int = 0) -> list[Chunk]:
+    """Return the chunks of a step of so many rows: of requests that generate, or of a prompt and `beside` that do."""
     blocks = CONTEXT // 32 + 1
-    return [Chunk(str(i), CONTEXT, (i,), tuple(range(i * blocks, (i + 1) * blocks)), 1, True) for i in range(rows)]
+    decodes = rows if generating else beside
+    chunks = [Chunk(str(i), CONTEXT, (i,), tuple(range(i * blocks, (i + 1) * blocks)), 1, True) for i in range(decodes)]
+    if (count := rows - decodes) > 0:
+        first = decodes * blocks
+        table = tuple(range(first, first + count // 32 + 1))
+        chunks.append(Chunk("prompt", 0, tuple(range(count)), table, 1, True))
+    return chunks
 
 
 def forward(executor: Executor, chunks: list[Chunk]) -> torch.Tensor:

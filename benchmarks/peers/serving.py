@@ -5,7 +5,8 @@ same point of the others, which are stopped meanwhile.
         splitfuse,quantization=int8 vllm,checkpoint=w8a8 vllm,checkpoint=w8a8,max_num_batched_tokens=256
 
 Settings after a comma are each server's own (README.md). Writes results as `splitfuse bench run` does, a file for each
-engine, and a report.html of all. splitfuse/bench does the measuring.
+engine, and a report.html of all. After a run that was broken off the same command measures the points that these files
+lack. splitfuse/bench does the measuring.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ from benchmarks.peers.processes import ProcessGroup, end_in_order_when_told
 from splitfuse.bench.endpoint import Endpoint
 from splitfuse.bench.measure import measure
 from splitfuse.bench.report.page import write_report
-from splitfuse.bench.results import Results, save
+from splitfuse.bench.results import Results, load, save
 from splitfuse.bench.summary import rows
 from splitfuse.bench.workload import Independent, Lengths, Loads
 from splitfuse.runtime.environment import environment_info
@@ -68,16 +69,20 @@ def main() -> None:
         parser.error(str(error))
     clients = tuple(int(count) for count in arguments.clients.split(","))
     arguments.out.mkdir(parents=True, exist_ok=True)
+    kept = {contender.label: kept_results(arguments.out / f"{file_name(contender)}.json") for contender in contenders}
     end_in_order_when_told()
     with ExitStack() as stack:
         servers = []
         for contender in contenders:
-            servers.append(Server(contender, arguments.model.resolve(), arguments.peers.resolve()))
+            model, peers = arguments.model.resolve(), arguments.peers.resolve()
+            servers.append(Server(contender, model, peers, kept[contender.label]))
             stack.callback(servers[-1].end)
             servers[-1].pause()
         for repetition in range(arguments.repeat):
             for count in clients:
                 for server in servers if (repetition + clients.index(count)) % 2 == 0 else reversed(servers):
+                    if is_measured(kept[server.contender.label], count, repetition):
+                        continue
                     loads = Loads(
                         clients=(count,), requests=arguments.requests, repeat=1, prompt_speed=arguments.prompt_speed
                     )
@@ -89,14 +94,41 @@ def main() -> None:
     print(arguments.out / "report.html")
 
 
+def file_name(contender: Contender) -> str:
+    """Return the name of a contender's file of results, without its ending."""
+    return contender.label.replace(",", "-").replace("=", "-").replace("/", "-")
+
+
+def kept_results(path: Path) -> Results | None:
+    """Return the points that this command has measured before; None if there are none. Ends the program if the file has
+    those of another command.
+    """
+    if not path.exists():
+        return None
+    kept = load(path)
+    if kept.about.get("command") != COMMAND:
+        sys.exit(
+            f"{path} has points of another command: choose another --out, or remove it. {kept.about.get('command')}"
+        )
+    return kept
+
+
+def is_measured(kept: Results | None, clients: int, repetition: int) -> bool:
+    """Return whether a point is among those that were measured before."""
+    points = () if kept is None else kept.points
+    return any((point.clients, point.repetition) == (clients, repetition) for point in points)
+
+
 class Server:
     """An engine behind HTTP, in processes of its own, which are stopped until they are driven."""
 
-    def __init__(self, contender: Contender, model: Path, peers: Path) -> None:
-        """Start it and wait until it answers. Raises RuntimeError with the end of its log if that fails."""
+    def __init__(self, contender: Contender, model: Path, peers: Path, kept: Results | None = None) -> None:
+        """Start it and wait until it answers; `kept` are its points of a run before. Raises RuntimeError with the end
+        of its log if that fails.
+        """
         self.contender = contender
-        self.name = contender.label.replace(",", "-").replace("=", "-").replace("/", "-")
-        self._results: Results | None = None
+        self.name = file_name(contender)
+        self._results = kept
         with socket.socket() as probe:
             probe.bind((HOST, 0))
             self._port: int = probe.getsockname()[1]
