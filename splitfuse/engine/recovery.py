@@ -5,8 +5,9 @@ would have been. The client sees a pause.
 
 One of the requests that were in the step in flight, or new at the engine, may have killed it, and would kill the next
 one with all the others. So these are suspects, and on trial until they have come past that step: at each engine first
-one, the shortest, then with each that has passed one more at once. If an engine dies of several, each of them is tried
-alone, and one that kills another engine then is put into quarantine (quarantine.py). docs/decisions/0047 says more.
+one, the shortest, and with the first output of each one more at once. If an engine dies of several, each of them is
+tried alone, and one that kills another engine then is put into quarantine (quarantine.py). docs/decisions/0047 and 0075
+say more.
 """
 
 from __future__ import annotations
@@ -37,6 +38,10 @@ MAX_LOST = 10
 TRIAL_OUTPUTS = 3
 """Number of outputs with tokens after which a trial ends. At its death an engine may have planned a step ahead, and the
 output of the one before may not have arrived.
+"""
+NEXT_OUTPUTS = 1
+"""Number of outputs with tokens after which a request on trial keeps no others from theirs, unless it is tried alone.
+Mostly the step in flight was to give the first of them; it takes the next ones beside those which are tried then.
 """
 TRIAL_SECONDS = 30.0
 """Seconds for which requests on trial keep others from a trial at their engine, from the beginning of the last one."""
@@ -80,19 +85,19 @@ class _Wait:
 
 @dataclass
 class _Trial:
-    """Holds the streams that are on trial at an engine and keep others from it."""
+    """Holds the streams that are on trial at an engine, as far as others heed them."""
 
     streams: list[Stream] = field(default_factory=list)
     most: int = 1
-    """Number of streams that may be tried at once."""
+    """Number of streams that may keep others from their trial at once."""
     until: float = math.inf
-    """Time of the event loop from which on they keep others no more."""
+    """Time of the event loop from which on none is heeded."""
 
     def has_place(self, stream: Stream) -> bool:
         """Return whether a stream can be tried too."""
         if any(_is_tried_alone(each) for each in (stream, *self.streams)):
             return not self.streams
-        return len(self.streams) < self.most
+        return sum(each.num_outputs_here < NEXT_OUTPUTS for each in self.streams) < self.most
 
     def end(self, stream: Stream) -> None:
         if stream in self.streams:
@@ -228,17 +233,21 @@ class Recovery:
         """Put a request on trial, which has gone on at an engine."""
         trial = self._trials[engine]
 
+        is_counted = False
+
         def heard(output: RequestOutput) -> None:
-            is_past = stream.num_outputs_here >= TRIAL_OUTPUTS or output.finish_reason in (
-                FinishReason.STOP,
-                FinishReason.LENGTH,
-            )
+            nonlocal is_counted
+            has_answered = output.finish_reason in (FinishReason.STOP, FinishReason.LENGTH)
+            is_past = has_answered or stream.num_outputs_here >= TRIAL_OUTPUTS
+            is_next = not is_counted and (has_answered or stream.num_outputs_here >= NEXT_OUTPUTS)
+            if is_next:
+                is_counted, trial.most = True, trial.most + 1
             if is_past or output.finish_reason is not None:
                 self._end_trial(engine, stream)
                 if is_past:
                     stream.is_cleared = True
-                    trial.most += 1
                     engine.absolve(stream.request)
+            if is_next or is_past or output.finish_reason is not None:
                 self._advance()
 
         trial.streams.append(stream)

@@ -123,7 +123,8 @@ def test_engines_are_restarted_one_after_the_other_under_load() -> None:
 
 def test_a_request_that_kills_engines_is_found_and_the_others_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
     """The front kills an engine whenever it has the request in the step in flight."""
-    monkeypatch.setattr(recovery, "TRIAL_OUTPUTS", 50)  # a busy front may look only some steps later
+    for name in "TRIAL_OUTPUTS", "NEXT_OUTPUTS":
+        monkeypatch.setattr(recovery, name, 50)  # a busy front may look only some steps later
     wanted = requests(6, max_tokens=200)
     killer = Add("killer", (5, 6, 7), SamplingParams(max_tokens=900, ignore_eos=True))
 
@@ -262,17 +263,17 @@ def test_suspects_go_on_alone_the_shortest_first_then_more_at_once(model: AsyncE
             first.give("b", 7, 7, 7, 7)
             first.go()
 
-            def clear(name: str) -> str:
-                """Give a request what ends its trial, and return who goes on then."""
+            def give(name: str) -> str:
+                """Give a request on trial a token, and return who goes on then."""
                 assert streams[name].on_trial
                 before = second.added
-                for token in range(recovery.TRIAL_OUTPUTS):
-                    assert second.added == before
-                    second.give(name, token)
+                second.give(name, 5)
                 return "".join(second.added[len(before) :])
 
             assert second.added == ["c"]
-            assert [clear(name) for name in "cba"] == ["ba", "fe", "dg"]
+            assert [give(name) for name in "cba"] == ["ba", "fe", "dg"]
+            assert [give(name) for name in "cbacba"] == [""] * 6, "they take what is left of their trial beside others"
+            assert [stream.on_trial for stream in streams.values()] == [name not in "abch" for name in streams]
             point = next(each for each in second.sent if isinstance(each, Add) and each.request_id == "b").resume_point
             assert point is not None and point.token_ids == (7,) * 4 and len(point.token_times) == 4
             first.come()  # it has seen none of them pass
@@ -282,7 +283,10 @@ def test_suspects_go_on_alone_the_shortest_first_then_more_at_once(model: AsyncE
     run(test())
 
 
-def test_those_of_which_an_engine_died_together_are_tried_alone(model: AsyncEngine) -> None:
+@pytest.mark.parametrize("num_given", range(recovery.TRIAL_OUTPUTS))
+def test_those_of_which_an_engine_died_together_are_tried_alone(num_given: int, model: AsyncEngine) -> None:
+    """One kills each engine that has given it so many outputs."""
+
     async def test() -> None:
         engine = Quarantined(model, Quarantine())
         async with running(engine) as router:
@@ -292,14 +296,15 @@ def test_those_of_which_an_engine_died_together_are_tried_alone(model: AsyncEngi
             engine.go()
             engine.come()
             while not killer.is_over:
-                if "killer" in engine._streams:
+                is_killing = "killer" in engine._streams and killer.num_outputs_here == num_given
+                if is_killing:
                     num_deaths += 1
                     is_alone = sum(stream.on_trial for stream in engine._streams.values()) == 1
                     assert is_alone == (num_deaths > 1)
                     engine.in_flight = list(engine._streams)
                     engine.go()
                     engine.come()
-                for name in list(engine._streams) if "killer" not in engine._streams else ():
+                for name in list(engine._streams) if not is_killing else ():
                     engine.give(name, 1)
             assert num_deaths == 3
             with pytest.raises(RequestQuarantinedError):
