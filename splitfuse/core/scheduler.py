@@ -192,6 +192,7 @@ class Scheduler:
         reason: FinishReason,
         *,
         num_tokens: int | None = None,
+        num_there: int | None = None,
         now: float = 0.0,
         wanted_until: float | None = None,
     ) -> bool:
@@ -199,13 +200,16 @@ class Scheduler:
 
         `wanted_until` is when its caller gave it up, if that was earlier. Its blocks come back at once, or with the
         last of its plans in flight. Returns False if there is no such unfinished request; and with MOVED if it has
-        plans in flight: it leaves in the `update` of the last one.
+        plans in flight: it leaves in the `update` of the last one. Then it takes its blocks along but for the first
+        `num_there`, or those that were saved for it.
         """
         request = self.get(request_id)
         if request is None or request.is_finished:
             return False
         if reason is FinishReason.MOVED:
             request.most_here = 0
+            if num_there is not None:
+                request.kv.num_saved_blocks = min(request.kv.num_saved_blocks, num_there)
             if request.num_plans_in_flight:
                 return False
             self.requests.leave(request, now, wanted_until)

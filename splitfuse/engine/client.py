@@ -445,12 +445,14 @@ class LocalClient(EngineClient):
         self.is_drained = True
         return [*self._streams.values(), *self._moving.values()]
 
-    def move(self, stream: Stream) -> None:
-        """Let a stream go on elsewhere from the end of the step in flight on, if it is here."""
+    def move(self, stream: Stream, *, num_there: int | None = None) -> None:
+        """Let a stream go on elsewhere from the end of the step in flight on, if it is here, with its blocks but for
+        the first `num_there`; left out, with those that were not laid ready before.
+        """
         request_id = stream.request.request_id
         if self.has(stream):
             self._moving[request_id] = self._streams.pop(request_id)
-            self._send(Finish(request_id, FinishReason.MOVED))
+            self._send(Finish(request_id, FinishReason.MOVED, num_there=num_there))
 
     def has(self, stream: Stream) -> bool:
         """Return whether a stream is here, and does not leave."""

@@ -530,8 +530,14 @@ class Engine:
             if request.loan is not None:
                 self._close_channel(request.loan.number)
             return RequestOutput(request_id, finish_reason=reason)
-        kept, until = command.num_tokens, command.ended
-        if not self.scheduler.finish(request_id, reason, num_tokens=kept, now=now, wanted_until=until):
+        is_over = self.scheduler.finish(
+            *(request_id, reason),
+            num_tokens=command.num_tokens,
+            num_there=command.num_there,
+            now=now,
+            wanted_until=command.ended,
+        )
+        if not is_over:
             return None
         self._save_departing()
         if self.tiers is not None and self._tier_files is not None and not self.has_unfinished:  # no plan would come

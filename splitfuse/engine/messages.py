@@ -116,6 +116,10 @@ class Finish(msgspec.Struct, frozen=True, tag=True):
     num_tokens: int | None = None
     ended: float | None = None
     """Time at which the client finished it (monotonic clock); None: on receipt."""
+    num_there: int | None = None
+    """Number of its leading KV blocks that the engine has on which it goes on: those behind them go with it. None: as
+    many as were laid ready.
+    """
 
 
 class Lend(msgspec.Struct, frozen=True, tag=True):

@@ -2,8 +2,8 @@
 
 The old engine lays the blocks of a request ready where others can fetch them, a window at a time, and the new one
 fetches them into its prefix cache, while the old one still gives tokens. Only when all but the newest are there the old
-one lets go, with its last token, and lays the rest ready. So the client waits for about a step, however long its
-request is; what does not come in time is computed again.
+one lets go, with its last token, and lays the rest ready, and what the new one has forgotten meanwhile. So the client
+waits for about a step, however long its request is; what does not come in time is computed again.
 
 In a drain, the blocks of all requests that others have room for come before the first of them leaves, as far as that
 takes AHEAD_SECONDS: until then the new engine may have no request, whose steps would be longer for what lands and for
@@ -118,6 +118,7 @@ class Mover:
             async with leaving:
                 if source.is_drained:  # with few requests left, it is faster than what it has to bring
                     await bring(stream, once=is_brought)
+                    await self._count_again(source, stream)
                 stays = source.has(stream) and not (source.is_drained and self._can_leave(stream, source))
                 if stays:
                     self.take_receiver(stream)
@@ -157,16 +158,10 @@ class Mover:
         return coming
 
     async def _follow(self, stream: Stream, source: LocalClient, receiver: LocalClient) -> None:
-        request, info, num_there = stream.request, source.info, 0
-        names, size = self._name_blocks(request), info.limits.block_size
+        request, names, num_there = stream.request, self._name_blocks(stream.request), 0
         while (end := min(await source.wait_exported(stream, num_there), len(names))) > num_there:
-            tokens = request.prompt_token_ids
-            blocks = [tokens[start : start + size] for start in range(num_there * size, end * size, size)]
             try:
-                async with asyncio.timeout(STAGE_SECONDS):
-                    num_come = await receiver.prefetch(
-                        request.request_id, names[num_there:end], blocks, info.block_sources
-                    )
+                num_come = await _prefetch(receiver, source, request, names[num_there:end], first=num_there)
             except TimeoutError:
                 return
             if num_come < end - num_there or end == len(names):
@@ -204,11 +199,22 @@ class Mover:
         finally:
             self._num_moving[source] -= 1
 
+    async def _count_again(self, source: LocalClient, stream: Stream) -> None:
+        """Note how many leading blocks the engine to which a stream goes still has of those that it was brought: for
+        other requests it may have forgotten some.
+        """
+        if (coming := self._coming.get(stream)) is not None and coming.num_there and coming.can_have(stream):
+            request, num_there = stream.resumption(0.0), coming.num_there
+            names = self._name_blocks(request)[:num_there]
+            coming.num_there = 0  # if it does not say
+            with contextlib.suppress(TimeoutError):
+                coming.num_there = await _prefetch(coming.receiver, source, request, names)
+
     async def _hand_over(self, source: LocalClient, stream: Stream) -> None:
         """Let a stream go, and wait until it goes on, unless the engine to which its blocks were brought is full."""
         coming = self._coming.get(stream)
         is_awaited = coming is not None and self._fits(coming.receiver)
-        source.move(stream)
+        source.move(stream, num_there=None if coming is None else coming.num_there)
         if coming is None or not is_awaited:
             return
         receiver = coming.receiver
@@ -223,11 +229,10 @@ class Mover:
     async def _bring_to(self, coming: _Coming, source: LocalClient, stream: Stream, *, once: bool) -> None:
         """Bring the full blocks of a stream to an engine, all but the newest, as far as they come in time."""
         info, receiver, num_there = source.info, coming.receiver, coming.num_there
-        size, request_id = info.limits.block_size, stream.request.request_id
         while receiver.fetches_from(source) and coming.can_have(stream) and source.has(stream):
             request = stream.resumption(0.0)
             names = self._name_blocks(request)
-            end = min(len(names), stream.num_computed // size)
+            end = min(len(names), stream.num_computed // info.limits.block_size)
             if end - num_there <= NEWEST_BLOCKS:
                 return
             end = min(end, num_there + max(info.num_export_slots // 2 // self._num_moving[source], 1))
@@ -236,10 +241,7 @@ class Mover:
                     end = min(end, await source.export(stream, end, more_than=num_there))
                 if end <= num_there:
                     return
-                tokens = request.known_tokens
-                blocks = [tokens[start : start + size] for start in range(num_there * size, end * size, size)]
-                async with asyncio.timeout(STAGE_SECONDS):
-                    num_come = await receiver.prefetch(request_id, names[num_there:end], blocks, info.block_sources)
+                num_come = await _prefetch(receiver, source, request, names[num_there:end], first=num_there)
             except TimeoutError:
                 return
             if num_come < end - num_there:
@@ -247,3 +249,16 @@ class Mover:
             coming.num_there = num_there = end
             if once:
                 return
+
+
+async def _prefetch(
+    receiver: LocalClient, source: LocalClient, request: Add, names: Sequence[bytes], *, first: int = 0
+) -> int:
+    """Let an engine fetch blocks of these names, from block `first` of a request on, as far as it lacks them. Returns
+    how many of them it has then; raises TimeoutError.
+    """
+    size, tokens = source.info.limits.block_size, request.known_tokens
+    starts = range(first * size, (first + len(names)) * size, size)
+    blocks = [tokens[start : start + size] for start in starts]
+    async with asyncio.timeout(STAGE_SECONDS):
+        return await receiver.prefetch(request.request_id, names, blocks, source.info.block_sources)

@@ -330,6 +330,85 @@ def test_a_drain_computes_at_most_a_block_of_each_again(is_narrow: bool, monkeyp
     asyncio.run(asyncio.wait_for(test(), PATIENCE))
 
 
+@pytest.mark.parametrize("is_kept", [True, False], ids=["is fetched again", "goes along"])
+def test_what_the_other_engine_forgets_is_not_computed_again(is_kept: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another request takes the places of the blocks that were brought. They still lie ready, or do not any more."""
+    for bound in ("engine.moving.STAGE_SECONDS", "core.kv.fetching.LONGEST_FETCH", "core.kv.prefetching.LONGEST_FETCH"):
+        monkeypatch.setattr(f"splitfuse.{bound}", PATIENCE)
+    monkeypatch.setattr("splitfuse.engine.moving.AHEAD_SECONDS", PATIENCE)
+    prompts = [tuple(Random(n).randrange(5, 700) for _ in range(length)) for n, length in enumerate((300, 1100))]
+    wanted, large = (
+        msgspec.structs.replace(request, prompt_token_ids=prompt)
+        for request, prompt in zip(requests(2, max_tokens=600), prompts, strict=True)
+    )
+    bring, count_again = Mover._bring, Mover._count_again
+
+    async def test() -> None:
+        config = EngineConfig.from_settings({**SETTINGS, "num_blocks": 36})
+        model = load_model(config)
+        files, _ = open_tiers(config.cache, for_moves=True)
+        assert files is not None
+        made = [Engine(config, model, name_key=b"k", tier_files=part) for part in files.split(2)]
+        first, second = map(AsyncEngine, made)
+        async with running(first, second, name_key=b"k") as router:
+            num_there: list[int] = []  # before and after it is asked
+            num_fetched: list[int] = []
+
+            async def bring_and_forget(self: Mover, source: LocalClient, stream: Stream, *, once: bool = False) -> None:
+                await bring(self, source, stream, once=once)
+                if not once:
+                    salted = SchedulingOptions(cache_salt=stream.request.scheduling.cache_salt)
+                    params = SamplingParams(max_tokens=1)
+                    other = msgspec.structs.replace(large, request_id="large", params=params, scheduling=salted)
+                    await read(second.open(other))
+
+            def note() -> None:
+                num_there.append(max((coming.num_there for coming in router._mover._coming.values()), default=0))
+                assert made[1].tiers is not None
+                num_fetched.append(made[1].tiers.stats.num_fetched)
+
+            async def note_counts(self: Mover, source: LocalClient, stream: Stream) -> None:
+                assert made[0].tiers is not None
+                (tier,) = made[0].tiers._tiers
+                for name in () if is_kept else list(tier.file._index):
+                    tier.file.drop(name)
+                note()
+                await count_again(self, source, stream)
+                note()
+
+            monkeypatch.setattr(Mover, "_bring", bring_and_forget)
+            monkeypatch.setattr(Mover, "_count_again", note_counts)
+
+            def open_at_first(name: str) -> Stream:
+                second.is_drained = True
+                stream = router.open(msgspec.structs.replace(wanted, scheduling=SchedulingOptions(cache_salt=name)))
+                second.is_drained = False
+                return stream
+
+            whole = await read(open_at_first("alone"))
+            alone = sum(stats.num_computed_tokens for stats in router.stats)
+            for number in count():
+                before = sum(stats.num_computed_tokens for stats in router.stats)
+                stream = open_at_first(f"{number}")
+                reading = asyncio.create_task(read(stream))
+                await until(lambda stream=stream: stream.num_tokens > 20)  # type: ignore[misc]
+                num_there.clear()
+                num_fetched.clear()
+                await router.drain_engine(0)
+                assert await reading == whole
+                if stream.num_resumed:
+                    break
+                router.undrain_engine(0)  # it had ended before it could move
+            if is_kept:
+                assert num_there[0] == num_there[1] > 0 and num_fetched[1] > num_fetched[0], "some were forgotten"
+            else:
+                assert num_there[0] > num_there[1] and num_fetched[1] == num_fetched[0]
+            computed = sum(stats.num_computed_tokens for stats in router.stats) - before - len(large.prompt_token_ids)
+            assert computed - alone <= BLOCK
+
+    asyncio.run(asyncio.wait_for(test(), PATIENCE))
+
+
 @pytest.mark.parametrize("is_undrained", [False, True])
 def test_those_whose_blocks_are_there_leave_before_others(is_undrained: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """The blocks of two that follow do not come. Then the engine is not drained any more, or they come late."""
