@@ -5,13 +5,15 @@
 
 The engines are processes with a core each. The pause of a stream is the time between its last output at the engine that
 is drained or killed and its first at the other one. It is counted in usual gaps, the median between two outputs of a
-stream from when all have begun, and in steps of the other engine.
+stream from when all have begun, and in steps of the other engine. Of the longest pause of a drain these are printed,
+with their times and tokens: what is not in them was waiting.
 
 Drains are compared with runs without one; tokens that were computed again are those of all steps of both engines, less
 those of the run without. Kills (SIGKILL) are compared without and with a memory tier, in turns; tokens that were
 computed again are those that the other engine computes beyond one for each that it gives. The killed engine is
-restarted meanwhile, on its own core. Then the other engine computes as many tokens as new prompts, sent at once: what
-of a pause without a tier is not that is finding out, and trying some requests before others.
+restarted meanwhile, on its own core. After each kill without a tier the other engine is sent as many tokens as new
+prompts, all at once, with answers that go on as long: their times to the first token are what recomputing takes. What
+of a pause is not that is finding out, the step that was lost, and trying some requests before others.
 """
 
 from __future__ import annotations
@@ -49,8 +51,8 @@ class Answer:
     token_ids: list[int] = field(default_factory=list)
     times: list[float] = field(default_factory=list)
     pause: float = 0.0
-    num_steps: int = 0
-    """Steps of the other engine in the pause."""
+    steps: list[tuple[float, int]] = field(default_factory=list)
+    """Seconds and tokens of the steps of the other engine that ended in the pause."""
     num_elsewhere: int = 0
     """Tokens that the other engine has given."""
 
@@ -65,7 +67,7 @@ class Run:
     num_computed_elsewhere: int = 0
     """Number of tokens that the other engine has computed."""
     seconds: float = 0.0
-    """Time that the drain took."""
+    """Time that the drain took, or until a kill was noticed."""
     began: float = 0.0
     """Time from which on gaps count: all streams had begun."""
 
@@ -86,8 +88,8 @@ class Run:
         return sum(each.token_ids == again.token_ids for each, again in pairs)
 
 
-async def read(stream: Stream, router: Router) -> Answer:
-    """Read a stream to its end."""
+async def read(stream: Stream, steps: list[tuple[float, int]]) -> Answer:
+    """Read a stream to its end; `steps` are those of the other engine so far."""
     answer, num_resumed, num_steps = Answer(), 0, 0
     async with stream:
         async for output in stream:
@@ -95,8 +97,8 @@ async def read(stream: Stream, router: Router) -> Answer:
             if stream.num_resumed > num_resumed:
                 num_resumed = stream.num_resumed
                 answer.pause = now - answer.times[-1]
-                answer.num_steps = router.stats[1].num_steps - num_steps
-            num_steps = router.stats[1].num_steps
+                answer.steps = steps[num_steps:]
+            num_steps = len(steps)
             answer.token_ids += output.token_ids
             answer.num_elsewhere += len(output.token_ids) if num_resumed else 0
             answer.times.append(now)
@@ -128,7 +130,9 @@ async def run(router: Router, flags: argparse.Namespace, salt: str, *, end: str 
     second.is_drained = True
     streams = [router.open(request) for request in make_requests(flags, salt)]
     second.is_drained = False
-    reading = [asyncio.create_task(read(stream, router)) for stream in streams]
+    steps: list[tuple[float, int]] = []
+    second.on_step = lambda stats: steps.append((stats.step_seconds, stats.step_tokens))
+    reading = [asyncio.create_task(read(stream, steps)) for stream in streams]
     while min(stream.num_tokens for stream in streams) < flags.before:
         await asyncio.sleep(0.005)
     began, seconds = time.monotonic(), 0.0
@@ -139,6 +143,8 @@ async def run(router: Router, flags: argparse.Namespace, salt: str, *, end: str 
         assert isinstance(first, SupervisedEngine) and first.pid is not None
         os.kill(first.pid, signal.SIGKILL)
         first.is_drained = True  # all go to the other one, though it is restarted soon
+        await first.wait_until(lambda: first.state is not EngineState.READY)
+        seconds = time.monotonic() - began
     answers = await asyncio.gather(*reading)
     computed, elsewhere = num_computed(router)
     router.undrain_engine(0)
@@ -152,17 +158,28 @@ def num_computed(router: Router) -> tuple[int, int]:
     return sum(numbers), numbers[1]
 
 
-async def alone(router: Router, flags: argparse.Namespace, num_prompt: int) -> list[float]:
+async def recomputing(router: Router, flags: argparse.Namespace, salt: str, num_prompt: int) -> list[float]:
     """Return the seconds after which new prompts of that length, all sent at once to the second engine, have their
-    first tokens.
+    first tokens. Their answers go on until all have one.
     """
     first, _ = router.replicas
     first.is_drained = True
     began = time.monotonic()
-    streams = [router.open(request) for request in make_requests(flags, "alone", num_prompt=num_prompt, most=1)]
-    answers = await asyncio.gather(*(read(stream, router) for stream in streams))
+    streams = [router.open(request) for request in make_requests(flags, salt, num_prompt=num_prompt, most=flags.after)]
+    seconds = await asyncio.gather(*(first_token(stream, began) for stream in streams))
+    for stream in streams:
+        stream.close()
+    await router.replicas[1].wait_until(lambda: not router.replicas[1].num_open)
     first.is_drained = False
-    return [answer.times[0] - began for answer in answers]
+    return seconds
+
+
+async def first_token(stream: Stream, began: float) -> float:
+    """Return after how many seconds a stream has its first token."""
+    async for output in stream:
+        if output.token_ids:
+            return time.monotonic() - began
+    raise AssertionError("it has a token")
 
 
 async def started(flags: argparse.Namespace, **settings: Any) -> Router:
@@ -179,7 +196,8 @@ async def compare_drains(flags: argparse.Namespace) -> None:
             whole = await run(router, flags, f"stay{number}")
             drained = await run(router, flags, f"move{number}", end="drain")
             usual, pauses = median(drained.gaps), [answer.pause for answer in drained.moved] or [0.0]
-            steps, stays = max((answer.num_steps for answer in drained.moved), default=0), whole.gaps
+            longest = max(drained.moved, key=lambda answer: answer.pause, default=Answer())
+            steps, stays = max((len(answer.steps) for answer in drained.moved), default=0), whole.gaps
             print(
                 f"moved {len(drained.moved)} of {len(drained.answers)}, equal {drained.num_equal(whole)}, in "
                 f"{drained.seconds:.2f} s; usual gap {1e3 * usual:.1f} ms; pauses: median {median(pauses) / usual:.1f} "
@@ -188,6 +206,8 @@ async def compare_drains(flags: argparse.Namespace) -> None:
                 f"computed again: {drained.num_computed - whole.num_computed} tokens",
                 flush=True,
             )
+            of_longest = ", ".join(f"{1e3 * seconds:.1f} ms ({count} tokens)" for seconds, count in longest.steps)
+            print(f"  steps in the longest pause, {1e3 * longest.pause:.1f} ms: {of_longest}", flush=True)
     finally:
         await router.close()
 
@@ -196,7 +216,7 @@ async def compare_kills(flags: argparse.Namespace) -> None:
     """Print how long streams pause at a kill, without and with a memory tier."""
     routers = {"without a tier": await started(flags)}
     pauses: dict[str, list[float]] = {}
-    num_more = 0  # tokens of each that were generated when the engine died
+    beyond: list[tuple[float, float]] = []  # seconds that the median and the longest pause of a kill are longer
     try:
         routers["with a tier"] = await started(flags, kv_memory_tier=TIER)
         whole = {name: await run(router, flags, "whole") for name, router in routers.items()}
@@ -206,23 +226,30 @@ async def compare_kills(flags: argparse.Namespace) -> None:
                 found = [answer.pause for answer in killed.moved]
                 pauses.setdefault(name, []).extend(found)
                 again = killed.num_computed_elsewhere - sum(answer.num_elsewhere for answer in killed.answers)
-                num_more = max(num_more, again // flags.streams - flags.tokens)
                 print(
                     f"{name}: went on {len(found)} of {len(killed.answers)}, equal {killed.num_equal(whole[name])}; "
-                    f"pauses: median {median(found):.2f} s, longest {max(found):.2f} s; computed again: {again} tokens",
+                    f"noticed after {1e3 * killed.seconds:.1f} ms; pauses: median {median(found):.3f} s, longest "
+                    f"{max(found):.3f} s; computed again: {again} tokens",
                     flush=True,
                 )
+                if name == "without a tier":
+                    length = again // flags.streams
+                    computed = await recomputing(router, flags, f"again{number}", length)
+                    beyond.append((median(found) - median(computed), max(found) - max(computed)))
+                    print(
+                        f"  as new prompts of {length} tokens: first tokens after {median(computed):.3f} s (median), "
+                        f"{max(computed):.3f} s (last)",
+                        flush=True,
+                    )
         without, with_tier = pauses["without a tier"], pauses["with a tier"]
-        step, length = median(whole["without a tier"].gaps), flags.tokens + num_more
-        computed = await alone(routers["without a tier"], flags, length)
-        beyond = [figure(without) - figure(computed) for figure in (median, max)]
-        print(
-            f"computing {flags.streams} prompts of {length} tokens: first tokens after {median(computed):.2f} s "
-            f"(median), {max(computed):.2f} s (last); pauses without a tier are longer by {beyond[0] / step:.1f} and "
-            f"{beyond[1] / step:.1f} steps of {1e3 * step:.1f} ms"
-        )
-        for which, figure in (("median", median), ("longest", max)):
-            print(f"{which} pause with a tier / without: {figure(with_tier) / figure(without):.3f}")
+        step = median(whole["without a tier"].gaps)
+        for index, (which, figure) in enumerate((("median", median), ("longest", max))):
+            steps = sorted(each[index] / step for each in beyond)
+            print(
+                f"{which} pause without a tier: longer than recomputing by {median(steps):.1f} steps of "
+                f"{1e3 * step:.1f} ms ({steps[0]:.1f} to {steps[-1]:.1f}); with a tier / without: "
+                f"{figure(with_tier) / figure(without):.3f}"
+            )
     finally:
         for router in routers.values():
             await router.close()
