@@ -20,11 +20,12 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from random import Random
 from statistics import median
+from types import MappingProxyType
 from typing import Any
 
 import httpx
@@ -102,26 +103,42 @@ def main() -> None:
     parser.add_argument("--body", type=json.loads, default={})
     parser.add_argument("--stop", action="store_true")
     arguments, flags = parser.parse_known_args()
-    folder, rng = Path(tempfile.mkdtemp(prefix="soak-")), Random(0)
     number = signal.SIGSTOP if arguments.stop else signal.SIGKILL
-    of_case, fields = CASES[arguments.case](folder)
-    bodies = [make_body(rng, seed, fields | arguments.body) for seed in range(STREAMS)]
-    own = (f"--replicas={arguments.replicas}", "--num-blocks=2000", *of_case, *flags)
+    own = (f"--replicas={arguments.replicas}", *flags)
+    runs = range(arguments.first, arguments.first + arguments.runs)
+    sys.exit(not signal_all(arguments.case, runs, own, fields=arguments.body, number=number))
+
+
+def signal_all(
+    case: str,
+    runs: range,
+    flags: Sequence[str],
+    *,
+    fields: Mapping[str, Any] = MappingProxyType({}),
+    number: signal.Signals = signal.SIGKILL,
+) -> bool:
+    """Do the runs of these numbers, and print what happened. Returns whether all texts were those without a signal, and
+    all streams ran at each.
+    """
+    folder, rng = Path(tempfile.mkdtemp(prefix="soak-")), Random(0)
+    of_case, of_bodies = CASES[case](folder)
+    bodies = [make_body(rng, seed, {**of_bodies, **fields}) for seed in range(STREAMS)]
     equal = errors = resumed = num_whole = 0
     pauses: list[float] = []
     with (
-        server_process(folder, f"soak-{folder.name}", *own) as server,
+        server_process(folder, f"soak-{folder.name}", "--num-blocks=2000", *of_case, *flags) as server,
         server.client() as client,
         httpx.Client(base_url=client.url, timeout=LIMIT, trust_env=False) as http,
     ):
+        num_engines = len(children(server.process.pid))
         whole = stream_all(http, bodies)
         if failed := [answer.error for answer in whole if answer.error]:
             sys.exit(f"without a signal: {failed[0]}")
         usual = [answer.longest_gap for answer in whole]
-        for run in range(arguments.first, arguments.first + arguments.runs):
-            while len(children(server.process.pid)) < arguments.replicas or http.get("/ready").status_code != 200:
+        for run in runs:
+            while len(children(server.process.pid)) < num_engines or http.get("/ready").status_code != 200:
                 time.sleep(0.05)
-            share = Random(f"{arguments.case} {run}").uniform(0.02, LATEST)
+            share = Random(f"{case} {run}").uniform(0.02, LATEST)
             kill = Signal(server, number, [len(answer.times) for answer in whole], share)
             answers = stream_all(http, bodies, kill)
             same = [a.text == b.text and not a.error for a, b in zip(answers, whole, strict=True)]
@@ -141,8 +158,8 @@ def main() -> None:
                 if answer.error:
                     print(f"  {answer.error}", flush=True)
     print(
-        f"{arguments.case}: {equal} of {arguments.runs * STREAMS} texts equal, {errors} errors, {resumed} resumed, "
-        f"{num_whole} of {arguments.runs} signals while all ran"
+        f"{case}: {equal} of {len(runs) * STREAMS} texts equal, {errors} errors, {resumed} resumed, "
+        f"{num_whole} of {len(runs)} signals while all ran"
     )
     if pauses:
         print(
@@ -151,7 +168,7 @@ def main() -> None:
         )
     print("log of the server:\n" + "\n".join(line for line in server.said.splitlines() if "ready again" in line))
     shutil.rmtree(folder)
-    sys.exit(int(equal < arguments.runs * STREAMS or num_whole < arguments.runs))
+    return equal == len(runs) * STREAMS and num_whole == len(runs)
 
 
 def make_body(rng: Random, seed: int, more: dict[str, Any]) -> dict[str, Any]:
