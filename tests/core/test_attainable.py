@@ -44,8 +44,8 @@ def test_a_prompt_that_takes_most_of_its_target_is_said() -> None:
     )
     machine = found(SLOW_BF16.slower(2.0), SloTargets(ttft_per_token=1 / 512, itl=0.06))
     assert str(machine) == (
-        "what this machine keeps of the SLO, out of reach: each token of a lone decode takes 1.1 of its ITL target; a "
-        "prompt of 512 tokens takes 1.7 of its TTFT target alone"
+        "what this machine keeps of the SLO, out of reach: each token of a lone decode takes 1.1 times its ITL target; "
+        "a prompt of 512 tokens takes 1.7 times its TTFT target alone"
     )
     assert machine.requests_per_second == machine.max_decodes == machine.longest_prompt == 0
     assert not found(MACHINES["a100-70b"].cost, SloTargets(ttft=1.0)).is_concern

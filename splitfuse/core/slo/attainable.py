@@ -60,14 +60,14 @@ class Attainable:
     def __str__(self) -> str:
         found = []
         if self.gap_share is not None and self.gap_share > NEARLY:
-            found.append(f"each token of a lone decode takes {_short(self.gap_share)} of its {self.gap_target} target")
+            found.append(f"each token of a lone decode takes {_of_target(self.gap_share, self.gap_target)}")
         if self.gap_share is not None and self.gap_share <= 1.0:
             room = self.max_decodes == self.most_decodes
             decodes = f"all {self.max_decodes} decodes that have room" if room else f"up to {self.max_decodes} decodes"
             found.append(f"{decodes} keep their {self.gap_target} at once")
         if self.ttft_share is not None:
-            share = _short(self.ttft_share)
-            found.append(f"a prompt of {self.prompt_tokens} tokens takes {share} of its TTFT target alone")
+            share = _of_target(self.ttft_share, "TTFT")
+            found.append(f"a prompt of {self.prompt_tokens} tokens takes {share} alone")
             if 0 < self.longest_prompt < self.max_prompt:
                 found.append(f"prompts of more than {self.longest_prompt} tokens are late even alone")
         if self.requests_per_second:
@@ -231,6 +231,10 @@ def _largest(holds: Callable[[int], bool], start: int, most: int) -> int:
         middle = (low + high + 1) // 2
         low, high = (middle, high) if holds(middle) else (low, middle - 1)
     return low
+
+
+def _of_target(share: float, name: str) -> str:
+    return f"{_short(share)} {'times' if share > 1.0 else 'of'} its {name} target"
 
 
 def _short(number: float) -> str:
