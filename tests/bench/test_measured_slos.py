@@ -72,7 +72,7 @@ def test_the_table_has_both_goodputs_and_their_ratios(capsys: pytest.CaptureFixt
     loop = Load(prompt=100, generate=2, clients=2, requests=2)
     calibration = Calibration(name="a machine", cost=COST, num_blocks=8, block_size=32, max_model_len=128)
     runs = [
-        Run(system, {}, calibration, turn, measured, [], 0.0, [simulated])
+        Run(system, {}, calibration, turn, measured, [], 0.0, simulated=[simulated])
         for system, turn, measured, simulated in (
             (System(loop, slo=slo), 0, load(0.3, 0.4), load(0.3, 0.3)),
             (System(loop, other="by age"), 0, load(0.6, 0.4), load(0.6, 0.4)),
