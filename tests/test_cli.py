@@ -230,6 +230,7 @@ def model_folder(path: Path, kind: str) -> None:
     if kind == "architecture":
         config.unlink()
         config.write_text('{"architectures": ["MambaForCausalLM"], "model_type": "mamba"}')
+        (path / "tokenizer.json").unlink()  # which would not help
     elif kind == "no-config":
         config.unlink()
     elif kind == "pickle":

@@ -22,7 +22,7 @@ from typing import Any
 import tokenizers
 from tokenizers.decoders import DecodeStream
 
-from splitfuse.errors import InvalidRequestError, SplitfuseError, TokenizerError, brief
+from splitfuse.errors import InvalidRequestError, ModelError, SplitfuseError, TokenizerError, brief
 from splitfuse.models.sources.files import MAX_TOKENIZER_BYTES, check_json
 from splitfuse.models.sources.source import ModelSource
 from splitfuse.text.chat_formats.formats import ChatFormat, format_of
@@ -89,6 +89,7 @@ class Tokenizer:
             content = source.read("tokenizer.json", MAX_TOKENIZER_BYTES)
             check_json(content or b"")
         if content is None:
+            _refuse_unknown(source)  # which no tokenizer would help
             found, convert = next(
                 (each for file, each in OTHER_FILES.items() if source.read(file, MAX_TOKENIZER_BYTES) is not None),
                 ("no tokenizer.json", _CONVERT),
@@ -348,6 +349,19 @@ def _byte_fallback_ids(backend: tokenizers.Tokenizer) -> frozenset[int]:
         return frozenset()
     ids = (backend.token_to_id(f"<0x{byte:02X}>") for byte in range(256))
     return frozenset(token_id for token_id in ids if token_id is not None)
+
+
+def _refuse_unknown(source: ModelSource) -> None:
+    """Raise UnsupportedModelError if a folder's config.json names an architecture that is not known."""
+    from splitfuse.models.families.registry import ENCODERS, find_family  # with PyTorch, which a front does not need
+
+    try:
+        architectures = source.config().get("architectures")
+    except ModelError:
+        return  # a folder of a tokenizer alone
+    match architectures:
+        case [str(name), *_] if name not in ENCODERS:
+            find_family(name)
 
 
 def _special_tokens(config: Mapping[str, Any]) -> dict[str, str]:

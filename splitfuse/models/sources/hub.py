@@ -53,7 +53,9 @@ def open_model(
     if model in PACKAGES:
         return GgufModel(packaged_file(model), model)
     if _is_path(model):
-        raise ModelNotFoundError(f"there is no folder {model}")
+        raise ModelNotFoundError(
+            f"there is no folder {model}: name a model folder, a GGUF file or a Hub model such as owner/name"
+        )
     if gguf_file is not None:
         return _open_hub_file(model, revision, gguf_file)
     # Only what is read is fetched: never pickles, code or copies in other formats.
@@ -174,10 +176,8 @@ def _fetch(model: str, revision: str | None, files: Sequence[str]) -> Path:
         reason = f"cannot be fetched: {error}"
     except Exception as error:  # every HTTP library that the Hub client has used brings exceptions of its own
         offline = "HF_HUB_OFFLINE is set" if huggingface_hub.constants.HF_HUB_OFFLINE else "the Hub cannot be reached"
-        reason = (
-            f"is no folder here; as a Hub name it is not in the local cache, and {offline} ({type(error).__name__}); a "
-            "local folder works without it"
-        )
+        cause = "" if isinstance(error, errors.LocalEntryNotFoundError) else f" ({type(error).__name__})"
+        reason = f"is neither a folder here nor in the local cache of the Hub, and {offline}{cause}: name a folder"
         if isinstance(error, OSError) and error.errno in UNWRITABLE:
             reason = f"cannot be stored: {error.strerror} ({error.filename}); set HF_HOME to a folder with room"
     raise ModelNotFoundError(f"{named} {reason}")
