@@ -6,7 +6,7 @@ import logging
 import math
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import replace
 from hashlib import blake2b
@@ -208,9 +208,11 @@ class Engine:
         policy: SchedulingPolicy | None = None,
         name_key: bytes | None = None,
         tier_files: TierFiles | None = None,
+        nodes: Mapping[int, Sequence[int]] | None = None,
     ) -> Engine:
         """Load the model that `config` names, from `source` if it is open already. With SLOs, a cost model is estimated
-        unless one is stored for it. KV tiers that the settings ask for are opened unless they are given.
+        unless one is stored for it. KV tiers that the settings ask for are opened unless they are given. `nodes` are
+        those of a process that belongs to the engine.
 
         Raises as `runtime.loading.load_model` does.
         """
@@ -233,6 +235,7 @@ class Engine:
                 weight_sharing=weight_sharing,
                 tiers_filled=0 if tier_files is None else tier_files.filled,
                 tiers_for_moves=tier_files is not None and tier_files.for_moves,
+                nodes=nodes,
             )
             give_back_memory()  # what weights took while they were unpacked
             cost = load_or_estimate(config, model) if config.scheduler.slo_enabled else None

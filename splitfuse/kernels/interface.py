@@ -78,7 +78,9 @@ class Network(Protocol):
         numbers: Sequence[float],
         /,
     ) -> tuple[list[int], list[float]]:
-        """Return what `Backend.choose` does of these hidden states, in the same call. Not for a group of ranks."""
+        """Return what `Backend.choose` does of these hidden states, in the same call; of ranks that share memory only
+        the first one. Not for others.
+        """
         ...
 
 
@@ -268,6 +270,13 @@ class Backend(ABC):
         for a backend whose capabilities say `shares_weights`. Raises RuntimeError if there is no memory.
         """
         raise NotImplementedError(f"{self.capabilities.name} cannot share weights between processes")
+
+    def use_nodes(self, cores_of: Mapping[int, Sequence[int]]) -> str | None:
+        """Divide threads, and the weights that are packed from now on, among NUMA nodes, whose cores are given. Only in
+        a process that belongs to the backend: its threads are bound. Returns how they are divided; None: not at all.
+        """
+        del cores_of
+        return None
 
     def finish_loading(self) -> None:  # noqa: B027 - most backends have nothing to do here
         """Finish what `pack` left to do, once all weights are packed."""

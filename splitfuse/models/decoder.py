@@ -76,7 +76,8 @@ class Decoder:
             )
         )
         is_plain = spec.logit_scale == 1.0 and spec.logit_softcap is None
-        self.chooses_at_once = self._fused is not None and group is None and is_plain
+        adds_up = group is not None and group.shard.sums
+        self.chooses_at_once = self._fused is not None and is_plain and not adds_up
         """Whether `forward_and_choose` can be called."""
 
     @property

@@ -138,27 +138,42 @@ class RankDecoder(Decoder):
     ) -> None:
         super().__init__(spec, weights, backend, dtype=dtype, group=group)
         self.group = group
-        self.on_step: Callable[[RaggedBatch], None] = lambda _: None
-        """Called with each batch that is about to be computed: what the other ranks must compute too."""
+        self.on_step: Callable[[RaggedBatch, bool], None] = lambda *_: None
+        """Called with each batch that is about to be computed, and whether its tokens are chosen at once: what the
+        other ranks must compute too.
+        """
         self.on_head: Callable[[Tensor], None] = lambda _: None
         """Called with each rows of hidden states that the output head is about to be applied to."""
         self.on_failed: Callable[[str], None] = lambda _: None
         """Called with the reason once this rank has failed in what the others compute too."""
 
     def forward(self, batch: RaggedBatch, kv_cache: KVCache) -> Tensor:
+        with self._telling(batch, chooses=False):
+            return super().forward(batch, kv_cache)
+
+    def forward_and_choose(
+        self, batch: RaggedBatch, kv_cache: KVCache, filters: Sequence[Filter] = (), numbers: Sequence[float] = ()
+    ) -> tuple[list[int], list[float]]:
+        """Return what the first rank chooses; the others return nothing of use."""
+        with self._telling(batch, chooses=True):
+            return super().forward_and_choose(batch, kv_cache, filters, numbers)
+
+    @contextmanager
+    def _telling(self, batch: RaggedBatch, *, chooses: bool) -> Iterator[None]:
+        """Surround the computation of a batch, of which the other ranks are told."""
         begin = batch.on_start
         with self._together() as tell:
 
             def start() -> None:
                 tell()
-                self.on_step(batch)
+                self.on_step(batch, chooses)
                 begin()
 
             if self.is_fused:  # only once the batch is known to be one that can be computed
                 batch.on_start = start
             else:
                 start()
-            return super().forward(batch, kv_cache)
+            yield
 
     def embed(self, ids: Tensor) -> Tensor:
         own = self.group.shard.span(self.spec.vocab_size)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -151,13 +151,14 @@ def load_model(
     weight_sharing: WeightSharing | None = None,
     tiers_filled: int = 0,
     tiers_for_moves: bool = False,
+    nodes: Mapping[int, Sequence[int]] | None = None,
 ) -> LoadedModel:
     """Load the model that `config` names, from `source` if it is open already.
 
     `announce` is called with the memory plan before anything is loaded, `on_progress` with the fraction that is. With
     `weight_sharing`, processes share one copy of the weights if the backend can. `tiers_filled` is how much of the KV
     tier in memory is taken already; with `tiers_for_moves` there is some for requests that move, if no tier was asked
-    for.
+    for. In an engine's own process threads and weights are divided among the NUMA `nodes`, whose cores are given.
 
     Raises ModelError, MemoryPlanError or ConfigError.
     """
@@ -176,6 +177,8 @@ def load_model(
     tiers = tier_bytes(config.cache, num_sharers=num_sharers, filled=tiers_filled, for_moves=tiers_for_moves)
     plan = _plan(spec, config, backend, weights, weight_sharing, tiers, None if draft is None else draft.sizes)
     remarks = describe_aside(weights, spec) + describe_kept(weights, spec, backend, dtype)
+    if nodes and weight_sharing is None and (division := backend.use_nodes(nodes)) is not None:
+        remarks = [*remarks, division]
     plan = replace(plan, remarks=(*plan.remarks, *choose_device(config).remarks, *remarks))
     announce(plan)
     spec = replace(spec, max_position=plan.max_model_len)  # no larger tables than will be read
@@ -281,7 +284,9 @@ def _files(source: ModelSource, config: EngineConfig) -> str:
 
 def _start_ranks(config: EngineConfig, opened: _Opened, spec: ModelSpec, plan: MemoryPlan) -> Leader:
     """Start the other ranks, which load their parts at the same time as this one."""
-    tokens = max(plan.max_num_batched_tokens, MAX_TOKEN_BUDGET)  # what is not used costs nothing
+    # What is not used costs nothing. Products read numbers of 4 bytes packed in 5 at most, and in whole slabs, from one
+    # of two places: see Common in csrc/linear.h.
+    tokens, width = max(plan.max_num_batched_tokens, MAX_TOKEN_BUDGET), token_bytes(spec, opened.dtype)
     return Leader(
         config,
         shard=first_shard(config, opened.backend),
@@ -289,7 +294,7 @@ def _start_ranks(config: EngineConfig, opened: _Opened, spec: ModelSpec, plan: M
         files=_files(opened.source, config),
         kernels=describe_kernels(opened.backend),
         logit_bytes=4 * HEAD_ROWS * spec.vocab_size,
-        step_bytes=tokens * token_bytes(spec, opened.dtype),
+        step_bytes=tokens * (width + 2 * (width * 5 // 4 + 2**12)),
         num_blocks=plan.num_blocks,
         max_model_len=plan.max_model_len,
     )

@@ -102,13 +102,19 @@ def cores_by_node(cores: Iterable[int], root: Path = Path("/")) -> list[int]:
     return sorted(cores, key=lambda core: (node_of.get(core, 0), core))
 
 
-def nodes_with_memory(cores: Iterable[int], root: Path = Path("/")) -> list[int]:
-    """Return the NUMA nodes of some cores that have memory, in order. `root` is the folder of `sys`."""
+def nodes_with_memory(cores: Iterable[int], root: Path = Path("/")) -> dict[int, list[int]]:
+    """Return the NUMA nodes of some cores that have memory, in order, each with those that it has of these cores.
+    `root` is the folder of `sys`.
+    """
     node_of = _nodes_of_cores(root)
-    nodes = {node_of[core] for core in cores if core in node_of}
+    found: dict[int, list[int]] = {}
+    for core in sorted(cores):
+        if core in node_of:
+            found.setdefault(node_of[core], []).append(core)
     with suppress(OSError, ValueError):  # else all have
-        nodes &= set(_numbers((root / NODES / "has_memory").read_text()))
-    return sorted(nodes)
+        with_memory = set(_numbers((root / NODES / "has_memory").read_text()))
+        found = {node: own for node, own in found.items() if node in with_memory}
+    return dict(sorted(found.items()))
 
 
 def _nodes_of_cores(root: Path) -> dict[int, int]:

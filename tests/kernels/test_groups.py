@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import math
 import os
 import re
@@ -10,6 +11,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from queue import SimpleQueue
+from typing import Any
 
 import pytest
 import torch
@@ -22,6 +24,7 @@ from torch import Tensor
 
 from splitfuse.errors import ConfigError, RankLostError
 from splitfuse.kernels.cpu.backend import CpuBackend
+from splitfuse.kernels.drawing import GREEDY, Filter
 from splitfuse.kernels.group import WHOLE, Group, Shard, SharedGroup, make_group_file
 from splitfuse.kernels.layers import HeadNormSpec, LayerSpec, Mixer
 from splitfuse.models.decoder import Decoder
@@ -34,6 +37,8 @@ from splitfuse.runtime.parallel.follower import RankExecutor
 from splitfuse.runtime.parallel.messages import ComputeHead, ComputeStep
 
 LOGIT_BYTES, STEP_BYTES = 2**19, 2**21
+MEETINGS_AT = 64
+"""Place of the number of meetings in the memory of a group: see csrc/group.h."""
 FORMATS = [(None, None, False, 2), ("int8", None, True, 2), ("int8", 128, False, 3), ("int4", 64, False, 2)]
 CASES = [
     pytest.param(*case.values, name, id=f"{case.id}-{name}", marks=case.marks)
@@ -53,8 +58,8 @@ def load(spec: ModelSpec, backend: CpuBackend, group: Group | None = None) -> De
     return load_decoder(RandomWeights(), spec, dtype=torch.bfloat16, device=CPU, backend=backend, group=group)
 
 
-def make_groups(size: int, patience: float = 60.0) -> list[Group]:
-    fd = make_group_file(logit_bytes=LOGIT_BYTES, step_bytes=STEP_BYTES)
+def make_groups(size: int, patience: float = 60.0, *, step_bytes: int = STEP_BYTES) -> list[Group]:
+    fd = make_group_file(logit_bytes=LOGIT_BYTES, step_bytes=step_bytes)
     shards = [Shard(rank, size) for rank in range(size)]
     groups: list[Group] = [SharedGroup(fd, shard, logit_bytes=LOGIT_BYTES, patience=patience) for shard in shards]
     os.close(fd)
@@ -77,6 +82,44 @@ def test_ranks_give_the_bits_of_one_process(
     decoders = [load(spec, backend(1 + group.shard.rank), group) for group in make_groups(ranks)]
     for rows in together(decoders, lambda decoder: logits(decoder, spec.vocab_size)):
         assert all(torch.equal(ours, theirs) for ours, theirs in zip(rows, alone, strict=True))
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+@pytest.mark.parametrize("variant", emulation_slow(variants()))
+def test_ranks_choose_in_the_call_what_one_process_chooses(variant: str, ranks: int) -> None:
+    spec = NETWORKS["plain"]
+    chunks = [Chunk(0, range(40), (1, 2), 1), Chunk(0, range(3), (3,), 0), Chunk(0, (9, 8), (5,), 2)]
+    draws: tuple[list[Filter], list[float]] = [Filter(0.7), Filter(1.5, top_k=4), GREEDY], [0.1, 0.5, 0.0]
+    cases = (chunks, draws), (chunks, ([], [])), (chunks[1:2], ([], []))
+
+    def choices(decoder: Decoder) -> list[Any]:
+        runner = Runner(decoder, block_size=32, num_blocks=8)
+        assert decoder.chooses_at_once
+        return [decoder.forward_and_choose(runner.batches.build(some), runner.cache, *draw) for some, draw in cases]
+
+    def backend(threads: int) -> CpuBackend:
+        return CpuBackend(variant=variant, num_threads=threads, quantization="int8")
+
+    alone = choices(load(spec, backend(1)))
+    decoders = [load(spec, backend(1 + group.shard.rank), group) for group in make_groups(ranks)]
+    assert len(alone[0][0]) == 3 and together(decoders, choices)[0] == alone
+
+
+@pytest.mark.parametrize(("rows", "room", "num_more"), [(31, STEP_BYTES, 0), (32, STEP_BYTES, 4), (32, 2**17, 0)])
+def test_ranks_pack_many_rows_for_each_other(rows: int, room: int, num_more: int) -> None:
+    """Which takes a meeting before each of the four products of a layer, if the memory that they share has room."""
+    spec, numbers = NETWORKS["plain"], []
+    for count in (1, rows):
+        groups = make_groups(2, step_bytes=room)
+
+        def step(decoder: Decoder, count: int = count) -> list[Tensor]:
+            runner = Runner(decoder, block_size=32, num_blocks=8)
+            return [decoder.forward(runner.batches.build([Chunk(0, range(count), (1,), 1)]), runner.cache)]
+
+        together([load(spec, CpuBackend(num_threads=1), group) for group in groups], step)
+        assert isinstance(groups[0], SharedGroup)
+        numbers.append(ctypes.c_uint32.from_address(groups[0].address + MEETINGS_AT).value)
+    assert numbers[1] - numbers[0] == num_more * len(spec.layers)
 
 
 SUMS = [

@@ -231,7 +231,7 @@ def test_a_follower_computes_what_it_is_told() -> None:
             tasks.append(task)
             done.append(pool.submit(executor.execute, task))
 
-        leader.on_step = lambda batch: tell(ComputeStep.of(batch))
+        leader.on_step = lambda batch, chooses: tell(ComputeStep.of(batch, chooses))
         leader.on_head = lambda hidden: tell(ComputeHead(len(hidden)))
         check_close(compute(leader), compute(load(spec, ReferenceBackend())))
         for each in done:

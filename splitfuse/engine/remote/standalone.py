@@ -120,7 +120,7 @@ class StandaloneEngine:
         return False
 
     def _load(self) -> Engine:
-        spread_engine(self._config)  # before there are threads that compute
+        nodes = spread_engine(self._config)  # before there are threads that compute
         self._listener.show(Loading("importing"))
         with garbage.paused():
             from splitfuse.engine.engine import Engine
@@ -140,6 +140,7 @@ class StandaloneEngine:
             on_progress=lambda fraction: self._listener.show(Loading("loading", fraction, planned)),
             name_key=self._secret.name_key,
             tier_files=tiers,
+            nodes=nodes,
         )
         engine.use_peers(self._secret.link_key)
         if engine.tiers is not None:

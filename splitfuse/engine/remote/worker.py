@@ -17,6 +17,7 @@ import sys
 import threading
 import time
 import traceback
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -49,8 +50,8 @@ def main() -> None:
     spec = msgspec.msgpack.decode(message, type=WorkerSpec)
     if spec.cores is not None:  # before PyTorch counts them
         os.sched_setaffinity(0, spec.cores)
-    spread_engine(spec.config)  # before there are threads that compute
-    Worker(connection).run(spec)
+    nodes = spread_engine(spec.config)  # before there are threads that compute
+    Worker(connection).run(spec, nodes)
 
 
 class Worker:
@@ -61,8 +62,10 @@ class Worker:
         self._reports: queue.SimpleQueue[Report | None] = queue.SimpleQueue()
         self._loop: EngineLoop | None = None
 
-    def run(self, spec: WorkerSpec) -> None:
-        """Load the model and serve its engine until Stop or an error, then end the process."""
+    def run(self, spec: WorkerSpec, nodes: Mapping[int, Sequence[int]]) -> None:
+        """Load the model and serve its engine until Stop or an error, then end the process, whose memory is spread over
+        these NUMA nodes.
+        """
         sender = threading.Thread(target=self._send_all, daemon=True)
         sender.start()
         threading.Thread(target=self._beat, daemon=True).start()
@@ -81,6 +84,7 @@ class Worker:
                 weight_sharing=spec.weights,
                 name_key=spec.name_key,
                 tier_files=spec.tiers,
+                nodes=nodes,
             )
             if spec.link_key is not None:
                 engine.use_peers(spec.link_key)

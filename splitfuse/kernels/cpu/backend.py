@@ -7,9 +7,10 @@ variants.
 
 from __future__ import annotations
 
+import logging
 import math
 from array import array
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import chain, groupby
 
 import torch
@@ -46,6 +47,7 @@ from splitfuse.kernels.cpu.bindings import (
 from splitfuse.kernels.cpu.lora import PackedLora, place_of, step_lora
 from splitfuse.kernels.cpu.memory import OwnWeights, SharedWeights, allocate, have
 from splitfuse.kernels.cpu.network import FusedNetwork, uncovered
+from splitfuse.kernels.cpu.nodes import NodeMemory, plan_nodes
 from splitfuse.kernels.cpu.quantization import GROUP_SIZES, QVALUES, choose_format
 from splitfuse.kernels.cpu.stored import (
     common_format,
@@ -85,6 +87,8 @@ from splitfuse.kernels.weights import LayerWeights, NetworkWeights, WeightRole
 
 NAMES = {"avx512_amx": "AMX", "avx512_bf16": "AVX-512 (VNNI, bf16)", "avx512": "AVX-512 (VNNI)", "avx2": "AVX2"}
 """Names of the variants in the memory plan."""
+_logger = logging.getLogger(__name__)
+
 PIECE = 32  # tokens that the KV layout keeps together
 MAX_HEAD_DIM = 1024
 """Largest head size. Both numbers are in csrc/kv_store.h too."""
@@ -131,6 +135,7 @@ class CpuBackend(Backend):
         self.group_size = group_size
         self.kv_int8 = kv_int8
         self._weights: OwnWeights | SharedWeights = OwnWeights()  # where `pack` puts them
+        self._node_memory: NodeMemory | None = None
         choose_format(WeightRole.QKV, quantization, group_size)  # raises, if there is none
         self.library = Library(self.variant, self.num_threads)
 
@@ -221,6 +226,8 @@ class CpuBackend(Backend):
         weight = self._weight(sum(len(piece) for piece in heads[0]), columns, role)
         head_bytes = self._weight_bytes(weight)
         weight.memory, weight.num_heads = self._weights.take(len(heads) * head_bytes), len(heads)
+        if self._node_memory is not None and not role.by_head:
+            self._node_memory.keep(weight.memory, weight.num_panels)
         weight.data = weight.memory.data_ptr()
         if self._weights.filled:
             return weight
@@ -303,6 +310,8 @@ class CpuBackend(Backend):
     def _pack_stored(self, weight: Weight, rows: Iterable[Stored]) -> Weight:
         """Return the weight with memory, in which rows are packed as a checkpoint holds them."""
         weight.memory = self._weights.take(self._weight_bytes(weight))
+        if self._node_memory is not None:
+            self._node_memory.keep(weight.memory, weight.num_panels)
         weight.data = weight.memory.data_ptr()
         first = 0
         for each in () if self._weights.filled else rows:
@@ -335,8 +344,17 @@ class CpuBackend(Backend):
     def share_weights(self, sharing: WeightSharing, num_bytes: int) -> None:
         self._weights = SharedWeights(sharing, num_bytes)
 
+    def use_nodes(self, cores_of: Mapping[int, Sequence[int]]) -> str | None:
+        if (plan := plan_nodes(cores_of, self.num_threads)) is None:
+            return None
+        self.library.set_nodes(plan)
+        self._node_memory = NodeMemory(plan)
+        return str(plan)
+
     def finish_loading(self) -> None:
         self._weights.finish()
+        if self._node_memory is not None and (remark := self._node_memory.remark) is not None:
+            _logger.warning("%s", remark)
 
     # Once a step
 

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from splitfuse.errors import ConfigError, KernelError, RankLostError
 from splitfuse.kernels import reference
+from splitfuse.kernels.cpu.nodes import NodePlan
 from splitfuse.kernels.drawing import Filter
 from splitfuse.kernels.group import Group, SharedGroup, SummingGroup
 from splitfuse.kernels.interface import RopeTable
@@ -62,6 +63,8 @@ AMX_OBSTACLES = {
 BF16, INT8, INT4, GROUPED, FP8 = range(5)
 NONE, F32, F16, BFLOAT16, U8, I8, E8M0, LOW_BITS, HIGH_BITS = range(9)
 ACTIVATIONS = {"silu": 0, "gelu": 1, "gelu_tanh": 2, "relu": 3, "relu2": 4, "sigmoid": 5, "clamped_swiglu": 6}
+PANEL = 32
+"""Number of rows of a panel, and of elements that sizes of values are padded to. It is in csrc/multiply.h too."""
 MAX_GROUPS = 64
 """Number of groups of experts that a router can choose among. It is in csrc/experts.h too."""
 MOST_TAPS = 16
@@ -137,6 +140,12 @@ class Weight(Struct):
         *_fields(c_void_p, "order", "parts"),
         ("num_parts", c_int64),
     ]
+
+    @property
+    def num_panels(self) -> int:
+        """Return the number of panels."""
+        rows: int = self.rows
+        return -(-rows // PANEL)  # gated too: of either half a panel has half as many rows
 
     def is_packed_as(self, other: Weight) -> bool:
         """Return whether a weight of the same shape has panels of the same layout, and neither is of parts."""
@@ -751,7 +760,11 @@ class Choices(Struct):
     """Says how a token is chosen for each of some rows, and has room for these and the largest logits."""
 
     arrays: tuple[array[Any], ...]
-    _fields_ = _fields(c_void_p, "head", "bias", "filters", "numbers", "ids", "peaks")
+    _fields_ = [
+        *_fields(c_void_p, "head", "bias", "filters", "numbers", "ids", "peaks"),
+        *_fields(c_int64, "vocabulary", "first_id"),
+        ("logits", c_void_p),
+    ]
 
     @classmethod
     def of(
@@ -760,13 +773,20 @@ class Choices(Struct):
         """Return the choices of `count` rows, drawn by filters and numbers if there are any; it keeps all of it."""
         assert not head.gated and len(filters) == len(numbers) in (0, count)
         ids, peaks = array("i", bytes(4 * count)), array("f", bytes(4 * count))
-        choices = cls(head.address, vector_address(bias, head.rows), None, None, _address(ids), _address(peaks))
+        places = None, None, _address(ids), _address(peaks)
+        choices = cls(head.address, vector_address(bias, head.rows), *places, head.rows)
         choices.arrays = ids, peaks
         if filters:
             kept, wanted = array("d", chain.from_iterable(filters)), array("d", numbers)
             choices.filters, choices.numbers = _address(kept), _address(wanted)
             choices.arrays = ids, peaks, kept, wanted
         return choices
+
+    def share(self, group: SharedGroup, vocabulary: int) -> None:
+        """Let this be the part of a rank, which has its rows of the head: the first one chooses."""
+        ids, count = group.shard.span(vocabulary), len(self.arrays[0])
+        assert 4 * count * vocabulary <= group.logit_bytes
+        self.vocabulary, self.first_id, self.logits = vocabulary, ids.start, group.logits_address
 
     @property
     def result(self) -> tuple[list[int], list[float]]:
@@ -799,6 +819,7 @@ FUNCTIONS: dict[str, tuple[list[Any], Any]] = {
     "deposit": ([c_void_p, c_int64, c_void_p, c_int64], c_int32),
     "route": ([c_void_p, c_void_p, c_void_p, c_int64, c_void_p, c_void_p], None),
     "experts": ([c_void_p, c_void_p, c_void_p, c_int64, c_void_p, c_void_p, c_void_p], c_int32),
+    "take_units": ([c_void_p, c_int64, c_int64, c_int64, c_void_p, c_void_p], None),
     "read_all": ([c_void_p, c_void_p, c_int64], None),
     "dots_only": ([c_void_p, c_int32, c_int64], c_float),
     "topk": ([c_void_p, c_void_p, c_int64, c_int64, c_int64, c_void_p, c_void_p], None),
@@ -837,6 +858,8 @@ class Library:
         shared.sf_check_ids.argtypes = [c_void_p, c_int64, c_int64]
         self.check_step, self.check_packed = shared.sf_check_step, shared.sf_check_packed
         self.check_ids = shared.sf_check_ids
+        self._set_nodes = shared.sf_set_nodes
+        self._set_nodes.argtypes, self._set_nodes.restype = [c_int32, c_void_p, c_void_p, c_int64], None
         create = getattr(shared, f"sf_create_{variant}")
         create.argtypes, create.restype = [c_int32], c_void_p
         self._destroy = getattr(shared, f"sf_destroy_{variant}")
@@ -851,6 +874,20 @@ class Library:
 
     def __getattr__(self, name: str) -> Any:  # for type checkers: __init__ sets them all
         raise AttributeError(name)
+
+    def set_nodes(self, plan: NodePlan | None) -> None:
+        """Divide the teams of this process that have as many threads as a plan among its NUMA nodes, to which these are
+        bound; None: divide none. No team may compute meanwhile.
+        """
+        if plan is None:
+            plan = NodePlan((0,), ((),), (0, 0))
+        words = max((max(cores, default=0) for cores in plan.cores), default=0) // 64 + 1
+        first_thread, masks = array("i", plan.first_thread), array("Q", bytes(8 * words * len(plan.nodes)))
+        for place, cores in enumerate(plan.cores):
+            for core in cores:
+                masks[place * words + core // 64] |= 1 << core % 64
+        with self.lock:
+            self._set_nodes(len(plan.nodes), _address(first_thread), _address(masks), words)
 
     def _in_workspace(self, function: Any, needs_memory: bool) -> Callable[..., Any]:
         def call(*arguments: Any) -> Any:

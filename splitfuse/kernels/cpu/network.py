@@ -15,6 +15,7 @@ from splitfuse.kernels.cpu.bindings import (
     LARGEST,
     MAX_GROUPS,
     MOST_TAPS,
+    PANEL,
     Choices,
     Heads,
     Latent,
@@ -39,13 +40,11 @@ from splitfuse.kernels.cpu.bindings import (
 )
 from splitfuse.kernels.cpu.lora import step_lora
 from splitfuse.kernels.drawing import Filter
+from splitfuse.kernels.group import SharedGroup
 from splitfuse.kernels.interface import NetworkPlan, RopeTable
 from splitfuse.kernels.layers import AttentionSpec, ExpertsSpec, LayerSpec, NormSpec, RecurrentSpec
 from splitfuse.kernels.loans import Channel
 from splitfuse.kernels.weights import LayerWeights
-
-PANEL = 32
-"""Number of elements that sizes of values are padded to. It is in csrc/weights.h too."""
 
 
 def uncovered(plan: NetworkPlan) -> str | None:
@@ -195,9 +194,14 @@ class FusedNetwork:
         filters: Sequence[Filter],
         numbers: Sequence[float],
     ) -> tuple[list[int], list[float]]:
-        """Return what `CpuBackend.choose` does of these hidden states, in the same call."""
-        assert self._rank is None and head.columns == self._network.hidden
+        """Return what `CpuBackend.choose` does of these hidden states, in the same call; of the ranks of a group only
+        the first one.
+        """
+        assert head.columns == self._network.hidden
         choices = Choices.of(head, bias, batch.num_rows, filters, numbers)
+        if self._rank is not None:
+            assert isinstance(self._rank.group, SharedGroup)
+            choices.share(self._rank.group, self._network.vocabulary)
         self._compute(stores, batch, choices.address, None)
         return choices.result
 

@@ -103,10 +103,11 @@ class RankExecutor:
         batch, began = task.batch, time.monotonic()
         slots = batch.slot_mapping
         with decoder.on_device():
-            decoder.forward(batch.on_device(decoder.device), self._kv_cache)
+            compute = decoder.forward_and_choose if task.chooses else decoder.forward
+            compute(batch.on_device(decoder.device), self._kv_cache)
         self._last_block = int(slots.max()) // self._kv_cache.block_size
         self._seconds = time.monotonic() - began
-        if not batch.num_rows:  # else the leader asks for the head at once, and is not to wait
+        if task.chooses or not batch.num_rows:  # else the leader asks for the head at once, and is not to wait
             self._follow()
 
     def _rows(self, task: ComputeHead) -> Tensor:

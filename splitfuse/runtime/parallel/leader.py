@@ -257,8 +257,8 @@ class Leader:
         _end_all(self._followers)
         self.on_lost(why)
 
-    def _compute_step(self, batch: RaggedBatch) -> None:
-        self._tell(ComputeStep.of(batch))
+    def _compute_step(self, batch: RaggedBatch, chooses: bool) -> None:
+        self._tell(ComputeStep.of(batch, chooses))
 
     def _compute_head(self, hidden: Tensor) -> None:
         self._tell(ComputeHead(len(hidden)) if self._shard.sums else ComputeHead.of(hidden))

@@ -53,13 +53,15 @@ class ComputeStep(msgspec.Struct, frozen=True, tag="step"):
     table_width: int
     num_rows: int
     packed: bytes
+    chooses: bool = False
+    """Whether tokens are chosen in the same call."""
 
     @classmethod
-    def of(cls, batch: RaggedBatch) -> ComputeStep:
+    def of(cls, batch: RaggedBatch, chooses: bool = False) -> ComputeStep:
         """Return the message for a batch, which has neither adapters nor loans."""
         assert batch.adapters is None and not batch.loans
         sizes = (batch.num_tokens, batch.num_requests, batch.table_width, batch.num_rows)
-        return cls(*sizes, batch.host_packed.numpy().tobytes())
+        return cls(*sizes, batch.host_packed.numpy().tobytes(), chooses)
 
     @property
     def batch(self) -> RaggedBatch:

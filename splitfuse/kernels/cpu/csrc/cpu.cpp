@@ -1,10 +1,26 @@
 // What this CPU can do, and the check of every step before a kernel trusts its numbers.
 
 #include <pthread.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <vector>
 
 #include "interface.h"
 
 bool splitfuse::forked = false;
+splitfuse::Nodes splitfuse::nodes{};
+static std::vector<std::uint64_t> cores_of_nodes[splitfuse::MOST_NODES];  // a bit for each core
+
+// If the system refuses, the thread runs where it did: slower, not wrong.
+void splitfuse::bind_thread(std::int32_t node) {
+    static thread_local std::int32_t bound = -1;
+    if (bound == node) return;
+    bound = node;
+    const std::vector<std::uint64_t>& cores = cores_of_nodes[node];
+    syscall(SYS_sched_setaffinity, 0, cores.size() * sizeof cores[0], cores.data());
+}
 [[maybe_unused]] static const int watches_forks = pthread_atfork(nullptr, nullptr, [] { splitfuse::forked = true; });
 
 #define SF_EXPORT extern "C" __attribute__((visibility("default")))
@@ -25,6 +41,15 @@ SF_EXPORT int sf_prefers_avx512_bf16() { return !__builtin_cpu_is("intel"); }
 
 SF_EXPORT int sf_supports_avx2() {
     return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+}
+
+// Divides the threads of teams among nodes, of which each has bits of its cores, [count, words]. Threads are bound when they next
+// compute. No team may compute meanwhile.
+SF_EXPORT void sf_set_nodes(std::int32_t count, const std::int32_t* first_thread, const std::uint64_t* cores, std::int64_t words) {
+    splitfuse::nodes.count = count;
+    splitfuse::nodes.num_threads = first_thread[count];
+    std::copy(first_thread, first_thread + count + 1, splitfuse::nodes.first_thread);
+    for (std::int32_t node = 0; node < count; ++node) cores_of_nodes[node].assign(cores + node * words, cores + (node + 1) * words);
 }
 
 // Returns 0, or 1 if an id is not a row of the table.

@@ -205,7 +205,7 @@ void draw(Team& team, Workspace& work, const T* scores, i64 columns, const i32* 
 
 // Chooses a token for each row of logits [rows, V]: see Choices.
 inline void choose(Team& team, Workspace& work, const Choices& choices, const float* logits, i64 rows) {
-    const i64 columns = choices.head->rows;
+    const i64 columns = choices.vocabulary;
     const Filter* filters = reinterpret_cast<const Filter*>(choices.filters);
     u8* memory = work.own[team.rank].draws.data();
     team.share(rows, [&](i64 begin, i64 end, i64) {
@@ -219,19 +219,22 @@ inline void choose(Team& team, Workspace& work, const Choices& choices, const fl
 }
 
 inline void reserve_choices(Workspace& work, const Choices& choices, i64 rows) {
-    work.logits.reserve(rows * choices.head->rows * 4);
+    if (!choices.logits) work.logits.reserve(rows * choices.vocabulary * 4);
     work.reserve_operand(*choices.head, rows);
     if (choices.filters)
-        for (Workspace::Own& each : work.own) each.draws.reserve(draw_bytes(choices.head->rows));
+        for (Workspace::Own& each : work.own) each.draws.reserve(draw_bytes(choices.vocabulary));
 }
 
-// Applies the head to rows x [rows, C], and chooses a token for each.
+// Applies the head to rows x [rows, C], and chooses a token for each, of all ranks' logits.
 inline void choose_tokens(Team& team, Workspace& work, const Choices& choices, const u16* x, i64 rows) {
+    float* all = choices.logits ? choices.logits : reinterpret_cast<float*>(work.logits.data());
     Output logits;
-    logits.y = reinterpret_cast<float*>(work.logits.data());
+    logits.y = all + choices.first_id;
+    logits.stride = choices.vocabulary;
     logits.bias = choices.bias;
     linear(team, x, rows, *choices.head, work.memory(team.rank), logits);
-    choose(team, work, choices, logits.y, rows);
+    if (choices.logits) gather(team, work.group);
+    if (!choices.first_id) choose(team, work, choices, all, rows);
 }
 
 }  // namespace SF_VARIANT

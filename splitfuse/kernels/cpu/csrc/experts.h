@@ -167,7 +167,7 @@ SF_INLINE void multiply_visits(Team& team, Workspace& work, const Weight* weight
     const Memory memory = work.memory(team.rank);
     const Visit* visits = work.visits.data();
     bool first_run = true;  // of this thread: no thread has prefetched what it reads
-    team.share(most * s.panels, [&](i64 begin, i64 end, i64 next_run) {
+    team.share_by_node(most, s.panels, 1, [&](i64 begin, i64 end, i64 next_run) {
         bool cold = first_run;
         auto data_of = [&](i64 unit) -> const u8* {
             const Visit& visit = visits[unit / s.panels];

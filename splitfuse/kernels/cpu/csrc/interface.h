@@ -14,6 +14,25 @@ extern const bool emulates_tiles;  // SPLITFUSE_EMULATE_AMX is set
 
 extern bool forked;  // whether this process is a fork, which has none of the threads of its parent: it computes with one
 
+constexpr int MOST_NODES = 16;  // kernels/cpu/nodes.py knows the number
+
+// The NUMA nodes on which the threads of a team run, in the order of the threads: a node has some that follow each other, and the
+// panels of each weight that lie as far in it as they do among all.
+struct Nodes {
+    std::int32_t count;        // below 2: the system places threads, and all panels are alike
+    std::int32_t num_threads;  // of all nodes; teams of another size are not divided
+    std::int32_t first_thread[MOST_NODES + 1];
+
+    std::int32_t of(std::int32_t thread) const {
+        std::int32_t node = 0;
+        while (thread >= first_thread[node + 1]) ++node;
+        return node;
+    }
+    std::int64_t first_place(std::int32_t node, std::int64_t places) const { return places * first_thread[node] / num_threads; }
+};
+extern Nodes nodes;
+void bind_thread(std::int32_t node);  // lets the calling thread run on the cores of a node, as long as they are its own
+
 enum Format : std::int32_t { BF16 = 0, INT8 = 1, INT4 = 2, GROUPED = 3, FP8 = 4 };
 enum Number : std::int32_t { NONE = 0, F32 = 1, F16 = 2, BFLOAT16 = 3, U8 = 4, I8 = 5, E8M0 = 6, LOW_BITS = 7, HIGH_BITS = 8 };
 enum Activation : std::int32_t { SILU = 0, GELU = 1, GELU_TANH = 2, RELU = 3, RELU2 = 4, SIGMOID = 5, CLAMPED_SWIGLU = 6, IDENTITY = 7 };
@@ -355,6 +374,9 @@ struct Choices {
     const double* numbers;       // [R], or null without filters
     std::int32_t* ids;           // [R], the chosen tokens
     float* peaks;                // [R], the largest logits; NaN if any of the row is
+    std::int64_t vocabulary;     // V of the whole head, of which a rank of a group that gathers has rows from
+    std::int64_t first_id;       // this one on; its first rank chooses
+    float* logits;               // [R, vocabulary], in memory that all ranks share; else null: the kernels have a buffer
 };
 
 // All of a network but its output head.

@@ -2,6 +2,8 @@
 // Python between them.
 #pragma once
 
+#include <initializer_list>
+
 #include "delta.h"
 #include "draw.h"
 #include "experts.h"
@@ -474,14 +476,20 @@ inline void reserve_token_inputs(Workspace& work, const Network& network, i64 to
 // Lets the buffers that all ranks read lie in the memory which they share. Their sizes are those of the whole network.
 inline void place_shared(Workspace& work, const Step& step, const Network& network) {
     const i64 tokens = step.tokens;
-    i64 attn_columns = 0, gated_columns = 0, at = 0;
+    i64 attn_columns = 0, gated_columns = 0, packed_bytes = 0, at = 0;
+    const auto will_pack = [&](std::initializer_list<const Weight*> weights) {
+        for (const Weight* w : weights)
+            if (w) packed_bytes = std::max(packed_bytes, align_up(operand_bytes(*w, tokens) + READ_BEYOND));
+    };
     for (i64 i = 0; i < network.num_layers; ++i) {
         const Layer& layer = network.layers[i];
+        will_pack({layer.qkv, layer.o, layer.mlp.up, layer.mlp.down});
         if (layer.o) attn_columns = std::max(attn_columns, layer.o->columns);
         if (layer.mlp.up) gated_columns = std::max(gated_columns, layer.mlp.down->columns);
         if (const Mixture* m = layer.mixture) {
             gated_columns = std::max(gated_columns, m->choice.top_k * m->down->columns);
             if (m->shared.up) gated_columns = std::max(gated_columns, m->shared.down->columns);
+            will_pack({m->router, m->shared.up, m->shared.down});
         }
     }
     auto place = [&](Buffer& buffer, i64 bytes) {
@@ -493,6 +501,11 @@ inline void place_shared(Workspace& work, const Step& step, const Network& netwo
     place(work.branch, tokens * network.hidden * 4);
     place(work.attn_out, tokens * attn_columns * 2);
     place(work.gated, tokens * gated_columns * 2);
+    work.common = {};
+    if (at + 2 * packed_bytes > network.group->shared_bytes) return;  // then each rank packs all rows for itself
+    u8* free = network.group->shared + at;
+    work.common = {{free, free + packed_bytes}, packed_bytes, network.group};
+    for (Workspace::Own& each : work.own) each.turn = 0;
 }
 
 // Computes a network, from token ids to the normed rows [R, C] in bf16 that the head is applied to, or to the tokens that
@@ -528,6 +541,7 @@ inline void run_network(Workspace& work, const Step& step, const Network& networ
     });
     if (gathers(work.group))
         for (Buffer* each : {&work.hidden, &work.branch, &work.attn_out, &work.gated}) each->give_back();
+    work.common = {};
 }
 
 }  // namespace SF_VARIANT

@@ -572,7 +572,7 @@ SF_INLINE void multiply_whole(Team& team, const Operand& x, const Weight& w, con
     i64 parts = s.panels >= 8 * team.size ? 1 : ceil_div(8 * team.size, s.panels);  // of the blocks, for narrow weights
     if (parts > x.blocks) parts = x.blocks;
     bool first_run = true;  // of this thread: no thread has prefetched what it reads
-    team.share(s.panels * parts, [&](i64 begin, i64 end, i64 next_run) {
+    team.share_by_node(1, s.panels, parts, [&](i64 begin, i64 end, i64 next_run) {
         bool cold = first_run;
         for (i64 unit = begin; unit < end; ++unit) {
             i64 panel = unit / parts, part = unit % parts;
@@ -604,21 +604,43 @@ inline void multiply(Team& team, const Operand& x, const Weight& w, const Output
     }
 }
 
+// Memory of the ranks of a group that gathers, for what all of them pack alike: two places, used in turns, so that one is written
+// while a slower rank may still read the other.
+struct Common {
+    u8* places[2] = {};
+    i64 bytes = 0;     // of a place
+    Group* group = nullptr;
+    i64* turn = nullptr;  // each thread's own, from 0 on in each step
+};
+
+constexpr i64 COMMON_ROWS = 32;  // fewer rows are packed by each rank sooner than ranks meet
+
 // Memory for packed activations: shared by the team, or each thread's own for a single row, which all threads pack alike
 // rather than wait for one.
 struct Memory {
     u8* shared;
     u8* own;
     float* sums;  // each thread's own, for all rows of a panel; null if no panel is widened
+    Common common;
+
+    bool is_common(const Weight& w, i64 rows) const {
+        return common.bytes && rows >= COMMON_ROWS && operand_bytes(w, rows) + READ_BEYOND <= common.bytes;
+    }
+    u8* of(i64 rows, bool in_common) const {
+        return rows == 1 ? own : in_common ? common.places[++*common.turn % 2] : shared;
+    }
 };
+
+inline void gather(Team& team, Group* group);  // in group.h
 
 // Packs all rows of x [rows, columns] in bf16, row i from the address that `source(i)` returns. Returns when all threads
 // are done. With adapters at the one or two weights that read x, their ranks are computed meanwhile, for all rows of an adapter
-// by one thread where possible: each reads its adapter from memory once.
+// by one thread where possible: each reads its adapter from memory once. Ranks that share memory pack a part of many rows each.
 template <class Source>
 SF_INLINE Operand pack_activations(Team& team, const Weight& w, i64 rows, const Memory& memory, Source source,
                                    const Adapted& adapted = {}, const Adapted& other = {}) {
-    Operand x = make_operand(w, rows, rows == 1 ? memory.own : memory.shared, memory.sums);
+    const bool in_common = memory.is_common(w, rows);
+    Operand x = make_operand(w, rows, memory.of(rows, in_common), memory.sums);
     auto put = [&](i64 row) {
         const u16* values = source(row);
         put_row(x, row, values);
@@ -627,6 +649,13 @@ SF_INLINE Operand pack_activations(Team& team, const Weight& w, i64 rows, const 
     };
     if (rows == 1) {
         put(0);
+    } else if (in_common) {  // there are no adapters
+        const Group& group = *memory.common.group;
+        const i64 first = rows * group.rank / group.size, last = rows * (group.rank + 1) / group.size;
+        team.split(last - first, [&](i64 begin, i64 end) {
+            for (i64 row = first + begin; row < first + end; ++row) put(row);
+        });
+        gather(team, memory.common.group);
     } else if (adapted.lora) {
         team.share(rows, [&](i64 begin, i64 end, i64) {
             for (i64 i = begin; i < end; ++i) put(adapted.lora->order[i]);

@@ -23,12 +23,16 @@ namespace SF_VARIANT {
 // How far a team has come. Sharings are numbered from 0; one ends when all its units are done, by whichever threads. A
 // thread that was descheduled holds up the others only for what it has claimed, and skips sharings that ended without it.
 struct Progress {
-    alignas(64) std::atomic<i64> claimed{0};  // number of the current sharing << 32 | units of it that are claimed
-    alignas(64) std::atomic<i64> done{0};     // units of it that are done
-    std::atomic<i32> sleepers{0};             // threads that wait for its end without their core
+    struct alignas(64) Claims { std::atomic<i64> word{0}; };  // number of the current sharing << 32 | units of it that are claimed
 
-    void end(i64 number) {
-        claimed.store((number + 1) << 32, std::memory_order_seq_cst);
+    Claims claims[MOST_NODES];             // of the units of each node; of work that is not divided by nodes, the first
+    alignas(64) std::atomic<i64> done{0};  // units of the sharing that are done
+    std::atomic<i32> sleepers{0};          // threads that wait for its end without their core
+
+    // The first node's comes last: a thread that has seen it finds all others renewed.
+    void end(i64 number, i32 num_nodes) {
+        for (i32 node = num_nodes - 1; node > 0; --node) claims[node].word.store((number + 1) << 32, std::memory_order_release);
+        claims[0].word.store((number + 1) << 32, std::memory_order_seq_cst);
         if (sleepers.load(std::memory_order_seq_cst)) syscall(SYS_futex, word(), FUTEX_WAKE_PRIVATE, INT_MAX, nullptr, nullptr, 0);
     }
 
@@ -36,11 +40,11 @@ struct Progress {
     // and to spin meanwhile would use up this thread's share of a busy core, which it needs once they can both run.
     void wait_for_end(i64 number) {
         for (int spins = 0; spins < PATIENCE; ++spins) {
-            if (claimed.load(std::memory_order_acquire) >> 32 != number) return;
+            if (is_over(number)) return;
             _mm_pause();
         }
         sleepers.fetch_add(1, std::memory_order_seq_cst);
-        while (claimed.load(std::memory_order_acquire) >> 32 == number)
+        while (!is_over(number))
             syscall(SYS_futex, word(), FUTEX_WAIT_PRIVATE, static_cast<u32>(number), nullptr, nullptr, 0);
         sleepers.fetch_sub(1, std::memory_order_relaxed);
     }
@@ -48,12 +52,18 @@ struct Progress {
   private:
     static constexpr int PATIENCE = 1000;  // spins before sleeping: some tens of microseconds
 
-    u32* word() { return reinterpret_cast<u32*>(&claimed) + 1; }  // where the number is, on x86
+    bool is_over(i64 number) const { return claims[0].word.load(std::memory_order_acquire) >> 32 != number; }
+    u32* word() { return reinterpret_cast<u32*>(&claims[0].word) + 1; }  // where the number is, on x86
 };
 
 class Team {
   public:
-    Team(Progress& progress, int rank, int size) : rank(rank), size(size), progress_(progress) {}
+    Team(Progress& progress, int rank, int size)
+        : rank(rank), size(size), progress_(progress), num_nodes_(nodes.count > 1 && size == nodes.num_threads ? nodes.count : 1) {
+        if (num_nodes_ == 1) return;
+        node_ = nodes.of(rank);
+        bind_thread(node_);
+    }
 
     const int rank;
     const int size;
@@ -67,7 +77,15 @@ class Team {
             if (units > 0) body(i64{0}, units, i64{-1});
             return;
         }
-        run_all(units, 3 * size, true, body);
+        run_all({1, units, 1, 1}, true, body);
+    }
+
+    // Does the same for rows of places of `each` units, of which those at the same place read the same panel: threads take the
+    // places of their own node first, and of others when these are done.
+    template <class Body>
+    void share_by_node(i64 rows, i64 places, i64 each, Body body) {
+        if (num_nodes_ == 1) return share(rows * places * each, body);
+        run_all({rows, places, each, num_nodes_}, true, body);
     }
 
     // Divides the units into equal parts, for work too small to claim often.
@@ -77,47 +95,73 @@ class Team {
             if (units > 0) body(i64{0}, units);
             return;
         }
-        run_all(units, 0, false, [&](i64 begin, i64 end, i64) { body(begin, end); });
+        run_all({1, units, 1, 1}, false, [&](i64 begin, i64 end, i64) { body(begin, end); });
     }
 
   private:
-    struct Run { i64 begin, end; };
+    struct Run { i64 begin, end; };  // of units; empty: there is nothing left to claim
+    struct Work { i64 rows, places, each; i32 num_nodes; };
 
     template <class Body>
-    void run_all(i64 units, i64 divisor, bool ahead, Body body) {
+    void run_all(const Work& work, bool in_runs, Body body) {
+        const i64 units = work.rows * work.places * work.each;
         if (units == 0) return;
         i64 mine = 0;
-        for (Run run = claim(units, divisor); run.begin < units;) {
-            Run following = ahead ? claim(units, divisor) : Run{-1, -1};
-            body(run.begin, run.end, following.begin < units ? following.begin : i64{-1});
+        i32 turn = 0;
+        for (Run run = claim(work, in_runs, turn); run.begin < run.end;) {
+            const Run following = in_runs ? claim(work, in_runs, turn) : Run{0, 0};
+            body(run.begin, run.end, following.begin < following.end ? following.begin : i64{-1});
             mine += run.end - run.begin;
-            run = ahead ? following : claim(units, divisor);
+            run = in_runs ? following : claim(work, in_runs, turn);
         }
         if (mine && progress_.done.fetch_add(mine, std::memory_order_acq_rel) + mine == units) {
             progress_.done.store(0, std::memory_order_relaxed);
-            progress_.end(number_);
+            progress_.end(number_, num_nodes_);
         } else {
             progress_.wait_for_end(number_);
         }
         ++number_;
     }
 
-    // Claims one part in `divisor` of what is left; 0: of the whole, one part for each thread. Nothing if the sharing is over.
-    Run claim(i64 units, i64 divisor) const {
-        i64 word = progress_.claimed.load(std::memory_order_acquire), begin, end;
+    // Claims a run of what is left, of this thread's node, then of the next ones: `turn` of them are done. In runs it is a third of
+    // what each thread would get; else an equal part of the whole for each thread. Nothing if the sharing is over.
+    Run claim(const Work& work, bool in_runs, i32& turn) const {
+        if (work.num_nodes == 1) {
+            const i64 units = work.rows * work.places * work.each;
+            return claim_of(progress_.claims[0], units, in_runs ? 3 * size : 0, units);
+        }
+        for (; turn < work.num_nodes; ++turn) {
+            const i32 node = (node_ + turn) % work.num_nodes;
+            const i64 first = nodes.first_place(node, work.places) * work.each;
+            const i64 width = nodes.first_place(node + 1, work.places) * work.each - first;
+            const i64 threads = nodes.first_thread[node + 1] - nodes.first_thread[node];
+            const Run run = claim_of(progress_.claims[node], work.rows * width, 3 * threads, width);
+            if (run.begin == run.end) continue;
+            const i64 begin = run.begin / width * work.places * work.each + first + run.begin % width;
+            return {begin, begin + run.end - run.begin};
+        }
+        return {0, 0};
+    }
+
+    // Claims a run that does not go beyond a row of `width` units. `divisor` 0: equal parts for all threads.
+    Run claim_of(Progress::Claims& claims, i64 units, i64 divisor, i64 width) const {
+        i64 word = claims.word.load(std::memory_order_acquire), begin, end;
         do {
-            if (word >> 32 != number_) return {units, units};
+            if (word >> 32 != number_) return {0, 0};
             begin = word & 0xffffffff;
-            if (begin >= units) return {units, units};
+            if (begin >= units) return {0, 0};
             i64 length = divisor ? (units - begin) / divisor : (units + size - 1) / size;
             end = begin + (length > 1 ? length : 1);
-            if (end > units) end = units;
-        } while (!progress_.claimed.compare_exchange_weak(word, number_ << 32 | end, std::memory_order_acq_rel));
+            const i64 row_end = width == units ? units : (begin / width + 1) * width;
+            if (end > row_end) end = row_end;
+        } while (!claims.word.compare_exchange_weak(word, number_ << 32 | end, std::memory_order_acq_rel));
         return {begin, end};
     }
 
     Progress& progress_;
-    i64 number_ = 0;  // number of this thread's next sharing
+    const i32 num_nodes_;  // among which this team is divided
+    i32 node_ = 0;         // of this thread
+    i64 number_ = 0;       // number of this thread's next sharing
 };
 
 template <class Body>

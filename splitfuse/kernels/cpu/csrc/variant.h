@@ -134,7 +134,7 @@ SF_EXPORT(void, conv)(Workspace* work, const Step* step, const ShortConv* conv, 
     parallel(work->num_threads, [&](Team& team) { short_conv(team, *step, *conv, *states, x, out); });
 }
 
-// Computes a network, and the normed rows [R, C] that its head is applied to; with `choices`, for a network without a group, the
+// Computes a network, and the normed rows [R, C] that its head is applied to; with `choices`, not for a group that reduces, the
 // tokens that these choose instead. Returns 0, 1 without memory, or 2 if a rank of the network's group did not come.
 SF_EXPORT(i32, network)(Workspace* work, const PackedStep* packed, const Network* network, const Choices* choices, u16* rows) {
     const i32 out_of_memory = guarded([&] { run_network(*work, unpacked(*packed), *network, choices, rows); });
@@ -179,6 +179,16 @@ SF_EXPORT(i32, experts)(Workspace* work, const Mixture* mixture, const u16* x, i
         work->group = nullptr;
         reserve_experts(*work, *mixture, tokens);
         parallel(work->num_threads, [&](Team& team) { experts(team, *work, *mixture, x, tokens, ids, weights, nullptr, nullptr, nullptr, out, mixture->down->rows); });
+    });
+}
+
+// Shares units as products do, and notes which thread has taken each, and as which of its units: for tests.
+SF_EXPORT(void, take_units)(Workspace* work, i64 rows, i64 places, i64 each, i32* takers, i64* turns) {
+    parallel(work->num_threads, [&](Team& team) {
+        i64 turn = 0;
+        team.share_by_node(rows, places, each, [&](i64 begin, i64 end, i64) {
+            for (i64 unit = begin; unit < end; ++unit, ++turn) takers[unit] = team.rank, turns[unit] = turn;
+        });
     });
 }
 

@@ -67,12 +67,16 @@ struct HeadItems {
 };
 
 struct Workspace {
-    struct Own { Buffer operand, row, tile, sums, state, shrunk, draws; };  // of one thread
+    struct Own {  // of one thread
+        Buffer operand, row, tile, sums, state, shrunk, draws;
+        i64 turn = 0;
+    };
 
     explicit Workspace(int num_threads) : num_threads(num_threads), own(num_threads) {}
 
     const int num_threads;
     Group* group = nullptr;  // of the network that is computed
+    Common common;           // of its ranks, if they share memory, and there is room
     Buffer operand, hidden, normed, branch, qkv, attn_gate, queries, attn_out, gates, gated, partials, token_inputs;
     Buffer compressed, latent_queries, latent_values;  // of latent attention
     Buffer queries_keys, gated_heads;  // of Mamba
@@ -133,7 +137,11 @@ struct Workspace {
         if (store.int8)
             for (Own& each : own) each.tile.reserve(TILE * kv.padded * 4);
     }
-    Memory memory(int rank) const { return {operand.data(), own[rank].operand.data(), reinterpret_cast<float*>(own[rank].sums.data())}; }
+    Memory memory(int rank) {
+        Memory found{operand.data(), own[rank].operand.data(), reinterpret_cast<float*>(own[rank].sums.data()), common};
+        found.common.turn = &own[rank].turn;
+        return found;
+    }
 };
 
 }  // namespace SF_VARIANT
