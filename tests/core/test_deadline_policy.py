@@ -370,14 +370,28 @@ def test_the_late_request_with_the_least_to_lose_is_preempted() -> None:
         each.kv.num_computed = computed
     for each in running[:3]:
         each.slo.observe_token(9.0)
-    feasible = request("e", 20, SloTargets(9.0), arrival_time=10.0)
+    in_time = decode("e", 0.25, token_at=9.0, arrival_time=10.0)
     assert (
-        make_policy().preemption_victim(running, claimant=feasible) is running[1]
+        make_policy().preemption_victim(running, claimant=in_time) is running[1]
     )  # late, and less to lose than c; a is the oldest of all
     assert make_policy().preemption_victim(running, claimant=running[1]) is running[2]  # from a late one after it
     assert make_policy().preemption_victim(running, claimant=running[2]) is None
-    assert make_policy().preemption_victim(running[:1], claimant=feasible) is None
+    assert make_policy().preemption_victim(running[:1], claimant=in_time) is None
     assert make_policy().preemption_victim(running, claimant=running[0]) is running[1]
+
+
+def test_a_prompt_takes_blocks_from_lower_priorities_alone() -> None:
+    running = [decode(name, 0.25, token_at=1.0, arrival_time=i) for i, name in enumerate("abcd")]
+    for each in running[:3]:
+        each.slo.observe_token(9.0)  # late
+    prompt = request("e", 20, SloTargets(9.0), arrival_time=10.0)
+    assert make_policy().preemption_victim(running, claimant=prompt) is None
+    change(running[3], priority=Priority.LOW)
+    assert make_policy().preemption_victim(running, claimant=prompt) is running[3]
+    change(running[2], priority=Priority.LOW)
+    assert make_policy().preemption_victim(running, claimant=prompt) is running[2]  # which is late
+    oldest = request("o", 20, SloTargets(9.0), arrival_time=-1.0)
+    assert make_policy().preemption_victim(running, claimant=oldest) is running[2]
 
 
 def test_a_long_prompt_makes_no_decode_late() -> None:

@@ -256,10 +256,13 @@ class DeadlinePolicy(Fcfs):
     def preemption_victim(self, running: Sequence[Request], *, claimant: Request) -> Request | None:
         """Return the late request of the lowest priority with the fewest computed tokens; otherwise the newest.
 
-        A late request takes only from late ones that came after it, unless it is the oldest of all.
+        A late request takes only from late ones that came after it, unless it is the oldest of all. A prompt takes from
+        lower priorities alone: to compute again what another had computed makes more prompts late than one.
         """
         oldest = oldest_number(running, claimant)
         is_oldest = claimant.sequence_number == oldest
+        if claimant.slo.exists and not (is_oldest or claimant.output_token_ids):
+            running = [running[0], *(r for r in running[1:] if r.priority > claimant.priority)]
         late = [r for r in running if r.slo.missed and r is not claimant and r.sequence_number != oldest]
         if not is_oldest:
             late = [r for r in late if r.priority >= claimant.priority]
