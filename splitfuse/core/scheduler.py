@@ -9,7 +9,7 @@ without SLOs the budget is filled while runnable work and blocks remain (Holmes 
                          prefills in progress, then waiting requests; each by fair share, then oldest first. The last
                          claim is cut to fit. With SLOs, by deadline (core/slo/deadline_policy.py).
     no block left        The newest running request of the lowest priority is preempted (with SLOs, a late one
-                         first): its tokens are kept, and computed again later.
+                         first, but for no prompt of its priority): its tokens are kept, and computed again later.
     progress             The oldest unfinished request gets at least one token of every step that is scheduled with
                          nothing in flight: one is reserved for it. It may preempt any request and is never preempted,
                          and `add` has made sure that it fits the cache alone. So it finishes; then the next one is the
