@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -225,10 +226,10 @@ def load_rank(config: EngineConfig, group: Group, *, files: str, kernels: str) -
             else f"{location} was changed while it was loaded: start again"
         )
     if (ours := describe_kernels(opened.backend)) != kernels:
-        raise ConfigError(
-            f"a rank has {ours}, and its leader {kernels}: their bits differ; name kernels that both have, such as "
-            "kernels=avx2"
-        )
+        which = "kernels that both have, such as kernels=avx2"
+        if opened.device.type == "cuda":
+            which = "as device the first of GPUs that are alike, such as device=cuda:2"
+        raise ConfigError(f"a rank has {ours}, and its leader {kernels}: their bits differ; name {which}")
     num_blocks, max_model_len = config.cache.num_blocks, config.model.max_model_len
     assert num_blocks is not None and max_model_len is not None
     decoder = load_decoder(
@@ -274,7 +275,18 @@ def _open(config: EngineConfig, source: ModelSource | None = None) -> _Opened:
     weights = DummyWeights(dtype, device) if config.model.load_format == "dummy" else source.weights()
     spec = check_weights(weights, spec)
     check_quantization(config, source, weights)
-    return _Opened(source, spec, dtype, device, weights, choose_backend(config, dtype))
+    backend = choose_backend(config, dtype)
+    if config.model.num_local_ranks > 1 and device.type == "cpu" and not backend.capabilities.own_threads:
+        torch.set_num_threads(max(1, _all_cores() // config.model.num_local_ranks))
+    return _Opened(source, spec, dtype, device, weights, backend)
+
+
+@functools.cache
+def _all_cores() -> int:
+    """Return the cores of this process, before they were divided among ranks: once it has been a rank, PyTorch's
+    threads stay divided.
+    """
+    return usable_cores()
 
 
 def _files(source: ModelSource, config: EngineConfig) -> str:

@@ -38,6 +38,9 @@ LOGIT_BYTES = 20
 what drawing adds."""
 SUM_BYTES = 8
 """Bytes of each number that a rank receives of another one to add it up: in fp32, and in the library's own buffer."""
+GPU_RESERVE = GIB
+"""Bytes of the free memory of a GPU that no plan takes: for PyTorch's libraries, compiled kernels, what is there for an
+operation alone, and NCCL's buffers. An estimate. Where nobody else uses the GPU, `gpu_memory_share` leaves more."""
 LARGEST_KV_SHARE = 0.5
 """Fraction of the memory left by weights and activations that a KV cache takes by default; the rest is for others."""
 LARGEST_STATE_SHARE = 0.25
@@ -172,8 +175,15 @@ def plan_memory(
     devices = rank_devices(config)
     available = min(map(available_memory, set(devices))) if available is None else available
     available //= ranks_of_device(config)
+    remarks: tuple[str, ...] = ()
     if (most := _gpu_share(config)) is not None:
-        available = min(available, most)
+        if (left := available - GPU_RESERVE) < most:
+            share, where = config.cache.gpu_memory_share, " or ".join(dict.fromkeys((devices[0], devices[-1])))
+            remarks = (
+                f"{available / GIB:.3f} GiB are free on {where}, too few for gpu_memory_share={share:g}: of these "
+                f"{GPU_RESERVE / GIB:.3f} GiB are left for PyTorch and its libraries",
+            )
+        available = min(left, most)
     free = available - weight_size - (0 if draft is None else draft.weights + draft.activations)
     token_size = token_bytes(spec, dtype, shard)
     budget = config.scheduler.max_num_batched_tokens or _largest_budget(token_size, free=free)
@@ -194,6 +204,7 @@ def plan_memory(
         state=state_bytes(spec, backend),
         tiers=tier_bytes(config.cache) if tiers is None else tiers,
         draft=draft,
+        remarks=remarks,
     )
     if plan.tiers and not config.cache.has_tiers:
         plan = replace(plan, tiers_are_for="for requests that go on at another engine")
@@ -210,7 +221,7 @@ def plan_memory(
         divided = "the model and the machine's memory" if ranks_of_device(config) > 1 else "the model"
         where = f" on {', '.join(devices)}" if devices[0] != devices[-1] else ""
         adding = "; they add up by torch.distributed" if shard.sums else ""
-        plan = replace(plan, remarks=(f"each of {num_ranks} ranks{where}, which divide {divided}{adding}",))
+        plan = replace(plan, remarks=(*remarks, f"each of {num_ranks} ranks{where}, which divide {divided}{adding}"))
     plan = _with_tiers(plan, config)
     plan = _with_states(plan, config, free=plan.available - plan.need)
     free = plan.available - plan.need

@@ -7,6 +7,8 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import subprocess
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 from random import Random
@@ -31,6 +33,7 @@ from splitfuse.engine.remote.supervisor import SupervisedEngine
 from splitfuse.engine.thread import AsyncEngine
 from splitfuse.errors import ConfigError, EngineUnavailableError, ModelError, RankLostError
 from splitfuse.kernels.group import Shard, SharedGroup, make_group_file
+from splitfuse.runtime import loading
 from splitfuse.runtime.backend_choice import choose_backend
 from splitfuse.runtime.fingerprint import describe_kernels, digest
 from splitfuse.runtime.loading import load_model, load_rank, open_source
@@ -167,6 +170,35 @@ def test_a_rank_that_fails_before_it_connects_ends_the_start(monkeypatch: pytest
     monkeypatch.setattr(leader, "FOLLOWER", "this")
     with pytest.raises(EngineUnavailableError, match=r"rank 1 \(process .* was lost .*: it ended with code 0"):
         load_model(config(2, **ADDING, kernels="reference"))
+
+
+@pytest.mark.slow
+def test_a_rank_that_is_killed_while_ranks_connect_ends_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    started = list[subprocess.Popen[bytes]]()
+
+    class Recorded(subprocess.Popen[bytes]):
+        def __init__(self, *args: Any, **options: Any) -> None:
+            super().__init__(*args, **options)
+            started.append(self)
+
+    def connect(*_: object, **__: object) -> None:
+        started[0].kill()
+        threading.Event().wait()  # as NCCL does
+
+    monkeypatch.setattr(subprocess, "Popen", Recorded)
+    monkeypatch.setattr(leader, "DistributedGroup", connect)
+    with pytest.raises(EngineUnavailableError, match=r"rank 1 \(process .* was lost .*: it ended with signal 9"):
+        load_model(config(2, **ADDING, kernels="reference"))
+
+
+def test_ranks_of_pytorch_divide_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    given = list[int]()
+    monkeypatch.setattr(loading, "_all_cores", lambda: 7)
+    monkeypatch.setattr(loading, "use_cores", lambda _: None)
+    monkeypatch.setattr(torch, "set_num_threads", given.append)
+    for ranks, kernels in ((1, "reference"), (3, "reference"), (3, "auto")):
+        loading._open(EngineConfig.from_settings({"tensor_parallel_size": ranks, "kernels": kernels, "device": "cpu"}))
+    assert given == [2]
 
 
 def test_no_embedding_is_given_of_sums_that_were_broken_off(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -26,7 +26,7 @@ from specs import make_delta, make_experts
 from torch import Tensor
 from triton_faults import sum_in_one_order
 
-from splitfuse.errors import ConfigError, RankLostError
+from splitfuse.errors import ConfigError, EngineUnavailableError, RankLostError
 from splitfuse.kernels.cpu.backend import CpuBackend
 from splitfuse.kernels.group import Group, Shard
 from splitfuse.kernels.interface import Backend
@@ -38,7 +38,7 @@ from splitfuse.models.sharding import RankDecoder, check_ranks
 from splitfuse.models.sources.folder import ModelFolder
 from splitfuse.models.spec import ModelSpec
 from splitfuse.models.weights import kept_parameters, load_decoder, weight_bytes
-from splitfuse.runtime.parallel.distributed import DistributedGroup, announce, await_ranks
+from splitfuse.runtime.parallel.distributed import DistributedGroup, announce, await_ranks, connect_ranks
 from splitfuse.runtime.parallel.follower import RankExecutor
 from splitfuse.runtime.parallel.messages import ComputeHead, ComputeStep
 
@@ -260,6 +260,27 @@ def test_ranks_that_do_not_come_or_compute_elsewhere_are_not_met() -> None:
         await_ranks(store, 2, CPU, heard.append)
     with pytest.raises(RankLostError, match="rank 2 of the group has not come within 0 s"):
         await_ranks(store, 3, torch.device("cuda:0"), heard.append, seconds=0.0)
+
+
+def test_a_rank_that_ends_while_ranks_connect_is_not_waited_for() -> None:
+    """NCCL waits for it without end, and does not hear of it."""
+    connected, (group, _) = threading.Event(), make_summing_groups(2)
+
+    def connect() -> DistributedGroup:
+        connected.wait()
+        return group
+
+    def tell(_: float) -> None:
+        raise EngineUnavailableError("rank 1 was lost")
+
+    with pytest.raises(EngineUnavailableError, match="rank 1 was lost"):
+        connect_ranks(connect, tell)
+    with pytest.raises(RankLostError, match="the ranks of the group are not connected to each other after 0 s"):
+        connect_ranks(connect, lambda _: None, seconds=0.0)
+    connected.set()
+    assert connect_ranks(connect, tell) is group
+    with pytest.raises(RankLostError, match="cannot connect to each other"):
+        connect_ranks(lambda: DistributedGroup(dist.HashStore(), group.shard, address="192.0.2.1"), lambda _: None)
 
 
 @pytest.mark.parametrize(

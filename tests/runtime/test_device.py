@@ -93,7 +93,9 @@ def test_a_rank_has_what_the_gpu_with_least_leaves(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(memory_plan, "available_memory", device.available_memory)
     config = EngineConfig.from_settings({"device": "cuda:0", "tensor_parallel_size": 2})
     plan = memory_plan.plan_memory(SPEC, config, backend=ReferenceBackend())
-    assert plan.available == 20 * GIB
+    assert plan.available == 19 * GIB
+    left = "20.000 GiB are free on cuda:0 or cuda:1, too few for gpu_memory_share=0.9: of these 1.000 GiB are left for "
+    assert left in str(plan)
     assert "each of 2 ranks on cuda:0, cuda:1, which divide the model; they add up by torch.distributed" in str(plan)
     assert device.ranks_of_device(config) == 1
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future, wait
 from datetime import timedelta
 from typing import Any, TypeAlias
 
@@ -15,7 +17,7 @@ from splitfuse.errors import ConfigError, RankLostError
 from splitfuse.kernels.group import PATIENCE, Shard, SummingGroup
 
 JOIN_SECONDS = 60.0
-"""Longest time until all ranks are connected, in seconds: a process has to begin."""
+"""Longest time until all ranks have come, and then until they are connected, in seconds: a process has to begin."""
 LISTEN_SECONDS = 0.05
 """Seconds between two looks at which ranks have connected."""
 CPU = torch.device("cpu")
@@ -61,6 +63,32 @@ def await_ranks(
                 f"rank {rank} computes on a device of kind {theirs}, and its leader on {device.type}: name a device "
                 "that all ranks have, such as device=cpu"
             )
+
+
+def connect_ranks(
+    connect: Callable[[], DistributedGroup], listen: Callable[[float], None], *, seconds: float = JOIN_SECONDS
+) -> DistributedGroup:
+    """Return the group that `connect` makes, in a thread of its own: NCCL waits without end for a rank that has ended
+    since it announced itself, and nothing breaks that off but the end of this process. `listen` is that of
+    `await_ranks`.
+
+    Raises RankLostError if they are not connected in time.
+    """
+    group: Future[DistributedGroup] = Future()
+
+    def run() -> None:
+        try:
+            group.set_result(connect())
+        except BaseException as error:
+            group.set_exception(error)
+
+    threading.Thread(target=run, name="connecting ranks", daemon=True).start()
+    deadline = time.monotonic() + seconds
+    while not wait([group], LISTEN_SECONDS).done:
+        if time.monotonic() > deadline:
+            raise RankLostError(f"the ranks of the group are not connected to each other after {seconds:.0f} s")
+        listen(0)
+    return group.result()
 
 
 def _key(rank: int) -> str:

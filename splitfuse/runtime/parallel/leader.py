@@ -29,7 +29,7 @@ from splitfuse.errors import EngineUnavailableError, RankLostError, SplitfuseErr
 from splitfuse.kernels.batch import RaggedBatch
 from splitfuse.kernels.group import PATIENCE, Group, Shard, SharedGroup, make_group_file
 from splitfuse.models.sharding import RankDecoder
-from splitfuse.runtime.parallel.distributed import DistributedGroup, await_ranks, make_store
+from splitfuse.runtime.parallel.distributed import DistributedGroup, await_ranks, connect_ranks, make_store
 from splitfuse.runtime.parallel.link import connect
 from splitfuse.runtime.parallel.messages import (
     ComputeHead,
@@ -178,11 +178,14 @@ class Leader:
         self._tell_specs(Rendezvous(host, store.port, in_order))
         try:
             await_ranks(store, self._shard.size, device, self._listen)
-            self.group = DistributedGroup(
-                store, self._shard, address=host, device=device, in_order=in_order, patience=self._patience
+            self.group = connect_ranks(
+                lambda: DistributedGroup(
+                    store, self._shard, address=host, device=device, in_order=in_order, patience=self._patience
+                ),
+                self._listen,
             )
         except RankLostError:
-            self.wait()  # if one of them knows why, that is raised
+            self._listen(self._patience)  # if one of them knows why, that is raised
             raise
 
     def _tell_specs(self, link: SharedMemory | Rendezvous) -> None:
