@@ -255,20 +255,20 @@ def of_stored_experts(
 
 
 def recurrent(setting: Setting, backend: TritonBackend, spec: DeltaSpec | MambaSpec | ConvSpec) -> None:
-    """Compute a step of two requests."""
-    attention = AttentionSpec(num_heads=1, num_kv_heads=1, head_dim=64)
-    batch: RaggedBatch = make_step(setting, attention, [(0, 9), (3, 1)], backend).batch
+    """Compute a step of two requests, one of which is taken in chunks."""
+    attention, count = AttentionSpec(num_heads=1, num_kv_heads=1, head_dim=64), 41
+    batch: RaggedBatch = make_step(setting, attention, [(0, count - 1), (3, 1)], backend).batch
     states = torch.zeros(3, 4 * (spec.conv_size - 1) * spec.num_channels)
     conv = {"conv": torch.ones(spec.conv_size, spec.num_channels)}
     if isinstance(spec, ConvSpec):
-        backend.conv(rows(setting, 3 * spec.num_channels, 10), states, spec, batch, LayerWeights(**conv))
+        backend.conv(rows(setting, 3 * spec.num_channels, count), states, spec, batch, LayerWeights(**conv))
         return
     heads = spec.num_value_heads if isinstance(spec, DeltaSpec) else spec.num_heads
     values = heads * (spec.value_dim if isinstance(spec, DeltaSpec) else spec.head_dim)
     of_heads = {name: torch.ones(heads) for name in ("decay", "decay_bias", "skip")}
     weights = LayerWeights(**conv, **of_heads, out_norm=torch.ones(values), conv_bias=torch.ones(spec.num_channels))
-    x = rows(setting, spec.num_channels + values, 10)
+    x = rows(setting, spec.num_channels + values, count)
     if isinstance(spec, DeltaSpec):
-        backend.delta(x, rows(setting, 2 * heads, 10), states, spec, batch, weights)
+        backend.delta(x, rows(setting, 2 * heads, count), states, spec, batch, weights)
     else:
-        backend.mamba(x, rows(setting, heads, 10), states, spec, batch, weights)
+        backend.mamba(x, rows(setting, heads, count), states, spec, batch, weights)

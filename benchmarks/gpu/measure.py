@@ -31,11 +31,11 @@ class Setting:
     lengths: str
 
     @classmethod
-    def of(cls, arguments: argparse.Namespace) -> Setting:
+    def of(cls, arguments: argparse.Namespace, *, has_gpu: bool) -> Setting:
         """Return the setting of a command line. The interpreter's products of bf16 are wrong: it has fp32."""
         if arguments.rehearse:
             return cls("cpu", torch.float32, True, "1", "6/2")
-        if arguments.stage == "compile":
+        if not has_gpu:
             return cls("cpu", getattr(torch, arguments.dtype), True, "", "")
         return cls("cuda", getattr(torch, arguments.dtype), False, arguments.clients, arguments.lengths)
 
@@ -43,9 +43,7 @@ class Setting:
         """Return one line: the GPU, versions, and what it reaches."""
         versions = f"torch {torch.__version__}, triton {triton.__version__}, {str(self.dtype).removeprefix('torch.')}"
         if self.is_rehearsal:
-            how = (
-                "in the interpreter: times mean nothing" if is_interpreted() else "where kernels are compiled, not run"
-            )
+            how = "in the interpreter: times mean nothing" if is_interpreted() else "where kernels are not run"
             return f"rehearsal on the CPU, {how}; {versions}"
         name = torch.cuda.get_device_name(self.device)
         return f"{name}, {versions}; copies {self.bandwidth / 1e9:.0f} GB/s, matrices {self.rate / 1e12:.0f} TFLOP/s"

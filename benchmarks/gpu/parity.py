@@ -219,7 +219,7 @@ def recurrent(specs: Sequence[RecurrentSpec], setting: Setting, rng: Random) -> 
     """Return what a layer with states gives, and the states after it, which are in fp32."""
     spec, chunks = rng.choice(specs), []
     for number in range(3):
-        count, read = rng.choice((1, 1, 5) if setting.is_rehearsal else (1, 1, 7, 200)), rng.choice((-1, number))
+        count, read = rng.choice((1, 5, 40) if setting.is_rehearsal else (1, 1, 7, 200)), rng.choice((-1, number))
         kept = ((count // 2, 3 + number),) if count > 1 and rng.random() < 0.5 else ()
         write = read if read >= 0 and rng.random() < 0.5 else 6 + number
         chunks.append(Chunk(str(number), 0, (1,) * count, tuple(range(8)), 1, True, StateSlots(read, write, kept)))

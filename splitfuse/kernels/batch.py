@@ -16,6 +16,18 @@ Derivation: TypeAlias = Callable[["RaggedBatch"], Sequence[Tensor]]
 """Function of a batch that returns tensors on the host, made of its numbers there. Equal ones give equal tensors."""
 
 
+def copied(numbers: Tensor, device: torch.device) -> Tensor:
+    """Return numbers on the host, or a copy on another device. The host does not wait for what the device has to do
+    before: CUDA reads memory that is not pinned before this returns.
+    """
+    return numbers.to(device, non_blocking=True)
+
+
+def _flat(made: Sequence[Tensor]) -> Tensor:
+    """Return the numbers of tensors one behind the other."""
+    return torch.cat([each.flatten() for each in made])
+
+
 class RaggedBatch:
     """Holds T tokens of S chunks, of which R need logits. Row i of every per-token tensor is the same token.
 
@@ -50,7 +62,7 @@ class RaggedBatch:
         self.address = address
         self.is_padded = is_padded
         self._numbers, self._on_host = numbers, on_host
-        self._derived: dict[Derivation, tuple[Tensor, ...]] = {}
+        self._derived: dict[Derivation, tuple[Tensor, tuple[Tensor, ...]]] = {}  # flat, and as they are
         self.num_tokens = num_tokens
         self.num_requests = num_requests
         self.table_width = table_width
@@ -102,23 +114,25 @@ class RaggedBatch:
         if device == self.packed.device:
             return self
         sizes = (self.num_tokens, self.num_requests, self.table_width, self.num_rows)
-        return RaggedBatch(self.packed.to(device), *sizes, on_host=self.packed, is_padded=self.is_padded)
+        return RaggedBatch(copied(self.packed, device), *sizes, on_host=self.packed, is_padded=self.is_padded)
 
-    def derive_again(self, other: RaggedBatch) -> None:
-        """Write what the derivations of this batch give of another one of its sizes into the tensors of this one."""
-        for derivation, kept in self._derived.items():
-            for mine, made in zip(kept, derivation(other), strict=True):
-                mine.copy_(made)
+    def write(self, other: RaggedBatch) -> None:
+        """Write the numbers of another batch of the same sizes, which is on the host, into the tensors of this one, and
+        what its derivations give.
+        """
+        self.packed.copy_(other.packed, non_blocking=True)
+        for derivation, (kept, _) in self._derived.items():
+            kept.copy_(_flat(derivation(other)), non_blocking=True)
 
     def derived(self, derivation: Derivation) -> tuple[Tensor, ...]:
         """Return the tensors of a derivation on the batch's device: made and copied once a step, not once a layer."""
         if derivation not in self._derived:
-            made = [each.contiguous() for each in derivation(self)]
-            sizes = [each.numel() for each in made]
-            parts = torch.cat([each.flatten() for each in made]).to(self.packed.device).split_with_sizes(sizes)
+            made = derivation(self)
+            kept = copied(_flat(made), self.packed.device)
+            parts = kept.split_with_sizes([each.numel() for each in made])
             views = (part.view(each.shape) for part, each in zip(parts, made, strict=True))
-            self._derived[derivation] = tuple(views)
-        return self._derived[derivation]
+            self._derived[derivation] = kept, tuple(views)
+        return self._derived[derivation][1]
 
     @cached_property
     def _parts(self) -> tuple[Tensor, ...]:

@@ -9,7 +9,7 @@ import torch
 
 from splitfuse.core.limits import ceil_div
 from splitfuse.core.plan import ZERO_STATE, Chunk
-from splitfuse.kernels.batch import RaggedBatch
+from splitfuse.kernels.batch import RaggedBatch, copied
 from splitfuse.kernels.lora import PackedAdapter, StepAdapters
 
 
@@ -43,7 +43,7 @@ class BatchBuilder:
         if self._on_host:
             return RaggedBatch(self._memory, *sizes, of_rows, address=self._address)
         on_host = self._memory[:length]
-        return RaggedBatch(on_host.to(self._device), *sizes, of_rows, on_host)
+        return RaggedBatch(copied(on_host, self._device), *sizes, of_rows, on_host)
 
     def _decodes(self, chunks: Sequence[Chunk]) -> tuple[list[Sequence[int]], int, int, array[int]]:
         """Return the same as `_any` for chunks of one token that has logits: most steps have no others."""
@@ -132,4 +132,4 @@ def _step_adapters(
     for chunk, adapter in zip(chunks, adapters, strict=True):
         of_row.extend([numbers.get(id(adapter), -1)] * len(chunk.token_ids))
     rows = torch.frombuffer(of_row, dtype=torch.int32)
-    return StepAdapters(tuple(different.values()), rows.to(device))
+    return StepAdapters(tuple(different.values()), copied(rows, device))

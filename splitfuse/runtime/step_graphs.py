@@ -113,9 +113,7 @@ class StepGraphs:
         bucket = Bucket.of(batch)
         captured = self._captured.get(bucket)
         if captured is not None:
-            padded = pad(batch, bucket)
-            captured.batch.packed.copy_(padded.packed)
-            captured.batch.derive_again(padded)
+            captured.batch.write(pad(batch, bucket))
         elif (captured := self._new(batch, bucket)) is None:
             return self._decoder.forward(batch, self._kv_cache)
         captured.graph.replay()

@@ -131,6 +131,7 @@ class Layer:
         lengths = [end - begin for _, begin, end, _, _ in parts]
         batch: Any = Arrays(
             query_start=torch.tensor([0, *accumulate(lengths)], dtype=torch.int32),
+            seq_lens=torch.tensor([end for _, _, end, _, _ in parts], dtype=torch.int32),
             state_reads=torch.tensor([part[3] for part in parts], dtype=torch.int32),
             state_writes=torch.tensor([part[4] for part in parts], dtype=torch.int32),
         )

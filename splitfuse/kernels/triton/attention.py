@@ -51,7 +51,7 @@ def _normalized(
     return acc / total[:, None]
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["table_width"])
 def attention_kernel(
     out: tl.pointer_type,  # [T, H, Dv]
     partial: tl.pointer_type,  # fp32 [partial results, Hk, ROWS, Dv]: sums of weighted values

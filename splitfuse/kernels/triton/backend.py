@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import math
 import sys
-import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +13,7 @@ from typing import Any
 import torch
 import triton
 from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
 
 from splitfuse.errors import ConfigError
 from splitfuse.kernels.batch import RaggedBatch
@@ -24,7 +24,14 @@ from splitfuse.kernels.quantized import QuantizedFormat, QuantizedWeight
 from splitfuse.kernels.reference import ReferenceBackend, add_lora, alibi_slopes, place_heads, query_scales
 from splitfuse.kernels.triton.attention import attention_kernel, merge_kernel
 from splitfuse.kernels.triton.capabilities import CAPABILITIES, is_interpreted
-from splitfuse.kernels.triton.products import grouped_kernel, grouped_quantized_kernel, quantized_kernel
+from splitfuse.kernels.triton.chunks import CHUNK, between_kernel, state_chunks, within_kernel
+from splitfuse.kernels.triton.products import (
+    dense_kernel,
+    grouped_kernel,
+    grouped_quantized_kernel,
+    quantized_kernel,
+    tiles_kernel,
+)
 from splitfuse.kernels.triton.quantized import Quantized, choose_format, dequantizing_bytes, stored_format
 from splitfuse.kernels.triton.recurrent import (
     convolve_kernel,
@@ -61,16 +68,26 @@ QUANTIZED_COLUMNS = 32
 """Number of columns of a tile whose weight has 8 or 4 bits."""
 LARGE_ROWS = 64
 """Number of rows of a tile where experts have half as many or more each: every tile reads its weight again."""
+TILES_AT_ONCE = 16
+"""Number of tiles that a program makes of rows and their owners."""
 NEVER_COPIED = (WeightRole.HEAD, WeightRole.EMBED, WeightRole.W13, WeightRole.W1, WeightRole.W2)
 """Roles of weights in 8 or 4 bits that are used as they are in steps of any size: heads have few rows at a time,
 embeddings are looked up, and experts have a kernel.
 """
+SEARCHED_COLUMNS = 8192
+"""Number of columns that a program looks for the largest number in at a time: it has a row alone."""
 PLACED_ELEMENTS = 2048
 """Number of elements of a tile of `place_kernel`: a head of so many tokens."""
 CONVOLVED_COLUMNS = 128
 """Number of channels that a program convolves."""
 MATRIX_ELEMENTS = 2048
-"""Number of elements of a recurrent state that a program takes through its tokens."""
+"""Number of elements of a recurrent state that a program takes through its tokens, one after the other."""
+CHUNK_COLUMNS = 16
+"""Most columns of a recurrent state that a program takes through chunks of tokens."""
+KEYS_AT_ONCE = 32
+"""Number of elements of the vectors of a chunk that a program multiplies at a time."""
+OLDEST_WITH_TF32 = (8, 0)
+"""Least compute capability whose tensor cores multiply fp32, in three products of 19 bits."""
 
 
 class TritonBackend(ReferenceBackend):
@@ -104,7 +121,7 @@ class TritonBackend(ReferenceBackend):
         self.compute_capability: tuple[int, int] | None = None
         self.processors = 1
         self._alibi: dict[AttentionSpec, Tensor] = {}
-        self._tables: dict[int, _Table] = {}  # by the address of the first tensor
+        self._tables: Any = WeakIdKeyDictionary()  # of _Table by the first tensor
         if not is_interpreted():
             properties = torch.cuda.get_device_properties(device)
             self.device_name, self.processors = properties.name, properties.multi_processor_count
@@ -248,10 +265,21 @@ class TritonBackend(ReferenceBackend):
             weight = weight.dequantize(x.dtype)
         if not self.invariant:
             return super().linear(x, weight, bias, lora)
-        rows = torch.arange(len(x), dtype=torch.int32, device=x.device)
-        groups = self._groups(torch.zeros_like(rows), 1, rows)
-        y = self._grouped(x, [weight], None if bias is None else [bias], groups, width=len(weight))
-        return add_lora(y, x, lora)
+        return add_lora(self._fixed_linear(x, weight, bias), x, lora)
+
+    def _fixed_linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """Return the product with a weight as it is, by tiles of one size whatever the number of rows."""
+        x, (num_rows, depth), width = x.contiguous(), x.shape, len(weight)
+        out = x.new_empty(num_rows, width)
+        if out.numel():
+            dense_kernel[(triton.cdiv(num_rows, PRODUCT_ROWS), triton.cdiv(width, PRODUCT_COLUMNS))](
+                *(out, x, weight.contiguous(), x if bias is None else bias, num_rows, width, depth),
+                HAS_BIAS=bias is not None,
+                ROWS=PRODUCT_ROWS,
+                COLUMNS=PRODUCT_COLUMNS,
+                DEPTH=PRODUCT_DEPTH,
+            )
+        return out
 
     def _quantized_linear(self, x: Tensor, weight: Quantized, bias: Tensor | None) -> Tensor:
         x, (num_rows, depth), width = x.contiguous(), x.shape, len(weight)
@@ -278,16 +306,13 @@ class TritonBackend(ReferenceBackend):
             return super().linear_heads(x, weight)
         tokens, heads, depth = x.shape
         rows = torch.arange(tokens * heads, dtype=torch.int32, device=x.device)
-        groups = self._groups(rows % heads, heads, rows)
+        groups = self._groups(rows % heads, heads)
         y = self._grouped(x.reshape(-1, depth), weight, None, groups, width=weight.shape[1])
         return y.view(tokens, heads, -1)
 
     def experts(self, x: Tensor, ids: Tensor, weights: Tensor, spec: MlpSpec, layer: LayerWeights) -> Tensor:
         first = layer.w13 if spec.gated else layer.w1
-        num_pairs, k = ids.numel(), ids.shape[1]
-        flat = ids.flatten()
-        pairs = torch.arange(num_pairs, dtype=torch.int32, device=x.device)
-        groups = self._groups(flat, len(layer.w2), pairs)
+        k, groups = ids.shape[1], self._groups(ids.flatten(), len(layer.w2))
         biases = (layer.w1_bias, layer.w2_bias) if spec.bias else (None, None)
         inner = self._grouped(
             *(x, first, biases[0], groups),
@@ -300,24 +325,26 @@ class TritonBackend(ReferenceBackend):
         weighted = outputs.view(-1, k, x.shape[1]).float() * weights.float().unsqueeze(-1)
         return weighted.sum(dim=1).to(x.dtype)
 
-    def _groups(self, owners: Tensor, num_owners: int, rows: Tensor) -> tuple[Tensor, Tensor, int]:
-        """Return rows by their owners, the weights that they are multiplied by, and tiles of them as `grouped_kernel`
-        wants both, and the rows of a tile. Nothing is read back from the GPU: there are as many tiles as there can be.
+    def _groups(self, owners: Tensor, num_owners: int) -> tuple[Tensor, Tensor, int]:
+        """Return rows by their owners [P], the weights that they are multiplied by, and tiles of them as
+        `grouped_kernel` wants both, and the rows of a tile. Nothing is read back from the GPU: there are as many tiles
+        as there can be.
         """
-        is_many = not self.invariant and len(rows) >= LARGE_ROWS // 2 * num_owners
+        num_rows = len(owners)
+        is_many = not self.invariant and num_rows >= LARGE_ROWS // 2 * num_owners
         tile_rows = LARGE_ROWS if is_many else PRODUCT_ROWS
-        owners, order = owners.long().sort(stable=True)
-        numbers = torch.arange(num_owners + 1, device=owners.device)
-        bounds = torch.searchsorted(owners, numbers)
-        per_owner = -(-bounds.diff() // tile_rows)
-        ends = per_owner.cumsum(0)
-        count = len(rows) // tile_rows + min(num_owners, len(rows))
-        index = torch.arange(count, device=owners.device)
-        owner = torch.searchsorted(ends, index, right=True)
-        known = owner.clamp_max(num_owners - 1)
-        begin = bounds[known] + (index - (ends - per_owner)[known]) * tile_rows
-        number = torch.where(owner < num_owners, owner, -1)
-        return rows[order], torch.stack((number, begin, bounds[known + 1]), dim=1).int(), tile_rows
+        owners, order = owners.sort(stable=True)
+        count = num_rows // tile_rows + min(num_owners, num_rows)
+        tiles = torch.empty(count, 3, dtype=torch.int32, device=owners.device)
+        if count:
+            tiles_kernel[(triton.cdiv(count, TILES_AT_ONCE),)](
+                *(tiles, owners, num_rows, num_rows.bit_length(), count),
+                ROWS=tile_rows,
+                NUM_OWNERS=num_owners,
+                OWNERS=triton.next_power_of_2(num_owners),
+                TILES=TILES_AT_ONCE,
+            )
+        return order.int(), tiles, tile_rows
 
     def _grouped(
         self,
@@ -390,15 +417,14 @@ class TritonBackend(ReferenceBackend):
         self, owner: Tensor, make: Callable[[], tuple[Sequence[Sequence[Tensor | None]], Tensor | None]]
     ) -> _Table:
         """Return the table of the addresses of tensors, of which `owner` is the first: made once, as weights stay."""
-        known = self._tables.get(owner.data_ptr())
-        if known is None or known.owner() is not owner:
+        known: _Table | None = self._tables.get(owner)
+        if known is None:
             tensors, order = make()
             assert all(each is None or each.is_contiguous() for row in tensors for each in row)
             numbers = [[0 if each is None else each.data_ptr() for each in row] for row in tensors]
             addresses = torch.tensor(numbers, dtype=torch.int64)
             is_aligned = not bool((addresses % 16).any())
-            known = _Table(weakref.ref(owner), addresses.to(owner.device), is_aligned, order)
-            self._tables[owner.data_ptr()] = known
+            known = self._tables[owner] = _Table(addresses.to(owner.device), is_aligned, order)
         return known
 
     # Rows
@@ -454,8 +480,8 @@ class TritonBackend(ReferenceBackend):
         if k != 1 or scores.dtype != torch.float32 or not scores.numel():
             return super().topk(scores, k)
         out = torch.empty(len(scores), 2, dtype=torch.int32, device=scores.device)
-        columns = min(2 * ELEMENTS, triton.next_power_of_2(scores.shape[1]))
-        best_kernel[(len(scores),)](out, scores.contiguous(), scores.shape[1], COLUMNS=columns)
+        columns = min(SEARCHED_COLUMNS, triton.next_power_of_2(scores.shape[1]))
+        best_kernel[(len(scores),)](out, scores.contiguous(), scores.shape[1], COLUMNS=columns, num_warps=8)
         found = out.cpu()  # the only copy from a GPU
         return found[:, :1].tolist(), found[:, 1:].contiguous().view(torch.float32).tolist()
 
@@ -496,8 +522,7 @@ class TritonBackend(ReferenceBackend):
             batch.slot_mapping,
             cos,
             sin,
-            *(qkv if each is None else each for each in (weights.q_norm, weights.q_norm_bias)),
-            *(qkv if each is None else each for each in (weights.k_norm, weights.k_norm_bias)),
+            *_of_one_type(weights, ("q_norm", "q_norm_bias", "k_norm", "k_norm_bias"), qkv),
             qkv if scaling is None else query_scales(scaling, batch.positions),
             num_tokens,
             values.shape[1] * values.shape[2],
@@ -680,35 +705,58 @@ class TritonBackend(ReferenceBackend):
         out = make(len(x), heads * value_dim, dtype=torch.float32, device=x.device)
         if not len(x):
             return out
-        keys = triton.next_power_of_2(key_dim)
+        gates, keys = gates.contiguous(), triton.next_power_of_2(key_dim)
         columns = min(max(1, MATRIX_ELEMENTS // keys), triton.next_power_of_2(value_dim))
-        num_requests = len(batch.state_reads)
+        num_requests, has_chunks = len(batch.state_reads), not self.invariant and batch.num_tokens > batch.num_requests
+        is_chunked, runs, chunks = batch.derived(state_chunks) if has_chunks else (batch.state_reads,) * 3
+        of_heads = (weights.decay, weights.decay_bias)
+        skip = weights.decay if weights.skip is None else weights.skip
+        place = (states.shape[1], (spec.conv_size - 1) * spec.num_channels)
+        numbers = (key_dim**-0.5, *limits)
+        shape: dict[str, Any] = {
+            "IS_DELTA": isinstance(spec, DeltaSpec),
+            "HEADS": heads,
+            "GROUPS": groups,
+            "KEY_DIM": key_dim,
+            "VALUE_DIM": value_dim,
+        }
         matrix_kernel[(num_requests, heads, triton.cdiv(value_dim, columns))](
-            out,
-            mixed,
-            gates.contiguous(),
-            states,
-            weights.decay,
-            weights.decay_bias,
-            weights.decay if weights.skip is None else weights.skip,
-            batch.query_start,
-            batch.state_reads,
-            batch.state_writes,
-            num_requests,
-            states.shape[1],
-            (spec.conv_size - 1) * spec.num_channels,
-            key_dim**-0.5,
-            *limits,
-            IS_DELTA=isinstance(spec, DeltaSpec),
-            HEADS=heads,
-            GROUPS=groups,
-            KEY_DIM=key_dim,
-            VALUE_DIM=value_dim,
+            *(out, mixed, gates, states, *of_heads, skip),
+            *(batch.query_start, batch.state_reads, batch.state_writes, is_chunked, num_requests, *place, *numbers),
+            **shape,
             KEYS=keys,
+            HAS_CHUNKS=has_chunks,
             COLUMNS=columns,
             num_warps=2,
         )
+        if not has_chunks or not len(runs):
+            return out
+        shape |= {"KEYS": max(16, keys), "CHUNK": CHUNK, "PRECISION": self._precision(x.dtype)}
+        options: dict[str, Any] = {"dtype": torch.float32, "device": x.device}
+        factors, seen = (torch.empty(len(x), heads, count, **options) for count in (4, CHUNK))
+        solved = torch.empty_like(seen) if isinstance(spec, DeltaSpec) else seen
+        within_kernel[(len(chunks), heads)](
+            *(factors, seen, solved, mixed, gates, *of_heads, chunks, *numbers),
+            **shape,
+            KEYS_AT_ONCE=min(KEYS_AT_ONCE, shape["KEYS"]),
+            num_warps=8,
+        )
+        columns = max(16, min(CHUNK_COLUMNS, triton.next_power_of_2(value_dim)))
+        between_kernel[(len(runs), heads, triton.cdiv(value_dim, columns))](
+            *(out, factors, seen, solved, mixed, states, skip, runs, chunks, *place),
+            **shape,
+            COLUMNS=columns,
+            num_warps=8,
+            num_stages=2,
+        )
         return out
+
+    def _precision(self, dtype: torch.dtype) -> str:
+        """Return how numbers in fp32 are multiplied where activations are in `dtype`: in fp32 what tells tokens apart
+        may be in the last bits.
+        """
+        has_tf32 = self.compute_capability is not None and self.compute_capability >= OLDEST_WITH_TF32
+        return "tf32x3" if has_tf32 and dtype != torch.float32 else "ieee"
 
     def _gated_norm(
         self,
@@ -754,7 +802,6 @@ class TritonBackend(ReferenceBackend):
 class _Table:
     """Holds the addresses [weights, parts] of tensors, int64 on their device, 0 where there is none."""
 
-    owner: weakref.ref[Tensor]
     addresses: Tensor
     is_aligned: bool  # all are multiples of 16
     order: Tensor | None  # of columns of weights that have no other, if some have one
@@ -776,6 +823,13 @@ def _quantized_tiles(weight: Quantized, rows: int, *, has_order: bool) -> dict[s
         "COLUMNS": QUANTIZED_COLUMNS,
         "DEPTH": min(kept.group, PRODUCT_DEPTH) if kept.group else PRODUCT_DEPTH,
     }
+
+
+def _of_one_type(weights: LayerWeights, names: Sequence[str], other: Tensor) -> list[Tensor]:
+    """Return weights by name, all in fp32: in place of one that a layer does not have any other, or `other`."""
+    found = [getattr(weights, name) for name in names]
+    stand_in = next((each for each in found if each is not None), other)
+    return [stand_in if each is None else each for each in found]
 
 
 def _parts(store: Store) -> tuple[Tensor, Tensor, int, bool]:

@@ -38,6 +38,71 @@ def _dot_rows(
     return acc
 
 
+@triton.jit(do_not_specialize=["num_rows"])
+def dense_kernel(
+    out: tl.pointer_type,  # [T, N]
+    x: tl.pointer_type,  # [T, K]
+    weight: tl.pointer_type,  # [N, K]
+    bias: tl.pointer_type,  # [N], if HAS_BIAS
+    num_rows: tl.tensor,  # T
+    width: tl.tensor,  # N
+    depth: tl.tensor,  # K
+    HAS_BIAS: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    DEPTH: tl.constexpr,
+) -> None:
+    """Multiply all rows by one weight: a grid of (T / ROWS, N / COLUMNS) programs."""
+    rows = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
+    columns = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    is_row, is_column = rows < num_rows, columns < width
+    y = _dot_rows(x, weight, rows, is_row, columns, is_column, depth, ROWS, COLUMNS, DEPTH)
+    if HAS_BIAS:
+        y += tl.load(bias + columns, mask=is_column, other=0.0).to(tl.float32)[None, :]
+    at = rows[:, None] * width + columns[None, :]
+    tl.store(out + at, y.to(out.dtype.element_ty), mask=is_row[:, None] & is_column[None, :])
+
+
+@triton.jit
+def _first_of(owners: tl.pointer_type, wanted: tl.tensor, count: tl.tensor, searches: tl.tensor) -> tl.tensor:
+    """Return for each owner that is `wanted` the first of `count` rising owners that is none before it."""
+    low = wanted * 0
+    high = low + count
+    for _ in range(searches):
+        middle, is_open = (low + high) // 2, low < high
+        is_before = is_open & (tl.load(owners + middle, mask=is_open, other=0) < wanted)
+        high = tl.where(is_open, tl.where(is_before, high, middle), high)
+        low = tl.where(is_before, middle + 1, low)
+    return low
+
+
+@triton.jit(do_not_specialize=["num_rows", "searches", "num_tiles"])
+def tiles_kernel(
+    tiles: tl.pointer_type,  # int32 [tiles, 3]: see grouped_kernel
+    owners: tl.pointer_type,  # int [P], rising
+    num_rows: tl.tensor,  # P
+    searches: tl.tensor,  # halvings until one of P is left
+    num_tiles: tl.tensor,
+    ROWS: tl.constexpr,  # of a tile
+    NUM_OWNERS: tl.constexpr,
+    OWNERS: tl.constexpr,  # NUM_OWNERS, as a power of two
+    TILES: tl.constexpr,
+) -> None:
+    """Cut the rows of each owner into tiles: a grid of tiles / TILES programs."""
+    owner, number = tl.arange(0, OWNERS), tl.program_id(0) * TILES + tl.arange(0, TILES)
+    begin, end = _first_of(owners, owner, num_rows, searches), _first_of(owners, owner + 1, num_rows, searches)
+    count = (end - begin + ROWS - 1) // ROWS
+    last = tl.cumsum(count, 0)  # the end of each owner's tiles
+    owner_of = tl.sum((last[None, :] <= number[:, None]).to(tl.int32), 1)
+    is_owner = owner[None, :] == owner_of[:, None]
+    first_row = tl.sum(tl.where(is_owner, (begin - (last - count) * ROWS)[None, :], 0), 1) + number * ROWS
+    end_row = tl.sum(tl.where(is_owner, end[None, :], 0), 1)
+    is_tile = number < num_tiles
+    tl.store(tiles + number * 3, tl.where(owner_of < NUM_OWNERS, owner_of, -1), mask=is_tile)
+    tl.store(tiles + number * 3 + 1, first_row, mask=is_tile)
+    tl.store(tiles + number * 3 + 2, end_row, mask=is_tile)
+
+
 @triton.jit
 def grouped_kernel(
     out: tl.pointer_type,  # [P, N]
@@ -167,7 +232,7 @@ def _dot_quantized(
     return acc
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def quantized_kernel(
     out: tl.pointer_type,  # [T, N]
     x: tl.pointer_type,  # [T, K]

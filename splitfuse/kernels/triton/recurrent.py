@@ -8,6 +8,7 @@ takes its piece of the state through their tokens in order: a token's bits depen
 from __future__ import annotations
 
 import numpy as np
+import numpy.typing as npt
 import torch
 import triton
 import triton.language as tl
@@ -16,6 +17,8 @@ from torch import Tensor
 from splitfuse.kernels.batch import RaggedBatch
 from splitfuse.kernels.triton.rows import normed, sigmoid
 
+Numbers = npt.NDArray[np.int64]
+
 
 def token_origins(batch: RaggedBatch) -> tuple[Tensor]:
     """Return for each token the first row in the step of its request, whose parts count as one, and the slot of the
@@ -23,13 +26,18 @@ def token_origins(batch: RaggedBatch) -> tuple[Tensor]:
     """
     starts = np.asarray(batch.host_query_start)
     reads, writes = np.asarray(batch.host_state_reads), np.asarray(batch.host_state_writes)
-    goes_on = np.zeros(len(reads), bool)
-    goes_on[1:] = (reads[1:] >= 0) & (reads[1:] == writes[:-1])
-    first = np.maximum.accumulate(np.where(goes_on, 0, np.arange(len(reads))))
-    owner = np.repeat(first, np.diff(starts))
+    owner = np.repeat(first_parts(reads, writes), np.diff(starts))
     origins = np.stack((np.arange(batch.num_tokens), np.full(batch.num_tokens, -1)), axis=1).astype(np.int32)
     origins[: len(owner), 0], origins[: len(owner), 1] = starts[owner], reads[owner]
     return (torch.from_numpy(origins),)
+
+
+def first_parts(reads: Numbers, writes: Numbers) -> Numbers:
+    """Return for each part of a step, which reads and writes these slots, the first part of its request: [S]."""
+    goes_on = np.zeros(len(reads), bool)
+    goes_on[1:] = (reads[1:] >= 0) & (reads[1:] == writes[:-1])
+    first: Numbers = np.maximum.accumulate(np.where(goes_on, 0, np.arange(len(reads))))
+    return first
 
 
 @triton.jit
@@ -39,6 +47,30 @@ def softplus(x: tl.tensor) -> tl.tensor:
     sum_ = 1 + power
     small = tl.where(sum_ == 1, power, tl.log(sum_) * (power / tl.where(sum_ == 1, 1.0, sum_ - 1)))
     return tl.where(x > 20, x, tl.where(x != x, x, small))
+
+
+@triton.jit
+def decay_steps(
+    gates: tl.pointer_type,  # as in matrix_kernel
+    rows: tl.tensor,
+    is_row: tl.tensor,
+    head: tl.tensor,
+    bias: tl.tensor,
+    dt_min: tl.tensor,
+    dt_max: tl.tensor,
+    IS_DELTA: tl.constexpr,
+    HEADS: tl.constexpr,
+) -> tl.tensor:
+    """Return how far a head's state decays at rows, in units of its rate of decay; 0 where there is no row."""
+    if IS_DELTA:
+        at = rows.to(tl.int64) * 2 * HEADS + HEADS + head
+    else:
+        at = rows.to(tl.int64) * HEADS + head
+    step = softplus(tl.load(gates + at, mask=is_row, other=0.0).to(tl.float32) + bias)
+    if not IS_DELTA:
+        step = tl.maximum(step, dt_min, propagate_nan=tl.PropagateNan.ALL)
+        step = tl.minimum(step, dt_max, propagate_nan=tl.PropagateNan.ALL)
+    return tl.where(is_row, step, 0.0)
 
 
 @triton.jit
@@ -67,7 +99,7 @@ def _inputs(
     return y
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens"])
 def convolve_kernel(
     out: tl.pointer_type,  # [T, C]
     x: tl.pointer_type,  # [T, stride], first the channels; with IS_GATED [T, b, c, u], of which b * u is convolved
@@ -112,7 +144,7 @@ def convolve_kernel(
     tl.store(out + rows * channels + columns[None, :], acc.to(out.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_requests"], do_not_specialize_on_alignment=["query_start", "reads", "writes"])
 def tail_kernel(
     x: tl.pointer_type,  # as in convolve_kernel, which has run
     states: tl.pointer_type,
@@ -154,7 +186,10 @@ def tail_kernel(
         goes_on = _goes_on(request, num_requests, reads, writes)
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=["num_requests"],
+    do_not_specialize_on_alignment=["query_start", "reads", "writes", "is_chunked"],
+)
 def matrix_kernel(
     out: tl.pointer_type,  # fp32 [T, H, V]
     mixed: tl.pointer_type,  # fp32 [T, 2 G K + H V]: vectors to read the state by, those to write it by, and values
@@ -166,6 +201,7 @@ def matrix_kernel(
     query_start: tl.pointer_type,  # int32 [S + 1]
     reads: tl.pointer_type,  # int32 [S]
     writes: tl.pointer_type,
+    is_chunked: tl.pointer_type,  # int32 [S], if HAS_CHUNKS: of which requests between_kernel computes the tokens
     num_requests: tl.tensor,  # S
     state_stride: tl.tensor,
     offset: tl.tensor,
@@ -178,14 +214,18 @@ def matrix_kernel(
     KEY_DIM: tl.constexpr,  # K
     VALUE_DIM: tl.constexpr,  # V
     KEYS: tl.constexpr,  # K, as a power of two
+    HAS_CHUNKS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ) -> None:
-    """Take each request's state through its tokens: a grid of (S, H, V / COLUMNS) programs, of which the first of a
-    request's parts has all.
+    """Take each request's state through its tokens, one after the other: a grid of (S, H, V / COLUMNS) programs, of
+    which the first of a request's parts has all.
     """
     request, head = tl.program_id(0), tl.program_id(1)
     if _goes_on(request, num_requests, reads, writes):
         return
+    if HAS_CHUNKS:  # noqa: SIM102 (one is known when the kernel is compiled)
+        if tl.load(is_chunked + request) > 0:
+            return
     keys, columns = tl.arange(0, KEYS), tl.program_id(2) * COLUMNS + tl.arange(0, COLUMNS)
     is_key, is_column = keys < KEY_DIM, columns < VALUE_DIM
     inside = is_key[:, None] & is_column[None, :]
@@ -204,18 +244,14 @@ def matrix_kernel(
             write_by = tl.load(at + GROUPS * KEY_DIM, mask=is_key, other=0.0)
             values_at = mixed + row * width + 2 * GROUPS * KEY_DIM + head * VALUE_DIM + columns
             value = tl.load(values_at, mask=is_column, other=0.0)
+            step = decay_steps(gates, row, row >= 0, head, bias, dt_min, dt_max, IS_DELTA, HEADS)
+            state *= tl.exp(-fall * step)
             if IS_DELTA:
                 beta = sigmoid(tl.load(gates + row * 2 * HEADS + head).to(tl.float32))
-                step = softplus(tl.load(gates + row * 2 * HEADS + HEADS + head).to(tl.float32) + bias)
                 read_by *= scale / tl.sqrt(tl.sum(read_by * read_by, 0) + 1e-6)
                 write_by *= 1 / tl.sqrt(tl.sum(write_by * write_by, 0) + 1e-6)
-                state *= tl.exp(-fall * step)
                 added = (value - tl.sum(write_by[:, None] * state, 0)) * beta
             else:
-                step = softplus(tl.load(gates + row * HEADS + head).to(tl.float32) + bias)
-                step = tl.maximum(step, dt_min, propagate_nan=tl.PropagateNan.ALL)
-                step = tl.minimum(step, dt_max, propagate_nan=tl.PropagateNan.ALL)
-                state *= tl.exp(-fall * step)
                 added = value * step
             state += write_by[:, None] * added[None, :]
             y = tl.sum(read_by[:, None] * state, 0)

@@ -225,7 +225,7 @@ def _turned(
     return y
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens"], do_not_specialize_on_alignment=["positions", "slots"])
 def place_kernel(
     q_out: tl.pointer_type,  # [T, H, D]
     store: tl.pointer_type,  # [1 or 2, num_blocks, BLOCK, Hk, D]
@@ -237,7 +237,7 @@ def place_kernel(
     sin: tl.pointer_type,
     q_norm: tl.pointer_type,  # fp32 [D], or [H, D] with OWN_WEIGHTS
     q_bias: tl.pointer_type,
-    k_norm: tl.pointer_type,  # fp32 [D], or [Hk, D] with OWN_WEIGHTS
+    k_norm: tl.pointer_type,  # fp32 [D], or [Hk, D] with OWN_WEIGHTS, of the type of q_norm in any case
     k_bias: tl.pointer_type,
     query_scales: tl.pointer_type,  # fp32 [T], if HAS_SCALES
     num_tokens: tl.tensor,
@@ -265,23 +265,31 @@ def place_kernel(
     (T / TOKENS, heads of qkv) programs.
     """
     head = tl.program_id(1)
+    is_query, is_value = head < HEADS, head >= HEADS + KV_HEADS
     tokens = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
     is_token, columns = tokens < num_tokens, tl.arange(0, DIM)
     inside = is_token[:, None] & (columns < HEAD_DIM)[None, :]
     base = qkv + head * HEAD_DIM
-    kv_head = head - HEADS
-    if head < HEADS:
+    if is_value:
+        kv_head = head - HEADS - KV_HEADS
+        y = tl.load(base + tokens.to(tl.int64)[:, None] * stride + columns[None, :], mask=inside, other=0.0)
+        y = y.to(tl.float32)
+        if V_NORM > 0:
+            mean, factor = _moments(y, inside, v_eps, HEAD_DIM, V_NORM == 2)
+            y = (y - mean[:, None]) * factor[:, None]
+    else:
+        kv_head = head - HEADS  # of a key
         y = _turned(
             base,
             stride,
             tokens,
             is_token,
-            head * OWN_WEIGHTS,
+            tl.where(is_query, head, kv_head) * OWN_WEIGHTS,
             positions,
             cos,
             sin,
-            q_norm,
-            q_bias,
+            tl.where(is_query, q_norm, k_norm),
+            tl.where(is_query, q_bias, k_bias),
             eps,
             HEAD_DIM,
             DIM,
@@ -291,40 +299,12 @@ def place_kernel(
             HAS_WEIGHT,
             HAS_BIAS,
         )
+    if is_query:
         if HAS_SCALES:
             y *= tl.load(query_scales + tokens, mask=is_token, other=0.0)[:, None]
         rows = tokens.to(tl.int64) * HEADS + head
         tl.store(q_out + rows[:, None] * HEAD_DIM + columns[None, :], y.to(q_out.dtype.element_ty), mask=inside)
     else:
-        is_value = kv_head >= KV_HEADS
-        if is_value:
-            y = tl.load(base + tokens.to(tl.int64)[:, None] * stride + columns[None, :], mask=inside, other=0.0)
-            y = y.to(tl.float32)
-            if V_NORM > 0:
-                mean, factor = _moments(y, inside, v_eps, HEAD_DIM, V_NORM == 2)
-                y = (y - mean[:, None]) * factor[:, None]
-            kv_head -= KV_HEADS
-        else:
-            y = _turned(
-                base,
-                stride,
-                tokens,
-                is_token,
-                kv_head * OWN_WEIGHTS,
-                positions,
-                cos,
-                sin,
-                k_norm,
-                k_bias,
-                eps,
-                HEAD_DIM,
-                DIM,
-                HALF,
-                NORM,
-                IS_CENTERED,
-                HAS_WEIGHT,
-                HAS_BIAS,
-            )
         slot = tl.load(slots + tokens, mask=is_token, other=-1)
         is_written = slot >= 0
         places = (slot.to(tl.int64) + tl.where(is_value, tl.cast(num_slots, tl.int64), 0)) * KV_HEADS + kv_head

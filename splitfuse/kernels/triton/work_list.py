@@ -74,7 +74,7 @@ def make_work_list(
     starts, ends = np.asarray(query_start, np.int64), np.asarray(seq_lens, np.int64)
     counts = np.diff(starts)
     num_rows, first_position = counts * group, ends - counts
-    owner, index = _expand(-(-num_rows // tiling.rows))
+    owner, index = expand(-(-num_rows // tiling.rows))
     first = index * tiling.rows
     last = np.minimum(first + tiling.rows, num_rows[owner]) - 1
     begin = first_seen(first_position[owner] + first // group, window, chunk) // tiling.keys * tiling.keys
@@ -84,7 +84,7 @@ def make_work_list(
         num_splits = np.ones(len(owner), np.int64)
     else:
         num_splits = (end - 1) // tiling.split - begin // tiling.split + 1
-        split_of, part = _expand(num_splits)
+        split_of, part = expand(num_splits)
         bound = (begin // tiling.split)[split_of] + part
         begin = np.maximum(begin[split_of], bound * tiling.split)
         end = np.minimum(end[split_of], (bound + 1) * tiling.split)
@@ -126,7 +126,7 @@ def choose_split(
     return -(-max(SHORTEST_SPLIT, keys // wanted) // tiling.keys) * tiling.keys
 
 
-def _expand(counts: Numbers) -> tuple[Numbers, Numbers]:
+def expand(counts: Numbers) -> tuple[Numbers, Numbers]:
     """Return for each of the things of which owner i has `counts[i]` its owner, and its number there."""
     owner = np.repeat(np.arange(len(counts)), counts)
     return owner, np.arange(len(owner)) - np.repeat(np.cumsum(counts) - counts, counts)
