@@ -1,7 +1,8 @@
 """Counts what a step launches, and times what the host does for it, without a GPU.
 
-The network lies on PyTorch's device `meta`, whose operations compute nothing; launches of kernels are prepared and not
-made. Of the host's time only what the driver takes for each launch is missing.
+The network lies on PyTorch's device `meta`, whose operations compute nothing, and launches of kernels are prepared by
+Triton, but not made. Times are of what Triton does for the kernels of a step, and of what is done before a CUDA graph is
+replayed: the batch, its padding, and the lists of tiles. They are without PyTorch's operations and the driver.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import tempfile
 import time
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -39,7 +41,7 @@ from splitfuse.runtime.step_graphs import Bucket, pad
 META = torch.device("meta")
 CONTEXT = 512
 """Number of positions of each request that generates."""
-REPEATS = 20
+REPEATS = 10
 """Number of times that the host's work is timed; the least counts."""
 NOTHING_LAUNCHED = frozenset(
     [
@@ -55,10 +57,12 @@ NOTHING_LAUNCHED = frozenset(
             "detach",
         ),
         *("transpose", "permute", "split_with_sizes", "split", "slice", "select", "unsqueeze", "squeeze", "expand"),
-        *("alias", "as_strided", "unbind", "_reshape_alias", "lift_fresh", "is_pinned"),
+        *("alias", "as_strided", "unbind", "flatten", "reshape", "contiguous", "resolve_conj", "resolve_neg"),
     ]
 )
 """Names of PyTorch's operations that launch no kernel: they allocate, or look at the same memory in another way."""
+COPIES = frozenset(["to", "_to_copy", "copy_"])
+"""Names of those that copy from the host, or change nothing here."""
 
 
 class MetaWeights(WeightSource):
@@ -92,8 +96,8 @@ class Counter(TorchDispatchMode):
         found = func(*args, **(kwargs or {}))
         name, tensors = func.overloadpacket.__name__, [each for each in args if isinstance(each, Tensor)]
         of_device = isinstance(found, Tensor) and found.device == META
-        if name in ("_to_copy", "copy_") and of_device and any(each.device.type == "cpu" for each in tensors):
-            self.copies += 1
+        if of_device and name in COPIES:
+            self.copies += any(each.device.type == "cpu" for each in tensors)
         elif of_device and name not in NOTHING_LAUNCHED:
             self.operations += 1
         return found
@@ -105,7 +109,14 @@ class Launches(Compiler):
     def __init__(self, capability: tuple[int, int]) -> None:
         super().__init__(capability)
         self.launches = 0
+        self.preparing = 0.0
         self.programs = 0
+
+    def seconds_of(self, run: Callable[[], object]) -> float:
+        """Return the processor time in which Triton prepares the launches of `run`."""
+        before = self.preparing
+        run()
+        return self.preparing - before
 
     @contextmanager
     def instead_of_a_gpu(self) -> Iterator[None]:
@@ -114,7 +125,10 @@ class Launches(Compiler):
 
         def counted(function: JITFunction[Any], *args: Any, **options: Any) -> Any:
             self.launches += 1
-            return run(function, *args, **options)
+            begin = time.process_time()
+            program = run(function, *args, **options)
+            self.preparing += time.process_time() - begin
+            return program
 
         def compiled(function: JITFunction[Any], key: str, _signature: object, device: int, *_: object) -> Any:
             self.programs += 1
@@ -131,23 +145,27 @@ class Launches(Compiler):
 
 
 def launches(setting: Setting, capability: tuple[int, int]) -> bool:
-    """Print for steps of a model what they launch, and how long the host takes; whether none after the first of its
-    kind needs a program that was not compiled.
+    """Print for steps of two models what they launch, and how long the host takes; return whether none after the first
+    of its kind needs a program that was not compiled.
     """
-    table = Table("step              ", "programs", "kernels", "operations", "copies", "host ms", "graph's host ms")
+    names = ("step                  ", "programs", "kernels", "operations", "copies", "prepared ms", "replayed ms")
+    table = Table(*names)
     for name in ("7b", "moe"):
-        decoder, cache = load(setting, name)
         gpu, all_known = Launches(capability), True
         with gpu.instead_of_a_gpu(), torch.inference_mode():
+            decoder, cache = load(setting, name)
             for title, is_first, plan in steps():
+                known, counter = gpu.programs, Counter()
                 run, batch = steps_of(decoder, cache, plan)
-                before, counter = (gpu.launches, gpu.programs), Counter()
+                before = gpu.launches
                 with counter:
                     run()
-                kernels, programs = gpu.launches - before[0], gpu.programs - before[1]
+                kernels, programs = gpu.launches - before, gpu.programs - known
                 all_known &= is_first or not programs
-                shares = seconds(run) * 1e3, seconds(lambda plan=plan: replay(batch, plan)) * 1e3
-                table.row(f"{name}: {title}", programs, kernels, counter.operations, counter.copies, *shares)
+                prepared = min(gpu.seconds_of(run) for _ in range(REPEATS))
+                replayed = seconds(partial(replay, batch, BatchBuilder(BLOCK, torch.device("cpu")), plan))
+                counts = programs, kernels, counter.operations, counter.copies
+                table.row(f"{name}: {title}", *counts, prepared * 1e3, replayed * 1e3)
     return all_known
 
 
@@ -183,9 +201,9 @@ def steps_of(decoder: Decoder, cache: KVCache, plan: list[Chunk]) -> tuple[Calla
     return lambda: decoder.forward(builder.build(plan), cache), padded
 
 
-def replay(captured: RaggedBatch, plan: list[Chunk]) -> None:
+def replay(captured: RaggedBatch, builder: BatchBuilder, plan: list[Chunk]) -> None:
     """Do what the host does before a graph is replayed."""
-    batch = BatchBuilder(BLOCK, torch.device("cpu")).build(plan)
+    batch = builder.build(plan)
     captured.write(pad(batch, Bucket.of(batch)))
 
 
