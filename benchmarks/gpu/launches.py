@@ -1,8 +1,8 @@
 """Counts what a step launches, and times what the host does for it, without a GPU.
 
 The network lies on PyTorch's device `meta`, whose operations compute nothing, and launches of kernels are prepared by
-Triton, but not made. Times are of what Triton does for the kernels of a step, and of what is done before a CUDA graph is
-replayed: the batch, its padding, and the lists of tiles. They are without PyTorch's operations and the driver.
+Triton, but not made. Times are of what Triton does for the kernels of a step, and of what is done before a CUDA graph
+is replayed: the batch, its padding, and the lists of tiles. PyTorch's operations and the driver are not in them.
 """
 
 from __future__ import annotations
