@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, TypeAlias
 
 from torch import Tensor
@@ -45,6 +46,11 @@ class StepAdapters:
 
     adapters: tuple[PackedAdapter, ...]
     of_row: Tensor
+
+    @cached_property
+    def rows(self) -> tuple[Tensor, ...]:
+        """Return the rows of each adapter: on a GPU the host waits for these, once a step."""
+        return tuple((self.of_row == number).nonzero().squeeze(1) for number in range(len(self.adapters)))
 
     def at(self, layer: int, target: str) -> LoraRows:
         """Return what the adapters add to the products of one weight."""

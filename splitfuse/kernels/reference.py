@@ -288,8 +288,8 @@ def add_lora(y: Tensor, x: Tensor, lora: LoraRows | None) -> Tensor:
         return y
     for number, adapter in enumerate(lora.step.adapters):
         updates = adapter[lora.layer].get(lora.target, ())
-        rows = (lora.step.of_row == number).nonzero().squeeze(1)
         for update in updates:
+            rows = lora.step.rows[number]
             shrunk = F.linear(x[rows].to(update.a.dtype), update.a) * update.scale
             columns = slice(update.first_row, update.first_row + len(update.b))
             y[rows, columns] = (y[rows, columns] + F.linear(shrunk, update.b)).to(y.dtype)

@@ -213,12 +213,12 @@ def test_the_lists_of_padded_steps_have_one_shape() -> None:
     one, other = lists([70, 1, 0], [3, 1, -1], [3, 1, -1], [30, 9, 0]), lists([1, 30, 40], [4, 5, 2], [4, 2, 6])
     assert one == [
         [1, 0, 0],
-        [[3, 0, 4], [0, 0, 0], [0, 0, 0]],
-        [[0, size - 30, -1], [size - 30, 2 * size - 30, -1], [2 * size - 30, 3 * size - 30, -1], [66, 70, 3]]
+        [[0, 0, 4], [0, 0, 0], [0, 0, 0]],
+        [[0, size - 30, -1], [size - 30, 2 * size - 30, -1], [2 * size - 30, 3 * size - 30, -1], [66, 70, 0]]
         + [[0, 0, 0]] * 4,
     ]
-    assert other[0] == [0, 1, 1] and other[1][0] == [5, 0, 3] and [len(each) for each in other] == [3, 3, 8]
-    assert other[2][:3] == [[1, 31, 2], [31, 31 + size, -1], [31 + size, 71, 6]]
+    assert other[0] == [0, 1, 1] and other[1][0] == [1, 0, 3] and [len(each) for each in other] == [3, 3, 8]
+    assert other[2][:3] == [[1, 31, 1], [31, 31 + size, -1], [31 + size, 71, 2]]
 
 
 @SMALL

@@ -743,7 +743,20 @@ class TritonBackend(ReferenceBackend):
         )
         columns = max(16, min(CHUNK_COLUMNS, triton.next_power_of_2(value_dim)))
         between_kernel[(len(runs), heads, triton.cdiv(value_dim, columns))](
-            *(out, factors, seen, solved, mixed, states, skip, runs, chunks, *place),
+            *(
+                out,
+                factors,
+                seen,
+                solved,
+                mixed,
+                states,
+                skip,
+                batch.state_reads,
+                batch.state_writes,
+                runs,
+                chunks,
+                *place,
+            ),
             **shape,
             COLUMNS=columns,
             num_warps=8,

@@ -37,8 +37,8 @@ FEWEST_TOKENS = 16
 
 def state_chunks(batch: RaggedBatch) -> tuple[Tensor, Tensor, Tensor]:
     """Return what is taken in chunks, int32 on the host: for each part of a request whether it is [S]; for each request
-    the slot that its state is read from, the first of its chunks and their number [requests, 3]; and for each chunk its
-    first row, the end of its rows, and the slot that the state after it is written to, or -1 [chunks, 3].
+    its first part, the first of its chunks and their number [requests, 3]; and for each chunk its first row, the end of
+    its rows, and the part that ends with it, or -1 [chunks, 3].
     """
     starts, ends = np.asarray(batch.host_query_start), np.asarray(batch.host_seq_lens)
     reads, writes = np.asarray(batch.host_state_reads), np.asarray(batch.host_state_writes)
@@ -48,11 +48,11 @@ def state_chunks(batch: RaggedBatch) -> tuple[Tensor, Tensor, Tensor]:
     num_chunks = np.where(is_chunked, -(-(in_chunk + counts) // CHUNK), 0)
     part, index = expand(num_chunks)
     bounds = starts[part] - in_chunk[part] + index * CHUNK
-    target = np.where(index == num_chunks[part] - 1, writes[part], -1)
-    chunks = np.stack((np.maximum(bounds, starts[part]), np.minimum(bounds + CHUNK, starts[part + 1]), target), axis=1)
+    ending = np.where(index == num_chunks[part] - 1, part, -1)
+    chunks = np.stack((np.maximum(bounds, starts[part]), np.minimum(bounds + CHUNK, starts[part + 1]), ending), axis=1)
     leads = np.flatnonzero(is_chunked & (first == np.arange(len(first))))
     of_request = np.bincount(first, num_chunks, len(counts))[leads].astype(np.int64)
-    runs = np.stack((reads[leads], np.cumsum(of_request) - of_request, of_request), axis=1)
+    runs = np.stack((leads, np.cumsum(of_request) - of_request, of_request), axis=1)
     if batch.is_padded:  # with others that compute nothing, as many as there can be in steps of these sizes
         chunks = _filled_up(chunks, batch.num_tokens // CHUNK + 2 * len(counts))
         runs = _filled_up(runs, min(len(counts), batch.num_tokens // FEWEST_TOKENS))
@@ -160,7 +160,7 @@ def within_kernel(
     tl.store(place + 3, until, mask=is_row)
 
 
-@triton.jit(do_not_specialize_on_alignment=["runs", "chunks"])
+@triton.jit(do_not_specialize_on_alignment=["reads", "writes", "runs", "chunks"])
 def between_kernel(
     out: tl.pointer_type,  # fp32 [T, H, V]
     factors: tl.pointer_type,  # as within_kernel has written them
@@ -169,6 +169,8 @@ def between_kernel(
     mixed: tl.pointer_type,  # this and what follows to `skip`: as in matrix_kernel
     states: tl.pointer_type,
     skip: tl.pointer_type,
+    reads: tl.pointer_type,  # int32 [S]
+    writes: tl.pointer_type,
     runs: tl.pointer_type,  # int32 [requests, 3]: see state_chunks
     chunks: tl.pointer_type,  # int32 [chunks, 3]
     state_stride: tl.tensor,
@@ -185,9 +187,10 @@ def between_kernel(
 ) -> None:
     """Take each request's state through its chunks: a grid of (requests, H, V / COLUMNS) programs."""
     run, head = runs + tl.program_id(0) * 3, tl.program_id(1)
-    slot, first, count = tl.load(run), tl.load(run + 1), tl.load(run + 2)
+    part, first, count = tl.load(run), tl.load(run + 1), tl.load(run + 2)
     if count == 0:
         return  # a request that fills the list up
+    slot = tl.load(reads + part)
     keys, columns = tl.arange(0, KEYS), tl.program_id(2) * COLUMNS + tl.arange(0, COLUMNS)
     places, is_column = tl.arange(0, CHUNK), columns < VALUE_DIM
     inside = (keys < KEY_DIM)[:, None] & is_column[None, :]
@@ -219,5 +222,6 @@ def between_kernel(
         state *= tl.load(factors + (tl.cast(end - 1, tl.int64) * HEADS + head) * 4 + 3)
         added *= tl.load(of_row + 2, mask=is_row, other=0.0)[:, None]
         state = tl.dot(tl.trans(write_by), added, state, input_precision=PRECISION)
-        target = tl.load(chunks + number * 3 + 2)
+        part = tl.load(chunks + number * 3 + 2)
+        target = tl.load(writes + part, mask=part >= 0, other=-1)
         tl.store(matrix + target.to(tl.int64) * state_stride, state, mask=inside & (target >= 0))
