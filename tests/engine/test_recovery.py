@@ -8,6 +8,7 @@ import asyncio
 import logging
 import os
 import signal
+import socket
 from random import Random
 from typing import Any
 
@@ -35,7 +36,7 @@ from splitfuse.engine.messages import (
     UnloadAdapter,
 )
 from splitfuse.engine.quarantine import Quarantine, find_suspects
-from splitfuse.engine.remote import supervisor
+from splitfuse.engine.remote import launcher, supervisor
 from splitfuse.engine.remote.launcher import SubprocessLauncher
 from splitfuse.engine.remote.supervisor import SupervisedEngine
 from splitfuse.engine.replicas import make_replicas
@@ -62,9 +63,26 @@ def kill(engine: SupervisedEngine) -> None:
     os.kill(engine.pid, signal.SIGKILL)
 
 
-def test_streams_of_a_killed_engine_end_as_without_a_kill(caplog: pytest.LogCaptureFixture) -> None:
-    """Kills at random moments: of one of two engines, and of one that all requests wait for."""
-    wanted = requests(16, max_tokens=100)
+def test_streams_of_a_killed_engine_end_as_without_a_kill(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Kills at random moments: of one of two engines, and of one that all requests wait for. The other end of its
+    socket is not closed, as if the system were still taking back its memory; nor is its end waited for.
+    """
+    wanted, kept = requests(16, max_tokens=100), []
+    make_pair, end = socket.socketpair, launcher._SubprocessLink.end
+    has_moved = asyncio.Event()
+
+    def make_kept_pair() -> tuple[socket.socket, socket.socket]:
+        ours, theirs = make_pair()
+        kept.append(theirs.dup())
+        return ours, theirs
+
+    async def end_late(self: Any, seconds: float) -> str:
+        await has_moved.wait()
+        return await end(self, seconds)
+
+    monkeypatch.setattr(launcher._SubprocessLink, "end", end_late)
 
     async def test() -> None:
         rng = Random(24)
@@ -85,6 +103,8 @@ def test_streams_of_a_killed_engine_end_as_without_a_kill(caplog: pytest.LogCapt
                     await until(lambda: victim.state is not EngineState.READY)
                     if name == "both":
                         assert router.state is EngineState.READY
+                        await until(lambda: router.num_resumed["death"] > 0)
+                        has_moved.set()
                         beside = msgspec.structs.replace(wanted[0], request_id="beside")
                         assert len(await read(router.open(beside))) == 100
                 moved = resumed(streams)
@@ -97,9 +117,13 @@ def test_streams_of_a_killed_engine_end_as_without_a_kill(caplog: pytest.LogCapt
                 num_moved += len(moved)
             assert router.num_resumed["death"] == num_moved
 
-    with caplog.at_level(logging.WARNING):
+    with caplog.at_level(logging.WARNING), monkeypatch.context() as patch:
+        patch.setattr(launcher.socket, "socketpair", make_kept_pair)
         run(test())
     assert "requests that go on once an engine is ready" in caplog.text
+    assert "hangs" not in caplog.text and "its process ended with signal 9 (SIGKILL); starting it again" in caplog.text
+    for each in kept:
+        each.close()
 
 
 @pytest.mark.slow

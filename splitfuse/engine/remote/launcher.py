@@ -20,6 +20,7 @@ from splitfuse.config.engine import EngineConfig
 from splitfuse.core.kv.names import new_key
 from splitfuse.engine.messages import Command, EngineInfo, Report, Stop, decode_report, encode
 from splitfuse.engine.remote.in_flight import InFlightRecord
+from splitfuse.engine.remote.lifeline import Lifeline, can_be_had
 from splitfuse.engine.remote.transport import READ_AHEAD, frame, read_message
 from splitfuse.engine.tier_files import TierFiles
 from splitfuse.errors import EngineUnavailableError, SplitfuseError
@@ -36,6 +37,8 @@ class Link(ABC):
 
     is_local = True
     """True if silence can have no other cause than the engine."""
+    lifeline: Lifeline | None = None
+    """Lifeline that its process holds once it has sent something."""
 
     def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self._reader, self._writer = reader, writer
@@ -68,6 +71,24 @@ class Link(ABC):
     @abstractmethod
     def in_flight(self) -> Collection[str]:
         """Return the ids of the requests in the engine's last step, as far as is known."""
+
+    def follow_end(self) -> None:
+        """Let `receive` return None as soon as the process has ended, behind what it has sent. Without a lifeline that
+        is when the system has closed its end.
+        """
+        if self.lifeline is None:
+            return
+        loop, connection = asyncio.get_running_loop(), self._writer.get_extra_info("socket")
+
+        def stop_reading() -> None:
+            with suppress(OSError):  # it is closed
+                connection.shutdown(socket.SHUT_RD)
+
+        def tell() -> None:
+            with suppress(RuntimeError):  # the event loop has ended
+                loop.call_soon_threadsafe(stop_reading)
+
+        self.lifeline.follow(tell)
 
     @abstractmethod
     def leave(self) -> None:
@@ -138,6 +159,8 @@ class WorkerSpec(msgspec.Struct, frozen=True):
     """Key by which KV blocks are named: it goes through the socket, since any user may read arguments."""
     in_flight: int
     """Descriptor of the InFlightRecord."""
+    lifeline: int | None = None
+    """Descriptor of its Lifeline; None: the system has none."""
     cores: tuple[int, ...] | None = None
     """Cores that it may run on; None: those of the process that starts it."""
     weights: WeightSharing | None = None
@@ -150,7 +173,7 @@ class WorkerSpec(msgspec.Struct, frozen=True):
     @property
     def descriptors(self) -> list[int]:
         """Return the descriptors that the process inherits."""
-        shared = [self.in_flight]
+        shared = [self.in_flight] if self.lifeline is None else [self.in_flight, self.lifeline]
         if self.weights is not None:
             shared.append(self.weights.fd)
         if self.tiers is not None:
@@ -184,14 +207,18 @@ class SubprocessLauncher(Launcher):
         self._in_flight: InFlightRecord | None = None
 
     async def launch(self) -> Link:
+        line = None
         try:
             if self._in_flight is None:
                 self._in_flight = InFlightRecord()
             self._in_flight.clear()  # of what the process before has died of
+            if can_be_had():
+                line = Lifeline()
             spec = WorkerSpec(
                 config=self._config,
                 name_key=self._name_key,
                 in_flight=self._in_flight.fd,
+                lifeline=None if line is None else line.fd,
                 cores=self._cores,
                 weights=self._weights,
                 tiers=self._tiers,
@@ -201,8 +228,11 @@ class SubprocessLauncher(Launcher):
             process, connection = await start_process(WORKER, spec, spec.descriptors)
         except OSError as error:  # no descriptors, memory or processes now: there may be later
             raise EngineUnavailableError(f"its process could not be started: {error.strerror}") from error
+        finally:
+            if line is not None:
+                line.close()
         reader, writer = await asyncio.open_unix_connection(sock=connection, limit=READ_AHEAD)
-        return _SubprocessLink(reader, writer, process, self._in_flight)
+        return _SubprocessLink(reader, writer, process, self._in_flight, line)
 
     def accept(self, info: EngineInfo) -> None:
         if self._weights is not None and not self._weights.filled:
@@ -225,9 +255,10 @@ class _SubprocessLink(Link):
         writer: asyncio.StreamWriter,
         process: asyncio.subprocess.Process,
         in_flight: InFlightRecord,
+        line: Lifeline | None,
     ) -> None:
         super().__init__(reader, writer)
-        self._process, self._in_flight = process, in_flight
+        self._process, self._in_flight, self.lifeline = process, in_flight, line
 
     @property
     def pid(self) -> int:

@@ -27,6 +27,8 @@ STABLE_SECONDS = 10.0  # for which an engine has been ready if its death is the 
 TIME_TO_STOP = 5.0
 RESTART_SECONDS = 600.0
 LONG_SILENCE = 1.0  # seconds: of several heartbeats
+HAS_ENDED = "its process has ended"
+"""Reason for the end of an engine that has said none, until it is known how it ended."""
 
 _logger = logging.getLogger(__name__)
 
@@ -212,6 +214,8 @@ class SupervisedEngine(LocalClient):
             why = await self._listen(link)
             if self._failure is not None:
                 why = self._failure.error
+            elif not self._closing:
+                self._die(why or HAS_ENDED)  # its requests wait for nothing of what follows
             patience = TIME_TO_STOP
         finally:
             how = await link.end(patience)
@@ -239,6 +243,7 @@ class SupervisedEngine(LocalClient):
                     self._launcher.accept(report)
                     self._take(report)
                     self._note_ready()
+                    link.follow_end()
                 case _:
                     self._take(report)
 

@@ -27,6 +27,7 @@ from splitfuse.engine.line_writer import LineWriter
 from splitfuse.engine.messages import Alive, Failed, Leaving, Loading, Report, decode_command, encode
 from splitfuse.engine.remote.in_flight import InFlightRecord
 from splitfuse.engine.remote.launcher import WorkerSpec
+from splitfuse.engine.remote.lifeline import Lifeline
 from splitfuse.engine.remote.transport import frame, receive
 from splitfuse.errors import SplitfuseError
 from splitfuse.runtime.numa import spread_engine
@@ -48,6 +49,8 @@ def main() -> None:
     if (message := receive(connection)) is None:  # the front has ended meanwhile
         return
     spec = msgspec.msgpack.decode(message, type=WorkerSpec)
+    if spec.lifeline is not None:
+        Lifeline(spec.lifeline).hold()
     if spec.cores is not None:  # before PyTorch counts them
         os.sched_setaffinity(0, spec.cores)
     nodes = spread_engine(spec.config)  # before there are threads that compute
