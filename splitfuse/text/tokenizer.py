@@ -1,7 +1,7 @@
 """Converts text to token ids and back by a model's own `tokenizer.json`, also while the tokens still come.
 
 A stream keeps one Detokenizer per request. Built on the `tokenizers` library alone; the results equal those of
-transformers for the same files. In particular `tokenizer.json` says whether a text begins with the begin token;
+transformers for the same files. In particular `tokenizer.json` says whether a text begins with the BOS token;
 `add_bos_token` in `tokenizer_config.json` is for folders without one, and is not read.
 """
 
@@ -133,12 +133,12 @@ class Tokenizer:
 
     @property
     def bos_token_id(self) -> int | None:
-        """Return the id of the begin token, if the model has one."""
+        """Return the id of the BOS token, if the model has one."""
         return self._role("bos_token")
 
     @property
     def eos_token_id(self) -> int | None:
-        """Return the id of the end token, if the model has one."""
+        """Return the id of the EOS token, if the model has one."""
         return self._role("eos_token")
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> tuple[int, ...]:

@@ -156,7 +156,7 @@ class GgufTokenizer:
         ]
 
     def _post_processor(self) -> Json | None:
-        """Return what puts the begin and end tokens around a text."""
+        """Return what puts the BOS and EOS tokens around a text."""
         begins = self._kind == "llama" or self._cut().bos
         before = self._id("bos_token_id") if self._flag("add_bos_token", begins) else None
         after = self._id("eos_token_id") if self._flag("add_eos_token", False) else None
