@@ -7,8 +7,8 @@ In each turn our policy runs under each SLO, and each other policy once, judged 
 reverse order. One model is loaded once, loads are closed loops. The machine is calibrated before each run
 (`--seconds`), and that cost model is what engine and simulation begin with. Simulated steps take what the steps of the
 run did (splitfuse/simulator/pace.py): a machine that others use too has another speed within a minute, and holds a step
-up now and then. As the run went is one of the ways in which it could have gone: it is simulated SIMULATIONS times, each
-from another place of its steps on. Nothing that was measured of its requests is used.
+up now and then. What becomes of requests hangs on moments, so each run is simulated SIMULATIONS times, each of which
+begins about a step later in it. Nothing that was measured of its requests is used.
 
 A target is a time (`250ms`), or a multiple of what the first calibration says of a lone prompt of 512 tokens
 (`ttft=1.15x`, for each token of a prompt) or of a step of one decode (`itl=12x`, `itl=10x/p95`, `tpot=8x`). Prints
@@ -23,9 +23,7 @@ import gc
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import pairwise
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import msgspec
@@ -57,7 +55,7 @@ SLOS = ("ttft=4x,itl=12x", "ttft=3x,itl=10x/p95", "ttft=4x,tpot=8x", "ttft=1.5x,
 OTHERS = {"by age": ("splitfuse", None), "prefill-first": ("prefill-first", 2048), "orca": ("orca", 2048)}
 """Policies to compare with, by name: the policy, and its token budget; None for the chosen one."""
 SIMULATIONS = 8
-"""Number of times that each run is simulated."""
+"""Number of simulations of each run."""
 PROGRESS_SECONDS = 10.0
 """Seconds between two lines about a run that is under way."""
 
@@ -110,8 +108,7 @@ def measure(arguments: argparse.Namespace) -> list[Run]:
             target = LoadedTarget(system.config(settings), model, calibration.cost, system.policy)
             say = Progress(f"{time.monotonic() - began:4.0f} s, turn {turn}, {system.name}")
             point = asyncio.run(drive(target, system.load, turn, say))
-            of_engine = target.steps, target.between_steps, target.num_missed
-            runs.append(Run(system, settings, calibration, turn, point, *of_engine))
+            runs.append(Run(system, settings, calibration, turn, point, target.steps, target.num_missed))
             del target
             gc.collect()
             runs[-1].simulate()
@@ -179,8 +176,7 @@ class Run:
     turn: int
     measured: Point
     steps: list[Sample]
-    between_steps: float
-    """Median of the seconds from the end of a step to the next plan."""
+    """Each step, with the time from its end to the next plan, unless the engine was idle between."""
     num_missed: int = 0
     """Number of all requests that missed the SLO by the clock of the engine."""
     simulated: list[Point] = field(default_factory=list)
@@ -191,12 +187,11 @@ class Run:
             self.calibration,
             self.system.config(self.settings),
             policy=self.system.policy,
-            step_overhead=self.between_steps,
         )
         of_run = MeasuredMachine.of(self.steps, self.calibration.cost)
         self.simulated = []
         for number in range(SIMULATIONS):
-            pace = replace(of_run.pace, start=number / SIMULATIONS)
+            pace = replace(of_run.pace, start=number / len(self.steps))
             machine = Machine(engine=config, step_times=of_run.step_times, pace=pace)
             target = SimulatedTarget(Deployment(machines=(machine,)))
             self.simulated.append(virtual_time.run(drive(target, self.system.load, self.turn)))
@@ -222,7 +217,7 @@ class LoadedTarget(EngineTarget):
         self.steps: list[Sample] = []
         self.num_missed = 0
         """Number of requests that missed their SLO by the clock of the engine."""
-        self._times: list[tuple[float, float]] = []  # when each began and ended
+        self._ended_at = 0.0  # when the newest step did
 
     def _make_client(self) -> EngineClient:
         policy = make_baseline(self._policy, self._config.scheduler)
@@ -234,15 +229,14 @@ class LoadedTarget(EngineTarget):
         return AsyncEngine(engine)
 
     def _add(self, step: StepRecord) -> None:
+        if self.steps and len(step.plan.new_requests) < len(step.plan.chunks):  # it was not idle
+            before = self.steps[-1]
+            self.steps[-1] = replace(before, seconds=before.seconds + max(step.start_time - self._ended_at, 0.0))
         self.steps.append(Sample(features_of(step.plan), step.measured_seconds))
-        self._times.append((step.start_time, step.end_time))
+        self._ended_at = step.end_time
 
     def _note_end(self, event: RequestFinished) -> None:
         self.num_missed += event.request.slo.met is False
-
-    @property
-    def between_steps(self) -> float:
-        return median(max(later[0] - earlier[1], 0.0) for earlier, later in pairwise(self._times))
 
 
 class Progress:
@@ -295,7 +289,7 @@ def goodput(points: Sequence[Point], slo: SloTargets) -> Goodput:
 
 def show(runs: Sequence[Run]) -> None:
     """Print goodput under each SLO, measured (simulated), and the times of each system."""
-    print("\ngoodput, requests/s: measured (simulated, +- the standard deviation of a run)\n")
+    print("\ngoodput, requests/s: measured (simulated, +- the standard deviation of a simulation)\n")
     names = list(dict.fromkeys(run.system.name for run in runs))
     of_system = {name: [run for run in runs if run.system.name == name] for name in names}
     others = [name for name in names if not of_system[name][0].system.slo]

@@ -31,9 +31,12 @@ def test_multiples_are_of_a_lone_request() -> None:
         SchedulerConfig(**absolute(each, COST))  # type: ignore[arg-type]
 
 
-def test_a_run_is_simulated_with_the_steps_that_it_had(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_run_is_simulated_with_the_steps_that_it_had(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The run is simulated, too, on a machine that is held up for three times as long in a quarter of its time."""
-    system = System(Load(prompt=64, generate=8, clients=4, requests=48), slo={"ttft": "5ms/token", "itl": "100ms"})
+    monkeypatch.setattr(measured_slos, "SIMULATIONS", 4)
+    system = System(Load(prompt=64, generate=8, clients=4, requests=32), slo={"ttft": "5ms/token", "itl": "100ms"})
     settings = {"enable_prefix_caching": False}
     calibration = Calibration(name="a machine", cost=COST, num_blocks=512, block_size=32, max_model_len=1024)
     config = SimulationConfig.of(calibration, system.config(settings))
@@ -47,10 +50,10 @@ def test_a_run_is_simulated_with_the_steps_that_it_had(capsys: pytest.CaptureFix
 
     target._replicas[0].scheduler.events.subscribe(StepRecord, note)
     point = virtual_time.run(drive(target, system.load, 0))
-    run = Run(system, settings, calibration, 0, point, steps, 0.0)
+    run = Run(system, settings, calibration, 0, point, steps)
     run = msgspec.json.decode(msgspec.json.encode(run), type=Run)
     run.simulate()
-    assert len(run.simulated) == measured_slos.SIMULATIONS
+    assert len(run.simulated) == 4
     slo = SloTargets.parse(**system.slo)
     simulated = goodput(run.simulated, slo)
     assert abs(metrics.slo_goodput(point, slo) - simulated.mean) < 3 * simulated.deviation
@@ -72,7 +75,7 @@ def test_the_table_has_both_goodputs_and_their_ratios(capsys: pytest.CaptureFixt
     loop = Load(prompt=100, generate=2, clients=2, requests=2)
     calibration = Calibration(name="a machine", cost=COST, num_blocks=8, block_size=32, max_model_len=128)
     runs = [
-        Run(system, {}, calibration, turn, measured, [], 0.0, simulated=[simulated])
+        Run(system, {}, calibration, turn, measured, [], simulated=[simulated])
         for system, turn, measured, simulated in (
             (System(loop, slo=slo), 0, load(0.3, 0.4), load(0.3, 0.3)),
             (System(loop, other="by age"), 0, load(0.6, 0.4), load(0.6, 0.4)),
