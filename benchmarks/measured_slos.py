@@ -96,6 +96,7 @@ def measure(arguments: argparse.Namespace) -> list[Run]:
     }
     config = EngineConfig.from_settings(settings)
     model = load_model(config)
+    print(f"  the model is loaded after {time.monotonic() - began:.0f} s", flush=True)
     calibration, _ = calibrate(config, model, seconds=arguments.seconds)
     load = Load(arguments.prompt, arguments.generate, arguments.clients, arguments.requests)
     other_load = replace(load, requests=arguments.other_requests or arguments.requests)
@@ -104,9 +105,10 @@ def measure(arguments: argparse.Namespace) -> list[Run]:
     runs: list[Run] = []
     for turn in range(arguments.turns):
         for system in systems if turn % 2 == 0 else systems[::-1]:
+            say = Progress(f"{time.monotonic() - began:4.0f} s, turn {turn}, {system.name}")
+            say("calibrating", 0)
             calibration, _ = calibrate(config, model, seconds=arguments.seconds)
             target = LoadedTarget(system.config(settings), model, calibration.cost, system.policy)
-            say = Progress(f"{time.monotonic() - began:4.0f} s, turn {turn}, {system.name}")
             point = asyncio.run(drive(target, system.load, turn, say))
             runs.append(Run(system, settings, calibration, turn, point, target.steps, target.num_missed))
             del target
