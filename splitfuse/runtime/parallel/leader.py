@@ -59,6 +59,8 @@ class _Follower:
     """Process on this machine that the leader has started; None: the follower is on another machine."""
     is_ended: bool = False
     """Whether the leader has ended it."""
+    is_ready: bool = False
+    """Whether it has said that it has loaded its part."""
 
     def end(self) -> None:
         """End the process, also a stopped one. A process on another machine ends with the connection."""
@@ -207,14 +209,16 @@ class Leader:
     def wait(self) -> None:
         """Wait until all followers have loaded their parts. Raises the error with which one of them failed."""
         for follower in self._followers:
-            self._hear(follower)
+            if not follower.is_ready:
+                self._hear(follower)
         for follower in self._followers:
             threading.Thread(target=_watch, args=(weakref.ref(self), follower), daemon=True).start()
 
     def _listen(self, seconds: float) -> None:
         """Wait for a follower that fails, for at most so many seconds, and raise its error."""
-        heard = connections.wait([each.connection for each in self._followers], seconds)
-        for follower in self._followers:
+        others = [each for each in self._followers if not each.is_ready]
+        heard = connections.wait([each.connection for each in others], seconds)
+        for follower in others:
             if follower.connection in heard:
                 self._hear(follower)
 
@@ -229,6 +233,7 @@ class Leader:
             kind = getattr(errors, news.kind, EngineUnavailableError) if news.kind else EngineUnavailableError
             assert issubclass(kind, SplitfuseError)
             raise kind(news.error)
+        follower.is_ready = True
 
     def lead(self, decoder: RankDecoder) -> None:
         """Let the followers compute what a decoder, which is rank 0, computes."""
