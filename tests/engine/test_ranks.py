@@ -9,7 +9,7 @@ import os
 import signal
 import subprocess
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -18,6 +18,7 @@ import pytest
 import tiny_models
 import torch
 from backends import runnable
+from patience import PATIENCE
 from router_streams import closed_loop, read, requests, resumed, run, running, until
 
 from splitfuse.config.engine import EngineConfig
@@ -38,6 +39,7 @@ from splitfuse.runtime.backend_choice import choose_backend
 from splitfuse.runtime.fingerprint import describe_kernels, digest
 from splitfuse.runtime.loading import load_model, load_rank, open_source
 from splitfuse.runtime.parallel import leader
+from splitfuse.runtime.parallel.distributed import DistributedGroup, Store, await_ranks
 from splitfuse.runtime.results import HEAD_ROWS
 
 SETTINGS = {"num_blocks": 200, "max_num_batched_tokens": 128, "max_num_seqs": 4, "dtype": "bfloat16"}
@@ -143,8 +145,23 @@ ADDING = {"dtype": "float32", "num_threads": None, "block_size": 16, "max_num_ba
 @pytest.mark.parametrize(
     "kernels", ["reference", pytest.param("triton", marks=[*runnable("triton-float32"), pytest.mark.slow])]
 )
-def test_ranks_that_add_up_give_the_tokens_of_one_process(kernels: str) -> None:
-    """As on GPUs, by gloo in place of NCCL; log-probabilities differ in their last digits."""
+def test_ranks_that_add_up_give_the_tokens_of_one_process(kernels: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on GPUs, by gloo in place of NCCL; log-probabilities differ in their last digits. The other rank has loaded
+    its part before the leader knows that they are connected.
+    """
+    listeners: list[Callable[[float], None]] = []
+
+    def await_and_keep(store: Store, size: int, device: torch.device, listen: Callable[[float], None]) -> None:
+        listeners.append(listen)
+        await_ranks(store, size, device, listen)
+
+    def connect(*args: Any, **options: Any) -> DistributedGroup:
+        group = DistributedGroup(*args, **options)
+        listeners[0](PATIENCE)
+        return group
+
+    monkeypatch.setattr(leader, "await_ranks", await_and_keep)
+    monkeypatch.setattr(leader, "DistributedGroup", connect)
     settings = {**ADDING, "kernels": kernels}
     alone, together = (load_model(config(ranks, **settings)) for ranks in (1, 2))
     assert together.leader is not None and together.identity == {**alone.identity, "ranks": "2"}
