@@ -21,8 +21,8 @@ _logger = logging.getLogger(__name__)
 
 MAX_BYTES = 2**30
 """Memory of graphs at which no more are captured: the last one may take more."""
-NO_STATE = -1
-"""Slot of a state that is not written."""
+NOWHERE = -1
+"""Slot of keys and values, or of a state, that are not read or written."""
 STEPS_PER_OCTAVE = 4
 """Number of sizes between a power of two and the next: at most a fifth of a step is padding."""
 
@@ -56,28 +56,17 @@ def round_up(size: int) -> int:
 
 def pad(batch: RaggedBatch, bucket: Bucket) -> RaggedBatch:
     """Return a batch of a bucket's sizes on the host, with the numbers of `batch`, and others that change nothing."""
-    tables, ids, positions, slots, starts, lengths, reads, writes, rows = batch.host_parts
-    padded_tables = torch.zeros(bucket.requests, bucket.table_width, dtype=torch.int32)
-    padded_tables[: batch.num_requests, : batch.table_width] = tables.view(batch.num_requests, batch.table_width)
-
-    def extend(part: Tensor, size: int, number: int) -> Tensor:
-        return torch.cat((part, part.new_full((size - len(part),), number)))
-
-    packed = torch.cat(
-        (
-            padded_tables.flatten(),
-            extend(ids, bucket.tokens, 0),
-            extend(positions, bucket.tokens, 0),
-            extend(slots, bucket.tokens, -1),
-            extend(starts, bucket.requests + 1, batch.num_tokens),
-            extend(lengths, bucket.requests, 0),
-            extend(reads, bucket.requests, -1),
-            extend(writes, bucket.requests, -1),
-            extend(rows, bucket.rows, 0),
-        )
-    )
-    sizes = (bucket.tokens, bucket.requests, bucket.table_width, bucket.rows)
-    return RaggedBatch(packed, *sizes, is_padded=True)
+    size = bucket.requests * (bucket.table_width + 4) + 1 + 3 * bucket.tokens + bucket.rows
+    padded = RaggedBatch(torch.zeros(size, dtype=torch.int32), *bucket, is_padded=True)
+    tables, *parts = (part.numpy() for part in padded.host_parts)
+    given, *others = (part.numpy() for part in batch.host_parts)
+    of_requests = tables.reshape(bucket.requests, bucket.table_width)
+    of_requests[: batch.num_requests, : batch.table_width] = given.reshape(batch.num_requests, batch.table_width)
+    fillers = (0, 0, NOWHERE, batch.num_tokens, 0, NOWHERE, NOWHERE, 0)
+    for part, other, filler in zip(parts, others, fillers, strict=True):
+        part[: len(other)] = other
+        part[len(other) :] = filler
+    return padded
 
 
 @dataclass
@@ -138,7 +127,7 @@ class StepGraphs:
         read. Recurrent states stay as they are, as the next time must go on from them; keys and values do not matter.
         """
         writes = batch.state_writes.clone()
-        batch.state_writes.fill_(NO_STATE)
+        batch.state_writes.fill_(NOWHERE)
         self._decoder.forward(batch, self._kv_cache)
         batch.state_writes.copy_(writes)
 
