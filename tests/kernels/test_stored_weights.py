@@ -105,6 +105,19 @@ def test_products_and_their_bits(variant: str, name: str) -> None:
             assert torch.equal(backend.linear(x[begin:end], packed), ours[begin:end])
 
 
+@pytest.mark.parametrize(("variant", "name"), CASES)
+def test_sums_of_the_largest_products(variant: str, name: str) -> None:
+    backend, stored = kernels(variant), FORMATS[name]
+    made = weight_in(stored, 40, 768)
+    table = None if stored.table is None else torch.tensor(stored.table)
+    largest = int(made.levels.max()) if table is None else int(table.argmax())
+    weight = replace(made, levels=torch.full_like(made.levels, largest))
+    packed = backend.pack_quantized([weight], role=Role.O, dtype=BF16)
+    for sign in (1, -1):  # all of which are 127 and -127 once they are quantized
+        x = torch.full((7, 768), 0.5 * sign, dtype=BF16)
+        assert_product(backend.linear(x, packed), quantized(x, stored.group_size), weight)
+
+
 @pytest.mark.parametrize(("variant", "name"), [case for name in blocks.FORMATS for case in variants(name, id=name)])
 def test_products_with_blocks_of_gguf_files(variant: str, name: str) -> None:
     stored = gguf_files.random_blocks(name, 40, 2)

@@ -79,8 +79,9 @@ def kind_of(stored: GroupFormat) -> Kind | None:
     if stored.table is not None:
         if bits != 4 or stored.mins or stored.zeros or not all(-128 <= value <= 127 for value in stored.table):
             return None
-        qvalues = [value + 128 for value in stored.table] + [0] * (16 - len(stored.table))
-        kind = replace(kind, bias=128, qvalues=tuple(qvalues))
+        bias = max(-min(stored.table), 0)  # no larger: sums of small levels need fewer bits (sum_steps_of in C++)
+        qvalues = [value + bias for value in stored.table] + [0] * (16 - len(stored.table))
+        kind = replace(kind, bias=bias, qvalues=tuple(qvalues))
     if stored.zeros:
         kind = replace(kind, offset_type=U8, zeros=True)
     if stored.mins:

@@ -44,6 +44,28 @@ SF_INLINE void each_part(const Weight& w, Body body) {
     for (i64 i = 0; i < w.num_parts; ++i) body(w.parts[i]);
 }
 
+#ifndef SF_BYTE_DOTS
+// Returns how many words of x can be multiplied with the levels of a weight before the sums of their pairs leave 16 bits; 0: not
+// even two, so that this is not done.
+inline int sum_steps_of(const Weight& w) {
+    constexpr int MOST_X = 128;  // of a row with a NaN; of others 127
+    const int most = w.bits == 4 ? *std::max_element(w.qvalues, w.qvalues + 16) : (1 << w.bits) - 1;
+    const int steps = INT16_MAX / (2 * MOST_X * std::max(most, 1));
+    return steps >= 2 ? steps : 0;
+}
+#endif
+
+// Returns whether x is packed as bytes for a weight in groups.
+inline bool reads_bytes([[maybe_unused]] const Weight& w) {
+#ifdef SF_BYTE_DOTS
+    return true;
+#else
+    bool all = true;
+    each_part(w, [&](const Weight& part) { all &= sum_steps_of(part) > 0; });
+    return all;
+#endif
+}
+
 // Returns the columns of x that share a scale: those of the widest group, where parts differ.
 SF_INLINE i64 block_columns(const Weight& w) {
     i64 columns = LEAST_BLOCK;

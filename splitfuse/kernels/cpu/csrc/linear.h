@@ -21,6 +21,7 @@ struct Operand {
     i64 blocks;
     i64 block_rows;  // of each block but the last; 0: they are as equal as possible
     bool quantized;
+    bool in_bytes;     // of a weight in groups: x lies as bytes, not as 16 bits
     const Weight* weight;
     const i32* order;  // of elements in the row that is packed, or null
     float* sums_of_panel;  // [rows, PANEL]: this thread's buffer if a panel is multiplied in parts; else null
@@ -68,7 +69,7 @@ SF_INLINE i64 operand_bytes(const Weight& w, i64 rows) {
 SF_INLINE bool read_alike(const Weight& a, const Weight& b) {
     const bool same = a.format == b.format && a.columns == b.columns && a.order == b.order && a.group == b.group;
     if (!same || a.format != GROUPED) return same;
-    return !a.parts && !b.parts && a.bias == b.bias && (a.offset_type == NONE) == (b.offset_type == NONE);
+    return !a.parts && !b.parts && a.bias == b.bias && (a.offset_type == NONE) == (b.offset_type == NONE) && reads_bytes(a) == reads_bytes(b);
 }
 
 // Returns the operand of `rows` rows in `memory`. `sums` is this thread's buffer for all rows of a panel.
@@ -92,6 +93,7 @@ SF_INLINE Operand make_operand(const Weight& w, i64 rows, u8* memory, float* sum
     memory += align_up(rows * x.slabs * SLAB_STRIDE * 4);
     if (w.format == GROUPED) {
         x.groups = reinterpret_cast<XGroup*>(memory);
+        x.in_bytes = reads_bytes(w);
     } else {
         x.scales = reinterpret_cast<float*>(memory);
         x.starts = reinterpret_cast<i32*>(memory + align_up(rows * 4));
@@ -168,7 +170,8 @@ inline void put_row_in_blocks(const Operand& x, i64 row, const u16* values, u32*
             groups += x_group_bytes(part, x.rows) / sizeof(XGroup);
         });
 #ifndef SF_BYTE_DOTS
-        split_bytes(qvalues, SLAB_COLUMNS, place, place + SLAB_STEPS);
+        if (x.in_bytes) std::memcpy(place, qvalues, SLAB_COLUMNS);
+        else split_bytes(qvalues, SLAB_COLUMNS, place, place + SLAB_STEPS);
 #endif
     }
 }
@@ -422,6 +425,11 @@ SF_INLINE void multiply_grouped_panel(const Operand& x, const Weight& w, const S
     alignas(64) u8 widened[RUN_STEPS * STEP_BYTES];
     alignas(64) float scales[MOST_GROUPS * PANEL], offsets[MOST_GROUPS * PANEL];
     const u8* levels = nullptr;
+#ifdef SF_BYTE_DOTS
+    const int sum_steps = 0;
+#else
+    const int sum_steps = x.in_bytes ? sum_steps_of(w) : 0;
+#endif
     auto widen = [&](const u8* data, i64 at) {
         const RunShape run = run_of(w, std::min(RUN_COLUMNS, w.columns - at * 4));
         widen_scales(w, run, data, scales, offsets);
@@ -432,7 +440,7 @@ SF_INLINE void multiply_grouped_panel(const Operand& x, const Weight& w, const S
                   [&](const u32* words, i64 at, i64 x_steps, i64 begin, int rows, const Prefetch& prefetch, float* tile) {
         const XGroup* x_groups = x.groups + begin * ceil_div(w.columns, w.group) + at * 4 / w.group * rows;
         const float* added = w.offset_type == NONE ? nullptr : offsets;
-        multiply(rows, Groups{words, levels, scales, added, x_steps, w.group / 4, x_groups, prefetch}, tile);
+        multiply(rows, Groups{words, levels, scales, added, x_steps, w.group / 4, x_groups, prefetch}, sum_steps, tile);
     });
 }
 

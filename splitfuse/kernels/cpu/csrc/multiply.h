@@ -139,6 +139,10 @@ template <int ROWS, int WIDTH, int... R>
 SF_INLINE void clear(Ints (&acc)[ROWS][WIDTH], std::integer_sequence<int, R...>) {
     ((acc[R][0] = broadcast(0), acc[R][WIDTH - 1] = acc[R][0]), ...);
 }
+template <int ROWS, int WIDTH, int... R>
+SF_INLINE void clear(Packed (&acc)[ROWS][WIDTH], std::integer_sequence<int, R...>) {
+    ((acc[R][0] = broadcast_packed(0), acc[R][WIDTH - 1] = acc[R][0]), ...);
+}
 
 #ifndef SF_TILES
 template <Dot DOT>
@@ -472,6 +476,75 @@ SF_LEAF void multiply_groups(const Groups& given, float* out) {
     }
 }
 
+#ifndef SF_BYTE_DOTS
+// Adds to 16 bits for each lane's pairs of bytes the products of a vector of levels with a word of x.
+template <int ROWS, int WIDTH, int... R>
+SF_INLINE void add_levels_of_rows(Packed (&acc)[ROWS][WIDTH], const Packed (&levels)[WIDTH], const u32* x,
+                                  std::integer_sequence<int, R...>) {
+    ((acc[R][0] = add_byte_pairs(acc[R][0], levels[0], x[R * SLAB_STRIDE])), ...);
+    if constexpr (WIDTH == 2) ((acc[R][1] = add_byte_pairs(acc[R][1], levels[1], x[R * SLAB_STRIDE])), ...);
+}
+
+template <int ROWS, int WIDTH, int... R>
+SF_INLINE void add_pair_sums(const Packed (&acc)[ROWS][WIDTH], Ints (&sums)[ROWS][WIDTH], std::integer_sequence<int, R...>) {
+    ((sums[R][0] = sums[R][0] + sum_of_pairs(acc[R][0])), ...);
+    if constexpr (WIDTH == 2) ((sums[R][1] = sums[R][1] + sum_of_pairs(acc[R][1])), ...);
+}
+
+// Sums in 16 bits the products of the words of x from `place` to `stop` with the levels at `at`, and goes on behind both.
+template <int ROWS, int WIDTH, int... R>
+SF_INLINE void sum_pairs(Packed (&acc)[ROWS][WIDTH], const u8*& at, const u32*& place, const u32* stop, Prefetch& lines,
+                         std::integer_sequence<int, R...> rows) {
+    clear(acc, rows);
+    do {
+        prefetch_step<WIDTH>(lines);
+        Packed words[WIDTH];
+        for (int v = 0; v < WIDTH; ++v) words[v] = load_packed(at + v * VECTOR_BYTES);
+        add_levels_of_rows(acc, words, place, rows);
+        at += STEP_BYTES;
+    } while (++place < stop);
+}
+
+// Computes the same as multiply_groups() of levels so small that the products of SUM_STEPS words of x with them are summed in 16
+// bits. x is bytes.
+template <bool OFFSETS, int SUM_STEPS, int ROWS>
+SF_LEAF void multiply_small_groups(const Groups& given, float* out) {
+    const Groups g = given;  // what stores cannot change stays in registers
+    constexpr auto rows = std::make_integer_sequence<int, ROWS>{};
+    constexpr int WIDTH = width_of(ROWS);
+    const u8* levels = g.levels;
+    const u32* x = g.x;
+    const XGroup* x_group = g.x_groups;
+    Prefetch prefetch = g.prefetch;
+    i64 group = 0;
+    for (i64 left = g.x_steps; left > 0; left -= g.group_steps, ++group, x_group += ROWS) {
+        const i64 steps = std::min(left, g.group_steps);
+        for (int part = 0; part < 2; part += WIDTH) {
+            const u8* at = levels + part * VECTOR_BYTES;
+            Prefetch lines = WIDTH == 2 ? prefetch : half_of(prefetch, steps, part);
+            const u32 *place = x, *end = x + steps;
+            Packed acc[ROWS][WIDTH];
+            Ints sums[ROWS][WIDTH];
+            sum_pairs(acc, at, place, std::min(place + SUM_STEPS, end), lines, rows);
+            start_group<OFFSETS>(sums, x_group, rows);
+            add_pair_sums(acc, sums, rows);
+            while (place < end) {
+                asm volatile("" : "+m"(sums));  // they wait in memory: registers are for what is summed in 16 bits
+                sum_pairs(acc, at, place, std::min(place + SUM_STEPS, end), lines, rows);
+                add_pair_sums(acc, sums, rows);
+            }
+            const i64 columns = group * PANEL + part * LANES;
+            end_group<OFFSETS, 0>(sums, g, columns, x_group, out + part * LANES, rows);
+            if constexpr (WIDTH == 2) end_group<OFFSETS, 1>(sums, g, columns + LANES, x_group, out + LANES, rows);
+            asm volatile("" ::: "memory");  // else GCC keeps the tile in registers that it does not have
+        }
+        x += steps;
+        levels += steps * STEP_BYTES;
+        prefetch.from += steps * prefetch.stride;
+    }
+}
+#endif
+
 // A run of a panel in FP8 that was widened to bf16, and x that lies in one slab.
 struct Fp8Run {
     const u32* x;         // of the first row
@@ -591,9 +664,25 @@ SF_INLINE MultiplyGroups choose_groups(int rows, std::integer_sequence<int, R...
     static constexpr MultiplyGroups table[] = {multiply_groups<OFFSETS, R + 1>...};
     return table[rows - 1];
 }
-SF_INLINE void multiply(int rows, const Groups& groups, float* out) {
-    if (groups.offsets) choose_groups<true>(rows, ALL_ROWS)(groups, out);
-    else choose_groups<false>(rows, ALL_ROWS)(groups, out);
+#ifndef SF_BYTE_DOTS
+template <bool OFFSETS, int SUM_STEPS, int... R>
+SF_INLINE MultiplyGroups choose_small_groups(int rows, std::integer_sequence<int, R...>) {
+    static constexpr MultiplyGroups table[] = {multiply_small_groups<OFFSETS, SUM_STEPS, R + 1>...};
+    return table[rows - 1];
+}
+#endif
+template <bool OFFSETS>
+SF_INLINE MultiplyGroups choose_groups(int rows, [[maybe_unused]] int sum_steps) {
+#ifndef SF_BYTE_DOTS
+    if (sum_steps >= 8) return choose_small_groups<OFFSETS, 8>(rows, ALL_ROWS);
+    if (sum_steps >= 4) return choose_small_groups<OFFSETS, 4>(rows, ALL_ROWS);
+    if (sum_steps >= 2) return choose_small_groups<OFFSETS, 2>(rows, ALL_ROWS);
+#endif
+    return choose_groups<OFFSETS>(rows, ALL_ROWS);
+}
+// `sum_steps`: how many words of x may be multiplied before sums of pairs leave 16 bits; 0: x is packed as 16 bits.
+SF_INLINE void multiply(int rows, const Groups& groups, int sum_steps, float* out) {
+    (groups.offsets ? choose_groups<true>(rows, sum_steps) : choose_groups<false>(rows, sum_steps))(groups, out);
 }
 
 #ifndef SF_TILES

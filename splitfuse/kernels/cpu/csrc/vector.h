@@ -506,6 +506,20 @@ SF_INLINE Ints dot_qvalues(Ints a, Packed qvalues, const u32& x) {
         : "x"(qvalues.lo), "x"(qvalues.hi), "m"(x));
     return a;
 }
+// Returns a + the products of two neighbouring bytes of `levels` with two of a word of int8, in 16 bits: exact as long as all that
+// is summed stays within them.
+SF_INLINE Packed add_byte_pairs(Packed a, Packed levels, const u32& x) {
+    __m256i word, product;
+    asm("vpbroadcastd %6, %2\n\tvpmaddubsw %2, %4, %3\n\tvpaddw %3, %0, %0\n\tvpmaddubsw %2, %5, %2\n\tvpaddw %2, %1, %1"
+        : "+x"(a.lo), "+x"(a.hi), "=&x"(word), "=&x"(product)
+        : "x"(levels.lo), "x"(levels.hi), "m"(x));
+    return a;
+}
+// Returns the sums of two neighbouring 16 bits.
+SF_INLINE Ints sum_of_pairs(Packed a) {
+    const __m256i ones = _mm256_set1_epi16(1);
+    return {_mm256_madd_epi16(a.lo, ones), _mm256_madd_epi16(a.hi, ones)};
+}
 SF_INLINE Packed broadcast_two(const u32* x) {
     i64 both;
     std::memcpy(&both, x, sizeof both);
