@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeVar
 
 from splitfuse.core.latency.phases import LatencyPhase
@@ -25,8 +24,7 @@ from splitfuse.core.step_builder import StepBuilder
 logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, slots=True)
-class StepRecord:
+class StepRecord(NamedTuple):
     """Records one step whose results are back, before they are applied: the requests that it ends still count as
     running. All times are seconds on the clock of the scheduler's caller.
     """

@@ -65,9 +65,7 @@ class EncoderExecutor:
             with torch.inference_mode():
                 embeddings = [row for run in self._runs(texts) for row in self.encoder.embed(run).tolist()]
             results |= zip(whole, map(embedding_result, embeddings), strict=True)
-        handle = StepHandle(self._num_submitted, plan, before=None)
-        handle.done.set_result(results)
-        return handle
+        return StepHandle(self._num_submitted, plan, result=results)
 
     def _runs(self, texts: Sequence[Sequence[int]]) -> Iterator[list[Sequence[int]]]:
         """Yield the texts that end in one step in runs that fit `most_tokens`: of several that were begun, whose last
@@ -83,7 +81,7 @@ class EncoderExecutor:
 
     def collect(self, handle: StepHandle) -> StepResult:
         """Return the result of a submitted plan."""
-        return handle.done.result()
+        return handle.taken()
 
     def wait_for_layers(self, handle: StepHandle) -> None:
         """Do nothing: it is done."""

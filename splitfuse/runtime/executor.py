@@ -8,8 +8,8 @@ import logging
 import threading
 import time
 from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass, field, replace
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import numpy as np
@@ -34,27 +34,39 @@ from splitfuse.runtime.step_graphs import StepGraphs
 _logger = logging.getLogger(__name__)
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)
 class StepHandle:
     """Stands for a submitted plan until `Executor.collect` gives its result."""
 
     number: int
     plan: StepPlan
-    before: StepHandle | None
+    before: StepHandle | None = None
     """Step that is computed before it, if its result was not collected when this one was submitted."""
-    done: Future[StepResult] = field(default_factory=Future)
     progress: StepProgress | None = None
     """How far a thread has come with it; None: it is executed by `submit`."""
+    result: StepResult | None = None
+    error: BaseException | None = None
+    """What the step has raised."""
+
+    def taken(self) -> StepResult:
+        """Return the result of a step that has ended, or raise what it has raised."""
+        if self.error is not None:
+            raise self.error
+        assert self.result is not None, "it has ended"
+        return self.result
 
 
 class StepProgress:
     """Tells other threads how far a step has come; at its end, or if it fails, all is set."""
 
     def __init__(self) -> None:
+        self.claim = threading.Lock()
+        """Taken for good by the thread that executes the step, or by one that takes it back."""
         self.begun = threading.Event()
         """Set when its kernels run, and Python has time for other threads."""
         self.layers_done = threading.Event()
         """Set when what is left of the step is to choose tokens: the time to plan the next one."""
+        self.ended = threading.Event()
 
 
 class BlockSink(Protocol):
@@ -126,7 +138,7 @@ class Executor:
             else:
                 self._run(handle)
         except BaseException:  # Ctrl-C too: it may be queued all the same, or run, and is waited for if it does
-            if handle.done.cancel():
+            if handle.progress is not None and handle.progress.claim.acquire(blocking=False):
                 self._newest = handle.before
             raise
         return handle
@@ -147,8 +159,10 @@ class Executor:
         self._last_collected = handle.number
         if self._newest is not None and self._newest.progress is not None:
             self._newest.progress.begun.wait()  # until then its thread needs Python, and is not to share it with this
+        if handle.progress is not None:
+            handle.progress.ended.wait()
         try:
-            result = handle.done.result()
+            result = handle.taken()
         except Exception:
             self._newest = None
             raise
@@ -208,28 +222,28 @@ class Executor:
 
     def drain(self) -> None:
         """Wait until nothing runs. Handles that were not collected must be dropped."""
-        if self._newest is not None:
-            wait((self._newest.done,))
-            self._newest = None
+        if self._newest is not None and self._newest.progress is not None:
+            self._newest.progress.ended.wait()
+        self._newest = None
 
     def _run(self, handle: StepHandle) -> None:
         """Execute a step, unless `submit` failed or the one that it was submitted behind has."""
-        if not handle.done.set_running_or_notify_cancel():
+        progress, began = handle.progress, time.monotonic()
+        if progress is not None and not progress.claim.acquire(blocking=False):
             return
         before, handle.before = handle.before, None
-        progress, began = handle.progress, time.monotonic()
         self._running = progress
         try:
-            if before is not None and before.done.exception() is not None:
+            if before is not None and before.error is not None:
                 raise RuntimeError("the step before it failed")
             with self.decoder.on_device():
-                handle.done.set_result(self._execute(handle.plan))
+                handle.result = self._execute(handle.plan)
         except BaseException as error:
-            handle.done.set_exception(error)
+            handle.error = error
         self._running = None
         if progress is not None:
-            progress.begun.set()
-            progress.layers_done.set()
+            for each in (progress.begun, progress.layers_done, progress.ended):
+                each.set()
         tables = [chunk.block_table for chunk in handle.plan.chunks if chunk.block_table]
         self._ahead.use(max((table[-1] for table in tables), default=-1))
         self._ahead.follow(time.monotonic() - began)
