@@ -112,7 +112,7 @@ def test_sums_of_the_largest_products(variant: str, name: str) -> None:
     table = None if stored.table is None else torch.tensor(stored.table)
     largest = int(made.levels.max()) if table is None else int(table.argmax())
     weight = replace(made, levels=torch.full_like(made.levels, largest))
-    packed = backend.pack_quantized([weight], role=Role.O, dtype=BF16)
+    packed = backend.pack_quantized([weight], role=WeightRole.O, dtype=BF16)
     for sign in (1, -1):  # all of which are 127 and -127 once they are quantized
         x = torch.full((7, 768), 0.5 * sign, dtype=BF16)
         assert_product(backend.linear(x, packed), quantized(x, stored.group_size), weight)
