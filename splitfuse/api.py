@@ -22,6 +22,7 @@ from splitfuse.engine.engine import Engine
 from splitfuse.engine.guard import Guard
 from splitfuse.errors import ConfigError, EngineUnavailableError, InvalidRequestError, RequestFailedError
 from splitfuse.models.sources.hub import open_model
+from splitfuse.runtime.loading import open_source
 from splitfuse.runtime.machine import GIB, anonymous_bytes
 from splitfuse.runtime.memory_plan import MemoryPlan
 from splitfuse.text.chat_formats.message import AssistantMessage, ContentDelta, ReasoningDelta
@@ -74,13 +75,10 @@ def pipeline(
         raise ConfigError(
             "kv_loans needs other engines, which a pipeline has not: serve with replicas, or leave it out"
         )
-    chosen = config.model
-    source = open_model(
-        chosen.model, chosen.revision, gguf_file=chosen.gguf_file, weights=chosen.load_format != "dummy"
-    )
+    source = open_source(config)
     source.config()  # before the tokenizer: a folder that is no model should be called that
-    other = chosen.tokenizer
-    tokenizer = Tokenizer.from_source(source if other is None else open_model(other, chosen.revision, weights=False))
+    other, revision = config.model.tokenizer, config.model.revision
+    tokenizer = Tokenizer.from_source(source if other is None else open_model(other, revision, weights=False))
     engine = Engine.load(config, source, progress=progress, announce=_print_plan if progress else lambda _: None)
     engine.estimate_budget()
     if observer is not None:

@@ -18,18 +18,17 @@ def plan_memory(**flags: Any) -> None:
     """Print the memory that a model needs, and what is available."""
     from splitfuse.errors import WeightsError
     from splitfuse.models.families.registry import load_spec
-    from splitfuse.models.sources.hub import open_model
     from splitfuse.models.storage import describe_kept
     from splitfuse.models.weights import check_weights, resolve_dtype
     from splitfuse.runtime import memory_plan
     from splitfuse.runtime.backend_choice import choose_backend
     from splitfuse.runtime.device import choose_device, device_of
     from splitfuse.runtime.draft_model import open_draft
-    from splitfuse.runtime.loading import check_quantization, parse_device
+    from splitfuse.runtime.loading import check_quantization, open_source, parse_device
 
     config = EngineConfig.from_settings(given(flags))
     device = parse_device(device_of(config))
-    source = open_model(config.model.model, config.model.revision, gguf_file=config.model.gguf_file, weights=False)
+    source = open_source(config, weights=False)
     spec = load_spec(source)
     weights: WeightSource | None = None
     with suppress(WeightsError):  # of the Hub they are not fetched

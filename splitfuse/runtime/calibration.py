@@ -64,16 +64,13 @@ def identify(config: EngineConfig, source: ModelSource | None = None) -> dict[st
     Raises ModelError, ConfigError or KernelError if there can be no such engine.
     """
     from splitfuse.models.families.registry import load_spec
-    from splitfuse.models.sources.hub import open_model
     from splitfuse.models.weights import resolve_dtype
     from splitfuse.runtime.backend_choice import choose_backend
     from splitfuse.runtime.device import device_of
-    from splitfuse.runtime.loading import parse_device
+    from splitfuse.runtime.loading import open_source, parse_device
     from splitfuse.runtime.machine import gpu, processor
 
-    source = source or open_model(
-        config.model.model, config.model.revision, gguf_file=config.model.gguf_file, weights=False
-    )
+    source = source or open_source(config, weights=False)
     spec = load_spec(source)
     dtype = resolve_dtype(config.model.dtype, spec)
     identity = {

@@ -25,7 +25,7 @@ from splitfuse.models.rope import has_long_factors
 from splitfuse.models.sharding import RankDecoder
 from splitfuse.models.sources.dummy import DummyWeights
 from splitfuse.models.sources.files import MAX_TOKENIZER_BYTES
-from splitfuse.models.sources.hub import adapter_folder, open_model
+from splitfuse.models.sources.hub import adapter_folder, check_revision, open_model
 from splitfuse.models.sources.pooling import Pooling, read_pooling
 from splitfuse.models.sources.source import ModelSource, WeightSource
 from splitfuse.models.spec import ModelSpec
@@ -312,10 +312,12 @@ def _start_ranks(config: EngineConfig, opened: _Opened, spec: ModelSpec, plan: M
     )
 
 
-def open_source(config: EngineConfig) -> ModelSource:
-    """Open the model that the settings name. Raises ModelError."""
+def open_source(config: EngineConfig, *, weights: bool = True) -> ModelSource:
+    """Open the model that the settings name, of the Hub with its weights if they are wanted. Raises ModelError."""
     model = config.model
-    return open_model(model.model, model.revision, gguf_file=model.gguf_file, weights=model.load_format != "dummy")
+    check_revision(model.revision, model.model, model.tokenizer)
+    weights = weights and model.load_format != "dummy"
+    return open_model(model.model, model.revision, gguf_file=model.gguf_file, weights=weights)
 
 
 def use_cores(device: torch.device) -> None:

@@ -30,7 +30,7 @@ from splitfuse.engine.remote.launcher import BlockListen
 from splitfuse.engine.replicas import make_replicas
 from splitfuse.engine.router import Router
 from splitfuse.errors import ConfigError, ServerError
-from splitfuse.models.sources.hub import BUNDLED_MODEL, open_model
+from splitfuse.models.sources.hub import BUNDLED_MODEL, check_revision, open_model
 from splitfuse.server.access_log import note_dropped
 from splitfuse.server.auth import ApiKeys
 from splitfuse.server.connections import connection_limit, num_newcomers
@@ -306,6 +306,7 @@ def _make_app(
     model = engine.model
     # Fetched once, before several engines ask for it.
     needs_weights = config.num_replicas > 0 and config.ray is None and model.load_format != "dummy"
+    check_revision(model.revision, model.model, model.tokenizer)
     source = open_model(model.model, model.revision, gguf_file=model.gguf_file, weights=needs_weights)
     source.config()  # before the tokenizer: a folder that is no model should be called that
     if client.agreement is not None:

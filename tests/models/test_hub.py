@@ -21,8 +21,8 @@ from splitfuse.models.families.registry import load_spec
 from splitfuse.models.sources import hub, packaged
 from splitfuse.models.sources.folder import ModelFolder
 from splitfuse.models.sources.gguf.model import GgufModel
-from splitfuse.models.sources.hub import BUNDLED_MODEL, open_model
-from splitfuse.runtime.loading import load_model
+from splitfuse.models.sources.hub import BUNDLED_MODEL, check_revision, open_model
+from splitfuse.runtime.loading import load_model, open_source
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 SINGLE = {"config.json": b"{}", "tokenizer.json": b"{}", "model.safetensors": b"weights"}
@@ -105,6 +105,19 @@ def test_paths_never_go_to_the_hub(model: str, tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr(huggingface_hub, "snapshot_download", fetched)
     monkeypatch.chdir(tmp_path)
     assert refused(model).startswith(f"there is no folder {model}: name ")
+
+
+def test_a_revision_or_a_file_of_another_kind_of_model_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "model.gguf"
+    file.touch()
+    for model in (None, str(tmp_path), str(file), "./gone", "smollm2"):
+        with pytest.raises(ModelNotFoundError, match=r"revision main is a branch, .* is none: leave it out"):
+            open_source(EngineConfig.from_settings({"model": model, "revision": "main"}))
+        check_revision("main", model, "owner/tokenizer")
+        check_revision("main", "owner/model", model)
+    for model in (str(file), "smollm2"):
+        with pytest.raises(ModelNotFoundError, match=r"gguf_file a\.gguf is a file of a folder .* so leave it out"):
+            open_model(model, gguf_file="a.gguf")
 
 
 def test_a_file_is_not_a_folder(tmp_path: Path) -> None:

@@ -34,8 +34,7 @@ def open_model(
     Raises ModelNotFoundError if there is no such folder, file or name, or if it cannot be fetched.
     """
     if model is None:
-        if gguf_file is not None:
-            raise ModelNotFoundError(f"gguf_file {gguf_file:.200} is a file of a folder or Hub model: set model too")
+        _refuse_file(gguf_file, "set model too")
         if not BUNDLED_MODEL.is_dir():
             raise ModelNotFoundError("this installation lacks the bundled model: name a model folder or a Hub name")
         return ModelFolder(BUNDLED_MODEL)
@@ -47,10 +46,12 @@ def open_model(
         if model and path.is_dir():
             return _open_folder(path, gguf_file)
         if path.is_file():
+            _refuse_file(gguf_file, f"{model} is a file itself, so leave it out")
             return _open_file(path)
     except (OSError, RuntimeError):
         pass  # too long for a path, or the home of a user who does not exist
     if model in PACKAGES:
+        _refuse_file(gguf_file, f"{model} is one file, so leave it out")
         return GgufModel(packaged_file(model), model)
     if _is_path(model):
         raise ModelNotFoundError(
@@ -67,6 +68,31 @@ def open_model(
     if weights and not (path / SINGLE_FILE).exists() and (path / INDEX_FILE).exists():
         _fetch(model, path.name, shard_names(path))  # of the same commit, whose folder has its name
     return ModelFolder(path)
+
+
+def check_revision(revision: str | None, model: str | None, tokenizer: str | None) -> None:
+    """Raise ModelNotFoundError for a revision of a model and a tokenizer that both do not come from the Hub."""
+    if revision is None or _may_be_of_hub(model) or _may_be_of_hub(tokenizer):
+        return
+    name = "the bundled model" if model is None else f"{model:.200}"
+    raise ModelNotFoundError(
+        f"revision {revision:.200} is a branch, tag or commit of a Hub model such as Qwen/Qwen2.5-0.5B-Instruct, and "
+        f"{name} is none: leave it out"
+    )
+
+
+def _may_be_of_hub(model: str | None) -> bool:
+    if model is None or model in PACKAGES or _is_path(model):
+        return False
+    try:
+        return not Path(model).exists()
+    except OSError:  # too long for a path, which its reader says
+        return True
+
+
+def _refuse_file(gguf_file: str | None, advice: str) -> None:
+    if gguf_file is not None:
+        raise ModelNotFoundError(f"gguf_file {gguf_file:.200} is a file of a folder or Hub model: {advice}")
 
 
 def adapter_folder(adapter: str) -> Path:
