@@ -247,3 +247,32 @@ def test_how_many_replicas_there_can_be() -> None:
         config = ServerConfig.from_settings(settings)
         assert (config.num_replicas, config.most_replicas) == (at_first, at_most)
         assert config.max_engines - config.most_replicas == len(config.engine)
+
+
+@pytest.mark.parametrize("part", [ServerConfig, EngineConfig])
+def test_no_setting_is_an_empty_text(part: type[ServerConfig | EngineConfig]) -> None:
+    for name in EngineConfig.setting_fields() if part is EngineConfig else ServerConfig.__dataclass_fields__:
+        for empty in ("", " "):
+            with pytest.raises(ConfigError, match=name):
+                part.from_settings({name: empty})
+
+
+@pytest.mark.parametrize("origin", ["*", "null", "https://page.example", "http://[::1]:3000", "tauri://localhost"])
+def test_an_origin_is_as_browsers_write_it(origin: str) -> None:
+    assert ServerConfig.from_settings({"allow_origin": [origin]}).allow_origin == (origin,)
+
+
+@pytest.mark.parametrize(
+    "origin",
+    [
+        "page.example",
+        "https://page.example/",
+        "https://Page.example",
+        "https://page.example:443",
+        "http://a:80",
+        "a://",
+    ],
+)
+def test_an_origin_that_no_browser_sends_is_refused(origin: str) -> None:
+    with pytest.raises(ConfigError, match=f"allow_origin must be an origin .* such as https://.*, not '{origin}'"):
+        ServerConfig.from_settings({"allow_origin": ["*", origin]})

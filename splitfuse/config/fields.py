@@ -28,7 +28,9 @@ def setting(default: Any, help: str) -> Any:  # noqa: A002 - the word every comm
 
 
 def parse_settings(kind: type[_Settings], settings: Mapping[str, Any]) -> _Settings:
-    """Return settings of a kind from their values by name. Raises ConfigError for a wrong type."""
+    """Return settings of a kind from their values by name. Raises ConfigError for a wrong type, and for an empty text,
+    which a variable that is not set leaves on a command line.
+    """
     hints, values = typing.get_type_hints(kind), dict(settings)
     for name, value in settings.items():
         if hints[name] == tuple[str, ...]:
@@ -37,7 +39,12 @@ def parse_settings(kind: type[_Settings], settings: Mapping[str, Any]) -> _Setti
                 raise ConfigError(f"{name} must be a text or a list of texts, not {value!r:.80}")
         else:
             _check_type(name, value, hints[name])
-    return kind(**values)
+    made = kind(**values)  # whose own errors say what a value must be
+    for name, value in values.items():
+        texts = value if isinstance(value, tuple) else (value,)
+        if any(isinstance(text, str) and not text.strip() for text in texts):
+            raise ConfigError(f"{name} must not be empty: give it a value, or leave it out")
+    return made
 
 
 def refuse_unknown(settings: Iterable[str], known: Collection[str]) -> None:

@@ -17,6 +17,7 @@ from splitfuse.config.fields import check_at_least, check_size, check_timeout, p
 from splitfuse.config.values import (
     MAX_ENGINES,
     EngineRole,
+    check_origin,
     is_loopback,
     parse_address,
     parse_autoscale,
@@ -155,6 +156,8 @@ class ServerConfig:
             raise ConfigError("api_key must not be empty")
         if not all(key.isprintable() for key in self.api_key):
             raise ConfigError("api_key must have no line end, nor any other control character, in it")
+        for origin in self.allow_origin:
+            check_origin("allow_origin", origin)
 
     def _check_fronts(self) -> None:
         if not 1 <= self.fronts <= MAX_FRONTS:

@@ -65,6 +65,22 @@ def parse_url(name: str, text: str) -> str:
     return url
 
 
+def check_origin(name: str, text: str) -> None:
+    """Raise ConfigError, naming the setting, for an origin that no browser sends: they write it in small letters,
+    without a path, and without the port that the scheme has anyway.
+
+    >>> check_origin("allow_origin", "https://page.example:8443")
+    """
+    found = re.fullmatch(
+        r"\*|null|([a-z][a-z0-9+.-]*)://[a-z0-9._-]+(:\d{1,5})?|https?://\[[0-9a-f:]+\](:\d{1,5})?", text
+    )
+    if found is None or (found[1], found[2]) in (("http", ":80"), ("https", ":443")):
+        raise ConfigError(
+            f"{name} must be an origin as browsers write it, such as https://page.example or http://localhost:3000, or "
+            f"* for any, not {text!r:.200}"
+        )
+
+
 def is_loopback(host: str) -> bool:
     """Return whether a host means the machine itself, on each machine another one."""
     return host in ("localhost", "::1") or host.startswith("127.")
