@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, TypeVar
 
-from splitfuse.core.limits import ENCODER, EngineLimits
+from splitfuse.core.limits import ENCODER, ONE_LEFT, EngineLimits
 from splitfuse.core.request_output import FinishReason
 from splitfuse.core.sampling_params import SamplingParams
 from splitfuse.core.scheduling_options import SchedulingOptions
@@ -78,6 +78,11 @@ class GenerationRequest:
         """Return the number of prompts; messages are one."""
         return len(self.prompts) if self.messages is None else 1
 
+    @property
+    def places(self) -> list[str]:
+        """Return how errors call each prompt: by its number if there are several, else not at all."""
+        return [f"prompt[{index}]" for index in range(self.num_prompts)] if self.num_prompts > 1 else [""]
+
     async def encode(self, service: TextService) -> list[PreparedRequest]:
         """Return a request for each prompt. Raises InvalidRequestError."""
         max_model_len, limits = service.client.info.limits.max_model_len, service.client.open_limits
@@ -85,7 +90,10 @@ class GenerationRequest:
         limit = max_model_len if self.keep_tokens is None else MAX_LENGTHS * max_model_len
         with reading_at_most(limit) if self.keep_tokens is not None else nullcontext():
             if self.messages is None:
-                encoded = [await service.encode(each, params, max_model_len=limit) for each in self.prompts]
+                encoded = []
+                for place, each in zip(self.places, self.prompts, strict=True):
+                    with blamed(place):
+                        encoded.append(await service.encode(each, params, max_model_len=limit))
             else:
                 if self.drops_messages:
                     encoded = [await self._encode_latest(service, params, self.messages, limits)]
@@ -135,6 +143,18 @@ def reading_at_most(limit: int) -> Iterator[None]:
     except PromptTooLongError as error:
         message = f"the text has more than {limit} tokens, {MAX_LENGTHS} times the model's length: send less of it"
         raise PromptTooLongError(message, parameter="prompt") from error
+
+
+@contextmanager
+def blamed(place: str, *, generates: bool = True) -> Iterator[None]:
+    """Make errors about a prompt name the place in the body that it came from, if it is given."""
+    try:
+        yield
+    except InvalidRequestError as error:
+        if place and error.parameter in ("prompt", "messages", "max_tokens"):
+            error.parameter = place
+            error.args = (f"{place}: {str(error) if generates else str(error).removesuffix(ONE_LEFT)}",)
+        raise
 
 
 @contextmanager
@@ -210,7 +230,10 @@ async def _run(state: AppState, context: RequestContext, request: GenerationRequ
         admitted.callback(await admission.reserve(0, request.num_prompts * n))
         encoded = await request.encode(service)
         encoded = [replace(each, adapter=context.adapter) for each in encoded]
-        prepared = [_sized(limits, open_limits, each, request.default_max_tokens) for each in encoded]
+        prepared = []
+        for place, each in zip(request.places, encoded, strict=True):
+            with blamed(place):
+                prepared.append(_sized(limits, open_limits, each, request.default_max_tokens))
         num_tokens = sum((len(each.token_ids) + (each.params.max_tokens or 0)) * n for each in prepared)
         num_logprobs = sum(map(_num_logprobs, prepared))
         admitted.callback(await admission.reserve(num_tokens, 0, num_logprobs=num_logprobs))

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Iterator, Sequence
-from contextlib import ExitStack, aclosing, contextmanager
+from collections.abc import Awaitable, Callable, Sequence
+from contextlib import ExitStack, aclosing
 from dataclasses import replace
 from itertools import pairwise
 
-from splitfuse.core.limits import ONE_LEFT
 from splitfuse.core.request_output import FinishReason
 from splitfuse.core.scheduling_options import SchedulingOptions
-from splitfuse.errors import InvalidRequestError
 from splitfuse.server.context import RequestContext
-from splitfuse.server.generate import failure
+from splitfuse.server.generate import blamed, failure
 from splitfuse.server.slo_params import SloParams
 from splitfuse.server.state import AppState
 from splitfuse.text.generation import Generation
@@ -55,7 +53,7 @@ async def _run(
         admitted.enter_context(admission.admit(0, at_once))
         prepared = []
         for place, encode in sources:
-            with _blamed(place):
+            with blamed(place, generates=False):
                 prepared.append(replace(await encode(), adapter=context.adapter))
                 prepared[-1].check(service.client.info.limits)
         admitted.enter_context(admission.admit(sum(len(each.token_ids) for each in prepared), 0))
@@ -70,15 +68,3 @@ async def _run(
                     if generation.finish_reason in (FinishReason.ERROR, FinishReason.ABORT):
                         raise failure(generation)
     return generations
-
-
-@contextmanager
-def _blamed(place: str) -> Iterator[None]:
-    """Make errors about a prompt name the place in the body that it came from."""
-    try:
-        yield
-    except InvalidRequestError as error:
-        if error.parameter in ("prompt", "messages", "max_tokens"):
-            error.parameter = place
-            error.args = (f"{place}: {str(error).removesuffix(ONE_LEFT)}",)
-        raise
