@@ -380,7 +380,10 @@ class CompletionResponder(OpenAIResponder):
         if self._returns_ids:
             ids = [] if self._hides_output else generation.take_ids()
         scores = self._prompt_logprobs(generation)
-        return CompletionChoice(self._index(generation), before + text, logprobs, _ended_by(generation), ids, scores)
+        ended_by = _ended_by(generation)
+        if ended_by and self._hides_output:
+            ended_by = "length"  # the token that is not shown ended nothing
+        return CompletionChoice(self._index(generation), before + text, logprobs, ended_by, ids, scores)
 
     def _prompt_text(self, generation: Generation) -> str:
         prompt = generation.request.token_ids if self._is_truncated else self._prompts[generation.index]
