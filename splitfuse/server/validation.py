@@ -204,7 +204,8 @@ def _check(expected: inspect.Type, value: Any, place: str) -> None:
     options = [option for option in _options(expected) if _is_of_kind(option, value)]
     if not options:
         wanted = " or ".join(dict.fromkeys(_kind(option) for option in _options(expected)))
-        raise _wrong(place, f"must be {wanted}, not {_kind_of(value)}")
+        found = brief(value) if isinstance(value, float) else _kind_of(value)  # such as 1.5
+        raise _wrong(place, f"must be {wanted}, not {found}")
     match options[0]:
         case inspect.StructType() as struct:
             _check_object(struct, value, place)
