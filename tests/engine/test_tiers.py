@@ -24,6 +24,7 @@ from splitfuse.api import pipeline
 from splitfuse.config.engine import EngineConfig
 from splitfuse.core.events import PhasesEntered
 from splitfuse.core.kv import fetching
+from splitfuse.core.kv.fetching import Fetch
 from splitfuse.core.latency.phases import LatencyPhase
 from splitfuse.core.limits import EngineLimits
 from splitfuse.core.plan import Land, Logprobs, StepPlan
@@ -38,6 +39,7 @@ from splitfuse.engine.messages import Add, Prefetch
 from splitfuse.engine.ragged import RaggedEngine
 from splitfuse.engine.router import _accepts
 from splitfuse.engine.tier_files import open_tiers
+from splitfuse.engine.tiers import Tiers
 from splitfuse.errors import ConfigError, EngineUnavailableError, InvalidRequestError
 from splitfuse.runtime.executor import Executor
 from splitfuse.runtime.loading import load_model
@@ -298,11 +300,20 @@ def test_a_tier_that_hangs_holds_a_request_up_once(
 ) -> None:
     first, second = make(engines, 2, model=folder_of("llama-gqa"), **SMALL, **MEMORY)
     wanted = [ask(first, prompt(number))[0] for number in range(3)]
-    go_on = hang_reads(monkeypatch)
+    go_on, tiers_ask = hang_reads(monkeypatch), Tiers.ask
+    asked: list[Fetch] = []
+
+    def ask_and_wait(self: Tiers, fetch: Fetch) -> None:
+        asked.append(fetch)
+        tiers_ask(self, fetch)
+        while not self._reading_until:  # the reader has begun, and hangs
+            time.sleep(0.001)
+
+    monkeypatch.setattr(Tiers, "ask", ask_and_wait)
     monkeypatch.setattr(fetching, "LONGEST_FETCH", 0.05)
     assert [ask(second, prompt(number))[0] for number in range(3)] == wanted
     go_on.set()
-    assert second.tiers is not None and second.tiers.stats.num_fetched == 0
+    assert second.tiers is not None and second.tiers.stats.num_fetched == 0 and len(asked) == 1
 
 
 def test_a_request_that_ends_while_it_waits_leaves_nothing(
