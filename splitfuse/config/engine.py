@@ -353,7 +353,11 @@ class EngineConfig:
 
 
 def change_settings(settings: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
-    """Return engine settings with changes to them: num_blocks replaces kv_cache_memory_gib, and the other way round."""
+    """Return engine settings with changes to them: num_blocks replaces kv_cache_memory_gib, and the other way round.
+    Another model is not at the revision of the one before, and a GGUF file has no gguf_file in it.
+    """
     sizes = {"num_blocks", "kv_cache_memory_gib"}
     replaced = sizes if sizes & changes.keys() else set[str]()
+    if (model := changes.get("model")) is not None and model != settings.get("model"):
+        replaced = replaced | ({"revision", "gguf_file"} if model.endswith(".gguf") else {"revision"})
     return {**{name: value for name, value in settings.items() if name not in replaced}, **changes}

@@ -22,7 +22,7 @@ import msgspec
 import torch
 from torch import Tensor
 
-from splitfuse.config.engine import EngineConfig
+from splitfuse.config.engine import EngineConfig, change_settings
 from splitfuse.errors import ConfigError, RankLostError, SplitfuseError
 from splitfuse.kernels.group import Group, Shard, SharedGroup
 from splitfuse.models.kv_cache import KVCache
@@ -72,7 +72,7 @@ def _follow(connection: Connection, spec: FollowerSpec, model: str | None = None
         raise ConfigError(f"a rank is splitfuse {__version__}, and its leader {spec.version}: use the same version")
     config = spec.config
     if model is not None:
-        config = EngineConfig.from_settings({**config.settings, "model": model})
+        config = EngineConfig.from_settings(change_settings(config.settings, {"model": model}))
     group = _join(connection, spec, config)
     try:
         executor = RankExecutor(*load_rank(config, group, files=spec.files, kernels=spec.kernels))
