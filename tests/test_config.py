@@ -1,12 +1,13 @@
 """Settings: names, types and ranges are checked once, at the edge, and never change afterwards."""
 
 import dataclasses
+import os
 import re
 from typing import Any
 
 import pytest
 
-from splitfuse.config.engine import PARTS, CacheConfig, EngineConfig, ModelConfig, SchedulerConfig
+from splitfuse.config.engine import PARTS, CacheConfig, EngineConfig, ModelConfig, SchedulerConfig, change_settings
 from splitfuse.config.server import ServerConfig
 from splitfuse.config.values import parse_seconds
 from splitfuse.core.slo.targets import SloTargets
@@ -258,6 +259,11 @@ def test_no_setting_is_an_empty_text(part: type[ServerConfig | EngineConfig]) ->
                 part.from_settings({name: empty})
 
 
+def test_a_path_whose_bytes_are_not_utf_8_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"model '/models/\\udce9' is not UTF-8: rename it, or set LC_ALL=C.UTF-8"):
+        EngineConfig.from_settings({"model": os.fsdecode(b"/models/\xe9")})
+
+
 @pytest.mark.parametrize("origin", ["*", "null", "https://page.example", "http://[::1]:3000", "tauri://localhost"])
 def test_an_origin_is_as_browsers_write_it(origin: str) -> None:
     assert ServerConfig.from_settings({"allow_origin": [origin]}).allow_origin == (origin,)
@@ -277,3 +283,12 @@ def test_an_origin_is_as_browsers_write_it(origin: str) -> None:
 def test_an_origin_that_no_browser_sends_is_refused(origin: str) -> None:
     with pytest.raises(ConfigError, match=f"allow_origin must be an origin .* such as https://.*, not '{origin}'"):
         ServerConfig.from_settings({"allow_origin": ["*", origin]})
+
+
+def test_another_model_is_at_no_revision_of_the_one_before() -> None:
+    hub = {"model": "owner/name", "revision": "v1", "gguf_file": "a.gguf", "dtype": "float32"}
+    assert change_settings(hub, {"model": "owner/name"}) == hub
+    folder = {"model": "/models/name", "gguf_file": "a.gguf", "dtype": "float32"}
+    assert change_settings(hub, {"model": "/models/name"}) == folder
+    assert change_settings(hub, {"model": "/b.gguf"}) == {"model": "/b.gguf", "dtype": "float32"}
+    assert change_settings(hub, {"model": "a/b", "revision": "v2"})["revision"] == "v2"

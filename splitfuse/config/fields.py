@@ -28,8 +28,8 @@ def setting(default: Any, help: str) -> Any:  # noqa: A002 - the word every comm
 
 
 def parse_settings(kind: type[_Settings], settings: Mapping[str, Any]) -> _Settings:
-    """Return settings of a kind from their values by name. Raises ConfigError for a wrong type, and for an empty text,
-    which a variable that is not set leaves on a command line.
+    """Return settings of a kind from their values by name. Raises ConfigError for a wrong type, for an empty text,
+    which a variable that is not set leaves on a command line, and for one that is not UTF-8.
     """
     hints, values = typing.get_type_hints(kind), dict(settings)
     for name, value in settings.items():
@@ -41,9 +41,9 @@ def parse_settings(kind: type[_Settings], settings: Mapping[str, Any]) -> _Setti
             _check_type(name, value, hints[name])
     made = kind(**values)  # whose own errors say what a value must be
     for name, value in values.items():
-        texts = value if isinstance(value, tuple) else (value,)
-        if any(isinstance(text, str) and not text.strip() for text in texts):
-            raise ConfigError(f"{name} must not be empty: give it a value, or leave it out")
+        for text in value if isinstance(value, tuple) else (value,):
+            if isinstance(text, str):
+                _check_text(name, text)
     return made
 
 
@@ -60,6 +60,16 @@ def _check_type(name: str, value: Any, hint: Any) -> None:
     if not isinstance(value, allowed) or (isinstance(value, bool) and bool not in allowed):
         wanted = " or ".join("None" if t is types.NoneType else t.__name__ for t in wanted_types)
         raise ConfigError(f"{name} must be {wanted}, not {value!r}")
+
+
+def _check_text(name: str, text: str) -> None:
+    """Raise ConfigError for a text that is empty, or that no message between processes and no JSON can have in it."""
+    if not text.strip():
+        raise ConfigError(f"{name} must not be empty: give it a value, or leave it out")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:  # a path of other bytes, or of any in a locale without UTF-8
+        raise ConfigError(f"{name} {text!r:.200} is not UTF-8: rename it, or set LC_ALL=C.UTF-8") from error
 
 
 def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
