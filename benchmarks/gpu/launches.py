@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -32,8 +32,9 @@ from splitfuse.kernels.triton.backend import TritonBackend
 from splitfuse.models.decoder import Decoder
 from splitfuse.models.families.registry import load_spec
 from splitfuse.models.kv_cache import KVCache
+from splitfuse.models.sources.dummy import DummyWeights
 from splitfuse.models.sources.folder import ModelFolder
-from splitfuse.models.sources.source import Piece, WeightSource
+from splitfuse.models.sources.source import Piece
 from splitfuse.models.weights import load_decoder
 from splitfuse.runtime.batch import BatchBuilder
 from splitfuse.runtime.step_graphs import Bucket, pad
@@ -65,20 +66,11 @@ COPIES = frozenset(["to", "_to_copy", "copy_"])
 """Names of those that copy from the host, or change nothing here."""
 
 
-class MetaWeights(WeightSource):
+class MetaWeights(DummyWeights):
     """Has every tensor that is asked for, without numbers."""
 
     def __init__(self, dtype: torch.dtype) -> None:
-        self._dtype = dtype
-
-    def __contains__(self, name: str) -> bool:
-        return False
-
-    def names(self) -> Collection[str]:
-        return ()
-
-    def check(self, wanted: Collection[Piece], *, architecture: str, aside: Collection[str] = ()) -> None:
-        """Accept everything."""
+        super().__init__(dtype, torch.device("cpu"))
 
     @contextmanager
     def read(self, piece: Piece) -> Iterator[Tensor]:

@@ -40,7 +40,7 @@ SUM_BYTES = 8
 """Bytes of each number that a rank receives of another one to add it up: in fp32, and in the library's own buffer."""
 GPU_RESERVE = GIB
 """Bytes of the free memory of a GPU that no plan takes: for PyTorch's libraries, compiled kernels, what is there for an
-operation alone, and NCCL's buffers. An estimate. Where nobody else uses the GPU, `gpu_memory_share` leaves more."""
+operation alone, and NCCL's buffers. An estimate. If no other process uses the GPU, `gpu_memory_share` leaves more."""
 LARGEST_KV_SHARE = 0.5
 """Fraction of the memory left by weights and activations that a KV cache takes by default; the rest is for others."""
 LARGEST_STATE_SHARE = 0.25
