@@ -85,7 +85,7 @@ compiles_core = os.environ.get("SPLITFUSE_CORE") == "compiled"
 wanted = os.environ.get("SPLITFUSE_KERNELS", "optional")
 extra = SANITIZE if os.environ.get("SPLITFUSE_SANITIZE") else []
 sources, headers = (sorted(SOURCES.glob(pattern)) for pattern in ("*.cpp", "*.h"))
-# The library tells bindings.py from which sources it was compiled: others' structs and functions may be different.
+# The library tells library.py from which sources it was compiled: others' structs and functions may be different.
 digest = hashlib.sha256(b"".join(path.read_bytes() for path in (*sources, *headers))).hexdigest()
 library = Extension(
     LIBRARY,

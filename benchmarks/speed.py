@@ -20,7 +20,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from splitfuse.kernels.cpu.bindings import AMX, supported_variants
+from splitfuse.kernels.cpu.library import AMX, supported_variants
 from splitfuse.runtime.environment import commit
 from splitfuse.runtime.machine import processor
 

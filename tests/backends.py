@@ -17,7 +17,7 @@ from torch import Tensor
 from splitfuse.errors import KernelError
 from splitfuse.kernels.batch import Derivation
 from splitfuse.kernels.cpu.backend import CpuBackend
-from splitfuse.kernels.cpu.bindings import VARIANTS, supported_variants
+from splitfuse.kernels.cpu.library import VARIANTS, supported_variants
 from splitfuse.kernels.interface import Backend, Store
 from splitfuse.kernels.layers import AttentionSpec, HeadNormSpec, LatentSpec, MlpSpec, NormSpec, RouterSpec
 from splitfuse.kernels.onednn import OneDnnBackend

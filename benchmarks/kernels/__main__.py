@@ -31,7 +31,8 @@ from splitfuse.config.engine import EngineConfig
 from splitfuse.core.slo.cost_model import num_pairs
 from splitfuse.errors import SplitfuseError
 from splitfuse.kernels.cpu.backend import CpuBackend
-from splitfuse.kernels.cpu.bindings import VARIANTS, Heads
+from splitfuse.kernels.cpu.layer_structs import Heads
+from splitfuse.kernels.cpu.library import VARIANTS
 from splitfuse.kernels.layers import AttentionSpec
 from splitfuse.kernels.weights import WeightRole
 from splitfuse.runtime.loading import load_model

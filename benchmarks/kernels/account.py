@@ -17,7 +17,8 @@ from benchmarks.kernels.limits import Limits
 from benchmarks.kernels.steps import forward
 from splitfuse.core.plan import Chunk
 from splitfuse.kernels.cpu.backend import CpuBackend
-from splitfuse.kernels.cpu.bindings import ACTIVATIONS, Heads, Norm, Step, Weight, vector_address
+from splitfuse.kernels.cpu.layer_structs import ACTIVATIONS, Heads, Norm
+from splitfuse.kernels.cpu.structs import Step, Weight, vector_address
 from splitfuse.kernels.layers import AttentionSpec, MlpSpec
 from splitfuse.kernels.weights import LayerWeights
 from splitfuse.runtime.batch import BatchBuilder

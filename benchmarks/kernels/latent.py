@@ -11,7 +11,8 @@ import torch
 from benchmarks.kernels.limits import Limits, seconds
 from benchmarks.kernels.steps import scattered_steps
 from splitfuse.kernels.cpu.backend import CpuBackend
-from splitfuse.kernels.cpu.bindings import Heads, Store
+from splitfuse.kernels.cpu.layer_structs import Heads
+from splitfuse.kernels.cpu.structs import Store
 from splitfuse.kernels.layers import AttentionSpec, LatentSpec, NormSpec
 
 LATENTS = {  # heads, and sizes of their queries, but for the rotated elements, and values

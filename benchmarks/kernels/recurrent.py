@@ -13,7 +13,8 @@ import torch
 
 from benchmarks.kernels.limits import Limits, seconds
 from splitfuse.kernels.cpu.backend import CpuBackend
-from splitfuse.kernels.cpu.bindings import Delta, Mamba, Step
+from splitfuse.kernels.cpu.layer_structs import Delta, Mamba
+from splitfuse.kernels.cpu.structs import Step
 from splitfuse.kernels.layers import DeltaSpec, MambaSpec, NormSpec
 from splitfuse.kernels.weights import LayerWeights, WeightRole
 

@@ -7,7 +7,7 @@ import torch
 from benchmarks.models import SHAPES
 from splitfuse.core.plan import Chunk
 from splitfuse.errors import ConfigError
-from splitfuse.kernels.cpu.bindings import Step
+from splitfuse.kernels.cpu.structs import Step
 from splitfuse.kernels.layers import AttentionSpec, MlpSpec
 from splitfuse.models.spec import ModelSpec
 from splitfuse.runtime.executor import Executor

@@ -111,24 +111,24 @@ def time_parts(account: Account) -> None:
     """Time the functions that a step is made of."""
     from splitfuse.core import scheduler
     from splitfuse.engine import engine, loop
-    from splitfuse.kernels.cpu import bindings
+    from splitfuse.kernels.cpu.library import Library
     from splitfuse.models import decoder
     from splitfuse.runtime import executor
 
-    in_workspace = bindings.Library._in_workspace
+    in_workspace = Library._in_workspace
 
     def timed_call(self: Any, function: Any, needs_memory: bool) -> Any:
         name = "kernels: " + function.__name__.removeprefix("sf_").rsplit("_avx", 1)[0]
         return in_workspace(self, account.timed_kernel(name, function), needs_memory)
 
-    bindings.Library._in_workspace = timed_call  # type: ignore[method-assign]
-    make = bindings.Library.__init__
+    Library._in_workspace = timed_call  # type: ignore[method-assign]
+    make = Library.__init__
 
     def make_library(self: Any, variant: str, num_threads: int) -> None:
         account.num_threads = num_threads
         make(self, variant, num_threads)
 
-    bindings.Library.__init__ = make_library  # type: ignore[method-assign]
+    Library.__init__ = make_library  # type: ignore[method-assign]
     take_commands = loop.EngineLoop._take_commands
 
     def take(self: Any) -> Any:

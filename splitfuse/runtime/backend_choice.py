@@ -15,7 +15,7 @@ import torch
 from splitfuse.config.engine import EngineConfig
 from splitfuse.errors import ConfigError, KernelError
 from splitfuse.kernels.cpu.backend import CpuBackend
-from splitfuse.kernels.cpu.bindings import VARIANTS
+from splitfuse.kernels.cpu.library import VARIANTS
 from splitfuse.kernels.cpu.network import uncovered
 from splitfuse.kernels.interface import Backend, Capabilities, NetworkPlan
 from splitfuse.kernels.layers import LayerSpec, NormSpec

@@ -15,7 +15,7 @@ import splitfuse
 from splitfuse.core.pooling_params import NOTHING_GENERATED, PoolingParams
 from splitfuse.core.scheduling_options import SchedulingOptions
 from splitfuse.errors import ConfigError, InvalidRequestError, ModelError, PromptTooLongError, UnsupportedModelError
-from splitfuse.kernels.cpu.bindings import VARIANTS
+from splitfuse.kernels.cpu.library import VARIANTS
 
 RNG = Random(5)
 TEXTS = [" ".join(RNG.choice(tiny_encoders.WORDS) for _ in range(RNG.choice((1, 4, 4, 20, 60)))) for _ in range(23)]

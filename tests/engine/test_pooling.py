@@ -21,7 +21,7 @@ from splitfuse.core.sampling_params import SamplingParams
 from splitfuse.engine.engine import Engine
 from splitfuse.engine.messages import Add, EngineStats, StepReport, decode_command, decode_report, encode
 from splitfuse.errors import InvalidRequestError
-from splitfuse.kernels.cpu.bindings import VARIANTS
+from splitfuse.kernels.cpu.library import VARIANTS
 
 VOCAB = tiny_models.VOCAB_SIZE
 

@@ -13,7 +13,7 @@ import torch
 from backends import variants, why_not
 from torch import Tensor
 
-from splitfuse.kernels.cpu import bindings
+from splitfuse.kernels.cpu import library
 from splitfuse.kernels.cpu.backend import CpuBackend
 from splitfuse.kernels.weights import WeightRole
 
@@ -25,7 +25,7 @@ def product(variant: str, qvalues: bool, a: Tensor, b: Tensor, c: Tensor) -> Ten
     """c [16, 16] + a [16, K] b [K, 16] by one instruction. b is laid out as a panel is: neighbours in K in a word."""
     width = 4 if qvalues else 2
     words = b.view(16, width, 16).transpose(1, 2).contiguous()
-    function = getattr(bindings._load(), f"sf_tile_product_{variant}")
+    function = getattr(library._load(), f"sf_tile_product_{variant}")
     function.argtypes, function.restype = [ctypes.c_void_p, ctypes.c_int32, *[ctypes.c_void_p] * 3], None
     total = c.clone()
     function(None, qvalues, a.contiguous().data_ptr(), words.data_ptr(), total.data_ptr())
@@ -122,6 +122,6 @@ def test_groups_give_the_bits_of_avx512(variant: str, quantization: str, group: 
 
 @pytest.mark.skipif(why_not("avx2") is not None, reason="the C++ kernels cannot be used here")
 def test_the_probe_ends_whatever_the_machine_does() -> None:
-    found = bindings._load().sf_amx_state()
-    assert found in (0, 1, *bindings.AMX_OBSTACLES)
-    assert bindings._load().sf_amx_state() == found
+    found = library._load().sf_amx_state()
+    assert found in (0, 1, *library.AMX_OBSTACLES)
+    assert library._load().sf_amx_state() == found

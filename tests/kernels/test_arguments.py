@@ -19,9 +19,10 @@ from torch import Tensor
 
 from splitfuse.errors import ConfigError, KernelError
 from splitfuse.kernels.batch import RaggedBatch
-from splitfuse.kernels.cpu import bindings
+from splitfuse.kernels.cpu import library, structs
 from splitfuse.kernels.cpu.backend import MAX_HEAD_DIM, PIECE, CpuBackend
-from splitfuse.kernels.cpu.bindings import BROKEN_RULES, MOST_TAPS, VARIANTS, choose_variant, supported_variants
+from splitfuse.kernels.cpu.layer_structs import MOST_TAPS
+from splitfuse.kernels.cpu.library import BROKEN_RULES, VARIANTS, choose_variant, supported_variants
 from splitfuse.kernels.drawing import Filter
 from splitfuse.kernels.interface import NetworkPlan, Store
 from splitfuse.kernels.layers import AttentionSpec, ConvSpec, LayerSpec, MlpSpec, NormSpec, RouterSpec
@@ -331,10 +332,8 @@ def test_block_sizes(variant: str, size: int) -> None:
 @pytest.mark.parametrize("variant", variants())
 def test_piece_length_is_the_same_in_cpp(variant: str) -> None:
     """backend.py and csrc/kv_store.h both have its length; a block of fewer tokens has no piece, and no bytes."""
-    library_of = CpuBackend(variant=variant, num_threads=1).library
-    shorter, whole = (
-        library_of.store_bytes(ctypes.byref(bindings.Store(None, 1, n, 1, 32))) for n in (PIECE - 1, PIECE)
-    )
+    store_bytes = CpuBackend(variant=variant, num_threads=1).library.store_bytes
+    shorter, whole = (store_bytes(ctypes.byref(structs.Store(None, 1, n, 1, 32))) for n in (PIECE - 1, PIECE))
     assert shorter == 0 < whole
 
 
@@ -358,7 +357,7 @@ def test_out_of_memory(variant: str) -> None:
 @pytest.mark.parametrize("variant", variants())
 def test_describe(variant: str) -> None:
     names = {"avx512_bf16": "AVX-512 (VNNI, bf16)", "avx512": "AVX-512 (VNNI)", "avx2": "AVX2"}
-    name = names.get(variant) or ("AMX, emulated" if bindings.is_emulated(variant) else "AMX")
+    name = names.get(variant) or ("AMX, emulated" if library.is_emulated(variant) else "AMX")
     assert CpuBackend(variant=variant, num_threads=1).describe() == (
         f"C++ kernels: {name}, 1 thread; weights bf16, KV cache bf16"
     )
@@ -372,8 +371,8 @@ def other_library(monkeypatch: pytest.MonkeyPatch) -> Callable[[Path], None]:
 
     def name(path: Path) -> None:
         monkeypatch.setenv("SPLITFUSE_KERNEL_LIBRARY", str(path))
-        bindings._load.cache_clear()
-        monkeypatch.setattr(bindings, "_load", bindings._load.__wrapped__)
+        library._load.cache_clear()
+        monkeypatch.setattr(library, "_load", library._load.__wrapped__)
 
     return name
 
@@ -395,10 +394,9 @@ def test_a_file_that_is_not_a_library(other_library: Callable[[Path], None], tmp
 def test_a_library_of_other_sources(
     other_library: Callable[[Path], None], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    edited = shutil.copytree(bindings.SOURCES, tmp_path / "csrc")
-    library = bindings.SOURCES.with_name("libsplitfuse_cpu.so")
-    other_library(library)
-    monkeypatch.setattr(bindings, "SOURCES", edited)
+    edited = shutil.copytree(library.SOURCES, tmp_path / "csrc")
+    other_library(library.SOURCES.with_name("libsplitfuse_cpu.so"))
+    monkeypatch.setattr(library, "SOURCES", edited)
     assert supported_variants()
     with (edited / "interface.h").open("a") as file:
         file.write("\n")
@@ -414,14 +412,14 @@ def test_a_library_that_does_not_say_its_sources(other_library: Callable[[Path],
 
 
 def test_a_cpu_without_vector_instructions(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bindings, "supported_variants", lambda: ())
+    monkeypatch.setattr(library, "supported_variants", lambda: ())
     with pytest.raises(KernelError, match="this CPU has neither AVX-512"):
         choose_variant()
 
 
 def test_best_variant_by_default_and_only_supported_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
     for supported in (VARIANTS[1:], VARIANTS[2:], VARIANTS[3:]):
-        monkeypatch.setattr(bindings, "_load", lambda supported=supported: cpu_of(*supported))
+        monkeypatch.setattr(library, "_load", lambda supported=supported: cpu_of(*supported))
         assert choose_variant() == supported[0]
         assert choose_variant("avx2") == "avx2"
     with pytest.raises(ConfigError, match="this CPU cannot run the avx512 kernels; it can run avx2"):
@@ -453,14 +451,14 @@ def cpu_of(*variants: str, prefers: int = 1, amx_state: int = 1, emulates: int =
 def test_bf16_dot_products_come_first_where_fast(
     monkeypatch: pytest.MonkeyPatch, able: tuple[str, ...], prefers: int, expected: tuple[str, ...]
 ) -> None:
-    monkeypatch.setattr(bindings, "_load", lambda: cpu_of(*able, prefers=prefers))
+    monkeypatch.setattr(library, "_load", lambda: cpu_of(*able, prefers=prefers))
     assert supported_variants() == expected
     assert choose_variant() == expected[0]
 
 
 @pytest.mark.parametrize(("emulates", "chosen"), [(0, "avx512_amx"), (1, "avx512")])
 def test_amx_is_the_default_unless_emulated(monkeypatch: pytest.MonkeyPatch, emulates: int, chosen: str) -> None:
-    monkeypatch.setattr(bindings, "_load", lambda: cpu_of(*VARIANTS, prefers=0, amx_state=0, emulates=emulates))
+    monkeypatch.setattr(library, "_load", lambda: cpu_of(*VARIANTS, prefers=0, amx_state=0, emulates=emulates))
     assert choose_variant() == chosen
     assert choose_variant("avx512_amx") == "avx512_amx"
 
@@ -468,9 +466,9 @@ def test_amx_is_the_default_unless_emulated(monkeypatch: pytest.MonkeyPatch, emu
 def test_amx_announced_in_vain_is_logged_and_refused_by_name(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(bindings, "_load", lambda: cpu_of(*VARIANTS[1:], prefers=0, amx_state=4))
+    monkeypatch.setattr(library, "_load", lambda: cpu_of(*VARIANTS[1:], prefers=0, amx_state=4))
     why = "its instructions fail, as in a virtual machine that does not pass them on"
-    bindings._warn_once.cache_clear()
+    library._warn_once.cache_clear()
     assert choose_variant() == choose_variant() == "avx512"
     assert caplog.messages == [f"this CPU announces AMX, but {why}: the avx512 kernels run instead"]
     with pytest.raises(ConfigError, match=rf"cannot run the avx512_amx kernels \({why}\); it can run avx512 and"):

@@ -16,7 +16,7 @@ from rank_networks import NETWORKS, logits, own_names
 
 from splitfuse.kernels.cpu import nodes
 from splitfuse.kernels.cpu.backend import CpuBackend
-from splitfuse.kernels.cpu.bindings import Library
+from splitfuse.kernels.cpu.library import Library
 from splitfuse.kernels.cpu.memory import allocate
 from splitfuse.kernels.cpu.nodes import MOST_NODES, NodeMemory, NodePlan, bind_memory, plan_nodes
 from splitfuse.models.decoder import Decoder

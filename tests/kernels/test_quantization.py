@@ -19,8 +19,8 @@ from torch import Tensor
 
 from splitfuse.errors import ConfigError
 from splitfuse.kernels.cpu.backend import CpuBackend
-from splitfuse.kernels.cpu.bindings import BF16, INT4, INT8
 from splitfuse.kernels.cpu.quantization import INT4_QVALUES, QVALUES, choose_format
+from splitfuse.kernels.cpu.structs import BF16, INT4, INT8
 from splitfuse.kernels.weights import WeightRole
 
 Floats = npt.NDArray[np.float32]

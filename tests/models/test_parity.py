@@ -19,7 +19,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from splitfuse.errors import KernelError
 from splitfuse.kernels.cpu.backend import CpuBackend
-from splitfuse.kernels.cpu.bindings import choose_variant
+from splitfuse.kernels.cpu.library import choose_variant
 from splitfuse.kernels.interface import Backend
 from splitfuse.kernels.layers import MlpSpec
 from splitfuse.kernels.reference import ReferenceBackend

@@ -25,7 +25,7 @@ from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 from splitfuse.config.engine import EngineConfig
 from splitfuse.errors import ConfigError, ModelError
 from splitfuse.kernels.cpu.backend import CpuBackend
-from splitfuse.kernels.cpu.bindings import BF16
+from splitfuse.kernels.cpu.structs import BF16
 from splitfuse.kernels.interface import Backend
 from splitfuse.kernels.reference import ReferenceBackend
 from splitfuse.models.decoder import Decoder

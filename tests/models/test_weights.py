@@ -22,7 +22,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from splitfuse.errors import UnsupportedModelError, WeightsError
-from splitfuse.kernels.cpu import bindings
+from splitfuse.kernels.cpu import structs
 from splitfuse.kernels.cpu.backend import CpuBackend
 from splitfuse.kernels.quantized import Fp8Quantized, GroupFormat, GroupQuantized, QuantizedFormat, QuantizedWeight
 from splitfuse.kernels.reference import ReferenceBackend
@@ -259,7 +259,7 @@ def test_weight_bytes_is_what_the_cpp_kernels_keep(
     each = [vars(layer).values() for layer in weights.layers] + [vars(weights).values()]
     each += [[*layer.w13, *layer.w2] for layer in weights.layers]
     each += [vars(layer.mlp).values() for layer in weights.layers if layer.mlp is not None]
-    kept = {id(weight): weight for weight in chain(*each) if isinstance(weight, Tensor | bindings.Weight)}
+    kept = {id(weight): weight for weight in chain(*each) if isinstance(weight, Tensor | structs.Weight)}
     total = sum((weight if isinstance(weight, Tensor) else weight.memory).nbytes for weight in kept.values())
     assert weight_bytes(load_spec(ModelFolder(tmp_path)), torch.bfloat16, backend) == total
 

@@ -29,7 +29,7 @@ from splitfuse.core.structured_outputs import StructuredOutputs
 from splitfuse.engine.messages import Add, Finish
 from splitfuse.engine.trace import ChunkDetail, ChunkTrace, FinishTrace, PreemptTrace, RequestTrace, StepTrace
 from splitfuse.errors import ConfigError, RecordingError
-from splitfuse.kernels.cpu.bindings import VARIANTS
+from splitfuse.kernels.cpu.library import VARIANTS
 from splitfuse.kernels.reference import ReferenceBackend
 from splitfuse.recording import replay as replay_module
 from splitfuse.recording.format import Frame, Recording, Records, encode_frame

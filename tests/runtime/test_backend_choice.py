@@ -14,7 +14,7 @@ from backends import BACKENDS, runnable, variants
 import splitfuse
 from splitfuse.config.engine import DTYPES, KERNELS, QUANTIZATIONS, EngineConfig
 from splitfuse.errors import ConfigError, KernelError
-from splitfuse.kernels.cpu import bindings
+from splitfuse.kernels.cpu import library
 from splitfuse.kernels.cpu.backend import CpuBackend
 from splitfuse.kernels.interface import Backend, Capabilities
 from splitfuse.kernels.onednn import OneDnnBackend
@@ -47,7 +47,7 @@ def choose(dtype: torch.dtype = BF16, **settings: Any) -> Backend:
 def uncompiled(monkeypatch: pytest.MonkeyPatch) -> None:
     """A machine on which there was no compiler."""
     monkeypatch.setenv("SPLITFUSE_KERNEL_LIBRARY", "absent.so")
-    monkeypatch.setattr(bindings, "_load", bindings._load.__wrapped__)
+    monkeypatch.setattr(library, "_load", library._load.__wrapped__)
 
 
 @pytest.mark.parametrize("variant", variants())
@@ -67,8 +67,8 @@ def test_best_supported_variant_is_the_default(variant: str) -> None:
     del variant  # the least of them: if it runs, there is one to choose
     chosen = choose()
     assert isinstance(chosen, CpuBackend)
-    supported = bindings.supported_variants()
-    assert chosen.variant == next(name for name in supported if not bindings.is_emulated(name))
+    supported = library.supported_variants()
+    assert chosen.variant == next(name for name in supported if not library.is_emulated(name))
     assert chosen.num_threads == usable_cores()
 
 
@@ -129,7 +129,7 @@ def test_without_a_compiler_pytorch_computes_and_says_so(name: str) -> None:
 
 @pytest.mark.usefixtures("uncompiled")
 def test_without_a_compiler_named_kernels_are_refused() -> None:
-    for name in bindings.VARIANTS:
+    for name in library.VARIANTS:
         with pytest.raises(KernelError, match=r"not compiled \(absent.so is missing\)"):
             choose(kernels=name)
 
@@ -183,8 +183,8 @@ def test_named_kernels_contradict_other_settings(
 
 
 def test_variant_that_this_cpu_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    cpu = {f"sf_supports_{name}": lambda name=name: int(name == "avx2") for name in bindings.VARIANTS}
-    monkeypatch.setattr(bindings, "_load", lambda: SimpleNamespace(**cpu, sf_amx_state=lambda: 1))
+    cpu = {f"sf_supports_{name}": lambda name=name: int(name == "avx2") for name in library.VARIANTS}
+    monkeypatch.setattr(library, "_load", lambda: SimpleNamespace(**cpu, sf_amx_state=lambda: 1))
     with pytest.raises(ConfigError, match="this CPU cannot run the avx512 kernels; it can run avx2"):
         choose(kernels="avx512")
 

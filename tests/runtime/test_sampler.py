@@ -22,7 +22,7 @@ from splitfuse.core.plan import ChunkResult, SamplingState
 from splitfuse.core.sampling_params import SamplingParams
 from splitfuse.errors import RequestFailedError
 from splitfuse.kernels.cpu.backend import CpuBackend
-from splitfuse.kernels.cpu.bindings import supported_variants
+from splitfuse.kernels.cpu.library import supported_variants
 from splitfuse.kernels.drawing import exact_draw
 from splitfuse.runtime.sampling import draw as drawing
 from splitfuse.runtime.sampling import sampler

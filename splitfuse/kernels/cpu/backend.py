@@ -18,32 +18,18 @@ from torch import Tensor
 
 from splitfuse.errors import ConfigError, UnsupportedModelError
 from splitfuse.kernels.batch import RaggedBatch
-from splitfuse.kernels.cpu.bindings import (
+from splitfuse.kernels.cpu.layer_structs import (
     ACTIVATIONS,
-    Choices,
     Delta,
     Heads,
-    Library,
-    Loan,
-    Lora,
     Mamba,
     Mixture,
     Norm,
-    Rank,
     Router,
     ShortConv,
-    States,
-    Step,
-    Store,
-    Stored,
-    Weight,
-    check,
-    choose_variant,
-    int32,
-    is_emulated,
     projected_heads,
-    vector_address,
 )
+from splitfuse.kernels.cpu.library import Library, choose_variant, is_emulated
 from splitfuse.kernels.cpu.lora import PackedLora, place_of, step_lora
 from splitfuse.kernels.cpu.memory import OwnWeights, SharedWeights, allocate, have
 from splitfuse.kernels.cpu.network import FusedNetwork, uncovered
@@ -57,6 +43,20 @@ from splitfuse.kernels.cpu.stored import (
     stacked,
     stored_fp8,
     stored_groups,
+)
+from splitfuse.kernels.cpu.structs import (
+    Choices,
+    Loan,
+    Lora,
+    Rank,
+    States,
+    Step,
+    Store,
+    Stored,
+    Weight,
+    check,
+    int32,
+    vector_address,
 )
 from splitfuse.kernels.drawing import Filter
 from splitfuse.kernels.group import Group, SharedGroup

@@ -9,8 +9,8 @@ from ctypes import c_void_p
 import torch
 from torch import Tensor
 
-from splitfuse.kernels.cpu.bindings import INT4, INT8, Lora, LoraWeight, Weight, int32
 from splitfuse.kernels.cpu.memory import CACHE_LINE, allocate
+from splitfuse.kernels.cpu.structs import INT4, INT8, Lora, LoraWeight, Weight, int32
 from splitfuse.kernels.lora import TARGETS, Adapter, LoraUpdate, StepAdapters
 from splitfuse.kernels.weights import LayerWeights, NetworkWeights
 

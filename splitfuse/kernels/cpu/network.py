@@ -11,34 +11,35 @@ import torch
 from torch import Tensor
 
 from splitfuse.kernels.batch import RaggedBatch
-from splitfuse.kernels.cpu.bindings import (
+from splitfuse.kernels.cpu.layer_structs import (
     LARGEST,
     MAX_GROUPS,
     MOST_TAPS,
-    PANEL,
-    Choices,
     Heads,
     Latent,
     Layer,
-    Library,
-    Loans,
     Mixture,
     Mlp,
     Network,
     Norm,
+    Recurrent,
+    TokenInput,
+    projected_heads,
+)
+from splitfuse.kernels.cpu.library import Library, check_rules
+from splitfuse.kernels.cpu.lora import step_lora
+from splitfuse.kernels.cpu.structs import (
+    PANEL,
+    Choices,
+    Loans,
     PackedStep,
     Rank,
-    Recurrent,
     States,
     Store,
-    TokenInput,
     Weight,
     check,
-    check_rules,
-    projected_heads,
     vector_address,
 )
-from splitfuse.kernels.cpu.lora import step_lora
 from splitfuse.kernels.drawing import Filter
 from splitfuse.kernels.group import SharedGroup
 from splitfuse.kernels.interface import NetworkPlan, RopeTable

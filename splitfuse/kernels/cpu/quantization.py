@@ -6,7 +6,7 @@ import ctypes
 from dataclasses import dataclass
 
 from splitfuse.errors import ConfigError
-from splitfuse.kernels.cpu.bindings import BF16, INT4, INT8
+from splitfuse.kernels.cpu.structs import BF16, INT4, INT8
 from splitfuse.kernels.weights import WeightRole
 
 GROUP_SIZES = {"int8": (128,), "int4": (64, 128)}
@@ -22,7 +22,7 @@ QVALUES = (ctypes.c_uint8 * 16)(*(value + 128 for value in INT4_QVALUES))
 
 @dataclass(frozen=True)
 class WeightFormat:
-    """Holds a format's number in bindings.py, and how many columns share a scale (None: a whole row)."""
+    """Holds a format's number in structs.py, and how many columns share a scale (None: a whole row)."""
 
     number: int
     group: int | None = None

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from splitfuse.kernels.cpu.bindings import (
+from splitfuse.kernels.cpu.structs import (
     BFLOAT16,
     E8M0,
     F16,
