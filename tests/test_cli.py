@@ -19,7 +19,8 @@ from readable_answers import PROMPT
 from typer.testing import CliRunner
 
 import splitfuse
-from splitfuse.cli import app
+from splitfuse import interrupts
+from splitfuse.cli.commands import app
 from splitfuse.cli.flags import SAMPLING_FLAGS
 from splitfuse.config.engine import EngineConfig
 from splitfuse.models.sources.hub import BUNDLED_MODEL
@@ -383,6 +384,35 @@ def test_ctrl_c_ends_with_status_130() -> None:
     out, err = process.communicate()
     assert (process.returncode, err) == (130, "splitfuse: interrupted\n")
     assert all(json.loads(line) for line in out.splitlines())
+
+
+def test_ctrl_c_while_modules_are_imported() -> None:
+    code = (
+        "import os, signal, sys\n"
+        "class Interrupts:\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        "        if name == 'typer':\n"
+        "            os.kill(os.getpid(), signal.SIGINT)\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        "sys.meta_path.insert(0, Interrupts())\n"
+        "from splitfuse.cli import main; main()"
+    )
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (ended.returncode, ended.stdout, ended.stderr) == (130, "", "splitfuse: interrupted\n")
+
+
+def test_signals_wait_until_a_process_ignores_them() -> None:
+    code = (
+        "import os, signal\n"
+        "for number in (signal.SIGINT, signal.SIGTERM):\n"
+        "    os.kill(os.getpid(), number)\n"
+        "from splitfuse import interrupts; interrupts.ignore(); print('lives')"
+    )
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, ())
+    with interrupts.held_back():
+        ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (ended.returncode, ended.stdout) == (0, "lives\n")
+    assert signal.pthread_sigmask(signal.SIG_BLOCK, ()) == before
 
 
 def test_closed_pipe_ends_quietly() -> None:

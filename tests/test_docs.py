@@ -14,7 +14,7 @@ import pytest
 import typer
 from running_server import running_server
 
-from splitfuse.cli import app
+from splitfuse.cli.commands import app
 from splitfuse.cli.models import HEADS, cells
 from splitfuse.config.engine import EngineConfig
 from splitfuse.config.server import GatewayConfig, ServerConfig

@@ -15,16 +15,19 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 LAYERS: dict[str, tuple[str, ...]] = {
     "version": (),
     "errors": (),
+    "interrupts": (),
     "config": ("errors",),
     "core": ("config", "errors"),
     "kernels": ("errors",),
     "models": ("kernels", "errors"),
-    "runtime": ("models", "kernels", "core", "config", "errors", "version"),
-    "engine": ("runtime", "models", "kernels", "core", "config", "errors", "version"),
+    "runtime": ("models", "kernels", "core", "config", "interrupts", "errors", "version"),
+    "engine": ("runtime", "models", "kernels", "core", "config", "interrupts", "errors", "version"),
     "recording": ("engine", "runtime", "models", "core", "config", "errors"),
-    "text": ("engine", "models", "core", "errors"),
+    "text": ("engine", "models", "core", "interrupts", "errors"),
     "deploy": ("config", "errors"),
-    "server": ("deploy", "text", "recording", "engine", "models", "core", "config", "errors", "version"),
+    "server": (
+        *("deploy", "text", "recording", "engine", "models", "core", "config", "interrupts", "errors", "version"),
+    ),
     "clients": ("deploy", "text", "core", "errors"),
     "gateway": ("clients", "server", "engine", "core", "config", "errors", "version"),
     "api": ("text", "engine", "runtime", "models", "core", "config", "errors"),
@@ -44,10 +47,10 @@ LAYERS: dict[str, tuple[str, ...]] = {
             "engine",
             "runtime",
         ),
-        *("models", "core", "config", "errors", "version"),
+        *("models", "core", "config", "interrupts", "errors", "version"),
     ),
 }
-STANDARD_LIBRARY_ONLY = ("version", "errors", "config", "core")
+STANDARD_LIBRARY_ONLY = ("version", "errors", "interrupts", "config", "core")
 
 # Above the kernels, only the choices of a backend and of a device know them.
 BACKENDS = tuple(f"splitfuse.kernels.{name}" for name in ("cpu", "onednn", "reference", "triton"))
@@ -187,7 +190,7 @@ def test_importing_is_instant_and_transformers_is_never_needed() -> None:
     code = (
         "import sys, splitfuse\n"
         "assert not {'torch', 'transformers', 'tokenizers'} & set(sys.modules)\n"
-        "import splitfuse.api, splitfuse.cli\n"
+        "import splitfuse.api, splitfuse.cli.commands\n"
         "assert 'transformers' not in sys.modules\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

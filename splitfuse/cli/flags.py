@@ -11,17 +11,18 @@ import types
 import typing
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 import typer
 
 from splitfuse.config.engine import EngineConfig
+from splitfuse.config.files import read_text
 from splitfuse.config.server import ServerConfig
 from splitfuse.core.sampling_params import Parameter
 from splitfuse.deploy.daemon import KEY_VARIABLES, first_key
 from splitfuse.engine.line_writer import LineWriter
 from splitfuse.errors import ConfigError, SplitfuseError, printable, unreadable
+from splitfuse.interrupts import INTERRUPTED
 from splitfuse.text.chat_options import CHAT_KEYWORDS
 from splitfuse.text.kwargs import SAMPLING_KEYWORDS
 
@@ -162,7 +163,7 @@ def cli_errors() -> Iterator[None]:
         raise typer.Exit(1) from error
     except KeyboardInterrupt as error:
         _print_last("splitfuse: interrupted")
-        raise typer.Exit(130) from error
+        raise typer.Exit(INTERRUPTED) from error
     except OSError as error:
         if error.errno not in (errno.EPIPE, *FULL_DISK):
             raise
@@ -197,7 +198,7 @@ def with_form(flags: dict[str, Any]) -> dict[str, Any]:
     form = {} if regex is None else {"regex": regex}
     if file is not None:
         try:
-            form["json"] = Path(file).read_text(encoding="utf-8")
+            form["json"] = read_text(file)
         except (OSError, UnicodeDecodeError) as error:
             raise ConfigError(f"--json-schema {file} cannot be read: {unreadable(error)}") from error
     return {**others, "structured_outputs": form} if form else others

@@ -21,6 +21,7 @@ import msgspec
 from splitfuse.core.structured_outputs import StructuredOutputs, refused
 from splitfuse.engine.remote.transport import frame, receive
 from splitfuse.errors import EngineUnavailableError, InvalidRequestError, TokenizerError
+from splitfuse.interrupts import held_back
 from splitfuse.text.chat_template import as_json
 from splitfuse.text.sandbox_worker import (
     MEMORY_BYTES,
@@ -188,7 +189,7 @@ class Sandbox:
     def _start(self) -> None:
         ours, theirs = socket.socketpair()
         self._connection = ours
-        with theirs:
+        with theirs, held_back():
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "splitfuse.text.sandbox_worker", str(theirs.fileno())],
                 pass_fds=[theirs.fileno()],

@@ -17,6 +17,7 @@ from pathlib import Path
 import msgspec
 import tokenizers
 
+from splitfuse import interrupts
 from splitfuse.core.structured_outputs import StructuredOutputs
 from splitfuse.engine.memory import give_back_memory, return_large_blocks
 from splitfuse.engine.remote.transport import frame, receive
@@ -162,8 +163,7 @@ def _compile(request: Compile) -> StructuredOutputs:
 
 def main() -> None:
     """Answer until the other end closes."""
-    for number in (signal.SIGINT, signal.SIGTERM):  # a terminal and systemd signal all of us: the front decides
-        signal.signal(number, signal.SIG_IGN)
+    interrupts.ignore()
     signal.signal(signal.SIGPROF, signal.SIG_DFL)
     connection = socket.socket(fileno=int(sys.argv[1]))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))

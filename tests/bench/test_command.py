@@ -10,7 +10,7 @@ from running_server import running_server
 from typer.testing import CliRunner, Result
 
 from splitfuse.bench.results import load
-from splitfuse.cli import app
+from splitfuse.cli.commands import app
 from splitfuse.runtime.environment import without_keys
 
 Run = Callable[..., Result]

@@ -11,7 +11,7 @@ from typer.testing import CliRunner, Result
 
 from splitfuse.bench.target import Target
 from splitfuse.bench.workload import Independent, Lengths, Workload
-from splitfuse.cli import app
+from splitfuse.cli.commands import app
 from splitfuse.config.engine import SchedulerConfig
 from splitfuse.config.values import EngineRole
 from splitfuse.core.slo.cost_model import CostModel, StepFeatures

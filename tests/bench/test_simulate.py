@@ -25,7 +25,7 @@ from splitfuse.bench.workload import (
     Trace,
     TraceLine,
 )
-from splitfuse.cli import app
+from splitfuse.cli.commands import app
 from splitfuse.config.engine import SchedulerConfig
 from splitfuse.core.slo.cost_model import CostModel, StepFeatures
 from splitfuse.core.slo.targets import SloTargets

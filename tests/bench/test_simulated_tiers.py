@@ -15,7 +15,7 @@ from splitfuse.bench import metrics
 from splitfuse.bench.load import open_loop
 from splitfuse.bench.target import Answer
 from splitfuse.bench.workload import Chat, Lengths, LoadRequest, poisson
-from splitfuse.cli import app
+from splitfuse.cli.commands import app
 from splitfuse.config.engine import EngineConfig, SchedulerConfig
 from splitfuse.config.values import EngineRole
 from splitfuse.core.events import StepScheduled

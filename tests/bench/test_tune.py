@@ -13,7 +13,7 @@ from splitfuse.bench.measure import MakeWorkload
 from splitfuse.bench.results import MeasuredRequest
 from splitfuse.bench.target import Target
 from splitfuse.bench.workload import Chat, Independent, Lengths, Loads, Workload
-from splitfuse.cli import app
+from splitfuse.cli.commands import app
 from splitfuse.config.engine import EngineConfig, SchedulerConfig
 from splitfuse.core.slo.cost_model import CostModel, FitError, Sample, StepFeatures
 from splitfuse.core.slo.targets import SloTargets

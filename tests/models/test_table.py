@@ -7,7 +7,7 @@ from dataclasses import fields, is_dataclass, replace
 import pytest
 from typer.testing import CliRunner
 
-from splitfuse.cli import app
+from splitfuse.cli.commands import app
 from splitfuse.kernels import layers
 from splitfuse.models import spec as specs
 from splitfuse.models.families import table

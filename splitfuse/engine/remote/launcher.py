@@ -24,6 +24,7 @@ from splitfuse.engine.remote.lifeline import Lifeline, can_be_had
 from splitfuse.engine.remote.transport import READ_AHEAD, frame, read_message
 from splitfuse.engine.tier_files import TierFiles
 from splitfuse.errors import EngineUnavailableError, SplitfuseError
+from splitfuse.interrupts import held_back
 from splitfuse.kernels.sharing import WeightSharing
 
 WORKER = "splitfuse.engine.remote.worker"
@@ -298,13 +299,14 @@ async def start_process(
     ours, theirs = socket.socketpair()
     try:
         ours.sendall(frame(msgspec.msgpack.encode(spec)))  # it fits into the socket's buffer
-        process = await asyncio.create_subprocess_exec(
-            *(sys.executable, "-m", module, str(theirs.fileno())),
-            pass_fds=[theirs.fileno(), *descriptors],
-            stdin=asyncio.subprocess.DEVNULL,
-            stdout=2,  # what a library prints must not mix with our own output
-            cwd=_working_folder(),
-        )
+        with held_back():
+            process = await asyncio.create_subprocess_exec(
+                *(sys.executable, "-m", module, str(theirs.fileno())),
+                pass_fds=[theirs.fileno(), *descriptors],
+                stdin=asyncio.subprocess.DEVNULL,
+                stdout=2,  # what a library prints must not mix with our own output
+                cwd=_working_folder(),
+            )
     except BaseException:
         ours.close()
         raise

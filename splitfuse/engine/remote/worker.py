@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
+from splitfuse import interrupts
 from splitfuse.engine import garbage
 from splitfuse.engine.line_writer import LineWriter
 from splitfuse.engine.messages import Alive, Failed, Leaving, Loading, Report, decode_command, encode
@@ -40,8 +41,7 @@ HEARTBEAT = 0.25  # seconds
 
 def main() -> None:
     """Serve until the other side closes the connection or sends Stop."""
-    for number in (signal.SIGINT, signal.SIGTERM):  # a terminal and systemd signal all of us: the front decides
-        signal.signal(number, signal.SIG_IGN)  # SIGTERM until there are requests
+    interrupts.ignore()  # SIGTERM only until there are requests
     logging.basicConfig(format="%(message)s", stream=LineWriter(sys.stderr))  # which nothing may read
     logging.captureWarnings(True)
     faulthandler.register(signal.SIGUSR1, all_threads=True)  # how the front asks a hung engine where it is

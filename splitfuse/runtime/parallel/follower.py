@@ -10,7 +10,6 @@ from __future__ import annotations
 import logging
 import os
 import select
-import signal
 import socket
 import sys
 import threading
@@ -22,6 +21,7 @@ import msgspec
 import torch
 from torch import Tensor
 
+from splitfuse import interrupts
 from splitfuse.config.engine import EngineConfig, change_settings
 from splitfuse.errors import ConfigError, RankLostError, SplitfuseError
 from splitfuse.kernels.group import Group, Shard, SharedGroup
@@ -47,8 +47,7 @@ from splitfuse.version import __version__
 
 def main() -> None:
     """Compute what the leader asks for until it closes the connection."""
-    for number in (signal.SIGINT, signal.SIGTERM):  # a terminal and systemd signal all of us: the leader decides
-        signal.signal(number, signal.SIG_IGN)
+    interrupts.ignore()
     logging.basicConfig(format="%(message)s", level=logging.ERROR)  # the leader says the rest
     connection = Connection(int(sys.argv[1]))
     try:

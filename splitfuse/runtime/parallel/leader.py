@@ -26,6 +26,7 @@ from torch import Tensor
 from splitfuse import errors
 from splitfuse.config.engine import EngineConfig, change_settings
 from splitfuse.errors import EngineUnavailableError, RankLostError, SplitfuseError
+from splitfuse.interrupts import held_back
 from splitfuse.kernels.batch import RaggedBatch
 from splitfuse.kernels.group import PATIENCE, Group, Shard, SharedGroup, make_group_file
 from splitfuse.models.sharding import RankDecoder
@@ -152,7 +153,7 @@ class Leader:
         """Start processes of this machine, which inherit these descriptors."""
         for rank in range(1, self._shard.size):
             ours, theirs = socket.socketpair()
-            with theirs:
+            with theirs, held_back():
                 connection = self._connection(ours)
                 process = subprocess.Popen(
                     [sys.executable, "-m", FOLLOWER, str(theirs.fileno())],

@@ -15,6 +15,7 @@ import sys
 from splitfuse.config.server import RankConfig
 from splitfuse.config.values import parse_address
 from splitfuse.errors import ServerError
+from splitfuse.interrupts import held_back
 from splitfuse.runtime.parallel.leader import FOLLOWER
 from splitfuse.runtime.parallel.link import LinkError, prove
 from splitfuse.runtime.secret import read_secret
@@ -57,7 +58,8 @@ class RankServer:
     def _serve(self, connection: socket.socket) -> None:
         fd = connection.fileno()
         command = [sys.executable, "-m", FOLLOWER, str(fd), *([] if self._model is None else [self._model])]
-        process = subprocess.Popen(command, pass_fds=[fd], stdin=subprocess.DEVNULL, stdout=2)
+        with held_back():
+            process = subprocess.Popen(command, pass_fds=[fd], stdin=subprocess.DEVNULL, stdout=2)
         try:
             ended = os.pidfd_open(process.pid)
             try:

@@ -10,14 +10,13 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-import signal
 import socket
 import sys
 from collections import deque
-from contextlib import suppress
 
 import msgspec
 
+from splitfuse import interrupts
 from splitfuse.engine import garbage
 from splitfuse.engine.line_writer import LineWriter
 from splitfuse.engine.memory import return_large_blocks
@@ -60,8 +59,7 @@ _logger = logging.getLogger(__name__)
 
 def main() -> None:
     """Serve until the server's process ends it, or is gone."""
-    for number in (signal.SIGINT, signal.SIGTERM):  # a terminal and systemd signal all of us: the server decides
-        signal.signal(number, signal.SIG_IGN)
+    interrupts.ignore()
     logging.basicConfig(format="%(message)s", stream=LineWriter(sys.stderr))
     connection = socket.socket(fileno=int(sys.argv[1]))
     if (message := receive(connection)) is None:  # the server has ended meanwhile
@@ -232,5 +230,4 @@ class _Exchange:
 
 
 if __name__ == "__main__":
-    with suppress(KeyboardInterrupt):
-        main()
+    main()
