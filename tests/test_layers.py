@@ -29,7 +29,7 @@ LAYERS: dict[str, tuple[str, ...]] = {
         *("deploy", "text", "recording", "engine", "models", "core", "config", "interrupts", "errors", "version"),
     ),
     "clients": ("deploy", "text", "core", "errors"),
-    "gateway": ("clients", "server", "engine", "core", "config", "errors", "version"),
+    "gateway": ("clients", "server", "core", "config", "errors", "version"),
     "api": ("text", "engine", "runtime", "models", "core", "config", "errors"),
     "bench": ("clients", "recording", "engine", "runtime", "core", "config", "errors"),
     "simulator": ("bench", "runtime", "core", "config", "errors"),

@@ -12,7 +12,8 @@ from typing import Any
 
 import msgspec
 
-from splitfuse.errors import ConfigError
+from splitfuse.config.files import LARGE_BYTES, read_bytes
+from splitfuse.errors import ConfigError, unreadable
 
 
 @dataclass(frozen=True)
@@ -81,11 +82,15 @@ def by_load(points: Iterable[Point]) -> list[list[Point]]:
 
 
 def save(results: Results, path: Path) -> None:
-    """Write results as JSON, atomically: an interruption leaves the old file or the new one. Raises ConfigError."""
-    part = path.with_name(f"{path.name}.part")
+    """Write results as JSON, atomically: an interruption leaves the old file or the new one. A pipe or a device is
+    written to. Raises ConfigError.
+    """
+    is_stream = path.exists() and not path.is_file()
+    part = path if is_stream else path.with_name(f"{path.name}.part")
     try:
         part.write_bytes(msgspec.json.format(msgspec.json.encode(results), indent=1))
-        part.replace(path)
+        if not is_stream:
+            part.replace(path)
     except OSError as error:
         raise ConfigError(f"{path} cannot be written: {error}") from error
 
@@ -93,8 +98,8 @@ def save(results: Results, path: Path) -> None:
 def load(path: Path) -> Results:
     """Read results. Raises ConfigError for a file that cannot be read or does not hold results."""
     try:
-        return msgspec.json.decode(path.read_bytes(), type=Results)
+        return msgspec.json.decode(read_bytes(path, LARGE_BYTES), type=Results)
     except OSError as error:
-        raise ConfigError(f"{path} cannot be read: {error.strerror}") from error
+        raise ConfigError(f"{path} cannot be read: {unreadable(error)}") from error
     except msgspec.MsgspecError as error:
         raise ConfigError(f"{path} is not a file of benchmark results: {error}") from error

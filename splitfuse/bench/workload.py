@@ -18,6 +18,7 @@ import msgspec
 
 from splitfuse.bench.metrics import PROMPT_TOKENS_PER_SECOND
 from splitfuse.config.fields import setting
+from splitfuse.config.files import LARGE_BYTES, read_text
 from splitfuse.errors import ConfigError, unreadable
 from splitfuse.recording.format import Recording, is_recording
 from splitfuse.recording.requests import read_requests
@@ -252,7 +253,7 @@ class Trace(Workload):
             recording = path if isinstance(path, Recording) else Recording.open(path)
             return cls(_recorded_lines(recording, room), vocabulary, recording.path.name, seed, room)
         try:
-            texts = path.read_text(encoding="utf-8").splitlines()
+            texts = read_text(path, LARGE_BYTES).splitlines()
         except (OSError, UnicodeDecodeError) as error:
             raise ConfigError(f"{path} cannot be read: {unreadable(error)}") from error
         lines = []

@@ -7,13 +7,13 @@ import json
 import sys
 import typing
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from splitfuse.cli.flags import FORM_FLAGS, JSONL_ONLY, SAMPLING_FLAGS, given, with_flags, with_form
 from splitfuse.config.engine import EngineConfig
+from splitfuse.config.files import LARGE_BYTES, MIB, read_text
 from splitfuse.errors import InvalidRequestError, SplitfuseError, did_you_mean, unreadable
 from splitfuse.text.chat_options import CHAT_KEYWORDS
 
@@ -95,7 +95,11 @@ def _requests(prompts: list[str], source: str | None, *, lines: bool) -> list[_R
 
 def _read(source: str) -> str:
     try:
-        return sys.stdin.read() if source == "-" else Path(source).read_text(encoding="utf-8")
+        if source != "-":
+            return read_text(source, LARGE_BYTES)
+        if len(text := sys.stdin.read(LARGE_BYTES + 1)) > LARGE_BYTES:
+            raise OSError(f"it has more than {LARGE_BYTES // MIB} MiB, the most that is read")
+        return text
     except (OSError, UnicodeDecodeError) as error:
         raise InvalidRequestError(f"{source} cannot be read: {unreadable(error)}") from error
 

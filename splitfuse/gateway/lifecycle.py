@@ -6,12 +6,11 @@ import asyncio
 import logging
 import ssl
 from dataclasses import replace
-from pathlib import Path
 
 from splitfuse.clients.http_stream import Address
+from splitfuse.config.files import bounded_path, check_private, read_text
 from splitfuse.config.server import GatewayConfig, ServerConfig
 from splitfuse.config.values import parse_url
-from splitfuse.engine.private_files import check_private
 from splitfuse.errors import ConfigError, ServerError, unreadable
 from splitfuse.gateway.app import Gateway
 from splitfuse.gateway.cell import Cell
@@ -112,7 +111,7 @@ def _key_in(path: str | None) -> str | None:
         return None
     check_private("server_key_file", path)
     try:
-        words = Path(path).read_text(encoding="utf-8").split()
+        words = read_text(path).split()
     except (OSError, ValueError) as error:
         raise ConfigError(f"server_key_file {path} cannot be read: {unreadable(error)}") from error
     if not words:
@@ -125,7 +124,8 @@ def _trust(path: str | None) -> ssl.SSLContext | None:
     if path is None:
         return None
     try:
-        context = ssl.create_default_context(cafile=path)
+        with bounded_path(path) as file:
+            context = ssl.create_default_context(cafile=file)
     except (OSError, ssl.SSLError) as error:
         raise ConfigError(f"server_certificate {path} cannot be used: {unreadable(error)}") from error
     context.check_hostname = False

@@ -124,7 +124,7 @@ class _Content:
     def __init__(self, path: Path) -> None:
         self.path = path
         with self._errors():
-            self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            self._fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # a pipe, which is none, would wait
             weakref.finalize(self, os.close, self._fd)
             self.size = os.fstat(self._fd).st_size
 
@@ -205,7 +205,9 @@ class Recording:
 
 
 def is_recording(path: Path) -> bool:
-    """Return whether a file begins as a recording does."""
+    """Return whether a file begins as a recording does: a pipe, from which nothing is taken, does not."""
+    if not path.is_file():
+        return False
     try:
         with path.open("rb") as file:
             return file.read(len(MAGIC)) == MAGIC

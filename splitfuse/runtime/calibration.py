@@ -11,8 +11,9 @@ from typing import Any
 import msgspec
 
 from splitfuse.config.engine import EngineConfig
+from splitfuse.config.files import read_bytes
 from splitfuse.core.slo.cost_model import CostModel, Sample
-from splitfuse.errors import CostModelError
+from splitfuse.errors import CostModelError, unreadable
 from splitfuse.models.sources.source import ModelSource
 
 FORMAT = 2
@@ -51,9 +52,9 @@ def save(calibration: Calibration, path: Path) -> None:
 def load(path: Path) -> Calibration:
     """Return the calibration in a file. Raises CostModelError for one that cannot be read or holds something else."""
     try:
-        return msgspec.json.decode(path.read_bytes(), type=Calibration)
+        return msgspec.json.decode(read_bytes(path), type=Calibration)
     except OSError as error:
-        raise CostModelError(f"{path} cannot be read: {error.strerror}") from error
+        raise CostModelError(f"{path} cannot be read: {unreadable(error)}") from error
     except (msgspec.MsgspecError, CostModelError) as error:
         raise CostModelError(f"{path} holds no cost model: {error}") from error
 

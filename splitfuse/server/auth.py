@@ -12,15 +12,14 @@ import math
 import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any, Self
 
 from splitfuse.config.engine import TARGETS, SchedulerConfig
+from splitfuse.config.files import check_private, read_text
 from splitfuse.config.server import ServerConfig
 from splitfuse.core.scheduling_options import MAX_WEIGHT, MIN_WEIGHT, Priority
 from splitfuse.core.slo.targets import SLO_DISABLED, SloTargets
 from splitfuse.deploy.registry import is_loopback
-from splitfuse.engine.private_files import check_private
 from splitfuse.errors import ConfigError, did_you_mean, unreadable
 from splitfuse.server.errors import RefusedError
 
@@ -146,7 +145,7 @@ def _read(path: str, owners: dict[str, Owner]) -> None:
     """Add the keys in a file, one a line with its options; keys without a name are numbered."""
     check_private("api_key_file", path)
     try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
+        lines = read_text(path).splitlines()
     except (OSError, ValueError) as error:
         raise ConfigError(f"api_key_file {path} cannot be read: {unreadable(error)}") from error
     seen: dict[str, int] = {}

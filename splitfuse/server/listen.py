@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import errno
 import socket
-import ssl
 import time
 from collections.abc import Awaitable, Callable, Iterator, MutableMapping
 from contextlib import ExitStack, contextmanager, suppress
@@ -14,9 +13,9 @@ from typing import Any
 
 import uvicorn
 
+from splitfuse.config.files import bounded_path, check_private
 from splitfuse.config.server import ServerConfig
 from splitfuse.deploy import registry
-from splitfuse.engine.private_files import check_private
 from splitfuse.errors import ConfigError, EngineUnavailableError, RegistryError, ServerError
 from splitfuse.server.connections import Connection, Connections
 from splitfuse.server.dialect import encode_json
@@ -166,12 +165,10 @@ class HttpServer(uvicorn.Server):
             workers=1,  # else WEB_CONCURRENCY is read
             timeout_keep_alive=ceil(config.keep_alive_timeout),
             timeout_graceful_shutdown=FLUSH_TIMEOUT,
-            ssl_certfile=config.tls_certificate,
-            ssl_keyfile=config.tls_key,
         )
         try:
-            settings.load()
-        except (OSError, ssl.SSLError) as error:
+            _load(settings, config.tls_certificate, config.tls_key)
+        except OSError as error:
             raise ConfigError(
                 f"tls_certificate {config.tls_certificate} and tls_key {config.tls_key} cannot be used: {error}; they "
                 "must be a certificate and its private key, in PEM files"
@@ -230,6 +227,15 @@ class HttpServer(uvicorn.Server):
         assert self._accepting is not None
         self._accepting.cancel()
         await super().shutdown(sockets)
+
+
+def _load(settings: uvicorn.Config, certificate: str | None, key: str | None) -> None:
+    """Load the settings, with the certificate and its key. Raises OSError, which ssl.SSLError is too."""
+    if certificate is None or key is None:
+        settings.load()
+        return
+    with bounded_path(certificate) as settings.ssl_certfile, bounded_path(key) as settings.ssl_keyfile:
+        settings.load()
 
 
 async def _answer_starting(path: str, send: Send) -> None:

@@ -19,6 +19,8 @@ import secrets
 import ssl
 from pathlib import Path
 
+from splitfuse.config.files import bounded_path
+
 MAGIC = b"splitfuse link 1"
 NONCE_BYTES = MAC_BYTES = 32
 _ACCEPTED, _REFUSED = b"\1", b"\0"
@@ -94,8 +96,12 @@ def server_context(certificate: str, key: str) -> tuple[ssl.SSLContext, bytes]:
     """Return the TLS of a server, and the digest of its certificate. Raises OSError, which ssl.SSLError is too, or
     ValueError for what is no PEM.
     """
-    with Path(certificate).open(encoding="ascii") as file:
-        pem = file.read(2**20)
+    with bounded_path(certificate) as certificate_file, bounded_path(key) as key_file:
+        return _server_context(certificate_file, key_file)
+
+
+def _server_context(certificate: str, key: str) -> tuple[ssl.SSLContext, bytes]:
+    pem = Path(certificate).read_text(encoding="ascii")
     begin, end = "-----BEGIN CERTIFICATE-----", "-----END CERTIFICATE-----"
     first = pem[pem.index(begin) : pem.index(end) + len(end)]  # that of the server comes first
     digest = certificate_digest(ssl.PEM_cert_to_DER_cert(first))

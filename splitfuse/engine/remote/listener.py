@@ -22,10 +22,10 @@ from typing import Any
 import msgspec
 
 from splitfuse.config.engine import EngineConfig
+from splitfuse.config.files import check_private
 from splitfuse.config.values import parse_address
 from splitfuse.core.kv.fetching import Frame
 from splitfuse.engine.messages import Alive, Failed, Heartbeat, Loading, Report, Stop, Welcome, decode_command, encode
-from splitfuse.engine.private_files import check_private
 from splitfuse.engine.remote.handshake import NO_CERTIFICATE, HandshakeError, Purpose, greet_client, server_context
 from splitfuse.engine.remote.launcher import BlockListen
 from splitfuse.engine.remote.peers import serve_blocks

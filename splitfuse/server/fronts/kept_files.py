@@ -4,12 +4,11 @@ gone by then, or renewed, and all fronts have the certificate with which the ser
 
 from __future__ import annotations
 
-import os
 from dataclasses import replace
-from pathlib import Path
 
+from splitfuse.config.files import copy_to_memory
 from splitfuse.config.server import ServerConfig
-from splitfuse.errors import ConfigError
+from splitfuse.errors import ConfigError, unreadable
 
 
 def with_kept_files(config: ServerConfig) -> tuple[ServerConfig, list[int]]:
@@ -26,11 +25,6 @@ def with_kept_files(config: ServerConfig) -> tuple[ServerConfig, list[int]]:
 def _kept(setting: str, path: str) -> int:
     """Return the descriptor of a file in memory that says what a file says."""
     try:
-        content = Path(path).read_bytes()
+        return copy_to_memory(path)
     except OSError as error:
-        raise ConfigError(f"{setting} {path} cannot be read: {error.strerror}") from error
-    descriptor = os.memfd_create(setting)
-    os.fchmod(descriptor, 0o600)  # else any user could read the key through /proc
-    with open(descriptor, "wb", closefd=False) as file:
-        file.write(content)
-    return descriptor
+        raise ConfigError(f"{setting} {path} cannot be read: {unreadable(error)}") from error
