@@ -39,9 +39,9 @@ from splitfuse.kernels.layers import (
     NormSpec,
 )
 from splitfuse.kernels.quantized import QuantizedWeight
-from splitfuse.kernels.triton.backend import TritonBackend
+from splitfuse.kernels.triton.backend import SMALL_STEP, TritonBackend
 from splitfuse.kernels.triton.capabilities import OLDEST_OF_KV
-from splitfuse.kernels.weights import LayerWeights, WeightRole
+from splitfuse.kernels.weights import LayerWeights, Weight, WeightRole
 
 NORM = NormSpec(eps=1e-6)
 SHARED_KIB = {(7, 5): 64, (8, 0): 163, (8, 6): 99, (8, 9): 99, (9, 0): 227, (10, 0): 227, (12, 0): 99}
@@ -235,12 +235,19 @@ def few_bits(setting: Setting, backend: TritonBackend, quantization: str) -> Non
     packed = TritonBackend(device=backend.device, quantization=quantization).pack(
         [rows(setting, 256, 96)], role=WeightRole.O
     )
-    backend.linear(rows(setting, 256), packed, torch.ones(96, dtype=setting.dtype))
+    multiply(setting, backend, packed)
+    backend.embed(torch.arange(3), packed)
 
 
 def stored(setting: Setting, backend: TritonBackend, make: Callable[[int, int], QuantizedWeight]) -> None:
     packed = backend.pack_quantized([make(96, 256)], role=WeightRole.O, dtype=setting.dtype)
-    backend.linear(rows(setting, 256), packed)
+    multiply(setting, backend, packed)
+
+
+def multiply(setting: Setting, backend: TritonBackend, weight: Weight) -> None:
+    """Multiply by a quantized weight as it is, and by its copy."""
+    for count in (3, SMALL_STEP + 1):
+        backend.linear(rows(setting, 256, count), weight, torch.ones(96, dtype=setting.dtype))
 
 
 def of_stored_experts(

@@ -173,11 +173,20 @@ def few_bits(setting: Setting, rng: Random) -> tuple[Tensor, Tensor]:
     kept = choose_format(WeightRole.O, *rng.choice((("int8", None), ("int8", 128), ("int4", 64), ("int4", 128))))
     assert kept is not None
     weight = torch.randn(70, 300, device=setting.device, dtype=setting.dtype)
-    packed, x = (
-        Quantized.of(weight, kept),
-        torch.randn(rng.choice((1, 20, 90)), 300, device=setting.device, dtype=setting.dtype),
-    )
-    return setting.backend().linear(x, packed), x.double() @ packed.dequantize(torch.float64).T
+    packed = Quantized.of(weight, kept)
+    x = torch.randn(rng.choice((1, 20, 90)), 300, device=setting.device, dtype=setting.dtype)
+    return setting.backend().linear(x, packed), x.double() @ numbers_of(packed).double().T
+
+
+def numbers_of(weight: Quantized) -> Tensor:
+    """Return the numbers in fp32 of a weight that we have rounded."""
+    levels = weight.levels
+    if weight.format.bits == 4:
+        levels = torch.cat((levels & 15, levels >> 4), dim=1)
+    numbers = levels.float().view(len(weight), weight.scales.shape[1], -1) * weight.scales.unsqueeze(-1)
+    if weight.offsets is not None:
+        numbers += weight.offsets.unsqueeze(-1)
+    return numbers.flatten(1)[:, : weight.columns]
 
 
 def scaled_caches(setting: Setting, rng: Random) -> tuple[Tensor, Tensor]:
@@ -194,25 +203,25 @@ def scaled_caches(setting: Setting, rng: Random) -> tuple[Tensor, Tensor]:
 
 
 def checkpoints(setting: Setting, rng: Random) -> tuple[Tensor, Tensor]:
-    make = rng.choice(list(stored_weights().values()))
-    packed = setting.backend().pack_quantized([make(96, 256)], role=WeightRole.O, dtype=setting.dtype)
+    weight = rng.choice(list(stored_weights().values()))(96, 256)
+    packed = setting.backend().pack_quantized([weight], role=WeightRole.O, dtype=setting.dtype)
     x = torch.randn(rng.choice((1, 20, 90)), 256, device=setting.device, dtype=setting.dtype)
-    return setting.backend().linear(x, packed), x.double() @ packed.dequantize(torch.float64).T
+    return setting.backend().linear(x, packed), x.double().cpu() @ weight.dequantize(torch.float32).double().T
 
 
 def experts_of_checkpoints(setting: Setting, rng: Random) -> tuple[Tensor, Tensor]:
     tokens, make = rng.choice(TOKENS_OF_EXPERTS), rng.choice(list(stored_weights().values()))
-    backend = setting.backend()
-    w13, w2 = (
-        [backend.pack_quantized([make(*shape)], role=role, dtype=setting.dtype) for _ in range(8)]
-        for role, shape in ((WeightRole.W13, (128, 96)), (WeightRole.W2, (96, 64)))
-    )
+    backend, packed, exact = setting.backend(), {}, {}
+    for name, role, shape in (("w13", WeightRole.W13, (128, 96)), ("w2", WeightRole.W2, (96, 64))):
+        stored = [make(*shape) for _ in range(8)]
+        packed[name] = [backend.pack_quantized([each], role=role, dtype=setting.dtype) for each in stored]
+        exact[name] = [each.dequantize(torch.float32).double() for each in stored]
     x = torch.randn(tokens, 96, device=setting.device, dtype=setting.dtype) / 10
     ids = torch.stack([torch.randperm(8)[:2] for _ in range(tokens)]).to(setting.device)
     weights, spec = torch.rand(tokens, 2, device=setting.device), MlpSpec(intermediate_size=64, activation="silu")
-    exact = LayerWeights(**{k: [w.dequantize(torch.float64) for w in v] for k, v in {"w13": w13, "w2": w2}.items()})
-    ours = backend.experts(x, ids, weights, spec, LayerWeights(w13=w13, w2=w2))
-    return ours, ReferenceBackend().experts(x.double(), ids, weights.double(), spec, exact)
+    ours = backend.experts(x, ids, weights, spec, LayerWeights(**packed))
+    on_cpu = (x.double().cpu(), ids.cpu(), weights.double().cpu())
+    return ours, ReferenceBackend().experts(*on_cpu, spec, LayerWeights(**exact))
 
 
 def recurrent(specs: Sequence[RecurrentSpec], setting: Setting, rng: Random) -> tuple[Tensor, Tensor]:

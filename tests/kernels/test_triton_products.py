@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from random import Random
 from typing import Any
 
@@ -13,12 +14,11 @@ from backends import Requests, pack_experts, runnable
 from specs import make_spec
 from stored_formats import FORMATS, fp8, weight_in
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from triton_faults import sum_in_one_order
+from triton_faults import changed_copy, sum_in_one_order
 
 from splitfuse.config.engine import EngineConfig
 from splitfuse.errors import ConfigError
-from splitfuse.kernels.interface import Backend, StepSizes
+from splitfuse.kernels.interface import StepSizes
 from splitfuse.kernels.layers import AttentionSpec
 from splitfuse.kernels.quantized import Fp8Format, Fp8Quantized, GroupFormat, QuantizedWeight
 from splitfuse.kernels.reference import GATED_ACTIVATIONS, ReferenceBackend
@@ -32,7 +32,7 @@ pytestmark = [*runnable("triton-float32"), pytest.mark.usefixtures("seeded")]
 TOLERANCE = {torch.float32: 5e-6, torch.float16: 4e-3}
 
 
-def make_backend(**options: object) -> Backend:
+def make_backend(**options: object) -> Any:
     from splitfuse.kernels.triton.backend import TritonBackend
 
     return TritonBackend(device="cpu", **options)
@@ -77,20 +77,29 @@ OWN_FORMATS = [
 @pytest.mark.parametrize(("rows", "inputs", "outputs"), [(0, 64, 3), (1, 1, 1), (5, 257, 40), (20, 512, 33)])
 def test_weights_of_few_bits(kept: Format, rows: int, inputs: int, outputs: int) -> None:
     weight, bias = torch.randn(outputs, inputs), torch.randn(outputs)
-    packed, x = Quantized.of(weight, kept), torch.randn(rows, inputs)
-    nearest = packed.dequantize(torch.float32)
+    packed, x, backend = Quantized.of(weight, kept), torch.randn(rows, inputs), make_backend()
+    nearest = backend.dequantize(packed, torch.float32)
     if kept.bits == 8:
         half_steps = weight.abs().amax(1, keepdim=True) / 253
     else:
         half_steps = (weight.amax(1, keepdim=True) - weight.amin(1, keepdim=True)).clamp_min(4) / 29
     assert ((nearest - weight).abs() <= half_steps).all()
-    backend = make_backend()
     assert_near(backend.linear(x, packed, bias), torch.nn.functional.linear(x, nearest, bias))
     many = torch.randn(70, inputs)  # multiplied by cuBLAS
     assert_near(backend.linear(many, packed), many @ nearest.T)
     assert kept.num_bytes(weight.shape) == sum(
         each.nbytes for each in (packed.levels, packed.scales, packed.offsets) if each is not None
     )
+
+
+@pytest.mark.parametrize("kept", OWN_FORMATS, ids=["int8", "int8 in 128", "int4 in 64", "int4 in 128"])
+def test_weights_are_rounded_some_rows_at_a_time(kept: Format, monkeypatch: pytest.MonkeyPatch) -> None:
+    weight = torch.randn(7, 200)
+    whole = Quantized.of(weight, kept)
+    monkeypatch.setattr(quantized, "AT_ONCE", 3 * 200)
+    parts = Quantized.of(weight, kept)
+    names = ("levels", "scales", *["offsets"] * (kept.bits == 4))
+    assert all(torch.equal(getattr(parts, name), getattr(whole, name)) for name in names)
 
 
 QUICK_FORMATS = {"GPTQ", "GPTQ of 8 bits", "int8 by row", "MX", "Q4_1", "Q6_K", "FP8"}
@@ -121,7 +130,7 @@ def test_weights_of_checkpoints(name: str, dtype: torch.dtype) -> None:
         pieces = [stored_weight(name, rows, columns), stored_weight(name, 5, columns)]
         packed = backend.pack_quantized(pieces, role=WeightRole.QKV, dtype=dtype)
         exact = torch.cat([piece.dequantize(torch.float32) for piece in pieces])
-        assert torch.equal(packed.dequantize(torch.float32), exact)
+        assert torch.equal(backend.dequantize(packed, torch.float32), exact)
         kept = [(piece.format, len(exact) - 5 if number == 0 else 5) for number, piece in enumerate(pieces)]
         assert packed.nbytes == backend.quantized_weight_bytes(kept, columns=columns, role=WeightRole.QKV, dtype=dtype)
         x, bias = torch.randn(7, columns).to(dtype), torch.randn(len(exact)).to(dtype)
@@ -136,7 +145,7 @@ def test_columns_in_another_order() -> None:
     backend, weight = make_backend(), stored_weight("GPTQ", 20, 256)
     ordered = replace(weight, order=torch.randperm(256))
     packed, x = backend.pack_quantized([ordered], role=WeightRole.O, dtype=torch.float32), torch.randn(5, 256)
-    assert torch.equal(packed.dequantize(torch.float32), ordered.dequantize(torch.float32))
+    assert torch.equal(backend.dequantize(packed, torch.float32), ordered.dequantize(torch.float32))
     assert_near(backend.linear(x, packed), x @ ordered.dequantize(torch.float32).T)
     both = backend.pack_quantized(
         [weight, ordered], role=WeightRole.QKV, dtype=torch.float32
@@ -201,33 +210,46 @@ def test_experts_of_few_bits(name: str, tokens: int) -> None:
     layer = LayerWeights(w13=make(40, 64, WeightRole.W13), w2=make(64, 40, WeightRole.W2))
     x, weights = torch.randn(tokens, 64), torch.rand(tokens, 2)
     ids = torch.stack([torch.randperm(count)[:2] for _ in range(tokens)])
-    dense = {field: [each.dequantize(torch.float64) for each in getattr(layer, field)] for field in ("w13", "w2")}
+    dense = {
+        field: [backend.dequantize(each, torch.float64) for each in getattr(layer, field)] for field in ("w13", "w2")
+    }
     wanted = backends.experts(ReferenceBackend(), x.double(), ids, weights, LayerWeights(**dense))
     assert_near(backends.experts(backend, x, ids, weights, layer), wanted.float())
 
 
-class LargestNumbers(TorchDispatchMode):
-    """Notes the most elements in fp32 that an operation has given."""
+DEQUANTIZE_FAULTS = {
+    "group": ("group = at // GROUP", "group = (at + 1) // GROUP"),
+    "half": ("at = half * stored + inner\n        group", "at = half * (stored - 1) + inner\n        group"),
+    "zero": ("y -= tl.load(zeros", "y += tl.load(zeros"),
+    "byte": ("stored + inner[None, :], mask=inside", "stored + inner[None, :] - 1, mask=inside"),
+    "row of a group": ("row[:, None] * num_groups", "places[:, None] * num_groups"),
+    "looked up row": ("row = tl.load(rows + places", "row = tl.load(rows + places - 1"),
+    "order": ("at = tl.load(order + at, mask=is_column", "at = tl.load(order + at - 1, mask=is_column"),
+}
 
-    largest = 0
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        if isinstance(result, Tensor) and result.dtype == torch.float32:
-            self.largest = max(self.largest, result.numel())
-        return result
+def check_dequantized() -> None:
+    """Compare weights in 4 bits with zeros, one with its columns in another order, and rows of them with exact ones."""
+    backend, some = make_backend(), torch.tensor([9, 69, 0, 40, 40], dtype=torch.int32)[1:]
+    for weight in (stored_weight("GPTQ", 70, 544), replace(stored_weight("GPTQ", 70, 256), order=torch.randperm(256))):
+        packed = backend.pack_quantized([weight], role=WeightRole.O, dtype=torch.float16)
+        exact = weight.dequantize(torch.float32)
+        assert torch.equal(backend.dequantize(packed, torch.float32), exact)
+        assert torch.equal(backend.dequantize(packed, torch.float16, some), exact[some].half())
 
 
-@pytest.mark.parametrize("kept", OWN_FORMATS, ids=["int8", "int8 in 128", "int4 in 64", "int4 in 128"])
-def test_copies_are_made_of_few_rows_at_a_time(kept: Format, monkeypatch: pytest.MonkeyPatch) -> None:
-    packed, some = Quantized.of(torch.randn(37, 200), kept), torch.tensor([36, 0, 5, 5, 8, 1, 2])
-    whole = packed.dequantize(torch.bfloat16)
-    monkeypatch.setattr(quantized, "AT_ONCE", 3 * 256)
-    with LargestNumbers() as seen:
-        found, rows = packed.dequantize(torch.bfloat16), packed.dequantize(torch.bfloat16, some)
-    assert torch.equal(found, whole) and torch.equal(rows, whole[some])
-    assert seen.largest <= 3 * 256
-    assert quantized.dequantizing_bytes((37, 200), torch.bfloat16) == found.nbytes + 3 * 256 * quantized.AT_ONCE_BYTES
+def test_weights_are_dequantized() -> None:
+    check_dequantized()
+
+
+@pytest.mark.parametrize("name", DEQUANTIZE_FAULTS)
+def test_a_fault_in_dequantizing_is_found(name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from splitfuse.kernels.triton import backend, products
+
+    copy = changed_copy(products, *DEQUANTIZE_FAULTS[name], tmp_path, monkeypatch)
+    monkeypatch.setattr(backend, "dequantize_kernel", copy.dequantize_kernel)
+    with pytest.raises((AssertionError, IndexError)):
+        check_dequantized()
 
 
 @pytest.mark.parametrize("invariant", [False, True])
@@ -240,7 +262,7 @@ def test_the_largest_copy_is_in_the_memory_plan(invariant: bool) -> None:
         plan_memory(spec, config, backend=make_backend(quantization=each, invariant=invariant), available=2**30)
         for each in (None, "int8")
     )
-    copied = 0 if invariant else 600 * (128 * 2 + 256 * quantized.AT_ONCE_BYTES)
+    copied = 0 if invariant else 600 * 128 * 2
     assert found.activations - without.activations == copied
 
 

@@ -27,12 +27,13 @@ from splitfuse.kernels.triton.capabilities import CAPABILITIES, is_interpreted
 from splitfuse.kernels.triton.chunks import CHUNK, between_kernel, state_chunks, within_kernel
 from splitfuse.kernels.triton.products import (
     dense_kernel,
+    dequantize_kernel,
     grouped_kernel,
     grouped_quantized_kernel,
     quantized_kernel,
     tiles_kernel,
 )
-from splitfuse.kernels.triton.quantized import Quantized, choose_format, dequantizing_bytes, stored_format
+from splitfuse.kernels.triton.quantized import Quantized, choose_format, stored_format
 from splitfuse.kernels.triton.recurrent import (
     convolve_kernel,
     gated_norm_kernel,
@@ -66,6 +67,8 @@ PRODUCT_ROWS, PRODUCT_COLUMNS, PRODUCT_DEPTH = 16, 64, 64
 """Sizes of a tile of our own products."""
 QUANTIZED_COLUMNS = 32
 """Number of columns of a tile whose weight has 8 or 4 bits."""
+DEQUANTIZED_ROWS, DEQUANTIZED_BYTES = 32, 128
+"""Numbers of rows of a weight, and of bytes of each, that a program dequantizes."""
 LARGE_ROWS = 64
 """Number of rows of a tile where experts have half as many or more each: every tile reads its weight again."""
 TILES_AT_ONCE = 16
@@ -210,7 +213,7 @@ class TritonBackend(ReferenceBackend):
         is_kept = is_stored or choose_format(role, self.quantization, self.group_size) is not None
         if not is_kept or self.invariant or role in NEVER_COPIED:
             return 0
-        return dequantizing_bytes(shape, dtype)
+        return math.prod(shape) * dtype.itemsize
 
     def pack(self, pieces: Sequence[Tensor], *, role: WeightRole, dtype: torch.dtype | None = None) -> Weight:
         weight = super().pack(pieces, role=role, dtype=dtype)
@@ -253,7 +256,7 @@ class TritonBackend(ReferenceBackend):
 
     def embed(self, ids: Tensor, table: Weight) -> Tensor:
         if isinstance(table, Quantized):
-            return table.dequantize(table.dtype, ids.long())
+            return self.dequantize(table, table.dtype, ids)
         return super().embed(ids, table)
 
     # Products
@@ -262,7 +265,7 @@ class TritonBackend(ReferenceBackend):
         if isinstance(weight, Quantized):
             if self.invariant or len(x) <= SMALL_STEP:
                 return add_lora(self._quantized_linear(x, weight, bias), x, lora)
-            weight = weight.dequantize(x.dtype)
+            weight = self.dequantize(weight, x.dtype)
         if not self.invariant:
             return super().linear(x, weight, bias, lora)
         return add_lora(self._fixed_linear(x, weight, bias), x, lora)
@@ -288,16 +291,35 @@ class TritonBackend(ReferenceBackend):
             quantized_kernel[(triton.cdiv(num_rows, PRODUCT_ROWS), triton.cdiv(width, QUANTIZED_COLUMNS))](
                 out,
                 x,
-                weight.levels,
-                weight.scales,
-                *(x if each is None else each for each in (weight.zeros, weight.offsets, weight.table, weight.order)),
+                *_stored_parts(weight),
                 x if bias is None else bias,
                 num_rows,
                 width,
                 depth,
                 weight.levels.shape[1],
-                **_quantized_tiles(weight, PRODUCT_ROWS, has_order=weight.order is not None),
+                **_quantized_tiles(weight, PRODUCT_ROWS),
+                HAS_ORDER=weight.order is not None,
                 HAS_BIAS=bias is not None,
+            )
+        return out
+
+    def dequantize(self, weight: Quantized, dtype: torch.dtype, rows: Tensor | None = None) -> Tensor:
+        """Return a weight, or some of its rows: what fp32 arithmetic makes of it, rounded to `dtype`."""
+        num_rows, stored = len(weight if rows is None else rows), weight.levels.shape[1]
+        out = torch.empty(num_rows, weight.columns, dtype=dtype, device=weight.levels.device)
+        if out.numel():
+            dequantize_kernel[(triton.cdiv(stored, DEQUANTIZED_BYTES), triton.cdiv(num_rows, DEQUANTIZED_ROWS))](
+                out,
+                *_stored_parts(weight),
+                weight.levels if rows is None else rows,
+                num_rows,
+                weight.columns,
+                stored,
+                **_meaning(weight),
+                HAS_ORDER=weight.order is not None,
+                HAS_ROWS=rows is not None,
+                ROWS=DEQUANTIZED_ROWS,
+                COLUMNS=DEQUANTIZED_BYTES,
             )
         return out
 
@@ -377,7 +399,8 @@ class TritonBackend(ReferenceBackend):
                 *common,
                 first.levels.shape[1],
                 **options,
-                **_quantized_tiles(first, tile_rows, has_order=table.order is not None),
+                **_quantized_tiles(first, tile_rows),
+                HAS_ORDER=table.order is not None,
                 IS_ALIGNED=table.is_aligned,
             )
         else:
@@ -820,8 +843,16 @@ class _Table:
     order: Tensor | None  # of columns of weights that have no other, if some have one
 
 
-def _quantized_tiles(weight: Quantized, rows: int, *, has_order: bool) -> dict[str, Any]:
-    """Return what kernels must know of a quantized weight when they are compiled, and the sizes of their tiles."""
+def _stored_parts(weight: Quantized) -> list[Tensor]:
+    """Return the tensors of a quantized weight in the order in which kernels want them, any in place of one that there
+    is not.
+    """
+    parts = (weight.levels, weight.scales, weight.zeros, weight.offsets, weight.table, weight.order)
+    return [weight.levels if each is None else each for each in parts]
+
+
+def _meaning(weight: Quantized) -> dict[str, Any]:
+    """Return what kernels must know of the format of a quantized weight when they are compiled."""
     kept = weight.format
     return {
         "IS_4_BIT": kept.bits == 4,
@@ -831,11 +862,14 @@ def _quantized_tiles(weight: Quantized, rows: int, *, has_order: bool) -> dict[s
         "HAS_ZEROS": weight.zeros is not None,
         "HAS_OFFSETS": weight.offsets is not None,
         "HAS_TABLE": weight.table is not None,
-        "HAS_ORDER": has_order,
-        "ROWS": rows,
-        "COLUMNS": QUANTIZED_COLUMNS,
-        "DEPTH": min(kept.group, PRODUCT_DEPTH) if kept.group else PRODUCT_DEPTH,
     }
+
+
+def _quantized_tiles(weight: Quantized, rows: int) -> dict[str, Any]:
+    """Return the same for products, with the sizes of their tiles."""
+    group = weight.format.group
+    depth = min(group, PRODUCT_DEPTH) if group else PRODUCT_DEPTH
+    return {**_meaning(weight), "ROWS": rows, "COLUMNS": QUANTIZED_COLUMNS, "DEPTH": depth}
 
 
 def _of_one_type(weights: LayerWeights, names: Sequence[str], other: Tensor) -> list[Tensor]:

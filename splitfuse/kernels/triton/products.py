@@ -1,5 +1,5 @@
 """Multiplies where cuBLAS does not do: by a weight of each row's own (experts), by weights in 8 or 4 bits, and by one
-weight with the same bits whatever the number of rows.
+weight with the same bits whatever the number of rows. Dequantizes weights for cuBLAS.
 
 A program computes ROWS x COLUMNS elements of a product, and goes over the inner dimension in one order, DEPTH elements
 at a time: a row's result does not depend on the others.
@@ -177,6 +177,35 @@ def _levels(
 
 
 @triton.jit
+def _numbers(
+    packed: tl.tensor,  # bytes [N', D]
+    half: tl.constexpr,
+    group_at: tl.tensor,  # int64 [N', D] or [N', 1]: places of their groups in what follows
+    is_group: tl.tensor,
+    scales: tl.pointer_type,
+    zeros: tl.pointer_type,
+    offsets: tl.pointer_type,
+    table: tl.pointer_type,
+    IS_4_BIT: tl.constexpr,
+    IS_FP8: tl.constexpr,
+    BIAS: tl.constexpr,
+    HAS_ZEROS: tl.constexpr,
+    HAS_OFFSETS: tl.constexpr,
+    HAS_TABLE: tl.constexpr,
+) -> tl.tensor:
+    """Return `scale * (level - bias - zero) + offset` of what bytes stand for, in fp32; see _dot_quantized."""
+    y = _levels(packed, half, table, IS_4_BIT, IS_FP8, HAS_TABLE)
+    if BIAS > 0:
+        y -= BIAS
+    if HAS_ZEROS:
+        y -= tl.load(zeros + group_at, mask=is_group, other=0).to(tl.float32)
+    y *= tl.load(scales + group_at, mask=is_group, other=0.0).to(tl.float32)
+    if HAS_OFFSETS:
+        y += tl.load(offsets + group_at, mask=is_group, other=0.0).to(tl.float32)
+    return y
+
+
+@triton.jit
 def _dot_quantized(
     x: tl.pointer_type,  # [rows, K]
     sources: tl.tensor,  # int64 [M]: row of x
@@ -203,9 +232,7 @@ def _dot_quantized(
     COLUMNS: tl.constexpr,
     DEPTH: tl.constexpr,  # divides GROUP
 ) -> tl.tensor:
-    """Return the products [M, N'], in fp32, of rows of x with those of a weight: `scale * (level - bias - zero) +
-    offset`, rounded to the dtype of x.
-    """
+    """Return the products [M, N'], in fp32, of rows of x with those of a weight, rounded to the dtype of x."""
     num_groups = (1 + IS_4_BIT) * stored // GROUP if GROUP > 0 else 1
     x_rows, level_rows = x + sources[:, None] * depth, levels + columns.to(tl.int64)[:, None] * stored
     groups = columns.to(tl.int64) * num_groups
@@ -214,15 +241,23 @@ def _dot_quantized(
         inner = begin + tl.arange(0, DEPTH)
         packed = tl.load(level_rows + inner[None, :], mask=is_column[:, None] & (inner < stored)[None, :], other=0)
         for half in tl.static_range(2 if IS_4_BIT else 1):
-            w_tile = _levels(packed, half, table, IS_4_BIT, IS_FP8, HAS_TABLE)
             group_at = groups + ((begin + half * stored) // GROUP if GROUP > 0 else 0)
-            if BIAS > 0:
-                w_tile -= BIAS
-            if HAS_ZEROS:
-                w_tile -= tl.load(zeros + group_at, mask=is_column, other=0).to(tl.float32)[:, None]
-            w_tile *= tl.load(scales + group_at, mask=is_column, other=0.0).to(tl.float32)[:, None]
-            if HAS_OFFSETS:
-                w_tile += tl.load(offsets + group_at, mask=is_column, other=0.0).to(tl.float32)[:, None]
+            w_tile = _numbers(
+                packed,
+                half,
+                group_at[:, None],
+                is_column[:, None],
+                scales,
+                zeros,
+                offsets,
+                table,
+                IS_4_BIT,
+                IS_FP8,
+                BIAS,
+                HAS_ZEROS,
+                HAS_OFFSETS,
+                HAS_TABLE,
+            )
             at = half * stored + inner
             is_inner = (inner < stored) & (at < depth)
             if HAS_ORDER:
@@ -294,6 +329,69 @@ def quantized_kernel(
         acc += tl.load(bias + columns, mask=is_column, other=0.0).to(tl.float32)[None, :]
     at = rows[:, None] * width + columns[None, :]
     tl.store(out + at, acc.to(out.dtype.element_ty), mask=is_row[:, None] & is_column[None, :])
+
+
+@triton.jit(do_not_specialize=["num_rows"], do_not_specialize_on_alignment=["rows"])
+def dequantize_kernel(
+    out: tl.pointer_type,  # [R, K]
+    levels: tl.pointer_type,  # this and what follows to `order`: see _dot_quantized
+    scales: tl.pointer_type,
+    zeros: tl.pointer_type,
+    offsets: tl.pointer_type,
+    table: tl.pointer_type,
+    order: tl.pointer_type,
+    rows: tl.pointer_type,  # int [R]: rows of the weight, if HAS_ROWS; else its first ones
+    num_rows: tl.tensor,  # R
+    depth: tl.tensor,  # K
+    stored: tl.tensor,
+    IS_4_BIT: tl.constexpr,
+    IS_FP8: tl.constexpr,
+    GROUP: tl.constexpr,
+    BIAS: tl.constexpr,
+    HAS_ZEROS: tl.constexpr,
+    HAS_OFFSETS: tl.constexpr,
+    HAS_TABLE: tl.constexpr,
+    HAS_ORDER: tl.constexpr,
+    HAS_ROWS: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+) -> None:
+    """Write rows of a weight in 8 or 4 bits in the dtype of activations: a grid of (bytes of a row / COLUMNS, R / ROWS)
+    programs.
+    """
+    places = (tl.program_id(1) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
+    inner = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    is_row, is_stored = places < num_rows, inner < stored
+    row = places
+    if HAS_ROWS:
+        row = tl.load(rows + places, mask=is_row, other=0).to(tl.int64)
+    inside = is_row[:, None] & is_stored[None, :]
+    packed = tl.load(levels + row[:, None] * stored + inner[None, :], mask=inside, other=0)
+    num_groups = (1 + IS_4_BIT) * stored // GROUP if GROUP > 0 else 1
+    for half in tl.static_range(2 if IS_4_BIT else 1):
+        at = half * stored + inner
+        group = at // GROUP if GROUP > 0 else at * 0
+        y = _numbers(
+            packed,
+            half,
+            row[:, None] * num_groups + group[None, :],
+            inside,
+            scales,
+            zeros,
+            offsets,
+            table,
+            IS_4_BIT,
+            IS_FP8,
+            BIAS,
+            HAS_ZEROS,
+            HAS_OFFSETS,
+            HAS_TABLE,
+        )
+        is_column = is_stored & (at < depth)
+        if HAS_ORDER:
+            at = tl.load(order + at, mask=is_column, other=0)
+        kept = is_row[:, None] & is_column[None, :]
+        tl.store(out + places[:, None] * depth + at[None, :], y.to(out.dtype.element_ty), mask=kept)
 
 
 @triton.jit

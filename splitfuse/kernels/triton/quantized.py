@@ -32,12 +32,10 @@ LEAST_GROUP, MOST_GROUP = 16, 128
 """Least number of columns that share a scale, which a tile of a product must have, and the number that wider groups are
 cut into.
 """
+AT_ONCE = 2**24
+"""Number of elements, about, that are rounded at a time: they exist in fp32 several times meanwhile."""
 TABLE_SIZE = 16
 """Number of entries of a table: levels of 4 bits are indices into it."""
-AT_ONCE = 2**23
-"""Number of elements, about, that are dequantized at a time: they exist in fp32 too."""
-AT_ONCE_BYTES = 9
-"""Bytes of each of them besides the result, at most: a number in fp32, a level in a byte, and one in int32."""
 
 
 @dataclass(frozen=True)
@@ -74,13 +72,6 @@ class Format:
         of_group += 0 if self.offset_dtype is None else self.offset_dtype.itemsize
         whole = rows * (self.padded(columns) * self.bits // 8 + self.num_groups(columns) * of_group)
         return whole + (0 if self.table is None else 4 * TABLE_SIZE)
-
-
-def dequantizing_bytes(shape: Sequence[int], dtype: torch.dtype) -> int:
-    """Return the most bytes that `Quantized.dequantize` takes for a weight [N, K]: its result, and what it computes."""
-    rows, columns = shape
-    padded = -(-columns // (2 * MOST_GROUP)) * 2 * MOST_GROUP
-    return rows * columns * dtype.itemsize + min(rows, rows_at_once(padded)) * padded * AT_ONCE_BYTES
 
 
 def choose_format(role: WeightRole, quantization: str | None, group_size: int | None) -> Format | None:
@@ -152,18 +143,10 @@ class Quantized:
         """Return a weight rounded to the nearest levels: of 8 bits from -127 to 127, of 4 bits 16 from the least to the
         largest of a group.
         """
-        rows, columns = weight.shape
-        padded = kept.padded(columns)
-        wide = F.pad(weight.float(), (0, padded - columns))
-        grouped = wide.view(rows, -1, kept.group or padded)
-        if kept.bits == 8:
-            scales, offsets = grouped.abs().amax(-1) / 127, None
-            levels = _rounded(grouped, scales).to(torch.int8).view(rows, padded)
-        else:
-            offsets = grouped.amin(-1)
-            scales = (grouped.amax(-1) - offsets) / 15
-            levels = _halved(_rounded(grouped - offsets.unsqueeze(-1), scales).to(torch.uint8).view(rows, padded))
-        return cls(kept, columns, weight.dtype, levels, scales, offsets=offsets)
+        columns = weight.shape[1]
+        parts = [_quantized(rows, kept) for rows in weight.split(max(1, AT_ONCE // columns))]
+        levels, scales, *offsets = (torch.cat(each) for each in zip(*parts, strict=True))
+        return cls(kept, columns, weight.dtype, levels, scales, offsets=offsets[0] if offsets else None)
 
     @classmethod
     def stored(cls, pieces: Sequence[QuantizedWeight], dtype: torch.dtype, device: torch.device) -> Quantized | None:
@@ -195,51 +178,24 @@ class Quantized:
         return len(self.levels)
 
     @property
-    def padded(self) -> int:
-        """Return the number of columns that are kept."""
-        return self.format.padded(self.columns)
-
-    @property
     def nbytes(self) -> int:
         """Return the bytes of all that is kept."""
         parts = (self.levels, self.scales, self.zeros, self.offsets, self.table, self.order)
         return sum(each.nbytes for each in parts if each is not None)
 
-    def dequantize(self, dtype: torch.dtype, rows: Tensor | None = None) -> Tensor:
-        """Return the weight, or some of its rows: what fp32 arithmetic makes of it, rounded to `dtype`."""
-        num_rows, step = len(self if rows is None else rows), rows_at_once(self.padded)
-        out = torch.empty(num_rows, self.columns, dtype=dtype, device=self.levels.device)
-        for begin in range(0, num_rows, step):
-            part = slice(begin, begin + step)
-            numbers = self._in_fp32(part if rows is None else rows[part])[:, : self.columns]
-            if self.order is None:
-                out[part] = numbers
-            else:
-                out[part].index_copy_(1, self.order.long(), numbers.to(dtype))
-        return out
 
-    def _in_fp32(self, rows: slice | Tensor) -> Tensor:
-        """Return some rows with all columns that are kept."""
-        levels = self.levels[rows]
-        if self.format.bits == 4:
-            levels = torch.cat((levels & 15, levels >> 4), dim=1)
-        if self.format.is_float:
-            levels = levels.view(torch.float8_e4m3fn)
-        numbers = levels.float() if self.table is None else self.table[levels.int()]
-        grouped = numbers.view(len(levels), self.scales.shape[1], -1)
-        if self.format.bias:
-            grouped -= self.format.bias
-        if self.zeros is not None:
-            grouped -= self.zeros[rows].unsqueeze(-1)
-        grouped *= self.scales[rows].float().unsqueeze(-1)
-        if self.offsets is not None:
-            grouped += self.offsets[rows].float().unsqueeze(-1)
-        return grouped.flatten(1)
-
-
-def rows_at_once(padded: int) -> int:
-    """Return the number of rows of so many columns that are dequantized at a time."""
-    return max(1, AT_ONCE // max(padded, 1))
+def _quantized(weight: Tensor, kept: Format) -> tuple[Tensor, ...]:
+    """Return the levels and scales of rows, of 4 bits with offsets."""
+    rows, columns = weight.shape
+    padded = kept.padded(columns)
+    grouped = F.pad(weight.float(), (0, padded - columns)).view(rows, -1, kept.group or padded)
+    if kept.bits == 8:
+        scales = grouped.abs().amax(-1) / 127
+        return _rounded(grouped, scales).to(torch.int8).view(rows, padded), scales
+    offsets = grouped.amin(-1)
+    scales = (grouped.amax(-1) - offsets) / 15
+    levels = _rounded(grouped - offsets.unsqueeze(-1), scales).to(torch.uint8).view(rows, padded)
+    return _halved(levels), scales, offsets
 
 
 def _rounded(grouped: Tensor, scales: Tensor) -> Tensor:
