@@ -27,6 +27,7 @@ from splitfuse.kernels.layers import (
     Mixer,
     MlpSpec,
     NormPlace,
+    NormSpec,
     TokenInputSpec,
 )
 from splitfuse.kernels.loans import Channel
@@ -39,6 +40,38 @@ from splitfuse.models.spec import ModelSpec
 
 LoraOf: TypeAlias = Callable[[str], LoraRows | None]
 """Function that returns what the adapters of a step add to a target of a layer."""
+
+
+class ResidualStream:
+    """Holds the residual stream [T, C]. What a block gives is added by the operation that reads the stream next."""
+
+    def __init__(self, x: Tensor, backend: Backend, norm: NormSpec) -> None:
+        self._x, self._backend, self._norm = x, backend, norm
+        self._branch: Tensor | None = None  # what the last block gave, if it is not added yet
+        self._scale = 1.0
+
+    def add(self, branch: Tensor, scale: float) -> None:
+        """Add `scale` times what a block gave."""
+        self.sum()
+        self._branch, self._scale = branch, scale
+
+    def replace(self, x: Tensor) -> None:
+        """Let the stream be another."""
+        self._x, self._branch = x, None
+
+    def sum(self) -> Tensor:
+        """Return the stream with all that was added."""
+        if self._branch is not None:
+            self.replace(add_branch(self._x, self._branch, self._scale))
+        return self._x
+
+    def normed(self, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """Return the norm of the stream with all that was added."""
+        if self._branch is None:
+            return self._backend.norm(self._x, self._norm, weight, bias)
+        x, normed = self._backend.add_norm(self._x, self._branch, self._scale, self._norm, weight, bias)
+        self.replace(x)
+        return normed
 
 
 class Decoder:
@@ -108,14 +141,16 @@ class Decoder:
             x = x * self.spec.embed_scale
         if self.weights.positions is not None:
             x = x + self.weights.positions[batch.positions + self.spec.position_offset]
-        token_inputs = self._token_inputs(batch.ids, x)
+        token_inputs, stream = self._token_inputs(batch.ids, x), ResidualStream(x, self.backend, self.spec.norm)
         for number, (layer, weights) in enumerate(zip(self.spec.layers, self.weights.layers, strict=True)):
-            x = self._layer(x, layer, weights, kv_cache.layers[number], batch, partial(_lora_rows, batch, number))
+            self._layer(stream, layer, weights, kv_cache.layers[number], batch, partial(_lora_rows, batch, number))
             if layer.token_input is not None:
-                x = self._with_token_input(x, token_inputs[:, number], layer.token_input, weights)
+                own = token_inputs[:, number]
+                stream.replace(self._with_token_input(stream.sum(), own, layer.token_input, weights))
             if weights.output_scale is not None:
-                x = (x * weights.output_scale).to(x.dtype)
-        return self._norm(x.index_select(0, batch.logit_rows), self.weights.norm, self.weights.norm_bias)
+                x = stream.sum()
+                stream.replace((x * weights.output_scale).to(x.dtype))
+        return self._norm(stream.sum().index_select(0, batch.logit_rows), self.weights.norm, self.weights.norm_bias)
 
     def forward_and_choose(
         self, batch: RaggedBatch, kv_cache: KVCache, filters: Sequence[Filter] = (), numbers: Sequence[float] = ()
@@ -174,30 +209,33 @@ class Decoder:
         return self.backend.choose(hidden, self.weights.head, self.weights.head_bias, filters, numbers)
 
     def _layer(
-        self, x: Tensor, layer: LayerSpec, weights: LayerWeights, store: Store, batch: RaggedBatch, lora: LoraOf
-    ) -> Tensor:
-        """Return the residual stream [T, C] after a layer."""
-        norms, read, reads_sum = layer.norms, None, False
+        self,
+        stream: ResidualStream,
+        layer: LayerSpec,
+        weights: LayerWeights,
+        store: Store,
+        batch: RaggedBatch,
+        lora: LoraOf,
+    ) -> None:
+        """Add what a layer gives to the residual stream."""
+        norms, read, mixed = layer.norms, None, None
         if layer.mixer is not None:
-            read = self._read(x, norms, weights.attn_norm, weights.attn_norm_bias)
+            read = self._read(stream, norms, weights.attn_norm, weights.attn_norm_bias)
             mixed = self.total(self._mix(read, layer.mixer, weights, store, batch, lora))
             if norms.after:
                 mixed = self._norm(mixed, weights.post_attn_norm, weights.post_attn_norm_bias)
-            before, reads_sum = x, layer.mlp is not None and norms.before and not layer.parallel
-            if reads_sum:  # in one operation
-                x, read = self._add_norm(x, mixed, layer.residual_scale, weights.mlp_norm, weights.mlp_norm_bias)
-            else:
-                x = add_branch(x, mixed, layer.residual_scale)
+            if layer.mlp is None or not layer.parallel:
+                stream.add(mixed, layer.residual_scale)
         if layer.mlp is not None:
-            source = before if layer.parallel else x
-            if not reads_sum and not (layer.parallel and layer.shared_norm):
-                read = self._read(source, norms, weights.mlp_norm, weights.mlp_norm_bias)
+            if not (layer.parallel and layer.shared_norm):
+                read = self._read(stream, norms, weights.mlp_norm, weights.mlp_norm_bias)
             assert read is not None
-            inner = self.total(mlp(read, layer.mlp, weights, self.backend, source, lora))
+            inner = self.total(mlp(read, layer.mlp, weights, self.backend, stream.sum(), lora))
             if norms.after:
                 inner = self._norm(inner, weights.post_mlp_norm, weights.post_mlp_norm_bias)
-            x = add_branch(x, inner, layer.residual_scale)
-        return x
+            if mixed is not None and layer.parallel:  # both have read the same
+                stream.add(mixed, layer.residual_scale)
+            stream.add(inner, layer.residual_scale)
 
     def _token_inputs(self, ids: Tensor, x: Tensor) -> Tensor:
         """Return the input of each layer's own, from ids [T] and their embedding [T, C]: [T, L, P]."""
@@ -252,15 +290,12 @@ class Decoder:
             attended = attended * backend.activated(x, weights.attn_gate, None, "sigmoid", lora("attn_gate"))
         return backend.linear(attended, weights.o, weights.o_bias, lora("o"))
 
-    def _read(self, x: Tensor, norms: NormPlace, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+    def _read(self, stream: ResidualStream, norms: NormPlace, weight: Tensor | None, bias: Tensor | None) -> Tensor:
         """Return what a block reads of the residual stream."""
-        return self._norm(x, weight, bias) if norms.before else x.to(self.dtype)
-
-    def _add_norm(
-        self, x: Tensor, branch: Tensor, scale: float, weight: Tensor | None, bias: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
+        if not norms.before:
+            return stream.sum().to(self.dtype)
         assert weight is not None
-        return self.backend.add_norm(x, branch, scale, self.spec.norm, weight, bias)
+        return stream.normed(weight, bias)
 
     def _norm(self, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
         assert weight is not None
