@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from splitfuse.errors import KernelError
-from splitfuse.kernels.batch import Derivation
+from splitfuse.kernels.batch import Derivation, Numbers
 from splitfuse.kernels.cpu.backend import CpuBackend
 from splitfuse.kernels.cpu.library import VARIANTS, supported_variants
 from splitfuse.kernels.interface import Backend, Store
@@ -187,27 +187,27 @@ class Arrays:
 
     @property
     def num_tokens(self) -> int:
-        return self.host_query_start[-1]
+        return int(self.host_query_start[-1])
 
     @property
     def num_requests(self) -> int:
         return len(self.seq_lens)
 
     @property
-    def host_query_start(self) -> list[int]:
-        return self.query_start.tolist()
+    def host_query_start(self) -> Numbers:
+        return self.query_start.numpy()
 
     @property
-    def host_seq_lens(self) -> list[int]:
-        return self.seq_lens.tolist()
+    def host_seq_lens(self) -> Numbers:
+        return self.seq_lens.numpy()
 
     @property
-    def host_state_reads(self) -> list[int]:
-        return self.state_reads.tolist()
+    def host_state_reads(self) -> Numbers:
+        return self.state_reads.numpy()
 
     @property
-    def host_state_writes(self) -> list[int]:
-        return self.state_writes.tolist()
+    def host_state_writes(self) -> Numbers:
+        return self.state_writes.numpy()
 
     def derived(self, derivation: Derivation) -> tuple[Tensor, ...]:
         """As `RaggedBatch.derived`, on the CPU."""

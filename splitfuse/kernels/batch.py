@@ -4,14 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import cached_property
-from typing import TypeAlias
+from itertools import accumulate
+from typing import Any, TypeAlias
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from splitfuse.kernels.loans import RequestLoan
 from splitfuse.kernels.lora import StepAdapters
 
+Numbers: TypeAlias = npt.NDArray[np.signedinteger[Any]]
+"""Type of whole numbers on the host."""
 Derivation: TypeAlias = Callable[["RaggedBatch"], Sequence[Tensor]]
 """Function of a batch that returns tensors on the host, made of its numbers there. Equal ones give equal tensors."""
 
@@ -76,38 +81,35 @@ class RaggedBatch:
         return self._numbers[: sum(self.sizes)]
 
     @cached_property
-    def host_query_start(self) -> list[int]:
-        """Return `query_start` as numbers on the host: [S + 1]."""
-        return self._host_part(4)
-
-    @cached_property
-    def host_seq_lens(self) -> list[int]:
-        """Return `seq_lens` as numbers on the host: [S]."""
-        return self._host_part(5)
-
-    @cached_property
-    def host_state_reads(self) -> list[int]:
-        """Return `state_reads` as numbers on the host: [S]."""
-        return self._host_part(6)
-
-    @cached_property
-    def host_state_writes(self) -> list[int]:
-        """Return `state_writes` as numbers on the host: [S]."""
-        return self._host_part(7)
-
-    @property
-    def host_packed(self) -> Tensor:
+    def host_numbers(self) -> Numbers:
         """Return all numbers on the host, flat."""
-        return self.packed if self._on_host is None else self._on_host
+        return (self.packed if self._on_host is None else self._on_host).numpy()
+
+    @cached_property
+    def host_parts(self) -> tuple[Numbers, ...]:
+        """Return views of `host_numbers`, one for each tensor of `packed`, flat, in its order."""
+        ends = (*accumulate(self.sizes),)
+        return tuple(self.host_numbers[end - size : end] for size, end in zip(self.sizes, ends, strict=True))
 
     @property
-    def host_parts(self) -> tuple[Tensor, ...]:
-        """Return all tensors of `packed` on the host, flat, in its order."""
-        return self.host_packed.split_with_sizes(self.sizes)
+    def host_query_start(self) -> Numbers:
+        """Return `query_start` on the host: [S + 1]."""
+        return self.host_parts[4]
 
-    def _host_part(self, number: int) -> list[int]:
-        numbers: list[int] = self.host_parts[number].tolist()
-        return numbers
+    @property
+    def host_seq_lens(self) -> Numbers:
+        """Return `seq_lens` on the host: [S]."""
+        return self.host_parts[5]
+
+    @property
+    def host_state_reads(self) -> Numbers:
+        """Return `state_reads` on the host: [S]."""
+        return self.host_parts[6]
+
+    @property
+    def host_state_writes(self) -> Numbers:
+        """Return `state_writes` on the host: [S]."""
+        return self.host_parts[7]
 
     def on_device(self, device: torch.device) -> RaggedBatch:
         """Return a batch on the host, or a copy of it on another device."""

@@ -58,14 +58,12 @@ def pad(batch: RaggedBatch, bucket: Bucket) -> RaggedBatch:
     """Return a batch of a bucket's sizes on the host, with the numbers of `batch`, and others that change nothing."""
     size = bucket.requests * (bucket.table_width + 4) + 1 + 3 * bucket.tokens + bucket.rows
     padded = RaggedBatch(torch.zeros(size, dtype=torch.int32), *bucket, is_padded=True)
-    tables, *parts = (part.numpy() for part in padded.host_parts)
-    given, *others = (part.numpy() for part in batch.host_parts)
-    of_requests = tables.reshape(bucket.requests, bucket.table_width)
-    of_requests[: batch.num_requests, : batch.table_width] = given.reshape(batch.num_requests, batch.table_width)
+    tables, given = (each.host_parts[0].reshape(each.num_requests, each.table_width) for each in (padded, batch))
+    tables[: batch.num_requests, : batch.table_width] = given
     fillers = (0, 0, NOWHERE, batch.num_tokens, 0, NOWHERE, NOWHERE, 0)
-    for part, other, filler in zip(parts, others, fillers, strict=True):
-        part[: len(other)] = other
-        part[len(other) :] = filler
+    for part, numbers, filler in zip(padded.host_parts[1:], batch.host_parts[1:], fillers, strict=True):
+        part[: len(numbers)] = numbers
+        part[len(numbers) :] = filler
     return padded
 
 
@@ -85,6 +83,7 @@ class StepGraphs:
         self._decoder, self._kv_cache = decoder, kv_cache
         self._captured: dict[Bucket, _Captured] = {}
         self._pool: Any = None
+        self._stream: Any = None  # of all captures: cuBLAS keeps memory for each stream that it is used on
         self._bytes_left = MAX_BYTES
 
     @staticmethod
@@ -135,15 +134,17 @@ class StepGraphs:
         """Return the graph of a step of this shape."""
         free_before = torch.cuda.mem_get_info(self._decoder.device)[0]
         batch = padded.on_device(self._decoder.device)
-        make_stream: Any = torch.cuda.Stream  # which has no types
-        stream = make_stream(self._decoder.device)
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            self._prepare(batch)
         current = torch.cuda.current_stream()
-        current.wait_stream(stream)
+        if self._stream is None:
+            make_stream: Any = torch.cuda.Stream  # which has no types
+            self._stream = make_stream(self._decoder.device)
+        self._stream.wait_stream(current)
+        with torch.cuda.stream(self._stream):
+            self._prepare(batch)
+        current.wait_stream(self._stream)
         graph = torch.cuda.CUDAGraph()
-        options: Any = {"pool": self._pool, "capture_error_mode": "thread_local"}  # other threads may use the GPU
+        # Other threads may use the GPU.
+        options: Any = {"pool": self._pool, "stream": self._stream, "capture_error_mode": "thread_local"}
         with torch.cuda.stream(current), torch.cuda.graph(graph, **options):  # back to it if a capture fails, too
             hidden = self._decoder.forward(batch, self._kv_cache)
         self._pool = self._pool or graph.pool()

@@ -180,9 +180,9 @@ FAULTS = {
     "first partial result": ("attention", "range(first_place, first", "range(first_place + 1, first"),
     "causal bound of a tile": ("work_list", "last // group + 1\n", "last // group\n"),
     "first key of a tile": ("work_list", "// tiling.keys * tiling.keys\n", "// tiling.keys * tiling.keys + 1\n"),
-    "end of a split": ("work_list", "(bound + 1) * tiling.split)", "(bound + 1) * tiling.split - 1)"),
-    "begin of a split": ("work_list", "bound * tiling.split)", "bound * tiling.split + 1)"),
-    "number of splits": ("work_list", "begin // tiling.split + 1\n", "begin // tiling.split\n"),
+    "end of a split": ("work_list", "(bound + 1) * split)", "(bound + 1) * split - 1)"),
+    "begin of a split": ("work_list", "bound * split)", "bound * split + 1)"),
+    "number of splits": ("work_list", "begin // split + 1\n", "begin // split\n"),
 }
 
 

@@ -199,7 +199,7 @@ class Padded(Arrays):
 
     @property
     def num_tokens(self) -> int:
-        return self.host_query_start[-1] + 1
+        return int(self.host_query_start[-1]) + 1
 
 
 def test_the_lists_of_padded_steps_have_one_shape() -> None:

@@ -25,9 +25,9 @@ import triton.language as tl
 from torch import Tensor
 
 from splitfuse.kernels.batch import RaggedBatch
-from splitfuse.kernels.triton.recurrent import Numbers, decay_steps, first_parts
+from splitfuse.kernels.triton.recurrent import decay_steps, first_parts
 from splitfuse.kernels.triton.rows import sigmoid
-from splitfuse.kernels.triton.work_list import expand
+from splitfuse.kernels.triton.work_list import expand, filled_up
 
 CHUNK = 32
 """Most tokens of a chunk."""
@@ -40,9 +40,8 @@ def state_chunks(batch: RaggedBatch) -> tuple[Tensor, Tensor, Tensor]:
     its first part, the first of its chunks and their number [requests, 3]; and for each chunk its first row, the end of
     its rows, and the part that ends with it, or -1 [chunks, 3].
     """
-    starts, ends = np.asarray(batch.host_query_start), np.asarray(batch.host_seq_lens)
-    reads, writes = np.asarray(batch.host_state_reads), np.asarray(batch.host_state_writes)
-    counts, first = np.diff(starts), first_parts(reads, writes)
+    starts, ends = batch.host_query_start, batch.host_seq_lens
+    counts, first = np.diff(starts), first_parts(batch.host_state_reads, batch.host_state_writes)
     is_chunked = np.bincount(first, counts, len(counts))[first] >= FEWEST_TOKENS
     in_chunk = (ends - counts) % CHUNK  # place of a part's first token in its chunk
     num_chunks = np.where(is_chunked, -(-(in_chunk + counts) // CHUNK), 0)
@@ -53,16 +52,11 @@ def state_chunks(batch: RaggedBatch) -> tuple[Tensor, Tensor, Tensor]:
     leads = np.flatnonzero(is_chunked & (first == np.arange(len(first))))
     of_request = np.bincount(first, num_chunks, len(counts))[leads].astype(np.int64)
     runs = np.stack((leads, np.cumsum(of_request) - of_request, of_request), axis=1)
-    if batch.is_padded:  # with others that compute nothing, as many as there can be in steps of these sizes
-        chunks = _filled_up(chunks, batch.num_tokens // CHUNK + 2 * len(counts))
-        runs = _filled_up(runs, min(len(counts), batch.num_tokens // FEWEST_TOKENS))
+    if batch.is_padded:
+        chunks = filled_up(chunks, batch.num_tokens // CHUNK + 2 * len(counts))
+        runs = filled_up(runs, min(len(counts), batch.num_tokens // FEWEST_TOKENS))
     flags, *lists = (torch.from_numpy(each.astype(np.int32)) for each in (is_chunked, runs, chunks))
     return flags, lists[0], lists[1]
-
-
-def _filled_up(rows: Numbers, count: int) -> Numbers:
-    assert len(rows) <= count, f"{len(rows)} programs, of {count} that there can be"
-    return np.concatenate((rows, np.zeros((count - len(rows), rows.shape[1]), rows.dtype)))
 
 
 @triton.jit

@@ -8,24 +8,20 @@ takes its piece of the state through their tokens in order: a token's bits depen
 from __future__ import annotations
 
 import numpy as np
-import numpy.typing as npt
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from splitfuse.kernels.batch import RaggedBatch
+from splitfuse.kernels.batch import Numbers, RaggedBatch
 from splitfuse.kernels.triton.rows import normed, sigmoid
-
-Numbers = npt.NDArray[np.int64]
 
 
 def token_origins(batch: RaggedBatch) -> tuple[Tensor]:
     """Return for each token the first row in the step of its request, whose parts count as one, and the slot of the
     state that this row goes on from: int32 [T, 2] on the host. A token of no request is its own, without a state.
     """
-    starts = np.asarray(batch.host_query_start)
-    reads, writes = np.asarray(batch.host_state_reads), np.asarray(batch.host_state_writes)
+    starts, reads, writes = batch.host_query_start, batch.host_state_reads, batch.host_state_writes
     owner = np.repeat(first_parts(reads, writes), np.diff(starts))
     origins = np.stack((np.arange(batch.num_tokens), np.full(batch.num_tokens, -1)), axis=1).astype(np.int32)
     origins[: len(owner), 0], origins[: len(owner), 1] = starts[owner], reads[owner]

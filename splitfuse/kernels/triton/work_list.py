@@ -12,21 +12,20 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from splitfuse.kernels.batch import RaggedBatch
+from splitfuse.kernels.batch import Numbers, RaggedBatch
 from splitfuse.kernels.interface import StepSizes
 from splitfuse.kernels.triton.tuning import AttentionTiles
-
-Numbers = npt.NDArray[np.int64]
 
 TILE_FIELDS = 8
 """Number of int32 of a tile: request, first row of the request in the step, number of rows that the request has of a
 head, first of them in this tile, position of the request's first token in the step, first key, end of the keys, and
 place of the partial result or -1 if there is none.
 """
+BEGIN, END, PLACE = 5, 6, 7
+"""Fields of a tile that dividing its keys changes."""
 MERGE_FIELDS = 5
 """Number of int32 of a merge: first row of the request in the step, number of rows that the request has of a head,
 first of them, place of the first partial result, number of them.
@@ -52,8 +51,8 @@ class WorkList:
     more partial results than tiles.
     """
 
-    tiles: npt.NDArray[np.int32]
-    merges: npt.NDArray[np.int32]
+    tiles: Numbers
+    merges: Numbers
 
 
 def make_work_list(
@@ -73,30 +72,42 @@ def make_work_list(
     """
     starts, ends = np.asarray(query_start, np.int64), np.asarray(seq_lens, np.int64)
     counts = np.diff(starts)
-    num_rows, first_position = counts * group, ends - counts
-    owner, index = expand(-(-num_rows // tiling.rows))
+    request, index = expand(-(-counts * group // tiling.rows))
+    num_rows, first_position = (counts * group)[request], (ends - counts)[request]
     first = index * tiling.rows
-    last = np.minimum(first + tiling.rows, num_rows[owner]) - 1
-    begin = first_seen(first_position[owner] + first // group, window, chunk) // tiling.keys * tiling.keys
-    end = first_position[owner] + last // group + 1
-    if tiling.split is None:
-        split_of, part = np.arange(len(owner)), np.zeros(len(owner), np.int64)
-        num_splits = np.ones(len(owner), np.int64)
-    else:
-        num_splits = (end - 1) // tiling.split - begin // tiling.split + 1
-        split_of, part = expand(num_splits)
-        bound = (begin // tiling.split)[split_of] + part
-        begin = np.maximum(begin[split_of], bound * tiling.split)
-        end = np.minimum(end[split_of], (bound + 1) * tiling.split)
+    last = np.minimum(first + tiling.rows, num_rows) - 1
+    begin = first_seen(first_position + first // group, window, chunk) // tiling.keys * tiling.keys
+    end = first_position + last // group + 1
+    tiles = _rows(request, starts[request], num_rows, first, first_position, begin, end, -1)
+    merges = np.empty((0, MERGE_FIELDS), np.int32)
+    if tiling.split is not None:
+        tiles, merges = _divided(tiles, tiling.split)
+    return WorkList(tiles[np.argsort(tiles[:, BEGIN] - tiles[:, END], kind="stable")], merges)
+
+
+def _divided(tiles: Numbers, split: int) -> tuple[Numbers, Numbers]:
+    """Return tiles whose keys end at the next multiple of `split`, in place of some that have more, and the merges of
+    their partial results.
+    """
+    begin, end = tiles[:, BEGIN], tiles[:, END]
+    num_splits = (end - 1) // split - begin // split + 1
     is_merged = num_splits > 1
-    first_partial = np.cumsum(np.where(is_merged, num_splits, 0)) - num_splits
-    place = np.where(is_merged[split_of], first_partial[split_of] + part, -1)
-    request = owner[split_of]
-    of_tile = (request, starts[request], num_rows[request], first[split_of], first_position[request], begin, end, place)
-    tiles = np.stack(of_tile, axis=1).astype(np.int32)
-    of_merge = (starts[owner], num_rows[owner], first, first_partial, num_splits)
-    merges = np.stack(of_merge, axis=1).astype(np.int32)[is_merged]
-    return WorkList(tiles[np.argsort(begin - end, kind="stable")], merges)
+    first_place = np.cumsum(np.where(is_merged, num_splits, 0)) - num_splits
+    tile, part = expand(num_splits)
+    divided = tiles[tile]
+    bound = begin[tile] // split + part
+    divided[:, BEGIN] = np.maximum(begin[tile], bound * split)
+    divided[:, END] = np.minimum(end[tile], (bound + 1) * split)
+    divided[:, PLACE] = np.where(is_merged[tile], first_place[tile] + part, -1)
+    return divided, _rows(*tiles[:, 1:4].T, first_place, num_splits)[is_merged]
+
+
+def _rows(first: Numbers, *others: Numbers | int) -> Numbers:
+    """Return int32 [n, fields], from a column for each field or one number for all of it."""
+    rows = np.empty((len(first), 1 + len(others)), np.int32)
+    for column, field in enumerate((first, *others)):
+        rows[:, column] = field
+    return rows
 
 
 def first_seen(position: Numbers, window: int | None, chunk: int | None) -> Numbers:
@@ -124,6 +135,16 @@ def choose_split(
         return None
     keys = int((num_tiles * np.asarray(seq_lens, np.int64)).sum()) * num_kv_heads
     return -(-max(SHORTEST_SPLIT, keys // wanted) // tiling.keys) * tiling.keys
+
+
+def filled_up(rows: Numbers, count: int) -> Numbers:
+    """Return rows of a list, and behind them others of zeros, which compute nothing: as many as there can be in steps
+    of these sizes.
+    """
+    assert len(rows) <= count, f"{len(rows)} programs, of {count} that there can be"
+    filled = np.zeros((count, rows.shape[1]), rows.dtype)
+    filled[: len(rows)] = rows
+    return filled
 
 
 def expand(counts: Numbers) -> tuple[Numbers, Numbers]:
@@ -164,8 +185,12 @@ class AttentionWork:
             split = choose_split(starts, lengths, **shape, tiling=tiling, processors=self.processors)
             tiling = replace(tiling, split=split)
         work = make_work_list(starts, lengths, group=self.group, tiling=tiling, window=self.window, chunk=self.chunk)
-        tiles, merges = torch.from_numpy(work.tiles), torch.from_numpy(work.merges)
-        return self._filled_up(tiles, merges, batch, tiling.rows) if batch.is_padded else (tiles, merges)
+        lists = work.tiles, work.merges
+        if batch.is_padded:
+            longest = batch.table_width * self.block_size
+            counts = self._most(tiling.rows, batch.num_tokens, batch.num_requests, longest)
+            lists = filled_up(work.tiles, counts[0]), filled_up(work.merges, counts[1])
+        return torch.from_numpy(lists[0]), torch.from_numpy(lists[1])
 
     def most_partials(self, step: StepSizes) -> int:
         """Return the most partial results of a step: of a padded one as many as there can be in its list."""
@@ -187,13 +212,3 @@ class AttentionWork:
         if self.split is None:  # of divided keys all programs but one for each tile have a full split
             return 2 * merges + -(-PROGRAMS_PER_PROCESSOR * self.processors // self.num_kv_heads), merges
         return merges * (1 + -(-longest // self.split)), merges
-
-    def _filled_up(self, tiles: Tensor, merges: Tensor, batch: RaggedBatch, rows: int) -> tuple[Tensor, Tensor]:
-        """Return tiles and merges with others that compute nothing, as many as there can be in steps of these sizes."""
-        longest = batch.table_width * self.block_size
-        counts = self._most(rows, batch.num_tokens, batch.num_requests, longest)
-        filled = []
-        for each, count in zip((tiles, merges), counts, strict=True):
-            assert len(each) <= count, f"{len(each)} programs, of {count} that there can be"
-            filled.append(torch.cat((each, each.new_zeros(count - len(each), each.shape[1]))))
-        return filled[0], filled[1]

@@ -61,7 +61,7 @@ class ComputeStep(msgspec.Struct, frozen=True, tag="step"):
         """Return the message for a batch, which has neither adapters nor loans."""
         assert batch.adapters is None and not batch.loans
         sizes = (batch.num_tokens, batch.num_requests, batch.table_width, batch.num_rows)
-        return cls(*sizes, batch.host_packed.numpy().tobytes(), chooses)
+        return cls(*sizes, batch.host_numbers.tobytes(), chooses)
 
     @property
     def batch(self) -> RaggedBatch:
