@@ -101,6 +101,10 @@ class Capabilities:
     kv_dtypes: tuple[str, ...] = ()  # values of kv_cache_dtype other than "auto"
     block_multiple: int = 1  # block_size must be a multiple of it
     max_head_dim: int | None = None
+    head_rows: int = 64
+    """Rows that the output head is applied to at once: logits are [rows, vocabulary], never [tokens of a step,
+    vocabulary].
+    """
     invariant: bool = False  # a row's bits can be the same whatever the other rows are
     captures: bool = False  # attention and MLPs read nothing back from a GPU: a CUDA graph can have them
     own_threads: bool = False  # num_threads is honoured

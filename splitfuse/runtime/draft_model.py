@@ -40,7 +40,6 @@ from splitfuse.models.weights import check_weights, load_decoder, resolve_dtype,
 from splitfuse.runtime.backend_choice import choose_backend
 from splitfuse.runtime.batch import BatchBuilder
 from splitfuse.runtime.memory_plan import DraftSizes, step_bytes
-from splitfuse.runtime.results import HEAD_ROWS
 from splitfuse.runtime.sampling.request import RequestSampling
 from splitfuse.runtime.sampling.sampler import sample
 
@@ -156,8 +155,9 @@ class DraftRunner:
             hidden = self.decoder.forward(self._batches.build(chunks), self._kv_cache)
             wanted = [number for number, chunk in enumerate(chunks) if chunk.num_logits]
             requests = [self._requests[chunks[number].request_id] for number in wanted]
-            for start in range(0, len(wanted), HEAD_ROWS):
-                part = slice(start, start + HEAD_ROWS)
+            step = self.decoder.backend.capabilities.head_rows
+            for start in range(0, len(wanted), step):
+                part = slice(start, start + step)
                 found = self._choose(hidden[part], requests[part], [drafts[number] for number in wanted[part]])
                 for number, guess in zip(wanted[part], found, strict=True):
                     guesses[number] = guess

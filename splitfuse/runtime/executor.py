@@ -26,7 +26,7 @@ from splitfuse.models.decoder import Decoder
 from splitfuse.models.kv_cache import KVCache
 from splitfuse.runtime.batch import BatchBuilder
 from splitfuse.runtime.memory_ahead import MemoryAhead
-from splitfuse.runtime.results import HEAD_ROWS, draws_of, plain_results, plain_rows, results_of
+from splitfuse.runtime.results import draws_of, plain_results, plain_rows, results_of
 from splitfuse.runtime.sampling.grammar import Grammars
 from splitfuse.runtime.sampling.request import RequestSampling
 from splitfuse.runtime.step_graphs import StepGraphs
@@ -316,7 +316,7 @@ class Executor:
     def _compute(self, chunks: Sequence[Chunk]) -> dict[str, ChunkResult]:
         batch = self._batch(chunks)
         rows = plain_rows(chunks, self.requests) if self.decoder.chooses_at_once and self._running is None else None
-        if rows is not None and len(rows) <= HEAD_ROWS:
+        if rows is not None and len(rows) <= self.decoder.backend.capabilities.head_rows:
             results = plain_results(chunks, *self.decoder.forward_and_choose(batch, self.kv_cache, *draws_of(rows)))
         else:
             with torch.inference_mode():

@@ -46,7 +46,6 @@ from splitfuse.runtime.fingerprint import describe_kernels, digest, fingerprint,
 from splitfuse.runtime.machine import available_memory, usable_cores
 from splitfuse.runtime.memory_plan import DraftSizes, MemoryPlan, first_shard, plan_memory, tier_bytes, token_bytes
 from splitfuse.runtime.parallel.leader import Leader
-from splitfuse.runtime.results import HEAD_ROWS
 from splitfuse.runtime.sampling.grammar import Grammars
 from splitfuse.runtime.step_graphs import StepGraphs
 
@@ -305,7 +304,7 @@ def _start_ranks(config: EngineConfig, opened: _Opened, spec: ModelSpec, plan: M
         devices=rank_devices(config),
         files=_files(opened.source, config),
         kernels=describe_kernels(opened.backend),
-        logit_bytes=4 * HEAD_ROWS * spec.vocab_size,
+        logit_bytes=4 * opened.backend.capabilities.head_rows * spec.vocab_size,
         step_bytes=tokens * (width + 2 * (width * 5 // 4 + 2**12)),
         num_blocks=plan.num_blocks,
         max_model_len=plan.max_model_len,

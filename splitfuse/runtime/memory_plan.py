@@ -27,7 +27,6 @@ from splitfuse.models.storage import may_be_quantized
 from splitfuse.models.weights import copy_bytes, resolve_dtype, weight_bytes
 from splitfuse.runtime.device import device_of, rank_devices, ranks_of_device
 from splitfuse.runtime.machine import GIB, available_memory
-from splitfuse.runtime.results import HEAD_ROWS
 from splitfuse.runtime.step_graphs import MAX_BYTES, round_up
 
 INDEX_BYTES = 256
@@ -346,7 +345,7 @@ def step_bytes(
     """
     token_size = token_bytes(spec, dtype, shard)
     copies = copy_bytes(spec, dtype, backend, weights, shard=shard)
-    return num_tokens * token_size + HEAD_ROWS * spec.vocab_size * LOGIT_BYTES + copies
+    return num_tokens * token_size + backend.capabilities.head_rows * spec.vocab_size * LOGIT_BYTES + copies
 
 
 def attention_bytes(

@@ -18,11 +18,6 @@ from splitfuse.runtime.sampling.pool import pool
 from splitfuse.runtime.sampling.request import RequestSampling, Row
 from splitfuse.runtime.sampling.sampler import prompt_logprobs, sample, unusable
 
-HEAD_ROWS = 64
-"""Number of rows that the output head is applied to at once: logits are [rows, vocabulary], never [tokens of a step,
-vocabulary].
-"""
-
 Requests = Mapping[str, RequestSampling]
 """Type of the requests of a step, by id."""
 
@@ -91,9 +86,8 @@ def _plain_results_of(
 ) -> dict[str, ChunkResult]:
     filters, numbers = draws_of(rows)
     tokens, peaks = list[int](), list[float]()
-    for start in range(0, len(rows), HEAD_ROWS):
-        part = slice(start, start + HEAD_ROWS)
-        some = hidden if len(rows) <= HEAD_ROWS else hidden[part]
+    for part in _parts(len(rows), decoder):
+        some = hidden if part == slice(0, len(rows)) else hidden[part]
         found = decoder.choose(some, filters[part], numbers[part])
         tokens += found[0]
         peaks += found[1]
@@ -110,8 +104,8 @@ def _sampled(
     for chunk, last in sampling:
         rows += requests[chunk.request_id].rows(last - chunk.num_drafts, chunk.drafts)
     chosen: dict[str, list[ChunkResult]] = {chunk.request_id: [] for chunk, _ in sampling}
-    for start in range(0, len(rows), HEAD_ROWS):
-        numbers, states, matchers = zip(*rows[start : start + HEAD_ROWS], strict=True)
+    for part in _parts(len(rows), decoder):
+        numbers, states, matchers = zip(*rows[part], strict=True)
         logits = decoder.logits(hidden if len(numbers) == len(hidden) else hidden[list(numbers)])
         backend = decoder.backend
         found = sample(logits, states, topk=backend.topk, draw=backend.draw, matchers=matchers)
@@ -139,11 +133,10 @@ def _pooled(
 ) -> dict[str, ChunkResult]:
     """Return the numbers that PoolingParams ask for, of each chunk from its row of `hidden`."""
     results: dict[str, ChunkResult] = {}
-    for start in range(0, len(pooling), HEAD_ROWS):
-        part = pooling[start : start + HEAD_ROWS]
-        names = [chunk.request_id for chunk, _ in part]
+    for part in _parts(len(pooling), decoder):
+        names = [chunk.request_id for chunk, _ in pooling[part]]
         wanted = [requests[name].state.pooling or PoolingParams() for name in names]
-        results |= zip(names, pool(hidden[[row for _, row in part]], wanted, decoder.logits), strict=True)
+        results |= zip(names, pool(hidden[[row for _, row in pooling[part]]], wanted, decoder.logits), strict=True)
     return results
 
 
@@ -161,6 +154,11 @@ def _with_prompt_logprobs(
 
 
 def _prompt_logprobs(hidden: Tensor, targets: Sequence[int], count: int, decoder: Decoder) -> Iterator[TokenLogprob]:
-    for start in range(0, len(targets), HEAD_ROWS):
-        logits = decoder.logits(hidden[start : start + HEAD_ROWS])
-        yield from prompt_logprobs(logits, targets[start : start + HEAD_ROWS], count)
+    for part in _parts(len(targets), decoder):
+        yield from prompt_logprobs(decoder.logits(hidden[part]), targets[part], count)
+
+
+def _parts(num_rows: int, decoder: Decoder) -> Iterator[slice]:
+    """Return slices of rows that the output head is applied to at once."""
+    step = decoder.backend.capabilities.head_rows
+    return (slice(start, min(start + step, num_rows)) for start in range(0, num_rows, step))

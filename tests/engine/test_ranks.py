@@ -40,7 +40,6 @@ from splitfuse.runtime.fingerprint import describe_kernels, digest
 from splitfuse.runtime.loading import load_model, load_rank, open_source
 from splitfuse.runtime.parallel import leader
 from splitfuse.runtime.parallel.distributed import DistributedGroup, Store, await_ranks
-from splitfuse.runtime.results import HEAD_ROWS
 
 SETTINGS = {"num_blocks": 200, "max_num_batched_tokens": 128, "max_num_seqs": 4, "dtype": "bfloat16"}
 
@@ -107,8 +106,9 @@ def test_ranks_give_the_bits_of_one_process(
     (pid,) = together.leader.pids
     engine = Engine(config(2, **settings), together)
     assert outcomes(engine) == outcomes(Engine(config(1, **settings), alone))
-    rows = [  # more than the ranks compute at once
-        RaggedEngine(config(ranks), loaded).put(range(HEAD_ROWS + 1), [[5 + n] for n in range(HEAD_ROWS + 1)])
+    count = together.decoder.backend.capabilities.head_rows + 1  # more than the ranks compute at once
+    rows = [
+        RaggedEngine(config(ranks), loaded).put(range(count), [[5 + n] for n in range(count)])
         for ranks, loaded in ((1, alone), (2, together))
     ]
     assert torch.equal(*rows)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from dataclasses import replace
 from importlib.util import find_spec
@@ -27,6 +28,7 @@ ON_GPUS = Capabilities(
     invariant=True,
     captures=True,
     max_head_dim=1024,
+    head_rows=256,  # each time the head is read again, and the host waits
 )
 INTERPRETED = replace(ON_GPUS, devices=("cuda", "cpu"), dtypes=(torch.float16, torch.float32))
 """Capabilities in Triton's interpreter, whose products of bf16 are wrong."""
@@ -56,4 +58,18 @@ def obstacle(device: str, dtype: torch.dtype, kv_dtype: str = "auto") -> str | N
                 f"{what} with the Triton kernels needs compute capability {need[0]}.{need[1]}, and {device} has "
                 f"{have[0]}.{have[1]}"
             )
+    return launch_obstacle()
+
+
+@functools.cache
+def launch_obstacle() -> str | None:
+    """Return why no kernel can be launched here, or None. Triton compiles what launches them once for each machine, in
+    C: better missed now than in the first step.
+    """
+    try:
+        from triton.runtime import driver
+
+        driver.active.get_current_target()
+    except Exception as error:  # of any kind: no compiler, no headers, no libcuda.so.1
+        return f"Triton cannot launch kernels, which needs gcc or clang and Python's headers (python3-dev): {error}"
     return None
