@@ -266,7 +266,7 @@ class Executor:
         if self._running is not None:
             if self.decoder.is_fused:
                 batch.on_start = self._running.begun.set
-            else:
+            elif self.decoder.device.type == "cpu":  # another device is waited for once all is launched
                 self._running.begun.set()
         if self._borrowed:
             batch.loans = [
@@ -322,6 +322,7 @@ class Executor:
             with torch.inference_mode():
                 hidden = self._forward(batch)
                 if self._running is not None:  # the time to plan the next step, before tokens are chosen
+                    self._running.begun.set()
                     self._running.layers_done.set()
                 results = results_of(chunks, hidden, self.requests, self.decoder)
         self.decoder.check_complete()

@@ -123,7 +123,7 @@ class LoadedModel:
         )
         threads = getattr(self.decoder.backend, "num_threads", math.inf)
         threads *= 1 if self.leader is None else self.leader.num_local_ranks
-        keeps_plans = threads < usable_cores()
+        keeps_plans = self.decoder.device.type == "cuda" or threads < usable_cores()
         return Executor(self.decoder, cache, self.grammars, keeps_plans=keeps_plans, cuda_graphs=self.cuda_graphs)
 
     def make_draft_runner(self, executor: Executor) -> DraftRunner | None:
