@@ -97,6 +97,7 @@ def test_triton_kernels_are_interpreted_if_they_are_named(name: str) -> None:
 def test_gpus_that_the_triton_kernels_do_not_run_on(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(triton, "find_spec", lambda _: object())
+    monkeypatch.setattr(triton, "launch_obstacle", lambda: None)
 
     def reason(capability: tuple[int, int], dtype: torch.dtype = FP16, kv_dtype: str = "auto") -> str | None:
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)

@@ -34,6 +34,7 @@ def simulate(monkeypatch: pytest.MonkeyPatch, *free: float, capability: tuple[in
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
     monkeypatch.setattr(device, "available_memory", lambda name: int(free[int(name.removeprefix("cuda:"))] * GIB))
     monkeypatch.setattr(triton, "find_spec", lambda _: object())
+    monkeypatch.setattr(triton, "launch_obstacle", lambda: None)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
@@ -53,6 +54,15 @@ def test_a_gpu_without_room_is_left_to_others(monkeypatch: pytest.MonkeyPatch) -
     assert choose() == DeviceChoice(
         "cpu", "only 30.0 of 80.0 GiB are free on cuda:0; --device cuda:0 takes it all the same"
     )
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_where_triton_cannot_launch_kernels_the_cpu_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    launch_obstacle = triton.launch_obstacle
+    simulate(monkeypatch, 70)
+    monkeypatch.setattr(triton, "launch_obstacle", launch_obstacle.__wrapped__)  # not kept for other tests
+    found = choose()
+    assert found.name == "cpu" and "Triton cannot launch kernels, which needs gcc or clang" in found.why
 
 
 @pytest.mark.parametrize(
