@@ -26,6 +26,7 @@ def main() -> int:
     parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
     parser.add_argument("--clients", default="8,32", help="of the stage policies (the paper: 1,2,4,8,16,32,64)")
     parser.add_argument("--lengths", default="1200/60", help="prompt/answer of policies (the paper: 2600/128 too)")
+    parser.add_argument("--cuda-graphs", action="store_true", help="of our engine in the stages policies and peers")
     capabilities = ("7.5", "8.0", "8.6", "8.9", "9.0", "10.0", "12.0")
     parser.add_argument("--capability", choices=capabilities, default="9.0", help="of the GPU, without one")
     arguments = parser.parse_args()

@@ -10,6 +10,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -21,9 +22,8 @@ from benchmarks.gpu.measure import Setting, Table
 from benchmarks.models import SHAPES, VOCAB_SIZE, ModelShape, write_without_weights
 from splitfuse.config.engine import EngineConfig
 from splitfuse.core.plan import Chunk
-from splitfuse.models.spec import ModelSpec
 from splitfuse.runtime.executor import Executor
-from splitfuse.runtime.loading import load_model
+from splitfuse.runtime.loading import LoadedModel, load_model
 
 BLOCK = 32
 POLICIES = ("splitfuse", "prefill-first", "orca", "static")
@@ -54,21 +54,22 @@ def steps(setting: Setting) -> bool:
     """Time whole steps: single tokens, chunks, and both, beside what they must read and compute."""
     with tempfile.TemporaryDirectory() as folder:
         model = load_model(EngineConfig.from_settings(settings_of(setting, folder)))
-        executor, spec = model.make_executor(), model.spec
-        weights = model.plan.weights
-        names = ("step                  ", "      ms", "tokens/s", "of bandwidth", "of rate", "host ms")
-        table = Table(*names)
+        plain = model.make_executor()
+        graphs = Executor(model.decoder, plain.kv_cache, model.grammars, cuda_graphs=not setting.is_rehearsal)
+        names = ("step                  ", "      ms", "host ms", "graph ms", "outside ms", "tokens/s", "of bandwidth")
+        table = Table(*names, "of rate")
         decodes = setting.few([(1, 512), (8, 512), (32, 512), (32, 4096), (256, 512)], [(2, 20)])
         chunks = setting.few([(0, n) for n in (16, 64, 256, 512, 1024, 2048, 4096)], [(0, 5)])
         mixes = setting.few([(32, 512, 480), (64, 512, 1984)], [(2, 20, 5)])
+        timed = partial(row, table, setting, model, plain, graphs)
         for count, context in decodes:
-            row(table, setting, executor, spec, weights, f"{count} decodes at {context}", singles(count, context))
+            timed(f"{count} decodes at {context}", singles(count, context))
         for before, count in chunks:
-            row(table, setting, executor, spec, weights, f"chunk of {count}", [chunk("p", 0, count, before)])
+            timed(f"chunk of {count}", [chunk("p", 0, count, before)])
         for count, context, tokens in mixes:
             plan = singles(count, context)
             plan.append(chunk("p", sum(len(each.block_table) for each in plan), tokens, 0))
-            row(table, setting, executor, spec, weights, f"{count} decodes + {tokens}", plan)
+            timed(f"{count} decodes + {tokens}", plan)
     return True
 
 
@@ -85,24 +86,32 @@ def chunk(name: str, first_block: int, count: int, before: int) -> Chunk:
 
 
 def row(
-    table: Table, setting: Setting, executor: Executor, spec: ModelSpec, weights: int, name: str, plan: list[Chunk]
+    table: Table, setting: Setting, model: LoadedModel, plain: Executor, graphs: Executor, name: str, plan: list[Chunk]
 ) -> None:
-    """Print the time of a step with its choice of tokens, and how long the host was busy with it."""
+    """Print the time of a step with its choice of tokens: launched kernel by kernel, with the time in which the host
+    launches them, and as a CUDA graph, with what of it the GPU does not compute. Fractions are of the latter.
+    """
     tokens, positions = sum(len(each.token_ids) for each in plan), sum(each.end for each in plan)
-    mixer: Any = spec.layers[0].mixer
-    kept = 2 * len(spec.layers) * mixer.num_kv_heads * mixer.head_dim * setting.dtype.itemsize
+    mixer: Any = model.spec.layers[0].mixer
+    kept = 2 * len(model.spec.layers) * mixer.num_kv_heads * mixer.head_dim * setting.dtype.itemsize
     host: list[float] = []
 
-    def run() -> None:
+    def run(executor: Executor) -> None:
         with torch.inference_mode():
             begin = time.perf_counter()
             hidden = executor.hidden(plan)
             host.append(time.perf_counter() - begin)
             executor.decoder.choose(hidden)
 
-    seconds = setting.seconds(run)
-    shares = (weights + positions * kept) / seconds / setting.bandwidth, 2.0 * tokens * weights / setting.dtype.itemsize
-    table.row(name, seconds * 1e3, tokens / seconds, shares[0], shares[1] / seconds / setting.rate, min(host) * 1e3)
+    launched, launching = setting.wall_seconds(partial(run, plain)), min(host)
+    replay = partial(run, graphs)
+    seconds = setting.wall_seconds(replay)
+    outside = seconds - setting.kernel_seconds(replay)
+    weights = model.plan.weights
+    bandwidth = (weights + positions * kept) / seconds / setting.bandwidth
+    rate = 2.0 * tokens * weights / setting.dtype.itemsize / seconds / setting.rate
+    in_ms = (each * 1e3 for each in (launched, launching, seconds, outside))
+    table.row(name, *in_ms, tokens / seconds, bandwidth, rate)
 
 
 def policies(setting: Setting) -> bool:
@@ -112,6 +121,7 @@ def policies(setting: Setting) -> bool:
     with tempfile.TemporaryDirectory() as folder:
         given = settings_of(setting, folder) | {"max_num_batched_tokens": 16 if setting.is_rehearsal else 512}
         flags = [text for name, value in given.items() for text in (f"--{name.replace('_', '-')}", str(value))]
+        flags += ["--cuda-graphs"] * setting.cuda_graphs
         for policy in POLICIES:
             print(f"policy {policy}", flush=True)
             load = ["--prompt", prompt, "--generate", answer, "--repeat", "1", "--quiet"]
@@ -132,7 +142,7 @@ def peers(setting: Setting) -> bool:
     with tempfile.TemporaryDirectory() as folder:
         given = settings_of(setting, folder)
         makers: dict[str, Callable[[], Callable[[], int]]] = {
-            "splitfuse": lambda: ours(given, prompts, answer),
+            "splitfuse": lambda: ours(given | {"cuda_graphs": setting.cuda_graphs}, prompts, answer),
             "transformers": lambda: transformers_batching(setting, folder, prompts, answer),
             "vllm": lambda: vllm(setting, folder, prompts, answer),
         }

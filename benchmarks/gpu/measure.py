@@ -12,12 +12,15 @@ from typing import Any
 
 import torch
 import triton
+from torch.autograd import DeviceType
 
 from splitfuse.kernels.triton.backend import TritonBackend
 from splitfuse.kernels.triton.capabilities import is_interpreted
 
 REPEATS = 20
 """Number of times that a kernel is timed; the median counts."""
+AHEAD_CYCLES = 4_000_000
+"""Cycles of the GPU, some 2 ms, in which the host launches what is timed."""
 
 
 @dataclass
@@ -29,6 +32,7 @@ class Setting:
     is_rehearsal: bool
     clients: str
     lengths: str
+    cuda_graphs: bool = False
 
     @classmethod
     def of(cls, arguments: argparse.Namespace, *, has_gpu: bool) -> Setting:
@@ -37,7 +41,8 @@ class Setting:
             return cls("cpu", torch.float32, True, "1", "6/2")
         if not has_gpu:
             return cls("cpu", getattr(torch, arguments.dtype), True, "", "")
-        return cls("cuda", getattr(torch, arguments.dtype), False, arguments.clients, arguments.lengths)
+        given = arguments.clients, arguments.lengths, arguments.cuda_graphs
+        return cls("cuda", getattr(torch, arguments.dtype), False, *given)
 
     def describe(self) -> str:
         """Return one line: the GPU, versions, and what it reaches."""
@@ -72,7 +77,9 @@ class Setting:
         return 2 * size**3 / self.seconds(lambda: a @ b)
 
     def seconds(self, run: Callable[[], Any]) -> float:
-        """Return the median time of `run`, by events of the GPU, after two runs that compile and warm up."""
+        """Return the median time of `run`, by events of the GPU, after two runs that compile and warm up. The GPU is
+        kept busy while the host launches: what is timed is the GPU alone.
+        """
         if self.is_rehearsal:
             begin = time.perf_counter()
             run()
@@ -82,12 +89,34 @@ class Setting:
         times = []
         for _ in range(REPEATS):
             begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            sleep: Any = torch.cuda._sleep  # which has no types
+            sleep(AHEAD_CYCLES)
             begin.record()
             run()
             end.record()
             end.synchronize()
             times.append(begin.elapsed_time(end) / 1e3)
         return statistics.median(times)
+
+    def wall_seconds(self, run: Callable[[], Any]) -> float:
+        """Return the median time of `run` from its call until the GPU has done all, after two runs that warm up."""
+        times = []
+        for _ in range(1 if self.is_rehearsal else 2 + REPEATS):
+            self.synchronize()
+            begin = time.perf_counter()
+            run()
+            self.synchronize()
+            times.append(time.perf_counter() - begin)
+        return statistics.median(times[2:] or times)
+
+    def kernel_seconds(self, run: Callable[[], Any]) -> float:
+        """Return how long the GPU computes and copies for `run`, by PyTorch's profiler: 0 in a rehearsal."""
+        activity = torch.profiler.ProfilerActivity.CPU if self.is_rehearsal else torch.profiler.ProfilerActivity.CUDA
+        with torch.profiler.profile(activities=[activity]) as profile:
+            run()
+            self.synchronize()
+        on_gpu = [each for each in profile.events() or () if each.device_type == DeviceType.CUDA]
+        return sum(each.time_range.elapsed_us() for each in on_gpu) / 1e6
 
     def synchronize(self) -> None:
         """Wait until the GPU has done all."""
