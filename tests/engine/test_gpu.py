@@ -1,4 +1,5 @@
-"""On a GPU, by the reference path: every family, the sampler, the engine, a process of its own, a calibration.
+"""On a GPU, by the reference and by the Triton kernels: every family, captured steps, the sampler, the engine, a
+process of its own, a calibration, and NCCL.
 
 Skipped where there is none. A GPU's sums depend on the shapes of a batch, so nothing here is compared in bits.
 """
@@ -25,13 +26,16 @@ from splitfuse.engine.engine import Engine
 from splitfuse.engine.messages import Add
 from splitfuse.engine.remote.launcher import SubprocessLauncher
 from splitfuse.engine.remote.supervisor import SupervisedEngine
-from splitfuse.errors import ConfigError, MemoryPlanError
+from splitfuse.errors import ConfigError, MemoryPlanError, RankLostError
+from splitfuse.kernels.group import Shard
+from splitfuse.kernels.interface import Backend
 from splitfuse.kernels.reference import ReferenceBackend
 from splitfuse.models.decoder import Decoder
 from splitfuse.models.families.registry import load_spec
 from splitfuse.models.sources.folder import ModelFolder
 from splitfuse.models.weights import load_decoder
 from splitfuse.runtime.calibration import identify
+from splitfuse.runtime.parallel.distributed import DistributedGroup, make_store
 from splitfuse.runtime.sampling.sampler import prompt_logprobs, sample
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU that PyTorch can use")
@@ -39,35 +43,42 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU th
 TOLERANCE = 1e-4  # of the largest logit, in fp32
 
 
-def load(folder: Path, device: str, dtype: torch.dtype = torch.float32) -> Decoder:
+def load(folder: Path, device: str, dtype: torch.dtype = torch.float32, *, kernels: str = "reference") -> Decoder:
+    backend: Backend = ReferenceBackend()
+    if kernels == "triton":
+        from splitfuse.kernels.triton.backend import TritonBackend
+
+        backend = TritonBackend(device=device)
     return load_decoder(
         ModelFolder(folder).weights(),
         load_spec(ModelFolder(folder)),
         dtype=dtype,
         device=torch.device(device),
-        backend=ReferenceBackend(),
+        backend=backend,
     )
 
 
+@pytest.mark.parametrize("kernels", ["reference", "triton"])
 @pytest.mark.parametrize("family", tiny_models.VARIANTS)
-def test_every_family_equals_its_network_on_the_cpu(family: str, tmp_path: Path) -> None:
+def test_every_family_equals_its_network_on_the_cpu(family: str, kernels: str, tmp_path: Path) -> None:
     tiny_models.save(family, tmp_path)
     seen = []
-    for device in ("cpu", "cuda"):
+    for device, chosen in (("cpu", "reference"), ("cuda", kernels)):
         rng = random.Random(family)
         requests = [Request([rng.randrange(tiny_models.VOCAB_SIZE) for _ in range(n)]) for n in (1, 9, 20, 37)]
-        Runner(load(tmp_path, device), block_size=4).run_split(requests, rng)
+        Runner(load(tmp_path, device, kernels=chosen), block_size=4).run_split(requests, rng)
         seen.append(torch.cat([torch.stack(request.logits).cpu() for request in requests]))
     assert (seen[0] - seen[1]).abs().max() <= TOLERANCE * seen[0].abs().max()
 
 
+@pytest.mark.parametrize("kernels", ["reference", "triton"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_low_precision_is_near(tmp_path: Path, dtype: torch.dtype) -> None:
+def test_low_precision_is_near(tmp_path: Path, dtype: torch.dtype, kernels: str) -> None:
     tiny_models.save("qwen3", tmp_path)
     seen = []
-    for device, kind in (("cpu", torch.float32), ("cuda", dtype)):
+    for device, kind, chosen in (("cpu", torch.float32, "reference"), ("cuda", dtype, kernels)):
         request = Request([i * 7 % tiny_models.VOCAB_SIZE for i in range(37)])
-        Runner(load(tmp_path, device, kind), block_size=16).run_split([request], random.Random(0))
+        Runner(load(tmp_path, device, kind, kernels=chosen), block_size=16).run_split([request], random.Random(0))
         seen.append(torch.stack(request.logits).cpu())
     assert (seen[0] - seen[1]).abs().max() <= 8 * torch.finfo(dtype).eps * seen[0].abs().max()
 
@@ -102,10 +113,12 @@ def test_the_sampler_chooses_as_on_the_cpu() -> None:
     assert [each.token_id for each in found] == list(range(10))
 
 
-def test_the_bundled_model_answers_as_alone_and_on_the_cpu() -> None:
+@pytest.mark.parametrize("cuda_graphs", [False, True])
+def test_the_bundled_model_answers_as_alone_and_on_the_cpu(cuda_graphs: bool) -> None:
     prompts = [f"Mary went to the {place}.\n\nWhere is Mary?" for place in ("kitchen", "garden", "office", "park")] * 8
-    wanted = splitfuse.pipeline(dtype="float32", backend="reference")(prompts[:4], max_new_tokens=12)
-    pipe = splitfuse.pipeline(dtype="float32", device="cuda", num_blocks=200, block_size=8, max_num_batched_tokens=64)
+    wanted = splitfuse.pipeline(dtype="float32", kernels="reference", device="cpu")(prompts[:4], max_new_tokens=12)
+    settings = {"num_blocks": 200, "block_size": 8, "max_num_batched_tokens": 64, "cuda_graphs": cuda_graphs}
+    pipe = splitfuse.pipeline(dtype="float32", device="cuda", **settings)
     answers = pipe(prompts, max_new_tokens=12)
     assert [answer.generated_text for answer in answers] == [each.generated_text for each in wanted] * 8
     check_scheduler(pipe.engine.scheduler)
@@ -154,3 +167,22 @@ def test_a_calibration_is_kept_by_the_name_of_the_gpu() -> None:
     calibration, checked = run_calibration(config, seconds=5, progress=False)
     assert calibration.cost.floor > 0
     assert checked
+
+
+@pytest.mark.skipif(not torch.distributed.is_nccl_available(), reason="PyTorch without NCCL")
+@pytest.mark.parametrize("in_order", [False, True])
+def test_a_group_of_one_is_connected_and_ended_by_nccl(in_order: bool) -> None:
+    """Whatever NCCL is asked for is there: with one rank each sum is what the rank gives."""
+    device = torch.device("cuda", 0)
+    group = DistributedGroup(
+        make_store("127.0.0.1"), Shard(0, 1, sums=True), address="127.0.0.1", device=device, in_order=in_order
+    )
+    with torch.inference_mode():
+        given = torch.randn(7, 6, device=device, dtype=torch.float16)
+        numbers = given.clone()
+        group.add_up(numbers)
+        group.broadcast(numbers)
+        assert torch.equal(numbers, given) and torch.equal(group.join_columns(numbers, 6), given)
+    group.end()
+    with pytest.raises(RankLostError):
+        group.add_up(numbers)
