@@ -143,8 +143,9 @@ class Quantized:
         """Return a weight rounded to the nearest levels: of 8 bits from -127 to 127, of 4 bits 16 from the least to the
         largest of a group.
         """
-        columns = weight.shape[1]
-        parts = [_quantized(rows, kept) for rows in weight.split(max(1, AT_ONCE // columns))]
+        rows, columns = weight.shape
+        step = max(1, AT_ONCE // columns)
+        parts = [_quantized(weight[first : first + step], kept) for first in range(0, max(rows, 1), step)]
         levels, scales, *offsets = (torch.cat(each) for each in zip(*parts, strict=True))
         return cls(kept, columns, weight.dtype, levels, scales, offsets=offsets[0] if offsets else None)
 

@@ -56,8 +56,8 @@ class WorkList:
 
 
 def make_work_list(
-    query_start: Sequence[int],
-    seq_lens: Sequence[int],
+    query_start: Sequence[int] | Numbers,
+    seq_lens: Sequence[int] | Numbers,
     *,
     group: int,
     tiling: Tiling,
@@ -117,8 +117,8 @@ def first_seen(position: Numbers, window: int | None, chunk: int | None) -> Numb
 
 
 def choose_split(
-    query_start: Sequence[int],
-    seq_lens: Sequence[int],
+    query_start: Sequence[int] | Numbers,
+    seq_lens: Sequence[int] | Numbers,
     *,
     group: int,
     num_kv_heads: int,
