@@ -151,7 +151,7 @@ class BlockFile:
         with self._lock:
             if frame.name in self._index:
                 return False
-            slot = self._part + self._num_parts * int(self._used[self._own].argmin())
+            slot = self._least_recently_used()
             writing = int(self._sequences[slot]) + 1 | 1  # odd, whatever was left there
             self._sequences[slot] = writing
             self._names[slot], self._used[slot] = 0, 0
@@ -170,6 +170,14 @@ class BlockFile:
             self._note(slot)
         self.touch(frame.name)
         return True
+
+    def _least_recently_used(self) -> int:
+        """Return the own slot that was used least recently. Where the clock has gone back, slots count as used now:
+        else what is written from now on would go before all of them.
+        """
+        used, now = self._used[self._own], time.time_ns()
+        used[used > now] = now
+        return self._part + self._num_parts * int(used.argmin())
 
     def read(self, name: bytes) -> Frame | None:
         """Return the block of a name; None if it is not there, or was overwritten meanwhile. It may not be intact: see
@@ -215,7 +223,7 @@ class BlockFile:
         now = time.time_ns()
         with self._lock:
             while (slot := self._index.get(name)) is not None:
-                if now - int(self._used[slot]) < RECENT:
+                if 0 <= now - int(self._used[slot]) < RECENT:
                     return
                 self._used[slot] = now
                 name = self._before[slot].tobytes()

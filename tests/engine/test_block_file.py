@@ -6,6 +6,8 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import partial
+from itertools import count
 from pathlib import Path
 from random import Random
 from threading import Thread
@@ -92,6 +94,19 @@ def test_the_use_of_a_block_is_one_of_those_before_it(fd: int, monkeypatch: pyte
     file.write(second, first.name)
     file.write(new, b"")
     assert first.name in file and second.name in file and other.name not in file
+
+
+def test_a_clock_that_goes_back_costs_order_alone(fd: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    file, frames = open_file(fd, slots=3), [frame(number) for number in range(6)]
+    for begin, written in ((2 * 10**18, frames[:3]), (10**18, frames[3:])):
+        now = count(begin, 2 * 10**9)
+        monkeypatch.setattr("time.time_ns", partial(next, now))
+        for each in written:
+            file.write(each, b"")
+    assert [each.name in file for each in frames] == [False] * 3 + [True] * 3, "not one place for all that is new"
+    file.touch(frames[3].name)
+    file.write(frames[0], b"")
+    assert [each.name in file for each in frames[3:]] == [True, False, True], "the newest use counts again"
 
 
 @pytest.mark.parametrize("place", ["tokens", "data", "name", "checksum"])
