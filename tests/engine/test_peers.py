@@ -320,7 +320,7 @@ def test_a_slow_peer_gives_what_has_come_in_time(pair: Pair, monkeypatch: pytest
     assert cached < 48
 
 
-def test_what_was_evicted_before_it_is_asked_for_is_computed(pair: Pair) -> None:
+def test_what_was_evicted_before_it_is_asked_for_is_computed(pair: Pair, caplog: pytest.LogCaptureFixture) -> None:
     text = prompt()
     wanted, _ = pair.ask(pair.first, text)
     names: list[bytes] = []
@@ -333,6 +333,7 @@ def test_what_was_evicted_before_it_is_asked_for_is_computed(pair: Pair) -> None
         tier.file.drop(names[0])
     text = text[:16] + prompt(30)
     assert pair.ask(pair.second, text)[0] == pair.ask(pair.first, text)[0]
+    assert not caplog.records, "a peer that has a block no longer has not failed"
 
 
 def test_a_peer_of_another_model_or_deployment_has_nothing(pair: Pair, folder_of: Callable[[str], str]) -> None:

@@ -24,10 +24,10 @@ from splitfuse.api import pipeline
 from splitfuse.config.engine import EngineConfig
 from splitfuse.core.events import PhasesEntered
 from splitfuse.core.kv import fetching
-from splitfuse.core.kv.fetching import Fetch
+from splitfuse.core.kv.fetching import Fetch, Frame
 from splitfuse.core.latency.phases import LatencyPhase
 from splitfuse.core.limits import EngineLimits
-from splitfuse.core.plan import Land, Logprobs, StepPlan
+from splitfuse.core.plan import Land, Logprobs, Save, StepPlan
 from splitfuse.core.replicas.replica_view import ReplicaView
 from splitfuse.core.replicas.routing import expected_tokens
 from splitfuse.core.request_output import RequestOutput
@@ -281,6 +281,30 @@ def test_full_tiers_are_no_errors(
     monkeypatch.setattr("os.pwritev", full)
     assert [ask(disk, each)[0][0] for each in prompts] == wanted
     assert disk.tiers is not None and disk.tiers.stats.num_saved == 0 and disk.tiers.stats.num_unsaved > 30
+
+
+def test_a_tier_that_writes_slowly_leaves_blocks_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What waits to be written takes no more memory than there is for it."""
+    go_on, write = threading.Event(), BlockFile.write
+
+    def slow(self: BlockFile, frame: Frame, before: bytes) -> bool:
+        go_on.wait()
+        return write(self, frame, before)
+
+    monkeypatch.setattr(BlockFile, "write", slow)
+    fd, size = os.memfd_create("slow"), 64
+    file = BlockFile(fd, num_bytes=2**20, block_bytes=size, block_size=4, fingerprint=bytes(32))
+    tiers = Tiers({"kv_memory_tier": file}, size, staged_bytes=10 * size)
+    for number in range(10):
+        buffer = tiers.buffer(name := bytes([number]) * 16)
+        assert buffer is not None
+        tiers.save(Save(number, name, (1, 2, 3, 4)), buffer)
+    assert tiers.buffer(b"n" * 16) is None and tiers.stats.num_unsaved == 1
+    go_on.set()
+    assert tiers.wait_until_written(PATIENCE) and tiers.stats.num_saved == 10
+    assert tiers.buffer(b"n" * 16) is not None
+    assert tiers.close()
+    os.close(fd)
 
 
 def hang_reads(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
