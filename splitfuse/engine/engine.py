@@ -119,8 +119,11 @@ class Engine:
         cost: CostModel | None = None,
         name_key: bytes | None = None,
         tier_files: TierFiles | None = None,
+        is_restart: bool = False,
     ) -> None:
-        """`tier_files` are the KV tiers that the settings ask for; they are closed with the engine."""
+        """`tier_files` are the KV tiers that the settings ask for; they are closed with the engine. After a restart,
+        an adapter of the settings that can be read no more is lacking: the others are served.
+        """
         self._guard = Guard()
         self.config = config
         self.model = model
@@ -184,8 +187,11 @@ class Engine:
         self.events.subscribe(RequestFinished, lambda event: matchers.pop(event.request.request_id, None))
         self.adapters: dict[str, str] = {}
         """Digests of the LoRA adapters that new requests can have, by name."""
-        for name, path in map(parse_adapter, config.model.lora):
-            self.install_adapter(name, *model.load_adapter(path))
+        if is_restart:
+            self.reset_adapters()
+        else:
+            for name, path in map(parse_adapter, config.model.lora):
+                self.load_adapter(name, path)
         generates = isinstance(model, LoadedModel)
         vocab_size, num_blocks, size = model.spec.vocab_size, plan.num_blocks, plan.block_size
         self.limits = EngineLimits(plan.max_model_len, vocab_size, num_blocks, size, generates=generates)
@@ -209,10 +215,11 @@ class Engine:
         name_key: bytes | None = None,
         tier_files: TierFiles | None = None,
         nodes: Mapping[int, Sequence[int]] | None = None,
+        is_restart: bool = False,
     ) -> Engine:
         """Load the model that `config` names, from `source` if it is open already. With SLOs, a cost model is estimated
         unless one is stored for it. KV tiers that the settings ask for are opened unless they are given. `nodes` are
-        those of a process that belongs to the engine.
+        those of a process that belongs to the engine; `is_restart` says that it takes the place of one that has ended.
 
         Raises as `runtime.loading.load_model` does.
         """
@@ -220,7 +227,7 @@ class Engine:
         source = source or open_source(config)
         if is_encoder(source):
             encoder = load_encoder(config, source, announce=announce)  # first: it refuses settings
-            return cls(encoder_settings(config), encoder)
+            return cls(encoder_settings(config), encoder, is_restart=is_restart)
         opened = None
         if tier_files is None and config.cache.has_tiers:
             assert name_key is None, "tiers that are opened here have a key"
@@ -239,7 +246,14 @@ class Engine:
             )
             give_back_memory()  # what weights took while they were unpacked
             cost = load_or_estimate(config, model) if config.scheduler.slo_enabled else None
-            return cls(config, model, policy=policy, cost=cost, name_key=name_key, tier_files=tier_files)
+            return cls(
+                *(config, model),
+                policy=policy,
+                cost=cost,
+                name_key=name_key,
+                tier_files=tier_files,
+                is_restart=is_restart,
+            )
         except BaseException:
             if opened is not None:
                 opened.close()  # else no later start could have the folder

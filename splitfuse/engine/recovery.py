@@ -213,7 +213,9 @@ class Recovery:
             choice = self._choose(stream.resumption(0.0), self._prefer(stream, able)) if able else None
             if choice is None:
                 if not any(each.will_go_on_with(stream) for each in self._engines):
-                    self._fail(wait, wait.why)
+                    adapter = stream.request.adapter
+                    is_lacking = adapter and not any(each.has_adapter(adapter) for each in self._engines)
+                    self._fail(wait, f"{wait.why}; its adapter is not loaded any more" if is_lacking else wait.why)
                 return None
             choice.engine.resume(stream, choice.loan)
             choice.taken()

@@ -780,7 +780,7 @@ def test_an_adapter_that_only_requests_have_is_loaded_again(model: AsyncEngine) 
                 assert engine.added == (["r"] if found == "first" else [])
                 assert router.adapters == {"a": "second"} and not router.loading_adapters
             assert engine.sent[-1] == UnloadAdapter("changed since")
-            with pytest.raises(EngineUnavailableError, match="died"):
+            with pytest.raises(EngineUnavailableError, match="its adapter is not loaded any more"):
                 await read(stream)
 
     run(test())

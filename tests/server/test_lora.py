@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import shutil
 import signal
 import threading
 from collections.abc import Iterator
@@ -39,7 +40,13 @@ from splitfuse.engine.remote.supervisor import SupervisedEngine
 from splitfuse.engine.router import Router
 from splitfuse.engine.stream import Stream
 from splitfuse.engine.thread import AsyncEngine
-from splitfuse.errors import AdapterError, ConfigError, EngineUnavailableError, InvalidRequestError
+from splitfuse.errors import (
+    AdapterError,
+    ConfigError,
+    EngineUnavailableError,
+    InvalidRequestError,
+    ModelNotFoundError,
+)
 from splitfuse.models.sources.hub import BUNDLED_MODEL
 from splitfuse.runtime.loading import LoadedModel
 from splitfuse.server.lifecycle import run_server
@@ -230,6 +237,17 @@ def test_replicas_load_an_adapter_all_or_none(folders: list[Path], monkeypatch: 
     asyncio.run(scenario())
 
 
+def test_an_adapter_that_is_gone_at_a_restart_is_lacking(
+    folders: list[Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    settings = {"num_blocks": 64, "num_threads": 1, "lora": [f"gone={tmp_path}/gone", f"first={folders[0]}"]}
+    config = EngineConfig.from_settings(settings)
+    with pytest.raises(ModelNotFoundError, match="there is no folder"):
+        Engine.load(config)
+    assert list(Engine.load(config, is_restart=True).adapters) == ["first"]
+    assert "the LoRA adapter gone is not loaded again: there is no folder" in caplog.text
+
+
 def test_adapter_needs_another_name_than_the_model(folders: list[Path]) -> None:
     with pytest.raises(ConfigError, match="lora gives an adapter the name 'storyteller' of the model itself"):
         asyncio.run(run_server(EngineConfig.from_settings({"lora": f"storyteller={folders[0]}"}), ServerConfig()))
@@ -253,8 +271,10 @@ def test_messages_about_adapters_cross_processes() -> None:
 
 
 @pytest.mark.slow
-def test_adapters_come_back_with_a_process(folders: list[Path]) -> None:
-    config = EngineConfig.from_settings({"num_blocks": 64, "num_threads": 1, "lora": f"first={folders[0]}"})
+def test_adapters_come_back_with_a_process(folders: list[Path], tmp_path: Path) -> None:
+    gone = shutil.copytree(folders[0], tmp_path / "gone")
+    settings = {"num_blocks": 64, "num_threads": 1, "lora": [f"first={folders[0]}", f"gone={gone}"]}
+    config = EngineConfig.from_settings(settings)
 
     async def scenario() -> None:
         engine = SupervisedEngine(SubprocessLauncher(config))
@@ -266,6 +286,7 @@ def test_adapters_come_back_with_a_process(folders: list[Path]) -> None:
             with pytest.raises(AdapterError, match="no folder /nowhere"):
                 await client.load_adapter("third", "/nowhere")
             before = await answer_of(client, "second")
+            shutil.rmtree(gone)
             assert engine.pid is not None
             os.kill(engine.pid, signal.SIGKILL)
             async with asyncio.timeout(PATIENCE):

@@ -162,6 +162,8 @@ class WorkerSpec(msgspec.Struct, frozen=True):
     """Descriptor of the InFlightRecord."""
     lifeline: int | None = None
     """Descriptor of its Lifeline; None: the system has none."""
+    is_restart: bool = False
+    """True if it takes the place of a process that was ready, and has ended."""
     cores: tuple[int, ...] | None = None
     """Cores that it may run on; None: those of the process that starts it."""
     weights: WeightSharing | None = None
@@ -206,6 +208,7 @@ class SubprocessLauncher(Launcher):
         self._cores, self._weights, self._tiers, self._link_key = cores, weights, tiers, link_key
         self._listen = listen
         self._in_flight: InFlightRecord | None = None
+        self._was_ready = False
 
     async def launch(self) -> Link:
         line = None
@@ -220,6 +223,7 @@ class SubprocessLauncher(Launcher):
                 name_key=self._name_key,
                 in_flight=self._in_flight.fd,
                 lifeline=None if line is None else line.fd,
+                is_restart=self._was_ready,
                 cores=self._cores,
                 weights=self._weights,
                 tiers=self._tiers,
@@ -236,6 +240,7 @@ class SubprocessLauncher(Launcher):
         return _SubprocessLink(reader, writer, process, self._in_flight, line)
 
     def accept(self, info: EngineInfo) -> None:
+        self._was_ready = True
         if self._weights is not None and not self._weights.filled:
             self._weights.filled, self._weights.share = True, info.planned_bytes
         self._on_ready(info)

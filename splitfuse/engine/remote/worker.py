@@ -88,6 +88,7 @@ class Worker:
                 name_key=spec.name_key,
                 tier_files=spec.tiers,
                 nodes=nodes,
+                is_restart=spec.is_restart,
             )
             if spec.link_key is not None:
                 engine.use_peers(spec.link_key)
