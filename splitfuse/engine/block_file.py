@@ -15,6 +15,7 @@ that a full disk, or full memory, is an error of theirs and nothing worse.
 
 from __future__ import annotations
 
+import errno
 import mmap
 import os
 import struct
@@ -38,6 +39,8 @@ _ENTRY_BYTES = 8 + 8 + 2 * NAME_BYTES + 4
 RECENT = 1_000_000_000
 """Nanoseconds within which a use of a block is as good as now."""
 _NONE = bytes(NAME_BYTES)
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+"""Numbers of the errors of a disk that is full, or of a limit that is reached."""
 
 
 class BlockFile:
@@ -77,6 +80,7 @@ class BlockFile:
         self._lock = threading.Lock()
         self._writing = threading.Lock()
         self._index: dict[bytes, int] = {}  # name -> slot
+        self._can_overwrite = True  # on a full disk, as far as is known
         header = _HEADER.pack(_MAGIC, block_bytes, block_size, self.num_slots, fingerprint)
         before = os.pread(fd, _HEADER.size, 0)
         os.posix_fallocate(fd, 0, self._data_at)
@@ -139,7 +143,8 @@ class BlockFile:
 
     def write(self, frame: Frame, before: bytes) -> bool:
         """Write a block into the slot that was used least recently; `before` is the name of the block before it, if it
-        is not the first. Returns False if it is there already. Raises OSError if there is no room.
+        is not the first. Returns False if it is there already. Raises OSError if there is no room: the next ones take
+        the places of blocks that are there, then.
         """
         missing = self._block_size - len(frame.token_ids)  # of a block that is not full
         written = array("i", [*frame.token_ids, *[PLACEHOLDER] * missing]).tobytes(), frame.data
@@ -152,6 +157,7 @@ class BlockFile:
             if frame.name in self._index:
                 return False
             slot = self._least_recently_used()
+            is_empty = not self._names[slot].any()
             writing = int(self._sequences[slot]) + 1 | 1  # odd, whatever was left there
             self._sequences[slot] = writing
             self._names[slot], self._used[slot] = 0, 0
@@ -159,9 +165,14 @@ class BlockFile:
         try:
             num_written = os.pwritev(self._fd, written, self._data_at + slot * self._slot_bytes)
             if num_written != 4 * self._block_size + self._block_bytes:
-                raise OSError("the block was written in part")
-        except Exception:
-            self._sequences[slot] = writing + 1
+                raise OSError(errno.ENOSPC, "there is no room for the whole of a block")
+        except Exception as error:
+            with self._lock:
+                self._sequences[slot] = writing + 1
+                is_full = isinstance(error, OSError) and error.errno in _NO_ROOM
+                self._can_overwrite = self._can_overwrite and is_empty
+                if is_full and self._can_overwrite:  # empty slots are tried again once the others were used since
+                    self._used[self._own][~self._names[self._own].any(axis=1)] = time.time_ns()
             raise
         with self._lock:
             self._names[slot], self._before[slot] = _as_words(frame.name), _as_words(before or _NONE)

@@ -187,7 +187,7 @@ class Tiers:
             with self._lock:
                 self.stats.num_unsaved += 1
             if not tier.failed:
-                logger.warning("KV blocks are not saved to %s now: %r", tier.name, error)
+                logger.warning("KV blocks are not saved to %s now: %s", tier.name, _reason(error))
             tier.failed = True
 
     # What is fetched --------------------------------------------------------------------------------------------------
@@ -335,7 +335,7 @@ class Tiers:
             frame = tier.file.read(name)
         except Exception as error:
             if not tier.unreadable:
-                logger.warning("KV blocks cannot be read from %s now: %r", tier.name, error)
+                logger.warning("KV blocks cannot be read from %s now: %s", tier.name, _reason(error))
             tier.unreadable = True
             tier.file.drop(name)
             return None
@@ -390,6 +390,10 @@ class Tiers:
         for tier in self._tiers:
             tier.file.close()
         return True
+
+
+def _reason(error: Exception) -> str:
+    return error.strerror or str(error) if isinstance(error, OSError) else repr(error)
 
 
 def make_tiers(

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import suppress
 from functools import partial
 from itertools import count
 from pathlib import Path
@@ -233,16 +235,52 @@ def test_a_process_that_is_killed_while_it_writes_leaves_whole_blocks(fd: int, p
     assert len(file) == 40
 
 
-def test_a_full_disk_costs_the_block_alone(fd: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("write", [lambda *_: 17, lambda *_: os.pread(-1, 1, 0)], ids=["in part", "not at all"])
+def test_a_full_disk_costs_the_block_alone(fd: int, write: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     file, first, second = open_file(fd), frame(0), frame(1)
     file.write(first, b"")
-    for write in (lambda *_: 17, lambda *_: os.pread(-1, 1, 0)):  # in part, and not at all
-        with monkeypatch.context() as patch:
-            patch.setattr("os.pwritev", write)
-            with pytest.raises(OSError):
-                file.write(second, b"")
-        assert second.name not in file and equal(file.read(first.name), first)
+    with monkeypatch.context() as patch:
+        patch.setattr("os.pwritev", write)
+        with pytest.raises(OSError):
+            file.write(second, b"")
+    assert second.name not in file and equal(file.read(first.name), first)
     assert file.write(second, b"") and equal(file.read(second.name), second)
+
+
+def test_a_disk_that_takes_nothing_more_keeps_what_it_has(fd: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    file, frames = open_file(fd), [frame(number) for number in range(9)]
+    for each in frames[:4]:
+        file.write(each, b"")
+
+    def fail(*_: Any) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("os.pwritev", fail)
+    for each in frames[4:]:
+        with pytest.raises(OSError, match="No space"):
+            file.write(each, b"")
+    assert [equal(file.read(each.name), each) for each in frames[:4]] == [False, True, True, True], "one was tried"
+
+
+def test_a_disk_that_is_full_keeps_the_newest_blocks_in_the_room_that_there_is(
+    fd: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file, write, now = open_file(fd, slots=50), os.pwritev, count(10**18, 2 * 10**9)
+    monkeypatch.setattr("time.time_ns", partial(next, now))
+
+    def write_to_four(fd: int, buffers: Any, offset: int) -> int:
+        if offset >= file._data_at + 4 * file._slot_bytes:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return write(fd, buffers, offset)
+
+    monkeypatch.setattr("os.pwritev", write_to_four)
+    frames, written = [frame(number) for number in range(40)], list[Frame]()
+    for each in frames:
+        with suppress(OSError):
+            file.write(each, b"")
+            written.append(each)
+    assert len(written) == 32, "one of five is tried where there is no room"
+    assert all(equal(file.read(each.name), each) for each in written[-4:]) and len(file) == 4
 
 
 @pytest.mark.parametrize(
