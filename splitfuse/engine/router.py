@@ -28,7 +28,7 @@ from splitfuse.engine.recovery import Choice, Recovery
 from splitfuse.engine.remote.connector import Agreement
 from splitfuse.engine.scaling import Scaler
 from splitfuse.engine.stream import Stream
-from splitfuse.errors import ConfigError, EngineUnavailableError, InvalidRequestError
+from splitfuse.errors import AdapterError, ConfigError, EngineUnavailableError, InvalidRequestError
 
 FETCHED_POLL_SECONDS = 0.005
 """Seconds between two checks whether requests have gone on elsewhere."""
@@ -208,7 +208,11 @@ class Router(EngineClient):
         self.check_not_loading(name)
         loads = (replica.load_adapter(name, path) for replica in replicas)
         errors = await asyncio.gather(*loads, return_exceptions=True)
-        if failures := [error for error in errors if error is not None]:
+        failures = [error for error in errors if error is not None]
+        if len({replica.adapters[name] for replica in replicas if name in replica.adapters}) > 1 and not failures:
+            message = f"the adapter {path} is not the same for all engines, or has changed meanwhile: load it again"
+            failures = [AdapterError(message)]
+        if failures:
             for replica, error in zip(replicas, errors, strict=True):
                 if error is None and name not in replica.loading_adapters:  # it is, if the replica died since
                     replica.unload_adapter(name)

@@ -219,6 +219,11 @@ def test_replicas_load_an_adapter_all_or_none(folders: list[Path], monkeypatch: 
                 patch.setattr(replicas[1], "load_adapter", fail)
                 await client.load_adapter("a", str(folders[0]))
             assert not client.adapters and not replicas[0].adapters
+            load = replicas[1].load_adapter
+            with monkeypatch.context() as patch, pytest.raises(AdapterError, match="not the same for all engines"):
+                patch.setattr(replicas[1], "load_adapter", lambda name, _: load(name, str(folders[1])))
+                await client.load_adapter("a", str(folders[0]))
+            assert not client.adapters and not replicas[0].adapters
             await client.load_adapter("a", str(folders[0]))
             digest = client.adapters["a"]
             before = await answer_of(client, "a")

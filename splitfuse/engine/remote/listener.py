@@ -79,7 +79,7 @@ class FrontSession:
             self._loop.call_soon_threadsafe(self._report, report)
 
     def _report(self, report: Report) -> None:
-        if self._ended or self._reads_nothing:
+        if self._ended or self._reads_nothing or self._writer.is_closing():  # asyncio complains of what is lost
             return
         if self._beat is None:
             self._held.append(report)
