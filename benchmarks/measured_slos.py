@@ -1,7 +1,8 @@
 """Compare policies on the engine itself under SLOs of several kinds, in turns, and each with its simulation.
 
     python -m benchmarks.measured_slos --model DIR [--quantization int8] [--clients 16] [--requests 64] [--turns 3]
-    python -m benchmarks.measured_slos --runs FILE       # simulate again what `--out FILE` kept, without the engine
+    python -m benchmarks.measured_slos --model DIR ... --out FILE    # measure alone, and keep the runs
+    python -m benchmarks.measured_slos --runs FILE                   # simulate them, without the engine
 
 In each turn our policy runs under each SLO, and each other policy once, judged by all of them; every second turn in
 reverse order. One model is loaded once, loads are closed loops. The machine is calibrated before each run
@@ -51,7 +52,7 @@ from splitfuse.simulator.deployment import Deployment, Machine, SimulationConfig
 from splitfuse.simulator.pace import MeasuredMachine
 from splitfuse.simulator.simulate import SimulatedTarget
 
-SLOS = ("ttft=4x,itl=12x", "ttft=3x,itl=10x/p95", "ttft=4x,tpot=8x", "ttft=1.5x,itl=12x")
+SLOS = ("ttft=4x,itl=12x", "ttft=3x,itl=10x/p95", "ttft=4x,tpot=8x", "ttft=2x")
 OTHERS = {"by age": ("splitfuse", None), "prefill-first": ("prefill-first", 2048), "orca": ("orca", 2048)}
 """Policies to compare with, by name: the policy, and its token budget; None for the chosen one."""
 SIMULATIONS = 8
@@ -74,22 +75,25 @@ def main() -> None:
     parser.add_argument("--prompt", type=float, default=USUAL_PROMPT)
     parser.add_argument("--generate", type=float, default=64)
     parser.add_argument("--seconds", type=float, default=8.0, help="duration of each calibration")
-    parser.add_argument("--out", type=Path, help="file to keep the runs in, with all their steps")
-    parser.add_argument("--runs", type=Path, help="file of runs that are simulated again; other options do not count")
+    parser.add_argument("--out", type=Path, help="file to keep the runs in, with all their steps, for `--runs`")
+    parser.add_argument("--runs", type=Path, help="file of runs that are simulated; other options do not count")
     arguments = parser.parse_args()
     if unknown := set(arguments.others.split(",")) - OTHERS.keys():
         parser.error(f"--others {unknown.pop()}: choose from {', '.join(OTHERS)}")
     if arguments.runs is None:
         runs = measure(arguments)
+        if arguments.out is not None:
+            print(f"kept in {arguments.out}: --runs {arguments.out} simulates them, on a machine that may be busy")
+            return
     else:
         runs = msgspec.json.decode(arguments.runs.read_bytes(), type=list[Run])
-        for run in runs:
-            run.simulate()
+    for run in runs:
+        run.simulate()
     show(runs)
 
 
 def measure(arguments: argparse.Namespace) -> list[Run]:
-    """Return the runs of all turns, each simulated as soon as it has ended."""
+    """Return the runs of all turns. Each is kept in the file, if there is one, as soon as it has ended."""
     began = time.monotonic()
     settings = {"enable_prefix_caching": False} | {
         name: value for name in ("model", "quantization", "dtype") if (value := getattr(arguments, name)) is not None
@@ -113,7 +117,7 @@ def measure(arguments: argparse.Namespace) -> list[Run]:
             runs.append(Run(system, settings, calibration, turn, point, target.steps, target.num_missed))
             del target
             gc.collect()
-            runs[-1].simulate()
+            print(f"turn {turn}, {runs[-1].measurement}", flush=True)
             if arguments.out is not None:
                 arguments.out.write_bytes(msgspec.json.encode(runs))
     return runs
@@ -183,6 +187,20 @@ class Run:
     """Number of all requests that missed the SLO by the clock of the engine."""
     simulated: list[Point] = field(default_factory=list)
 
+    @property
+    def measurement(self) -> str:
+        """Return what was measured, in a sentence."""
+        text = f"{self.system.name}: {metrics.throughput(self.measured):.2f} requests/s"
+        if self.system.slo:
+            slo = SloTargets.parse(**self.system.slo)
+            missed = sum(not metrics.meets_slo(each, slo) for each in self.measured.records)
+            text += f"; in time {goodput([self.measured], slo)}"
+            text += f"; missed by {missed} of all {len(self.measured.records)}, at the engine by {self.num_missed}"
+        slowdown = sum(each.seconds for each in self.steps) / sum(
+            self.calibration.cost.seconds(each.features) for each in self.steps
+        )
+        return f"{text}; steps took {slowdown:.2f} times as long as calibrated"
+
     def simulate(self) -> None:
         """Simulate the run on a machine with its steps, and print both."""
         config = SimulationConfig.of(
@@ -197,17 +215,10 @@ class Run:
             machine = Machine(engine=config, step_times=of_run.step_times, pace=pace)
             target = SimulatedTarget(Deployment(machines=(machine,)))
             self.simulated.append(virtual_time.run(drive(target, self.system.load, self.turn)))
-        both = [metrics.throughput(self.measured), metrics.mean([metrics.throughput(p) for p in self.simulated])]
-        slowdown = sum(each.seconds for each in self.steps) / sum(
-            self.calibration.cost.seconds(each.features) for each in self.steps
-        )
-        text = f"turn {self.turn}, {self.system.name}: {both[0]:.2f} requests/s, simulated {both[1]:.2f}"
+        text = f"{metrics.mean([metrics.throughput(each) for each in self.simulated]):.2f} requests/s"
         if self.system.slo:
-            slo = SloTargets.parse(**self.system.slo)
-            text += f"; in time {goodput([self.measured], slo)}, simulated {goodput(self.simulated, slo)}"
-            missed = sum(not metrics.meets_slo(each, slo) for each in self.measured.records)
-            text += f"; missed by {missed} of all {len(self.measured.records)}, at the engine by {self.num_missed}"
-        print(f"{text}; steps took {slowdown:.2f} times as long as calibrated", flush=True)
+            text += f"; in time {goodput(self.simulated, SloTargets.parse(**self.system.slo))}"
+        print(f"turn {self.turn}, {self.measurement}\n  simulated: {text}", flush=True)
 
 
 class LoadedTarget(EngineTarget):
