@@ -16,6 +16,7 @@ that a full disk, or full memory, is an error of theirs and nothing worse.
 from __future__ import annotations
 
 import errno
+import logging
 import mmap
 import os
 import struct
@@ -41,6 +42,8 @@ RECENT = 1_000_000_000
 _NONE = bytes(NAME_BYTES)
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 """Numbers of the errors of a disk that is full, or of a limit that is reached."""
+
+_logger = logging.getLogger(__name__)
 
 
 class BlockFile:
@@ -81,7 +84,7 @@ class BlockFile:
         self._writing = threading.Lock()
         self._index: dict[bytes, int] = {}  # name -> slot
         self._can_overwrite = True  # on a full disk, as far as is known
-        header = _HEADER.pack(_MAGIC, block_bytes, block_size, self.num_slots, fingerprint)
+        header = self._header = _HEADER.pack(_MAGIC, block_bytes, block_size, self.num_slots, fingerprint)
         before = os.pread(fd, _HEADER.size, 0)
         os.posix_fallocate(fd, 0, self._data_at)
         self._map = mmap.mmap(fd, self._data_at)
@@ -95,7 +98,7 @@ class BlockFile:
         self._named: dict[int, bytes] = {}  # slot -> its name in the index
         self.num_foreign = 0
         if before != header:
-            self.num_foreign = self._clear(header, before)
+            self.num_foreign = self._clear(before)
         self._sequences[self._own] += self._sequences[self._own] % 2  # what a writer has left that died
         self._seen = np.zeros(self.num_slots, np.int64)
         self.refresh()
@@ -103,8 +106,8 @@ class BlockFile:
     def _words(self, offset: int, count: int) -> npt.NDArray[np.int64]:
         return np.frombuffer(self._map, np.int64, count, offset)
 
-    def _clear(self, header: bytes, before: bytes) -> int:
-        """Forget all blocks. Returns how many there were."""
+    def _clear(self, before: bytes) -> int:
+        """Forget all blocks. Returns how many there were, if the file began with `before`."""
         num_blocks = 0
         if len(before) == _HEADER.size and before.startswith(_MAGIC):
             num_before = min(_HEADER.unpack(before)[3], os.fstat(self._fd).st_size // NAME_BYTES)
@@ -113,8 +116,20 @@ class BlockFile:
             num_blocks = int(np.frombuffer(names, np.int64).reshape(-1, 2).any(axis=1).sum())
         os.ftruncate(self._fd, self._data_at)  # else it would stay as large as it was, with what users wrote
         self._map[_HEADER.size :] = bytes(len(self._map) - _HEADER.size)
-        self._map[: _HEADER.size] = header
+        self._map[: _HEADER.size] = self._header
         return num_blocks
+
+    def _begin_anew_if_cut(self) -> None:
+        """Forget all blocks if somebody has cut the file: to touch the table would end the process. Raises OSError if
+        there is no room for a new one.
+        """
+        if os.fstat(self._fd).st_size < self._data_at:
+            with self._lock:
+                self._index.clear()
+                self._named.clear()
+            os.posix_fallocate(self._fd, 0, self._data_at)
+            self._clear(b"")
+            _logger.warning("a file of KV blocks was cut by another program: it begins anew")
 
     def __len__(self) -> int:
         """Return how many blocks are there, as far as this process has seen."""
@@ -125,6 +140,7 @@ class BlockFile:
 
     def refresh(self) -> None:
         """Look at what other processes have written since."""
+        self._begin_anew_if_cut()
         with self._lock:
             changed = np.flatnonzero(self._sequences != self._seen)
             for slot in changed.tolist():
@@ -194,6 +210,7 @@ class BlockFile:
         """Return the block of a name; None if it is not there, or was overwritten meanwhile. It may not be intact: see
         `drop`. Raises OSError if it cannot be read.
         """
+        self._begin_anew_if_cut()
         with self._lock:
             slot = self._index.get(name)
             if slot is None:

@@ -13,6 +13,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Collection, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
@@ -201,7 +202,8 @@ class Tiers:
             return Found(0, 0.0)
         count, seconds = 0, LATENCY
         for each in self._tiers:
-            each.file.refresh()
+            with suppress(OSError):  # it was cut, and there is no room for it: it has nothing then
+                each.file.refresh()
         for name in names:
             if (tier := self._tier_of(name)) is None:
                 break

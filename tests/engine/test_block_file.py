@@ -308,6 +308,41 @@ def test_a_file_that_begins_anew_gives_its_room_back(fd: int, changes: dict[str,
     assert again.write(frame(1), b"") and equal(again.read(frame(1).name), frame(1))
 
 
+@pytest.mark.parametrize("size", [0, 100, 5000])
+def test_a_file_that_is_cut_while_it_is_used_begins_anew(fd: int, size: int, caplog: pytest.LogCaptureFixture) -> None:
+    one, other = (open_file(fd, slots=200, part=part, num_parts=2) for part in (0, 1))
+    frames = [frame(number) for number in range(4)]
+    for each in frames[:3]:
+        one.write(each, b"")
+    other.refresh()
+    os.ftruncate(fd, size)
+    assert all(other.read(each.name) is None for each in frames[:3])
+    assert other.write(frames[3], b"") and one.read(frames[0].name) is None
+    assert one.write(frames[0], b"") and equal(one.read(frames[0].name), frames[0])
+    one.refresh()
+    again = open_file(fd, slots=200)
+    assert equal(one.read(frames[3].name), frames[3]) and len(again) == 2 and again.num_foreign == 0
+    assert caplog.messages == ["a file of KV blocks was cut by another program: it begins anew"]
+
+
+def test_a_file_that_is_cut_on_a_full_disk_has_nothing(fd: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    file, first = open_file(fd), frame(0)
+    file.write(first, b"")
+    os.ftruncate(fd, 0)
+
+    def fail(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr("os.posix_fallocate", fail)
+        for work in (file.refresh, partial(file.read, first.name), partial(file.write, first, b"")):
+            with pytest.raises(OSError, match="No space"):
+                work()
+            assert first.name not in file
+            file.drop(first.name)
+    assert file.write(first, b"") and equal(file.read(first.name), first)
+
+
 def test_a_file_of_something_else_is_overwritten(fd: int) -> None:
     os.pwrite(fd, Random(1).randbytes(20_000), 0)
     file, written = open_file(fd), frame(0)
