@@ -47,7 +47,7 @@ def main() -> None:
         chosen = {"dtype": "bfloat16", "load_format": "dummy", "num_blocks": 512, **settings}
         engine = Engine.load(EngineConfig.from_settings({"model": name, **chosen}))
         digests = [
-            engine.load_adapter(str(number), str(write_adapter(engine, folder / str(number), arguments.rank, number)))
+            engine.adapters.load(str(number), str(write_adapter(engine, folder / str(number), arguments.rank, number)))
             for number in range(arguments.adapters)
         ]
     print(engine.model.decoder.backend.describe(), "\n")

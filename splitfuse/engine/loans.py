@@ -36,6 +36,12 @@ def open_channel(loan: Loan) -> Channel:
         os.close(fd)
 
 
+def close_channel(channels: dict[int, Channel], number: int) -> None:
+    """Close the channel of a loan and forget it, if it is among those."""
+    if (channel := channels.pop(number, None)) is not None:
+        channel.close()
+
+
 @dataclass(frozen=True)
 class _Lent:
     channel: Channel

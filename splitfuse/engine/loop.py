@@ -14,7 +14,7 @@ from typing import Any
 from splitfuse.core.events import StepRecord, StepScheduled
 from splitfuse.core.plan import DraftKind, StepPlan
 from splitfuse.core.request_output import FinishReason, RequestOutput
-from splitfuse.engine.engine import Engine, rejection
+from splitfuse.engine.engine import Engine
 from splitfuse.engine.messages import (
     AdapterLoaded,
     Add,
@@ -35,6 +35,7 @@ from splitfuse.engine.messages import (
     Traced,
     UnloadAdapter,
 )
+from splitfuse.engine.pending import rejection
 from splitfuse.engine.trace import TraceLevel, in_parts
 from splitfuse.engine.tracer import EngineTracer
 from splitfuse.errors import RankLostError, SplitfuseError
@@ -165,7 +166,7 @@ class EngineLoop:
         self._step_began = time.monotonic()  # what follows can hang as a step can
         try:
             self._engine.abort_all()
-            self._engine.reset_adapters()
+            self._engine.adapters.reset()
         finally:
             self._step_began = 0.0
         if self._engine.tiers is not None:
@@ -215,10 +216,10 @@ class EngineLoop:
                 case LoadAdapter():  # files are read on a thread, and steps go on meanwhile
                     threading.Thread(target=self._load_adapter, args=(command,), daemon=True).start()
                 case _Loaded():  # named by its digest: the front knows which names have it, and when none does
-                    self._engine.install_adapter(command.digest, command.digest, command.adapter)
+                    self._engine.adapters.install(command.digest, command.digest, command.adapter)
                     self._report(AdapterLoaded(command.name, command.digest))
                 case UnloadAdapter():
-                    self._engine.release_adapter(command.digest)
+                    self._engine.adapters.release(command.digest)
                 case SetTracing():
                     self._tracer.level = command.level
                 case Stop():
@@ -292,7 +293,7 @@ class EngineLoop:
         if drafting is not None and drafting.model is not None:
             stats.draft_model_seconds = drafting.model.seconds
         stats.num_running = len(queue.running)
-        stats.num_waiting = len(queue.waiting) + len(queue.fetching) + engine.num_held
+        stats.num_waiting = len(queue.waiting) + len(queue.fetching) + engine.num_pending
         stats.num_available_blocks = engine.allocator.num_available
         stats.num_lent_blocks = engine.allocator.num_lent
         stats.num_preemptions = queue.num_preemptions - self._num_preemptions

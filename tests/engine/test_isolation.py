@@ -28,8 +28,9 @@ from splitfuse.core.slo.request_slo import RequestSlo
 from splitfuse.core.slo.targets import SloTargets
 from splitfuse.core.step_builder import StepBuilder
 from splitfuse.core.structured_outputs import StructuredOutputs
-from splitfuse.engine.engine import MAX_BROKEN_STEPS, Engine
+from splitfuse.engine.engine import Engine
 from splitfuse.engine.messages import Add, Finish
+from splitfuse.engine.step_runner import MAX_BROKEN_STEPS
 from splitfuse.engine.thread import AsyncEngine
 from splitfuse.runtime import executor, results
 from splitfuse.runtime.executor import Executor
@@ -357,7 +358,7 @@ def test_random_faults_leave_the_scheduler_sound(
     plan = replace(model.plan, num_blocks=rng.choice((8, 12, 30)), block_size=4)
     settings = {"max_num_seqs": 5, "max_num_batched_tokens": 16, "block_size": 4, "enable_slo": True}
     engine = Engine(EngineConfig.from_settings(settings), replace(model, plan=plan), cost=COST)
-    engine.executor = FaultyExecutor(4, rng)  # type: ignore[assignment]
+    engine.executor = engine._steps._executor = FaultyExecutor(4, rng)  # type: ignore[assignment]
     engine.executor.keeps_plans = seed % 2 == 1
     for owner, name in FAULTY:
         monkeypatch.setattr(owner, name, sometimes_raising(getattr(owner, name), rng))

@@ -31,8 +31,10 @@ from splitfuse.core.request_table import LOAN_LOST
 from splitfuse.core.sampling_params import SamplingParams
 from splitfuse.engine import loans as loans_of_engines
 from splitfuse.engine.client import EngineState, LocalClient
-from splitfuse.engine.engine import NOT_LENT, Engine
+from splitfuse.engine.engine import Engine
+from splitfuse.engine.loans import close_channel
 from splitfuse.engine.messages import Add, Loan
+from splitfuse.engine.pending import NOT_LENT
 from splitfuse.engine.ragged import RaggedEngine
 from splitfuse.engine.remote.launcher import SubprocessLauncher
 from splitfuse.engine.remote.supervisor import SupervisedEngine
@@ -190,7 +192,7 @@ def test_creditor_lends_only_what_its_own_requests_do_not_need(folder: Path) -> 
     with lending(creditor, long_request(), 4 * TILE):
         assert creditor.allocator.num_lent == 4 * TILE // BLOCK
         creditor.add(long_request("too large now", length=LARGE - 2 * TILE, max_tokens=1))
-        assert creditor.num_held == 1 and not creditor.step()
+        assert creditor.num_pending == 1 and not creditor.step()
         assert creditor.lender is not None
         assert not creditor.lend(Loan(10, "/proc/self/fd/none", BLOCK)), "a request waits for room"
         creditor.lender.close()  # the loan has ended
@@ -330,7 +332,7 @@ def test_request_that_cannot_be_added_behind_its_loan_ends_alone(folder: Path, m
     with lending(creditor, long_request(), 4 * TILE) as request:
         debtor.add(request)
         debtor.add(short)
-        monkeypatch.setattr(debtor, "_accept", lambda *_: 1 / 0)
+        monkeypatch.setattr(debtor._pending, "_accept", lambda *_: 1 / 0)
         ended = []
         while debtor.has_unfinished:
             ended += [output for output in debtor.step() if output.finish_reason is not None]
@@ -348,7 +350,7 @@ def test_step_goes_on_with_a_channel_that_is_closed_meanwhile(folder: Path, monk
 
     def closing(chunks: Sequence[Chunk]) -> StepResult:
         for number in [chunk.loan.number for chunk in chunks if chunk.loan is not None and chunk.loan.num_tokens]:
-            debtor._close_channel(number)
+            close_channel(executor.channels, number)
         return compute(chunks)
 
     monkeypatch.setattr(executor, "_compute", closing)

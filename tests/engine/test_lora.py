@@ -45,8 +45,8 @@ def test_an_adapter_that_is_gone_does_not_end_the_engine_of_the_next_server(
     shutil.copytree(folders[0], copied)
     engine = load(model, f"gone={copied}", f"there={folders[1]}")
     loop = EngineLoop(engine, lambda _: None)
-    engine.unload_adapter("gone")
-    engine.unload_adapter("there")
+    engine.adapters.unload("gone")
+    engine.adapters.unload("there")
     shutil.rmtree(copied)
     watched: list[float] = []
     abort_all = engine.abort_all
@@ -107,7 +107,7 @@ def test_answers_are_equal_alone_in_company_and_preempted(
 
 def plain_with(engine: Engine, name: str, folders: list[Path]) -> Engine:
     """The engine with one adapter more."""
-    engine.load_adapter(name, str(folders[int(name[1:])]))
+    engine.adapters.load(name, str(folders[int(name[1:])]))
     return engine
 
 
@@ -126,12 +126,12 @@ def test_adapter_stays_until_its_last_request_has_ended(model: Path, folders: li
     wanted = answers(engine, {"x": old})["x"][0]
     engine.add_request("running", PROMPT, SamplingParams(max_tokens=12), adapter=old)
     engine.step()
-    new = engine.load_adapter("sql", str(folders[1]))  # another under the same name
+    new = engine.adapters.load("sql", str(folders[1]))  # another under the same name
     assert new != old == engine.scheduler.queue.running[0].adapter
     engine.add_request("newer", PROMPT, SamplingParams(max_tokens=12), adapter=new)
     outputs = drain(engine)
     assert [token for output in outputs["running"] for token in output.token_ids][-11:] == wanted[-11:]
-    engine.unload_adapter("sql")
+    engine.adapters.unload("sql")
     assert not engine.executor.adapters
     with pytest.raises(InvalidRequestError, match="the adapter of the request is not loaded any more"):
         engine.add_request("late", PROMPT, SamplingParams(max_tokens=1), adapter=new)

@@ -199,7 +199,7 @@ def test_blocks_are_fetched_ahead_while_the_old_engine_goes_on(engines: list[Eng
 
 
 def test_a_step_saves_a_few_blocks_of_all_that_move(engines: list[Engine], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("splitfuse.engine.engine.MOVING_SHARE", 0.0)
+    monkeypatch.setattr("splitfuse.engine.block_transfers.MOVING_SHARE", 0.0)
     first, *_ = make(engines)
     wanted = [
         msgspec.structs.replace(each, prompt_token_ids=tuple(Random(n).randrange(5, 700) for _ in range(300)))

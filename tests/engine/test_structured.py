@@ -191,7 +191,7 @@ def test_no_step_makes_the_grammar_of_an_accepted_request(
             patched.setattr(grammars._thread, "submit", lambda *_: pytest.fail("a step makes a grammar"))
             while engine.is_unfinished("first") or engine.is_unfinished("second"):
                 engine.step()
-        assert engine.num_held == len(others) and not engine._matchers
+        assert engine.num_pending == len(others) and not engine._matchers
         assert all(engine.abort(name) for name in others)
     finally:
         opened.set()

@@ -382,7 +382,7 @@ def test_a_rejected_request_does_not_end_an_engine_that_waits_for_blocks(
     assert second.step(isolate=True) == [] and second.scheduler.queue.fetching
     failed: Future[Any] = Future()
     failed.set_exception(InvalidRequestError("a form that is none"))
-    second._held["rejected"] = Add("rejected", (20, 21), SamplingParams()), failed  # as `add` holds it
+    second._pending._held["rejected"] = Add("rejected", (20, 21), SamplingParams()), failed  # as `add` holds it
     (output,) = second.step(isolate=True)
     assert output.request_id == "rejected" and output.error == "a form that is none"
     go_on.set()

@@ -18,7 +18,7 @@ from running_server import PATIENCE, RunningServer, running_server
 
 import splitfuse
 from splitfuse.config.server import ServerConfig
-from splitfuse.engine.engine import MAX_BROKEN_STEPS
+from splitfuse.engine.step_runner import MAX_BROKEN_STEPS
 from splitfuse.engine.thread import AsyncEngine
 from splitfuse.errors import ConfigError
 from splitfuse.server.app import ROUTES
