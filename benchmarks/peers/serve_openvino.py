@@ -57,7 +57,7 @@ class OpenVinoEngine:
         self._answers: dict[int, tuple[Any, asyncio.Queue[Tokens | None]]] = {}
         self._numbers = count()
         self._work = asyncio.Event()
-        self._end_tokens = set(self._pipeline.get_config().stop_token_ids)
+        self._eos_tokens = set(self._pipeline.get_config().stop_token_ids)
         self.facts = {
             "version": f"openvino-genai {openvino_genai.__version__}",
             **{name: getattr(scheduler, name) for name in SCHEDULER_FIELDS},
@@ -70,7 +70,7 @@ class OpenVinoEngine:
     async def generate(self, prompt: Tokens, max_tokens: int, *, ignore_eos: bool) -> AsyncGenerator[Tokens, None]:
         """Implement `TokenEngine`."""
         sampling = GenerationConfig(
-            max_new_tokens=max_tokens, ignore_eos=ignore_eos, do_sample=False, stop_token_ids=self._end_tokens
+            max_new_tokens=max_tokens, ignore_eos=ignore_eos, do_sample=False, stop_token_ids=self._eos_tokens
         )
         number = next(self._numbers)
         tensor = openvino.Tensor(np.array([prompt], dtype=np.int64))

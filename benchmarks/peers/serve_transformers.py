@@ -2,7 +2,7 @@
 
     python -m benchmarks.peers.serve_transformers '{"model": DIR, "settings": {...}, "threads": 2, "host": ...}'
 
-`transformers serve` would take text only, and stop at the end token. Settings are fields of `ContinuousBatchingConfig`,
+`transformers serve` would take text only, and stop at the EOS token. Settings are fields of `ContinuousBatchingConfig`,
 and `attn_implementation`.
 """
 

@@ -27,7 +27,7 @@ Figures: TypeAlias = dict[str, float]
 
 @dataclass(frozen=True)
 class Workload:
-    """Prompts of random token ids, sent together; greedy, without end token."""
+    """Prompts of random token ids, sent together; greedy, without EOS token."""
 
     name: str
     num_prompts: int

@@ -51,7 +51,7 @@ class Target(ABC):
 
     @abstractmethod
     async def ask(self, request: LoadRequest) -> Answer:
-        """Generate `request.max_tokens` tokens, greedily. Fewer are an error, unless end tokens are honoured.
+        """Generate `request.max_tokens` tokens, greedily. Fewer are an error, unless EOS tokens are honoured.
 
         A failure of this request alone is in the answer. Raises ServerError if the target is gone.
         """

@@ -35,7 +35,7 @@ def bench_run(
         typer.Option(help="Policy of an engine in this process: splitfuse, prefill-first, orca or static."),
     ] = "splitfuse",
     repeat: Annotated[int, typer.Option(help="Repetitions of each load; the table shows their spread.")] = 2,
-    ignore_eos: Annotated[bool, typer.Option(help="Continue after the model's end token.")] = True,
+    ignore_eos: Annotated[bool, typer.Option(help="Continue after the model's EOS token.")] = True,
     out: Annotated[Path | None, typer.Option(help="Write all results to this JSON file, after each load.")] = None,
     label: Annotated[str | None, typer.Option(help="Name in legends.")] = None,
     about: Annotated[

@@ -131,7 +131,7 @@ class Request:
 
     @property
     def reason_to_finish(self) -> FinishReason | None:
-        """Return why its newest token is its last; None if it goes on. An end token within the first `min_tokens` does
+        """Return why its newest token is its last; None if it goes on. An EOS token within the first `min_tokens` does
         not count.
         """
         newest, count = self.output_token_ids[-1], len(self.output_token_ids)

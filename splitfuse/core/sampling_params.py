@@ -173,7 +173,7 @@ class SamplingParams:
         (), "Text that ends the answer; may be given several times.", maximum=MAX_STOP_STRINGS
     )
     stop_token_ids: tuple[int, ...] = parameter((), "Token ids that end the answer.")
-    ignore_eos: bool = parameter(False, "Continue after the model's end token.")
+    ignore_eos: bool = parameter(False, "Continue after the model's EOS token.")
     logprobs: int | None = parameter(
         None, "Report log-probabilities with this many alternatives; 0 is the token alone.", maximum=MAX_LOGPROBS
     )

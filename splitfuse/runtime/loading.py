@@ -200,7 +200,7 @@ def load_model(
         leader.lead(decoder)
     draft_decoder = None if draft is None else draft.load(plan.max_model_len)
     identity = identify(source, config, backend=backend, plan=plan, device=device)
-    ends = end_tokens(source, spec.vocab_size)
+    ends = eos_tokens(source, spec.vocab_size)
     grammars = Grammars(partial(tokenizer_json, config, source), spec.vocab_size, ends)
     dummy = config.model.load_format == "dummy"
     open_weights = partial(DummyWeights, dtype, device) if dummy else source.weights
@@ -381,7 +381,7 @@ def _plan(
     return shared
 
 
-def end_tokens(source: ModelSource, vocab_size: int) -> tuple[int, ...]:
+def eos_tokens(source: ModelSource, vocab_size: int) -> tuple[int, ...]:
     """Return the tokens that end a text. Those outside the vocabulary, which the model cannot generate, are left out
     with a warning: files that name one load in transformers and vLLM too, and end where its others say.
 
@@ -390,7 +390,7 @@ def end_tokens(source: ModelSource, vocab_size: int) -> tuple[int, ...]:
     ids = source.eos_token_ids()
     if unknown := [token for token in ids if token >= vocab_size]:
         _logger.warning(
-            "%s has end tokens outside its vocabulary, which are ignored: %s; its token ids are from 0 to %d",
+            "%s has EOS tokens outside its vocabulary, which are ignored: %s; its token ids are from 0 to %d",
             source.location,
             ", ".join(map(brief, unknown)),
             vocab_size - 1,
@@ -398,7 +398,7 @@ def end_tokens(source: ModelSource, vocab_size: int) -> tuple[int, ...]:
     known = tuple(token for token in ids if token < vocab_size)
     if not known:
         _logger.warning(
-            "%s names no end token (eos_token_id in generation_config.json or config.json, eos_token in "
+            "%s names no EOS token (eos_token_id in generation_config.json or config.json, eos_token in "
             "tokenizer_config.json): texts end at their length or a stop of the request",
             source.location,
         )

@@ -145,7 +145,7 @@ def copy_of(folder: Path, target: Path) -> Path:
     return target
 
 
-def test_end_tokens_come_from_generation_config_as_a_number_or_a_list(folder: Path, tmp_path: Path) -> None:
+def test_eos_tokens_come_from_generation_config_as_a_number_or_a_list(folder: Path, tmp_path: Path) -> None:
     prompt = [5, 6, 7]
     free = generate(load(folder), prompt, max_tokens=20)
     assert len(free) == 20
@@ -164,14 +164,14 @@ def test_end_tokens_come_from_generation_config_as_a_number_or_a_list(folder: Pa
 
 
 @pytest.mark.parametrize("value", ["</s>", [1, "2"], True, -1, {"a": 1}])
-def test_end_tokens_that_are_none_are_refused(folder: Path, tmp_path: Path, value: object) -> None:
+def test_eos_tokens_that_are_none_are_refused(folder: Path, tmp_path: Path, value: object) -> None:
     model = copy_of(folder, tmp_path / "model")
     write_eos(model, value)
     with pytest.raises(ModelError, match=r"eos_token_id in .* must be a token id or a list of them"):
         load(model)
 
 
-def test_end_tokens_beyond_the_vocabulary_are_ignored(
+def test_eos_tokens_beyond_the_vocabulary_are_ignored(
     folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     free = generate(load(folder), [5, 6, 7], max_tokens=20)
@@ -180,7 +180,7 @@ def test_end_tokens_beyond_the_vocabulary_are_ignored(
     write_eos(model, [VOCAB, eos, VOCAB + 7, 2**31, 2**63, 10**30])
     engine = load(model)
     assert engine.model.eos_token_ids == (eos,)
-    assert f"has end tokens outside its vocabulary, which are ignored: {VOCAB}, {VOCAB + 7}" in caplog.text
+    assert f"has EOS tokens outside its vocabulary, which are ignored: {VOCAB}, {VOCAB + 7}" in caplog.text
     engine.add_request("alone", [5, 6, 7], SamplingParams(max_tokens=20))
     engine.add_request("forbids", [5, 6, 7], SamplingParams(max_tokens=20, min_tokens=20))
     engine.add_request("next", [5, 6, 7], SamplingParams(max_tokens=20, presence_penalty=5e-324))

@@ -1,4 +1,4 @@
-"""What a folder says apart from its network: end tokens, adapters."""
+"""What a folder says apart from its network: EOS tokens, adapters."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def added(content: str) -> dict[str, Any]:
     ],
     ids=str,
 )
-def test_end_token_of_the_tokenizer_counts(
+def test_eos_token_of_the_tokenizer_counts(
     tmp_path: Path, kind: str, config: dict[str, Any], token: str | None
 ) -> None:
     tokenizer = tiny_tokenizers.KINDS[kind]()
@@ -79,7 +79,7 @@ def test_end_token_of_the_tokenizer_counts(
         assert ModelFolder(tmp_path).eos_token_ids() == (ids[1], 5)
 
 
-def test_tokenizer_that_cannot_be_read_has_no_end_token(tmp_path: Path) -> None:
+def test_tokenizer_that_cannot_be_read_has_no_eos_token(tmp_path: Path) -> None:
     write(tmp_path / "config.json", {})
     write(tmp_path / "tokenizer_config.json", {"eos_token": "</s>"})
     for content in ("", "[]", "{", '{"model": 3}', "[" * 10_000, '{"model": {"vocab": [["</s>"]]}}'):
@@ -87,9 +87,9 @@ def test_tokenizer_that_cannot_be_read_has_no_end_token(tmp_path: Path) -> None:
         assert ModelFolder(tmp_path).eos_token_ids() == ()
 
 
-def test_missing_end_token_is_warned_of(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_missing_eos_token_is_warned_of(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
     assert load(folder).eos_token_ids == ()
-    assert f"{folder} names no end token" in caplog.text
+    assert f"{folder} names no EOS token" in caplog.text
     caplog.clear()
     write(folder / "generation_config.json", {"eos_token_id": 3})
     assert load(folder).eos_token_ids == (3,)

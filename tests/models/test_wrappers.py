@@ -143,7 +143,7 @@ def test_sections_of_mrope_must_be_those_of_a_head(tmp_path: Path) -> None:
         load_spec(ModelFolder(tmp_path))
 
 
-def test_end_tokens_of_the_text(saved: Path, tmp_path: Path) -> None:
+def test_eos_tokens_of_the_text(saved: Path, tmp_path: Path) -> None:
     text = json.loads((saved / "config.json").read_text())["text_config"]
     folder = changed(saved, tmp_path, str, text_config=text | {"eos_token_id": [7, 8]}, eos_token_id=None)
     assert ModelFolder(folder).eos_token_ids() == (7, 8)

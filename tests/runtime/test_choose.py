@@ -227,7 +227,7 @@ def test_a_choice_that_is_not_settled_is_undone(grammars: Grammars) -> None:
             break
 
 
-def test_an_end_token_is_taken_only_if_it_ends_the_request(grammars: Grammars) -> None:
+def test_an_eos_token_is_taken_only_if_it_ends_the_request(grammars: Grammars) -> None:
     logits = torch.zeros(1, VOCAB)
     logits[0, OTHER_END] = 9.0
     walk = Walk(grammars, {"regex": "(a|b)*"}, SamplingParams())

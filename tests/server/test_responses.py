@@ -122,7 +122,7 @@ def test_logprobs_equal_those_of_a_chat(ai: openai.OpenAI) -> None:
     chat = ai.chat.completions.create(messages=messages, logprobs=True, top_logprobs=2, **GREEDY).to_dict()
     answer = ai.responses.create(input=QUESTION, include=LOGPROBS, top_logprobs=2, **GREEDY).to_dict()
     *of_text, _ = chat["choices"][0]["logprobs"]["content"]
-    assert answer["output"][0]["content"][0]["logprobs"] == of_text, "the end token is no part of the text"
+    assert answer["output"][0]["content"][0]["logprobs"] == of_text, "the EOS token is no part of the text"
 
 
 def test_a_response_cut_off_is_incomplete(ai: openai.OpenAI) -> None:

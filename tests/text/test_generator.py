@@ -140,7 +140,7 @@ def test_a_stop_string_within_min_tokens_does_not_count(generator: TextGenerator
             assert generation.token_ids == free.token_ids[: max(least, free.num_tokens(cut))]
 
 
-def test_end_tokens_still_end_a_request_with_stop_strings(generator: TextGenerator) -> None:
+def test_eos_tokens_still_end_a_request_with_stop_strings(generator: TextGenerator) -> None:
     """DeepSpeed-MII's fault 5: any stop string disabled EOS."""
     biased = {**NO_SPECIAL_TOKENS, generator.engine.model.eos_token_ids[0]: 100.0}
     generation = run(generator, logit_bias=biased, stop=("\0",), max_tokens=10)

@@ -49,7 +49,7 @@ def test_flags_say_what_is_put_around_a_text(tmp_path: Path) -> None:
     assert read(tmp_path, ended).encode("a")[0] == tokenizer.bos_token_id
 
 
-def test_roles_template_and_end_tokens(tmp_path: Path) -> None:
+def test_roles_template_and_eos_tokens(tmp_path: Path) -> None:
     origin = byte_level()
     origin.add_special_tokens(["<|im_end|>", "<|eot|>", "<|end|>"])
     turn = origin.token_to_id("<|eot|>")

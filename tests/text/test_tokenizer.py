@@ -141,8 +141,8 @@ def test_tokens_of_the_configuration_alone(tmp_path: Path, config: dict[str, Any
     assert (ours.vocab_size, ours.eos_token_id) == (len(oracle), oracle.eos_token_id)
 
 
-def test_a_named_end_token_of_the_plain_vocabulary_is_special(tmp_path: Path) -> None:
-    """Some checkpoints name an end token in the configuration alone; skipping special tokens must skip it."""
+def test_a_named_eos_token_of_the_plain_vocabulary_is_special(tmp_path: Path) -> None:
+    """Some checkpoints name an EOS token in the configuration alone; skipping special tokens must skip it."""
     KINDS["byte_level"]().save(str(tmp_path / "tokenizer.json"))
     write_config(tmp_path, CONFIG | {"eos_token": "!"})
     tokenizer = Tokenizer.from_source(ModelFolder(tmp_path))

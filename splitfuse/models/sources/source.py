@@ -110,7 +110,7 @@ class WeightSource(ABC):
 
 
 class ModelSource(ABC):
-    """Gives access to a stored model: config, tokenizer files, chat template, end tokens and tensors.
+    """Gives access to a stored model: config, tokenizer files, chat template, EOS tokens and tensors.
 
     source = open_model("Qwen/Qwen2.5-0.5B-Instruct")
     spec = spec_from_config(source.config())
@@ -214,7 +214,7 @@ class ModelSource(ABC):
         return self.read_json("generation_config.json") or {}
 
     def eos_token_ids(self) -> tuple[int, ...]:
-        """Return the tokens that end a text: those of generation_config.json, else of config.json, and the end token
+        """Return the tokens that end a text: those of generation_config.json, else of config.json, and the EOS token
         that the tokenizer names; none is allowed.
 
         Raises ModelError if the entry is neither a token id nor a list of them.
@@ -224,7 +224,7 @@ class ModelSource(ABC):
         return ids if ending is None or ending in ids else (*ids, ending)
 
     def _tokenizer_eos_token_id(self) -> int | None:
-        """Return the id of the tokenizer's end token if its files name one and have an id for it. A file that cannot be
+        """Return the id of the tokenizer's EOS token if its files name one and have an id for it. A file that cannot be
         read is left to the tokenizer, which says so.
         """
         try:

@@ -50,11 +50,11 @@ class Grammars:
     `tokenizer` returns the model's tokenizer.json; it is read for the first request that asks for a form.
     """
 
-    def __init__(self, tokenizer: Callable[[], str], vocab_size: int, end_tokens: Sequence[int]) -> None:
+    def __init__(self, tokenizer: Callable[[], str], vocab_size: int, eos_tokens: Sequence[int]) -> None:
         self._read_tokenizer = tokenizer
         self._vocab_size = vocab_size
-        # The library wants an end token: of a model without one, its last token, which ends no request.
-        self._end_tokens = list(end_tokens) or [vocab_size - 1]
+        # The library wants an EOS token: of a model without one, its last token, which ends no request.
+        self._eos_tokens = list(eos_tokens) or [vocab_size - 1]
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="grammar")
         self._made: WeakValueDictionary[str, Future[LLMatcher]] = WeakValueDictionary()  # kept here, or by a request
         self._kept: dict[str, Future[LLMatcher]] = {}  # the least recently used first
@@ -78,7 +78,7 @@ class Grammars:
         """Return a matcher at the beginning of a request's answer. Raises as the result of `prepare`, for which it
         waits.
         """
-        ends = frozenset(self._end_tokens).difference(state.eos_token_ids)
+        ends = frozenset(self._eos_tokens).difference(state.eos_token_ids)
         return Matcher(self.prepare(form).result().deep_copy(), self._vocab_size, ends, state.thought)
 
     def _make(self, compiled: str) -> LLMatcher:
@@ -92,7 +92,7 @@ class Grammars:
         """Return the vocabulary as the library needs it, which takes seconds for a large one."""
         try:
             return LLTokenizer(
-                without_control_texts(self._read_tokenizer()), n_vocab=self._vocab_size, eos_token=self._end_tokens
+                without_control_texts(self._read_tokenizer()), n_vocab=self._vocab_size, eos_token=self._eos_tokens
             )
         except BaseException as error:  # a panic of the library is no Exception
             raise refused(f"cannot be enforced with this model's tokenizer: {error!s:.200}") from error
