@@ -218,9 +218,11 @@ class PartialResponse:
         )
 
     def response(self, usage: Mapping[str, Any]) -> Response:
-        """Return the whole response. Raises ServerError if the answer has broken off."""
+        """Return the whole response. Raises ServerError if the answer is incomplete."""
         if self.finish_reason is None:
-            raise ServerError("the server's answer broke off")
+            raise ServerError(
+                "the answer ended before it was complete: the server or a proxy closed the connection; try again"
+            )
         details = usage.get("prompt_tokens_details") or {}
         return Response(
             generated_text=self.request.prefix + self.text,

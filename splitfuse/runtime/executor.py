@@ -107,9 +107,9 @@ class Executor:
         self.adapters: dict[str, PackedAdapter] = {}
         """LoRA adapters by digest; requests may have those that are here as long as they run."""
         self.sink: BlockSink | None = None
-        """Takes the blocks that plans save; without it they go nowhere."""
+        """Sink of the blocks that plans save; without one they go nowhere."""
         self.inbox: Inbox | None = None
-        """Has the blocks that plans land."""
+        """Inbox of the blocks that plans land."""
         self.channels: dict[int, Channel] = {}
         """Channels to the creditors of requests, by the number of the loan."""
         self._grammars = grammars

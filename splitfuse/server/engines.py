@@ -152,7 +152,7 @@ async def drain(state: AppState, context: RequestContext, body: DrainRequest) ->
     """Answer POST /drain, once it is done."""
     check_observer(context.owner, context.scope, "engines are drained")
     if body.restart and body.undo:
-        raise InvalidRequestError("restart and undo exclude each other: a restart ends with it", parameter="undo")
+        raise InvalidRequestError("restart and undo are mutually exclusive: leave one of them out", parameter="undo")
     if body.engine is None and not body.restart:
         raise InvalidRequestError("engine is missing: give the number of one, 0 is the first", parameter="engine")
     client, moved = state.service.client, 0

@@ -303,7 +303,10 @@ class Deployment:
         if len(sizes) > 1 or TILE % max(sizes):
             raise ConfigError(f"loans need blocks of one size that divides {TILE}, not {', '.join(map(str, sizes))}")
         if any(each.engine.enable_prefix_caching or each.step_times for each in self.machines):
-            raise ConfigError("loans are simulated without prefix caching, by cost models")
+            raise ConfigError(
+                "loans are simulated by cost models and without prefix caching: leave out step_times and set "
+                "enable_prefix_caching to false"
+            )
 
     @classmethod
     def of(cls, engine: SimulationConfig, *, replicas: int = 1) -> Self:

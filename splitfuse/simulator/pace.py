@@ -115,7 +115,7 @@ class UsualTimes:
 
 @dataclass(frozen=True)
 class MeasuredMachine:
-    """Is a machine as it was in a run: the usual times of its steps, and its pace."""
+    """Holds the usual times of the steps of a machine in a run, and its pace."""
 
     step_times: CostModel | UsualTimes
     pace: MeasuredPace

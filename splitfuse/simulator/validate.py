@@ -62,7 +62,8 @@ def compare(measured: Results, predicted: Results) -> list[Comparison]:
     """Return the comparisons, load by load. Raises ConfigError if their loads differ."""
     left, right = rows(measured), rows(predicted)
     if [row.load for row in left] != [row.load for row in right]:
-        raise ConfigError("measurement and simulation have different loads")
+        loads, others = (", ".join(row.load for row in each) for each in (left, right))
+        raise ConfigError(f"measurement and simulation have different loads: {loads} and {others}")
     return [Comparison(*pair) for pair in zip(left, right, strict=True)]
 
 

@@ -70,8 +70,8 @@ async def greet_client(
 async def greet_server(
     reader: asyncio.StreamReader, writer: asyncio.StreamWriter, key: bytes, purpose: Purpose
 ) -> None:
-    """Be let in by a server that has the key. Raises HandshakeError if it has not, or does not let us in, and
-    asyncio.IncompleteReadError or OSError if it leaves.
+    """Authenticate to a server that has the key. Raises HandshakeError if it has another or refuses the connection,
+    asyncio.IncompleteReadError or OSError if it closes that.
     """
     certificate = NO_CERTIFICATE
     if (tls := writer.get_extra_info("ssl_object")) is not None:
@@ -88,7 +88,7 @@ async def greet_server(
 
 
 def certificate_digest(certificate: bytes) -> bytes:
-    """Return what stands for a certificate, given in DER."""
+    """Return the digest that stands for a certificate, given in DER."""
     return hashlib.sha256(certificate).digest()
 
 
