@@ -54,7 +54,7 @@ dominance: compiled  ## compare scheduling policies on 230 points, on two cores;
 	@PYTHONPATH=build/compiled:. $(BIN)/python -P -m benchmarks.dominance --out build/dominance.jsonl
 
 test-compiled: compiled  ## the tests of the scheduler on a compiled core
-	@$(BIN)/python -m pytest tests/core $(WORKERS) -m "not slow and not interpreted" -o pythonpath="build/compiled tests examples"
+	@$(BIN)/python -m pytest tests/core $(WORKERS) -m "not slow and not interpreted" -o pythonpath="build/compiled tests/helpers examples"
 
 # The kernels use the OpenMP library that PyTorch brings, so it is not packed with them.
 wheel: $(STAMP)  ## three wheels in dist/: for x86-64 with kernels of all instruction sets; with a compiled core too, for this Python; of Python alone

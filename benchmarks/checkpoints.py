@@ -111,7 +111,7 @@ def written(model: Path, name: str, peers: Path | None) -> Path:
 
 def write_folder(model: Path, target: Path, name: str) -> None:
     """Write a checkpoint of Hugging Face's kind, with random levels."""
-    sys.path.append(str(REPOSITORY / "tests"))
+    sys.path.append(str(REPOSITORY / "tests" / "helpers"))
     import quantized_folders as layouts
 
     def compressed(stored: str, inputs: Any = None, **weights: Any) -> dict[str, Any]:

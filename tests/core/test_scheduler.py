@@ -243,7 +243,7 @@ def test_finish_of_an_unknown_request_changes_nothing() -> None:
 def test_core_needs_no_torch() -> None:
     """In a fresh interpreter where importing torch fails, a scheduler still runs a workload to its end."""
     code = (
-        "import sys; sys.modules['torch'] = None; sys.path.insert(0, 'tests')\n"
+        "import sys; sys.modules['torch'] = None; sys.path.insert(0, 'tests/helpers')\n"
         "from scheduler_harness import Workload\n"
         "Workload(1).run(2)\n"
         "assert sorted(m for m in sys.modules if m.startswith('torch') or m == 'numpy') == ['torch']\n"

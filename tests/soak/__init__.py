@@ -7,4 +7,4 @@ import sys
 from pathlib import Path
 
 _ROOT = Path(__file__).parents[2]
-sys.path[:0] = [str(_ROOT / "tests"), str(_ROOT / "tools" / "bundled_model")]  # server_process, server_load; stories
+sys.path[:0] = [str(_ROOT / "tests" / "helpers"), str(_ROOT / "tools" / "bundled_model")]  # helpers; stories
