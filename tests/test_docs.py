@@ -244,6 +244,15 @@ def test_every_page_is_in_the_list_of_pages() -> None:
     assert listed == {page.name for page in (ROOT / "docs").glob("*.md")} - {"README.md"}
 
 
+def test_every_benchmark_is_in_the_list_of_benchmarks() -> None:
+    folder = ROOT / "benchmarks"
+    listed = set(re.findall(r"`(\w+)`", text_of(folder / "README.md"))) - {"NAME"}
+    there = {path.stem for path in folder.iterdir() if path.suffix == ".py" or (path / "__init__.py").exists()}
+    assert listed == there
+    pages = set(re.findall(r"\(results/([\w-]+\.md)\)", text_of(folder / "README.md")))
+    assert pages == {page.name for page in (folder / "results").glob("*.md")}
+
+
 @pytest.mark.parametrize("page", TODAY, ids=lambda page: str(page.relative_to(ROOT)))
 def test_files_that_a_page_names_exist(page: Path) -> None:
     for name in re.findall(r"`([\w/.-]+\.(?:py|h|cpp|md))`", text_of(page)):
