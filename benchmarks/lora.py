@@ -26,7 +26,7 @@ from splitfuse.core.events import StepRecord
 from splitfuse.core.sampling_params import SamplingParams
 from splitfuse.engine.engine import Engine
 from splitfuse.models.lora import TARGETS
-from splitfuse.models.weights import parameters
+from splitfuse.models.parameters import parameters
 
 PROMPT = 16  # tokens
 

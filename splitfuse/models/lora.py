@@ -25,10 +25,10 @@ from splitfuse.kernels.layers import AttentionSpec
 from splitfuse.kernels.lora import Adapter, LoraUpdate
 from splitfuse.models.families.config_json import is_number, is_whole
 from splitfuse.models.families.wrappers import PREFIXES
+from splitfuse.models.parameters import Parameter, Part
 from splitfuse.models.sources.files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, check_json, read_file
 from splitfuse.models.sources.source import listing
 from splitfuse.models.spec import ModelSpec
-from splitfuse.models.weights import Parameter, Part
 
 MAX_RANK = 512
 MAX_ALPHA = 1e6

@@ -11,9 +11,10 @@ import torch
 from splitfuse.kernels.interface import Backend
 from splitfuse.kernels.quantized import Fp8Format, QuantizedFormat
 from splitfuse.kernels.weights import WeightRole
+from splitfuse.models.parameters import Part
 from splitfuse.models.sources.source import WeightSource
 from splitfuse.models.spec import ModelSpec
-from splitfuse.models.weights import Part, kept_parameters, parameter_bytes
+from splitfuse.models.weights import kept_parameters, parameter_bytes
 
 DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 """Dtypes as files call them."""

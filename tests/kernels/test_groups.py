@@ -29,9 +29,10 @@ from splitfuse.kernels.group import WHOLE, Group, Shard, SharedGroup, make_group
 from splitfuse.kernels.layers import HeadNormSpec, LayerSpec, Mixer
 from splitfuse.models.decoder import Decoder
 from splitfuse.models.kv_cache import KVCache, Piece
+from splitfuse.models.parameters import parameters
 from splitfuse.models.sharding import RankDecoder, check_ranks
 from splitfuse.models.spec import ModelSpec
-from splitfuse.models.weights import load_decoder, parameters, weight_bytes
+from splitfuse.models.weights import load_decoder, weight_bytes
 from splitfuse.runtime.batch import BatchBuilder
 from splitfuse.runtime.parallel.follower import RankExecutor
 from splitfuse.runtime.parallel.messages import ComputeHead, ComputeStep

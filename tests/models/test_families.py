@@ -30,10 +30,11 @@ from splitfuse.kernels.layers import (
 from splitfuse.models.families.common import decoder, mlp, read_attention
 from splitfuse.models.families.config_json import ConfigJson
 from splitfuse.models.families.registry import FAMILIES, load_spec, spec_from_config
+from splitfuse.models.parameters import parameters
 from splitfuse.models.sources.files import SINGLE_FILE
 from splitfuse.models.sources.folder import ModelFolder
 from splitfuse.models.spec import LinearScaling, ModelSpec, RopeSpec
-from splitfuse.models.weights import left_aside, parameters, stored_parameters
+from splitfuse.models.weights import left_aside, stored_parameters
 
 SIZES: dict[str, Any] = {
     "vocab_size": 100,

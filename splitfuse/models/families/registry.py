@@ -2,7 +2,7 @@
 
 To add a family: a function from config to spec, a weight-name table if its names are new, and a line in the FAMILIES of
 its family file. One with a new kind of layer also needs a spec in kernels/layers.py, its operations in the backends,
-its place in models/decoder.py and its shapes in models/weights.py. A feature of a config that changes the network is
+its place in models/decoder.py and its shapes in models/parameters.py. A feature of a config that changes the network is
 honoured or refused, never ignored. Knows no tensors.
 """
 

@@ -13,14 +13,7 @@ from splitfuse.server.context import RequestContext, TokenCounts
 from splitfuse.server.dialect import Route, encode_json, lazy_list
 from splitfuse.server.errors import RefusedError
 from splitfuse.server.generate import MAX_LENGTHS, GenerationRequest, errors_named, generate, reading_at_most
-from splitfuse.server.openai.answers import (
-    ChatCompletion,
-    ChatCompletionChunk,
-    ChatResponder,
-    Completion,
-    CompletionResponder,
-    OpenAIResponder,
-)
+from splitfuse.server.openai.answers import ChatCompletion, ChatCompletionChunk, Completion
 from splitfuse.server.openai.dialect import OPENAI
 from splitfuse.server.openai.protocol import (
     ChatRequest,
@@ -30,6 +23,7 @@ from splitfuse.server.openai.protocol import (
     chat_options,
     plain_messages,
 )
+from splitfuse.server.openai.responders import ChatResponder, CompletionResponder, OpenAIResponder
 from splitfuse.server.paging import PAGE, ItemList, page_of, query_of
 from splitfuse.server.state import AppState
 from splitfuse.server.store import StoredAnswer
