@@ -60,7 +60,7 @@ def check_lines(model: str) -> Iterator[str]:
     from splitfuse.models.storage import tensor_groups
     from splitfuse.models.weights import check_weights, describe_aside, resolve_dtype
     from splitfuse.runtime.backend_choice import choose_backend
-    from splitfuse.runtime.memory_plan import plan_memory
+    from splitfuse.runtime.memory_planner import plan_memory
     from splitfuse.text.tokenizer import Tokenizer
 
     source = open_model(model)

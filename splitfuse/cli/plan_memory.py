@@ -20,7 +20,7 @@ def plan_memory(**flags: Any) -> None:
     from splitfuse.models.families.registry import load_spec
     from splitfuse.models.storage import describe_kept
     from splitfuse.models.weights import check_weights, resolve_dtype
-    from splitfuse.runtime import memory_plan
+    from splitfuse.runtime import memory_planner
     from splitfuse.runtime.backend_choice import choose_backend
     from splitfuse.runtime.device import choose_device, device_of
     from splitfuse.runtime.draft_model import open_draft
@@ -38,7 +38,7 @@ def plan_memory(**flags: Any) -> None:
         check_quantization(config, source, weights)
     draft = open_draft(config, source, spec, device=device, fetched=False)
     backend = choose_backend(config, dtype := resolve_dtype(config.model.dtype, spec))
-    plan = memory_plan.plan_memory(
+    plan = memory_planner.plan_memory(
         spec, config, backend=backend, weights=weights, draft=None if draft is None else draft.sizes
     )
     if weights is not None:

@@ -39,9 +39,10 @@ from splitfuse.models.storage import may_be_quantized
 from splitfuse.models.weights import check_weights, load_decoder, resolve_dtype, weight_bytes
 from splitfuse.runtime.backend_choice import choose_backend
 from splitfuse.runtime.batch import BatchBuilder
-from splitfuse.runtime.memory_plan import DraftSizes, step_bytes
+from splitfuse.runtime.memory_plan import DraftSizes
 from splitfuse.runtime.sampling.request import RequestSampling
 from splitfuse.runtime.sampling.sampler import sample
+from splitfuse.runtime.step_memory import step_bytes
 
 LARGEST_DIFFERENCE = 0.01
 """Largest fraction of token ids that may stand for another text in the vocabulary of a draft model: such tokens are

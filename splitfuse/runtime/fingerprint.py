@@ -16,7 +16,8 @@ from splitfuse.config.engine import EngineConfig
 from splitfuse.kernels.interface import Backend
 from splitfuse.models.sources.source import ModelSource
 from splitfuse.runtime.machine import gpu
-from splitfuse.runtime.memory_plan import MemoryPlan, first_shard
+from splitfuse.runtime.memory_plan import MemoryPlan
+from splitfuse.runtime.step_memory import first_shard
 from splitfuse.version import __version__
 
 _NOT_IN_BLOCKS = frozenset({"tokenizer", "llguidance", "max_model_len"})

@@ -44,10 +44,12 @@ from splitfuse.runtime.draft_model import DraftRunner, open_draft
 from splitfuse.runtime.executor import Executor
 from splitfuse.runtime.fingerprint import describe_kernels, digest, fingerprint, identify, kv_fingerprint
 from splitfuse.runtime.machine import available_memory, usable_cores
-from splitfuse.runtime.memory_plan import DraftSizes, MemoryPlan, first_shard, plan_memory, tier_bytes, token_bytes
+from splitfuse.runtime.memory_plan import DraftSizes, MemoryPlan
+from splitfuse.runtime.memory_planner import plan_memory, tier_bytes
 from splitfuse.runtime.parallel.leader import Leader
 from splitfuse.runtime.sampling.grammar import Grammars
 from splitfuse.runtime.step_graphs import StepGraphs
+from splitfuse.runtime.step_memory import first_shard, token_bytes
 
 _logger = logging.getLogger(__name__)
 

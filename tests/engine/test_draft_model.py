@@ -20,7 +20,7 @@ from splitfuse.errors import ConfigError, MemoryPlanError
 from splitfuse.models.sources.hub import BUNDLED_MODEL
 from splitfuse.runtime.draft_model import DraftRunner
 from splitfuse.runtime.loading import LoadedModel
-from splitfuse.runtime.memory_plan import step_bytes
+from splitfuse.runtime.step_memory import step_bytes
 
 PROMPTS = [(7, 8, 9, 10 + number, 300 + number) for number in range(4)]
 
@@ -192,7 +192,7 @@ def test_a_draft_model_larger_than_memory_is_refused(monkeypatch: pytest.MonkeyP
     assert plan.draft.activations == step_bytes(*sizes)
     assert "draft model" in str(plan) and "storyteller: weights 0.0" in str(plan)
     little = plan.weights + plan.activations + 4 * plan.block + plan.draft.weights // 2
-    monkeypatch.setattr("splitfuse.runtime.memory_plan.available_memory", lambda _: little)
+    monkeypatch.setattr("splitfuse.runtime.memory_planner.available_memory", lambda _: little)
     budget = plan.max_num_batched_tokens
     with pytest.raises(MemoryPlanError, match=r"does not fit into memory[\s\S]*leaving out draft_model.* would fit"):
         load(max_num_batched_tokens=budget)

@@ -25,7 +25,7 @@ from splitfuse.kernels.reference import GATED_ACTIVATIONS, ReferenceBackend
 from splitfuse.kernels.triton import quantized
 from splitfuse.kernels.triton.quantized import Format, Quantized, choose_format
 from splitfuse.kernels.weights import LayerWeights, WeightRole
-from splitfuse.runtime.memory_plan import plan_memory
+from splitfuse.runtime.memory_planner import plan_memory
 
 pytestmark = [*runnable("triton-float32"), pytest.mark.usefixtures("seeded")]
 

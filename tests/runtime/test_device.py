@@ -13,7 +13,7 @@ from splitfuse.config.engine import EngineConfig
 from splitfuse.errors import ConfigError
 from splitfuse.kernels.reference import ReferenceBackend
 from splitfuse.kernels.triton import capabilities as triton
-from splitfuse.runtime import device, memory_plan
+from splitfuse.runtime import device, memory_planner
 from splitfuse.runtime.device import DeviceChoice, choose_device
 from splitfuse.runtime.machine import GIB
 
@@ -100,9 +100,9 @@ def test_ranks_take_neighbours_that_all_have_room(monkeypatch: pytest.MonkeyPatc
 
 def test_a_rank_has_what_the_gpu_with_least_leaves(monkeypatch: pytest.MonkeyPatch) -> None:
     simulate(monkeypatch, 70, 20)
-    monkeypatch.setattr(memory_plan, "available_memory", device.available_memory)
+    monkeypatch.setattr(memory_planner, "available_memory", device.available_memory)
     config = EngineConfig.from_settings({"device": "cuda:0", "tensor_parallel_size": 2})
-    plan = memory_plan.plan_memory(SPEC, config, backend=ReferenceBackend())
+    plan = memory_planner.plan_memory(SPEC, config, backend=ReferenceBackend())
     assert plan.available == 19 * GIB
     left = "20.000 GiB are free on cuda:0 or cuda:1, too few for gpu_memory_share=0.9: of these 1.000 GiB are left for "
     assert left in str(plan)
@@ -121,9 +121,9 @@ def test_a_gpu_that_the_kernels_do_not_run_on_is_not_taken(monkeypatch: pytest.M
 def test_an_engine_takes_no_more_than_its_share_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     simulate(monkeypatch, 70)
     half = EngineConfig.from_settings({"device": "cuda:0", "gpu_memory_share": 0.5})
-    assert memory_plan._gpu_share(half) == 40 * GIB
-    assert memory_plan._kv_share(half) == 1.0
+    assert memory_planner._gpu_share(half) == 40 * GIB
+    assert memory_planner._kv_share(half) == 1.0
     on_cpu = EngineConfig.from_settings({"device": "cpu"})
-    assert memory_plan._gpu_share(on_cpu) is None and memory_plan._kv_share(on_cpu) < 1.0
+    assert memory_planner._gpu_share(on_cpu) is None and memory_planner._kv_share(on_cpu) < 1.0
     with pytest.raises(ConfigError, match=r"gpu_memory_share must be from 0.05 to 1, not 1.5"):
         EngineConfig.from_settings({"gpu_memory_share": 1.5})

@@ -27,7 +27,8 @@ from splitfuse.runtime import loading
 from splitfuse.runtime.backend_choice import choose_backend
 from splitfuse.runtime.loading import parse_device
 from splitfuse.runtime.machine import GIB, anonymous_bytes, available_memory
-from splitfuse.runtime.memory_plan import INDEX_BYTES, MemoryPlan, plan_memory, tier_bytes
+from splitfuse.runtime.memory_plan import INDEX_BYTES, MemoryPlan
+from splitfuse.runtime.memory_planner import plan_memory, tier_bytes
 
 SIZES: dict[str, Any] = {
     "dtype": "float32",
@@ -133,7 +134,7 @@ def test_large_tiers_have_room_for_more_blocks_on_their_way() -> None:
 
 
 def test_tiers_are_not_in_the_memory_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("splitfuse.runtime.memory_plan.available_memory", lambda _: 2**33)
+    monkeypatch.setattr("splitfuse.runtime.memory_planner.available_memory", lambda _: 2**33)
     have = FIXED + 1000 * BLOCK
     with_tier = plan(have, device="cuda", kv_memory_tier="7GiB")
     assert with_tier == plan(have, device="cuda")
