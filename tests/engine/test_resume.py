@@ -211,7 +211,7 @@ def test_the_rest_is_equal_with_an_adapter(tmp_path: Path) -> None:
     folder = tiny_adapters.save_adapter(tmp_path, tiny_adapters.module_shapes(weights, tiny_adapters.EVERYTHING))
     pipe, other = two_engines()
     digest = pipe.engine.adapters.load("a", str(folder))
-    assert other.load_adapter("a", str(folder)) == digest
+    assert other.adapters.load("a", str(folder)) == digest
     check_cuts(pipe.engine, other, [replaced(request, adapter=digest) for request in mixed(pipe, 8)])
 
 
