@@ -181,7 +181,7 @@ class BlockFile:
         try:
             num_written = os.pwritev(self._fd, written, self._data_at + slot * self._slot_bytes)
             if num_written != 4 * self._block_size + self._block_bytes:
-                raise OSError(errno.ENOSPC, "there is no room for the whole of a block")
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         except Exception as error:
             with self._lock:
                 self._sequences[slot] = writing + 1

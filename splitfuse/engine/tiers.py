@@ -14,7 +14,7 @@ import threading
 import time
 from collections.abc import Callable, Collection, Iterable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import NamedTuple
 
@@ -77,8 +77,15 @@ class _Tier:
     name: str
     file: BlockFile
     block_seconds: BlockSeconds
-    failed: bool = False  # at its last write: it is not said again
-    unreadable: bool = False  # at its last read
+    failures: set[object] = field(default_factory=set)  # kinds that were said
+
+    def warn(self, what: str, error: Exception) -> None:
+        """Say what fails, once: a disk that is full fails again and again."""
+        kind = what, type(error), getattr(error, "errno", None)
+        if kind not in self.failures:
+            self.failures.add(kind)
+            why = error.strerror or str(error) if isinstance(error, OSError) else repr(error)
+            logger.warning("%s %s now: %s", what, self.name, why)
 
 
 class _Staged(NamedTuple):
@@ -183,13 +190,10 @@ class Tiers:
         try:
             if tier.file.write(Frame.of(save.name, save.token_ids, staged.data), save.before):
                 self.stats.num_saved += 1
-            tier.failed = False
         except Exception as error:
             with self._lock:
                 self.stats.num_unsaved += 1
-            if not tier.failed:
-                logger.warning("KV blocks are not saved to %s now: %s", tier.name, _reason(error))
-            tier.failed = True
+            tier.warn("KV blocks are not saved to", error)
 
     # What is fetched --------------------------------------------------------------------------------------------------
 
@@ -336,12 +340,9 @@ class Tiers:
         try:
             frame = tier.file.read(name)
         except Exception as error:
-            if not tier.unreadable:
-                logger.warning("KV blocks cannot be read from %s now: %s", tier.name, _reason(error))
-            tier.unreadable = True
+            tier.warn("KV blocks cannot be read from", error)
             tier.file.drop(name)
             return None
-        tier.unreadable = False
         if frame is None:
             return None
         if frame.is_intact:
@@ -392,10 +393,6 @@ class Tiers:
         for tier in self._tiers:
             tier.file.close()
         return True
-
-
-def _reason(error: Exception) -> str:
-    return error.strerror or str(error) if isinstance(error, OSError) else repr(error)
 
 
 def make_tiers(

@@ -265,7 +265,11 @@ def test_a_restarted_engine_finds_its_blocks_on_the_disk(
 
 
 def test_full_tiers_are_no_errors(
-    folder_of: Callable[[str], str], engines: list[Engine], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    folder_of: Callable[[str], str],
+    engines: list[Engine],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     settings = {"model": folder_of("llama-gqa"), **SMALL}
     (plain,) = make(engines, 1, **settings)
@@ -281,6 +285,8 @@ def test_full_tiers_are_no_errors(
     monkeypatch.setattr("os.pwritev", full)
     assert [ask(disk, each)[0][0] for each in prompts] == wanted
     assert disk.tiers is not None and disk.tiers.stats.num_saved == 0 and disk.tiers.stats.num_unsaved > 30
+    said = [each for each in caplog.messages if "not saved" in each]
+    assert said == ["KV blocks are not saved to kv_disk_tier now: No space left on device"]
 
 
 def test_a_tier_that_writes_slowly_leaves_blocks_out(monkeypatch: pytest.MonkeyPatch) -> None:
