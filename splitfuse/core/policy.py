@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -153,12 +153,8 @@ class Fcfs(SchedulingPolicy):
         """Return the newest request of the lowest priority, if it comes after `claimant`; the oldest request of all may
         take the blocks of any other.
         """
-        oldest = oldest_number(running, claimant)
-        is_oldest = claimant.sequence_number == oldest
-        others = [r for r in running if r.sequence_number != oldest]
-        if not is_oldest:
-            others = [r for r in others if preemption_key(r) > preemption_key(claimant)]
-        return max(others, key=preemption_key, default=None)
+        oldest = oldest_of(running, claimant)
+        return newest_behind(claimant, [r for r in running if r is not oldest], is_oldest=claimant is oldest)
 
 
 def split_running(running: Sequence[Request]) -> tuple[list[Request], list[Request]]:
@@ -176,11 +172,17 @@ def split_running(running: Sequence[Request]) -> tuple[list[Request], list[Reque
     return decodes, prefills
 
 
-def oldest_number(running: Sequence[Request], claimant: Request) -> int:
-    """Return the lowest sequence number among `running` and `claimant`: that of the oldest request, which is never
-    preempted.
+def oldest_of(running: Sequence[Request], claimant: Request) -> Request:
+    """Return the oldest request of all, which is never preempted: the first of `running`, or one that is to run."""
+    return claimant if not running or claimant.sequence_number < running[0].sequence_number else running[0]
+
+
+def newest_behind(claimant: Request, others: Iterable[Request], *, is_oldest: bool) -> Request | None:
+    """Return the newest of the lowest priority among `others`, if it comes after `claimant`; behind the oldest request
+    of all are all others.
     """
-    return min(claimant.sequence_number, running[0].sequence_number) if running else claimant.sequence_number
+    behind = others if is_oldest else [r for r in others if preemption_key(r) > preemption_key(claimant)]
+    return max(behind, key=preemption_key, default=None)
 
 
 def preemption_key(request: Request) -> tuple[int, int]:

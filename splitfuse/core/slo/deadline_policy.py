@@ -17,7 +17,8 @@ from splitfuse.core.policy import (
     Fcfs,
     SchedulingPolicy,
     Tier,
-    oldest_number,
+    newest_behind,
+    oldest_of,
     preemption_key,
     slo_required,
     split_running,
@@ -259,17 +260,16 @@ class DeadlinePolicy(Fcfs):
         A late request takes only from late ones that came after it, unless it is the oldest of all. A prompt takes from
         lower priorities alone: to compute again what another had computed makes more prompts late than one.
         """
-        oldest = oldest_number(running, claimant)
-        is_oldest = claimant.sequence_number == oldest
+        oldest = oldest_of(running, claimant)
+        is_oldest = claimant is oldest
+        others = [r for r in running if r is not oldest]
         if claimant.slo.exists and not (is_oldest or claimant.output_token_ids):
-            running = [running[0], *(r for r in running[1:] if r.priority > claimant.priority)]
-        late = [r for r in running if r.slo.missed and r is not claimant and r.sequence_number != oldest]
-        if not is_oldest:
-            late = [r for r in late if r.priority >= claimant.priority]
+            others = [r for r in others if r.priority > claimant.priority]
+        late = [r for r in others if r.slo.missed and (is_oldest or r.priority >= claimant.priority)]
         if claimant.slo.missed and not is_oldest:
             late = [r for r in late if preemption_key(r) > preemption_key(claimant)]
         elif not late:
-            return super().preemption_victim(running, claimant=claimant)
+            return newest_behind(claimant, others, is_oldest=is_oldest)
         return min(late, key=lambda r: (-r.priority, r.kv.num_computed, -r.sequence_number), default=None)
 
     def check_admission(self, request: Request, queue: RequestQueue, *, now: float) -> None:
