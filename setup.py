@@ -33,7 +33,8 @@ COMPILED = (
     *("kv/block_allocator", "kv/fetch_queue", "kv/request_kv", "kv/request_state", "kv/state_allocator"),
     *("latency/reasons", "slo/admission", "slo/answers", "slo/deadline_policy", "slo/fair_share", "slo/feasibility"),
     *("slo/fewest_late", "slo/gaps", "slo/latency_predictor", "slo/request_slo", "slo/turns", "slo/usual_step"),
-    *("speculation/acceptance", "speculation/prompt_lookup", "speculation/request_drafts", "speculation/token_cost"),
+    *("slo/work_times", "speculation/acceptance", "speculation/prompt_lookup", "speculation/request_drafts"),
+    "speculation/token_cost",
 )
 """Modules of the core that can be compiled. None has a class whose objects msgspec makes: it does not call the class,
 which a compiled one does not survive.

@@ -35,9 +35,9 @@ from splitfuse.core.request import Request
 from splitfuse.core.sampling_params import SamplingParams
 from splitfuse.core.scheduling_options import SchedulingOptions
 from splitfuse.core.slo.cost_model import StepTimes
-from splitfuse.core.slo.feasibility import Feasibility
 from splitfuse.core.slo.targets import NO_SLO
 from splitfuse.core.slo.usual_step import usual_step
+from splitfuse.core.slo.work_times import WorkTimes
 from splitfuse.simulator import virtual_time
 from splitfuse.simulator.autoscaling import AutoscaledTarget, Autoscaling
 from splitfuse.simulator.deployment import Deployment, SimulationConfig
@@ -152,9 +152,9 @@ class FluidServer:
         self._day, self._scaling, self._clock = day, scaling, Clock()
         self._arrivals = day.arrivals()
         self._times = StepTimes(SCENARIO.calibration.cost)
-        feasibility = Feasibility(self._times, (), now=0.0)
+        work_times = WorkTimes(self._times)
         margin = (day.targets.ttft or 0.0) / 2
-        self._step = usual_step(feasibility, [margin])
+        self._step = usual_step(work_times, [margin])
         self._ready = [self._replica() for _ in range(scaling.least)]
         self._starting: list[float] = []  # when they will be ready
         self._draining: list[FluidReplica] = []

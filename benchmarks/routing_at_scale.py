@@ -33,8 +33,8 @@ from splitfuse.core.request_output import RequestOutput
 from splitfuse.core.sampling_params import SamplingParams
 from splitfuse.core.scheduling_options import SchedulingOptions
 from splitfuse.core.slo.cost_model import StepTimes
-from splitfuse.core.slo.feasibility import Feasibility
 from splitfuse.core.slo.targets import NO_SLO, SloTargets
+from splitfuse.core.slo.work_times import WorkTimes
 from splitfuse.engine.client import LocalClient
 from splitfuse.engine.messages import Add, Command, EngineInfo
 from splitfuse.engine.router import Router
@@ -67,9 +67,9 @@ def engine() -> SimulationConfig:
 
 def rate(load: float) -> float:
     """Return the requests/s of each replica, relative to those that it could serve if it had all prefixes."""
-    feasibility = Feasibility(StepTimes(MACHINES[MACHINE].cost), (), now=0.0)
-    prompt = feasibility.seconds_of(PREFIX, OWN)
-    return load / (prompt + (ANSWER - 1) * feasibility.seconds_of(PREFIX + OWN, 1))
+    work_times = WorkTimes(StepTimes(MACHINES[MACHINE].cost))
+    prompt = work_times.seconds_of(PREFIX, OWN)
+    return load / (prompt + (ANSWER - 1) * work_times.seconds_of(PREFIX + OWN, 1))
 
 
 def plan(replicas: int, count: int, load: float = LOAD, *, seed: int = 1) -> Iterator[tuple[float, int]]:

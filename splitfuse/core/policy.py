@@ -118,9 +118,9 @@ class SchedulingPolicy(ABC):
                     return [each]
         return requests
 
-    def accept(self, request: Request, queue: RequestQueue, *, now: float) -> None:
+    def accept(self, request: Request, queue: RequestQueue) -> None:
         """Take note of a new request, which is not in the queue yet."""
-        del request, queue, now
+        del request, queue
 
     def finish(self, request: Request) -> None:
         """Take note of a request that has finished."""

@@ -124,7 +124,7 @@ class Scheduler:
         request.sequence_number = self.requests.num_accepted
         if request.on_time_only and request.is_new:  # else it was admitted once
             self.policy.check_admission(request, self.queue, now=now)
-        self.policy.accept(request, self.queue, now=now)  # which may raise: nothing is changed before
+        self.policy.accept(request, self.queue)  # which may raise: nothing is changed before
         self.requests.accept(request, sent_time=now if sent_time is None else sent_time, now=now)
 
     def schedule(self, now: float = 0.0) -> StepPlan | None:

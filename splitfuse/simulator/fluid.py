@@ -17,7 +17,7 @@ from splitfuse.core.replicas.shortlist import Shortlist
 from splitfuse.core.replicas.virtual_replica import Job, VirtualReplica
 from splitfuse.core.request import Request
 from splitfuse.core.slo.cost_model import StepTimes
-from splitfuse.core.slo.feasibility import Feasibility
+from splitfuse.core.slo.work_times import WorkTimes
 from splitfuse.simulator.deployment import SimulationConfig
 
 
@@ -39,9 +39,9 @@ class FluidReplica:
         self.memory = PrefixMemory(calibration.num_blocks, calibration.block_size)
         self.num_tokens = 0
         """Number of tokens that it was sent to compute."""
-        self.feasibility = Feasibility(self.times, (), now=0.0)
-        whole = self.feasibility.overhead + self.feasibility.seconds_of(budget, budget)
-        self._fluid = VirtualReplica(self.feasibility, step=whole if step is None else step)
+        self.work_times = WorkTimes(self.times)
+        whole = self.work_times.overhead + self.work_times.seconds_of(budget, budget)
+        self._fluid = VirtualReplica(self.work_times, step=whole if step is None else step)
         self._clock = clock
 
     def load(self, now: float) -> float:
@@ -49,9 +49,7 @@ class FluidReplica:
 
     def first_token(self, request: Request, cached: int) -> float:
         count = max(request.num_prompt_tokens - cached, 1)
-        return (
-            self._fluid.wait(self._clock.now) + self.feasibility.overhead + self.feasibility.seconds_of(cached, count)
-        )
+        return self._fluid.wait(self._clock.now) + self.work_times.overhead + self.work_times.seconds_of(cached, count)
 
     def num_broken(self, request: Request, cached: int, now: float) -> int:
         """Return 1 if a request would be late; others have no deadline here."""
@@ -63,7 +61,7 @@ class FluidReplica:
     def add(self, request: Request, names: Sequence[bytes], cached: int) -> Job:
         """Begin a request of which the first `cached` tokens are there."""
         job = Job(
-            self.feasibility,
+            self.work_times,
             num_prompt=request.num_prompt_tokens,
             num_cached=cached,
             num_generated=request.max_tokens,
@@ -129,7 +127,7 @@ class CellsFront:
         }
         self._gateways = [Cells(self._parts) for _ in range(gateways)]
         self._turns = cycle(self._gateways)
-        self._feasibility, self._block_size = replicas[0].feasibility, replicas[0].memory.block_size
+        self._work_times, self._block_size = replicas[0].work_times, replicas[0].memory.block_size
         self._reports_at = 0.0
 
     def choose(self, request: Request, names: Sequence[bytes], now: float) -> FluidReplica:
@@ -139,7 +137,7 @@ class CellsFront:
                 load = sum(each.load(now) for each in part)
                 for cells in self._gateways:
                     cells.report(name, load, replicas=len(part))
-        prompt, seconds_of = request.num_prompt_tokens, self._feasibility.seconds_of
+        prompt, seconds_of = request.num_prompt_tokens, self._work_times.seconds_of
         ends = [1 << power for power in range(len(names).bit_length()) if 1 << power <= len(names)]
         prefixes = [Prefix(names[end - 1], seconds_of(0, min(end * self._block_size, prompt))) for end in ends]
         seconds = seconds_of(0, prompt) + (request.max_tokens - 1) * seconds_of(prompt, 1)

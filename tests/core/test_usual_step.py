@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from splitfuse.core.slo.cost_model import CostModel, StepTimes
-from splitfuse.core.slo.feasibility import EFFICIENCY, MIN_EFFICIENCY, Feasibility
 from splitfuse.core.slo.usual_step import MOST_LOOKED_AT, Arrivals, usual_step
+from splitfuse.core.slo.work_times import EFFICIENCY, MIN_EFFICIENCY, WorkTimes
 
 COSTS = (
     CostModel(floor=0.01, per_token=0.001),  # a step of 0.04 s has three quarters of the throughput, one of 0.4 s 0.975
@@ -20,19 +20,19 @@ COSTS = (
 )
 
 
-def feasibility_of(cost: CostModel) -> Feasibility:
-    return Feasibility(StepTimes(cost), (), now=0.0)
+def times_of(cost: CostModel) -> WorkTimes:
+    return WorkTimes(StepTimes(cost))
 
 
 @given(st.sampled_from(COSTS), st.lists(st.floats(0.0, 2.0) | st.just(math.inf), min_size=1, max_size=8))
 def test_no_other_step_has_a_higher_goodput(cost: CostModel, longest: list[float]) -> None:
-    feasibility = feasibility_of(cost)
-    least, most = feasibility.efficient_step(MIN_EFFICIENCY), feasibility.efficient_step(EFFICIENCY)
+    work_times = times_of(cost)
+    least, most = work_times.efficient_step(MIN_EFFICIENCY), work_times.efficient_step(EFFICIENCY)
 
     def goodput(seconds: float) -> float:
-        return feasibility.efficiency(seconds) * sum(seconds <= each for each in longest)
+        return work_times.efficiency(seconds) * sum(seconds <= each for each in longest)
 
-    chosen = usual_step(feasibility, longest)
+    chosen = usual_step(work_times, longest)
     assert least <= chosen <= most
     best = max(goodput(least + (most - least) * part / 200) for part in range(201))
     assert goodput(chosen) >= (1.0 - 1e-9) * best
@@ -51,7 +51,7 @@ def test_no_other_step_has_a_higher_goodput(cost: CostModel, longest: list[float
     ],
 )
 def test_steps_are_as_long_as_arrivals_can_wait(longest: list[float], seconds: float) -> None:
-    assert usual_step(feasibility_of(COSTS[0]), longest) == pytest.approx(seconds)
+    assert usual_step(times_of(COSTS[0]), longest) == pytest.approx(seconds)
 
 
 def test_a_request_says_how_long_its_step_could_have_been() -> None:
@@ -76,7 +76,7 @@ def test_a_request_says_how_long_its_step_could_have_been() -> None:
 @pytest.mark.parametrize("cost", COSTS)
 @pytest.mark.parametrize("efficiency", [0.5, MIN_EFFICIENCY, 0.9, EFFICIENCY])
 def test_the_efficiency_of_an_efficient_step_is_that(cost: CostModel, efficiency: float) -> None:
-    feasibility = feasibility_of(cost)
-    seconds = feasibility.efficient_step(efficiency)
-    assert feasibility.efficiency(seconds) >= efficiency * (1.0 - 1e-9)
-    assert feasibility.efficiency(0.99 * seconds) < efficiency or cost.per_token == 0.0
+    work_times = times_of(cost)
+    seconds = work_times.efficient_step(efficiency)
+    assert work_times.efficiency(seconds) >= efficiency * (1.0 - 1e-9)
+    assert work_times.efficiency(0.99 * seconds) < efficiency or cost.per_token == 0.0

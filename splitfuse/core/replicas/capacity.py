@@ -19,9 +19,9 @@ from typing import NamedTuple
 
 from splitfuse.core.replicas.virtual_replica import LEAST_SPEED, Job, VirtualReplica
 from splitfuse.core.slo.cost_model import StepTimes
-from splitfuse.core.slo.feasibility import Feasibility
 from splitfuse.core.slo.targets import NO_SLO, SloTargets
 from splitfuse.core.slo.usual_step import usual_step
+from splitfuse.core.slo.work_times import WorkTimes
 
 WINDOW = 300.0
 """Seconds whose arrivals are looked at."""
@@ -69,10 +69,10 @@ class _Expected(NamedTuple):
     arrival: Arrival
     num_generated: float
 
-    def job(self, feasibility: Feasibility) -> Job:
+    def job(self, work_times: WorkTimes) -> Job:
         arrival, targets = self.arrival, self.arrival.targets
         job = Job(
-            feasibility,
+            work_times,
             num_prompt=arrival.num_prompt,
             num_cached=arrival.num_cached,
             num_generated=self.num_generated,
@@ -82,14 +82,14 @@ class _Expected(NamedTuple):
         job.deadline = arrival.at + (LONGEST_WAIT + job.work if target == math.inf else target)
         return job
 
-    def attainable(self, feasibility: Feasibility) -> _Expected:
+    def attainable(self, work_times: WorkTimes) -> _Expected:
         """Return it without its SLO if it would miss that even alone: then it is as one that has none."""
-        return self if self.meets_alone(feasibility) else self._replace(arrival=replace(self.arrival, targets=NO_SLO))
+        return self if self.meets_alone(work_times) else self._replace(arrival=replace(self.arrival, targets=NO_SLO))
 
-    def meets_alone(self, feasibility: Feasibility) -> bool:
+    def meets_alone(self, work_times: WorkTimes) -> bool:
         """Return whether it would be in time on an idle replica."""
-        job = self.job(feasibility)
-        step = feasibility.overhead + feasibility.with_floor(job.seconds)
+        job = self.job(work_times)
+        step = work_times.overhead + work_times.with_floor(job.seconds)
         return self.arrival.at + job.work <= job.deadline and (job.gap is None or step <= (1.0 - LEAST_SPEED) * job.gap)
 
 
@@ -115,22 +115,22 @@ def replicas_needed(
     """
     start = now - window
     recent = sorted((each for each in arrivals if start <= each.at <= now), key=lambda each: each.at)[-MOST_ARRIVALS:]
-    feasibility = Feasibility(times, (), now=0.0)
-    expected = [each.attainable(feasibility) for each in _expected(recent)]
+    work_times = WorkTimes(times)
+    expected = [each.attainable(work_times) for each in _expected(recent)]
     parts = [int((each.arrival.at - start) // PART) if each.arrival.at >= start + warm_up else -1 for each in expected]
     allowed = {part: (1.0 - in_time) * count for part, count in Counter(parts).items() if part >= 0}
     if not allowed:
         return 0
     margins = []
     for each in expected:
-        job = each.job(feasibility)
-        margins.append(feasibility.safety_factor * (job.deadline - each.arrival.at) - job.work)
+        job = each.job(work_times)
+        margins.append(times.safety_factor * (job.deadline - each.arrival.at) - job.work)
     # Which part of a step each waits for is chance: one waits for little of it, another for nearly all.
-    step = usual_step(feasibility, [margin * len(margins) / (n + 0.5) for n, margin in enumerate(margins)])
+    step = usual_step(work_times, [margin * len(margins) / (n + 0.5) for n, margin in enumerate(margins)])
 
     def is_enough(count: int) -> bool:
-        replicas = [VirtualReplica(feasibility, step=step) for _ in range(count)]
-        jobs = [each.job(feasibility) for each in expected]
+        replicas = [VirtualReplica(work_times, step=step) for _ in range(count)]
+        jobs = [each.job(work_times) for each in expected]
 
         def is_kept() -> bool:
             late = Counter(part for job, part in zip(jobs, parts, strict=True) if job.is_late)
@@ -151,8 +151,8 @@ def replicas_needed(
 
 def share_late_alone(arrivals: Iterable[Arrival], times: StepTimes) -> float:
     """Return which fraction of the requests would miss their SLO even alone on an idle replica; 0 if there are none."""
-    feasibility = Feasibility(times, (), now=0.0)
-    return fmean([not each.meets_alone(feasibility) for each in _expected([*arrivals])] or [0.0])
+    work_times = WorkTimes(times)
+    return fmean([not each.meets_alone(work_times) for each in _expected([*arrivals])] or [0.0])
 
 
 def replicas_wanted(

@@ -2,7 +2,7 @@
 that prompts take one after the other, by deadline, while every decode has its part of each of them.
 
 capacity.py sends arrivals to such replicas to say how many they need, and simulations of more than full ones can
-be simulated (simulator/fluid.py). What requests take is counted as claims are (core/slo/feasibility.py).
+be simulated (simulator/fluid.py). What requests take is counted as claims are (core/slo/work_times.py).
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import heapq
 import math
 
-from splitfuse.core.slo.feasibility import Feasibility
+from splitfuse.core.slo.work_times import WorkTimes
 
 LEAST_SPEED = 1 / 16
 """Fraction of its time that a replica must have left for prompts, if its decodes are to be in time."""
@@ -25,7 +25,7 @@ class Job:
 
     def __init__(
         self,
-        feasibility: Feasibility,
+        work_times: WorkTimes,
         *,
         num_prompt: int,
         num_cached: int,
@@ -35,12 +35,12 @@ class Job:
     ) -> None:
         """`deadline` is the first token's, and `gap` the most seconds from token to token."""
         count = max(num_prompt - num_cached, 1)
-        self.work = feasibility.overhead + feasibility.with_floor(feasibility.seconds_of(num_cached, count))
+        self.work = work_times.overhead + work_times.with_floor(work_times.seconds_of(num_cached, count))
         """Seconds of the prompt that are left."""
         self.deadline = deadline
         self.tokens = max(num_generated - 1.0, 0.0)
         """Tokens after the first that are left."""
-        self.seconds = feasibility.seconds_of(num_prompt + round(num_generated / 2), 1)
+        self.seconds = work_times.seconds_of(num_prompt + round(num_generated / 2), 1)
         """Seconds by which one of them makes a step longer."""
         self.gap = gap
         self.is_late = False
@@ -50,9 +50,9 @@ class Job:
 class VirtualReplica:
     """Serves jobs: prompts by deadline, and those last that would be late."""
 
-    def __init__(self, feasibility: Feasibility, *, step: float) -> None:
+    def __init__(self, work_times: WorkTimes, *, step: float) -> None:
         """`step` are the seconds of a usual step."""
-        self._feasibility = feasibility
+        self._work_times = work_times
         self._usual_step = self._step = step
         self._now = 0.0
         self._backlog = 0.0
@@ -125,7 +125,7 @@ class VirtualReplica:
 
     @property
     def _step_of_decodes(self) -> float:
-        return self._feasibility.overhead + self._feasibility.with_floor(self._decode_seconds)
+        return self._work_times.overhead + self._work_times.with_floor(self._decode_seconds)
 
     @property
     def _gaps(self) -> list[float]:
@@ -137,6 +137,6 @@ class VirtualReplica:
         self._decode_seconds = sum([each.seconds for each in self._decodes])
         self._step = min([self._usual_step, *(each.gap for each in self._decodes if each.gap is not None)])
         used = sum([each.seconds / gap for each, gap in zip(self._decodes, self._gaps, strict=True)])
-        self._speed = max(1.0 - self._feasibility.overhead / self._step - used, 0.0)
+        self._speed = max(1.0 - self._work_times.overhead / self._step - used, 0.0)
         while self._due and self._now + self._due[0][2].work / max(self._speed, LEAST_SPEED) > self._due[0][0]:
             heapq.heappush(self._overdue, heapq.heappop(self._due))

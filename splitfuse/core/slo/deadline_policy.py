@@ -28,10 +28,11 @@ from splitfuse.core.scheduling_options import Priority
 from splitfuse.core.slo.admission import check_on_time
 from splitfuse.core.slo.answers import Answers
 from splitfuse.core.slo.cost_model import CostModel
-from splitfuse.core.slo.feasibility import MIN_EFFICIENCY, Feasibility, Prefill
+from splitfuse.core.slo.feasibility import Feasibility, Prefill
 from splitfuse.core.slo.latency_predictor import LatencyPredictor
 from splitfuse.core.slo.turns import Turns
 from splitfuse.core.slo.usual_step import MOST_LOOKED_AT, Arrivals, usual_step
+from splitfuse.core.slo.work_times import MIN_EFFICIENCY, WorkTimes
 from splitfuse.core.step_builder import RequestQueue, StepBuilder
 
 DECODES_PER_STEP = 1 / 2
@@ -85,17 +86,20 @@ class DeadlinePolicy(Fcfs):
     def _feasibility(self, decodes: Iterable[Request], **how: Any) -> Feasibility:
         return Feasibility(self._predictor, decodes, token_budget=self._token_budget, **how)
 
-    def accept(self, request: Request, queue: RequestQueue, *, now: float) -> None:
+    def _work_times(self) -> WorkTimes:
+        return WorkTimes(self._predictor, token_budget=self._token_budget)
+
+    def accept(self, request: Request, queue: RequestQueue) -> None:
         """See SchedulingPolicy."""
         queue.expect_cached(request)
-        feasibility, before, in_time = self._feasibility((), now=now), 0.0, 0.0
+        work_times, before, in_time = self._work_times(), 0.0, 0.0
         for other in queue.unfinished:
             if not other.output_token_ids:
-                work = feasibility.seconds(other)
+                work = work_times.seconds(other)
                 before += work
                 in_time += work if other in self._in_time else 0.0
-        own = feasibility.seconds(request)
-        margin = request.slo.ttft_target - feasibility.overhead - feasibility.with_floor(in_time + own)
+        own = work_times.seconds(request)
+        margin = request.slo.ttft_target - work_times.overhead - work_times.with_floor(in_time + own)
         self._arrivals.accept(arrival_time=request.slo.arrival_time, margin=margin)
         self._turns.accept(request, own=own, before=before)
         self._answers.expect(request)
@@ -108,8 +112,8 @@ class DeadlinePolicy(Fcfs):
         """See SchedulingPolicy."""
         self._arrivals.plan(step.now)
         super().compose(step)
-        feasibility = self._feasibility((), now=step.now)
-        decodes = sum([feasibility.seconds(request) for request in step.granted if request.output_token_ids])
+        work_times = self._work_times()
+        decodes = sum([work_times.seconds(request) for request in step.granted if request.output_token_ids])
         self._turns.advance(max(self._predictor.seconds(step.features) - decodes, 0.0))
 
     def order(self, running: Sequence[Request], waiting: Sequence[Request], *, now: float) -> ClaimOrder:
@@ -161,9 +165,9 @@ class DeadlinePolicy(Fcfs):
         return longest < shortest and all(decode.slo.missed for decode in decodes)
 
     @staticmethod
-    def _shortest(feasibility: Feasibility) -> float:
+    def _shortest(work_times: WorkTimes) -> float:
         """Return the seconds of the shortest step with prompts that no deadline makes still shorter."""
-        return max(feasibility.efficient_step(MIN_EFFICIENCY), MIN_STEP * feasibility.floor)
+        return max(work_times.efficient_step(MIN_EFFICIENCY), MIN_STEP * work_times.floor)
 
     @staticmethod
     def _feasible(feasibility: Feasibility, prefills: Sequence[Request]) -> list[Prefill]:

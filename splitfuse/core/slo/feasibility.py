@@ -2,8 +2,7 @@
 
 The order of claims (deadline_policy.py) and admission (admission.py) follow it. It looks, and changes nothing.
 
-Beyond the knee of the cost model a step takes a constant time and, in addition, its own time for every chunk. So the
-work of requests adds up, in seconds, and before a deadline there is room for
+Work adds up, in seconds (work_times.py), and before a deadline there is room for
 
     deadline - now - steps x constant - tokens that decodes must have before the deadline x their own times
 
@@ -24,11 +23,8 @@ from splitfuse.core.request import Request
 from splitfuse.core.scheduling_options import Priority
 from splitfuse.core.slo.cost_model import StepTimes
 from splitfuse.core.slo.fewest_late import ON_TIME_ONLY_SHARE, FewestLate
-from splitfuse.core.slo.latency_predictor import MIN_SECONDS, LatencyPredictor
-
-EFFICIENCY, MIN_EFFICIENCY = 0.975, 0.75
-"""Throughput of a step, relative to the highest, for which steps are as long as they are without deadlines to meet; and
-the least that they are shortened to for TTFT targets, or come to beyond the knee."""
+from splitfuse.core.slo.latency_predictor import LatencyPredictor
+from splitfuse.core.slo.work_times import WorkTimes
 
 
 def _by_deadline(request: Request) -> float:
@@ -46,7 +42,7 @@ class Prefill:
     """Seconds for it and what is in time before it."""
 
 
-class Feasibility:
+class Feasibility(WorkTimes):
     """Counts the time that is left for prompts before any deadline.
 
     `decodes` are the running requests that need their next token; deadlines of those whose priority is below `priority`
@@ -55,7 +51,7 @@ class Feasibility:
 
     def __init__(
         self,
-        predictor: LatencyPredictor | StepTimes,
+        times: LatencyPredictor | StepTimes,
         decodes: Iterable[Request],
         *,
         soon: Iterable[Request] = (),
@@ -64,26 +60,9 @@ class Feasibility:
         token_budget: int = MAX_TOKEN_BUDGET,
     ) -> None:
         """`soon` are prompts that are computed one after the other, and decode from then on."""
-        cost, (floor, beyond) = predictor.cost, predictor.factors
+        super().__init__(times, token_budget=token_budget)
         self.now = now
-        self.safety_factor = predictor.safety_factor
-        self.floor = max(floor * cost.floor, MIN_SECONDS)
-        """Seconds of a step of one decode."""
-        full, knee = beyond * cost.per_token_beyond, cost.knee
-        spread = min(full, self.floor / knee) if knee else full  # what a token of a full step takes of the floor
-        self.at_knee = self.floor + beyond * cost.per_token * knee
-        """Seconds of a step of as many tokens as the knee."""
-        self.longest = self.at_knee if spread < MIN_EFFICIENCY * full else math.inf
-        """Seconds of a step beyond which further tokens take longer than in a step of their own."""
-        self._spread = spread
-        self.overhead = max(self.floor - spread * knee, MIN_SECONDS)
-        """Seconds of a full step that no token accounts for."""
-        self._slope = beyond * cost.per_token
-        self._per_token = max(self._slope + spread, MIN_SECONDS)
-        self._token_budget = token_budget
-        self._per_chunk = beyond * (cost.per_row + cost.per_request)
-        self._per_pair, self._per_kv_token = beyond * cost.per_pair, beyond * cost.per_kv_token
-        self._per_decode, self._per_position = self._per_token + self._per_chunk, self._per_pair + self._per_kv_token
+        self.safety_factor = times.safety_factor
         self.decode_seconds = 0.0
         """Seconds that a token of every decode adds to a step."""
         due: list[tuple[float, float, float]] = []  # deadline, seconds of a token, tokens/s from then on
@@ -116,18 +95,6 @@ class Feasibility:
             first.setdefault(rate, deadline)
         self._first = [(deadline, rate) for rate, deadline in first.items()]
 
-    def efficient_step(self, efficiency: float) -> float:
-        """Return the seconds of the shortest step whose tokens/s are that fraction of the most that steps can have."""
-        share = efficiency * self._slope / self._per_token
-        return max(self.overhead / (1.0 - efficiency), min(self.at_knee, self.floor / (1.0 - share)))
-
-    def efficiency(self, seconds: float) -> float:
-        """Return the tokens/s of a step of so many seconds, relative to the most that steps can have."""
-        efficiency = 1.0 - self.overhead / seconds
-        if seconds < self.at_knee and self._slope > 0.0:
-            efficiency = min(efficiency, (1.0 - self.floor / seconds) * self._per_token / self._slope)
-        return max(efficiency, 0.0)
-
     @property
     def is_sustainable(self) -> bool:
         """Return whether all decodes together can keep their targets, if there are no prompts."""
@@ -150,25 +117,6 @@ class Feasibility:
     def time_until(self, deadline: float) -> float:
         """Return the seconds until a deadline, less the safety factor."""
         return self.safety_factor * (deadline - self.now)
-
-    def seconds(self, request: Request) -> float:
-        """Return how much longer a step becomes by all that a request needs."""
-        start = max(request.num_scheduled, request.num_expected_cached)
-        return self.seconds_of(start, request.num_tokens + request.num_output_placeholders - start)
-
-    def seconds_of(self, start: int, count: int) -> float:
-        """Return how much longer a step becomes by `count` tokens from position `start`."""
-        return (
-            self._per_token * count
-            + self.overhead * ((count - 1) // self._token_budget)
-            + self._per_chunk
-            + self._per_pair * count * (start + (count + 1) / 2)
-            + self._per_kv_token * (start + count)
-        )
-
-    def seconds_of_token(self, decode: Request) -> float:
-        """Return how much longer a step becomes by the newest token of a request."""
-        return self._per_decode + self._per_position * (decode.num_scheduled + 1)
 
     def room(self, deadline: float) -> float:
         """Return the seconds that prompts may take before a deadline, if decodes get what they must have by then."""
@@ -231,10 +179,6 @@ class Feasibility:
             middle = (short + long) / 2.0
             short, long = (short, middle) if self.room(self.now + middle) >= work else (middle, long)
         return self.now + long
-
-    def with_floor(self, seconds: float) -> float:
-        """Return the seconds of work, and what its last step takes longer if it has fewer tokens than the knee."""
-        return seconds + max(self.floor - self.overhead - seconds * self._spread / self._per_token, 0.0)
 
     def feasible(self, prefills: Sequence[Request], *, share: float = 1.0, at_most: int = sys.maxsize) -> list[Prefill]:
         """Return the prefills that can meet their deadlines, by priority and deadline, if they get a `share` of the

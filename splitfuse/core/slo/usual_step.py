@@ -13,7 +13,7 @@ from bisect import bisect_left, bisect_right
 from collections import deque
 from collections.abc import Iterable
 
-from splitfuse.core.slo.feasibility import EFFICIENCY, MIN_EFFICIENCY, Feasibility
+from splitfuse.core.slo.work_times import EFFICIENCY, MIN_EFFICIENCY, WorkTimes
 
 MOST_LOOKED_AT = 32
 """Number of requests that a plan goes by at most: of the newest that came, of the newest that ended, and of the prompts
@@ -46,16 +46,16 @@ class Arrivals:
         self._planned_at = now
 
 
-def usual_step(feasibility: Feasibility, longest_steps: Iterable[float]) -> float:
+def usual_step(work_times: WorkTimes, longest_steps: Iterable[float]) -> float:
     """Return the seconds of a step without deadlines to meet: of its bounds and `longest_steps` between them, that with
     the highest goodput, the longest of those that are equally good.
     """
     ordered = sorted(longest_steps)
-    least, most = feasibility.efficient_step(MIN_EFFICIENCY), feasibility.efficient_step(EFFICIENCY)
+    least, most = work_times.efficient_step(MIN_EFFICIENCY), work_times.efficient_step(EFFICIENCY)
     between = ordered[bisect_right(ordered, least) : bisect_left(ordered, most)]
     best, goodput = most, 0.0
     for seconds in (least, *between, most):
         in_time = len(ordered) - bisect_left(ordered, seconds)
-        if (its_goodput := feasibility.efficiency(seconds) * in_time) >= goodput:
+        if (its_goodput := work_times.efficiency(seconds) * in_time) >= goodput:
             best, goodput = seconds, its_goodput
     return best
