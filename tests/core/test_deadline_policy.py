@@ -306,7 +306,7 @@ def test_a_prompt_without_time_in_its_tier_keeps_no_other_tier_from_starting() -
     assert plan is not None and [chunk.request_id for chunk in plan.chunks] == ["r0", "r3"]
 
 
-def test_order_is_fcfs_where_no_request_can_be_in_time() -> None:
+def test_order_is_fcfs_where_hardly_any_request_can_be_in_time() -> None:
     late, prompt = decode("d", 0.1, token_at=0.0), request("p", 100, SloTargets(0.05, 0.1), arrival_time=5.0)
     late.slo.observe_token(5.0)
     prompt.turn, policy = 9.0, make_policy()
@@ -321,6 +321,10 @@ def test_order_is_fcfs_where_no_request_can_be_in_time() -> None:
     run.scheduler.add(request("q", 10, SloTargets(0.05, 0.1), arrival_time=5.1), 5.1)  # takes 0.02 s
     assert run.scheduler.schedule(5.1) is not None
     assert policy.order([late], [prompt], now=5.15).limits_time
+    for number, is_few in enumerate((False, False, False, False, True)):  # 1 of 7 is less than TAIL_SHARE
+        run.scheduler.add(request(f"r{number}", 100, SloTargets(0.05, 0.1), arrival_time=5.15), 5.15)
+        run.scheduler.schedule(5.15)
+        assert (policy.order([late], [prompt], now=5.2) == by_age) is is_few
 
 
 @pytest.mark.parametrize("tail_share", [0.001, TAIL_SHARE, 0.5])

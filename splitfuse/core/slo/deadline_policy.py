@@ -157,12 +157,13 @@ class DeadlinePolicy(Fcfs):
         )
 
     def _is_out_of_reach(self, feasibility: Feasibility, decodes: Sequence[Request]) -> bool:
-        """Return whether all decodes are late and no step is so short that any of the newest requests could have waited
-        for it. Then by age all wait less for their first token, and none is worse off.
+        """Return whether all decodes are late and hardly any of the newest requests could have waited for a step of any
+        length: a smaller fraction than late prompts have of each step. By age the others wait less for their first
+        token, and no gap that is in time becomes longer.
         """
-        shortest = self._shortest(feasibility)
-        longest = max(self._arrivals.longest_steps, default=math.inf)
-        return longest < shortest and all(decode.slo.missed for decode in decodes)
+        shortest, newest = self._shortest(feasibility), self._arrivals.longest_steps
+        is_few = sum([longest >= shortest for longest in newest]) < self._turns.share * len(newest)
+        return is_few and all(decode.slo.missed for decode in decodes)
 
     @staticmethod
     def _shortest(work_times: WorkTimes) -> float:
