@@ -146,6 +146,14 @@ def test_a_decode_lends_its_time_to_a_prompt_that_needs_it() -> None:
     assert names(due)[0] == ["s"]
 
 
+def test_decodes_leave_time_for_a_prompt_to_come_though_another_is_late() -> None:
+    stream, prompt = decode("s", 0.25, token_at=1.0), request("p", 80, SloTargets(0.12), arrival_time=1.0)
+    late = request("l", 80, SloTargets(0.5))
+    late.turn = 9.0
+    for waiting in ([prompt], [late, prompt]):
+        assert names(make_policy().order([stream], waiting, now=1.0))[0] == []
+
+
 def test_a_step_ends_before_the_slack_of_a_decode_is_used_up() -> None:
     stream, prompt = decode("s", 0.25, token_at=1.0), request("p", 800, SloTargets(2.5))
     assert seconds(make_policy().order([stream], [prompt], now=1.1)) <= MAX_SAFETY_FACTOR * 0.15

@@ -63,7 +63,7 @@ class StepLimit(NamedTuple):
     others: float
     """For all other claims."""
     spare: float
-    """Seconds that decodes may take without need, and all these prompts be in time."""
+    """Seconds that decodes may take without need, and all these prompts be in time, and one that arrives meanwhile."""
 
 
 class DeadlinePolicy(Fcfs):
@@ -139,8 +139,6 @@ class DeadlinePolicy(Fcfs):
             feasible = feasibility.feasible(prefills, share=1.0 - share, at_most=MOST_LOOKED_AT)
             in_time = {prefill.request for prefill in feasible}
         limit = self._limit(feasibility, feasible, decodes, share=share)
-        if feasible and len(feasible) == len(prefills):
-            limit = limit._replace(spare=min(limit.spare, self._spare_for_arrivals(feasibility, feasible[0])))
         urgent = self._urgent(decodes, feasibility, limit)
         others = self._others(decodes, prefills, apart=in_time.union(urgent))
         self._in_time = in_time
@@ -214,6 +212,7 @@ class DeadlinePolicy(Fcfs):
                 + min(feasibility.decode_seconds, max(spare, 0.0))
             )
             seconds = min(seconds, max(whole, feasibility.time_until(first.request.slo.deadline)))
+            spare = min(spare, self._spare_for_arrivals(feasibility, first))
         seconds = min(seconds, feasibility.slack, max(feasibility.longest + feasibility.decode_seconds, usual))
         return StepLimit(seconds, min(seconds, usual), spare)
 
