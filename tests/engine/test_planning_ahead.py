@@ -5,21 +5,25 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from random import Random
 from threading import Thread
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import tiny_models
 from scheduler_checks import check_scheduler
+from torch import Tensor
 
 from splitfuse.config.engine import EngineConfig
 from splitfuse.core.events import StepScheduled
-from splitfuse.core.plan import Chunk, StepPlan, StepResult
+from splitfuse.core.plan import Chunk, SamplingState, StepPlan, StepResult
 from splitfuse.core.request_output import FinishReason, RequestOutput
 from splitfuse.core.sampling_params import SamplingParams
 from splitfuse.core.speculation.token_cost import TokenCost
 from splitfuse.engine.engine import Engine
 from splitfuse.engine.loop import EngineLoop
 from splitfuse.engine.messages import Add, Finish, Stop
+from splitfuse.kernels.batch import RaggedBatch
+from splitfuse.models.kv_cache import KVCache
 from splitfuse.runtime.executor import Executor
 from splitfuse.runtime.loading import load_model
 
@@ -91,6 +95,25 @@ def answers_of(engine: Engine) -> dict[str, Answer]:
         check_scheduler(engine.scheduler)
     assert engine.allocator.num_held == 0
     return answers
+
+
+@pytest.mark.parametrize("kind", ["cpu", "other"])
+def test_when_others_get_python(kind: str, make: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the CPU before kernels run, which leave Python alone; on another device once all of a step is launched."""
+    executor, seen = make().executor, list[bool]()
+    forward = executor.decoder.forward
+
+    def noted(batch: RaggedBatch, kv_cache: KVCache) -> Tensor:
+        assert executor._running is not None
+        seen.append(executor._running.begun.is_set())
+        return forward(batch, kv_cache)
+
+    monkeypatch.setattr(executor.decoder, "forward", noted)
+    monkeypatch.setattr(type(executor.decoder), "device", SimpleNamespace(type=kind))
+    request = SamplingState("r", (5, 6), SamplingParams(max_tokens=2), (), seed=0, choice=0)
+    handle = executor.submit(StepPlan(1, 16, (Chunk("r", 0, (5, 6), (0,), 1, True),), (request,)))
+    executor.collect(handle)
+    assert seen == [kind == "cpu"] and handle.progress is not None and handle.progress.begun.is_set()
 
 
 def test_outputs_are_those_without(make: Callable[..., Engine]) -> None:

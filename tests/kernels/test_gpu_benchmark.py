@@ -24,6 +24,17 @@ def test_every_kernel_compiles_for_a_gpu(capability: str, name: str, tmp_path: P
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("name", [pytest.param("triton", marks=runnable("triton-float32"))])
+def test_steps_of_one_kind_need_the_programs_of_the_first(name: str) -> None:
+    del name
+    command = [sys.executable, "-m", "benchmarks.gpu", "--stage", "launches"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    print(done.stdout)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "7b: 256 decodes" in done.stdout
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", ["parity", "tune", "kernels", "steps", "policies", "peers"])
 @pytest.mark.parametrize("name", [pytest.param("triton", marks=runnable("triton-float32"))])
 def test_a_rehearsal_ends_well(stage: str, name: str) -> None:
