@@ -52,7 +52,7 @@ from splitfuse.simulator.deployment import Deployment, Machine, SimulationConfig
 from splitfuse.simulator.pace import MeasuredMachine
 from splitfuse.simulator.simulate import SimulatedTarget
 
-SLOS = ("ttft=4x,itl=12x", "ttft=3x,itl=10x/p95", "ttft=4x,tpot=8x", "ttft=2x")
+SLOS = ("ttft=4x,itl=12x", "ttft=3x,itl=10x/p95", "ttft=4x,tpot=8x", "ttft=2x,tpot=12x")
 OTHERS = {"by age": ("splitfuse", None), "prefill-first": ("prefill-first", 2048), "orca": ("orca", 2048)}
 """Policies to compare with, by name: the policy, and its token budget; None for the chosen one."""
 SIMULATIONS = 8

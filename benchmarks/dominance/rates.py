@@ -1,6 +1,6 @@
 """The highest rate at which 90 % of the requests are on time, for the SLOs of DistServe's OPT-13B.
 
-    python -m benchmarks.dominance.rates [--requests N] [--kv-tokens N]
+    python -m benchmarks.dominance.rates [--requests N] [--kv-tokens N] [--only TEXT]
 
 Prompts of 700 tokens on average, at most 1,600, and answers of 200, lognormal; Poisson arrivals at a ladder of rates,
 two seeds each. The SLOs are times to the first token and means of the time per output token.
@@ -75,11 +75,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--requests", type=int, default=500, help="requests of each run")
     parser.add_argument("--kv-tokens", type=int, default=0, help="tokens of the KV cache (default: of an A100-80GB)")
+    parser.add_argument("--only", default="", help="only systems whose names begin so, such as ours or prefill-first")
     arguments = parser.parse_args()
     slos = [SloTargets(ttft=ttft, tpot=tpot) for ttft, tpot in ROWS]
     rates = Rates(slos, requests=arguments.requests, kv_tokens=arguments.kv_tokens)
     print(f"{'':20}" + "".join(f"{f'{ttft:g} s, {tpot:g} s':>16}" for ttft, tpot in ROWS), flush=True)
-    for system in (*OTHERS, OUR_SYSTEM):
+    for system in (each for each in (*OTHERS, OUR_SYSTEM) if str(each).startswith(arguments.only)):
         print(f"{system!s:20}", end="")
         for slo in slos:
             print(f"{rates.highest(system, slo):16.2f}", end="", flush=True)
