@@ -1,6 +1,6 @@
 """Overload for hours: how long the late wait, against how much goodput, by tail_share.
 
-    python -m benchmarks.dominance.overload [--hours H] [--machine NAME] [--load 150%] [--tail-share F ...]
+    python -m benchmarks.dominance.overload [--hours H] [--machine NAME] [--load 150%] [--tail-share F ...] [--only TEXT]
 
 Poisson arrivals at 1.5 times the capacity, at most 128 unfinished requests, others refused at once; or a closed loop
 (`--load "16 clients"`). Prompts Normal(512), answers Normal(64); the SLO is FastGen's at 4 tokens/s, or another
@@ -32,6 +32,7 @@ def main() -> None:
     parser.add_argument("--gap", default=FASTGEN[1][1], help="target as in points.py (default: %(default)s)")
     parser.add_argument("--machine", default="0.5b-int8")
     parser.add_argument("--tail-share", type=float, nargs="*", default=TAIL_SHARES)
+    parser.add_argument("--only", default="", help="only systems whose names begin so, such as ours or splitfuse")
     arguments = parser.parse_args()
     scenario = Scenario(arguments.machine, "paper-small", arguments.load, (Slo(arguments.ttft, arguments.gap),))
     print(
@@ -41,7 +42,8 @@ def main() -> None:
         flush=True,
     )
     for system in (*OTHERS, *(System(OURS, OUR_SYSTEM.budget, share) for share in arguments.tail_share)):
-        print(row(scenario, system, arguments.hours), flush=True)
+        if str(system).startswith(arguments.only):
+            print(row(scenario, system, arguments.hours), flush=True)
 
 
 def row(scenario: Scenario, system: System, hours: float, *, seed: int = 1) -> str:
