@@ -1,6 +1,7 @@
 """Overload for hours: how long the late wait, against how much goodput, by tail_share.
 
-    python -m benchmarks.dominance.overload [--hours H] [--machine NAME] [--load 150%] [--tail-share F ...] [--only TEXT]
+    python -m benchmarks.dominance.overload [--hours H] [--machine NAME] [--load 150%]
+        [--tail-share F ...] [--only TEXT]
 
 Poisson arrivals at 1.5 times the capacity, at most 128 unfinished requests, others refused at once; or a closed loop
 (`--load "16 clients"`). Prompts Normal(512), answers Normal(64); the SLO is FastGen's at 4 tokens/s, or another
