@@ -6,7 +6,9 @@
 In simulation every coefficient of the estimate is off: the speed of all by a fifth (standard deviation of the
 logarithm), floor and arithmetic by 15 % more each, the knee by 40 %, contexts by 50 %; the host's time is missing. The
 rows `true` start with the machine's own coefficients. With --model a real engine runs, with a cost model that is stored
-for it only if --stored is given. Errors are |predicted / actual - 1|. A request counts in the minute it was sent in.
+for it only if --stored is given. Errors are |predicted / actual - 1|. Clients start one after the other, and minutes
+are counted from when all have: those who start together would wait for each other's prompts in the first minute alone.
+A request counts in the minute it was sent in.
 """
 
 from __future__ import annotations
@@ -17,14 +19,14 @@ import math
 import os
 import tempfile
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from random import Random
 from statistics import median
 from typing import Any
 
 from benchmarks.latency_predictor import RecordedTarget, Recorder, Step
 from splitfuse.bench import metrics
-from splitfuse.bench.load import closed_loop
+from splitfuse.bench.load import SPACING, closed_loop
 from splitfuse.bench.results import MeasuredRequest
 from splitfuse.bench.target import Target
 from splitfuse.bench.workload import Independent, Lengths
@@ -86,7 +88,8 @@ def main() -> None:
     parser.add_argument("--ttft", default="2ms/token")
     parser.add_argument("--itl", default="250ms")
     arguments = parser.parse_args()
-    print("| | steps 1-100 | 101-200 | later | P95 | goodput of the first minute | later | ratio |\n|" + "---|" * 8)
+    print("| | steps 1-100 | 101-200 | later | P95 | in time in the first minute | later | goodput | later | ratio |")
+    print("|" + "---|" * 10)
     if arguments.model is None:
         for name in MACHINES_AND_LOADS:
             for kind in ("true", "estimated"):
@@ -121,7 +124,7 @@ def simulated(name: str, kind: str, arguments: argparse.Namespace) -> None:
     """Print the errors of all seeds together, and the mean goodput."""
     truth, clients, slo = MACHINES_AND_LOADS[name]
     parts: list[list[float]] = [[], [], []]
-    goodputs = []
+    pairs = []
     for seed in range(arguments.seeds):
         calibration = Calibration(name=name, cost=truth, num_blocks=8192, block_size=32, max_model_len=8192)
         target = SimulatedTarget(SimulationConfig(calibration=calibration, scheduler=SchedulerConfig(**slo)))  # type: ignore[arg-type]
@@ -133,10 +136,10 @@ def simulated(name: str, kind: str, arguments: argparse.Namespace) -> None:
         recorder = Recorder(predictor)
         loop = closed_loop(target, workload(target, seed), clients=clients, requests=arguments.requests)
         records = virtual_time.run(loop).records
-        goodputs.append(minutes(records, SloTargets.parse(**slo)))
+        pairs.append(minutes(records, SloTargets.parse(**slo)))
         for part, some in zip(parts, errors(recorder.steps), strict=True):
             part += some
-    show(f"{name}, {kind}", parts, goodputs)
+    show(f"{name}, {kind}", parts, pairs)
 
 
 def real(arguments: argparse.Namespace) -> None:
@@ -152,16 +155,23 @@ def real(arguments: argparse.Namespace) -> None:
             requests, clock = workload(target, 0), asyncio.get_running_loop().time
             end = clock() + 60 * arguments.minutes
 
-            async def client(number: int) -> None:
-                count = 0
-                while (sent := clock()) < end:
-                    answer = await target.ask(requests.first(f"client {number}", count))
-                    count += 1
-                    records.append(
-                        MeasuredRequest(number, sent, answer.num_prompt_tokens, answer.token_times, answer.error)
-                    )
+            async def ask(number: int, count: int) -> float:
+                sent = clock()
+                answer = await target.ask(requests.first(f"client {number}", count))
+                records.append(
+                    MeasuredRequest(number, sent, answer.num_prompt_tokens, answer.token_times, answer.error)
+                )
+                return clock() - sent
 
-            await asyncio.gather(*(client(number) for number in range(arguments.clients)))
+            async def client(number: int, pause: float) -> None:
+                await asyncio.sleep(pause)
+                count = 1
+                while clock() < end:
+                    await ask(number, count)
+                    count += 1
+
+            space = SPACING * await ask(0, 0)
+            await asyncio.gather(*(client(number, number * space) for number in range(arguments.clients)))
         finally:
             await target.close()
         return target.recorder.steps, records
@@ -185,21 +195,46 @@ def errors(steps: Sequence[Step]) -> list[list[float]]:
     return [found[:100], found[100:200], found[200:]]
 
 
-def minutes(records: Sequence[MeasuredRequest], targets: SloTargets) -> tuple[float, float]:
-    """Return the requests/s in time of those that were sent in the first minute, and in the later ones."""
-    start = min(record.sent for record in records)
+@dataclass(frozen=True)
+class Period:
+    """Counts the requests that were sent in some seconds, and those of them that were in time."""
+
+    sent: int
+    in_time: int
+    seconds: float
+
+    @property
+    def goodput(self) -> float:
+        return self.in_time / self.seconds if self.seconds else 0.0
+
+    def __add__(self, other: Period) -> Period:
+        return Period(self.sent + other.sent, self.in_time + other.in_time, self.seconds + other.seconds)
+
+
+def minutes(records: Sequence[MeasuredRequest], targets: SloTargets) -> tuple[Period, Period]:
+    """Return the first minute with all clients, and what follows."""
+    starts: dict[int, float] = {}
+    for record in records:
+        if record is not records[0]:  # which is alone
+            starts[record.client] = min(record.sent, starts.get(record.client, record.sent))
+    start = max(starts.values())
     end = max(record.sent for record in records)
-    in_time = [record.sent - start for record in records if metrics.meets_slo(record, targets)]
-    first = sum(each < 60.0 for each in in_time)
-    return first / min(60.0, end - start), (len(in_time) - first) / max(end - start - 60.0, 1e-9)
+
+    def period(begin: float, end: float) -> Period:
+        sent = [record for record in records if begin <= record.sent < end]
+        return Period(len(sent), sum(metrics.meets_slo(record, targets) for record in sent), max(end - begin, 0.0))
+
+    return period(start, min(start + 60.0, end)), period(start + 60.0, end)
 
 
-def show(name: str, parts: Sequence[Sequence[float]], goodputs: Sequence[tuple[float, float]]) -> None:
+def show(name: str, parts: Sequence[Sequence[float]], pairs: Sequence[tuple[Period, Period]]) -> None:
     """Print a line of the table."""
     cells = [f"{median(part):.1%}" if part else "" for part in parts]
     last = sorted(parts[-1])
     cells.append(f"{last[int(0.95 * len(last))]:.1%}" if last else "")
-    first, later = (sum(each) / len(goodputs) for each in zip(*goodputs, strict=True))
+    periods = [sum(each, Period(0, 0, 0.0)) for each in zip(*pairs, strict=True)]
+    cells += [f"{period.in_time} of {period.sent}" for period in periods]
+    first, later = (period.goodput for period in periods)
     cells += [f"{first:.2f}", f"{later:.2f}", f"{first / later:.2f}" if later else ""]
     print(f"| {name} | {' | '.join(cells)} |", flush=True)
 
