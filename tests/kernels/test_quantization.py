@@ -19,7 +19,7 @@ from torch import Tensor
 
 from splitfuse.errors import ConfigError
 from splitfuse.kernels.cpu.backend import CpuBackend
-from splitfuse.kernels.cpu.quantization import INT4_QVALUES, QVALUES, choose_format
+from splitfuse.kernels.cpu.quantization import INT4_BIAS, INT4_QVALUES, QVALUES, choose_format
 from splitfuse.kernels.cpu.structs import BF16, INT4, INT8
 from splitfuse.kernels.weights import WeightRole
 
@@ -75,9 +75,10 @@ def nearest(values: Floats) -> Floats:
 def int4_scales(values: Floats) -> Floats:
     """All bf16 numbers that the largest of a group may be scaled by, so that it comes to lie around the last qvalue."""
     largest = values[np.abs(values).argmax()]
-    least = torch.tensor([float(largest) / 300]).bfloat16().view(torch.int16)
+    step = -INT4_QVALUES[0]
+    least = torch.tensor([float(largest) / (2.4 * step)]).bfloat16().view(torch.int16)
     scales = (least + torch.arange(300, dtype=torch.int16)).view(torch.bfloat16).float().numpy()
-    scales = scales[(np.abs(scales) <= abs(largest) / 60) & (np.sign(scales) == np.sign(largest))]
+    scales = scales[(np.abs(scales) <= abs(largest) / (0.47 * step)) & (np.sign(scales) == np.sign(largest))]
     return np.concatenate((-scales, scales))
 
 
@@ -322,8 +323,9 @@ def test_bytes_of_a_weight(variant: str, quantization: str, group: int | None) -
 def test_int4_values_rise_and_fit_a_byte() -> None:
     assert len(INT4_QVALUES) == 16
     assert list(INT4_QVALUES) == sorted(set(INT4_QVALUES))
-    assert max(map(abs, INT4_QVALUES)) <= 127  # or AVX2's sums of two products would not fit 16 bits
-    assert list(QVALUES) == [qvalue + 128 for qvalue in INT4_QVALUES]
+    assert list(QVALUES) == [qvalue + INT4_BIAS for qvalue in INT4_QVALUES]
+    assert 12 * max(QVALUES) * 128 < 2**15  # AVX2 sums in 16 bits what six words of x give, two products each
+    assert min(QVALUES) >= 0
 
 
 @pytest.mark.parametrize("role", [role for role in WeightRole if role.linear], ids=str)

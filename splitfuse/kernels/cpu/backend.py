@@ -34,7 +34,7 @@ from splitfuse.kernels.cpu.lora import PackedLora, place_of, step_lora
 from splitfuse.kernels.cpu.memory import OwnWeights, SharedWeights, allocate, have
 from splitfuse.kernels.cpu.network import FusedNetwork, uncovered
 from splitfuse.kernels.cpu.nodes import NodeMemory, plan_nodes
-from splitfuse.kernels.cpu.quantization import GROUP_SIZES, QVALUES, choose_format
+from splitfuse.kernels.cpu.quantization import GROUP_SIZES, INT4_BIAS, QVALUES, choose_format
 from splitfuse.kernels.cpu.stored import (
     common_format,
     converted,
@@ -329,7 +329,7 @@ class CpuBackend(Backend):
 
     def _weight(self, rows: int, columns: int, role: WeightRole) -> Weight:
         chosen = choose_format(role, self.quantization, self.group_size)
-        return Weight(chosen.number, role.gated, rows, columns, chosen.group or 0, None, QVALUES)
+        return Weight(chosen.number, role.gated, rows, columns, chosen.group or 0, None, QVALUES, INT4_BIAS)
 
     def _weight_bytes(self, weight: Weight) -> int:
         return int(self.library.weight_bytes(weight.address))

@@ -12,12 +12,15 @@ from splitfuse.kernels.weights import WeightRole
 GROUP_SIZES = {"int8": (128,), "int4": (64, 128)}
 """Quantizations, the one that loses least first, and the group sizes of each."""
 INT4_GROUP = 64
-INT4_QVALUES = (-127, -98, -77, -60, -46, -33, -21, -10, 1, 12, 24, 36, 50, 65, 83, 107)
-"""Values of the sixteen nibbles of int4: the least-squares fit to normal weights whose scale has the sign that puts the
-largest of a group on the negative end (docs/decisions/0010-quantization.md).
+INT4_QVALUES = (-12, -9, -7, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 7, 9)
+"""Values of the sixteen nibbles of int4: the least-squares fit to weights whose scale has the sign that puts the
+largest of a group on the negative end, of those that span no more than 21: so few that AVX2 sums products in 16 bits
+(docs/decisions/0082-small-int4.md).
 """
-QVALUES = (ctypes.c_uint8 * 16)(*(value + 128 for value in INT4_QVALUES))
-"""Values of the nibbles as C++ reads them, + 128."""
+INT4_BIAS = -INT4_QVALUES[0]
+"""Number that is added to the values as C++ reads them: none is negative then."""
+QVALUES = (ctypes.c_uint8 * 16)(*(value + INT4_BIAS for value in INT4_QVALUES))
+"""Values of the nibbles as C++ reads them."""
 
 
 @dataclass(frozen=True)

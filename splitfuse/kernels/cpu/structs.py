@@ -83,7 +83,7 @@ class Weight(Struct):
         *fields(c_int64, "rows", "columns", "group"),
         ("data", c_void_p),
         ("qvalues", c_uint8 * 16),
-        *fields(c_int32, "bits", "bias", "scale_type", "offset_type", "zeros", "two_level"),
+        *fields(c_int32, "bias", "bits", "scale_type", "offset_type", "zeros", "two_level"),
         *fields(c_void_p, "order", "parts"),
         ("num_parts", c_int64),
     )

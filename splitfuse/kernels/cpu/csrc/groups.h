@@ -55,11 +55,12 @@ inline int sum_steps_of(const Weight& w) {
 }
 #endif
 
-// Returns whether x is packed as bytes for a weight in groups.
+// Returns whether x is packed as bytes for a quantized weight.
 inline bool reads_bytes([[maybe_unused]] const Weight& w) {
 #ifdef SF_BYTE_DOTS
     return true;
 #else
+    if (w.format != GROUPED) return w.format == INT4;
     bool all = true;
     each_part(w, [&](const Weight& part) { all &= sum_steps_of(part) > 0; });
     return all;

@@ -46,9 +46,9 @@ struct Weight {
     std::int64_t columns;    // K
     std::int64_t group;      // columns that share a scale; not used in bf16
     std::uint8_t* data;
-    std::uint8_t qvalues[16];  // int4, and GROUPED of 4 bits: what the nibbles stand for
+    std::uint8_t qvalues[16];  // int4, and GROUPED of 4 bits: what the nibbles stand for, + bias
+    std::int32_t bias;         // of int4 and GROUPED: what is added to each level as it is kept
     std::int32_t bits;         // from here on of GROUPED. 2 to 6, or 8
-    std::int32_t bias;         // what is added to each level as it is kept
     std::int32_t scale_type;   // Number
     std::int32_t offset_type;  // Number, of the mins or zeros of groups; NONE: groups have none; HIGH_BITS: of the scales' bytes
     std::int32_t zeros;        // offsets are levels that stand for zero

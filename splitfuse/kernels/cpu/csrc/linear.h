@@ -15,13 +15,13 @@ namespace SF_VARIANT {
 struct Operand {
     u32* words;
     float* scales;   // [rows], or null
-    i32* starts;     // [rows][spans]: -QVALUE_BIAS times the sum of x
+    i32* starts;     // [rows][spans]: minus the sum of x times what quantized values are kept above (bias_of())
     XGroup* groups;  // of the first part, of the others after it; of each block [groups][rows]; null if the weight has none
     i64 rows, columns, x_steps, slabs, span_steps, num_spans;
     i64 blocks;
     i64 block_rows;  // of each block but the last; 0: they are as equal as possible
     bool quantized;
-    bool in_bytes;     // of a weight in groups: x lies as bytes, not as 16 bits
+    bool in_bytes;     // quantized x lies as bytes, not as 16 bits
     const Weight* weight;
     const i32* order;  // of elements in the row that is packed, or null
     float* sums_of_panel;  // [rows, PANEL]: this thread's buffer if a panel is multiplied in parts; else null
@@ -39,8 +39,6 @@ constexpr i64 READ_BEYOND = 0;
 #endif
 
 #ifdef SF_PARTS
-constexpr i64 NIBBLE_ROWS = BLOCK_ROWS == MAX_ROWS ? MAX_ROWS - 1 : MAX_ROWS;  // most that are multiplied with int4 as it is; AVX2 has no registers for more
-
 // Returns whether a panel of a row of quantized values is summed to its end as whole numbers.
 SF_INLINE bool in_whole_rows(const Weight& w, const Shape& s) { return w.format == INT8 && s.num_groups == 1 && s.num_spans == 1; }
 
@@ -87,13 +85,13 @@ SF_INLINE Operand make_operand(const Weight& w, i64 rows, u8* memory, float* sum
 #endif
     x.blocks = ceil_div(rows, x.block_rows ? x.block_rows : MAX_ROWS);
     x.quantized = w.format != BF16 && w.format != FP8;
+    x.in_bytes = x.quantized && reads_bytes(w);
     x.weight = &w;
     x.order = w.order;
     x.words = reinterpret_cast<u32*>(memory);
     memory += align_up(rows * x.slabs * SLAB_STRIDE * 4);
     if (w.format == GROUPED) {
         x.groups = reinterpret_cast<XGroup*>(memory);
-        x.in_bytes = reads_bytes(w);
     } else {
         x.scales = reinterpret_cast<float*>(memory);
         x.starts = reinterpret_cast<i32*>(memory + align_up(rows * 4));
@@ -190,6 +188,7 @@ SF_INLINE void put_row(const Operand& x, i64 row, const u16* values) {
     }
     i64 span = x.span_steps * 4;
     i32* starts = x.quantized ? x.starts + row * x.num_spans : nullptr;
+    const i32 bias = bias_of(*x.weight);
     const bool several = x.num_spans > 1;  // of which each lies in one slab; a single one may have several slabs
     if (x.quantized) *starts = 0;
     for (i64 slab = 0; slab < x.slabs; ++slab, place += rows * SLAB_STRIDE) {
@@ -202,20 +201,15 @@ SF_INLINE void put_row(const Operand& x, i64 row, const u16* values) {
             std::memset(elements + count, 0, (padded - count) * sizeof(Element));
             continue;
         }
-#ifdef SF_BYTE_DOTS
-        i8* qvalues = reinterpret_cast<i8*>(place);
-#else
-        i8 qvalues[SLAB_STEPS * 4];
-#endif
+        i8 bytes[SLAB_STEPS * 4];
+        i8* qvalues = x.in_bytes ? reinterpret_cast<i8*>(place) : bytes;
         for (i64 k = 0; k < count; k += span, starts += several) {
-            const i32 start = -QVALUE_BIAS * quantize(values + first + k, count - k < span ? count - k : span, inverse, qvalues + k);
+            const i32 start = -bias * quantize(values + first + k, count - k < span ? count - k : span, inverse, qvalues + k);
             *starts = several ? start : *starts + start;
         }
-#ifdef SF_BYTE_DOTS
-        std::memset(qvalues + count, 0, padded - count);
-#else
-        std::memset(qvalues + count, 0, SLAB_STEPS * 4 - count);
-        split_bytes(qvalues, SLAB_STEPS * 4, place, place + SLAB_STEPS);
+        std::memset(qvalues + count, 0, (x.in_bytes ? padded : SLAB_STEPS * 4) - count);
+#ifndef SF_BYTE_DOTS
+        if (!x.in_bytes) split_bytes(qvalues, SLAB_STEPS * 4, place, place + SLAB_STEPS);
 #endif
     }
 }
@@ -229,7 +223,9 @@ SF_INLINE void shrink_row(const Adapted& adapted, const Operand& x, i64 row, con
     const u32* words = x.block_words(block) + (row - begin) * SLAB_STRIDE;
     i32 start = 0;
     for (i64 span = 0; span < x.num_spans; ++span) start += x.starts[row * x.num_spans + span];
-    shrink_qvalues(*w, words, slab_words, x.x_steps, start, x.scales[row], adapted.row(row));
+    start = start / bias_of(*x.weight) * QVALUE_BIAS;
+    const auto shrink = x.in_bytes ? shrink_qvalues<true> : shrink_qvalues<false>;
+    shrink(*w, words, slab_words, x.x_steps, start, x.scales[row], adapted.row(row));
 }
 
 SF_INLINE Floats activate(Floats gate, i32 kind) {
@@ -544,7 +540,8 @@ SF_INLINE void multiply_groups_in_parts(const Operand& x, const Weight& w, const
         each_block(x, first, last, at, [&](int rows, const u32* words, i64 begin, float* tile) {
             spans.x = words;
             spans.starts = x.starts + begin * s.num_spans + at / s.span_steps;
-            multiply(rows, spans, tile);
+            if (w.format == INT4) multiply<4>(rows, spans, tile);
+            else multiply<8>(rows, spans, tile);
             to_next_block(spans.prefetch, count * x_steps);
         });
         data += count * stride;

@@ -73,20 +73,23 @@ inline void shrink_bf16(const LoraWeight& w, const u16* x, i64 columns, float* o
     }
 }
 
-// Returns totals + 8 columns of each of eight ranks times two words of x.
+// Returns totals + 8 columns of each of eight ranks times two words of x. IN_BYTES: it lies as bytes.
+template <bool IN_BYTES>
 SF_INLINE Ints add_columns(Ints totals, const u8* a, const u32* x) {
     _mm_prefetch(a + A_AHEAD, _MM_HINT_T0);
     const Packed qvalues = load_packed(a);
 #ifdef SF_BYTE_DOTS
     return dot_qvalues(totals, qvalues, broadcast_two(x));
 #else
-    totals = dot_qvalues(totals, even_bytes(qvalues), broadcast_two(x));
-    return dot_qvalues(totals, odd_bytes(qvalues), broadcast_two(x + SLAB_STEPS));
+    const Packed both = broadcast_two(x);
+    totals = dot_qvalues(totals, even_bytes(qvalues), IN_BYTES ? even_int8(both) : both);
+    return dot_qvalues(totals, odd_bytes(qvalues), IN_BYTES ? odd_int8(both) : broadcast_two(x + SLAB_STEPS));
 #endif
 }
 
 // Computes the same of a quantized x: `steps` words in slabs, each `slab_words` after the last. `start` is -QVALUE_BIAS
 // times the sum of its values, `scale` that of x.
+template <bool IN_BYTES>
 inline void shrink_qvalues(const LoraWeight& w, const u32* x, i64 slab_words, i64 steps, i32 start, float scale, float* out) {
     constexpr i64 BYTES = RANKS * 8;
     const u8* a = static_cast<const u8*>(w.a);
@@ -97,12 +100,12 @@ inline void shrink_qvalues(const LoraWeight& w, const u32* x, i64 slab_words, i6
             const u32* place = x + slab * slab_words;
             const u32* end = place + std::min<i64>(SLAB_STEPS, steps - slab * SLAB_STEPS);
             for (; place + 8 <= end; place += 8, a += 4 * BYTES) {
-                first = add_columns(first, a, place);
-                second = add_columns(second, a + BYTES, place + 2);
-                third = add_columns(third, a + 2 * BYTES, place + 4);
-                fourth = add_columns(fourth, a + 3 * BYTES, place + 6);
+                first = add_columns<IN_BYTES>(first, a, place);
+                second = add_columns<IN_BYTES>(second, a + BYTES, place + 2);
+                third = add_columns<IN_BYTES>(third, a + 2 * BYTES, place + 4);
+                fourth = add_columns<IN_BYTES>(fourth, a + 3 * BYTES, place + 6);
             }
-            for (; place < end; place += 2, a += BYTES) first = add_columns(first, a, place);
+            for (; place < end; place += 2, a += BYTES) first = add_columns<IN_BYTES>(first, a, place);
         }
         const Ints totals = (first + second) + (third + fourth);
         i32 lanes[LANES];

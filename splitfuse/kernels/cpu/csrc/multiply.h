@@ -277,10 +277,10 @@ struct Spans {
     const u32* x;          // of the first row
     const u8* weights;
     const u16* scales;     // [32] bf16 of all spans; null: each span begins with its own
-    const u8* qvalues;      // int4: the 16 quantized values, + 128
+    const u8* qvalues;      // int4: the 16 quantized values + their bias
     i64 count;
     i64 x_steps;           // of each
-    const i32* starts;     // [rows, starts_stride]: of each span -QVALUE_BIAS times the sum of x
+    const i32* starts;     // [rows, starts_stride]: of each span -bias times the sum of x
     i64 starts_stride;
     Prefetch prefetch;
     bool adds;             // to the sums of earlier spans in the tile; the first span does not
@@ -332,6 +332,98 @@ SF_INLINE void qvalues_step(Ints (&acc)[ROWS][WIDTH], const Packed (&qvalues)[WI
 #endif
 }
 
+#ifndef SF_BYTE_DOTS
+// Multiplies for each lane's pairs of bytes a vector or two of levels with a word of x of each row, in 16 bits; with ADDS adds that.
+template <bool ADDS, int ROWS, int WIDTH, int... R>
+SF_INLINE void multiply_levels(Packed (&acc)[ROWS][WIDTH], const Packed (&levels)[WIDTH], const u32* x, std::integer_sequence<int, R...>) {
+    ((acc[R][0] = byte_pairs<ADDS>(acc[R][0], levels[0], x[R * SLAB_STRIDE])), ...);
+    if constexpr (WIDTH == 2) ((acc[R][1] = byte_pairs<ADDS>(acc[R][1], levels[1], x[R * SLAB_STRIDE])), ...);
+}
+
+template <int ROWS, int WIDTH, int... R>
+SF_INLINE void add_pair_sums(const Packed (&acc)[ROWS][WIDTH], Ints (&sums)[ROWS][WIDTH], std::integer_sequence<int, R...>) {
+    ((sums[R][0] = sums[R][0] + sum_of_pairs(acc[R][0])), ...);
+    if constexpr (WIDTH == 2) ((sums[R][1] = sums[R][1] + sum_of_pairs(acc[R][1])), ...);
+}
+
+// Sums in 16 bits the products of the words of x from `place` to `stop` with the levels at `at`, and goes on behind both.
+template <int ROWS, int WIDTH, int... R>
+SF_INLINE void sum_pairs(Packed (&acc)[ROWS][WIDTH], const u8*& at, const u32*& place, const u32* stop, Prefetch& lines,
+                         std::integer_sequence<int, R...> rows) {
+    auto step = [&](auto adds) {
+        prefetch_step<WIDTH>(lines);
+        Packed words[WIDTH];
+        for (int v = 0; v < WIDTH; ++v) words[v] = load_packed(at + v * VECTOR_BYTES);
+        multiply_levels<decltype(adds)::value>(acc, words, place, rows);
+        at += STEP_BYTES;
+        ++place;
+    };
+    step(std::false_type{});
+    while (place < stop) step(std::true_type{});
+}
+#endif
+
+// Adds to `acc`, which `start` begins, the products of the words of x from `place` to `end` with the bytes at `at`. SUM_STEPS: how
+// many words of x are summed in 16 bits before they are widened, of levels so small that these sums stay within them, and x in
+// bytes; 0: none.
+template <int SUM_STEPS, int ROWS, int WIDTH, class Start, int... R>
+SF_INLINE void add_words(Ints (&acc)[ROWS][WIDTH], const u8* at, const u32* place, const u32* end, Prefetch lines, Start start,
+                         std::integer_sequence<int, R...> rows) {
+    if constexpr (SUM_STEPS == 0) {
+        start();
+        do {  // a loop that may have no step makes GCC keep every sum twice
+            prefetch_step<WIDTH>(lines);
+            Packed words[WIDTH];
+            for (int v = 0; v < WIDTH; ++v) words[v] = load_packed(at + v * VECTOR_BYTES);
+            qvalues_step(acc, words, place, rows);
+            at += STEP_BYTES;
+        } while (++place < end);
+    } else {
+#ifndef SF_BYTE_DOTS
+        Packed pairs[ROWS][WIDTH];
+        sum_pairs(pairs, at, place, std::min(place + SUM_STEPS, end), lines, rows);
+        start();
+        add_pair_sums(pairs, acc, rows);
+        while (place < end) {
+            asm volatile("" : "+m"(acc));  // they wait in memory: registers are for what is summed in 16 bits
+            sum_pairs(pairs, at, place, std::min(place + SUM_STEPS, end), lines, rows);
+            add_pair_sums(pairs, acc, rows);
+        }
+#endif
+    }
+}
+
+#ifdef SF_AVX512
+constexpr int NIBBLE_ROWS = MAX_ROWS;   // most that are multiplied with int4 as it is
+#else
+constexpr int NIBBLE_ROWS = WIDE_ROWS;  // the same: with more, nibbles become bytes once for all
+constexpr int INT4_SUM_STEPS = 6;       // words of x times values of int4 that are summed in 16 bits: these span no more than 21
+
+// Adds to `acc` the products of the words of x from `place` to `end` with nibbles at `at`, words of eight of them.
+template <int ROWS, int WIDTH, int... R>
+SF_INLINE void add_nibbles(Ints (&acc)[ROWS][WIDTH], Packed table, const u8* at, const u32* place, const u32* end, Prefetch lines,
+                           std::integer_sequence<int, R...> rows) {
+    while (place < end) {
+        const u32* stop = std::min(place + INT4_SUM_STEPS, end);
+        Packed pairs[ROWS][WIDTH];
+        auto step = [&](auto adds) {
+            prefetch_step<WIDTH>(lines);
+            Packed words[WIDTH], levels[WIDTH];
+            for (int v = 0; v < WIDTH; ++v) words[v] = load_packed(at + v * VECTOR_BYTES);
+            for (int v = 0; v < WIDTH; ++v) levels[v] = look_up(table, low_nibbles(words[v]));
+            multiply_levels<decltype(adds)::value>(pairs, levels, place, rows);
+            for (int v = 0; v < WIDTH; ++v) levels[v] = look_up(table, high_nibbles(words[v]));
+            multiply_levels<true>(pairs, levels, place + 1, rows);
+            at += STEP_BYTES;
+            place += 2;
+        };
+        step(std::false_type{});
+        while (place < stop) step(std::true_type{});
+        add_pair_sums(pairs, acc, rows);
+    }
+}
+#endif
+
 template <bool ADDS>
 SF_INLINE void put_scaled(Ints value, Floats scale, float* out) {
     if constexpr (ADDS) store(out, fma(to_floats(value), scale, load(out)));
@@ -350,7 +442,7 @@ SF_INLINE void end_span(const Ints (&acc)[ROWS][WIDTH], const u16* scales, float
 }
 
 // Computes out[r][0..31] = or += for each span: scale[0..31] * sum over it of x[r][k] * qvalue[k][0..31].
-// BITS is 8 (a byte of a panel is a quantized value + 128) or 4 (a word holds eight nibbles: the low ones four neighbours in K,
+// BITS is 8 (a byte of a panel is a quantized value + its bias) or 4 (a word holds eight nibbles: the low ones four neighbours in K,
 // the high ones the next four; a nibble is looked up in `qvalues`).
 template <int BITS, int ROWS>
 SF_LEAF void multiply_qvalues(const Spans& spans, float* out) {
@@ -372,6 +464,10 @@ SF_LEAF void multiply_qvalues(const Spans& spans, float* out) {
             Prefetch lines = WIDTH == 2 ? prefetch : half_of(prefetch, steps, part);
             Ints acc[ROWS][WIDTH];
             start_span(acc, spans.starts + span, spans.starts_stride, rows);
+#ifndef SF_BYTE_DOTS
+            if constexpr (BITS == 4) add_nibbles(acc, table, at, x, x + spans.x_steps, lines, rows);
+            else
+#endif
             for (const u32 *place = x, *end = x + spans.x_steps; place < end; at += STEP_BYTES) {
                 prefetch_step<WIDTH>(lines);
                 Packed words[WIDTH], qvalues[WIDTH];
@@ -439,8 +535,8 @@ SF_INLINE void start_group(Ints (&acc)[ROWS][WIDTH], const XGroup* x, std::integ
 }
 
 // Computes out[r][0..31] += for each group: scale[0..31] * x's scale[r] * sum over it of x[r][k] * (level[k][0..31] - bias),
-// and with OFFSETS + offset[0..31] * x's sum[r].
-template <bool OFFSETS, int ROWS>
+// and with OFFSETS + offset[0..31] * x's sum[r]. SUM_STEPS: see add_words().
+template <bool OFFSETS, int SUM_STEPS, int ROWS>
 SF_LEAF void multiply_groups(const Groups& given, float* out) {
     const Groups g = given;  // what stores cannot change stays in registers
     constexpr auto rows = std::make_integer_sequence<int, ROWS>{};
@@ -456,15 +552,7 @@ SF_LEAF void multiply_groups(const Groups& given, float* out) {
             const u8* at = levels + part * VECTOR_BYTES;
             Prefetch lines = WIDTH == 2 ? prefetch : half_of(prefetch, steps, part);
             Ints acc[ROWS][WIDTH];
-            start_group<OFFSETS>(acc, x_group, rows);
-            const u32 *place = x, *end = x + steps;
-            do {  // a loop that may have no step makes GCC keep every sum twice
-                prefetch_step<WIDTH>(lines);
-                Packed words[WIDTH];
-                for (int v = 0; v < WIDTH; ++v) words[v] = load_packed(at + v * VECTOR_BYTES);
-                qvalues_step(acc, words, place, rows);
-                at += STEP_BYTES;
-            } while (++place < end);
+            add_words<SUM_STEPS>(acc, at, x, x + steps, lines, [&] { start_group<OFFSETS>(acc, x_group, rows); }, rows);
             const i64 columns = group * PANEL + part * LANES;
             end_group<OFFSETS, 0>(acc, g, columns, x_group, out + part * LANES, rows);
             if constexpr (WIDTH == 2) end_group<OFFSETS, 1>(acc, g, columns + LANES, x_group, out + LANES, rows);
@@ -475,75 +563,6 @@ SF_LEAF void multiply_groups(const Groups& given, float* out) {
         prefetch.from += steps * prefetch.stride;
     }
 }
-
-#ifndef SF_BYTE_DOTS
-// Adds to 16 bits for each lane's pairs of bytes the products of a vector of levels with a word of x.
-template <int ROWS, int WIDTH, int... R>
-SF_INLINE void add_levels_of_rows(Packed (&acc)[ROWS][WIDTH], const Packed (&levels)[WIDTH], const u32* x,
-                                  std::integer_sequence<int, R...>) {
-    ((acc[R][0] = add_byte_pairs(acc[R][0], levels[0], x[R * SLAB_STRIDE])), ...);
-    if constexpr (WIDTH == 2) ((acc[R][1] = add_byte_pairs(acc[R][1], levels[1], x[R * SLAB_STRIDE])), ...);
-}
-
-template <int ROWS, int WIDTH, int... R>
-SF_INLINE void add_pair_sums(const Packed (&acc)[ROWS][WIDTH], Ints (&sums)[ROWS][WIDTH], std::integer_sequence<int, R...>) {
-    ((sums[R][0] = sums[R][0] + sum_of_pairs(acc[R][0])), ...);
-    if constexpr (WIDTH == 2) ((sums[R][1] = sums[R][1] + sum_of_pairs(acc[R][1])), ...);
-}
-
-// Sums in 16 bits the products of the words of x from `place` to `stop` with the levels at `at`, and goes on behind both.
-template <int ROWS, int WIDTH, int... R>
-SF_INLINE void sum_pairs(Packed (&acc)[ROWS][WIDTH], const u8*& at, const u32*& place, const u32* stop, Prefetch& lines,
-                         std::integer_sequence<int, R...> rows) {
-    clear(acc, rows);
-    do {
-        prefetch_step<WIDTH>(lines);
-        Packed words[WIDTH];
-        for (int v = 0; v < WIDTH; ++v) words[v] = load_packed(at + v * VECTOR_BYTES);
-        add_levels_of_rows(acc, words, place, rows);
-        at += STEP_BYTES;
-    } while (++place < stop);
-}
-
-// Computes the same as multiply_groups() of levels so small that the products of SUM_STEPS words of x with them are summed in 16
-// bits. x is bytes.
-template <bool OFFSETS, int SUM_STEPS, int ROWS>
-SF_LEAF void multiply_small_groups(const Groups& given, float* out) {
-    const Groups g = given;  // what stores cannot change stays in registers
-    constexpr auto rows = std::make_integer_sequence<int, ROWS>{};
-    constexpr int WIDTH = width_of(ROWS);
-    const u8* levels = g.levels;
-    const u32* x = g.x;
-    const XGroup* x_group = g.x_groups;
-    Prefetch prefetch = g.prefetch;
-    i64 group = 0;
-    for (i64 left = g.x_steps; left > 0; left -= g.group_steps, ++group, x_group += ROWS) {
-        const i64 steps = std::min(left, g.group_steps);
-        for (int part = 0; part < 2; part += WIDTH) {
-            const u8* at = levels + part * VECTOR_BYTES;
-            Prefetch lines = WIDTH == 2 ? prefetch : half_of(prefetch, steps, part);
-            const u32 *place = x, *end = x + steps;
-            Packed acc[ROWS][WIDTH];
-            Ints sums[ROWS][WIDTH];
-            sum_pairs(acc, at, place, std::min(place + SUM_STEPS, end), lines, rows);
-            start_group<OFFSETS>(sums, x_group, rows);
-            add_pair_sums(acc, sums, rows);
-            while (place < end) {
-                asm volatile("" : "+m"(sums));  // they wait in memory: registers are for what is summed in 16 bits
-                sum_pairs(acc, at, place, std::min(place + SUM_STEPS, end), lines, rows);
-                add_pair_sums(acc, sums, rows);
-            }
-            const i64 columns = group * PANEL + part * LANES;
-            end_group<OFFSETS, 0>(sums, g, columns, x_group, out + part * LANES, rows);
-            if constexpr (WIDTH == 2) end_group<OFFSETS, 1>(sums, g, columns + LANES, x_group, out + LANES, rows);
-            asm volatile("" ::: "memory");  // else GCC keeps the tile in registers that it does not have
-        }
-        x += steps;
-        levels += steps * STEP_BYTES;
-        prefetch.from += steps * prefetch.stride;
-    }
-}
-#endif
 
 // A run of a panel in FP8 that was widened to bf16, and x that lies in one slab.
 struct Fp8Run {
@@ -655,30 +674,23 @@ SF_INLINE MultiplyQValues choose_qvalues(int rows, std::integer_sequence<int, R.
 }
 template <int BITS>
 SF_INLINE void multiply(int rows, const Spans& spans, float* out) {
-    choose_qvalues<BITS>(rows, ALL_ROWS)(spans, out);
+    choose_qvalues<BITS>(rows, std::make_integer_sequence<int, BITS == 4 ? NIBBLE_ROWS : MAX_ROWS>{})(spans, out);
 }
 using MultiplyGroups = void (*)(const Groups&, float*);
 
-template <bool OFFSETS, int... R>
-SF_INLINE MultiplyGroups choose_groups(int rows, std::integer_sequence<int, R...>) {
-    static constexpr MultiplyGroups table[] = {multiply_groups<OFFSETS, R + 1>...};
-    return table[rows - 1];
-}
-#ifndef SF_BYTE_DOTS
 template <bool OFFSETS, int SUM_STEPS, int... R>
-SF_INLINE MultiplyGroups choose_small_groups(int rows, std::integer_sequence<int, R...>) {
-    static constexpr MultiplyGroups table[] = {multiply_small_groups<OFFSETS, SUM_STEPS, R + 1>...};
+SF_INLINE MultiplyGroups choose_groups(int rows, std::integer_sequence<int, R...>) {
+    static constexpr MultiplyGroups table[] = {multiply_groups<OFFSETS, SUM_STEPS, R + 1>...};
     return table[rows - 1];
 }
-#endif
 template <bool OFFSETS>
 SF_INLINE MultiplyGroups choose_groups(int rows, [[maybe_unused]] int sum_steps) {
 #ifndef SF_BYTE_DOTS
-    if (sum_steps >= 8) return choose_small_groups<OFFSETS, 8>(rows, ALL_ROWS);
-    if (sum_steps >= 4) return choose_small_groups<OFFSETS, 4>(rows, ALL_ROWS);
-    if (sum_steps >= 2) return choose_small_groups<OFFSETS, 2>(rows, ALL_ROWS);
+    if (sum_steps >= 8) return choose_groups<OFFSETS, 8>(rows, ALL_ROWS);
+    if (sum_steps >= 4) return choose_groups<OFFSETS, 4>(rows, ALL_ROWS);
+    if (sum_steps >= 2) return choose_groups<OFFSETS, 2>(rows, ALL_ROWS);
 #endif
-    return choose_groups<OFFSETS>(rows, ALL_ROWS);
+    return choose_groups<OFFSETS, 0>(rows, ALL_ROWS);
 }
 // `sum_steps`: how many words of x may be multiplied before sums of pairs leave 16 bits; 0: x is packed as 16 bits.
 SF_INLINE void multiply(int rows, const Groups& groups, int sum_steps, float* out) {

@@ -46,27 +46,24 @@ SF_LEAF void multiply_halves(const u32* x, const Segments& segments, bool adds, 
     }
 }
 
-// Computes the same as multiply_qvalues().
-template <int ROWS>
+// Computes the same as multiply_qvalues(). SUM_STEPS: see add_words().
+template <int SUM_STEPS, int ROWS>
 SF_LEAF void multiply_spans(const ByteSpans& given, float* out) {
     const ByteSpans spans = given;  // what stores cannot change stays in registers
     constexpr auto rows = std::make_integer_sequence<int, ROWS>{};
+    constexpr int WIDTH = width_of(ROWS);
     const u8 *weights = spans.weights, *scales = spans.scales;
     const u32* x = spans.x;
     Prefetch prefetch = spans.prefetch;
     for (i64 span = 0; span < spans.count; ++span) {
-        for (int half = 0; half < 2; ++half) {
-            const u8* at = weights + half * VECTOR_BYTES;
-            const u16* of_columns = reinterpret_cast<const u16*>(scales) + half * LANES;
-            Prefetch lines = half_of(prefetch, spans.x_steps, half);
-            Ints acc[ROWS][1];
-            start_span(acc, spans.starts + span, spans.starts_stride, rows);
-            for (const u32 *place = x, *end = x + spans.x_steps; place < end; ++place, at += STEP_BYTES) {
-                prefetch_step<1>(lines);
-                add_step<Dot::QVALUES>(acc, at, place, rows);
-            }
-            if (span || spans.adds) end_span<true>(acc, of_columns, out + half * LANES, rows);
-            else end_span<false>(acc, of_columns, out + half * LANES, rows);
+        for (int part = 0; part < 2; part += WIDTH) {
+            const u16* of_columns = reinterpret_cast<const u16*>(scales) + part * LANES;
+            const Prefetch lines = WIDTH == 2 ? prefetch : half_of(prefetch, spans.x_steps, part);
+            Ints acc[ROWS][WIDTH];
+            add_words<SUM_STEPS>(acc, weights + part * VECTOR_BYTES, x, x + spans.x_steps, lines,
+                                 [&] { start_span(acc, spans.starts + span, spans.starts_stride, rows); }, rows);
+            if (span || spans.adds) end_span<true>(acc, of_columns, out + part * LANES, rows);
+            else end_span<false>(acc, of_columns, out + part * LANES, rows);
             asm volatile("" ::: "memory");  // else GCC keeps the tile in registers that it does not have
         }
         x += spans.x_steps;
@@ -97,10 +94,10 @@ SF_INLINE MultiplyPart choose_part(int rows, std::integer_sequence<int, R...>) {
     static constexpr MultiplyPart table[] = {multiply_part_of<DOT, R + 1>()...};
     return table[rows - 1];
 }
-template <int... R>
+template <int SUM_STEPS, int... R>
 SF_INLINE MultiplySpans choose_spans(int rows, std::integer_sequence<int, R...>) {
-    static constexpr MultiplySpans table[] = {multiply_spans<WIDE_ROWS + 1 + R>...};
-    return table[rows - WIDE_ROWS - 1];
+    static constexpr MultiplySpans table[] = {multiply_spans<SUM_STEPS, R + 1>...};
+    return table[rows - 1];
 }
 
 // Multiplies a panel, or a part of one whose products are added to the sums of earlier parts.
@@ -115,8 +112,9 @@ template <Dot DOT>
 SF_INLINE void multiply_run(int rows, const u32* x, const Segments& run, bool adds, float* out) {
     multiply<DOT>(rows, x, run, adds, out, PANEL);
 }
+template <int BITS>
 SF_INLINE void multiply(int rows, const ByteSpans& spans, float* out) {
-    choose_spans(rows, std::make_integer_sequence<int, MAX_ROWS - WIDE_ROWS>{})(spans, out);
+    choose_spans<BITS == 4 ? INT4_SUM_STEPS : 0>(rows, ALL_ROWS)(spans, out);
 }
 
 }  // namespace SF_VARIANT

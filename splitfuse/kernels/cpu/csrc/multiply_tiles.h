@@ -226,6 +226,7 @@ SF_LEAF void multiply_spans_in_tiles(int rows, const ByteSpans& spans, float* ou
     }
 }
 
+template <int BITS>
 SF_INLINE void multiply(int rows, const ByteSpans& spans, float* out) {
     with_tiles([&](auto tiles) {
         using T = decltype(tiles);

@@ -27,7 +27,7 @@ enum class Dot { BF16, QVALUES };
 
 constexpr int LANES = 16;
 constexpr float LOG2E = 1.4426950408889634f;
-constexpr i32 QVALUE_BIAS = 128;    // weights of int8 and int4 are read as quantized value + 128, unsigned: one shift less
+constexpr i32 QVALUE_BIAS = 128;    // weights of int8 are read as quantized value + 128, unsigned: one shift less
 
 #ifdef SF_AVX512
 
@@ -147,7 +147,7 @@ SF_INLINE void turn_pairs(const u8* keys, u8* values) {
             }
         }
 }
-// Loads 16 quantized values, each + QVALUE_BIAS, to look nibbles up in.
+// Loads 16 quantized values, each + its bias, to look nibbles up in.
 SF_INLINE Packed load_qvalues(const u8* qvalues) {
     return {_mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i*)qvalues))};
 }
@@ -482,12 +482,17 @@ SF_INLINE Packed even_bytes(Packed a) {
     return {_mm256_and_si256(a.lo, mask), _mm256_and_si256(a.hi, mask)};
 }
 SF_INLINE Packed odd_bytes(Packed a) { return {_mm256_srli_epi16(a.lo, 8), _mm256_srli_epi16(a.hi, 8)}; }
-// Does the same for `count` int8, a multiple of 32: even ones, and odd ones.
+// Do the same for int8.
+SF_INLINE __m256i even_int8(__m256i a) { return _mm256_srai_epi16(_mm256_slli_epi16(a, 8), 8); }
+SF_INLINE __m256i odd_int8(__m256i a) { return _mm256_srai_epi16(a, 8); }
+SF_INLINE Packed even_int8(Packed a) { return {even_int8(a.lo), even_int8(a.hi)}; }
+SF_INLINE Packed odd_int8(Packed a) { return {odd_int8(a.lo), odd_int8(a.hi)}; }
+// Does so for `count`, a multiple of 32.
 SF_INLINE void split_bytes(const i8* bytes, i64 count, u32* even, u32* odd) {
     for (i64 i = 0; i < count; i += 32) {
         __m256i both = _mm256_loadu_si256((const __m256i*)(bytes + i));
-        _mm256_storeu_si256((__m256i*)(even + i / 4), _mm256_srai_epi16(_mm256_slli_epi16(both, 8), 8));
-        _mm256_storeu_si256((__m256i*)(odd + i / 4), _mm256_srai_epi16(both, 8));
+        _mm256_storeu_si256((__m256i*)(even + i / 4), even_int8(both));
+        _mm256_storeu_si256((__m256i*)(odd + i / 4), odd_int8(both));
     }
 }
 // Returns a + the products of each lane's two quantized values, + QVALUE_BIAS each, with two integers of 16 bits: exact. (vpmaddubsw
@@ -506,9 +511,15 @@ SF_INLINE Ints dot_qvalues(Ints a, Packed qvalues, const u32& x) {
         : "x"(qvalues.lo), "x"(qvalues.hi), "m"(x));
     return a;
 }
-// Returns a + the products of two neighbouring bytes of `levels` with two of a word of int8, in 16 bits: exact as long as all that
-// is summed stays within them.
-SF_INLINE Packed add_byte_pairs(Packed a, Packed levels, const u32& x) {
+// Returns the products of two neighbouring bytes of `levels` with two of a word of int8, in 16 bits, with ADDS + a: exact as long
+// as all that is summed stays within them.
+template <bool ADDS>
+SF_INLINE Packed byte_pairs(Packed a, Packed levels, const u32& x) {
+    if constexpr (!ADDS) {
+        asm("vpbroadcastd %4, %1\n\tvpmaddubsw %1, %2, %0\n\tvpmaddubsw %1, %3, %1"
+            : "=&x"(a.lo), "=&x"(a.hi) : "x"(levels.lo), "x"(levels.hi), "m"(x));
+        return a;
+    }
     __m256i word, product;
     asm("vpbroadcastd %6, %2\n\tvpmaddubsw %2, %4, %3\n\tvpaddw %3, %0, %0\n\tvpmaddubsw %2, %5, %2\n\tvpaddw %2, %1, %1"
         : "+x"(a.lo), "+x"(a.hi), "=&x"(word), "=&x"(product)

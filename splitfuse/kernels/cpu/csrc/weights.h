@@ -2,7 +2,7 @@
 //
 // A panel holds 32 rows of the weight [N, K] (columns of the product), 64-byte lines of one word for each of 16 rows:
 //   bf16   [steps][32 rows] words of two neighbours in K
-//   int8   for each group [32 bf16 scales][steps][32 rows] words of four quantized values, each + 128
+//   int8   for each group [32 bf16 scales][steps][32 rows] words of four quantized values, each + QVALUE_BIAS
 //   int4   for each group [32 bf16 scales][steps][32 rows] words of eight nibbles: the low ones four neighbours in K,
 //          the high ones the next four; a nibble names one of 16 quantized values
 // A weight is scale * quantized value. Padding of the last panel and the last step is multiplied with zeros of x, or its
@@ -58,6 +58,9 @@ SF_INLINE Shape shape_of(const Weight& w) {
     return s;
 }
 
+// Returns what the quantized values of a weight are kept above: they are read unsigned.
+SF_INLINE i32 bias_of(const Weight& w) { return w.format == INT4 ? w.bias : QVALUE_BIAS; }
+
 // Where a row of the weight lies: the panel, and the column in it.
 struct Place { i64 panel; int column; };
 
@@ -102,7 +105,7 @@ SF_INLINE u16 int8_group(u8* steps, int column, const u16* values, i64 count) {
     float inverse = widen(scale) > 0.0f ? 1.0f / widen(scale) : 0.0f;
     for (i64 k = 0; k < ceil_div(count, 4) * 4; ++k) {
         int qvalue = k < count ? rounded(widen(values[k]) * inverse, 127) : 0;
-        steps[k / 4 * STEP_BYTES + column * 4 + k % 4] = static_cast<u8>(qvalue + 128);
+        steps[k / 4 * STEP_BYTES + column * 4 + k % 4] = static_cast<u8>(qvalue + QVALUE_BIAS);
     }
     return scale;
 }
@@ -111,8 +114,8 @@ SF_INLINE u16 int8_group(u8* steps, int column, const u16* values, i64 count) {
 struct QValues {
     float qvalue[16], middle[16];  // middle[i] between i - 1 and i
 
-    explicit QValues(const u8* biased) {
-        for (int i = 0; i < 16; ++i) qvalue[i] = static_cast<float>(biased[i] - 128);
+    explicit QValues(const Weight& w) {
+        for (int i = 0; i < 16; ++i) qvalue[i] = static_cast<float>(w.qvalues[i] - w.bias);
         for (int i = 1; i < 16; ++i) middle[i] = 0.5f * (qvalue[i - 1] + qvalue[i]);
     }
     Floats nearest(Floats value) const {
@@ -149,16 +152,16 @@ SF_INLINE float int4_error(const QValues& qvalues, const u16* values, i64 count,
 // side, so that a scale has a sign; the one of least squared error is fitted once to the quantized values it gives. Uses no
 // data but the weights themselves. Figures: docs/decisions/0010-quantization.md.
 SF_INLINE u16 int4_scale(const QValues& qvalues, const u16* values, i64 count) {
-    constexpr float ENDS[] = {-108, -123, -140, -165};
+    constexpr float ENDS[] = {0.8f, 0.9f, 1.0f, 1.15f};  // times the least quantized value
     float largest_value = 0.0f;
     for (i64 k = 0; k < count; ++k)
         if (std::fabs(widen(values[k])) > std::fabs(largest_value)) largest_value = widen(values[k]);
     if (std::isnan(largest(values, count))) return narrow(NAN);  // NaN in, NaN out
     if (largest_value == 0.0f) return 0;
-    u16 best = narrow(largest_value / ENDS[1]);
+    u16 best = narrow(largest_value / (qvalues.qvalue[0] * ENDS[1]));
     float least = INFINITY, better = 0.0f, refit = 0.0f;
     for (float end : ENDS) {
-        u16 scale = narrow(largest_value / end);
+        u16 scale = narrow(largest_value / (qvalues.qvalue[0] * end));
         if (widen(scale) == 0.0f) continue;
         float error = int4_error(qvalues, values, count, widen(scale), better);
         if (error < least) least = error, best = scale, refit = better;
@@ -219,7 +222,7 @@ SF_INLINE void share_panels(Team& team, const Weight& w, i64 first, i64 count, B
 inline void pack(Team& team, const Weight& w, const u16* source, i64 first, i64 count) {
     constexpr i64 AT_ONCE = 128;  // columns of all rows of a panel: this part of the panel stays in the first cache
     const Shape s = shape_of(w);
-    const QValues qvalues(w.qvalues);
+    const QValues qvalues(w);
     share_panels(team, w, first, count, [&](u8* data, const i64* rows) {
         if (w.format == BF16) {
             for (i64 k = 0; k < w.columns; k += AT_ONCE)
@@ -263,10 +266,10 @@ inline void unpack_row(const Weight& w, i64 row, float* out) {
         for (i64 k = 0; k < count; ++k) {
             int qvalue;
             if (w.format == INT8) {
-                qvalue = steps[k / 4 * STEP_BYTES + place.column * 4 + k % 4] - 128;
+                qvalue = steps[k / 4 * STEP_BYTES + place.column * 4 + k % 4] - QVALUE_BIAS;
             } else {
                 u8 byte = steps[k / 8 * STEP_BYTES + place.column * 4 + k % 4];
-                qvalue = w.qvalues[k / 4 % 2 ? byte >> 4 : byte & 15] - 128;
+                qvalue = w.qvalues[k / 4 % 2 ? byte >> 4 : byte & 15] - w.bias;
             }
             out[first + k] = scale * qvalue;
         }
