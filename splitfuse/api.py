@@ -62,10 +62,10 @@ def pipeline(
 ) -> Pipeline:
     """Load a model and answer with it in this process.
 
-    `model` is a folder or a Hugging Face Hub name; left out, the small bundled model. `settings` are those of
-    EngineConfig by name: `dtype="bfloat16"`, `max_num_batched_tokens=512`, `block_size=32`, and so on. With `progress`,
-    the memory plan and a bar while loading go to standard error; `observer` is called with the StepRecord of every
-    forward step. Raises ConfigError, ModelError or MemoryPlanError.
+    `model` is a folder, a GGUF file or a Hugging Face Hub name; left out, the small bundled model. `settings` are those
+    of EngineConfig by name: `dtype="bfloat16"`, `max_num_batched_tokens=512`, `block_size=32`, and so on. With
+    `progress`, the memory plan and a bar while loading go to standard error; `observer` is called with the StepRecord
+    of every forward step. Raises ConfigError, ModelError or MemoryPlanError.
 
     >>> pipe = splitfuse.pipeline("TinyLlama/TinyLlama-1.1B-Chat-v1.0", dtype="bfloat16")
     >>> print(pipe("What is the capital of France?", chat=True, max_new_tokens=32)[0])
