@@ -4,35 +4,20 @@
     pipe = splitfuse.pipeline()
     print(pipe("Erik plays the cello.\\n\\nWhat does Erik play?", chat=True)[0].generated_text)
 
-All public names but the errors are imported when they are first used, so that importing this package is instant.
+All public names are imported when they are first used, so that importing this package is instant.
 """
 
 from __future__ import annotations
 
 import importlib
 import os
-from typing import TYPE_CHECKING, Any
 
-from splitfuse.engine import garbage
-from splitfuse.errors import ConfigError as ConfigError
-from splitfuse.errors import DrainingError as DrainingError
-from splitfuse.errors import EngineUnavailableError as EngineUnavailableError
-from splitfuse.errors import InvalidRequestError as InvalidRequestError
-from splitfuse.errors import MemoryPlanError as MemoryPlanError
-from splitfuse.errors import ModelError as ModelError
-from splitfuse.errors import ModelNotFoundError as ModelNotFoundError
-from splitfuse.errors import OverloadedError as OverloadedError
-from splitfuse.errors import PromptTooLongError as PromptTooLongError
-from splitfuse.errors import RequestFailedError as RequestFailedError
-from splitfuse.errors import RequestTooLargeError as RequestTooLargeError
-from splitfuse.errors import ServerError as ServerError
-from splitfuse.errors import SplitfuseError as SplitfuseError
-from splitfuse.errors import TokenizerError as TokenizerError
-from splitfuse.errors import UnsupportedModelError as UnsupportedModelError
-from splitfuse.errors import WeightsError as WeightsError
 from splitfuse.version import __version__ as __version__
 
+TYPE_CHECKING = False  # importing it from typing takes longer than all else here
 if TYPE_CHECKING:
+    from typing import Any
+
     from splitfuse.api import Pipeline as Pipeline
     from splitfuse.api import pipeline as pipeline
     from splitfuse.clients.client import AsyncClient as AsyncClient
@@ -45,6 +30,22 @@ if TYPE_CHECKING:
     from splitfuse.core.sampling_params import SamplingParams as SamplingParams
     from splitfuse.engine.engine import Engine as Engine
     from splitfuse.engine.ragged import RaggedEngine as RaggedEngine
+    from splitfuse.errors import ConfigError as ConfigError
+    from splitfuse.errors import DrainingError as DrainingError
+    from splitfuse.errors import EngineUnavailableError as EngineUnavailableError
+    from splitfuse.errors import InvalidRequestError as InvalidRequestError
+    from splitfuse.errors import MemoryPlanError as MemoryPlanError
+    from splitfuse.errors import ModelError as ModelError
+    from splitfuse.errors import ModelNotFoundError as ModelNotFoundError
+    from splitfuse.errors import OverloadedError as OverloadedError
+    from splitfuse.errors import PromptTooLongError as PromptTooLongError
+    from splitfuse.errors import RequestFailedError as RequestFailedError
+    from splitfuse.errors import RequestTooLargeError as RequestTooLargeError
+    from splitfuse.errors import ServerError as ServerError
+    from splitfuse.errors import SplitfuseError as SplitfuseError
+    from splitfuse.errors import TokenizerError as TokenizerError
+    from splitfuse.errors import UnsupportedModelError as UnsupportedModelError
+    from splitfuse.errors import WeightsError as WeightsError
     from splitfuse.text.responses import Piece as Piece
     from splitfuse.text.responses import Response as Response
 
@@ -62,16 +63,36 @@ _HOMES = {
     "splitfuse.core.sampling_params": ("SamplingParams",),
     "splitfuse.engine.engine": ("Engine",),
     "splitfuse.engine.ragged": ("RaggedEngine",),
+    "splitfuse.errors": (
+        "ConfigError",
+        "DrainingError",
+        "EngineUnavailableError",
+        "InvalidRequestError",
+        "MemoryPlanError",
+        "ModelError",
+        "ModelNotFoundError",
+        "OverloadedError",
+        "PromptTooLongError",
+        "RequestFailedError",
+        "RequestTooLargeError",
+        "ServerError",
+        "SplitfuseError",
+        "TokenizerError",
+        "UnsupportedModelError",
+        "WeightsError",
+    ),
     "splitfuse.text.responses": ("Piece", "Response"),
 }
 _MODULES = {name: module for module, names in _HOMES.items() for name in names}
 
-__all__ = sorted([*_MODULES, *(name for name in globals() if name.endswith("Error"))])
+__all__ = sorted(_MODULES)
 
 
 def __getattr__(name: str) -> Any:
     if name not in _MODULES:
         raise AttributeError(f"module 'splitfuse' has no attribute {name!r}")
+    from splitfuse.engine import garbage
+
     with garbage.paused():
         return getattr(importlib.import_module(_MODULES[name]), name)
 
