@@ -32,8 +32,9 @@ def ignore() -> None:
 
 @contextmanager
 def ending_at_ctrl_c() -> Iterator[None]:
-    """End the process at Ctrl-C with one line while the context lasts: an exception could be lost in what is imported,
-    or be shown with all its calls. Where Ctrl-C is ignored, as in the background of a shell, it stays so.
+    """End the process at Ctrl-C with one line while the context lasts: an exception could be lost in what is imported
+    or parses flags, or be shown with all its calls. Where Ctrl-C is ignored, as in the background of a shell, it stays
+    so.
     """
     if signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
         yield
@@ -43,6 +44,19 @@ def ending_at_ctrl_c() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@contextmanager
+def raising_at_ctrl_c() -> Iterator[None]:
+    """Let Ctrl-C raise KeyboardInterrupt while the context lasts, within `ending_at_ctrl_c`."""
+    if signal.getsignal(signal.SIGINT) is not _end:
+        yield
+        return
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, _end)
 
 
 def _end(*_: Any) -> None:

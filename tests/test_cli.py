@@ -386,18 +386,19 @@ def test_ctrl_c_ends_with_status_130() -> None:
     assert all(json.loads(line) for line in out.splitlines())
 
 
-def test_ctrl_c_while_modules_are_imported() -> None:
+@pytest.mark.parametrize("module", ["typer", "splitfuse.server.lifecycle"])
+def test_ctrl_c_while_modules_are_imported(module: str) -> None:
     code = (
         "import os, signal, sys\n"
         "class Interrupts:\n"
         "    def find_spec(self, name, path=None, target=None):\n"
-        "        if name == 'typer':\n"
+        f"        if name == {module!r}:\n"
         "            os.kill(os.getpid(), signal.SIGINT)\n"
         "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "sys.meta_path.insert(0, Interrupts())\n"
         "from splitfuse.cli import main; main()"
     )
-    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    ended = subprocess.run([sys.executable, "-c", code, "serve"], capture_output=True, text=True)
     assert (ended.returncode, ended.stdout, ended.stderr) == (130, "", "splitfuse: interrupted\n")
 
 

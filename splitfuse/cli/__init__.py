@@ -9,4 +9,5 @@ def main() -> None:
     """Run the command line. An unknown flag ends it with status 2."""
     with ending_at_ctrl_c():
         from splitfuse.cli.commands import run
-    run()
+
+        run()

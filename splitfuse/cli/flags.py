@@ -22,7 +22,7 @@ from splitfuse.core.sampling_params import Parameter
 from splitfuse.deploy.daemon import KEY_VARIABLES, first_key
 from splitfuse.engine.line_writer import LineWriter
 from splitfuse.errors import ConfigError, SplitfuseError, printable, unreadable
-from splitfuse.interrupts import INTERRUPTED
+from splitfuse.interrupts import INTERRUPTED, raising_at_ctrl_c
 from splitfuse.text.chat_options import CHAT_KEYWORDS
 from splitfuse.text.kwargs import SAMPLING_KEYWORDS
 
@@ -156,7 +156,8 @@ def cli_errors() -> Iterator[None]:
     Use it in a `with` statement or, as `@cli_errors()`, as a decorator.
     """
     try:
-        yield
+        with raising_at_ctrl_c():
+            yield
     except SplitfuseError as error:
         lines = map(printable, str(error).split("\n"))  # a message can have names from a file in it
         _print_last("splitfuse: " + "\n".join(lines))
