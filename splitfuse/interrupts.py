@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
@@ -36,7 +37,7 @@ def ending_at_ctrl_c() -> Iterator[None]:
     or parses flags, or be shown with all its calls. Where Ctrl-C is ignored, as in the background of a shell, it stays
     so.
     """
-    if signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+    if signal.getsignal(signal.SIGINT) is not signal.default_int_handler or not _is_main_thread():
         yield
         return
     signal.signal(signal.SIGINT, _end)
@@ -49,7 +50,7 @@ def ending_at_ctrl_c() -> Iterator[None]:
 @contextmanager
 def raising_at_ctrl_c() -> Iterator[None]:
     """Let Ctrl-C raise KeyboardInterrupt while the context lasts, within `ending_at_ctrl_c`."""
-    if signal.getsignal(signal.SIGINT) is not _end:
+    if signal.getsignal(signal.SIGINT) is not _end or not _is_main_thread():
         yield
         return
     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -57,6 +58,11 @@ def raising_at_ctrl_c() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGINT, _end)
+
+
+def _is_main_thread() -> bool:
+    """Return whether this is the thread that may change what signals do."""
+    return threading.current_thread() is threading.main_thread()
 
 
 def _end(*_: Any) -> None:
