@@ -50,6 +50,11 @@ class RequestTable:
         events.subscribe(RequestFinished, lambda event: policy.finish(event.request))
         self._fetches = fetches
 
+    def is_unfinished(self, request_id: str) -> bool:
+        """Return whether a request of that id is waiting or running."""
+        request = self.by_id.get(request_id)
+        return request is not None and not request.is_finished
+
     def accept(self, request: Request, *, sent_time: float, now: float) -> None:
         """Let a new request wait, behind what its owner has used."""
         queue = self._queue

@@ -10,6 +10,7 @@ from splitfuse.core.kv.block_allocator import BlockAllocator
 from splitfuse.core.kv.fetching import FIRST_BANDWIDTH, WAITING_SHARE, Fetch
 from splitfuse.core.request_output import RequestOutput
 from splitfuse.core.scheduler import Scheduler
+from splitfuse.engine.garbage import unowned
 from splitfuse.engine.messages import Export, Prefetch
 from splitfuse.engine.tiers import Tiers
 from splitfuse.runtime.executor import Executor
@@ -46,7 +47,7 @@ class BlockTransfers:
         self._to_export: dict[str, int] = {}  # how many blocks others want of requests, in the order of asking
         self._exporting: dict[str, tuple[bytes, ...]] = {}  # names of blocks that are to be saved, by request
         self._exported: dict[str, int] = {}
-        scheduler.events.subscribe(StepRecord, self._note_step)
+        scheduler.events.subscribe(StepRecord, unowned(self._note_step))
 
     def export(self, command: Export) -> None:
         """Have blocks of a request laid ready for another engine: `take_exported` tells when they are there."""

@@ -30,6 +30,7 @@ from splitfuse.engine.adapters import Adapters
 from splitfuse.engine.block_transfers import BlockTransfers
 from splitfuse.engine.build import build_scheduler
 from splitfuse.engine.calibrate import load_or_estimate
+from splitfuse.engine.garbage import unowned
 from splitfuse.engine.guard import Guard, check_process, guarded
 from splitfuse.engine.loans import Lender, close_channel
 from splitfuse.engine.memory import give_back_memory
@@ -116,13 +117,13 @@ class Engine:
             self._transfers = BlockTransfers(self.tiers, self.executor, self.scheduler, self.allocator)
         if self.scheduler.drafting is not None and isinstance(self.executor, Executor):
             self.executor.num_forced = self.scheduler.drafting.most
-        self._steps = StepRunner(self.executor, self.scheduler.requests, self.is_unfinished)
+        self._steps = StepRunner(self.executor, self.scheduler.requests)
         generates = isinstance(model, LoadedModel)
         vocab_size, num_blocks, size = model.spec.vocab_size, plan.num_blocks, plan.block_size
         self.limits = EngineLimits(plan.max_model_len, vocab_size, num_blocks, size, generates=generates)
         self._channels = self.executor.channels if isinstance(self.executor, Executor) else {}
         self._pending = PendingRequests(
-            self._schedule_request,
+            unowned(self._schedule_request),
             grammars=model.grammars,
             limits=self.limits,
             allocator=self.allocator,
@@ -133,7 +134,7 @@ class Engine:
         if config.cache.kv_loans and isinstance(self.executor, Executor):
             executor = self.executor
             self.lender = Lender(executor.decoder, executor.kv_cache, self.allocator)
-            self.events.subscribe(RequestFinished, self._end_loan)
+            self.events.subscribe(RequestFinished, unowned(self._end_loan))
         # Of the accepted requests: while they are referred to, no step has to wait until one is made again.
         matchers = self._matchers = dict[str, Future[LLMatcher]]()
         self.events.subscribe(RequestFinished, lambda event: matchers.pop(event.request.request_id, None))
@@ -141,7 +142,7 @@ class Engine:
             config.model.lora,
             self.executor.adapters,
             read=model.load_adapter,
-            in_use=self._adapters_in_use,
+            in_use=unowned(self._adapters_in_use),
             guard=self._guard,
         )
         if is_restart:
@@ -479,10 +480,7 @@ class Engine:
 
     def is_unfinished(self, request_id: str) -> bool:
         """Return whether a request of that id is waiting or running."""
-        if request_id in self._pending:
-            return True
-        request = self.scheduler.get(request_id)
-        return request is not None and not request.is_finished
+        return request_id in self._pending or self.scheduler.requests.is_unfinished(request_id)
 
     def abort(self, request_id: str) -> bool:
         """End a request whose output is not wanted any more. Returns False if it has ended already."""

@@ -1,10 +1,17 @@
-"""Exempts loaded objects from garbage collection: a full collection pauses all requests for tens of milliseconds."""
+"""Keeps garbage collection away from requests, which a full collection pauses for tens of milliseconds: exempts loaded
+objects, and lets an engine be freed without one.
+"""
 
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import ParamSpec, TypeVar
+from weakref import WeakMethod
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 
 @contextmanager
@@ -24,3 +31,19 @@ def freeze() -> None:
     gc.unfreeze()  # what an earlier call has frozen, and is gone since
     gc.collect()
     gc.freeze()
+
+
+def unowned(method: Callable[P, T]) -> Callable[P, T]:
+    """Return a method that does not keep its object alive. What an object owns may call it back by that, and both are
+    freed once nothing else refers to the object, without a collection.
+
+        self._pending = PendingRequests(unowned(self._schedule_request))
+    """
+    reference = WeakMethod(method)
+
+    def called(*args: P.args, **kwargs: P.kwargs) -> T:
+        found = reference()
+        assert found is not None, "its owner is gone"
+        return found(*args, **kwargs)
+
+    return called

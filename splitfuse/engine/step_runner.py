@@ -28,10 +28,8 @@ class StepRunner:
     plan = runner.retire()
     """
 
-    def __init__(
-        self, executor: Executor | EncoderExecutor, requests: RequestTable, is_unfinished: Callable[[str], bool]
-    ) -> None:
-        self._executor, self._requests, self._is_unfinished = executor, requests, is_unfinished
+    def __init__(self, executor: Executor | EncoderExecutor, requests: RequestTable) -> None:
+        self._executor, self._requests = executor, requests
         self._plans: deque[tuple[StepPlan, StepHandle | BaseException | None]] = deque()
         """Plans with what was submitted, or why that failed; None: it must be submitted again."""
         self._num_broken_steps = 0
@@ -99,7 +97,8 @@ class StepRunner:
         errors: list[Exception] = []
         plan, _ = self._plans[0]
         result = self._compute_halves(plan, errors, self.collect)
-        if errors or any(self._is_unfinished(chunk.request_id) for chunk in plan.chunks):  # else nothing was computed
+        was_computed = any(self._requests.is_unfinished(chunk.request_id) for chunk in plan.chunks)
+        if errors or was_computed:
             self._num_broken_steps = self._num_broken_steps + 1 if len(errors) == len(plan.chunks) else 0
         if self._num_broken_steps >= MAX_BROKEN_STEPS:
             raise errors[-1]
@@ -108,7 +107,7 @@ class StepRunner:
     def _compute(self, plan: StepPlan) -> StepResult:
         """Return the result of a plan for those of its requests that have not ended since it was made."""
         results: StepResult = {chunk.request_id: ChunkResult() for chunk in plan.chunks}
-        chunks = tuple(chunk for chunk in plan.chunks if self._is_unfinished(chunk.request_id))
+        chunks = tuple(chunk for chunk in plan.chunks if self._requests.is_unfinished(chunk.request_id))
         if chunks:
             results |= self._executor.collect(self._executor.submit(replace(plan, chunks=chunks)))
         else:

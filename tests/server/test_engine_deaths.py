@@ -1,7 +1,8 @@
 """A server whose engine is killed at random moments gives the texts that it gives otherwise: soak/engine_deaths.py."""
 
 import pytest
-from soak import engine_deaths
+
+from tests.soak import engine_deaths
 
 PARTS = [range(first, first + 5) for first in range(0, 20, 5)]
 

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
+import pytest
 from running_server import RunningServer
 
 import splitfuse
@@ -78,11 +79,12 @@ def test_requests_leave_no_cycles(server: RunningServer) -> None:
     assert not ours, found  # asyncio has a cycle for each connection
 
 
-def test_a_pipeline_is_freed_without_the_collector() -> None:
+@pytest.mark.parametrize("settings", [{}, {"kv_memory_tier": "4MiB"}, {"ttft": "60s"}], ids=str)
+def test_a_pipeline_is_freed_without_the_collector(settings: dict[str, str]) -> None:
     gc.collect()
     gc.disable()
     try:
-        pipe = splitfuse.pipeline(num_blocks=64)
+        pipe = splitfuse.pipeline(num_blocks=64, **settings)
         pipe(PROMPT, max_new_tokens=3)
         parts = [weakref.ref(each) for each in (pipe.engine, pipe.engine.scheduler, pipe.engine.model.decoder)]
         del pipe

@@ -92,7 +92,7 @@ State find_state() {
 }  // namespace
 }  // namespace splitfuse
 
-// Returns the State, as bindings.py has it in words. The first call may take some milliseconds.
+// Returns the State, as library.py has it in words. The first call may take some milliseconds.
 SF_EXPORT int sf_amx_state() {
     static const int state = splitfuse::find_state();
     return state;

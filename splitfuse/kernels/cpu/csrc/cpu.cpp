@@ -25,7 +25,7 @@ void splitfuse::bind_thread(std::int32_t node) {
 
 #define SF_EXPORT extern "C" __attribute__((visibility("default")))
 
-// Returns the hash of the sources, from setup.py, by which bindings.py knows a library that was compiled from others.
+// Returns the hash of the sources, from setup.py, by which library.py knows a library that was compiled from others.
 SF_EXPORT std::uint64_t sf_sources() { return SF_SOURCES; }
 
 SF_EXPORT int sf_supports_avx512() {
@@ -59,7 +59,7 @@ SF_EXPORT int sf_check_ids(const std::int32_t* ids, std::int64_t count, std::int
     return 0;
 }
 
-// Returns 0, or the number of the rule that the step breaks; bindings.py has them in words. A step for rope_store has no
+// Returns 0, or the number of the rule that the step breaks; library.py has them in words. A step for rope_store has no
 // requests, one for attend no positions; one without states has -1 for their number.
 SF_EXPORT int sf_check_step(const splitfuse::Step* step, std::int64_t max_position, std::int64_t num_blocks, std::int64_t block_size,
                             std::int64_t vocabulary, std::int64_t num_states) {

@@ -1,4 +1,4 @@
-// The structs that cross from Python, mirrored in bindings.py. Pointers are borrowed for the time of a call.
+// The structs that cross from Python, mirrored in structs.py and layer_structs.py. Pointers are borrowed for a call.
 #pragma once
 
 #include <cstdint>
