@@ -35,20 +35,25 @@ class LoopThread:
         if not self.end.alive:
             work.close()
             raise ServerError("this client is closed: make a new one")
-        ended = threading.Event()
+        ended, task = threading.Event(), list[asyncio.Task[Any] | None]()
 
         async def run() -> _Result:
+            task.append(asyncio.current_task())
             try:
                 return await work
             finally:
                 ended.set()
 
-        future = asyncio.run_coroutine_threadsafe(run(), self._loop)
-        try:
-            return future.result()
+        async def cancel() -> None:  # begins after `run` if that was handed over at all
+            for each in filter(None, task):
+                each.cancel()
+
+        try:  # an interruption may come while `run` is handed over: there is no future to cancel then
+            return asyncio.run_coroutine_threadsafe(run(), self._loop).result()
         except BaseException:
-            future.cancel()
-            ended.wait(CANCEL_SECONDS)
+            if not ended.is_set():
+                asyncio.run_coroutine_threadsafe(cancel(), self._loop)
+                ended.wait(CANCEL_SECONDS)
             raise
 
     def iterate(self, items: AsyncGenerator[_Result, None]) -> Generator[_Result, None, None]:

@@ -4,7 +4,7 @@ import asyncio
 import json
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import AsyncGenerator, Coroutine, Iterator
 from contextlib import aclosing, suppress
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ import pytest
 from running_server import RunningServer, running_server
 
 import splitfuse
+from splitfuse.clients.bridge import LoopThread
 from splitfuse.clients.sse import DONE, EventParser
 from splitfuse.clients.wire import error_in, error_of, prepare
 from splitfuse.config.server import ServerConfig
@@ -226,6 +227,34 @@ def test_an_interrupted_call_is_aborted(client: splitfuse.Client, server: Runnin
         server.assert_idle()
     assert server.client.stats[0].num_generated_tokens - before < 4 * 1500
     assert len(client("Once", max_new_tokens=1)) == 1, "the client is of no use any more"
+
+
+def test_work_is_cancelled_if_an_interruption_comes_while_it_is_handed_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    hand_over, closed = asyncio.run_coroutine_threadsafe, threading.Event()
+
+    def interrupted(work: Coroutine[Any, Any, Any], loop: asyncio.AbstractEventLoop) -> None:
+        monkeypatch.undo()
+        hand_over(work, loop)
+        raise KeyboardInterrupt
+
+    async def items() -> AsyncGenerator[int, None]:
+        try:
+            yield 1
+            await asyncio.Event().wait()
+        finally:
+            closed.set()
+
+    async def close() -> None:
+        pass
+
+    thread = LoopThread(items, close)
+    pieces = thread.iterate(items())
+    assert next(pieces) == 1
+    monkeypatch.setattr(asyncio, "run_coroutine_threadsafe", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        next(pieces)
+    assert closed.is_set()
+    thread.end()
 
 
 def test_a_missed_deadline_fails_only_its_request(client: splitfuse.Client) -> None:
