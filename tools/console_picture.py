@@ -35,9 +35,9 @@ def send(url: str, chance: random.Random) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rate", type=float, default=6.0, help="requests/s")
-    parser.add_argument("--ttft", default="150ms")
-    parser.add_argument("--itl", default="60ms")
+    parser.add_argument("--rate", type=float, default=8.0, help="requests/s")
+    parser.add_argument("--ttft", default="110ms")
+    parser.add_argument("--itl", default="40ms")
     options = parser.parse_args()
     path = next(filter(None, map(shutil.which, CHROMIUM)))
     settings = {
