@@ -120,8 +120,9 @@ class BlockFile:
         return num_blocks
 
     def _begin_anew_if_cut(self) -> None:
-        """Forget all blocks if another program has cut the file: to touch the table would end the process. Raises OSError if
-        there is no room for a new one.
+        """Forget all blocks if another program has cut the file: to touch the table would end the process.
+
+        Raises OSError if there is no room for a new one.
         """
         if os.fstat(self._fd).st_size < self._data_at:
             with self._lock:
