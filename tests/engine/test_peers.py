@@ -44,6 +44,7 @@ class Relay:
         self.seconds = 0.0  # before each piece is passed on
         self.piece = 2**16
         self._target = parse_address("relay", target)
+        self._meetings: set[asyncio.Task[Any]] = set()
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
         self._thread.start()
@@ -51,12 +52,22 @@ class Relay:
         self.source = f"tcp://127.0.0.1:{server.sockets[0].getsockname()[1]}"
 
     async def _meet(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        meeting = asyncio.current_task()
+        assert meeting is not None
+        self._meetings.add(meeting)  # the loop itself keeps none that waits for a reader: it could be collected
         up, down = await asyncio.open_connection(*self._target)
-        upward = asyncio.create_task(self._pass(reader, down, lambda data, _: data))
-        await self._pass(up, writer, lambda data, before: self.harm(data, before))
-        upward.cancel()
-        down.close()
-        writer.close()
+        ways = [
+            asyncio.create_task(self._pass(reader, down, lambda data, _: data)),
+            asyncio.create_task(self._pass(up, writer, lambda data, before: self.harm(data, before))),
+        ]
+        try:
+            await asyncio.wait(ways, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for way in ways:
+                way.cancel()
+            down.close()
+            writer.close()
+            self._meetings.discard(meeting)
 
     async def _pass(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, harm: Harm) -> None:
         before = 0
