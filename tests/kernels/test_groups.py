@@ -106,7 +106,7 @@ def test_ranks_choose_in_the_call_what_one_process_chooses(variant: str, ranks: 
     assert len(alone[0][0]) == 3 and together(decoders, choices)[0] == alone
 
 
-@pytest.mark.parametrize(("rows", "room", "num_more"), [(31, STEP_BYTES, 0), (32, STEP_BYTES, 4), (32, 2**17, 0)])
+@pytest.mark.parametrize(("rows", "room", "num_more"), [(31, STEP_BYTES, 0), (32, STEP_BYTES, 4), (32, 2**16, 0)])
 def test_ranks_pack_many_rows_for_each_other(rows: int, room: int, num_more: int) -> None:
     """Which takes a meeting before each of the four products of a layer, if the memory that they share has room."""
     spec, numbers = NETWORKS["plain"], []
