@@ -45,6 +45,7 @@ test-sanitize: $(STAMP)  ## the tests of the C++ kernels on a build that watches
 compiled: $(STAMP)  ## build/compiled: the package with a compiled core, as a wheel has it
 	@rm -rf build/compiled && mkdir -p build && SPLITFUSE_KERNELS=none SPLITFUSE_CORE=compiled $(BIN)/python setup.py -q build \
 	  --build-lib build/compiled --build-temp build/compiled-objects > build/compiled.log
+	@cp splitfuse/kernels/cpu/*.so build/compiled/splitfuse/kernels/cpu/
 	@PYTHONPATH=build/compiled $(BIN)/python -P -c "from splitfuse.core import scheduler; assert scheduler.__file__.endswith('.so')"
 
 papers: compiled  ## simulate the figures of four papers, on one core; a second `make papers` goes on
