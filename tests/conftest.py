@@ -5,7 +5,9 @@ the other worker's tests: here it sleeps. In a worker an engine gets one thread 
 do that compare threads.
 """
 
+import gc
 import os
+from collections.abc import Generator, Iterator
 from pathlib import Path
 
 import pytest
@@ -49,6 +51,30 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             cases[0].add_marker(pytest.mark.skipif(True, reason=f"{reason} ({len(cases)} cases)"), append=False)
     left_out = {case for _, *others in skipped.values() for case in others}
     items[:] = [item for item in items if item not in left_out]
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Generator[None, object, object]:
+    """Exempt the modules and the cases from garbage collections: of their million objects each would take half a
+    second.
+    """
+    gc.disable()  # until they are all there
+    try:
+        return (yield)
+    finally:
+        gc.collect()
+        gc.freeze()
+        gc.enable()
+
+
+@pytest.fixture(autouse=True, scope="session")
+def frozen_once() -> Iterator[None]:
+    """Let no pipeline or server of this process collect and freeze everything again: hundreds of them are made."""
+    from splitfuse.engine import garbage
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(garbage, "freeze", lambda: None)
+        yield
 
 
 @pytest.fixture

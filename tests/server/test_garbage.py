@@ -79,6 +79,13 @@ def test_requests_leave_no_cycles(server: RunningServer) -> None:
     assert not ours, found  # asyncio has a cycle for each connection
 
 
+def test_a_pipeline_exempts_what_it_has_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    frozen: list[None] = []
+    monkeypatch.setattr("splitfuse.engine.garbage.freeze", lambda: frozen.append(None))
+    splitfuse.pipeline(num_blocks=64)
+    assert len(frozen) == 1
+
+
 @pytest.mark.parametrize("settings", [{}, {"kv_memory_tier": "4MiB"}, {"ttft": "60s"}], ids=str)
 def test_a_pipeline_is_freed_without_the_collector(settings: dict[str, str]) -> None:
     gc.collect()
