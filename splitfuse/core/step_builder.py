@@ -175,7 +175,7 @@ class StepBuilder:
 
     @property
     def features(self) -> StepFeatures:
-        """Return the features of all that is granted, without drafts."""
+        """Return the features of all that is granted, without drafts; they are counted if there is a predictor."""
         return self._counts.features
 
     # Requests ---------------------------------------------------------------------------------------------------------
@@ -268,7 +268,8 @@ class StepBuilder:
                 kv.grow(self._allocator, start, start + count)
             self.granted[request] = count
             self.tokens_left -= count
-            self._count(request, count)
+            if self.predictor is not None:
+                self._counts.add(start, count)
         return count
 
     def fitting_tokens(self, request: Request, *, at_least: int = 0) -> int:
@@ -322,11 +323,7 @@ class StepBuilder:
         self.tokens_left += self.granted.pop(request, 0)
         self._counts = StepCounts()
         for other, count in self.granted.items():
-            self._count(other, count)
-
-    def _count(self, request: Request, count: int) -> None:
-        # One row of logits for each chunk: one with none (within a prompt) or several (prompt_logprobs) takes as long.
-        self._counts.add(request.num_scheduled, count)
+            self._counts.add(other.num_scheduled, count)
 
     # The plan ---------------------------------------------------------------------------------------------------------
 

@@ -97,11 +97,12 @@ class StepRunner:
         errors: list[Exception] = []
         plan, _ = self._plans[0]
         result = self._compute_halves(plan, errors, self.collect)
-        was_computed = any(self._requests.is_unfinished(chunk.request_id) for chunk in plan.chunks)
-        if errors or was_computed:
-            self._num_broken_steps = self._num_broken_steps + 1 if len(errors) == len(plan.chunks) else 0
-        if self._num_broken_steps >= MAX_BROKEN_STEPS:
-            raise errors[-1]
+        if len(errors) == len(plan.chunks):
+            self._num_broken_steps += 1
+            if self._num_broken_steps >= MAX_BROKEN_STEPS:
+                raise errors[-1]
+        elif errors or (self._num_broken_steps and any(map(self._requests.is_unfinished, plan.request_ids))):
+            self._num_broken_steps = 0
         return result
 
     def _compute(self, plan: StepPlan) -> StepResult:
