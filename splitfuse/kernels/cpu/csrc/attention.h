@@ -141,7 +141,7 @@ inline i64 make_items(const Step& step, i64 num_heads, const Layout& kv, int num
 }
 
 SF_INLINE void widen_qvalues(const u8* qvalues, i64 count, u16* out) {  // exact: 8 bits hold a qvalue
-    for (i64 i = 0; i < count; i += LANES) store_exact_bf16(out + i, load_i8(reinterpret_cast<const i8*>(qvalues + i)));
+    for (i64 i = 0; i < count; i += 2 * LANES) widen_i8(reinterpret_cast<const i8*>(qvalues + i), out + i);
 }
 
 // Where the pieces of one tile of an item lie. Those from `first` to `end` - 1 have keys that some row sees.
@@ -271,7 +271,8 @@ SF_INLINE void attend_tile(const Attention& a, const Layout& kv, const Item& ite
     const i64 first = pieces.first, end = pieces.end, half_wide = PIECE * kv.padded * 2;
 
     // While one phase computes, the processor prefetches what the next one reads: the values with their keys, and the keys
-    // of the next tile with the values.
+    // of the next tile with the values. In int8 both have been read when they are widened: keys prefetch all of the next tile.
+    auto known = [&](i64 p) { return p >= next.first && p < next.end; };
     for (i64 p = first; p < end; ++p) {
         keys_of[p] = pieces.of[p];
         values_of[p] = kv.value_from ? pieces.of[p] : pieces.of[p] + kv.half_bytes;
@@ -290,7 +291,8 @@ SF_INLINE void attend_tile(const Attention& a, const Layout& kv, const Item& ite
     const i64 prefetch_stride = STEP_BYTES / row_tiles;
     for (int t = 0; t < row_tiles; ++t) {
         const auto [row, rows] = row_tile(item, t);
-        for (i64 p = first; p < end; ++p) prefetches[p] = values_of[p] + t * steps * prefetch_stride;
+        for (i64 p = first; p < end; ++p)
+            prefetches[p] = (kv.int8 && known(p) ? next.of[p] : values_of[p]) + t * steps * prefetch_stride;
         float* row_scores = scores + row * SCORE_STRIDE;
         const u32* q = queries + row * slabs * SLAB_STRIDE;
         if (slabs == 1) {
@@ -299,7 +301,7 @@ SF_INLINE void attend_tile(const Attention& a, const Layout& kv, const Item& ite
         } else {
             for (i64 p = first; p < end; ++p) {
                 const Segments keys{keys_of + p, prefetches + p, static_cast<int>(steps), steps, STEP_BYTES, prefetch_stride};
-                multiply(rows, q, keys, row_scores + p * PIECE, SCORE_STRIDE);
+                multiply_kv(rows, q, keys, row_scores + p * PIECE, SCORE_STRIDE);
             }
         }
     }
@@ -309,7 +311,10 @@ SF_INLINE void attend_tile(const Attention& a, const Layout& kv, const Item& ite
     const bool streams = item.rows == group;  // a single token: no other item has brought its keys and values near
     for (i32 r = 0; r < item.rows; ++r) {
         if (streams)
-            for (i64 p = next.first + r; p < next.end; p += item.rows) prefetch_lines(next.of[p], kv.half_bytes / 2);
+            for (i64 p = next.first + r; p < next.end; p += item.rows) {
+                if (kv.int8) prefetch_lines(reinterpret_cast<const u8*>(kv.scales(next.of[p])), 2 * PIECE * sizeof(float));
+                else prefetch_lines(next.of[p], kv.half_bytes / 2);
+            }
         float* row = scores + r * SCORE_STRIDE;
         Element* row_weights = reinterpret_cast<Element*>(weights + r * SLAB_STRIDE);
         i64 position = start + (item.first + r) / group;
@@ -328,6 +333,10 @@ SF_INLINE void attend_tile(const Attention& a, const Layout& kv, const Item& ite
 
     // Only pairs with a key that exists: what follows may be NaN.
     const i64 pairs = ceil_div(pieces.keys, 2) - first * (PIECE / 2);
+    // Where the softmax has prefetched the first half of the next keys, values prefetch the second, at half the pace, so that
+    // memory is asked for lines evenly.
+    const bool halved = streams && !kv.int8 && !kv.value_from;
+    const i64 key_stride = halved ? prefetch_stride / 2 : prefetch_stride, keys_from = halved ? kv.half_bytes / 2 : 0;
     for (i64 column = 0; column < kv.value_padded;) {
         const bool two = item.rows <= ROWS_OF_TWO && column + PANEL < kv.value_padded && !kv.value_from;
         const u8* starts[TILE_PIECES];
@@ -338,15 +347,14 @@ SF_INLINE void attend_tile(const Attention& a, const Layout& kv, const Item& ite
         for (int t = 0; t < row_tiles; ++t) {
             const auto [row, rows] = row_tile(item, t);
             for (i64 p = first; p < end; ++p) {
-                bool known = p >= next.first && p < next.end;
-                i64 ahead = column / PANEL * (PIECE / 2) * STEP_BYTES + t * (PIECE / 2) * prefetch_stride;
-                prefetches[p - first] = known ? next.of[p] + ahead : starts[p - first];
+                i64 ahead = keys_from + (column / PANEL * row_tiles + t) * (PIECE / 2) * key_stride;
+                prefetches[p - first] = known(p) ? next.of[p] + ahead : starts[p - first];
             }
-            const Segments values{starts, prefetches, PIECE / 2, pairs, kv.value_from ? STEP_BYTES : kv.padded * 4, prefetch_stride};
+            const Segments values{starts, prefetches, PIECE / 2, pairs, kv.value_from ? STEP_BYTES : kv.padded * 4, key_stride};
             const u32* x = weights + first * (PIECE / 2) * PAIR_WORDS + row * SLAB_STRIDE;
             float* sums = out.values + row * kv.value_padded + column;
             if (two) multiply_two(rows, x, values, sums, kv.value_padded);
-            else multiply(rows, x, values, sums, kv.value_padded);
+            else multiply_kv(rows, x, values, sums, kv.value_padded);
         }
         column += two ? 2 * PANEL : PANEL;
     }
@@ -450,7 +458,8 @@ inline void attend(Team& team, const Attention& a, const std::vector<Item>& item
     for (const Item& item : items) split |= item.partial >= 0;
     ask_creditors(team, a, kv);
 
-    team.share(static_cast<i64>(items.size()), [&](i64 begin, i64 end, i64) {
+    bool is_first = true;  // of this thread's items: nothing has prefetched its keys
+    team.share(static_cast<i64>(items.size()), [&](i64 begin, i64 end, i64 next_run) {
         alignas(64) u32 queries[ROWS_READ * (MOST_HEAD_DIM / 2 / SLAB_STEPS) * SLAB_STRIDE];
         alignas(64) float tile_values[MOST_ITEM_ROWS * MOST_HEAD_DIM], all_values[MOST_ITEM_ROWS * MOST_HEAD_DIM];
         Partial tile{{}, {}, tile_values}, all{{}, {}, all_values};
@@ -465,11 +474,14 @@ inline void attend(Team& team, const Attention& a, const std::vector<Item>& item
             for (i64 t = item.begin_tile; t < first_tile && item.partial >= 0; ++t) forget(kv, places + t * stride);
             Pieces pieces{0, 0, 0, {}};
             if (first_tile < item.end_tile) pieces = pieces_of(a, kv, item, first_tile);
+            for (i64 p = pieces.first; is_first && p < pieces.end; ++p) prefetch_lines(pieces.of[p], kv.half_bytes);
+            is_first = false;
             for (i64 t = first_tile; t < item.end_tile; ++t) {
                 bool last = t + 1 == item.end_tile;
                 Pieces following{0, 0, 0, {}};
                 if (!last) following = pieces_of(a, kv, item, t + 1);
-                else if (i + 1 < end) following = pieces_of(a, kv, items[i + 1], a.first_tile(items[i + 1]));
+                else if (const i64 coming = i + 1 < end ? i + 1 : next_run; coming >= 0)
+                    following = pieces_of(a, kv, items[coming], a.first_tile(items[coming]));
                 if (alone && t == first_tile) {
                     attend_tile(a, kv, item, t, pieces, following, queries, all);
                 } else if (item.partial < 0) {

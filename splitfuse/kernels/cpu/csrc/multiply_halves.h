@@ -108,6 +108,9 @@ SF_INLINE void multiply(int rows, const u32* x, const Segments& segments, bool a
 SF_INLINE void multiply(int rows, const u32* x, const Segments& segments, float* out, i64 out_stride) {
     multiply<Dot::BF16>(rows, x, segments, false, out, out_stride);
 }
+SF_INLINE void multiply_kv(int rows, const u32* x, const Segments& segments, float* out, i64 out_stride) {
+    multiply(rows, x, segments, out, out_stride);
+}
 template <Dot DOT>
 SF_INLINE void multiply_run(int rows, const u32* x, const Segments& run, bool adds, float* out) {
     multiply<DOT>(rows, x, run, adds, out, PANEL);

@@ -154,6 +154,9 @@ SF_INLINE void multiply(int rows, const u32* x, const Segments& segments, float*
         else multiply_in_tiles<T, Dot::BF16, 1, 2, false>(rows, x, segments, out, out_stride);
     });
 }
+SF_INLINE void multiply_kv(int rows, const u32* x, const Segments& segments, float* out, i64 out_stride) {
+    multiply(rows, x, segments, out, out_stride);
+}
 SF_INLINE void multiply_two(int rows, const u32* x, const Segments& segments, float* out, i64 out_stride) {
     with_tiles([&](auto tiles) { multiply_in_tiles<decltype(tiles), Dot::BF16, 1, 4, false>(rows, x, segments, out, out_stride); });
 }

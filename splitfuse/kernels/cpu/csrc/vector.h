@@ -112,6 +112,13 @@ SF_INLINE void store_exact_bf16(u16* p, Floats a) {  // that is a bf16 already
     _mm256_storeu_si256((__m256i*)p, _mm512_cvtepi32_epi16(_mm512_srli_epi32(_mm512_castps_si512(a.v), 16)));
 }
 SF_INLINE Floats load_i8(const i8* p) { return {_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p)))}; }
+// Writes the bf16 of two vectors of int8.
+SF_INLINE void widen_i8(const i8* p, u16* out) {
+    alignas(64) static constexpr u16 UPPER_HALVES[2 * LANES] = {1,  3,  5,  7,  9,  11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31,
+                                                                33, 35, 37, 39, 41, 43, 45, 47, 49, 51, 53, 55, 57, 59, 61, 63};
+    const __m512i first = _mm512_castps_si512(load_i8(p).v), second = _mm512_castps_si512(load_i8(p + LANES).v);
+    _mm512_storeu_si512(out, _mm512_permutex2var_epi16(first, _mm512_load_si512(UPPER_HALVES), second));
+}
 SF_INLINE void store_i8(i8* p, Floats a) {  // whole numbers from -128 to 127
     _mm_storeu_si128((__m128i*)p, _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(a.v)));
 }
@@ -327,6 +334,10 @@ SF_INLINE void store_bf16(u16* p, Floats a, int count) {
 SF_INLINE Floats load_i8(const i8* p) {
     __m128i bytes = _mm_loadu_si128((const __m128i*)p);
     return {_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(bytes)), _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_srli_si128(bytes, 8)))};
+}
+SF_INLINE void widen_i8(const i8* p, u16* out) {
+    store_exact_bf16(out, load_i8(p));
+    store_exact_bf16(out + LANES, load_i8(p + LANES));
 }
 SF_INLINE void store_i8(i8* p, Floats a) {
     __m256i words = _mm256_packs_epi32(_mm256_cvtps_epi32(a.lo), _mm256_cvtps_epi32(a.hi));
