@@ -51,7 +51,7 @@ SF_INLINE bool in_parts(const Weight& w, i64 rows) {
     return s.num_groups == 1 ? in_whole_rows(w, s) : rows > MAX_ROWS;
 }
 #else
-SF_INLINE bool in_parts(const Weight& w, i64) { return w.format == GROUPED || w.format == FP8; }
+SF_INLINE bool in_parts(const Weight& w, i64) { return w.format != INT4; }
 #endif
 
 // Returns the bytes that the operand of `rows` rows for this weight needs.
@@ -386,10 +386,10 @@ SF_INLINE void multiply_panel(const Operand& x, const Weight& w, const Shape& s,
     put_tile(x, w, panel, block, tile, out);
 }
 
-// Returns what is prefetched while a part of a panel is multiplied: what lies PREFETCH_BYTES ahead, in the next one too.
-SF_INLINE Prefetch prefetch_ahead(const u8* data, const u8* end, const u8* next, i64 stride) {
-    const i64 beyond = data + PREFETCH_BYTES - end;
-    return {next && beyond >= 0 ? next + beyond : data + PREFETCH_BYTES, stride};
+// Returns what is prefetched while a part of a panel is multiplied: what lies `ahead` bytes ahead, in the next one too.
+SF_INLINE Prefetch prefetch_ahead(const u8* data, const u8* end, const u8* next, i64 stride, i64 ahead = PREFETCH_BYTES) {
+    const i64 beyond = data + ahead - end;
+    return {next && beyond >= 0 ? next + beyond : data + ahead, stride};
 }
 
 // Widens a panel run by run, each for all rows of the blocks `first` to last - 1, and stores its columns. `widen(data, at)`
@@ -457,7 +457,29 @@ SF_INLINE void multiply_fp8_panel(const Operand& x, const Weight& w, const Shape
     });
 }
 
+// Calls body(rows, words, begin, tile) for each of the blocks `first` to last - 1: its words of x from `at` on, its first row,
+// and its sums.
+template <class Body>
+SF_INLINE void each_block(const Operand& x, i64 first, i64 last, i64 at, Body body) {
+    for (i64 block = first; block < last; ++block) {
+        const i64 begin = x.block_begin(block);
+        const int rows = static_cast<int>(x.block_begin(block + 1) - begin);
+        const u32* words = x.block_words(block) + at / SLAB_STEPS * rows * SLAB_STRIDE + at % SLAB_STEPS * (x.quantized ? 1 : PAIR_WORDS);
+        body(rows, words, begin, x.sums_of_panel + (begin - x.block_begin(first)) * PANEL);
+    }
+}
+
 #ifdef SF_PARTS
+// Divides what is prefetched while a part of a panel is multiplied with `blocks` blocks of rows: each takes as much, but with the
+// large blocks of AMX the first takes all.
+SF_INLINE Prefetch share_of_block(const Prefetch& all, i64 blocks) {
+    return {all.from, BLOCK_ROWS == MAX_ROWS ? all.stride / blocks : all.stride};
+}
+SF_INLINE void to_next_block(Prefetch& prefetch, i64 steps) {
+    if constexpr (BLOCK_ROWS == MAX_ROWS) prefetch.from += steps * prefetch.stride;
+    else prefetch.stride = 0;
+}
+
 // Widens quantized values of a panel of int4: words of eight nibbles to two of four bytes.
 SF_INLINE void widen_nibbles(Packed table, const u8* words, i64 bytes, u8* out) {
     for (const u8* end = words + bytes; words < end; words += STEP_BYTES, out += 2 * STEP_BYTES)
@@ -473,28 +495,6 @@ SF_INLINE void scale_sums(const u16* scales, i32 first, float* sums) {
     const Ints start = broadcast(first);
     for (int at = 0; at < PANEL; at += LANES)
         store(sums + at, to_floats(load_ints(reinterpret_cast<const i32*>(sums + at)) + start) * load_bf16(scales + at));
-}
-
-// Divides what is prefetched while a part of a panel is multiplied with `blocks` blocks of rows: each takes as much, but with the
-// large blocks of AMX the first takes all.
-SF_INLINE Prefetch share_of_block(const Prefetch& all, i64 blocks) {
-    return {all.from, BLOCK_ROWS == MAX_ROWS ? all.stride / blocks : all.stride};
-}
-SF_INLINE void to_next_block(Prefetch& prefetch, i64 steps) {
-    if constexpr (BLOCK_ROWS == MAX_ROWS) prefetch.from += steps * prefetch.stride;
-    else prefetch.stride = 0;
-}
-
-// Calls body(rows, words, begin, tile) for each of the blocks `first` to last - 1: its words of x from `at` on, its first row,
-// and its sums.
-template <class Body>
-SF_INLINE void each_block(const Operand& x, i64 first, i64 last, i64 at, Body body) {
-    for (i64 block = first; block < last; ++block) {
-        const i64 begin = x.block_begin(block);
-        const int rows = static_cast<int>(x.block_begin(block + 1) - begin);
-        const u32* words = x.block_words(block) + at / SLAB_STEPS * rows * SLAB_STRIDE + at % SLAB_STEPS * (x.quantized ? 1 : PAIR_WORDS);
-        body(rows, words, begin, x.sums_of_panel + (begin - x.block_begin(first)) * PANEL);
-    }
 }
 
 // Multiplies one panel in bf16, or of whole rows in int8, with the blocks `first` to last - 1: a part of the panel
@@ -549,6 +549,63 @@ SF_INLINE void multiply_groups_in_parts(const Operand& x, const Weight& w, const
     }
     each_block(x, first, last, 0, [&](int, const u32*, i64 begin, float* tile) { put_tile(x, w, panel, x.block_of(begin), tile, out); });
 }
+#else
+// Multiplies a part of a panel in int8 with a block of rows. `scales`: of whole rows, or null.
+SF_INLINE void multiply_int8_part(const Operand& x, const Shape& s, const u8* data, const u16* scales, const u32* words, i64 begin, int rows,
+                                  i64 at, i64 steps, Fetch fetch, const u8* from, i64 stride, float* tile) {
+    for (i64 end = at + steps; at < end;) {  // runs of equal spans in a slab
+        const i64 in_slab = std::min<i64>(SLAB_STEPS - at % SLAB_STEPS, end - at), x_steps = std::min(s.span_steps, in_slab), count = in_slab / x_steps;
+        const i32* starts = x.starts + begin * s.num_spans + at / s.span_steps;
+        const Spans spans{words, data, scales, nullptr, count, x_steps, starts, s.num_spans, {from, stride}, at > 0};
+        if (fetch == Fetch::NEAR) multiply<8>(rows, spans, tile);
+        else multiply_part(rows, spans, fetch, tile);
+        data += count * (x_steps * STEP_BYTES + (scales ? 0 : SCALE_BYTES));
+        from += count * x_steps * stride;
+        at += count * x_steps;
+        words += at % SLAB_STEPS ? count * x_steps : rows * SLAB_STRIDE - (SLAB_STEPS - count * x_steps);
+    }
+}
+
+constexpr i64 MOST_SHARED_ROWS = 19;  // with more, memory has time enough while they are multiplied
+constexpr i64 MOST_SHARERS = 4;       // blocks that prefetch
+constexpr i64 MOST_BLOCKS = 16;       // whose sums stay near while they wait for the next part of a panel
+
+// Multiplies one panel in bf16 or int8 with the blocks `first` to last - 1. One block streams the panel from memory. Several
+// multiply a part of it in turn, from the second cache, and the first of them prefetch a share each of the part that follows.
+// `cold`: nothing has prefetched the first part.
+SF_INLINE void multiply_in_parts(const Operand& x, const Weight& w, const Shape& s, i64 panel, i64 first, i64 last, const u8* next,
+                                 bool cold, const Output& out) {
+    const u8 *data = w.data + panel * s.panel_bytes, *end = data + s.panel_bytes;
+    const u16* scales = nullptr;
+    if (s.num_groups == 1) {
+        scales = reinterpret_cast<const u16*>(data);
+        data += SCALE_BYTES;
+    }
+    const i64 blocks = last - first, most = blocks == 1 || blocks > MOST_BLOCKS ? s.x_steps : std::min(PART_STEPS, s.x_steps);
+    const i64 stride = STEP_BYTES + (s.num_groups > 1 ? ceil_div(SCALE_BYTES, s.span_steps) : 0);
+    const i64 rows_of_all = x.block_begin(last) - x.block_begin(first);
+    const bool few = rows_of_all < HALF_ROWS, shares = blocks == 2 && rows_of_all <= MOST_SHARED_ROWS && s.num_groups <= 1;
+    const Fetch fetch = shares ? Fetch::SHARE : few || blocks > 1 ? Fetch::NEAR : Fetch::BOTH;
+    for (i64 at = 0; at < s.x_steps; at += most) {
+        const i64 steps = std::min(most, s.x_steps - at), ahead = blocks == 1 ? PREFETCH_BYTES : most * stride;
+        // As two numbers: see multiply_panel().
+        const u8* from = prefetch_ahead(data, end, next, stride, ahead).from;
+        const i64 sharers = std::min(blocks, MOST_SHARERS), share = stride / sharers;
+        const u8* until = from + steps * share * sharers;
+        each_block(x, first, last, at, [&](int rows, const u32* words, i64 begin, float* tile) {
+            const bool missing = cold && at == 0 && blocks > 1 && begin == x.block_begin(first);
+            const Fetch of_block = missing ? Fetch::BOTH : fetch;
+            const i64 advance = from < until ? share : 0;
+            const Segments run{&data, &from, static_cast<int>(steps), steps, STEP_BYTES, advance};
+            if (x.quantized) multiply_int8_part(x, s, data, scales, words, begin, rows, at, steps, of_block, from, advance, tile);
+            else if (few) multiply(rows, words, run, tile, PANEL);
+            else multiply_part(rows, words, run, at > 0, of_block, tile);
+            from += steps * advance;
+            if (at + steps == s.x_steps) put_tile(x, w, panel, x.block_of(begin), tile, out);
+        });
+        data += steps * STEP_BYTES + (s.num_groups > 1 ? ceil_div(steps, s.span_steps) * SCALE_BYTES : 0);
+    }
+}
 #endif
 
 // Multiplies one panel with the blocks `first` to last - 1. `next` is the panel that this thread multiplies then, or null;
@@ -563,6 +620,8 @@ SF_INLINE void multiply_panel_by_all(const Operand& x, const Weight& w, const Sh
         else multiply_groups_in_parts(x, w, s, panel, first, last, next, out);
         return;
     }
+#else
+    if (w.format != INT4) return multiply_in_parts(x, w, s, panel, first, last, next, cold, out);
 #endif
     const u8* data = w.data + panel * s.panel_bytes;
     for (i64 block = first; block < last; ++block) {

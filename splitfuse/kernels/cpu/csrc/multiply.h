@@ -32,8 +32,12 @@ constexpr i64 ROW_STEPS = SPAN_STEPS;
 // Words of x for a part of a panel that all blocks of rows multiply in turn. No longer than what is prefetched ahead.
 constexpr i64 PART_STEPS = SLAB_STEPS / 2;
 constexpr i64 GROUPS_PART_STEPS = BLOCK_ROWS == MAX_ROWS ? RUN_STEPS : PART_STEPS;  // the same of quantized values in groups
+#else
+// The same, but parts that lie in the second cache with the next one, which is prefetched meanwhile.
+constexpr i64 PART_STEPS = 2 * SLAB_STEPS;
 #endif
 constexpr int PREFETCH_BYTES = 128 * STEP_BYTES;   // how far ahead of use weights are prefetched that come from memory
+constexpr int NEAR_BYTES = 32 * STEP_BYTES;        // the same into the first cache, if the second one has them already
 
 // Aligned, so that no change elsewhere moves their loops in the lines of code: int4 of one row was 10 % slower for that.
 #define SF_LEAF static __attribute__((noinline, aligned(64)))
@@ -41,8 +45,8 @@ constexpr int PREFETCH_BYTES = 128 * STEP_BYTES;   // how far ahead of use weigh
 // Vectors of columns in a tile: a panel, or half of a panel, whose halves are then multiplied one after the other.
 constexpr int width_of(int rows, Dot dot = Dot::QVALUES) { return rows <= (dot == Dot::BF16 ? WIDE_BF16_ROWS : WIDE_ROWS) ? 2 : 1; }
 
-// What to prefetch while a tile is multiplied: at every step as many lines as it is vectors wide, from addresses that
-// advance by `stride` bytes.
+// What to prefetch while a tile is multiplied: at every step as many lines as it is vectors wide, or what Fetch says, from
+// addresses that advance by `stride` bytes.
 struct Prefetch {
     const u8* from;
     i64 stride;
@@ -53,10 +57,33 @@ struct Prefetch {
 // the speed at which they come to the second one (AMD Zen 4).
 constexpr _mm_hint FIRST_CACHE = _MM_HINT_T0, SECOND_CACHE = _MM_HINT_T1;
 
+// Where that goes. Each line on its way from memory to the first cache takes one of the few places for misses of that cache, and
+// x, which comes from the second, waits for one: so where there are many products for each line, lines from memory go to
+// the second cache.
+enum class Fetch {
+    NEAR,   // the first cache
+    FAR,    // the second
+    BOTH,   // the second, and to the first what lies NEAR_BYTES ahead in the tile's own panel
+    SHARE,  // the second, one line a step: another block of rows prefetches the other
+};
+
 template <int WIDTH, _mm_hint CACHE = FIRST_CACHE>
 SF_INLINE void prefetch_step(Prefetch& prefetch) {
     _mm_prefetch(prefetch.from, CACHE);
     if constexpr (WIDTH == 2) _mm_prefetch(prefetch.from + 64, CACHE);
+    prefetch.from += prefetch.stride;
+}
+
+template <Fetch FETCH, int WIDTH>
+SF_INLINE void prefetch_step(Prefetch& prefetch, [[maybe_unused]] const u8* weights) {
+    if constexpr (FETCH == Fetch::NEAR) return prefetch_step<WIDTH>(prefetch);
+    if constexpr (FETCH == Fetch::FAR) return prefetch_step<WIDTH, SECOND_CACHE>(prefetch);
+    _mm_prefetch(prefetch.from, SECOND_CACHE);
+    if constexpr (FETCH == Fetch::BOTH) {
+        _mm_prefetch(prefetch.from + 64, SECOND_CACHE);
+        _mm_prefetch(weights + NEAR_BYTES, FIRST_CACHE);
+        _mm_prefetch(weights + NEAR_BYTES + 64, FIRST_CACHE);
+    }
     prefetch.from += prefetch.stride;
 }
 
@@ -168,7 +195,7 @@ SF_INLINE void add_step(Sum (&acc)[ROWS][WIDTH], const u8* weights, const u32* x
 
 // Computes out[r][0..31] = or += sum over K of x[r][k] * weights[k][0..31]: bf16 summed in fp32, or quantized values + QVALUE_BIAS
 // summed in int32.
-template <Dot DOT, int ROWS, bool ADDS = false, _mm_hint CACHE = FIRST_CACHE>
+template <Dot DOT, int ROWS, bool ADDS = false, Fetch FETCH = Fetch::NEAR>
 SF_LEAF void multiply_wide(const u32* x, const Segments& segments, float* out, i64 out_stride) {
     constexpr auto rows = std::make_integer_sequence<int, ROWS>{};
     constexpr int WORDS = WORDS_OF<DOT>;
@@ -187,7 +214,7 @@ SF_LEAF void multiply_wide(const u32* x, const Segments& segments, float* out, i
             here -= run;
             in_slab += run;
             for (const u32* end = x + run * WORDS; x < end; x += WORDS, weights += stride) {
-                prefetch_step<2, CACHE>(prefetch);
+                prefetch_step<FETCH, 2>(prefetch, weights);
                 add_step<DOT>(acc, weights, x, rows);
             }
             if (in_slab == SLAB_STEPS) {
@@ -449,7 +476,7 @@ SF_INLINE void end_span(const Ints (&acc)[ROWS][WIDTH], const u16* scales, float
 // Computes out[r][0..31] = or += for each span: scale[0..31] * sum over it of x[r][k] * qvalue[k][0..31].
 // BITS is 8 (a byte of a panel is a quantized value + its bias) or 4 (a word holds eight nibbles: the low ones four neighbours in K,
 // the high ones the next four; a nibble is looked up in `qvalues`).
-template <int BITS, int ROWS>
+template <int BITS, int ROWS, Fetch FETCH = Fetch::NEAR>
 SF_LEAF void multiply_qvalues(const Spans& spans, float* out) {
     constexpr auto rows = std::make_integer_sequence<int, ROWS>{};
     constexpr int WIDTH = width_of(ROWS);
@@ -474,7 +501,7 @@ SF_LEAF void multiply_qvalues(const Spans& spans, float* out) {
             else
 #endif
             for (const u32 *place = x, *end = x + spans.x_steps; place < end; at += STEP_BYTES) {
-                prefetch_step<WIDTH>(lines);
+                prefetch_step<FETCH, WIDTH>(lines, at);
                 Packed words[WIDTH], qvalues[WIDTH];
                 for (int v = 0; v < WIDTH; ++v) words[v] = load_packed(at + v * VECTOR_BYTES);
                 if constexpr (BITS == 8) {
@@ -654,17 +681,37 @@ SF_INLINE MultiplyBf16 choose_each(int rows, std::integer_sequence<int, R...>, s
 }
 
 #ifdef SF_AVX512
-template <_mm_hint CACHE, int... R>
+template <Fetch FETCH, int... R>
 SF_INLINE MultiplyBf16 choose_bf16(int rows, std::integer_sequence<int, R...>) {
-    static constexpr MultiplyBf16 table[] = {multiply_wide<Dot::BF16, R + 1, false, CACHE>...};
+    static constexpr MultiplyBf16 table[] = {multiply_wide<Dot::BF16, R + 1, false, FETCH>...};
     return table[rows - 1];
 }
 SF_INLINE void multiply(int rows, const u32* x, const Segments& segments, float* out, i64 out_stride) {
-    choose_bf16<FIRST_CACHE>(rows, ALL_ROWS)(x, segments, out, out_stride);
+    choose_bf16<Fetch::NEAR>(rows, ALL_ROWS)(x, segments, out, out_stride);
 }
 // Does the same with keys and values.
 SF_INLINE void multiply_kv(int rows, const u32* x, const Segments& segments, float* out, i64 out_stride) {
-    choose_bf16<SECOND_CACHE>(rows, ALL_ROWS)(x, segments, out, out_stride);
+    choose_bf16<Fetch::FAR>(rows, ALL_ROWS)(x, segments, out, out_stride);
+}
+#endif
+#if defined(SF_AVX512) && !defined(SF_TILES)
+constexpr int HALF_ROWS = (MAX_ROWS + 1) / 2;  // least of one of several blocks of rows
+constexpr auto FROM_HALF = std::make_integer_sequence<int, MAX_ROWS - HALF_ROWS + 1>{};
+
+template <bool ADDS, Fetch FETCH, int... R>
+SF_INLINE MultiplyBf16 choose_bf16_part(int rows, std::integer_sequence<int, R...>) {
+    static constexpr MultiplyBf16 table[] = {multiply_wide<Dot::BF16, HALF_ROWS + R, ADDS, FETCH>...};
+    return table[rows - HALF_ROWS];
+}
+template <bool ADDS>
+SF_INLINE MultiplyBf16 choose_bf16_part(int rows, Fetch fetch) {
+    if (fetch == Fetch::BOTH) return choose_bf16_part<ADDS, Fetch::BOTH>(rows, FROM_HALF);
+    if (fetch == Fetch::SHARE) return choose_bf16_part<ADDS, Fetch::SHARE>(rows, FROM_HALF);
+    return choose_bf16_part<ADDS, Fetch::NEAR>(rows, FROM_HALF);
+}
+// Multiplies a panel in bf16, or a part of one whose products are added to the sums of earlier parts, with at least HALF_ROWS rows.
+SF_INLINE void multiply_part(int rows, const u32* x, const Segments& part, bool adds, Fetch fetch, float* out) {
+    (adds ? choose_bf16_part<true>(rows, fetch) : choose_bf16_part<false>(rows, fetch))(x, part, out, PANEL);
 }
 #endif
 SF_INLINE void multiply_two(int rows, const u32* x, const Segments& segments, float* out, i64 out_stride) {
@@ -685,6 +732,18 @@ template <int BITS>
 SF_INLINE void multiply(int rows, const Spans& spans, float* out) {
     choose_qvalues<BITS>(rows, std::make_integer_sequence<int, BITS == 4 ? NIBBLE_ROWS : MAX_ROWS>{})(spans, out);
 }
+#if defined(SF_AVX512) && !defined(SF_TILES)
+template <Fetch FETCH, int... R>
+SF_INLINE MultiplyQValues choose_int8_part(int rows, std::integer_sequence<int, R...>) {
+    static constexpr MultiplyQValues table[] = {multiply_qvalues<8, HALF_ROWS + R, FETCH>...};
+    return table[rows - HALF_ROWS];
+}
+// Does the same in int8, with at least HALF_ROWS rows.
+SF_INLINE void multiply_part(int rows, const Spans& spans, Fetch fetch, float* out) {
+    if (fetch == Fetch::BOTH) choose_int8_part<Fetch::BOTH>(rows, FROM_HALF)(spans, out);
+    else choose_int8_part<Fetch::SHARE>(rows, FROM_HALF)(spans, out);
+}
+#endif
 using MultiplyGroups = void (*)(const Groups&, float*);
 
 template <bool OFFSETS, int SUM_STEPS, int... R>
