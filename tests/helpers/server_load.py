@@ -122,16 +122,18 @@ def random_request(random: Random) -> tuple[str, dict[str, Any]]:
 
 
 async def crowd(address: tuple[str, int], *, count: int, seed: int) -> Tally:
-    """So many clients at once, every second of which hangs up at a random moment."""
+    """So many clients at once, every second of which hangs up at a random moment: the more there are, the longer they
+    are answered.
+    """
     tally = Tally()
     randoms = [Random(seed * 1_000_003 + i) for i in range(count)]
     async with asyncio.TaskGroup() as group:
         for i, random in enumerate(randoms):
-            group.create_task(_client(address, random, tally, hangs_up=i % 2 == 1))
+            group.create_task(_client(address, random, tally, i % 2 == 1, pause=count / 400))
     return tally
 
 
-async def _client(address: tuple[str, int], random: Random, tally: Tally, *, hangs_up: bool) -> None:
+async def _client(address: tuple[str, int], random: Random, tally: Tally, hangs_up: bool, pause: float) -> None:
     path, body = random_request(random)
     message = http_request(path, body)
     reader, writer = await asyncio.open_connection(*address)
@@ -151,7 +153,7 @@ async def _client(address: tuple[str, int], random: Random, tally: Tally, *, han
                     await asyncio.wait_for(reader.readexactly(random.randint(1, 4000)), PATIENCE)
             case _:  # at any time
                 writer.write(message)
-                await asyncio.sleep(random.expovariate(1.0))
+                await asyncio.sleep(random.expovariate(1 / pause))
         if random.random() < 0.5 and not writer.is_closing():
             connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _LINGER_0)
     finally:
