@@ -312,8 +312,10 @@ SF_INLINE void attend_tile(const Attention& a, const Layout& kv, const Item& ite
     for (i32 r = 0; r < item.rows; ++r) {
         if (streams)
             for (i64 p = next.first + r; p < next.end; p += item.rows) {
-                if (kv.int8) prefetch_lines(reinterpret_cast<const u8*>(kv.scales(next.of[p])), 2 * PIECE * sizeof(float));
-                else prefetch_lines(next.of[p], kv.half_bytes / 2);
+                const bool here = p >= first && p < pieces.keys / PIECE;  // products with this tile's whole pieces prefetch the rest
+                if (!kv.int8) prefetch_lines(next.of[p], here ? kv.half_bytes / 2 : kv.half_bytes);
+                else if (!here) prefetch_lines(next.of[p], kv.piece_bytes);
+                else prefetch_lines(reinterpret_cast<const u8*>(kv.scales(next.of[p])), 2 * PIECE * sizeof(float));
             }
         float* row = scores + r * SCORE_STRIDE;
         Element* row_weights = reinterpret_cast<Element*>(weights + r * SLAB_STRIDE);
