@@ -306,10 +306,10 @@ SF_INLINE void put_gated(const Output& out, Floats gate, Floats up, i64 row, i64
 }
 
 // Chooses what is prefetched while a panel is multiplied with block `index` of `count` in a row. If there is one block, its
-// own panel, ahead of use, as it streams from memory. Of several the first does the same if no thread has prefetched this
+// own panel, `ahead` of use, as it streams from memory. Of several the first does the same if no thread has prefetched this
 // panel. The next two prefetch half of the next panel each, or one all of it, since their own is near.
-SF_INLINE Prefetch prefetch_for(const u8* panel, const u8* next, i64 panel_bytes, i64 index, i64 count, bool cold) {
-    if (count == 1 || (cold && index == 0)) return {panel + PREFETCH_BYTES, STEP_BYTES};
+SF_INLINE Prefetch prefetch_for(const u8* panel, const u8* next, i64 panel_bytes, i64 ahead, i64 index, i64 count, bool cold) {
+    if (count == 1 || (cold && index == 0)) return {panel + ahead, STEP_BYTES};
     i64 part = index - cold, parts = count - cold;
     if (!next || part >= 2) return {panel, 0};
     if (parts == 1) return {next, STEP_BYTES};
@@ -380,6 +380,7 @@ SF_INLINE void multiply_panel(const Operand& x, const Weight& w, const Shape& s,
             else multiply<4>(rows, spans, tile);
             data += steps * STEP_BYTES + (whole_rows ? 0 : num_spans * SCALE_BYTES);
             from += steps * stride;
+            if (PREFETCHES_SCALES && w.format == INT4 && !whole_rows) from += num_spans * (stride / 2);
             at += num_spans * x_steps;
         }
     }
@@ -624,8 +625,9 @@ SF_INLINE void multiply_panel_by_all(const Operand& x, const Weight& w, const Sh
     if (w.format != INT4) return multiply_in_parts(x, w, s, panel, first, last, next, cold, out);
 #endif
     const u8* data = w.data + panel * s.panel_bytes;
+    const i64 ahead = w.format == INT4 && s.num_groups > 1 ? INT4_PREFETCH_BYTES : PREFETCH_BYTES;
     for (i64 block = first; block < last; ++block) {
-        Prefetch prefetch = prefetch_for(data, next, s.panel_bytes, block - first, last - first, cold);
+        Prefetch prefetch = prefetch_for(data, next, s.panel_bytes, ahead, block - first, last - first, cold);
         multiply_panel(x, w, s, panel, block, prefetch, out);
     }
 }

@@ -38,6 +38,13 @@ constexpr i64 PART_STEPS = 2 * SLAB_STEPS;
 #endif
 constexpr int PREFETCH_BYTES = 128 * STEP_BYTES;   // how far ahead of use weights are prefetched that come from memory
 constexpr int NEAR_BYTES = 32 * STEP_BYTES;        // the same into the first cache, if the second one has them already
+#ifdef SF_KEPT_SUMS
+constexpr int INT4_PREFETCH_BYTES = 32 * STEP_BYTES;  // the same of int4
+constexpr bool PREFETCHES_SCALES = true;              // see prefetch_scales()
+#else
+constexpr int INT4_PREFETCH_BYTES = PREFETCH_BYTES;
+constexpr bool PREFETCHES_SCALES = false;
+#endif
 
 // Aligned, so that no change elsewhere moves their loops in the lines of code: int4 of one row was 10 % slower for that.
 #define SF_LEAF static __attribute__((noinline, aligned(64)))
@@ -85,6 +92,14 @@ SF_INLINE void prefetch_step(Prefetch& prefetch, [[maybe_unused]] const u8* weig
         _mm_prefetch(weights + NEAR_BYTES + 64, FIRST_CACHE);
     }
     prefetch.from += prefetch.stride;
+}
+
+// Prefetches as much more as the scales of a group of int4 are: they lie among the lines of its steps.
+SF_INLINE void prefetch_scales([[maybe_unused]] Prefetch& prefetch) {
+#ifdef SF_KEPT_SUMS
+    _mm_prefetch(prefetch.from, _MM_HINT_T0);
+    prefetch.from += prefetch.stride / 2;
+#endif
 }
 
 SF_INLINE void prefetch_lines(const u8* from, i64 bytes) {
@@ -489,6 +504,7 @@ SF_LEAF void multiply_qvalues(const Spans& spans, float* out) {
         if (!scales) {
             scales = reinterpret_cast<const u16*>(weights);
             weights += SCALE_BYTES;
+            if constexpr (BITS == 4) prefetch_scales(prefetch);
         }
         const i64 steps = BITS == 8 ? spans.x_steps : spans.x_steps / 2;
         for (int part = 0; part < 2; part += WIDTH) {
@@ -728,8 +744,14 @@ SF_INLINE MultiplyQValues choose_qvalues(int rows, std::integer_sequence<int, R.
     static constexpr MultiplyQValues table[] = {multiply_qvalues<BITS, R + 1>...};
     return table[rows - 1];
 }
+#ifdef SF_KEPT_SUMS
+SF_INLINE MultiplyQValues choose_kept(int rows);  // in multiply_kept.h
+#endif
 template <int BITS>
 SF_INLINE void multiply(int rows, const Spans& spans, float* out) {
+#ifdef SF_KEPT_SUMS
+    if (const MultiplyQValues kept = BITS == 4 && !spans.scales ? choose_kept(rows) : nullptr) return kept(spans, out);
+#endif
     choose_qvalues<BITS>(rows, std::make_integer_sequence<int, BITS == 4 ? NIBBLE_ROWS : MAX_ROWS>{})(spans, out);
 }
 #if defined(SF_AVX512) && !defined(SF_TILES)
@@ -783,4 +805,6 @@ SF_INLINE void multiply(int rows, const Fp8Run& run, float* out) { choose_fp8(ro
 #include "multiply_tiles.h"
 #elif !defined(SF_AVX512)
 #include "multiply_halves.h"
+#elif defined(SF_KEPT_SUMS)
+#include "multiply_kept.h"
 #endif

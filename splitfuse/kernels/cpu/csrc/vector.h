@@ -42,6 +42,9 @@ constexpr int WIDE_ROWS = MAX_ROWS;      // of a tile as wide as a panel
 constexpr int WIDE_BF16_ROWS = MAX_ROWS; // of one in bf16
 constexpr int FEW_ROWS = MAX_ROWS / 2;   // of a tile of two panels
 #define SF_BYTE_DOTS
+#if defined(SF_BF16_DOTS) && !defined(SF_TILES)
+#define SF_KEPT_SUMS                     // int4 has a micro-kernel of its own, see multiply_kept.h
+#endif
 #ifdef SF_TILES
 #define SF_PARTS
 constexpr int BLOCK_ROWS = 32;           // most rows that are multiplied at once: of two tiles, see tiles.h
@@ -210,6 +213,16 @@ SF_INLINE Floats add_product(Floats a, Floats weights, Floats x) {
 SF_INLINE Ints dot_qvalues(Ints a, Packed qvalues, Packed x) {
     asm("vpdpbusd %2, %1, %0" : "+v"(a.v) : "v"(qvalues.v), "v"(x.v));
     return a;
+}
+// Returns the same with a word of x for all lanes.
+SF_INLINE Ints dot_qvalues(Ints a, Packed qvalues, const u32* x) {
+    asm("vpdpbusd %2%{1to16%}, %1, %0" : "+v"(a.v) : "v"(qvalues.v), "m"(*x));
+    return a;
+}
+// Returns sum + a * scale, rounded once. In place: of what the intrinsics make GCC spills some.
+SF_INLINE Floats add_scaled(Floats sum, Ints a, Floats scale) {
+    asm("vcvtdq2ps %1, %1\n\tvfmadd231ps %2, %1, %0" : "+v"(sum.v), "+v"(a.v) : "v"(scale.v));
+    return sum;
 }
 // Returns two words of x in turn.
 SF_INLINE Packed broadcast_two(const u32* x) {
