@@ -82,7 +82,7 @@ FUNCTIONS: dict[str, tuple[list[Any], Any]] = {
     "route": ([c_void_p, c_void_p, c_void_p, c_int64, c_void_p, c_void_p], None),
     "experts": ([c_void_p, c_void_p, c_void_p, c_int64, c_void_p, c_void_p, c_void_p], c_int32),
     "take_units": ([c_void_p, c_int64, c_int64, c_int64, c_void_p, c_void_p], None),
-    "read_all": ([c_void_p, c_void_p, c_int64], None),
+    "read_all": ([c_void_p, c_void_p, c_int64, c_int32], None),
     "dots_only": ([c_void_p, c_int32, c_int64], c_float),
     "topk": ([c_void_p, c_void_p, c_int64, c_int64, c_int64, c_void_p, c_void_p], None),
     "draw": (

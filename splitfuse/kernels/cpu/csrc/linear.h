@@ -350,39 +350,35 @@ SF_INLINE void put_tile(const Operand& x, const Weight& w, i64 panel, i64 block,
     }
 }
 
-// Multiplies one panel with one block of rows.
+// Multiplies one panel in int8 or int4 with one block of rows.
 SF_INLINE void multiply_panel(const Operand& x, const Weight& w, const Shape& s, i64 panel, i64 block, Prefetch prefetch, const Output& out) {
     alignas(64) float tile[MAX_ROWS * PANEL];
     i64 begin = x.block_begin(block);
     int rows = static_cast<int>(x.block_begin(block + 1) - begin);
     const u8* data = w.data + panel * s.panel_bytes;
     const u32* words = x.block_words(block);
-    if (w.format == BF16) {  // where panels are multiplied in parts it does not come here
-        multiply(rows, words, Segments{&data, &prefetch.from, static_cast<int>(s.x_steps), s.x_steps, STEP_BYTES, prefetch.stride}, tile, PANEL);
-    } else {
-        const bool whole_rows = s.num_groups == 1;
-        const u16* scales = nullptr;
-        if (whole_rows) {
-            scales = reinterpret_cast<const u16*>(data);
-            data += SCALE_BYTES;
-        }
-        // As two numbers: a struct is loaded whole where its halves were just stored, and such a load waits until all that was
-        // stored before is in the cache, the columns of the last block of rows too.
-        const u8* from = prefetch.from;
-        const i64 stride = prefetch.stride;
-        for (i64 at = 0; at < s.x_steps;) {  // runs of equal spans in a slab
-            i64 in_slab = std::min<i64>(SLAB_STEPS - at % SLAB_STEPS, s.x_steps - at);
-            i64 x_steps = std::min(s.span_steps, in_slab), num_spans = in_slab / x_steps, span = at / s.span_steps;
-            i64 steps = num_spans * x_steps / (w.format == INT4 ? 2 : 1);
-            const u32* place = words + at / SLAB_STEPS * rows * SLAB_STRIDE + at % SLAB_STEPS;
-            Spans spans{place, data, scales, w.qvalues, num_spans, x_steps, x.starts + begin * s.num_spans + span, s.num_spans, {from, stride}, at > 0};
-            if (w.format == INT8) multiply<8>(rows, spans, tile);
-            else multiply<4>(rows, spans, tile);
-            data += steps * STEP_BYTES + (whole_rows ? 0 : num_spans * SCALE_BYTES);
-            from += steps * stride;
-            if (PREFETCHES_SCALES && w.format == INT4 && !whole_rows) from += num_spans * (stride / 2);
-            at += num_spans * x_steps;
-        }
+    const bool whole_rows = s.num_groups == 1;
+    const u16* scales = nullptr;
+    if (whole_rows) {
+        scales = reinterpret_cast<const u16*>(data);
+        data += SCALE_BYTES;
+    }
+    // As two numbers: a struct is loaded whole where its halves were just stored, and such a load waits until all that was
+    // stored before is in the cache, the columns of the last block of rows too.
+    const u8* from = prefetch.from;
+    const i64 stride = prefetch.stride;
+    for (i64 at = 0; at < s.x_steps;) {  // runs of equal spans in a slab
+        i64 in_slab = std::min<i64>(SLAB_STEPS - at % SLAB_STEPS, s.x_steps - at);
+        i64 x_steps = std::min(s.span_steps, in_slab), num_spans = in_slab / x_steps, span = at / s.span_steps;
+        i64 steps = num_spans * x_steps / (w.format == INT4 ? 2 : 1);
+        const u32* place = words + at / SLAB_STEPS * rows * SLAB_STRIDE + at % SLAB_STEPS;
+        Spans spans{place, data, scales, w.qvalues, num_spans, x_steps, x.starts + begin * s.num_spans + span, s.num_spans, {from, stride}, at > 0};
+        if (w.format == INT8) multiply<8>(rows, spans, tile);
+        else multiply<4>(rows, spans, tile);
+        data += steps * STEP_BYTES + (whole_rows ? 0 : num_spans * SCALE_BYTES);
+        from += steps * stride;
+        if (PREFETCHES_SCALES && w.format == INT4 && !whole_rows) from += num_spans * (stride / 2);
+        at += num_spans * x_steps;
     }
     put_tile(x, w, panel, block, tile, out);
 }

@@ -192,8 +192,8 @@ SF_EXPORT(void, take_units)(Workspace* work, i64 rows, i64 places, i64 each, i32
     });
 }
 
-SF_EXPORT(void, read_all)(Workspace* work, const u8* data, i64 bytes) {
-    parallel(work->num_threads, [&](Team& team) { read_all(team, data, bytes); });
+SF_EXPORT(void, read_all)(Workspace* work, const u8* data, i64 bytes, i32 into_second) {
+    parallel(work->num_threads, [&](Team& team) { read_all(team, data, bytes, into_second); });
 }
 
 SF_EXPORT(float, dots_only)(Workspace* work, i32 qvalues, i64 rounds) {
