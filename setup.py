@@ -12,7 +12,10 @@ import hashlib
 import os
 import platform
 import sys
+from concurrent.futures import ThreadPoolExecutor
+from itertools import chain
 from pathlib import Path
+from typing import Any
 
 from setuptools import Extension, setup
 from setuptools.command.bdist_wheel import bdist_wheel
@@ -42,7 +45,17 @@ which a compiled one does not survive.
 
 
 class BuildLibrary(build_ext):
-    """Gives the library its plain name: it is not a Python module."""
+    """Compiles the variants of the kernels at once, and gives the library its plain name: it is not a Python module."""
+
+    def build_extensions(self) -> None:
+        compile_all = self.compiler.compile
+
+        def compile_at_once(sources: list[str], **settings: Any) -> list[str]:
+            with ThreadPoolExecutor(os.cpu_count()) as pool:
+                return [*chain.from_iterable(pool.map(lambda source: compile_all([source], **settings), sources))]
+
+        self.compiler.compile = compile_at_once
+        super().build_extensions()
 
     def get_ext_filename(self, fullname: str) -> str:
         *folders, name = fullname.split(".")
