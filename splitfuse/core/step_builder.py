@@ -269,6 +269,7 @@ class StepBuilder:
             self.granted[request] = count
             self.tokens_left -= count
             if self.predictor is not None:
+                # One row of logits for each chunk: one with none (within a prompt) or several takes as long.
                 self._counts.add(start, count)
         return count
 
