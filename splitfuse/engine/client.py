@@ -12,10 +12,9 @@ import logging
 import os
 import time
 from abc import ABC, abstractmethod
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
-from functools import partial
 from typing import ClassVar, TypeVarTuple
 
 import msgspec
@@ -26,6 +25,7 @@ from splitfuse.core.limits import EngineLimits
 from splitfuse.core.replicas.capacity import MOST_ARRIVALS, Arrival
 from splitfuse.core.replicas.replica_view import ReplicaView
 from splitfuse.core.request_output import FinishReason, RequestOutput
+from splitfuse.engine.client_adapters import ClientAdapters
 from splitfuse.engine.guard import check_process
 from splitfuse.engine.messages import (
     AdapterLoaded,
@@ -37,7 +37,6 @@ from splitfuse.engine.messages import (
     Failed,
     Finish,
     Leaving,
-    LoadAdapter,
     Loading,
     Loan,
     Prefetch,
@@ -46,14 +45,11 @@ from splitfuse.engine.messages import (
     SetTracing,
     StepReport,
     Traced,
-    UnloadAdapter,
 )
 from splitfuse.engine.stream import Stream
 from splitfuse.engine.trace import TraceLevel, TraceRecord
-from splitfuse.errors import AdapterError, EngineUnavailableError, InvalidRequestError
+from splitfuse.errors import EngineUnavailableError, InvalidRequestError
 
-NAMELESS = " "
-"""Beginning of what stands for the name of an adapter that has lost its own; no name begins with it."""
 DRAINED = "it was drained"
 """Reason why a request leaves an engine that says no other."""
 _Ts = TypeVarTuple("_Ts")
@@ -262,12 +258,7 @@ class LocalClient(EngineClient):
         self._moving: dict[str, Stream] = {}  # the same, and they go on elsewhere
         self._exported: dict[str, int] = {}  # answers to Export, of streams that are here
         self._prefetched: dict[str, int | None] = {}  # answers to Prefetch; None while one is waited for
-        self._adapters: dict[str, str] = {}
-        self._changed_adapters: dict[str, str | None] = {}  # paths of those loaded since the start, None: unloaded
-        self._loading: dict[str, tuple[str, asyncio.Future[None]]] = {}  # paths and ends, by name
-        self._present: set[str] = set()  # digests of the adapters that the engine has
-        self._paths: dict[str, str] = {}  # of those loaded since the start, by digest
-        self._holds: Counter[str] = Counter()  # digests -> requests that hold them
+        self._adapters = ClientAdapters(self.send)
         self.on_step: Callable[[EngineStats], None] = lambda _: None
         """Listener that is called with every step, for metrics."""
         self.on_planned: Callable[[str], None] = lambda _: None
@@ -324,11 +315,11 @@ class LocalClient(EngineClient):
 
     @property
     def adapters(self) -> Mapping[str, str]:
-        return self._adapters
+        return self._adapters.names
 
     @property
     def loading_adapters(self) -> Collection[str]:
-        return self._loading.keys()
+        return self._adapters.loading
 
     def set_tracing(self, level: TraceLevel) -> None:
         """Set how much the engine traces, now and after a restart."""
@@ -339,48 +330,26 @@ class LocalClient(EngineClient):
 
     def adopt_adapters(self, other: LocalClient) -> None:
         """Load what was loaded at another engine since it started, as soon as this one is ready."""
-        self._changed_adapters, self._paths = dict(other._changed_adapters), dict(other._paths)
-        self._holds = other._holds.copy()
+        self._adapters.adopt(other._adapters)
 
     async def load_adapter(self, name: str, path: str) -> None:
         if self.state is not EngineState.READY:
             raise EngineUnavailableError(f"the engine is {self.state}: load the adapter again when it is ready")
         self.check_not_loading(name)
-        await asyncio.shield(self._begin_load(name, path))
+        await asyncio.shield(self._adapters.load(name, path))
 
     def unload_adapter(self, name: str) -> None:
         self.check_not_loading(name)
-        self._adapters.pop(name, None)
-        self._changed_adapters[name] = None
-        self._unload_unused()
+        self._adapters.unload(name)
 
     def has_adapter(self, digest: str) -> bool:
-        return digest in self._present
+        return self._adapters.has(digest)
 
     def hold_adapter(self, digest: str) -> None:
-        self._holds[digest] += 1
+        self._adapters.hold(digest)
 
     def let_go_adapter(self, digest: str) -> None:
-        self._holds[digest] -= 1
-        if not self._holds[digest]:
-            del self._holds[digest]
-            self._unload_unused()
-
-    def _begin_load(self, name: str, path: str) -> asyncio.Future[None]:
-        loading: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._loading[name] = path, loading
-        self._send(LoadAdapter(name, path))
-        return loading
-
-    def _unload_unused(self) -> None:
-        """Unload the adapters that have neither a name nor a request; not while one is loaded, which may be the same as
-        one of them.
-        """
-        if self.state is EngineState.READY and not self._loading:
-            for digest in self._present - set(self._adapters.values()) - self._holds.keys():
-                self._present.remove(digest)
-                self._paths.pop(digest, None)
-                self._send(UnloadAdapter(digest))
+        self._adapters.let_go(digest)
 
     def open(self, request: Add) -> Stream:
         request = request.settled
@@ -411,7 +380,7 @@ class LocalClient(EngineClient):
         if self.is_drained or self.state is EngineState.STOPPED:
             return False
         if self.state is EngineState.READY:
-            return self.can_go_on_with(stream) or (bool(self._loading) and self._suits(stream))
+            return self.can_go_on_with(stream) or (bool(self.loading_adapters) and self._suits(stream))
         return self.state is EngineState.STARTING or self.restarts
 
     def fetches_from(self, other: LocalClient) -> bool:
@@ -611,7 +580,7 @@ class LocalClient(EngineClient):
             case EngineInfo():
                 self._take_info(report)
             case AdapterLoaded():
-                self._take_adapter(report)
+                self._adapters.take(report)
                 _call("an adapter", self.on_available)
             case Failed():
                 self._die(report.error)
@@ -660,38 +629,8 @@ class LocalClient(EngineClient):
         self._enter(EngineState.READY)
         if self._trace_level is not TraceLevel.OFF:  # before any request
             self._send(SetTracing(self._trace_level))
-        self._restore_adapters(info)
+        self._adapters.restore(info.adapters)
         _call("an engine that is ready", self.on_available)
-
-    def _restore_adapters(self, info: EngineInfo) -> None:
-        """Have an engine load the adapters that were loaded since its start, and those that requests hold."""
-        self._adapters = dict(info.adapters)
-        self._present = set(self._adapters.values())
-        for name, path in self._changed_adapters.items():  # after a restart
-            self._adapters.pop(name, None)
-            if path is not None:
-                self._begin_load(name, path).add_done_callback(partial(_log_failure, name))
-        self._paths = {digest: path for digest, path in self._paths.items() if digest in self._holds}
-        paths = [path for path, _ in self._loading.values()]
-        for digest, path in self._paths.items():
-            if digest not in self._present and path not in paths:  # it is held, and has lost its name
-                load = self._begin_load(NAMELESS + digest, path)
-                load.add_done_callback(partial(_log_failure, f"at {path}"))
-        self._unload_unused()
-
-    def _take_adapter(self, report: AdapterLoaded) -> None:
-        if report.name not in self._loading:  # the engine has died since
-            return
-        path, loading = self._loading.pop(report.name)
-        if report.error:
-            loading.set_exception(AdapterError(report.error))
-        else:
-            if not report.name.startswith(NAMELESS):
-                self._adapters[report.name], self._changed_adapters[report.name] = report.digest, path
-            self._present.add(report.digest)
-            self._paths[report.digest] = path
-            loading.set_result(None)
-        self._unload_unused()
 
     def _move(self, output: RequestOutput) -> None:
         """Let a stream go on elsewhere whose request has ended here for that: the engine is drained, or says why."""
@@ -716,9 +655,7 @@ class LocalClient(EngineClient):
         except Exception:
             _logger.exception("it is not known which requests may have caused the death of an engine")
             suspects = LocalClient._suspects(self)
-        loading, self._loading, self._adapters, self._present = self._loading, {}, {}, set()
-        for _, each in loading.values():
-            each.set_exception(EngineUnavailableError(f"the engine died while it loaded the adapter: {why}"))
+        self._adapters.forget(why)
         self._death, self.view = why, None
         self._news.set()
         self._enter(EngineState.DEAD)
@@ -762,8 +699,3 @@ def view_of(info: EngineInfo) -> ReplicaView:
     )
     view.times = info.step_times
     return view
-
-
-def _log_failure(name: str, loading: asyncio.Future[None]) -> None:
-    if not loading.cancelled() and (error := loading.exception()) is not None:
-        _logger.error("the adapter %s could not be loaded again: %s", name, error)
