@@ -1,136 +1,130 @@
-"""Measures one step operator by operator, each against its own limit: it shows where the rest of a step goes.
+"""Measures what each operator takes within a step, and against its own limit: it shows where the rest of a step goes.
 
-Each operator runs for all layers, one after the other, as often as a step has it, with a call into the library for
-each; its weights come from memory, since the limits are measured in between. A step is one call, so what the operators
-take alone can be more than the step.
+The kernels add up the time of every thread themselves (`OperatorTime` in csrc/interface.h), so that what the operators
+take together, and what the call takes around them, is the step. The thread's work in what was split, such as norms,
+packing and rotation, is shown apart, and so are its waits for other threads at the ends of sharings (csrc/team.h).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import ctypes
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from statistics import median
 from typing import Any
 
 import torch
 
-from benchmarks.kernels.limits import Limits
-from benchmarks.kernels.steps import forward
+from benchmarks.kernels.limits import Limits, seconds
 from splitfuse.core.plan import Chunk
 from splitfuse.kernels.cpu.backend import CpuBackend
-from splitfuse.kernels.cpu.layer_structs import ACTIVATIONS, Heads, Norm
-from splitfuse.kernels.cpu.structs import Step, Weight, vector_address
+from splitfuse.kernels.cpu.structs import OPERATORS, OperatorTime, Weight
 from splitfuse.kernels.layers import AttentionSpec, MlpSpec
-from splitfuse.kernels.weights import LayerWeights
 from splitfuse.runtime.batch import BatchBuilder
 from splitfuse.runtime.executor import Executor
 
 
 @dataclass(frozen=True)
-class Operator:
-    """Describes a part of a step: what it does for all layers, and how much it reads and computes."""
+class Work:
+    """Says how much an operator reads and computes in a step."""
 
-    name: str
-    run: Callable[[], object]
-    num_bytes: float = 0.0
-    operations: float = 0.0
+    num_bytes: float
+    operations: float
     in_bf16: bool = False
     """Whether it multiplies bf16 whatever the weights are, as attention does."""
 
 
+@dataclass(frozen=True)
+class Taken:
+    """Milliseconds of an operator in one step, of the average thread, and what the machine needs at least."""
+
+    whole: float
+    split: float
+    waiting: float
+    limit: float
+
+
 def account(executor: Executor, chunks: Sequence[Chunk], limits: Limits, *, int8: bool, turns: int) -> Iterator[Any]:
-    """Yield for each operator its milliseconds, its share of the step, and its share of its own limit in percent."""
-    chunks = list(chunks)
-    whole = limits.compare(lambda: forward(executor, chunks), num_bytes=1, operations=0, int8=int8, turns=turns)
-    total = 0.0
-    for operator in operators(executor, chunks):
-        timing = limits.compare(
-            operator.run,
-            num_bytes=operator.num_bytes,
-            operations=operator.operations,
-            int8=int8 and not operator.in_bf16,
-            turns=turns,
-        )
-        total += timing.seconds
-        limited = operator.num_bytes or operator.operations
-        yield row(operator.name, timing.seconds, whole.seconds, timing.share * 100 if limited else None)
-    yield row("all of these", total, whole.seconds, None)
-    yield row("the step", whole.seconds, whole.seconds, None)
+    """Yield for each operator its milliseconds, its share of the step, and its share of its own limit in percent:
+    medians of several steps, each with limits of the same second.
+    """
+    decoder = executor.decoder
+    backend, works = decoder.backend, works_of(executor, chunks)
+    assert isinstance(backend, CpuBackend) and decoder.is_fused
+    batch = BatchBuilder(executor.kv_cache.block_size, decoder.device).build(chunks)
+    times = (OperatorTime * len(OPERATORS) * backend.num_threads)()
+
+    def run() -> None:
+        with torch.inference_mode():
+            decoder.forward_and_choose(batch, executor.kv_cache)
+
+    steps: list[float] = []
+    taken: dict[str, list[Taken]] = {name: [] for name in OPERATORS}
+    run()
+    backend.library.account_in(ctypes.addressof(times))
+    try:
+        for _ in range(turns):
+            read, dots = limits.read(), {in_int8: limits.dots(int8=in_int8) for in_int8 in (int8, False)}
+            ctypes.memset(times, 0, ctypes.sizeof(times))
+            steps.append(seconds(run) * 1e3)
+            for place, name in enumerate(OPERATORS):
+                work = works.get(name, Work(0, 0))
+                limit = max(work.num_bytes / read, work.operations / dots[int8 and not work.in_bf16])
+                taken[name].append(average([thread[place] for thread in times], limit * 1e3))
+    finally:
+        backend.library.account_in(None)
+    step, total = median(steps), 0.0
+    for name, each in taken.items():
+        total += (whole := median(one.whole for one in each))
+        share = median(100 * one.limit / one.whole for one in each) if name in works else ""
+        split, waiting = median(one.split for one in each), median(one.waiting for one in each)
+        if whole > 0:
+            yield row(name, whole, step, split, waiting, share)
+    yield row("the call", step - total, step, "", "", "")
+    yield row("the step", step, step, "", "", "")
 
 
-def row(name: str, seconds: float, of: float, share: float | None) -> dict[str, Any]:
+def average(threads: Sequence[OperatorTime], limit: float) -> Taken:
+    """Return what the average thread has taken for an operator."""
+    each = 1e6 * len(threads)
+    split = sum(time.split for time in threads) / each
+    waiting = sum(time.after_split + time.after_claimed for time in threads) / each
+    return Taken(split + waiting + sum(time.claimed for time in threads) / each, split, waiting, limit)
+
+
+def row(
+    name: str, ms: float, step: float, split: float | str, waiting: float | str, share: float | str
+) -> dict[str, Any]:
     return {
         "operator": name,
-        "ms": seconds * 1e3,
-        "% of the step": 100 * seconds / of,
-        "% of its limit": "" if share is None else share,
+        "ms": ms,
+        "of it split": split,
+        "of it waiting": waiting,
+        "% of the step": 100 * ms / step,
+        "% of its limit": share,
     }
 
 
-def operators(executor: Executor, chunks: Sequence[Chunk]) -> Iterator[Operator]:
-    """Yield the operators of a step of attention and gated MLPs, in their order."""
-    decoder = executor.decoder
-    backend, layers, spec = decoder.backend, decoder.weights.layers, decoder.spec.layers[0]
-    attention, mlp = spec.mixer, spec.mlp
-    assert isinstance(backend, CpuBackend) and isinstance(attention, AttentionSpec) and isinstance(mlp, MlpSpec)
-    library, stores = backend.library, executor.kv_cache.layers
-    batch = BatchBuilder(executor.kv_cache.block_size, decoder.device).build(chunks)
-    rows, hidden = batch.num_tokens, decoder.spec.hidden_size
+def works_of(executor: Executor, chunks: Sequence[Chunk]) -> dict[str, Work]:
+    """Return what the operators of a step of attention and gated MLPs read and compute, by name."""
+    weights, spec = executor.decoder.weights, executor.decoder.spec.layers[0]
+    attention, layers, stores = spec.mixer, weights.layers, executor.kv_cache.layers
+    assert isinstance(attention, AttentionSpec) and isinstance(spec.mlp, MlpSpec)
+    rows = sum(len(chunk.token_ids) for chunk in chunks)
 
-    def product(name: str, weight_of: Callable[[LayerWeights], Weight], bias: str | None = None) -> Operator:
-        weights = [weight_of(layer) for layer in layers]
-        biases: list[int | None] = [None] * len(layers)
-        if bias is not None:
-            biases = [vector_address(getattr(layer, bias), w.rows) for layer, w in zip(layers, weights, strict=True)]
-        x, y = torch.randn(rows, weights[0].columns).bfloat16(), torch.empty(rows, weights[0].rows)
-        read = float(sum(w.memory.nbytes for w in weights))
-        computed = 2.0 * rows * sum(w.rows * w.columns for w in weights)
-
-        def run() -> None:
-            for weight, address in zip(weights, biases, strict=True):
-                library.linear(weight.address, x.data_ptr(), rows, address, None, None, 0, y.data_ptr())
-
-        def run_gated() -> None:
-            kind = ACTIVATIONS[mlp.activation]
-            for weight in weights:
-                library.activated(weight.address, x.data_ptr(), rows, None, kind, None, 0, y.data_ptr())
-
-        return Operator(name, run_gated if weights[0].gated else run, read, computed)
-
-    x, normed = torch.randn(rows, hidden), torch.empty(rows, hidden, dtype=torch.bfloat16)
-    norms = [Norm.of(decoder.spec.norm, w, None, hidden) for each in layers for w in (each.attn_norm, each.mlp_norm)]
-
-    def norm_all() -> None:
-        for norm in norms:
-            library.norm(x.data_ptr(), rows, hidden, norm.address, normed.data_ptr())
-
-    rope = None if attention.rope is None else decoder.ropes[attention.rope]
-    heads = [Heads.of(attention, rope=rope, weights=layer) for layer in layers]
-    places = Step.of(rows, positions=batch.positions, slot_mapping=batch.slot_mapping)
-    arrays = Step.of(rows, query_start=batch.query_start, seq_lens=batch.seq_lens, block_tables=batch.block_tables)
-    qkv = torch.randn(rows, (attention.num_heads + 2 * attention.num_kv_heads) * attention.head_dim)
-    q = torch.empty(rows, attention.num_heads, attention.head_dim, dtype=torch.bfloat16)
-    out = torch.empty_like(q)
-
-    def store_all() -> None:
-        for each, store in zip(heads, stores, strict=True):
-            library.rope_store(places.address, each.address, store.address, qkv.data_ptr(), q.data_ptr())
-
-    def attend_all() -> None:
-        for each, store in zip(heads, stores, strict=True):
-            library.attend(arrays.address, each.address, store.address, q.data_ptr(), out.data_ptr())
+    def product(rows: int, weights: Sequence[Weight]) -> Work:
+        return Work(sum(w.memory.nbytes for w in weights), 2.0 * rows * sum(w.rows * w.columns for w in weights))
 
     token_bytes = stores[0].memory.nbytes / (stores[0].num_blocks * stores[0].block_size)
-    seen = [sum(chunk.start + i + 1 for i in range(len(chunk.token_ids))) for chunk in chunks]
-    ends = [chunk.start + len(chunk.token_ids) for chunk in chunks]
-    pairs = 4.0 * sum(seen) * attention.num_heads * attention.head_dim * len(layers)
-    last, head = torch.randn(len(chunks), hidden).bfloat16(), decoder.weights.head
-
-    yield Operator("norms", norm_all)
-    yield product("qkv", lambda layer: layer.qkv, "qkv_bias")
-    yield Operator("rotate and store", store_all)
-    yield Operator("attention", attend_all, sum(ends) * token_bytes * len(layers), pairs, in_bf16=True)
-    yield product("o", lambda layer: layer.o)
-    yield product("gate and up", lambda layer: layer.mlp.gate_up if layer.mlp is not None else None)
-    yield product("down", lambda layer: layer.mlp.down if layer.mlp is not None else None)
-    computed = 2.0 * len(chunks) * head.rows * head.columns
-    yield Operator("head", lambda: decoder.logits(last), head.memory.nbytes, computed)
+    seen = sum(chunk.start + i + 1 for chunk in chunks for i in range(len(chunk.token_ids)))
+    ends = sum(chunk.start + len(chunk.token_ids) for chunk in chunks)
+    attended = 4.0 * seen * attention.num_heads * attention.head_dim
+    mlps = [layer.mlp for layer in layers if layer.mlp is not None]
+    return {
+        "qkv": product(rows, [layer.qkv for layer in layers]),
+        "attention": Work(ends * token_bytes * len(layers), attended * len(layers), in_bf16=True),
+        "o": product(rows, [layer.o for layer in layers]),
+        "gate and up": product(rows, [mlp.gate_up for mlp in mlps]),
+        "down": product(rows, [mlp.down for mlp in mlps]),
+        "head": product(len(chunks), [weights.head]),
+    }

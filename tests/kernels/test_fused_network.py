@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
 import dataclasses
 import gc
 import random
+import time
 import weakref
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -20,6 +22,7 @@ from torch import Tensor
 
 from splitfuse.core.plan import ZERO_STATE, StateSlots
 from splitfuse.kernels.cpu.backend import CpuBackend
+from splitfuse.kernels.cpu.structs import OPERATORS, OperatorTime
 from splitfuse.kernels.drawing import GREEDY, Filter
 from splitfuse.kernels.interface import Backend, NetworkPlan
 from splitfuse.kernels.layers import (
@@ -404,6 +407,31 @@ def test_a_store_of_other_heads_is_not_read(fields: dict[str, Any]) -> None:
     runner.cache.layers[1] = Runner(decoder_of(CpuBackend(), other), block_size=32, num_blocks=4).cache.layers[1]
     with pytest.raises(AssertionError):
         decoder.forward(BatchBuilder(32, CPU).build([Chunk(0, range(20), (1,), 1)]), runner.cache)
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_account_of_a_step(threads: int) -> None:
+    """Each operator takes some of the step, and what is no operator nothing."""
+    backend = CpuBackend(num_threads=threads)
+    decoder = decoder_of(backend)
+    runner = Runner(decoder, block_size=32, num_blocks=4)
+    batch = BatchBuilder(32, CPU).build([Chunk(0, range(20), (1,), 1)])
+    wanted = decoder.forward_and_choose(batch, runner.cache)
+    times = (OperatorTime * len(OPERATORS) * threads)()
+    backend.library.account_in(ctypes.addressof(times))
+    start = time.perf_counter_ns()
+    assert decoder.forward_and_choose(batch, runner.cache) == wanted
+    longest = time.perf_counter_ns() - start
+    backend.library.account_in(None)
+    decoder.forward_and_choose(batch, runner.cache)
+    for thread in times:
+        sums = {
+            name: each.split + each.after_split + each.claimed + each.after_claimed
+            for name, each in zip(OPERATORS, thread, strict=True)
+        }
+        assert sums.pop("others") == 0
+        assert all(taken > 0 for taken in sums.values())
+        assert sum(sums.values()) < longest
 
 
 @pytest.mark.parametrize("variant", variants())

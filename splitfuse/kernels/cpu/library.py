@@ -76,6 +76,7 @@ FUNCTIONS: dict[str, tuple[list[Any], Any]] = {
     "conv": ([c_void_p] * 6, None),
     "mamba": ([c_void_p] * 7, c_int32),
     "network": ([c_void_p] * 5, c_int32),
+    "account_in": ([c_void_p, c_void_p], None),
     "head": ([*[c_void_p] * 5, c_int64, c_void_p, c_int64], c_int32),
     "lend": ([c_void_p, c_void_p, c_int64, c_void_p, c_int64, c_void_p, c_int64], c_int32),
     "deposit": ([c_void_p, c_int64, c_void_p, c_int64], c_int32),

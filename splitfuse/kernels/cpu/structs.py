@@ -33,6 +33,13 @@ PANEL = 32
 """Number of rows of a panel, and of elements that sizes of values are padded to. It is in csrc/multiply.h too."""
 
 
+OPERATORS = (
+    *("embedding", "qkv", "rotate and store", "attention", "o", "gate and up", "down"),
+    *("head", "choice", "others"),
+)
+"""Names of the parts of a step whose time the kernels add up. They are `Operator` in csrc/interface.h."""
+
+
 def check(tensor: Tensor, dtype: torch.dtype) -> None:
     """Assert what C++ takes for granted of a tensor whose address it gets."""
     assert tensor.dtype == dtype and tensor.is_contiguous() and tensor.device.type == "cpu", (
@@ -255,6 +262,18 @@ class PackedStep(Struct):
         *fields(c_int32, "tokens", "requests", "table_width", "num_rows"),
         *fields(c_void_p, "lora", "loans"),
     )
+
+
+class OperatorTime(Struct):
+    """Holds the nanoseconds that a thread has taken for an operator: for work that was split or claimed, and for waits
+    after either.
+    """
+
+    split: int
+    after_split: int
+    claimed: int
+    after_claimed: int
+    _fields_ = fields(c_int64, "split", "after_split", "claimed", "after_claimed")
 
 
 _Reduce = ctypes.CFUNCTYPE(c_int32, c_void_p, c_int64)

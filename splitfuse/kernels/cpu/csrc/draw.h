@@ -232,8 +232,10 @@ inline void choose_tokens(Team& team, Workspace& work, const Choices& choices, c
     logits.y = all + choices.first_id;
     logits.stride = choices.vocabulary;
     logits.bias = choices.bias;
+    team.enter(HEAD);
     linear(team, x, rows, *choices.head, work.memory(team.rank), logits);
     if (choices.logits) gather(team, work.group);
+    team.enter(CHOICE);
     if (!choices.first_id) choose(team, work, choices, all, rows);
 }
 

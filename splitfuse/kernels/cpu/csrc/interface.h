@@ -403,4 +403,14 @@ struct Network {
     std::int64_t num_states;         // slots of its recurrent states; -1: it has none
 };
 
+// Parts of a step, for an account of its time. Python knows their names: OPERATORS in structs.py.
+enum Operator : std::int32_t { EMBEDDING, QKV, ROTATION, ATTENTION, O_PROJ, GATE_UP, DOWN, HEAD, CHOICE, OTHERS, NUM_OPERATORS };
+
+// Nanoseconds that a thread has taken for an operator: in sharings that were split, such as norms and packing, and in those of
+// which runs were claimed, such as products; of each the work, and then the wait for other threads to end theirs.
+struct OperatorTime {
+    std::int64_t split, after_split;
+    std::int64_t claimed, after_claimed;
+};
+
 }  // namespace splitfuse

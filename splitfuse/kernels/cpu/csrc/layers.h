@@ -151,6 +151,7 @@ inline void attention_block(Team& team, Workspace& work, const Step& step, const
     qkv.adapted = work.adapted(team.rank, step.lora, tokens, place + LORA_QKV);
     if (layer.attn_gate) gate.adapted = work.adapted(team.rank, step.lora, tokens, place + LORA_GATE, 1);
     out.adapted = work.adapted(team.rank, step.lora, tokens, place + LORA_O);
+    team.enter(QKV);
     const bool packed_once = !layer.attn_gate || read_alike(*layer.attn_gate, *layer.qkv);
     Operand operand = pack_read(team, work, *layer.qkv, x, tokens, layer.attn_norm, qkv.adapted, packed_once ? gate.adapted : Adapted{});
     if (layer.latent.k_b) {
@@ -163,14 +164,17 @@ inline void attention_block(Team& team, Workspace& work, const Step& step, const
             gate.activation = SIGMOID;
             multiply(team, operand, *layer.attn_gate, gate);
         }
+        team.enter(ROTATION);
         rope_store(team, step, layer.heads, layer.store, qkv.y, queries);
     }
+    team.enter(ATTENTION);
     u16* own_out = attn_out + first_column(work.group, width);
     Attention attention{step, layer.heads, layer.store, queries, own_out, work.own[team.rank].tile.data(), place / LORA_TARGETS};
     if (gathers(work.group)) attention.out_stride = layer.o->columns;
     attend(team, attention, work.find_items(layer.heads, layer.store)->items, reinterpret_cast<float*>(work.partials.data()));
     gather(team, work.group);
 
+    team.enter(O_PROJ);
     out.bias = layer.o_bias;
     if (layer.attn_gate) {
         u16* row_buffer = reinterpret_cast<u16*>(work.own[team.rank].row.data());
@@ -254,6 +258,7 @@ inline void mlp_block(Team& team, Workspace& work, const Mlp& mlp, const Operand
     inner.activation = mlp.activation;
     multiply(team, operand, *mlp.up, inner);
     gather(team, work.group);
+    team.enter(DOWN);
     out.bias = mlp.down_bias;
     linear(team, gated, operand.rows, *mlp.down, work.memory(team.rank), out);
 }
@@ -381,6 +386,7 @@ inline void run_layer(Team& team, Workspace& work, const Step& step, const Layer
                       i64 stride, float* x) {
     const i64 tokens = step.tokens;
     u16* normed = reinterpret_cast<u16*>(work.normed.data());
+    team.enter(OTHERS);
     if (layer.parallel) read_rows(team, x, tokens, hidden, layer.mlp_norm, normed);  // before the mixer adds to x
     if (layer.qkv || layer.recurrent.in_proj) {
         const bool branches = branches_off(work, layer.post_attn_norm);
@@ -390,11 +396,13 @@ inline void run_layer(Team& team, Workspace& work, const Step& step, const Layer
         end_block(team, work, branches, layer.post_attn_norm, layer.residual_scale, tokens, hidden, x);
     }
     if (layer.mixture) {
+        team.enter(OTHERS);
         if (!layer.parallel) read_rows(team, x, tokens, hidden, layer.mlp_norm, normed);
         experts_block(team, work, layer, tokens, x);
         end_block(team, work, experts_branch_off(work, layer), layer.post_mlp_norm, layer.residual_scale, tokens, hidden, x);
     } else if (layer.mlp.up) {
         const Adapted adapted = work.adapted(team.rank, step.lora, tokens, place + LORA_UP);
+        team.enter(GATE_UP);
         Operand operand = layer.parallel
             ? pack_activations(team, *layer.mlp.up, tokens, work.memory(team.rank), [&](i64 row) { return normed + row * hidden; }, adapted)
             : pack_read(team, work, *layer.mlp.up, x, tokens, layer.mlp_norm, adapted);
@@ -404,6 +412,7 @@ inline void run_layer(Team& team, Workspace& work, const Step& step, const Layer
         mlp_block(team, work, layer.mlp, operand, out, adapted);
         end_block(team, work, branches, layer.post_mlp_norm, layer.residual_scale, tokens, hidden, x);
     }
+    team.enter(OTHERS);
     if (layer.token_input.gate) token_input_block(team, work, layer.token_input, input, stride, tokens, x);
     if (layer.output_scale != 1.0f) scale_rows(team, layer.output_scale, tokens, hidden, x);
 }
@@ -527,12 +536,15 @@ inline void run_network(Workspace& work, const Step& step, const Network& networ
     float* x = reinterpret_cast<float*>(work.hidden.data());
 
     parallel(work.num_threads, [&](Team& team) {
+        if (work.times) team.account_in(work.times + team.rank * NUM_OPERATORS);
+        team.enter(EMBEDDING);
         embed_step(team, step, network, x);
         if (network.token_inputs) token_inputs(team, work, step, network, x);
         for (i64 i = 0; i < network.num_layers; ++i) {
             const float* input = reinterpret_cast<const float*>(work.token_inputs.data()) + i * network.token_input_size;
             run_layer(team, work, step, network.layers[i], i * LORA_TARGETS, hidden, input, network.num_layers * network.token_input_size, x);
         }
+        team.enter(HEAD);
         team.split(step.num_rows, [&](i64 begin, i64 end) {
             for (i64 row = begin; row < end; ++row) norm_row(x + step.rows[row] * hidden, hidden, network.norm, rows + row * hidden);
         });

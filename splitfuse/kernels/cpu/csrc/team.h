@@ -6,6 +6,7 @@
 #include <linux/futex.h>
 #include <omp.h>
 #include <sys/syscall.h>
+#include <time.h>
 #include <unistd.h>
 
 #include <atomic>
@@ -68,6 +69,14 @@ class Team {
     const int rank;
     const int size;
 
+    // From now on adds up the time of this thread in `times` [NUM_OPERATORS], unless it is null.
+    void account_in(OperatorTime* times) {
+        times_ = times;
+        if (times) last_ = nanoseconds();
+    }
+    // What this thread does next is part of an operator.
+    void enter(Operator next) { operator_ = next; }
+
     // Calls body(begin, end, next) for contiguous runs of 0 .. units - 1, each claimed by a free thread: long runs
     // first, single units at the end. A run is claimed one ahead, so that `next`, its first unit, can be
     // prefetched meanwhile; -1: there is none. Returns when all units are done.
@@ -75,7 +84,7 @@ class Team {
     void share(i64 units, Body body) {
         if (size == 1) {
             if (units > 0) body(i64{0}, units, i64{-1});
-            return;
+            return count(&OperatorTime::claimed);
         }
         run_all({1, units, 1, 1}, true, body);
     }
@@ -93,7 +102,7 @@ class Team {
     void split(i64 units, Body body) {
         if (size == 1) {
             if (units > 0) body(i64{0}, units);
-            return;
+            return count(&OperatorTime::split);
         }
         run_all({1, units, 1, 1}, false, [&](i64 begin, i64 end, i64) { body(begin, end); });
     }
@@ -114,6 +123,7 @@ class Team {
             mine += run.end - run.begin;
             run = in_runs ? following : claim(work, in_runs, turn);
         }
+        count(in_runs ? &OperatorTime::claimed : &OperatorTime::split);
         if (mine && progress_.done.fetch_add(mine, std::memory_order_acq_rel) + mine == units) {
             progress_.done.store(0, std::memory_order_relaxed);
             progress_.end(number_, num_nodes_);
@@ -121,6 +131,20 @@ class Team {
             progress_.wait_for_end(number_);
         }
         ++number_;
+        count(in_runs ? &OperatorTime::after_claimed : &OperatorTime::after_split);
+    }
+
+    // Adds the time since it was last called to a part of that of the operator.
+    void count(i64 OperatorTime::*part) {
+        if (!times_) return;
+        const i64 now = nanoseconds();
+        times_[operator_].*part += now - last_;
+        last_ = now;
+    }
+    static i64 nanoseconds() {
+        timespec now;
+        clock_gettime(CLOCK_MONOTONIC, &now);
+        return now.tv_sec * i64{1000000000} + now.tv_nsec;
     }
 
     // Claims a run of what is left, of this thread's node, then of the next ones: `turn` of them are done. In runs it is a third of
@@ -162,6 +186,9 @@ class Team {
     const i32 num_nodes_;  // among which this team is divided
     i32 node_ = 0;         // of this thread
     i64 number_ = 0;       // number of this thread's next sharing
+    OperatorTime* times_ = nullptr;
+    Operator operator_ = OTHERS;
+    i64 last_ = 0;         // when count() was last called
 };
 
 template <class Body>

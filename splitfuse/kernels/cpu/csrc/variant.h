@@ -141,6 +141,9 @@ SF_EXPORT(i32, network)(Workspace* work, const PackedStep* packed, const Network
     return out_of_memory ? 1 : network->group && network->group->failed ? 2 : 0;
 }
 
+// From the next network on adds up what each thread takes for each operator in `times` [threads, NUM_OPERATORS], if it is not null.
+SF_EXPORT(void, account_in)(Workspace* work, OperatorTime* times) { work->times = times; }
+
 // Applies a rank's rows of the output head to x [rows, C]; its logits go to y, whose rows are `stride` apart. When it returns,
 // those of all ranks of a group that gathers are there. Returns as network() does.
 SF_EXPORT(i32, head)(Workspace* work, Group* group, const Weight* head, const u16* bias, const u16* x, i64 rows, float* y, i64 stride) {

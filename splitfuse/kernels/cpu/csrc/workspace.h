@@ -76,6 +76,7 @@ struct Workspace {
 
     const int num_threads;
     Group* group = nullptr;  // of the network that is computed
+    OperatorTime* times = nullptr;  // of networks that are computed [threads, NUM_OPERATORS], or null
     Common common;           // of its ranks, if they share memory, and there is room
     Buffer operand, hidden, normed, branch, qkv, attn_gate, queries, attn_out, gates, gated, partials, token_inputs;
     Buffer compressed, latent_queries, latent_values;  // of latent attention
