@@ -350,8 +350,9 @@ SF_INLINE void put_tile(const Operand& x, const Weight& w, i64 panel, i64 block,
     }
 }
 
-// Multiplies one panel in int8 or int4 with one block of rows.
-SF_INLINE void multiply_panel(const Operand& x, const Weight& w, const Shape& s, i64 panel, i64 block, Prefetch prefetch, const Output& out) {
+// Multiplies one panel in int8 or int4 with one block of rows. `fetch`: NEAR, or BOTH of a single block of int4.
+SF_INLINE void multiply_panel(const Operand& x, const Weight& w, const Shape& s, i64 panel, i64 block, Prefetch prefetch, Fetch fetch,
+                              const Output& out) {
     alignas(64) float tile[MAX_ROWS * PANEL];
     i64 begin = x.block_begin(block);
     int rows = static_cast<int>(x.block_begin(block + 1) - begin);
@@ -374,7 +375,7 @@ SF_INLINE void multiply_panel(const Operand& x, const Weight& w, const Shape& s,
         const u32* place = words + at / SLAB_STEPS * rows * SLAB_STRIDE + at % SLAB_STEPS;
         Spans spans{place, data, scales, w.qvalues, num_spans, x_steps, x.starts + begin * s.num_spans + span, s.num_spans, {from, stride}, at > 0};
         if (w.format == INT8) multiply<8>(rows, spans, tile);
-        else multiply<4>(rows, spans, tile);
+        else multiply_int4(rows, spans, fetch, tile);
         data += steps * STEP_BYTES + (whole_rows ? 0 : num_spans * SCALE_BYTES);
         from += steps * stride;
         if (PREFETCHES_SCALES && w.format == INT4 && !whole_rows) from += num_spans * (stride / 2);
@@ -621,10 +622,11 @@ SF_INLINE void multiply_panel_by_all(const Operand& x, const Weight& w, const Sh
     if (w.format != INT4) return multiply_in_parts(x, w, s, panel, first, last, next, cold, out);
 #endif
     const u8* data = w.data + panel * s.panel_bytes;
-    const i64 ahead = w.format == INT4 && s.num_groups > 1 ? INT4_PREFETCH_BYTES : PREFETCH_BYTES;
+    const Fetch fetch = fetch_of_int4(x.block_begin(last) - x.block_begin(first));
+    const i64 ahead = w.format == INT4 && s.num_groups > 1 && fetch == Fetch::NEAR ? INT4_PREFETCH_BYTES : PREFETCH_BYTES;
     for (i64 block = first; block < last; ++block) {
         Prefetch prefetch = prefetch_for(data, next, s.panel_bytes, ahead, block - first, last - first, cold);
-        multiply_panel(x, w, s, panel, block, prefetch, out);
+        multiply_panel(x, w, s, panel, block, prefetch, fetch, out);
     }
 }
 

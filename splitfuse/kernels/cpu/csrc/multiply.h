@@ -38,8 +38,8 @@ constexpr i64 PART_STEPS = 2 * SLAB_STEPS;
 #endif
 constexpr int PREFETCH_BYTES = 128 * STEP_BYTES;   // how far ahead of use weights are prefetched that come from memory
 constexpr int NEAR_BYTES = 32 * STEP_BYTES;        // the same into the first cache, if the second one has them already
-#ifdef SF_KEPT_SUMS
-constexpr int INT4_PREFETCH_BYTES = 32 * STEP_BYTES;  // the same of int4
+#if defined(SF_AVX512) && !defined(SF_TILES)
+constexpr int INT4_PREFETCH_BYTES = 32 * STEP_BYTES;  // the same of int4, of few rows
 constexpr bool PREFETCHES_SCALES = true;              // see prefetch_scales()
 #else
 constexpr int INT4_PREFETCH_BYTES = PREFETCH_BYTES;
@@ -94,12 +94,14 @@ SF_INLINE void prefetch_step(Prefetch& prefetch, [[maybe_unused]] const u8* weig
     prefetch.from += prefetch.stride;
 }
 
-// Prefetches as much more as the scales of a group of int4 are: they lie among the lines of its steps.
-SF_INLINE void prefetch_scales([[maybe_unused]] Prefetch& prefetch) {
-#ifdef SF_KEPT_SUMS
-    _mm_prefetch(prefetch.from, _MM_HINT_T0);
-    prefetch.from += prefetch.stride / 2;
-#endif
+// Prefetches as much more as the scales of a group of int4 are, `scales` in the tile's own panel: they lie among the lines of its steps.
+template <Fetch FETCH>
+SF_INLINE void prefetch_scales([[maybe_unused]] Prefetch& prefetch, [[maybe_unused]] const u8* scales) {
+    if constexpr (PREFETCHES_SCALES) {
+        _mm_prefetch(prefetch.from, FETCH == Fetch::NEAR ? FIRST_CACHE : SECOND_CACHE);
+        if constexpr (FETCH == Fetch::BOTH) _mm_prefetch(scales + NEAR_BYTES, FIRST_CACHE);
+        prefetch.from += prefetch.stride / 2;
+    }
 }
 
 SF_INLINE void prefetch_lines(const u8* from, i64 bytes) {
@@ -503,8 +505,8 @@ SF_LEAF void multiply_qvalues(const Spans& spans, float* out) {
         const u16* scales = spans.scales;
         if (!scales) {
             scales = reinterpret_cast<const u16*>(weights);
+            if constexpr (BITS == 4) prefetch_scales<FETCH>(prefetch, weights);
             weights += SCALE_BYTES;
-            if constexpr (BITS == 4) prefetch_scales(prefetch);
         }
         const i64 steps = BITS == 8 ? spans.x_steps : spans.x_steps / 2;
         for (int part = 0; part < 2; part += WIDTH) {
@@ -711,6 +713,7 @@ SF_INLINE void multiply_kv(int rows, const u32* x, const Segments& segments, flo
 }
 #endif
 #if defined(SF_AVX512) && !defined(SF_TILES)
+constexpr int LEAST_BOTH_ROWS = 4, MOST_BOTH_ROWS = 11;  // with which int4 is prefetched to the second cache, see fetch_of_int4()
 constexpr int HALF_ROWS = (MAX_ROWS + 1) / 2;  // least of one of several blocks of rows
 constexpr auto FROM_HALF = std::make_integer_sequence<int, MAX_ROWS - HALF_ROWS + 1>{};
 
@@ -755,17 +758,33 @@ SF_INLINE void multiply(int rows, const Spans& spans, float* out) {
     choose_qvalues<BITS>(rows, std::make_integer_sequence<int, BITS == 4 ? NIBBLE_ROWS : MAX_ROWS>{})(spans, out);
 }
 #if defined(SF_AVX512) && !defined(SF_TILES)
-template <Fetch FETCH, int... R>
-SF_INLINE MultiplyQValues choose_int8_part(int rows, std::integer_sequence<int, R...>) {
-    static constexpr MultiplyQValues table[] = {multiply_qvalues<8, HALF_ROWS + R, FETCH>...};
-    return table[rows - HALF_ROWS];
+template <int BITS, Fetch FETCH, int LEAST, int... R>
+SF_INLINE MultiplyQValues choose_qvalues_part(int rows, std::integer_sequence<int, R...>) {
+    static constexpr MultiplyQValues table[] = {multiply_qvalues<BITS, LEAST + R, FETCH>...};
+    return table[rows - LEAST];
 }
 // Does the same in int8, with at least HALF_ROWS rows.
 SF_INLINE void multiply_part(int rows, const Spans& spans, Fetch fetch, float* out) {
-    if (fetch == Fetch::BOTH) choose_int8_part<Fetch::BOTH>(rows, FROM_HALF)(spans, out);
-    else choose_int8_part<Fetch::SHARE>(rows, FROM_HALF)(spans, out);
+    if (fetch == Fetch::BOTH) choose_qvalues_part<8, Fetch::BOTH, HALF_ROWS>(rows, FROM_HALF)(spans, out);
+    else choose_qvalues_part<8, Fetch::SHARE, HALF_ROWS>(rows, FROM_HALF)(spans, out);
 }
 #endif
+
+// Returns where int4 is prefetched to that streams from memory as a single block of so many rows of x is multiplied with it.
+SF_INLINE Fetch fetch_of_int4([[maybe_unused]] i64 rows) {
+#if defined(SF_AVX512) && !defined(SF_TILES)
+    if (LEAST_BOTH_ROWS <= rows && rows <= MOST_BOTH_ROWS) return Fetch::BOTH;
+#endif
+    return Fetch::NEAR;
+}
+// Multiplies spans of int4 that are prefetched to where fetch_of_int4() says.
+SF_INLINE void multiply_int4(int rows, const Spans& spans, [[maybe_unused]] Fetch fetch, float* out) {
+#if defined(SF_AVX512) && !defined(SF_TILES)
+    constexpr auto both = std::make_integer_sequence<int, MOST_BOTH_ROWS - LEAST_BOTH_ROWS + 1>{};
+    if (fetch == Fetch::BOTH) return choose_qvalues_part<4, Fetch::BOTH, LEAST_BOTH_ROWS>(rows, both)(spans, out);
+#endif
+    multiply<4>(rows, spans, out);
+}
 using MultiplyGroups = void (*)(const Groups&, float*);
 
 template <bool OFFSETS, int SUM_STEPS, int... R>

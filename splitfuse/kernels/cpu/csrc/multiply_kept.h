@@ -40,8 +40,8 @@ SF_LEAF void multiply_kept(const Spans& given, float* out) {
             else clear(sums, rows);
             for (i64 span = first; span < last; ++span) {
                 const Floats scale = load_bf16(reinterpret_cast<const u16*>(weights) + part * LANES);
+                prefetch_scales<Fetch::NEAR>(prefetch, weights);
                 weights += SCALE_BYTES;
-                prefetch_scales(prefetch);
                 Ints acc[ROWS][1];
                 start_span(acc, spans.starts + span, spans.starts_stride, rows);
                 const u32* end = x + spans.x_steps;
