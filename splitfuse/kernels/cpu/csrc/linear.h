@@ -316,10 +316,63 @@ SF_INLINE Prefetch prefetch_for(const u8* panel, const u8* next, i64 panel_bytes
     return {next + part * (panel_bytes / 2), STEP_BYTES / 2};
 }
 
-// Stores the columns of one panel for one block of rows, from their sums [rows, PANEL], scaled.
-SF_INLINE void put_tile(const Operand& x, const Weight& w, i64 panel, i64 block, const float* tile, const Output& out) {
-    i64 begin = x.block_begin(block);
-    int rows = static_cast<int>(x.block_begin(block + 1) - begin);
+// Stores a whole panel's columns of `rows` rows from their sums [rows, PANEL] times their scales, with nothing in its loop that depends
+// on the layer: `from` is the first row of x, and of y.
+template <bool SCALES, bool BIAS, bool RESIDUAL>
+SF_INLINE void put_floats(const Output& out, const float* tile, const float* scales, i64 from, int rows, i64 column, i64 stride) {
+    Floats bias[2] = {}, factor = broadcast(out.scale);
+    for (int v = 0; v < 2 && BIAS; ++v) bias[v] = load_bf16(out.bias + column + v * LANES);
+    float* y = out.y + from * stride + column;
+    const float* residual = RESIDUAL ? out.residual + from * stride + column : y;
+    for (int r = 0; r < rows; ++r, tile += PANEL, y += stride, residual += stride)
+        for (int v = 0; v < 2; ++v) {
+            Floats value = load(tile + v * LANES);
+            if constexpr (SCALES) value = value * broadcast(scales[r]);
+            if constexpr (BIAS) value = value + bias[v];
+            if constexpr (RESIDUAL) value = value * factor + load(residual + v * LANES);
+            store(y + v * LANES, value);
+        }
+}
+template <bool SCALES>
+SF_INLINE void put_floats(const Output& out, const float* tile, const float* scales, i64 from, int rows, i64 column, i64 stride) {
+    if (out.bias) {
+        if (out.residual) put_floats<SCALES, true, true>(out, tile, scales, from, rows, column, stride);
+        else put_floats<SCALES, true, false>(out, tile, scales, from, rows, column, stride);
+    } else {
+        if (out.residual) put_floats<SCALES, false, true>(out, tile, scales, from, rows, column, stride);
+        else put_floats<SCALES, false, false>(out, tile, scales, from, rows, column, stride);
+    }
+}
+
+// Does the same for silu(gate) * up.
+template <bool SCALES>
+SF_INLINE void put_silu(const Output& out, const float* tile, const float* scales, i64 from, int rows, i64 column, i64 stride) {
+    u16* at = out.activated + from * stride + column;
+    for (int r = 0; r < rows; ++r, tile += PANEL, at += stride) {
+        Floats gate = load(tile), up = load(tile + LANES);
+        if constexpr (SCALES) {
+            const Floats scale = broadcast(scales[r]);
+            gate = gate * scale;
+            up = up * scale;
+        }
+        store_bf16(at, activate(gate, SILU) * up);
+    }
+}
+
+// Stores the columns of one panel for the rows of x from `begin` on, from their sums [rows, PANEL], scaled.
+SF_INLINE void put_tile(const Operand& x, const Weight& w, i64 panel, i64 begin, int rows, const float* tile, const Output& out) {
+    const i64 width = w.gated ? w.rows / 2 : w.rows, column = panel * (w.gated ? LANES : PANEL), stride = out.stride ? out.stride : width;
+    if (!out.adapted.lora && !out.rows && column + (w.gated ? LANES : PANEL) <= width) {
+        const float* scales = x.scales + begin;
+        if (w.gated && out.activation == SILU && !out.bias) {
+            if (x.scales_rows()) return put_silu<true>(out, tile, scales, begin, rows, column, stride);
+            return put_silu<false>(out, tile, scales, begin, rows, column, stride);
+        }
+        if (!w.gated && !out.activated) {
+            if (x.scales_rows()) return put_floats<true>(out, tile, scales, begin, rows, column, stride);
+            return put_floats<false>(out, tile, scales, begin, rows, column, stride);
+        }
+    }
     alignas(64) float added[BLOCK_ROWS * PANEL];
     if (out.adapted.lora) {
         const i64 whole = out.first_panel + panel;
@@ -381,7 +434,7 @@ SF_INLINE void multiply_panel(const Operand& x, const Weight& w, const Shape& s,
         if (PREFETCHES_SCALES && w.format == INT4 && !whole_rows) from += num_spans * (stride / 2);
         at += num_spans * x_steps;
     }
-    put_tile(x, w, panel, block, tile, out);
+    put_tile(x, w, panel, begin, rows, tile, out);
 }
 
 // Returns what is prefetched while a part of a panel is multiplied: what lies `ahead` bytes ahead, in the next one too.
@@ -409,7 +462,10 @@ SF_INLINE void multiply_runs(const Operand& x, const Weight& w, const Shape& s, 
         }
         data += bytes;
     }
-    for (i64 block = first; block < last; ++block) put_tile(x, w, panel, block, tile_of(block), out);
+    for (i64 block = first; block < last; ++block) {
+        const i64 begin = x.block_begin(block);
+        put_tile(x, w, panel, begin, static_cast<int>(x.block_begin(block + 1) - begin), tile_of(block), out);
+    }
 }
 
 // Multiplies one panel of a weight in groups with the blocks `first` to last - 1.
@@ -459,11 +515,14 @@ SF_INLINE void multiply_fp8_panel(const Operand& x, const Weight& w, const Shape
 // and its sums.
 template <class Body>
 SF_INLINE void each_block(const Operand& x, i64 first, i64 last, i64 at, Body body) {
+    const i64 first_row = x.block_begin(first), in_slab = at % SLAB_STEPS * (x.quantized ? 1 : PAIR_WORDS);
+    i64 begin = first_row;
     for (i64 block = first; block < last; ++block) {
-        const i64 begin = x.block_begin(block);
-        const int rows = static_cast<int>(x.block_begin(block + 1) - begin);
-        const u32* words = x.block_words(block) + at / SLAB_STEPS * rows * SLAB_STRIDE + at % SLAB_STEPS * (x.quantized ? 1 : PAIR_WORDS);
-        body(rows, words, begin, x.sums_of_panel + (begin - x.block_begin(first)) * PANEL);
+        const i64 end = x.block_begin(block + 1);
+        const int rows = static_cast<int>(end - begin);
+        const u32* words = x.words + (begin * x.slabs + at / SLAB_STEPS * rows) * SLAB_STRIDE + in_slab;
+        body(rows, words, begin, x.sums_of_panel + (begin - first_row) * PANEL);
+        begin = end;
     }
 }
 
@@ -515,7 +574,7 @@ SF_INLINE void multiply_rows_in_parts(const Operand& x, const Weight& w, const S
     }
     each_block(x, first, last, 0, [&](int rows, const u32*, i64 begin, float* tile) {
         for (int row = 0; row < rows && x.quantized; ++row) scale_sums(scales, x.starts[begin + row], tile + row * PANEL);
-        put_tile(x, w, panel, x.block_of(begin), tile, out);
+        put_tile(x, w, panel, begin, rows, tile, out);
     });
 }
 
@@ -545,15 +604,16 @@ SF_INLINE void multiply_groups_in_parts(const Operand& x, const Weight& w, const
         data += count * stride;
         at += count * x_steps;
     }
-    each_block(x, first, last, 0, [&](int, const u32*, i64 begin, float* tile) { put_tile(x, w, panel, x.block_of(begin), tile, out); });
+    each_block(x, first, last, 0, [&](int rows, const u32*, i64 begin, float* tile) { put_tile(x, w, panel, begin, rows, tile, out); });
 }
 #else
 // Multiplies a part of a panel in int8 with a block of rows. `scales`: of whole rows, or null.
 SF_INLINE void multiply_int8_part(const Operand& x, const Shape& s, const u8* data, const u16* scales, const u32* words, i64 begin, int rows,
                                   i64 at, i64 steps, Fetch fetch, const u8* from, i64 stride, float* tile) {
     for (i64 end = at + steps; at < end;) {  // runs of equal spans in a slab
-        const i64 in_slab = std::min<i64>(SLAB_STEPS - at % SLAB_STEPS, end - at), x_steps = std::min(s.span_steps, in_slab), count = in_slab / x_steps;
-        const i32* starts = x.starts + begin * s.num_spans + at / s.span_steps;
+        const i64 in_slab = std::min<i64>(SLAB_STEPS - at % SLAB_STEPS, end - at), x_steps = std::min(s.span_steps, in_slab);
+        const i64 count = scales ? 1 : in_slab / x_steps;  // a span of a whole row is what it has in the slab
+        const i32* starts = x.starts + begin * s.num_spans + (scales ? at / SLAB_STEPS : at / s.span_steps);
         const Spans spans{words, data, scales, nullptr, count, x_steps, starts, s.num_spans, {from, stride}, at > 0};
         if (fetch == Fetch::NEAR) multiply<8>(rows, spans, tile);
         else multiply_part(rows, spans, fetch, tile);
@@ -561,6 +621,22 @@ SF_INLINE void multiply_int8_part(const Operand& x, const Shape& s, const u8* da
         from += count * x_steps * stride;
         at += count * x_steps;
         words += at % SLAB_STEPS ? count * x_steps : rows * SLAB_STRIDE - (SLAB_STEPS - count * x_steps);
+    }
+}
+
+// Prefetches where the columns of a panel are put, a cache line or two of each row, while they are computed.
+SF_INLINE void prefetch_output(const Weight& w, i64 panel, i64 begin, int rows, const Output& out) {
+    const i64 stride = out.stride ? out.stride : w.gated ? w.rows / 2 : w.rows;
+    if (out.rows) return;
+    if (out.activated) {
+        const u16* at = out.activated + begin * stride + panel * (w.gated ? LANES : PANEL);
+        for (int r = 0; r < rows; ++r, at += stride) prefetch_to_write(at);
+    } else {
+        const float* at = out.y + begin * stride + panel * PANEL;
+        for (int r = 0; r < rows; ++r, at += stride) {
+            prefetch_to_write(at);
+            prefetch_to_write(at + LANES);
+        }
     }
 }
 
@@ -584,13 +660,17 @@ SF_INLINE void multiply_in_parts(const Operand& x, const Weight& w, const Shape&
     const i64 rows_of_all = x.block_begin(last) - x.block_begin(first);
     const bool few = rows_of_all < HALF_ROWS, shares = blocks == 2 && rows_of_all <= MOST_SHARED_ROWS && s.num_groups <= 1;
     const Fetch fetch = shares ? Fetch::SHARE : few || blocks > 1 ? Fetch::NEAR : Fetch::BOTH;
+    alignas(64) float near[MAX_ROWS * PANEL];  // for sums that wait for no other part: it stays in the first cache
     for (i64 at = 0; at < s.x_steps; at += most) {
         const i64 steps = std::min(most, s.x_steps - at), ahead = blocks == 1 ? PREFETCH_BYTES : most * stride;
         // As two numbers: see multiply_panel().
         const u8* from = prefetch_ahead(data, end, next, stride, ahead).from;
         const i64 sharers = std::min(blocks, MOST_SHARERS), share = stride / sharers;
         const u8* until = from + steps * share * sharers;
-        each_block(x, first, last, at, [&](int rows, const u32* words, i64 begin, float* tile) {
+        const bool at_once = steps == s.x_steps, ends = at + steps == s.x_steps;
+        each_block(x, first, last, at, [&](int rows, const u32* words, i64 begin, float* sums) {
+            float* tile = at_once ? near : sums;
+            if (ends && blocks > 1) prefetch_output(w, panel, begin, rows, out);
             const bool missing = cold && at == 0 && blocks > 1 && begin == x.block_begin(first);
             const Fetch of_block = missing ? Fetch::BOTH : fetch;
             const i64 advance = from < until ? share : 0;
@@ -599,7 +679,7 @@ SF_INLINE void multiply_in_parts(const Operand& x, const Weight& w, const Shape&
             else if (few) multiply(rows, words, run, tile, PANEL);
             else multiply_part(rows, words, run, at > 0, of_block, tile);
             from += steps * advance;
-            if (at + steps == s.x_steps) put_tile(x, w, panel, x.block_of(begin), tile, out);
+            if (ends) put_tile(x, w, panel, begin, rows, tile, out);
         });
         data += steps * STEP_BYTES + (s.num_groups > 1 ? ceil_div(steps, s.span_steps) * SCALE_BYTES : 0);
     }

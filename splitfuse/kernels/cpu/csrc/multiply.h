@@ -104,6 +104,9 @@ SF_INLINE void prefetch_scales([[maybe_unused]] Prefetch& prefetch, [[maybe_unus
     }
 }
 
+// Prefetches a line that is written soon, to the first cache, from other cores' too.
+SF_INLINE void prefetch_to_write(const void* p) { asm volatile("prefetchw %0" ::"m"(*static_cast<const u8*>(p))); }
+
 SF_INLINE void prefetch_lines(const u8* from, i64 bytes) {
     for (i64 at = 0; at < bytes; at += 64) _mm_prefetch(from + at, SECOND_CACHE);
 }
