@@ -100,10 +100,20 @@ SF_INLINE Operand make_operand(const Weight& w, i64 rows, u8* memory, float* sum
     return x;
 }
 
-// Quantizes `count` values; returns the sum of the quantized ones.
-SF_INLINE i32 quantize(const u16* values, i64 count, float inverse, i8* out) {
+// Quantizes `count` values; returns the sum of the quantized ones. Prefetches as many values from `ahead` on.
+SF_INLINE i32 quantize(const u16* values, i64 count, float inverse, i8* out, [[maybe_unused]] const u16* ahead) {
     Floats total = broadcast(0.0f), scale = broadcast(inverse);  // whole numbers below 2^24: exact
     i64 k = 0;
+    i32 first = 0;
+#ifdef SF_AVX512
+    Ints sums = broadcast(0);
+    for (; k + 4 * LANES <= count; k += 4 * LANES) {
+        _mm_prefetch(ahead + k, FIRST_CACHE);
+        _mm_prefetch(ahead + k + 2 * LANES, FIRST_CACHE);
+        sums = quantize_64(values + k, scale, out + k, sums);
+    }
+    first = sum(sums);
+#endif
     for (; k + LANES <= count; k += LANES) {
         Floats qvalue = round(load_bf16(values + k) * scale);
         total += qvalue;
@@ -116,7 +126,7 @@ SF_INLINE i32 quantize(const u16* values, i64 count, float inverse, i8* out) {
         store_i8(qvalues, qvalue);
         std::memcpy(out + k, qvalues, count - k);
     }
-    return static_cast<i32>(sum(total));
+    return first + static_cast<i32>(sum(total));
 }
 
 // Quantizes a block, whose size is a multiple of LEAST_BLOCK, by its largest magnitude; returns its scale, which is NaN if
@@ -186,6 +196,7 @@ SF_INLINE void put_row(const Operand& x, i64 row, const u16* values) {
         x.scales[row] = most * (1.0f / 127.0f);
         inverse = most > 0.0f ? 127.0f / most : most;  // NaN stays NaN in the scale
     }
+    const u16* following = x.rows > 1 ? values + x.columns : values;  // most often the next row that this thread packs
     i64 span = x.span_steps * 4;
     i32* starts = x.quantized ? x.starts + row * x.num_spans : nullptr;
     const i32 bias = bias_of(*x.weight);
@@ -204,7 +215,7 @@ SF_INLINE void put_row(const Operand& x, i64 row, const u16* values) {
         i8 bytes[SLAB_STEPS * 4];
         i8* qvalues = x.in_bytes ? reinterpret_cast<i8*>(place) : bytes;
         for (i64 k = 0; k < count; k += span, starts += several) {
-            const i32 start = -bias * quantize(values + first + k, count - k < span ? count - k : span, inverse, qvalues + k);
+            const i32 start = -bias * quantize(values + first + k, count - k < span ? count - k : span, inverse, qvalues + k, following + first + k);
             *starts = several ? start : *starts + start;
         }
         std::memset(qvalues + count, 0, (x.in_bytes ? padded : SLAB_STEPS * 4) - count);

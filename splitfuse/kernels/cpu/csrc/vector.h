@@ -130,6 +130,23 @@ SF_INLINE Ints broadcast(i32 a) { return {_mm512_set1_epi32(a)}; }
 SF_INLINE Ints load_ints(const i32* p) { return {_mm512_loadu_si512(p)}; }
 SF_INLINE Floats to_floats(Ints a) { return {_mm512_cvtepi32_ps(a.v)}; }
 SF_INLINE Ints operator+(Ints a, Ints b) { return {_mm512_add_epi32(a.v, b.v)}; }
+SF_INLINE i32 sum(Ints a) { return _mm512_reduce_add_epi32(a.v); }
+
+// Quantizes 64 bf16 to int8; returns `sums` plus what each lane's four give.
+SF_INLINE Ints quantize_64(const u16* values, Floats inverse, i8* out, Ints sums) {
+    const auto in_pairs = [&](const u16* p) {  // 32 of them, as int16
+        const __m512i both = _mm512_loadu_si512(p);
+        const __m512 even = _mm512_castsi512_ps(_mm512_slli_epi32(both, 16));
+        const __m512 odd = _mm512_castsi512_ps(_mm512_and_si512(both, _mm512_set1_epi32(static_cast<i32>(0xffff0000))));
+        const __m512i first = _mm512_cvtps_epi32(_mm512_mul_ps(even, inverse.v)), second = _mm512_cvtps_epi32(_mm512_mul_ps(odd, inverse.v));
+        return _mm512_mask_blend_epi16(0xaaaaaaaa, first, _mm512_slli_epi32(second, 16));
+    };
+    // Packed lane by lane: eight of the first 32, then eight of the others.
+    const __m512i in_turns = _mm512_packs_epi16(in_pairs(values), in_pairs(values + 32));
+    const __m512i qvalues = _mm512_permutexvar_epi64(_mm512_setr_epi64(0, 2, 4, 6, 1, 3, 5, 7), in_turns);
+    _mm512_storeu_si512(out, qvalues);
+    return {_mm512_dpbusd_epi32(sums.v, _mm512_set1_epi8(1), qvalues)};
+}
 
 SF_INLINE Packed load_packed(const void* p) { return {_mm512_loadu_si512(p)}; }
 SF_INLINE Packed broadcast_packed(u32 a) { return {_mm512_set1_epi32(static_cast<i32>(a))}; }
