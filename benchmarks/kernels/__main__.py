@@ -39,6 +39,16 @@ from splitfuse.runtime.loading import load_model
 
 ROWS = (1, 2, 4, 8, 14, 16, 28, 64, 128, 512)
 STEP_ROWS = (1, 8, 16, 32, 64, 256)
+DECODES = (1, 8, 16, 32)
+ATTENTION = (
+    *((1, 512, (context, context)) for context in (512, 1024, 2048, 4096)),
+    (1, 256, (700, 700)),
+    (1, 1, (4096, 4096)),
+    (8, 1, (1024, 1024)),
+    (32, 1, (1024, 1024)),
+    *((requests, 1, lengths) for lengths in ((512, 512), (513, 513), (700, 700), (100, 1500)) for requests in (8, 32)),
+)
+"""Requests, rows of each, and the shortest and longest context, of attention."""
 LEAST_SHARE = {"bf16": 0.8, "int8": 0.75, "int4/128": 0.65}  # of the dot products, before `guard` calls it a spill
 LARGEST_CACHE = 2**28  # bytes of weights between two readings of the same
 
@@ -97,9 +107,16 @@ def torch_linears(weights: list[torch.Tensor], inputs: dict[int, torch.Tensor], 
 
 
 def attention(arguments: argparse.Namespace) -> Iterator[Row]:
-    """Time chunks against dot products, single rows against bandwidth, with blocks in random places."""
+    """Time chunks against dot products, single rows against bandwidth, with blocks in random places.
+
+    Contexts that end within a tile of 512 keys, and requests of different lengths, are what servers meet.
+    """
     shape: ModelShape = SHAPES[arguments.shape]
     heads, kv_heads, dim = shape.num_heads, shape.num_kv_heads, shape.hidden_size // shape.num_heads
+    cases = ATTENTION
+    if arguments.contexts:
+        given = [(int(ends[0]), int(ends[-1])) for ends in (each.split("-") for each in arguments.contexts)]
+        cases = tuple((requests, 1, lengths) for lengths in given for requests in arguments.rows or DECODES)
     for int8 in (False, True):
         backend = CpuBackend(variant=arguments.variant, num_threads=arguments.threads, kv_int8=int8)
         limits = Limits(backend)
@@ -109,18 +126,11 @@ def attention(arguments: argparse.Namespace) -> Iterator[Row]:
             spec, num_blocks=num_blocks, block_size=32, dtype=torch.bfloat16, device=torch.device("cpu")
         )
         store.memory.zero_()
-        for requests, rows, context in [
-            (1, 512, 512),
-            (1, 512, 1024),
-            (1, 512, 2048),
-            (1, 512, 4096),
-            (1, 1, 4096),
-            (8, 1, 1024),
-            (32, 1, 1024),
-        ]:
+        for requests, rows, lengths in cases:
+            contexts = spread(requests, *lengths)
             q = torch.randn(requests * rows, heads, dim).bfloat16()
             out = torch.empty_like(q)
-            steps = scattered_steps(requests, rows, context, num_blocks)
+            steps = scattered_steps(rows, contexts, num_blocks)
             settings, many = Heads.of(spec), len(steps)
 
             def run(steps: Any = steps, q: Any = q, out: Any = out, settings: Any = settings) -> None:
@@ -133,8 +143,8 @@ def attention(arguments: argparse.Namespace) -> Iterator[Row]:
                         out.data_ptr(),
                     )
 
-            pairs = requests * sum(context - rows + i + 1 for i in range(rows)) * many
-            num_bytes = requests * context * kv_heads * dim * (2 if int8 else 4) * many
+            pairs = sum(num_pairs(context - rows, rows) for context in contexts) * many
+            num_bytes = sum(contexts) * kv_heads * dim * (2 if int8 else 4) * many
             # Chunks are judged by arithmetic alone and single rows by bandwidth alone
             timing = limits.compare(
                 run,
@@ -147,14 +157,20 @@ def attention(arguments: argparse.Namespace) -> Iterator[Row]:
                 "cache": "int8" if int8 else "bf16",
                 "requests": requests,
                 "rows each": rows,
-                "context": context,
+                "context": " to ".join(map(str, dict.fromkeys(lengths))),
                 "us": timing.seconds / many * 1e6,
                 "limit": "arithmetic" if rows > 1 else "bandwidth",
                 "% of limit": timing.share * 100,
             }
             if not int8 and rows > 1 and arguments.torch:
-                row["sdpa / ours"] = sdpa_ratio(q, kv_heads, context, lambda run=run: seconds(run))
+                row["sdpa / ours"] = sdpa_ratio(q, kv_heads, contexts[0], lambda run=run: seconds(run))
             yield row
+
+
+def spread(requests: int, shortest: int, longest: int) -> list[int]:
+    """Return the contexts of requests, evenly from the shortest to the longest, not sorted."""
+    between = [shortest + (longest - shortest) * i // max(1, requests - 1) for i in range(requests)]
+    return [between[i * 5 % requests] for i in range(requests)] if requests % 5 else between
 
 
 def sdpa_ratio(q: torch.Tensor, kv_heads: int, context: int, ours: Callable[[], float]) -> float:
@@ -280,6 +296,12 @@ def main() -> None:
     parser.add_argument("--model", type=Path, help="the folder of that shape, for step (see benchmarks.models)")
     parser.add_argument("--formats", nargs="+", default=["bf16", "int8", "int4/128"], choices=FORMATS)
     parser.add_argument("--rows", nargs="+", type=int)
+    parser.add_argument(
+        "--contexts",
+        nargs="+",
+        metavar="N or N-M",
+        help="of single rows, for attention: one length, or a mix between two",
+    )
     parser.add_argument("--variant", choices=VARIANTS, help="of the kernels; by default the best one")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--turns", type=int, default=7)

@@ -69,7 +69,7 @@ def attention_of(
     backend: CpuBackend, spec: AttentionSpec, store: Store, requests: int, rows: int, context: int
 ) -> tuple[Callable[[], None], int]:
     """Return a function that computes the attention of some steps, and how many."""
-    steps, heads = scattered_steps(requests, rows, context, NUM_BLOCKS), Heads.of(spec)
+    steps, heads = scattered_steps(rows, [context] * requests, NUM_BLOCKS), Heads.of(spec)
     q = torch.randn(requests * rows, spec.num_heads, spec.head_dim).bfloat16()
     out = torch.empty(requests * rows, spec.num_heads, spec.value_dim, dtype=torch.bfloat16)
 

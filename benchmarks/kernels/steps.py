@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from benchmarks.models import SHAPES
@@ -57,18 +59,24 @@ def forward(executor: Executor, chunks: list[Chunk]) -> torch.Tensor:
         return executor.decoder.logits(executor.hidden(chunks))
 
 
-def scattered_steps(requests: int, rows: int, context: int, num_blocks: int) -> list[Step]:
-    """Return steps of `rows` tokens of each request, whose blocks of 32 lie in random places: of single tokens enough
-    for all blocks to be read.
+def scattered_steps(rows: int, contexts: Sequence[int], num_blocks: int) -> list[Step]:
+    """Return steps of `rows` tokens of requests with these contexts, whose blocks of 32 lie in random places: of single
+    tokens enough for nearly all blocks to be read.
     """
-    places, per_request = torch.randperm(num_blocks, dtype=torch.int32), context // 32
-    many = max(1, num_blocks // (requests * per_request)) if rows == 1 else 1
-    return [
-        Step.of(
-            requests * rows,
-            query_start=torch.arange(0, requests * rows + 1, rows, dtype=torch.int32),
-            seq_lens=torch.full((requests,), context, dtype=torch.int32),
-            block_tables=places.roll(-i * requests * per_request)[: requests * per_request].view(requests, -1),
+    counts = [-(-context // 32) for context in contexts]
+    many = max(1, num_blocks // sum(counts)) if rows == 1 else 1
+    places = torch.randperm(num_blocks, dtype=torch.int32)
+    steps = []
+    for i in range(many):
+        tables = torch.zeros(len(contexts), max(counts), dtype=torch.int32)
+        for table, own in zip(tables, places.roll(-i * sum(counts))[: sum(counts)].split(counts), strict=True):
+            table[: len(own)] = own
+        steps.append(
+            Step.of(
+                len(contexts) * rows,
+                query_start=torch.arange(0, len(contexts) * rows + 1, rows, dtype=torch.int32),
+                seq_lens=torch.tensor(contexts, dtype=torch.int32),
+                block_tables=tables,
+            )
         )
-        for i in range(many)
-    ]
+    return steps
