@@ -19,6 +19,7 @@ namespace SF_VARIANT {
 static_assert(TILE == 2 * SLAB_STEPS, "the weights of a tile fill one slab");
 constexpr int TILE_PIECES = TILE / PIECE;
 constexpr int SCORE_STRIDE = TILE + LANES;
+constexpr i64 SOFTMAX_BYTES = 1024;             // that the softmax prefetches at once
 constexpr float NOTHING = -1e30f;               // The maximum of no scores.
 
 // Rows of an item. With the small tiles of AVX2 an item has two tiles, so that keys and values come from memory once for both.
@@ -36,6 +37,8 @@ constexpr int ROWS_OF_TWO = FEW_ROWS;
 // More rows share the work of turning keys into values.
 SF_INLINE int item_rows(const Layout& kv) { return kv.value_from ? MOST_ITEM_ROWS : ITEM_ROWS; }
 
+constexpr int ROWS_PADDED = (MOST_ITEM_ROWS + LANES - 1) / LANES * LANES;
+
 // Rows `first` to first + rows - 1 of one request and kv head, flattened (token, head of the group); tiles begin to end.
 struct Item {
     i32 request, head, rows;
@@ -49,7 +52,7 @@ struct Item {
 
 // The result of one tile, or of several merged, for the rows of an item.
 struct Partial {
-    float maximum[MOST_ITEM_ROWS], total[MOST_ITEM_ROWS];
+    float maximum[ROWS_PADDED], total[ROWS_PADDED];
     float* values;  // [rows, padded]
 };
 
@@ -159,39 +162,164 @@ SF_INLINE Pieces pieces_of(const Attention& a, const Layout& kv, const Item& ite
     pieces.keys = std::min<i64>(last_position + 1 - first_key, TILE);
     pieces.first = first_seen / PIECE;
     pieces.end = ceil_div(pieces.keys, PIECE);
-    const i32* table = a.step.tables + static_cast<i64>(item.request) * a.step.table_width;
+    // Block by block: a division for each piece would take as long as two of its steps.
+    const i64 place = first_key / PIECE + pieces.first;
+    const i32* block = a.step.tables + static_cast<i64>(item.request) * a.step.table_width + place / kv.pieces;
+    i64 of_block = place % kv.pieces;
     for (i64 p = pieces.first; p < pieces.end; ++p) {
-        i64 position = first_key + p * PIECE;
-        pieces.of[p] = kv.piece(table[position / kv.block_size], item.head, position % kv.block_size);
+        pieces.of[p] = kv.data + ((*block * kv.num_kv_heads + item.head) * kv.pieces + of_block) * kv.piece_bytes;
+        if (++of_block < kv.pieces) continue;
+        of_block = 0;
+        ++block;
     }
     return pieces;
 }
 
-// Turns the scores of one row of a tile into weights for the keys begin to end - 1, zero for the others up to `keys`, and
-// gives their maximum (in powers of two) and total. `scale` takes a score to powers of two.
-SF_INLINE void soften(float* scores, i64 begin, i64 end, i64 keys, float scale, Element* weights, float& maximum, float& total) {
-    i64 first = begin / LANES * LANES, last = end <= begin ? first : ceil_div(end, LANES) * LANES;
-    Floats most = broadcast(NOTHING), sums = broadcast(0.0f), zero = broadcast(0.0f);
-    auto outside = [&](i64 k) { return k < begin || k + LANES > end; };
-    auto only_seen = [&](i64 k, Floats value, Floats other) {
+// What a thread prefetches: the keys and values of the tiles that it will compute, in the order in which it reads them, at a
+// distance that stays about the same. While a tile is computed, as many bytes are prefetched as it has itself, so memory is asked for
+// lines at the pace at which they are used, be this tile or the next one long or short.
+class Ahead {
+  public:
+    struct Range { const u8* from; i64 bytes; };
+
+    Ahead(const Attention& a, const Layout& kv, const std::vector<Item>& items)
+        : a_(a), kv_(kv), items_(items), key_bytes_(kv.int8 ? kv.piece_bytes : ceil_div(kv.head_dim, 2) * STEP_BYTES),
+          distance_(TILE_PIECES * (kv.int8 ? kv.piece_bytes : kv.half_bytes)) {}
+
+    // Goes on with a run of items, `next` being the first of the next run, or -1.
+    void begin_run(i64 begin, i64 end, i64 next) {
+        begin_ = begin;
+        end_ = end;
+        next_ = next;
+        if (is_over_ && item_ == begin) enter(following(begin));
+    }
+    // Begins a tile of an item: sets how many bytes are prefetched while it is computed.
+    void begin_tile(i64 item, i64 tile, const Pieces& pieces) {
+        const i64 bytes = bytes_of(pieces), read = is_near(item) ? 0 : bytes;
+        if (read && ready_ <= 0) {  // nothing has prefetched this tile
+            item_ = item;
+            tile_ = tile;
+            ready_ = 0;
+            enter_pieces(pieces);
+            for (i64 left = distance_; left > 0 && !is_over_;) {
+                const Range range = take(left);
+                prefetch_lines(range.from, range.bytes);
+                left -= range.bytes;
+            }
+        }
+        taken_ = 0;
+        budget_ = is_over_ ? 0 : std::min(std::max<i64>(read + distance_ - ready_, 0), 2 * bytes);
+        ready_ -= read;
+    }
+    i64 budget() const { return budget_; }
+    // Returns the next bytes, at most `most`, if no more than `until` of the budget are taken with about half of them; else none.
+    Range until(i64 until, i64 most) {
+        if (taken_ + most / 2 > until || is_over_) return {nullptr, 0};
+        return take(most);
+    }
+
+  private:
+    static constexpr i64 NEAR_BYTES_OF_HEAD = 1 << 18;  // keys and values that stay in the second cache from item to item
+
+    i64 bytes_of(const Pieces& pieces) const {
+        const i64 count = pieces.end - pieces.first;
+        if (kv_.int8 || kv_.value_from) return count * key_bytes_;
+        return count * key_bytes_ + (ceil_div(pieces.keys, 2) - pieces.first * (PIECE / 2)) * kv_.padded * 4;
+    }
+    // Returns whether the item before this one, by the same thread, has just read the same keys and values.
+    bool is_near(i64 item) const {
+        if (item <= begin_ || item >= end_) return false;
+        const Item &one = items_[item], &before = items_[item - 1];
+        return one.request == before.request && one.head == before.head && one.begin_tile == before.begin_tile &&
+               one.end_tile == before.end_tile && (one.end_tile - one.begin_tile) * TILE_PIECES * kv_.piece_bytes <= NEAR_BYTES_OF_HEAD;
+    }
+    Range take(i64 most) {
+        const Range range{from_, std::min(most, left_)};
+        ready_ += range.bytes;
+        taken_ += range.bytes;
+        from_ += range.bytes;
+        if ((left_ -= range.bytes) == 0) go_on();
+        return range;
+    }
+    void go_on() {
+        if (++piece_ < pieces_.end) return enter_piece();
+        piece_ = pieces_.first;
+        of_values_ = !of_values_ && !kv_.int8 && !kv_.value_from;
+        if (of_values_) enter_piece();
+        else if (++tile_ < items_[item_].end_tile) enter_pieces(pieces_of(a_, kv_, items_[item_], tile_));
+        else enter(following(item_));
+    }
+    // Returns the item behind one, as far as this thread has claimed them; else -1.
+    i64 following(i64 item) const { return item + 1 < end_ ? item + 1 : item < end_ ? next_ : -1; }
+    void enter(i64 item) {
+        for (is_over_ = true; item >= 0; item = following(item)) {
+            item_ = item;
+            tile_ = a_.first_tile(items_[item]);
+            if (tile_ < items_[item].end_tile && !is_near(item)) return enter_pieces(pieces_of(a_, kv_, items_[item], tile_));
+        }
+    }
+    void enter_pieces(const Pieces& pieces) {
+        pieces_ = pieces;
+        piece_ = pieces.first;
+        of_values_ = false;
+        is_over_ = pieces.first >= pieces.end;
+        if (!is_over_) enter_piece();
+    }
+    void enter_piece() {
+        from_ = pieces_.of[piece_] + (of_values_ ? kv_.half_bytes : 0);
+        left_ = of_values_ ? std::min<i64>(ceil_div(pieces_.keys - piece_ * PIECE, 2), PIECE / 2) * kv_.padded * 4 : key_bytes_;
+    }
+
+    const Attention& a_;
+    const Layout& kv_;
+    const std::vector<Item>& items_;
+    const i64 key_bytes_, distance_;
+    i64 begin_ = 0, end_ = 0, next_ = -1;  // the run
+    i64 item_ = -1, tile_ = 0, piece_ = 0; // what is prefetched next
+    Pieces pieces_{0, 0, 0, {}};
+    bool of_values_ = false, is_over_ = true;
+    const u8* from_ = nullptr;
+    i64 left_ = 0;                // bytes of the piece's keys or values
+    i64 ready_ = 0;               // bytes that are prefetched and not yet used
+    i64 budget_ = 0, taken_ = 0;  // of the current tile
+};
+
+// The keys of a tile that a row sees, begin to end - 1, and the vectors of scores that they lie in, first to last - 1.
+struct Seen {
+    i64 begin, end, first, last;
+
+    Seen(i64 begin, i64 end) : begin(begin), end(end), first(begin / LANES * LANES), last(end <= begin ? first : ceil_div(end, LANES) * LANES) {}
+    bool is_partial(i64 k) const { return k < begin || k + LANES > end; }
+    Floats only(i64 k, Floats value, Floats other) const {
         return between(static_cast<int>(std::max<i64>(begin - k, 0)), static_cast<int>(std::min<i64>(end - k, LANES)), value, other);
-    };
-    for (i64 k = first; k < last; k += LANES) {
+    }
+};
+
+// Returns the maximum of the scores of one row of a tile, in powers of two, to which `scale` takes a score. Scores beside those that
+// are seen become NOTHING.
+SF_INLINE float most_of(float* scores, const Seen& seen, float scale) {
+    Floats most = broadcast(NOTHING);
+    for (i64 k = seen.first; k < seen.last; k += LANES) {
         Floats score = load(scores + k);
-        if (outside(k)) store(scores + k, score = only_seen(k, score, broadcast(NOTHING)));
+        if (seen.is_partial(k)) store(scores + k, score = seen.only(k, score, broadcast(NOTHING)));
         most = max(most, score);
     }
-    maximum = first < last ? highest(most) * scale : NOTHING;
-    Floats factor = broadcast(scale), minus = broadcast(-maximum);
-    for (i64 k = 0; k < first; k += LANES) store_elements(weights + k, zero);
-    for (i64 k = first; k < last; k += LANES) {
+    return seen.first < seen.last ? highest(most) * scale : NOTHING;
+}
+
+// Turns these scores into weights, zero for the other keys up to `keys`, and returns their total.
+SF_INLINE float soften(const float* scores, const Seen& seen, i64 keys, float scale, float maximum, Element* weights) {
+    const Floats factor = broadcast(scale), minus = broadcast(-maximum), zero = broadcast(0.0f);
+    Floats sums = zero;
+    for (i64 k = 0; k < seen.first; k += LANES) store_elements(weights + k, zero);
+    for (i64 k = seen.first; k < seen.last; k += LANES) {
         Floats weight = exp2_weight(fma(load(scores + k), factor, minus));
-        if (outside(k)) weight = only_seen(k, weight, zero);
+        if (seen.is_partial(k)) weight = seen.only(k, weight, zero);
         sums += weight;
         store_elements(weights + k, weight);
     }
-    for (i64 k = last; k < keys; k += LANES) store_elements(weights + k, zero);
-    total = sum(sums);
+    for (i64 k = seen.last; k < keys; k += LANES) store_elements(weights + k, zero);
+    return sum(sums);
 }
 
 SF_INLINE void cap(float* scores, i64 begin, i64 end, float scale, float softcap) {  // afterwards in powers of two
@@ -259,9 +387,9 @@ SF_INLINE void turn_piece(const Layout& kv, const u8* keys, i64 column, i64 toke
     }
 }
 
-// Computes one tile for the rows of an item. `queries` are its slabs of q, `next` the pieces that will be read after these.
-SF_INLINE void attend_tile(const Attention& a, const Layout& kv, const Item& item, i64 tile, const Pieces& pieces,
-                           const Pieces& next, const u32* queries, Partial& out) {
+// Computes one tile for the rows of an item, while it prefetches what comes next. `queries` are its slabs of q.
+SF_INLINE void attend_tile(const Attention& a, const Layout& kv, const Item& item, i64 tile, const Pieces& pieces, Ahead& ahead,
+                           const u32* queries, Partial& out) {
     alignas(64) float scores[MOST_ITEM_ROWS * SCORE_STRIDE];
     alignas(64) u32 weights[ROWS_READ * SLAB_STRIDE];
     alignas(64) u8 turned[TILE_PIECES][PIECE / 2 * STEP_BYTES];
@@ -270,9 +398,6 @@ SF_INLINE void attend_tile(const Attention& a, const Layout& kv, const Item& ite
     const i64 group = a.heads.num_heads / kv.num_kv_heads, first_key = tile * TILE, start = a.start(item);
     const i64 first = pieces.first, end = pieces.end, half_wide = PIECE * kv.padded * 2;
 
-    // While one phase computes, the processor prefetches what the next one reads: the values with their keys, and the keys
-    // of the next tile with the values. In int8 both have been read when they are widened: keys prefetch all of the next tile.
-    auto known = [&](i64 p) { return p >= next.first && p < next.end; };
     for (i64 p = first; p < end; ++p) {
         keys_of[p] = pieces.of[p];
         values_of[p] = kv.value_from ? pieces.of[p] : pieces.of[p] + kv.half_bytes;
@@ -289,17 +414,29 @@ SF_INLINE void attend_tile(const Attention& a, const Layout& kv, const Item& ite
     // Tiles of rows, each of which prefetches its part.
     const int row_tiles = num_row_tiles(item);
     const i64 prefetch_stride = STEP_BYTES / row_tiles;
+    // Products prefetch nearly all of what comes next, the softmax a tenth. One that is to prefetch nothing gets lines of its own.
+    const i64 of_keys = ahead.budget() * 45 / 100, before_values = ahead.budget() * 55 / 100;
+    const i64 per_key = (of_keys << 16) / (row_tiles * (end - first));
+    i64 slot = 0;
+    auto prefetch_beside = [&](i64 until, i64 most, const u8* else_from) {
+        const Ahead::Range range = ahead.until(until, most);
+        return range.bytes ? range.from : else_from;
+    };
     for (int t = 0; t < row_tiles; ++t) {
         const auto [row, rows] = row_tile(item, t);
         for (i64 p = first; p < end; ++p)
-            prefetches[p] = (kv.int8 && known(p) ? next.of[p] : values_of[p]) + t * steps * prefetch_stride;
+            prefetches[p] = prefetch_beside(per_key * ++slot >> 16, steps * prefetch_stride, keys_of[p]);
         float* row_scores = scores + row * SCORE_STRIDE;
         const u32* q = queries + row * slabs * SLAB_STRIDE;
+        i64 alone = first;  // the first piece that is multiplied by itself
         if (slabs == 1) {
-            const Segments keys{keys_of + first, prefetches + first, static_cast<int>(steps), steps * (end - first), STEP_BYTES, prefetch_stride};
-            multiply_each(rows, q, keys, row_scores + first * PIECE, SCORE_STRIDE);
-        } else {
-            for (i64 p = first; p < end; ++p) {
+            const bool odd = rows <= FEW_ROWS && (end - first) % 2;  // of pieces that are multiplied two at once
+            alone = end - odd;
+            const Segments keys{keys_of + first, prefetches + first, static_cast<int>(steps), steps * (alone - first), STEP_BYTES, prefetch_stride};
+            if (alone > first) multiply_each(rows, q, keys, row_scores + first * PIECE, SCORE_STRIDE);
+        }
+        {
+            for (i64 p = alone; p < end; ++p) {
                 const Segments keys{keys_of + p, prefetches + p, static_cast<int>(steps), steps, STEP_BYTES, prefetch_stride};
                 multiply_kv(rows, q, keys, row_scores + p * PIECE, SCORE_STRIDE);
             }
@@ -308,20 +445,16 @@ SF_INLINE void attend_tile(const Attention& a, const Layout& kv, const Item& ite
 
     const bool in_powers = a.heads.softcap > 0.0f || a.heads.slopes;  // of two, once they are capped or lowered
     const float scale = in_powers ? 1.0f : a.heads.scale * LOG2E;
-    const bool streams = item.rows == group;  // a single token: no other item has brought its keys and values near
+    auto seen_by = [&](i32 r) {
+        const i64 position = start + (item.first + r) / group;
+        const i64 seen_end = std::min(std::max<i64>(position + 1 - first_key, 0), pieces.keys);
+        return Seen(std::min(std::max<i64>(a.first_seen(position) - first_key, 0), seen_end), seen_end);
+    };
+    // All maxima first: each waits for the last of its lanes, and meanwhile the next row's are compared.
     for (i32 r = 0; r < item.rows; ++r) {
-        if (streams)
-            for (i64 p = next.first + r; p < next.end; p += item.rows) {
-                const bool here = p >= first && p < pieces.keys / PIECE;  // products with this tile's whole pieces prefetch the rest
-                if (!kv.int8) prefetch_lines(next.of[p], here ? kv.half_bytes / 2 : kv.half_bytes);
-                else if (!here) prefetch_lines(next.of[p], kv.piece_bytes);
-                else prefetch_lines(reinterpret_cast<const u8*>(kv.scales(next.of[p])), 2 * PIECE * sizeof(float));
-            }
         float* row = scores + r * SCORE_STRIDE;
-        Element* row_weights = reinterpret_cast<Element*>(weights + r * SLAB_STRIDE);
-        i64 position = start + (item.first + r) / group;
-        i64 seen_end = std::min(std::max<i64>(position + 1 - first_key, 0), pieces.keys);
-        i64 seen = std::min(std::max<i64>(a.first_seen(position) - first_key, 0), seen_end);
+        const i64 position = start + (item.first + r) / group;
+        const Seen seen = seen_by(r);
         if (kv.int8) multiply_by(row, key_scales, first * PIECE, end * PIECE);
         if (a.heads.softcap > 0.0f) cap(row, first * PIECE, end * PIECE, a.heads.scale, a.heads.softcap);
         if (a.heads.slopes) {
@@ -329,16 +462,22 @@ SF_INLINE void attend_tile(const Attention& a, const Layout& kv, const Item& ite
             const i64 head = item.head * group + (item.first + r) % group;
             lower(row, first * PIECE, end * PIECE, capped_scale, a.heads.slopes[head] * LOG2E, position - first_key);
         }
-        soften(row, seen, seen_end, end * PIECE, scale, row_weights, out.maximum[r], out.total[r]);
-        if (kv.int8) multiply_by(row_weights, value_scales, first * PIECE, end * PIECE, seen, seen_end);
+        out.maximum[r] = most_of(row, seen, scale);
+    }
+    for (i32 r = 0; r < item.rows; ++r) {
+        for (Ahead::Range range; (range = ahead.until(before_values * (r + 1) / item.rows, SOFTMAX_BYTES)).bytes;)
+            prefetch_lines(range.from, range.bytes);
+        Element* row_weights = reinterpret_cast<Element*>(weights + r * SLAB_STRIDE);
+        const Seen seen = seen_by(r);
+        out.total[r] = soften(scores + r * SCORE_STRIDE, seen, end * PIECE, scale, out.maximum[r], row_weights);
+        if (kv.int8) multiply_by(row_weights, value_scales, first * PIECE, end * PIECE, seen.begin, seen.end);
     }
 
     // Only pairs with a key that exists: what follows may be NaN.
     const i64 pairs = ceil_div(pieces.keys, 2) - first * (PIECE / 2);
-    // Where the softmax has prefetched the first half of the next keys, values prefetch the second, at half the pace, so that
-    // memory is asked for lines evenly.
-    const bool halved = streams && !kv.int8 && !kv.value_from;
-    const i64 key_stride = halved ? prefetch_stride / 2 : prefetch_stride, keys_from = halved ? kv.half_bytes / 2 : 0;
+    const i64 whole = pieces.keys / PIECE, value_slots = std::max<i64>(kv.value_padded / PANEL * row_tiles * (whole - first), 1);
+    const i64 per_value = ((ahead.budget() - before_values) << 16) / value_slots;
+    slot = 0;
     for (i64 column = 0; column < kv.value_padded;) {
         const bool two = item.rows <= ROWS_OF_TWO && column + PANEL < kv.value_padded && !kv.value_from;
         const u8* starts[TILE_PIECES];
@@ -349,10 +488,13 @@ SF_INLINE void attend_tile(const Attention& a, const Layout& kv, const Item& ite
         for (int t = 0; t < row_tiles; ++t) {
             const auto [row, rows] = row_tile(item, t);
             for (i64 p = first; p < end; ++p) {
-                i64 ahead = keys_from + (column / PANEL * row_tiles + t) * (PIECE / 2) * key_stride;
-                prefetches[p - first] = known(p) ? next.of[p] + ahead : starts[p - first];
+                prefetches[p - first] = starts[p - first];
+                if (p >= whole) continue;
+                const int panels = two ? 2 : 1;
+                slot += panels;
+                prefetches[p - first] = prefetch_beside(before_values + (per_value * slot >> 16), panels * PIECE / 2 * prefetch_stride, starts[p - first]);
             }
-            const Segments values{starts, prefetches, PIECE / 2, pairs, kv.value_from ? STEP_BYTES : kv.padded * 4, key_stride};
+            const Segments values{starts, prefetches, PIECE / 2, pairs, kv.value_from ? STEP_BYTES : kv.padded * 4, prefetch_stride};
             const u32* x = weights + first * (PIECE / 2) * PAIR_WORDS + row * SLAB_STRIDE;
             float* sums = out.values + row * kv.value_padded + column;
             if (two) multiply_two(rows, x, values, sums, kv.value_padded);
@@ -363,14 +505,20 @@ SF_INLINE void attend_tile(const Attention& a, const Layout& kv, const Item& ite
 }
 
 SF_INLINE void merge(const Partial& tile, i64 padded, i32 rows, Partial& all) {
+    alignas(64) float keep[ROWS_PADDED], add[ROWS_PADDED];
+    for (i32 r = 0; r < rows; r += LANES) {  // of all lanes, those beyond the rows too
+        const Floats before = load(all.maximum + r), other = load(tile.maximum + r), maximum = max(before, other);
+        const Floats kept = exp2_weight(before - maximum), added = exp2_weight(other - maximum);
+        store(keep + r, kept);
+        store(add + r, added);
+        store(all.maximum + r, maximum);
+        store(all.total + r, load(all.total + r) * kept + load(tile.total + r) * added);
+    }
     for (i32 r = 0; r < rows; ++r) {
-        float maximum = std::max(all.maximum[r], tile.maximum[r]);
-        float keep = exp2_weight(all.maximum[r] - maximum), add = exp2_weight(tile.maximum[r] - maximum);
-        all.maximum[r] = maximum;
-        all.total[r] = all.total[r] * keep + tile.total[r] * add;
+        const Floats kept = broadcast(keep[r]), added = broadcast(add[r]);
         for (i64 d = 0; d < padded; d += LANES) {
             float* value = all.values + r * padded + d;
-            store(value, fma(load(value), broadcast(keep), load(tile.values + r * padded + d) * broadcast(add)));
+            store(value, fma(load(value), kept, load(tile.values + r * padded + d) * added));
         }
     }
 }
@@ -460,11 +608,12 @@ inline void attend(Team& team, const Attention& a, const std::vector<Item>& item
     for (const Item& item : items) split |= item.partial >= 0;
     ask_creditors(team, a, kv);
 
-    bool is_first = true;  // of this thread's items: nothing has prefetched its keys
+    Ahead ahead(a, kv, items);
     team.share(static_cast<i64>(items.size()), [&](i64 begin, i64 end, i64 next_run) {
         alignas(64) u32 queries[ROWS_READ * (MOST_HEAD_DIM / 2 / SLAB_STEPS) * SLAB_STRIDE];
         alignas(64) float tile_values[MOST_ITEM_ROWS * MOST_HEAD_DIM], all_values[MOST_ITEM_ROWS * MOST_HEAD_DIM];
         Partial tile{{}, {}, tile_values}, all{{}, {}, all_values};
+        ahead.begin_run(begin, end, next_run);
         for (i64 i = begin; i < end; ++i) {
             const Item& item = items[i];
             copy_queries(a, kv, item, queries);
@@ -474,29 +623,21 @@ inline void attend(Team& team, const Attention& a, const std::vector<Item>& item
             if (item.partial < 0 && !alone) begin_with_loan(a, kv, item, group, all);
             float* places = partials + (item.partial - item.own_tiles) * stride;  // of the results by tile
             for (i64 t = item.begin_tile; t < first_tile && item.partial >= 0; ++t) forget(kv, places + t * stride);
-            Pieces pieces{0, 0, 0, {}};
-            if (first_tile < item.end_tile) pieces = pieces_of(a, kv, item, first_tile);
-            for (i64 p = pieces.first; is_first && p < pieces.end; ++p) prefetch_lines(pieces.of[p], kv.half_bytes);
-            is_first = false;
             for (i64 t = first_tile; t < item.end_tile; ++t) {
-                bool last = t + 1 == item.end_tile;
-                Pieces following{0, 0, 0, {}};
-                if (!last) following = pieces_of(a, kv, item, t + 1);
-                else if (const i64 coming = i + 1 < end ? i + 1 : next_run; coming >= 0)
-                    following = pieces_of(a, kv, items[coming], a.first_tile(items[coming]));
+                const Pieces pieces = pieces_of(a, kv, item, t);
+                ahead.begin_tile(i, t, pieces);
                 if (alone && t == first_tile) {
-                    attend_tile(a, kv, item, t, pieces, following, queries, all);
+                    attend_tile(a, kv, item, t, pieces, ahead, queries, all);
                 } else if (item.partial < 0) {
-                    attend_tile(a, kv, item, t, pieces, following, queries, tile);
+                    attend_tile(a, kv, item, t, pieces, ahead, queries, tile);
                     merge(tile, kv.value_padded, item.rows, all);
                 } else {
                     float* place = places + t * stride;
                     Partial part{{}, {}, place + 2 * most_rows};
-                    attend_tile(a, kv, item, t, pieces, following, queries, part);
+                    attend_tile(a, kv, item, t, pieces, ahead, queries, part);
                     std::copy_n(part.maximum, most_rows, place);
                     std::copy_n(part.total, most_rows, place + most_rows);
                 }
-                pieces = following;
             }
             if (item.partial < 0) end_rows(a, kv, item, group, all);
             if (a.channel) beat(*a.channel);

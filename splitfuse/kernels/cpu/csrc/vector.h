@@ -622,7 +622,11 @@ SF_INLINE Floats load_elements(const u16* p) { return load_bf16(p); }
 SF_INLINE Floats load_elements(const float* p) { return load(p); }
 SF_INLINE void store_elements(u16* p, Floats a) { store_bf16(p, a); }
 SF_INLINE void store_elements(float* p, Floats a) { store(p, a); }
-SF_INLINE void copy_elements(u16* to, const u16* from, i64 count) { std::memcpy(to, from, count * sizeof(u16)); }
+SF_INLINE void copy_elements(u16* to, const u16* from, i64 count) {
+    i64 k = 0;
+    for (; k + 2 * LANES <= count; k += 2 * LANES) std::memcpy(to + k, from + k, 2 * LANES * sizeof(u16));
+    if (k < count) std::memcpy(to + k, from + k, (count - k) * sizeof(u16));
+}
 SF_INLINE void copy_elements(float* to, const u16* from, i64 count) {
     i64 k = 0;
     for (; k + LANES <= count; k += LANES) store(to + k, load_bf16(from + k));
