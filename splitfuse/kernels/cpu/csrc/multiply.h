@@ -493,14 +493,29 @@ SF_INLINE void end_span(const Ints (&acc)[ROWS][WIDTH], const u16* scales, float
     }
 }
 
-// Computes out[r][0..31] = or += for each span: scale[0..31] * sum over it of x[r][k] * qvalue[k][0..31].
-// BITS is 8 (a byte of a panel is a quantized value + its bias) or 4 (a word holds eight nibbles: the low ones four neighbours in K,
-// the high ones the next four; a nibble is looked up in `qvalues`).
-template <int BITS, int ROWS, Fetch FETCH = Fetch::NEAR>
-SF_LEAF void multiply_qvalues(const Spans& spans, float* out) {
+#ifdef SF_BYTE_DOTS
+// Adds to `acc` the products of the last two words of x of a span and puts its sums, row by row. A store takes two cycles: the stores of all
+// rows, one after the other, would fill the window in which the processor looks for products to compute (AMD Zen 4).
+template <bool ADDS, int ROWS, int... R>
+SF_INLINE void end_span_by_row(Ints (&acc)[ROWS][2], const Packed (&first)[2], const Packed (&second)[2], const u32* x, const u16* scales,
+                               float* out, std::integer_sequence<int, R...>) {
+    const Floats left = load_bf16(scales), right = load_bf16(scales + LANES);
+    auto end_row = [&](Ints (&sums)[2], const u32* words, float* to) {
+        add_qvalues(sums, first, broadcast_packed(words[0]));
+        add_qvalues(sums, second, broadcast_packed(words[1]));
+        put_scaled<ADDS>(sums[0], left, to);
+        put_scaled<ADDS>(sums[1], right, to + LANES);
+    };
+    (end_row(acc[R], x + R * SLAB_STRIDE, out + R * PANEL), ...);
+}
+
+// Computes out[r][0..31] = or += for each span of int4: scale[0..31] * sum over it of x[r][k] * qvalue[k][0..31]. A word of a panel holds
+// eight nibbles: the low ones four neighbours in K, the high ones the next four; each is looked up in `qvalues`.
+template <int ROWS, Fetch FETCH = Fetch::NEAR>
+SF_LEAF void multiply_nibbles(const Spans& given, float* out) {
+    const Spans spans = given;  // what stores cannot change stays in registers
     constexpr auto rows = std::make_integer_sequence<int, ROWS>{};
-    constexpr int WIDTH = width_of(ROWS);
-    const Packed table = BITS == 4 ? load_qvalues(spans.qvalues) : Packed{};
+    const Packed table = load_qvalues(spans.qvalues);
     const u8* weights = spans.weights;
     const u32* x = spans.x;
     Prefetch prefetch = spans.prefetch;
@@ -508,7 +523,51 @@ SF_LEAF void multiply_qvalues(const Spans& spans, float* out) {
         const u16* scales = spans.scales;
         if (!scales) {
             scales = reinterpret_cast<const u16*>(weights);
-            if constexpr (BITS == 4) prefetch_scales<FETCH>(prefetch, weights);
+            prefetch_scales<FETCH>(prefetch, weights);
+            weights += SCALE_BYTES;
+        }
+        Packed words[2], low[2], high[2];
+        auto unpack_low = [&] {
+            prefetch_step<FETCH, 2>(prefetch, weights);
+            for (int v = 0; v < 2; ++v) words[v] = load_packed(weights + v * VECTOR_BYTES);
+            for (int v = 0; v < 2; ++v) low[v] = look_up(table, low_nibbles(words[v]));
+            weights += STEP_BYTES;
+        };
+        auto unpack_high = [&] {
+            for (int v = 0; v < 2; ++v) high[v] = look_up(table, high_nibbles(words[v]));
+        };
+        Ints acc[ROWS][2];
+        start_span(acc, spans.starts + span, spans.starts_stride, rows);
+        for (const u32* last = x + spans.x_steps - 2; x < last; x += 2) {
+            unpack_low();
+            qvalues_step(acc, low, x, rows);
+            unpack_high();
+            qvalues_step(acc, high, x + 1, rows);
+        }
+        unpack_low();
+        unpack_high();
+        if (span || spans.adds) end_span_by_row<true>(acc, low, high, x, scales, out, rows);
+        else end_span_by_row<false>(acc, low, high, x, scales, out, rows);
+        asm volatile("" ::: "memory");  // else GCC keeps the tile in registers that it does not have
+        x += 2;
+    }
+}
+#endif
+
+// Computes out[r][0..31] = or += for each span: scale[0..31] * sum over it of x[r][k] * qvalue[k][0..31].
+// BITS is 8 (a byte of a panel is a quantized value + its bias) or, without multiply_nibbles(), 4.
+template <int BITS, int ROWS, Fetch FETCH = Fetch::NEAR>
+SF_LEAF void multiply_qvalues(const Spans& spans, float* out) {
+    constexpr auto rows = std::make_integer_sequence<int, ROWS>{};
+    constexpr int WIDTH = width_of(ROWS);
+    [[maybe_unused]] const Packed table = BITS == 4 ? load_qvalues(spans.qvalues) : Packed{};
+    const u8* weights = spans.weights;
+    const u32* x = spans.x;
+    Prefetch prefetch = spans.prefetch;
+    for (i64 span = 0; span < spans.count; ++span) {
+        const u16* scales = spans.scales;
+        if (!scales) {
+            scales = reinterpret_cast<const u16*>(weights);
             weights += SCALE_BYTES;
         }
         const i64 steps = BITS == 8 ? spans.x_steps : spans.x_steps / 2;
@@ -521,20 +580,11 @@ SF_LEAF void multiply_qvalues(const Spans& spans, float* out) {
             if constexpr (BITS == 4) add_nibbles(acc, table, at, x, x + spans.x_steps, lines, rows);
             else
 #endif
-            for (const u32 *place = x, *end = x + spans.x_steps; place < end; at += STEP_BYTES) {
+            for (const u32 *place = x, *end = x + spans.x_steps; place < end; ++place, at += STEP_BYTES) {
                 prefetch_step<FETCH, WIDTH>(lines, at);
-                Packed words[WIDTH], qvalues[WIDTH];
+                Packed words[WIDTH];
                 for (int v = 0; v < WIDTH; ++v) words[v] = load_packed(at + v * VECTOR_BYTES);
-                if constexpr (BITS == 8) {
-                    qvalues_step(acc, words, place, rows);
-                    place += 1;
-                } else {
-                    for (int v = 0; v < WIDTH; ++v) qvalues[v] = look_up(table, low_nibbles(words[v]));
-                    qvalues_step(acc, qvalues, place, rows);
-                    for (int v = 0; v < WIDTH; ++v) qvalues[v] = look_up(table, high_nibbles(words[v]));
-                    qvalues_step(acc, qvalues, place + 1, rows);
-                    place += 2;
-                }
+                qvalues_step(acc, words, place, rows);
             }
             if (span || spans.adds) end_span<true>(acc, scales + part * LANES, out + part * LANES, rows);
             else end_span<false>(acc, scales + part * LANES, out + part * LANES, rows);
@@ -745,9 +795,17 @@ SF_INLINE void multiply_each(int rows, const u32* x, const Segments& segments, f
 }
 #endif
 
+template <int BITS, int ROWS, Fetch FETCH>
+constexpr MultiplyQValues micro_kernel() {
+#ifdef SF_BYTE_DOTS
+    if constexpr (BITS == 4) return multiply_nibbles<ROWS, FETCH>;
+    else
+#endif
+    return multiply_qvalues<BITS, ROWS, FETCH>;
+}
 template <int BITS, int... R>
 SF_INLINE MultiplyQValues choose_qvalues(int rows, std::integer_sequence<int, R...>) {
-    static constexpr MultiplyQValues table[] = {multiply_qvalues<BITS, R + 1>...};
+    static constexpr MultiplyQValues table[] = {micro_kernel<BITS, R + 1, Fetch::NEAR>()...};
     return table[rows - 1];
 }
 #ifdef SF_KEPT_SUMS
@@ -763,7 +821,7 @@ SF_INLINE void multiply(int rows, const Spans& spans, float* out) {
 #if defined(SF_AVX512) && !defined(SF_TILES)
 template <int BITS, Fetch FETCH, int LEAST, int... R>
 SF_INLINE MultiplyQValues choose_qvalues_part(int rows, std::integer_sequence<int, R...>) {
-    static constexpr MultiplyQValues table[] = {multiply_qvalues<BITS, LEAST + R, FETCH>...};
+    static constexpr MultiplyQValues table[] = {micro_kernel<BITS, LEAST + R, FETCH>()...};
     return table[rows - LEAST];
 }
 // Does the same in int8, with at least HALF_ROWS rows.

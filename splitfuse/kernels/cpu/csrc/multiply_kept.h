@@ -7,7 +7,7 @@
 namespace splitfuse {
 namespace SF_VARIANT {
 
-constexpr int LEAST_KEPT_ROWS = 12;  // with fewer, to have fp32 sums in memory costs less than to read x twice
+constexpr int LEAST_KEPT_ROWS = 13;  // with fewer, to have fp32 sums in memory costs less than to read x twice
 constexpr i64 KEPT_WORDS = 64;       // of x, after which the halves of a panel alternate: they stay in the first cache
 
 template <int ROWS, int... R>
@@ -19,7 +19,7 @@ SF_INLINE void add_scaled_sums(Floats (&sums)[ROWS][1], const Ints (&acc)[ROWS][
     ((sums[R][0] = add_scaled(sums[R][0], acc[R][0], scale)), ...);
 }
 
-// Computes the same as multiply_qvalues() for spans of int4 that begin with their own scales.
+// Computes the same as multiply_nibbles() for spans of int4 that begin with their own scales.
 template <int ROWS>
 SF_LEAF void multiply_kept(const Spans& given, float* out) {
     const Spans spans = given;  // what stores cannot change stays in registers
