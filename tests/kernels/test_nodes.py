@@ -114,6 +114,28 @@ def test_each_unit_is_taken_once_and_those_of_the_own_node_first(
         assert -1 not in takers and -1 not in turns
 
 
+@pytest.mark.parametrize("threads", [2, 3, 5, MOST_NODES + 4])
+@pytest.mark.parametrize("variant", variants())
+def test_without_nodes_each_thread_takes_its_own_part_first(variant: str, threads: int) -> None:
+    team, rng = Library(variant, threads), random.Random(0)
+    parts = min(threads, MOST_NODES)
+    starts = [-(-part * threads // parts) for part in range(parts + 1)]
+    for _ in range(50):
+        units = rng.randint(1, 90)
+        takers, turns = (array(kind, [-1] * units) for kind in "iq")
+        team.take_units(1, units, 1, takers.buffer_info()[0], turns.buffer_info()[0])
+        home = [
+            part
+            for part, (a, b) in enumerate(pairwise(starts))
+            for _ in range(units * a // threads, units * b // threads)
+        ]
+        for thread in range(threads):
+            mine = sorted((turns[unit], unit) for unit, taker in enumerate(takers) if taker == thread)
+            foreign = [home[unit] != thread * parts // threads for _, unit in mine]
+            assert foreign == sorted(foreign)
+        assert -1 not in takers and -1 not in turns
+
+
 @pytest.mark.parametrize("name", ["plain", "experts"])
 @pytest.mark.parametrize(
     ("variant", "quantization", "group_size"),

@@ -9,6 +9,7 @@
 #include <time.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <atomic>
 #include <climits>
 
@@ -21,18 +22,20 @@
 namespace splitfuse {
 namespace SF_VARIANT {
 
+constexpr i32 MOST_PARTS = MOST_NODES;
+
 // How far a team has come. Sharings are numbered from 0; one ends when all its units are done, by whichever threads. A
 // thread that was descheduled holds up the others only for what it has claimed, and skips sharings that ended without it.
 struct Progress {
     struct alignas(64) Claims { std::atomic<i64> word{0}; };  // number of the current sharing << 32 | units of it that are claimed
 
-    Claims claims[MOST_NODES];             // of the units of each node; of work that is not divided by nodes, the first
+    Claims claims[MOST_PARTS];             // of the units of each part
     alignas(64) std::atomic<i64> done{0};  // units of the sharing that are done
     std::atomic<i32> sleepers{0};          // threads that wait for its end without their core
 
-    // The first node's comes last: a thread that has seen it finds all others renewed.
-    void end(i64 number, i32 num_nodes) {
-        for (i32 node = num_nodes - 1; node > 0; --node) claims[node].word.store((number + 1) << 32, std::memory_order_release);
+    // The first part's comes last: a thread that has seen it finds all others renewed.
+    void end(i64 number, i32 num_parts) {
+        for (i32 part = num_parts - 1; part > 0; --part) claims[part].word.store((number + 1) << 32, std::memory_order_release);
         claims[0].word.store((number + 1) << 32, std::memory_order_seq_cst);
         if (sleepers.load(std::memory_order_seq_cst)) syscall(SYS_futex, word(), FUTEX_WAKE_PRIVATE, INT_MAX, nullptr, nullptr, 0);
     }
@@ -60,10 +63,10 @@ struct Progress {
 class Team {
   public:
     Team(Progress& progress, int rank, int size)
-        : rank(rank), size(size), progress_(progress), num_nodes_(nodes.count > 1 && size == nodes.num_threads ? nodes.count : 1) {
-        if (num_nodes_ == 1) return;
-        node_ = nodes.of(rank);
-        bind_thread(node_);
+        : rank(rank), size(size), progress_(progress), by_node_(nodes.count > 1 && size == nodes.num_threads),
+          num_parts_(by_node_ ? nodes.count : std::min(size, MOST_PARTS)),
+          part_(by_node_ ? nodes.of(rank) : static_cast<i32>(i64{rank} * num_parts_ / size)) {
+        if (by_node_) bind_thread(part_);
     }
 
     const int rank;
@@ -77,46 +80,46 @@ class Team {
     // What this thread does next is part of an operator.
     void enter(Operator next) { operator_ = next; }
 
-    // Calls body(begin, end, next) for contiguous runs of 0 .. units - 1, each claimed by a free thread: long runs
-    // first, single units at the end. A run is claimed one ahead, so that `next`, its first unit, can be
-    // prefetched meanwhile; -1: there is none. Returns when all units are done.
+    // Calls body(begin, end, next) for contiguous runs of 0 .. units - 1, each claimed by a free thread, of its own part
+    // of the units as long as there are some: long runs first, single units at the end. A run is claimed one ahead, so
+    // that `next`, its first unit, can be prefetched meanwhile; -1: there is none. Returns when all units are done.
     template <class Body>
     void share(i64 units, Body body) {
         if (size == 1) {
             if (units > 0) body(i64{0}, units, i64{-1});
             return count(&OperatorTime::claimed);
         }
-        run_all({1, units, 1, 1}, true, body);
+        run_all({1, units, 1}, true, body);
     }
 
     // Does the same for rows of places of `each` units, of which those at the same place read the same panel: threads take the
     // places of their own node first, and of others when these are done.
     template <class Body>
     void share_by_node(i64 rows, i64 places, i64 each, Body body) {
-        if (num_nodes_ == 1) return share(rows * places * each, body);
-        run_all({rows, places, each, num_nodes_}, true, body);
+        if (!by_node_) return share(rows * places * each, body);
+        run_all({rows, places, each}, true, body);
     }
 
-    // Divides the units into equal parts, for work too small to claim often.
+    // Divides the units into equal parts, one for each thread, for work too small to claim often.
     template <class Body>
     void split(i64 units, Body body) {
         if (size == 1) {
             if (units > 0) body(i64{0}, units);
             return count(&OperatorTime::split);
         }
-        run_all({1, units, 1, 1}, false, [&](i64 begin, i64 end, i64) { body(begin, end); });
+        run_all({1, units, 1}, false, [&](i64 begin, i64 end, i64) { body(begin, end); });
     }
 
   private:
     struct Run { i64 begin, end; };  // of units; empty: there is nothing left to claim
-    struct Work { i64 rows, places, each; i32 num_nodes; };
+    struct Work { i64 rows, places, each; };
 
     template <class Body>
     void run_all(const Work& work, bool in_runs, Body body) {
         const i64 units = work.rows * work.places * work.each;
         if (units == 0) return;
         i64 mine = 0;
-        i32 turn = 0;
+        i32 turn = 0;  // of the parts, from this thread's own on
         for (Run run = claim(work, in_runs, turn); run.begin < run.end;) {
             const Run following = in_runs ? claim(work, in_runs, turn) : Run{0, 0};
             body(run.begin, run.end, following.begin < following.end ? following.begin : i64{-1});
@@ -126,7 +129,7 @@ class Team {
         count(in_runs ? &OperatorTime::claimed : &OperatorTime::split);
         if (mine && progress_.done.fetch_add(mine, std::memory_order_acq_rel) + mine == units) {
             progress_.done.store(0, std::memory_order_relaxed);
-            progress_.end(number_, num_nodes_);
+            progress_.end(number_, num_parts_);
         } else {
             progress_.wait_for_end(number_);
         }
@@ -147,19 +150,13 @@ class Team {
         return now.tv_sec * i64{1000000000} + now.tv_nsec;
     }
 
-    // Claims a run of what is left, of this thread's node, then of the next ones: `turn` of them are done. In runs it is a third of
-    // what each thread would get; else an equal part of the whole for each thread. Nothing if the sharing is over.
+    // Claims a run of what is left, of this thread's part, then of the next ones: `turn` of them are done. In runs it is a third of
+    // what each thread of the part would get; else as much as that. Nothing if the sharing is over.
     Run claim(const Work& work, bool in_runs, i32& turn) const {
-        if (work.num_nodes == 1) {
-            const i64 units = work.rows * work.places * work.each;
-            return claim_of(progress_.claims[0], units, in_runs ? 3 * size : 0, units);
-        }
-        for (; turn < work.num_nodes; ++turn) {
-            const i32 node = (node_ + turn) % work.num_nodes;
-            const i64 first = nodes.first_place(node, work.places) * work.each;
-            const i64 width = nodes.first_place(node + 1, work.places) * work.each - first;
-            const i64 threads = nodes.first_thread[node + 1] - nodes.first_thread[node];
-            const Run run = claim_of(progress_.claims[node], work.rows * width, 3 * threads, width);
+        for (; turn < num_parts_; ++turn) {
+            const i32 part = (part_ + turn) % num_parts_;
+            const i64 first = first_place(part, work.places) * work.each, width = first_place(part + 1, work.places) * work.each - first;
+            const Run run = claim_of(progress_.claims[part], work.rows * width, in_runs, first_thread(part + 1) - first_thread(part), width);
             if (run.begin == run.end) continue;
             const i64 begin = run.begin / width * work.places * work.each + first + run.begin % width;
             return {begin, begin + run.end - run.begin};
@@ -167,24 +164,26 @@ class Team {
         return {0, 0};
     }
 
-    // Claims a run that does not go beyond a row of `width` units. `divisor` 0: equal parts for all threads.
-    Run claim_of(Progress::Claims& claims, i64 units, i64 divisor, i64 width) const {
+    // Claims a run of a part that `threads` threads begin with, which does not go beyond a row of `width` units.
+    Run claim_of(Progress::Claims& claims, i64 units, bool in_runs, i64 threads, i64 width) const {
         i64 word = claims.word.load(std::memory_order_acquire), begin, end;
         do {
             if (word >> 32 != number_) return {0, 0};
             begin = word & 0xffffffff;
             if (begin >= units) return {0, 0};
-            i64 length = divisor ? (units - begin) / divisor : (units + size - 1) / size;
-            end = begin + (length > 1 ? length : 1);
-            const i64 row_end = width == units ? units : (begin / width + 1) * width;
-            if (end > row_end) end = row_end;
+            const i64 length = in_runs ? (units - begin) / (3 * threads) : (units + threads - 1) / threads;
+            end = std::min(begin + std::max<i64>(length, 1), (begin / width + 1) * width);
         } while (!claims.word.compare_exchange_weak(word, number_ << 32 | end, std::memory_order_acq_rel));
         return {begin, end};
     }
 
+    i64 first_thread(i32 part) const { return by_node_ ? nodes.first_thread[part] : (i64{part} * size + num_parts_ - 1) / num_parts_; }
+    i64 first_place(i32 part, i64 places) const { return by_node_ ? nodes.first_place(part, places) : places * first_thread(part) / size; }
+
     Progress& progress_;
-    const i32 num_nodes_;  // among which this team is divided
-    i32 node_ = 0;         // of this thread
+    const bool by_node_;   // whether this team is divided among NUMA nodes
+    const i32 num_parts_;  // of the units of a sharing: one for each node, or for each thread
+    const i32 part_;       // that this thread claims first
     i64 number_ = 0;       // number of this thread's next sharing
     OperatorTime* times_ = nullptr;
     Operator operator_ = OTHERS;
