@@ -717,6 +717,9 @@ SF_INLINE void multiply_panel_by_all(const Operand& x, const Weight& w, const Sh
     const i64 ahead = w.format == INT4 && s.num_groups > 1 && fetch == Fetch::NEAR ? INT4_PREFETCH_BYTES : PREFETCH_BYTES;
     for (i64 block = first; block < last; ++block) {
         Prefetch prefetch = prefetch_for(data, next, s.panel_bytes, ahead, block - first, last - first, cold);
+#ifndef SF_PARTS
+        if (last - first > 1) prefetch_output(w, panel, x.block_begin(block), static_cast<int>(x.block_begin(block + 1) - x.block_begin(block)), out);
+#endif
         multiply_panel(x, w, s, panel, block, prefetch, fetch, out);
     }
 }
