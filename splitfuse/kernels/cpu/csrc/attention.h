@@ -250,7 +250,10 @@ class Ahead {
         else enter(following(item_));
     }
     // Returns the item behind one, as far as this thread has claimed them; else -1.
-    i64 following(i64 item) const { return item + 1 < end_ ? item + 1 : item < end_ ? next_ : -1; }
+    i64 following(i64 item) const {
+        if (item < begin_ || item >= end_) return -1;  // it is the first of the next run, which may lie before this one
+        return item + 1 < end_ ? item + 1 : next_;
+    }
     void enter(i64 item) {
         for (is_over_ = true; item >= 0; item = following(item)) {
             item_ = item;
