@@ -9,13 +9,13 @@ namespace SF_VARIANT {
 constexpr i64 READ_RUN = 1 << 20;  // bytes
 
 // Reads `bytes` of `data`, and does nothing else with them; what lies AHEAD is prefetched into a cache.
-template <_mm_hint CACHE, int AHEAD>
+template <Fetch FETCH, int AHEAD>
 SF_INLINE void read_all(Team& team, const u8* data, i64 bytes) {
     team.share(bytes / READ_RUN, [&](i64 begin, i64 end, i64) {
         const float* last = reinterpret_cast<const float*>(data + end * READ_RUN);
         Floats a = broadcast(0.0f), b = a, c = a, d = a;
         for (const float* p = reinterpret_cast<const float*>(data + begin * READ_RUN); p < last; p += 4 * LANES) {
-            for (int line = 0; line < 4; ++line) _mm_prefetch(reinterpret_cast<const u8*>(p) + AHEAD + 64 * line, CACHE);
+            for (int line = 0; line < 4; ++line) prefetch_line<FETCH>(reinterpret_cast<const u8*>(p) + AHEAD + 64 * line);
             a = max(a, load(p));
             b = max(b, load(p + LANES));
             c = max(c, load(p + 2 * LANES));
@@ -28,8 +28,8 @@ SF_INLINE void read_all(Team& team, const u8* data, i64 bytes) {
 
 // Which cache a processor reads memory faster into differs: the limit is the better of the two.
 inline void read_all(Team& team, const u8* data, i64 bytes, bool into_second) {
-    if (into_second) read_all<SECOND_CACHE, PREFETCH_BYTES / 2>(team, data, bytes);
-    else read_all<FIRST_CACHE, PREFETCH_BYTES>(team, data, bytes);
+    if (into_second) read_all<Fetch::FAR, PREFETCH_BYTES / 2>(team, data, bytes);
+    else read_all<Fetch::NEAR, PREFETCH_BYTES>(team, data, bytes);
 }
 
 template <int ROWS, int WIDTH, int... R>

@@ -108,8 +108,8 @@ SF_INLINE i32 quantize(const u16* values, i64 count, float inverse, i8* out, [[m
 #ifdef SF_AVX512
     Ints sums = broadcast(0);
     for (; k + 4 * LANES <= count; k += 4 * LANES) {
-        _mm_prefetch(ahead + k, FIRST_CACHE);
-        _mm_prefetch(ahead + k + 2 * LANES, FIRST_CACHE);
+        prefetch_line<Fetch::NEAR>(ahead + k);
+        prefetch_line<Fetch::NEAR>(ahead + k + 2 * LANES);
         sums = quantize_64(values + k, scale, out + k, sums);
     }
     first = sum(sums);

@@ -59,14 +59,10 @@ struct Prefetch {
     i64 stride;
 };
 
-// The cache that lines are prefetched to. Weights are used soon after. Keys and values are used so much later that the first
-// cache has lost them again; and it waits for few lines at once, so that blocks in random places come to it at two thirds of
-// the speed at which they come to the second one (AMD Zen 4).
-constexpr _mm_hint FIRST_CACHE = _MM_HINT_T0, SECOND_CACHE = _MM_HINT_T1;
-
-// Where that goes. Each line on its way from memory to the first cache takes one of the few places for misses of that cache, and
-// x, which comes from the second, waits for one: so where there are many products for each line, lines from memory go to
-// the second cache.
+// Where that goes. Weights are used soon after. But each line on its way from memory to the first cache takes one of the few places for
+// misses of that cache, and x, which comes from the second, waits for one: so where there are many products for each line, lines from
+// memory go to the second cache. Keys and values do so too: they are used so much later that the first cache has lost them again, and
+// blocks in random places come to it at two thirds of the speed at which they come to the second one (AMD Zen 4).
 enum class Fetch {
     NEAR,   // the first cache
     FAR,    // the second
@@ -74,22 +70,17 @@ enum class Fetch {
     SHARE,  // the second, one line a step: another block of rows prefetches the other
 };
 
-template <int WIDTH, _mm_hint CACHE = FIRST_CACHE>
-SF_INLINE void prefetch_step(Prefetch& prefetch) {
-    _mm_prefetch(prefetch.from, CACHE);
-    if constexpr (WIDTH == 2) _mm_prefetch(prefetch.from + 64, CACHE);
-    prefetch.from += prefetch.stride;
-}
+template <Fetch FETCH>
+SF_INLINE void prefetch_line(const void* line) { _mm_prefetch(line, FETCH == Fetch::NEAR ? _MM_HINT_T0 : _MM_HINT_T1); }
 
+// Prefetches what a step of a tile does that is WIDTH vectors wide. `weights`: of the step in the tile's own panel, with BOTH.
 template <Fetch FETCH, int WIDTH>
-SF_INLINE void prefetch_step(Prefetch& prefetch, [[maybe_unused]] const u8* weights) {
-    if constexpr (FETCH == Fetch::NEAR) return prefetch_step<WIDTH>(prefetch);
-    if constexpr (FETCH == Fetch::FAR) return prefetch_step<WIDTH, SECOND_CACHE>(prefetch);
-    _mm_prefetch(prefetch.from, SECOND_CACHE);
+SF_INLINE void prefetch_step(Prefetch& prefetch, [[maybe_unused]] const u8* weights = nullptr) {
+    prefetch_line<FETCH>(prefetch.from);
+    if constexpr (WIDTH == 2 && FETCH != Fetch::SHARE) prefetch_line<FETCH>(prefetch.from + 64);
     if constexpr (FETCH == Fetch::BOTH) {
-        _mm_prefetch(prefetch.from + 64, SECOND_CACHE);
-        _mm_prefetch(weights + NEAR_BYTES, FIRST_CACHE);
-        _mm_prefetch(weights + NEAR_BYTES + 64, FIRST_CACHE);
+        prefetch_line<Fetch::NEAR>(weights + NEAR_BYTES);
+        prefetch_line<Fetch::NEAR>(weights + NEAR_BYTES + 64);
     }
     prefetch.from += prefetch.stride;
 }
@@ -98,8 +89,8 @@ SF_INLINE void prefetch_step(Prefetch& prefetch, [[maybe_unused]] const u8* weig
 template <Fetch FETCH>
 SF_INLINE void prefetch_scales([[maybe_unused]] Prefetch& prefetch, [[maybe_unused]] const u8* scales) {
     if constexpr (PREFETCHES_SCALES) {
-        _mm_prefetch(prefetch.from, FETCH == Fetch::NEAR ? FIRST_CACHE : SECOND_CACHE);
-        if constexpr (FETCH == Fetch::BOTH) _mm_prefetch(scales + NEAR_BYTES, FIRST_CACHE);
+        prefetch_line<FETCH>(prefetch.from);
+        if constexpr (FETCH == Fetch::BOTH) prefetch_line<Fetch::NEAR>(scales + NEAR_BYTES);
         prefetch.from += prefetch.stride / 2;
     }
 }
@@ -108,7 +99,7 @@ SF_INLINE void prefetch_scales([[maybe_unused]] Prefetch& prefetch, [[maybe_unus
 SF_INLINE void prefetch_to_write(const void* p) { asm volatile("prefetchw %0" ::"m"(*static_cast<const u8*>(p))); }
 
 SF_INLINE void prefetch_lines(const u8* from, i64 bytes) {
-    for (i64 at = 0; at < bytes; at += 64) _mm_prefetch(from + at, SECOND_CACHE);
+    for (i64 at = 0; at < bytes; at += 64) prefetch_line<Fetch::FAR>(from + at);
 }
 
 // Returns what each half of a panel prefetches in a run of steps: one half, then the other.
@@ -260,7 +251,7 @@ SF_LEAF void multiply_bf16_each(const u32* x, const Segments& segments, float* o
             Floats acc[ROWS][WIDTH];
             clear(acc, rows);
             for (const u32 *at = x, *end = x + segments.steps * PAIR_WORDS; at < end; at += PAIR_WORDS, weights += STEP_BYTES) {
-                prefetch_step<WIDTH, SECOND_CACHE>(prefetch);
+                prefetch_step<Fetch::FAR, WIDTH>(prefetch);
                 bf16_step(acc, weights, at, rows);
             }
             store_tile(acc, out, out_stride, rows);
@@ -283,8 +274,8 @@ SF_LEAF void multiply_bf16_each_of_two(const u32* x, const Segments& segments, f
         clear(a, rows);
         clear(b, rows);
         for (const u32 *at = x, *end = x + segments.steps * PAIR_WORDS; at < end; at += PAIR_WORDS) {
-            prefetch_step<2, SECOND_CACHE>(prefetch_first);
-            prefetch_step<2, SECOND_CACHE>(prefetch_second);
+            prefetch_step<Fetch::FAR, 2>(prefetch_first);
+            prefetch_step<Fetch::FAR, 2>(prefetch_second);
             bf16_step(a, first, at, rows);
             bf16_step(b, second, at, rows);
             first += STEP_BYTES;
@@ -310,8 +301,8 @@ SF_LEAF void multiply_bf16_two(const u32* x, const Segments& segments, float* ou
         Prefetch prefetch_second{segments.prefetches[segment] + segments.steps * segments.prefetch_stride, segments.prefetch_stride};
         const u32* end = x + std::min<i64>(left, segments.steps) * PAIR_WORDS;
         for (; x < end; x += PAIR_WORDS, weights += segments.stride) {
-            prefetch_step<2, SECOND_CACHE>(prefetch_first);
-            prefetch_step<2, SECOND_CACHE>(prefetch_second);
+            prefetch_step<Fetch::FAR, 2>(prefetch_first);
+            prefetch_step<Fetch::FAR, 2>(prefetch_second);
             bf16_step(a, weights, x, rows);
             bf16_step(b, weights + STEP_BYTES, x, rows);
         }
@@ -403,7 +394,7 @@ template <int ROWS, int WIDTH, int... R>
 SF_INLINE void sum_pairs(Packed (&acc)[ROWS][WIDTH], const u8*& at, const u32*& place, const u32* stop, Prefetch& lines,
                          std::integer_sequence<int, R...> rows) {
     auto step = [&](auto adds) {
-        prefetch_step<WIDTH>(lines);
+        prefetch_step<Fetch::NEAR, WIDTH>(lines);
         Packed words[WIDTH];
         for (int v = 0; v < WIDTH; ++v) words[v] = load_packed(at + v * VECTOR_BYTES);
         multiply_levels<decltype(adds)::value>(acc, words, place, rows);
@@ -424,7 +415,7 @@ SF_INLINE void add_words(Ints (&acc)[ROWS][WIDTH], const u8* at, const u32* plac
     if constexpr (SUM_STEPS == 0) {
         start();
         do {  // a loop that may have no step makes GCC keep every sum twice
-            prefetch_step<WIDTH>(lines);
+            prefetch_step<Fetch::NEAR, WIDTH>(lines);
             Packed words[WIDTH];
             for (int v = 0; v < WIDTH; ++v) words[v] = load_packed(at + v * VECTOR_BYTES);
             qvalues_step(acc, words, place, rows);
@@ -459,7 +450,7 @@ SF_INLINE void add_nibbles(Ints (&acc)[ROWS][WIDTH], Packed table, const u8* at,
         const u32* stop = std::min(place + INT4_SUM_STEPS, end);
         Packed pairs[ROWS][WIDTH];
         auto step = [&](auto adds) {
-            prefetch_step<WIDTH>(lines);
+            prefetch_step<Fetch::NEAR, WIDTH>(lines);
             Packed words[WIDTH], levels[WIDTH];
             for (int v = 0; v < WIDTH; ++v) words[v] = load_packed(at + v * VECTOR_BYTES);
             for (int v = 0; v < WIDTH; ++v) levels[v] = look_up(table, low_nibbles(words[v]));
@@ -703,7 +694,7 @@ SF_LEAF void multiply_fp8(const Fp8Run& run, float* out) {
         clear(b, rows);
         const u8* weights = run.weights;
         for (const u32 *x = run.x, *end = x + x_half; x < end; x += PAIR_WORDS, weights += STEP_BYTES) {
-            prefetch_step<2>(prefetch);
+            prefetch_step<Fetch::NEAR, 2>(prefetch);
             bf16_step(a, weights, x, rows);
             bf16_step(b, weights + half * STEP_BYTES, x + x_half, rows);
         }
@@ -718,7 +709,7 @@ SF_LEAF void multiply_fp8(const Fp8Run& run, float* out) {
             for (int n = 0; n < 2; ++n) {
                 clear(acc, rows);
                 for (const u32 *x = run.x + n * x_half, *end = x + x_half; x < end; x += PAIR_WORDS, weights += STEP_BYTES) {
-                    if (part == 0) prefetch_step<1>(prefetch);
+                    if (part == 0) prefetch_step<Fetch::NEAR, 1>(prefetch);
                     bf16_step(acc, weights, x, rows);
                 }
                 if (n == 0) store_tile(acc, first, PANEL, rows);

@@ -27,7 +27,7 @@ SF_LEAF void multiply_halves(const u32* x, const Segments& segments, bool adds, 
                 if (adds) load_tile(acc, out + half * LANES, out_stride, rows);
                 else clear(acc, rows);
                 for (const u32 *place = x, *end = x + run * WORDS; place < end; place += WORDS, at += segments.stride) {
-                    prefetch_step<1>(prefetch);
+                    prefetch_step<Fetch::NEAR, 1>(prefetch);
                     add_step<DOT>(acc, at, place, rows);
                 }
                 store_tile(acc, out + half * LANES, out_stride, rows);

@@ -46,7 +46,7 @@ SF_LEAF void multiply_kept(const Spans& given, float* out) {
                 start_span(acc, spans.starts + span, spans.starts_stride, rows);
                 const u32* end = x + spans.x_steps;
                 do {
-                    prefetch_step<1>(prefetch);
+                    prefetch_step<Fetch::NEAR, 1>(prefetch);
                     const Packed words = load_packed(weights + part * VECTOR_BYTES);
                     add_qvalues_from(acc, look_up(table, low_nibbles(words)), x, rows);
                     add_qvalues_from(acc, look_up(table, high_nibbles(words)), x + 1, rows);

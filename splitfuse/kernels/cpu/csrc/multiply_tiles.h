@@ -59,7 +59,7 @@ SF_INLINE void add_tiles(const void* x, i64 x_stride, const u8* const (&panels)[
 
 SF_INLINE void prefetch_tiles(Prefetch& prefetch) {
     if (!prefetch.stride) return;
-    for (int step = 0; step < TILE_ROWS; ++step) prefetch_step<2>(prefetch);
+    for (int step = 0; step < TILE_ROWS; ++step) prefetch_step<Fetch::NEAR, 2>(prefetch);
 }
 
 // Adds `steps` steps, of one slab, and advances the panels by as many.
