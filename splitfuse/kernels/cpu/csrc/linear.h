@@ -415,6 +415,7 @@ SF_INLINE void put_tile(const Operand& x, const Weight& w, i64 panel, i64 begin,
 }
 
 // Multiplies one panel in int8 or int4 with one block of rows. `fetch`: NEAR, or BOTH of a single block of int4.
+template <int BITS>
 SF_INLINE void multiply_panel(const Operand& x, const Weight& w, const Shape& s, i64 panel, i64 block, Prefetch prefetch, Fetch fetch,
                               const Output& out) {
     alignas(64) float tile[MAX_ROWS * PANEL];
@@ -435,14 +436,14 @@ SF_INLINE void multiply_panel(const Operand& x, const Weight& w, const Shape& s,
     for (i64 at = 0; at < s.x_steps;) {  // runs of equal spans in a slab
         i64 in_slab = std::min<i64>(SLAB_STEPS - at % SLAB_STEPS, s.x_steps - at);
         i64 x_steps = std::min(s.span_steps, in_slab), num_spans = in_slab / x_steps, span = at / s.span_steps;
-        i64 steps = num_spans * x_steps / (w.format == INT4 ? 2 : 1);
+        i64 steps = num_spans * x_steps * BITS / 8;
         const u32* place = words + at / SLAB_STEPS * rows * SLAB_STRIDE + at % SLAB_STEPS;
         Spans spans{place, data, scales, w.qvalues, num_spans, x_steps, x.starts + begin * s.num_spans + span, s.num_spans, {from, stride}, at > 0};
-        if (w.format == INT8) multiply<8>(rows, spans, tile);
+        if constexpr (BITS == 8) multiply<8>(rows, spans, tile);
         else multiply_int4(rows, spans, fetch, tile);
         data += steps * STEP_BYTES + (whole_rows ? 0 : num_spans * SCALE_BYTES);
         from += steps * stride;
-        if (PREFETCHES_SCALES && w.format == INT4 && !whole_rows) from += num_spans * (stride / 2);
+        if (BITS == 4 && PREFETCHES_SCALES && !whole_rows) from += num_spans * (stride / 2);
         at += num_spans * x_steps;
     }
     put_tile(x, w, panel, begin, rows, tile, out);
@@ -697,6 +698,22 @@ SF_INLINE void multiply_in_parts(const Operand& x, const Weight& w, const Shape&
 }
 #endif
 
+// Multiplies one panel in int4, or few rows of one in int8 in groups, with the blocks `first` to last - 1, one after the other.
+template <int BITS>
+__attribute__((noinline)) void multiply_block_by_block(const Operand& x, const Weight& w, const Shape& s, i64 panel, i64 first, i64 last,
+                                       const u8* next, bool cold, const Output& out) {
+    const u8* data = w.data + panel * s.panel_bytes;
+    const Fetch fetch = BITS == 4 ? fetch_of_int4(x.block_begin(last) - x.block_begin(first)) : Fetch::NEAR;
+    const i64 ahead = BITS == 4 && s.num_groups > 1 && fetch == Fetch::NEAR ? INT4_PREFETCH_BYTES : PREFETCH_BYTES;
+    for (i64 block = first; block < last; ++block) {
+        Prefetch prefetch = prefetch_for(data, next, s.panel_bytes, ahead, block - first, last - first, cold);
+#ifndef SF_PARTS
+        if (last - first > 1) prefetch_output(w, panel, x.block_begin(block), static_cast<int>(x.block_begin(block + 1) - x.block_begin(block)), out);
+#endif
+        multiply_panel<BITS>(x, w, s, panel, block, prefetch, fetch, out);
+    }
+}
+
 // Multiplies one panel with the blocks `first` to last - 1. `next` is the panel that this thread multiplies then, or null;
 // `cold` says that no thread has prefetched this one.
 SF_INLINE void multiply_panel_by_all(const Operand& x, const Weight& w, const Shape& s, i64 panel, i64 first, i64 last, const u8* next,
@@ -709,19 +726,11 @@ SF_INLINE void multiply_panel_by_all(const Operand& x, const Weight& w, const Sh
         else multiply_groups_in_parts(x, w, s, panel, first, last, next, out);
         return;
     }
+    if (w.format == INT8) return multiply_block_by_block<8>(x, w, s, panel, first, last, next, cold, out);
 #else
     if (w.format != INT4) return multiply_in_parts(x, w, s, panel, first, last, next, cold, out);
 #endif
-    const u8* data = w.data + panel * s.panel_bytes;
-    const Fetch fetch = fetch_of_int4(x.block_begin(last) - x.block_begin(first));
-    const i64 ahead = w.format == INT4 && s.num_groups > 1 && fetch == Fetch::NEAR ? INT4_PREFETCH_BYTES : PREFETCH_BYTES;
-    for (i64 block = first; block < last; ++block) {
-        Prefetch prefetch = prefetch_for(data, next, s.panel_bytes, ahead, block - first, last - first, cold);
-#ifndef SF_PARTS
-        if (last - first > 1) prefetch_output(w, panel, x.block_begin(block), static_cast<int>(x.block_begin(block + 1) - x.block_begin(block)), out);
-#endif
-        multiply_panel(x, w, s, panel, block, prefetch, fetch, out);
-    }
+    multiply_block_by_block<4>(x, w, s, panel, first, last, next, cold, out);
 }
 
 // Multiplies a packed x with a weight that is none of parts. Returns when all threads are done.
