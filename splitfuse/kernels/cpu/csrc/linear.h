@@ -578,9 +578,9 @@ SF_INLINE void multiply_rows_in_parts(const Operand& x, const Weight& w, const S
         const i64 steps = std::min(most, s.x_steps - at);
         Prefetch prefetch = share_of_block(prefetch_ahead(data, end, next, STEP_BYTES), last - first);
         each_block(x, first, last, at, [&](int rows, const u32* words, i64, float* tile) {
-            const Segments run{&data, &prefetch.from, static_cast<int>(steps), steps, STEP_BYTES, prefetch.stride};
-            if (x.quantized) multiply_run<Dot::QVALUES>(rows, words, run, at > 0, tile);
-            else multiply_run<Dot::BF16>(rows, words, run, at > 0, tile);
+            const Segments run{&data, &prefetch.from, static_cast<int>(steps), steps, STEP_BYTES, prefetch.stride, at > 0};
+            if (x.quantized) multiply_run<Dot::QVALUES>(rows, words, run, tile);
+            else multiply_run<Dot::BF16>(rows, words, run, tile);
             to_next_block(prefetch, steps);
         });
     }
@@ -686,10 +686,10 @@ SF_INLINE void multiply_in_parts(const Operand& x, const Weight& w, const Shape&
             const bool missing = cold && at == 0 && blocks > 1 && begin == x.block_begin(first);
             const Fetch of_block = missing ? Fetch::BOTH : fetch;
             const i64 advance = from < until ? share : 0;
-            const Segments run{&data, &from, static_cast<int>(steps), steps, STEP_BYTES, advance};
+            const Segments run{&data, &from, static_cast<int>(steps), steps, STEP_BYTES, advance, at > 0};
             if (x.quantized) multiply_int8_part(x, s, data, scales, words, begin, rows, at, steps, of_block, from, advance, tile);
             else if (few) multiply(rows, words, run, tile, PANEL);
-            else multiply_part(rows, words, run, at > 0, of_block, tile);
+            else multiply_part(rows, words, run, of_block, tile);
             from += steps * advance;
             if (ends) put_tile(x, w, panel, begin, rows, tile, out);
         });

@@ -116,6 +116,7 @@ struct Segments {
     i64 total;         // steps of all; the last segment may be shorter
     i64 stride;        // bytes from step to step
     i64 prefetch_stride;
+    bool adds = false; // to the sums in the tile
 };
 
 #ifdef SF_BF16_DOTS
@@ -206,13 +207,13 @@ SF_INLINE void add_step(Sum (&acc)[ROWS][WIDTH], const u8* weights, const u32* x
 
 // Computes out[r][0..31] = or += sum over K of x[r][k] * weights[k][0..31]: bf16 summed in fp32, or quantized values + QVALUE_BIAS
 // summed in int32.
-template <Dot DOT, int ROWS, bool ADDS = false, Fetch FETCH = Fetch::NEAR>
+template <Dot DOT, int ROWS, Fetch FETCH = Fetch::NEAR>
 SF_LEAF void multiply_wide(const u32* x, const Segments& segments, float* out, i64 out_stride) {
     constexpr auto rows = std::make_integer_sequence<int, ROWS>{};
     constexpr int WORDS = WORDS_OF<DOT>;
     const i64 stride = segments.stride;
     SumOf<DOT> acc[ROWS][2];
-    if constexpr (ADDS) load_tile(acc, out, out_stride, rows);
+    if (segments.adds) load_tile(acc, out, out_stride, rows);
     else clear(acc, rows);
     i64 in_slab = 0, segment = 0;
     for (i64 left = segments.total; left > 0; ++segment) {
@@ -745,7 +746,7 @@ SF_INLINE MultiplyBf16 choose_each(int rows, std::integer_sequence<int, R...>, s
 #ifdef SF_AVX512
 template <Fetch FETCH, int... R>
 SF_INLINE MultiplyBf16 choose_bf16(int rows, std::integer_sequence<int, R...>) {
-    static constexpr MultiplyBf16 table[] = {multiply_wide<Dot::BF16, R + 1, false, FETCH>...};
+    static constexpr MultiplyBf16 table[] = {multiply_wide<Dot::BF16, R + 1, FETCH>...};
     return table[rows - 1];
 }
 SF_INLINE void multiply(int rows, const u32* x, const Segments& segments, float* out, i64 out_stride) {
@@ -761,20 +762,16 @@ constexpr int LEAST_BOTH_ROWS = 4, MOST_BOTH_ROWS = 11;  // with which int4 is p
 constexpr int HALF_ROWS = (MAX_ROWS + 1) / 2;  // least of one of several blocks of rows
 constexpr auto FROM_HALF = std::make_integer_sequence<int, MAX_ROWS - HALF_ROWS + 1>{};
 
-template <bool ADDS, Fetch FETCH, int... R>
+template <Fetch FETCH, int... R>
 SF_INLINE MultiplyBf16 choose_bf16_part(int rows, std::integer_sequence<int, R...>) {
-    static constexpr MultiplyBf16 table[] = {multiply_wide<Dot::BF16, HALF_ROWS + R, ADDS, FETCH>...};
+    static constexpr MultiplyBf16 table[] = {multiply_wide<Dot::BF16, HALF_ROWS + R, FETCH>...};
     return table[rows - HALF_ROWS];
 }
-template <bool ADDS>
-SF_INLINE MultiplyBf16 choose_bf16_part(int rows, Fetch fetch) {
-    if (fetch == Fetch::BOTH) return choose_bf16_part<ADDS, Fetch::BOTH>(rows, FROM_HALF);
-    if (fetch == Fetch::SHARE) return choose_bf16_part<ADDS, Fetch::SHARE>(rows, FROM_HALF);
-    return choose_bf16_part<ADDS, Fetch::NEAR>(rows, FROM_HALF);
-}
-// Multiplies a panel in bf16, or a part of one whose products are added to the sums of earlier parts, with at least HALF_ROWS rows.
-SF_INLINE void multiply_part(int rows, const u32* x, const Segments& part, bool adds, Fetch fetch, float* out) {
-    (adds ? choose_bf16_part<true>(rows, fetch) : choose_bf16_part<false>(rows, fetch))(x, part, out, PANEL);
+// Multiplies a panel in bf16, or a part of one, with at least HALF_ROWS rows.
+SF_INLINE void multiply_part(int rows, const u32* x, const Segments& part, Fetch fetch, float* out) {
+    if (fetch == Fetch::BOTH) return choose_bf16_part<Fetch::BOTH>(rows, FROM_HALF)(x, part, out, PANEL);
+    if (fetch == Fetch::SHARE) return choose_bf16_part<Fetch::SHARE>(rows, FROM_HALF)(x, part, out, PANEL);
+    multiply(rows, x, part, out, PANEL);
 }
 #endif
 SF_INLINE void multiply_two(int rows, const u32* x, const Segments& segments, float* out, i64 out_stride) {

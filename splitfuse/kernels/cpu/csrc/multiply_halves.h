@@ -9,9 +9,10 @@ namespace SF_VARIANT {
 
 // Computes out[r][0..31] = or += sum over K of x[r][k] * weights[k][0..31]. See multiply_wide(). Between runs the sums wait in `out`.
 template <Dot DOT, int ROWS>
-SF_LEAF void multiply_halves(const u32* x, const Segments& segments, bool adds, float* out, i64 out_stride) {
+SF_LEAF void multiply_halves(const u32* x, const Segments& segments, float* out, i64 out_stride) {
     constexpr auto rows = std::make_integer_sequence<int, ROWS>{};
     constexpr int WORDS = WORDS_OF<DOT>;
+    bool adds = segments.adds;
     i64 in_slab = 0, segment = 0;
     for (i64 left = segments.total; left > 0; ++segment) {
         const u8* weights = segments.starts[segment];
@@ -73,25 +74,17 @@ SF_LEAF void multiply_spans(const ByteSpans& given, float* out) {
     }
 }
 
-using MultiplyPart = void (*)(const u32*, const Segments&, bool, float*, i64);
 using MultiplySpans = void (*)(const ByteSpans&, float*);
 
-// Does the same with few rows.
 template <Dot DOT, int ROWS>
-static void multiply_few(const u32* x, const Segments& segments, bool adds, float* out, i64 out_stride) {
-    if (adds) multiply_wide<DOT, ROWS, true>(x, segments, out, out_stride);
-    else multiply_wide<DOT, ROWS>(x, segments, out, out_stride);
-}
-
-template <Dot DOT, int ROWS>
-constexpr MultiplyPart multiply_part_of() {
-    if constexpr (width_of(ROWS, DOT) == 2) return multiply_few<DOT, ROWS>;
+constexpr MultiplyBf16 multiply_part_of() {
+    if constexpr (width_of(ROWS, DOT) == 2) return multiply_wide<DOT, ROWS>;
     else return multiply_halves<DOT, ROWS>;
 }
 
 template <Dot DOT, int... R>
-SF_INLINE MultiplyPart choose_part(int rows, std::integer_sequence<int, R...>) {
-    static constexpr MultiplyPart table[] = {multiply_part_of<DOT, R + 1>()...};
+SF_INLINE MultiplyBf16 choose_part(int rows, std::integer_sequence<int, R...>) {
+    static constexpr MultiplyBf16 table[] = {multiply_part_of<DOT, R + 1>()...};
     return table[rows - 1];
 }
 template <int SUM_STEPS, int... R>
@@ -100,20 +93,16 @@ SF_INLINE MultiplySpans choose_spans(int rows, std::integer_sequence<int, R...>)
     return table[rows - 1];
 }
 
-// Multiplies a panel, or a part of one whose products are added to the sums of earlier parts.
-template <Dot DOT>
-SF_INLINE void multiply(int rows, const u32* x, const Segments& segments, bool adds, float* out, i64 out_stride) {
-    choose_part<DOT>(rows, ALL_ROWS)(x, segments, adds, out, out_stride);
-}
+// Multiplies a panel, or a part of one.
 SF_INLINE void multiply(int rows, const u32* x, const Segments& segments, float* out, i64 out_stride) {
-    multiply<Dot::BF16>(rows, x, segments, false, out, out_stride);
+    choose_part<Dot::BF16>(rows, ALL_ROWS)(x, segments, out, out_stride);
 }
 SF_INLINE void multiply_kv(int rows, const u32* x, const Segments& segments, float* out, i64 out_stride) {
     multiply(rows, x, segments, out, out_stride);
 }
 template <Dot DOT>
-SF_INLINE void multiply_run(int rows, const u32* x, const Segments& run, bool adds, float* out) {
-    multiply<DOT>(rows, x, run, adds, out, PANEL);
+SF_INLINE void multiply_run(int rows, const u32* x, const Segments& run, float* out) {
+    choose_part<DOT>(rows, ALL_ROWS)(x, run, out, PANEL);
 }
 template <int BITS>
 SF_INLINE void multiply(int rows, const ByteSpans& spans, float* out) {

@@ -168,16 +168,16 @@ SF_INLINE void multiply_each(int rows, const u32* x, const Segments& segments, f
     });
 }
 
-// Multiplies a run of a panel in bf16, or of quantized values as they are, and adds it to the sums of earlier runs.
+// Multiplies a run of a panel in bf16, or of quantized values as they are, or adds it to the sums of earlier runs.
 template <Dot DOT>
-SF_INLINE void multiply_run(int rows, const u32* x, const Segments& run, bool adds, float* out) {
+SF_INLINE void multiply_run(int rows, const u32* x, const Segments& run, float* out) {
     with_tiles([&](auto tiles) {
         using T = decltype(tiles);
         if (rows > TILE_ROWS) {
-            if (adds) multiply_in_tiles<T, DOT, 2, 2, true>(rows, x, run, out, PANEL);
+            if (run.adds) multiply_in_tiles<T, DOT, 2, 2, true>(rows, x, run, out, PANEL);
             else multiply_in_tiles<T, DOT, 2, 2, false>(rows, x, run, out, PANEL);
         } else {
-            if (adds) multiply_in_tiles<T, DOT, 1, 2, true>(rows, x, run, out, PANEL);
+            if (run.adds) multiply_in_tiles<T, DOT, 1, 2, true>(rows, x, run, out, PANEL);
             else multiply_in_tiles<T, DOT, 1, 2, false>(rows, x, run, out, PANEL);
         }
     });
