@@ -270,9 +270,9 @@ async def decisions(count: int, targets: SloTargets) -> None:
         prompt = (*random.choice(prefixes), *random.randbytes(1024))
         request = Add(f"new {number}", prompt, params, scheduling=options)
         began = time.process_time()
-        router._name_blocks(request)
+        router._chooser.name_blocks(request)
         between = time.process_time()
-        choice = router._choose(request, router.replicas)
+        choice = router._chooser.choose(request, router.replicas)
         ended = time.process_time()
         assert choice is not None
         named.append(between - began)

@@ -19,13 +19,12 @@ from collections import Counter
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import NamedTuple
 
 from splitfuse.core.latency.phases import LatencyBreakdown
-from splitfuse.core.request import Request
 from splitfuse.core.request_output import FinishReason, RequestOutput
 from splitfuse.engine.client import DRAINED, LocalClient, died
-from splitfuse.engine.messages import Add, Finish, Loan
+from splitfuse.engine.messages import Add, Finish
+from splitfuse.engine.replica_choice import Choice
 from splitfuse.engine.stream import Stream
 from splitfuse.errors import SplitfuseError
 
@@ -49,20 +48,6 @@ MAX_WAIT = 120.0
 """Seconds that a request waits for an engine before it fails."""
 
 _logger = logging.getLogger(__name__)
-
-
-class Choice(NamedTuple):
-    """Holds the engine for a request, and a function to be called once that has taken it, with its loan if it needs one
-    there.
-    """
-
-    engine: LocalClient
-    taken: Callable[[], object]
-    loan: Loan | None = None
-    block_sources: tuple[str, ...] = ()
-    """Addresses where it finds blocks of the request: see Add."""
-    copy: Request | None = None
-    """Request as the front will follow it; None where nothing is chosen."""
 
 
 Choose = Callable[[Add, Collection[LocalClient]], Choice | None]

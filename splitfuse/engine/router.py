@@ -1,4 +1,4 @@
-"""Serves several engines as one: each request goes to the replica that core/replicas/routing.py chooses."""
+"""Serves several engines as one: each request goes to the replica that replica_choice.py chooses."""
 
 from __future__ import annotations
 
@@ -7,25 +7,20 @@ import logging
 import time
 from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from dataclasses import replace
-from functools import partial
 
 import msgspec
 
 from splitfuse.config.values import EngineRole
 from splitfuse.core.kv.fetching import LONGEST_FETCH
-from splitfuse.core.kv.names import BlockNamer, new_key
+from splitfuse.core.kv.names import new_key
 from splitfuse.core.limits import EngineLimits
-from splitfuse.core.replicas.replica_view import ReplicaView
-from splitfuse.core.replicas.routing import Candidate, choose_replica, expected_tokens
-from splitfuse.core.replicas.shortlist import ALL_ARE_PICKED, Shortlist
-from splitfuse.core.request import Request
 from splitfuse.engine.client import EngineClient, EngineState, LocalClient
-from splitfuse.engine.loan_book import LoanBook, PlannedLoan
-from splitfuse.engine.machine_tiers import Held, MachineTiers
+from splitfuse.engine.loan_book import LoanBook
 from splitfuse.engine.messages import Add, EngineInfo, EngineStats, Loading, Stop
 from splitfuse.engine.moving import Mover
-from splitfuse.engine.recovery import Choice, Recovery
+from splitfuse.engine.recovery import Recovery
 from splitfuse.engine.remote.connector import Agreement
+from splitfuse.engine.replica_choice import ReplicaChooser, is_open
 from splitfuse.engine.scaling import Scaler
 from splitfuse.engine.stream import Stream
 from splitfuse.errors import AdapterError, ConfigError, EngineUnavailableError, InvalidRequestError
@@ -37,7 +32,6 @@ LEAVING_SECONDS = 0.3
 itself.
 """
 
-_NOTHING = Held()
 _logger = logging.getLogger(__name__)
 
 
@@ -76,15 +70,18 @@ class Router(EngineClient):
         self._is_lone = len(self.replicas) + len(spare) == 1  # then there is no choice
         for replica in (*self.replicas, *spare):
             replica.keeps_view = not self._is_lone
-        self._mover = Mover(self._choose_receiver, self._name_blocks, can_leave=self._can_leave, fits=_fits)
-        self._recovery = Recovery(self.replicas, self._choose, prefer=self._prefer)
         self._loans = LoanBook(self.replicas) if lends else None
         self.name_key = name_key or new_key()
-        self._tiers = MachineTiers(self.replicas)
-        self._shortlist = Shortlist()
+        self._chooser = chooser = ReplicaChooser(
+            self.replicas,
+            self._loans,
+            is_lone=self._is_lone,
+            name_key=self.name_key,
+            info=lambda: self.info,
+        )
+        self._mover = Mover(chooser.choose_receiver, chooser.name_blocks, can_leave=self._can_leave, fits=_fits)
+        self._recovery = Recovery(self.replicas, chooser.choose, prefer=self._prefer)
         self._largest: EngineInfo | None = None
-        self._has_changed = True  # a replica, since the shortlist and the tiers followed it
-        self._namer: BlockNamer | None = None  # made for the first request: replicas that are ready have a block size
         self._restarting: set[int] = set()
         self._scaler = Scaler(
             *(self.replicas[:num_scaled], spare),
@@ -124,7 +121,7 @@ class Router(EngineClient):
 
     @property
     def open_limits(self) -> EngineLimits:
-        infos = [each.info for each in self.replicas if _is_open(each)]
+        infos = [each.info for each in self.replicas if is_open(each)]
         return max(infos, key=_room).limits if infos else self.info.limits  # without loans, which answers seldom need
 
     @property
@@ -236,12 +233,12 @@ class Router(EngineClient):
 
     def open(self, request: Add) -> Stream:
         request = self._sized(request.settled)
-        choice = self._choose(request, self._of_roles(self.replicas, has_begun=False))
-        if choice is None and self._loans is not None and not self._fitting(request, self.replicas):
+        choice = self._chooser.choose(request, self._chooser.of_roles(self.replicas, has_begun=False))
+        if choice is None and self._loans is not None and not self._chooser.fitting(request, self.replicas):
             raise EngineUnavailableError("no engine has room now to lend to the request: send it again")
         if choice is None:
             raise EngineUnavailableError(self._why_none(request))
-        then = None if choice.loan is not None else self._choose_generation(request, choice.engine)
+        then = None if choice.loan is not None else self._chooser.choose_generation(request, choice.engine)
         changes = {"loan": choice.loan, "block_sources": choice.block_sources, "hands_over": then is not None}
         stream = choice.engine.open(msgspec.structs.replace(request, **changes))
         if then is not None:
@@ -266,12 +263,12 @@ class Router(EngineClient):
 
     def _why_none(self, request: Add) -> str:
         """Return why no replica accepts a request."""
-        is_open = [each for each in self.replicas if _is_open(each)]
+        open_ones = [each for each in self.replicas if is_open(each)]
         num_tokens = len(request.prompt_token_ids)
         if any(each.known_info is not None for each in self.replicas):
             fits = self.info.limits.fits(num_tokens, request.params)
             assert fits, "call EngineLimits.check() before submitting"
-        if is_open and not self._fitting(request, is_open):
+        if open_ones and not self._chooser.fitting(request, open_ones):
             num_tokens += request.params.max_tokens or 0
             return f"no engine that is ready can hold a request of {num_tokens} tokens: send it again, or a shorter one"
         which = " that has the adapter of the request: send it again" if request.adapter else ""
@@ -304,7 +301,7 @@ class Router(EngineClient):
         replica = self._replica(index)
         if replica.state is EngineState.STOPPED:
             raise EngineUnavailableError(f"engine {index} is stopped: splitfuse scale starts it again")
-        if not any(each is not replica and _is_open(each) for each in self.replicas):
+        if not any(each is not replica and is_open(each) for each in self.replicas):
             raise EngineUnavailableError(f"engine {index} cannot be drained: no other engine is ready to go on")
         streams = replica.drain()
         if self._loans is not None:
@@ -329,7 +326,7 @@ class Router(EngineClient):
 
     def _check_open(self) -> None:
         """Raise EngineUnavailableError if no engine takes requests."""
-        if not any(map(_is_open, self.replicas)):
+        if not any(map(is_open, self.replicas)):
             raise EngineUnavailableError("no other engine is ready any more: none is ended")
 
     def undrain_engine(self, index: int) -> None:
@@ -408,163 +405,17 @@ class Router(EngineClient):
         if self._on_close is not None:
             await self._on_close()
 
-    def _choose(self, request: Add, among: Collection[LocalClient]) -> Choice | None:
-        """Choose the replica for a request among some; None if none of these accepts it."""
-        if self._is_lone:  # which says why, if it does not
-            return Choice(self.replicas[0], lambda: None)
-        planned = None
-        if self._loans is not None:
-            if fitting := self._fitting(request, among):
-                among = fitting
-            elif (planned := self._loans.plan(request, [each for each in among if _is_open(each)])) is not None:
-                among, request = [planned.debtor], msgspec.structs.replace(request, loan=planned.loan)
-            else:
-                return None
-        self._follow()
-        names = self._name_blocks(request)
-        held = self._tiers.held(names)
-        copy, now = _copy_of(request, self.info), time.monotonic()
-        picked = self._pick(request, among, names, now)
-        candidates = [
-            Candidate(view, expected_tokens(cached, held.get(each.address, _NOTHING).num_tokens), each.silent)
-            for each, view, cached in picked
-        ]
-        index = choose_replica(candidates, copy, now)
-        if index is None:
-            return None
-        replica, view, cached = picked[index]
-        there = held.get(replica.address, _NOTHING)
-        sources = there.sources if there.elsewhere > max(there.own, cached) else ()
-        taken = partial(self._sent, replica, view, copy, names, planned)
-        return Choice(replica, taken, None if planned is None else planned.loan, sources, copy)
-
     def _note_change(self) -> None:
-        self._has_changed, self._largest = True, None
+        self._chooser.note_change()
+        self._largest = None
 
-    def _follow(self) -> None:
-        """Follow the replicas as they are, if one has changed: what is asked of all of them is not asked each time."""
-        if self._has_changed:
-            self._has_changed = False
-            self._tiers.follow()
-            if len(self.replicas) > ALL_ARE_PICKED:
-                self._shortlist.sync([each.view for each in self.replicas])
-
-    def _pick(
-        self, request: Add, among: Collection[LocalClient], names: Sequence[bytes], now: float
-    ) -> Sequence[tuple[LocalClient, ReplicaView, int]]:
-        """Return the replicas among some that accept a request, with their views and the tokens that each has cached of
-        it; of more than a few, those that are worth a test.
-        """
-        if len(among) > ALL_ARE_PICKED:
-            allowed = None if among is self.replicas else set(among)
-
-            def accepts(number: int) -> bool:
-                each = self.replicas[number]
-                is_allowed = allowed is None or each in allowed
-                return is_allowed and not each.silent and _accepts(each, request)
-
-            if found := self._shortlist.pick(names, accepts, now):
-                picked = [(self.replicas[number], count) for number, count in found.items()]
-                return [
-                    (each, view, n * view.memory.block_size) for each, n in picked if (view := each.view) is not None
-                ]
-        return [
-            (each, view, view.memory.cached_tokens(names))
-            for each in among
-            if (view := each.view) is not None and _accepts(each, request)
-        ]
-
-    def _choose_receiver(self, stream: Stream, source: LocalClient) -> LocalClient | None:
-        """Choose the engine that a stream is to go to from its present one, and count it there from now on, so that
-        those which follow it choose others; None if none can have it now.
-        """
-        able = [each for each in self.replicas if each is not source and each.can_go_on_with(stream)]
-        able = [*self._of_roles(able, has_begun=stream.has_output)]
-        request = stream.resumption(0.0)
-        if not able or (choice := self._choose(request, able)) is None:
-            return None
-        if choice.copy is not None and choice.loan is None and choice.engine.view is not None:
-            choice.copy.num_expected_cached = choice.copy.num_tokens - 1  # its blocks come before it
-            choice.engine.view.add(choice.copy, self._name_blocks(request))
-        return choice.engine
+    def _prefer(self, stream: Stream, able: Collection[LocalClient]) -> Collection[LocalClient]:
+        """Return the engines to be chosen from for a stream that goes on elsewhere."""
+        return self._chooser.prefer(stream, able, self._mover.take_receiver(stream))
 
     def _can_leave(self, stream: Stream, source: LocalClient) -> bool:
         """Return whether another engine than its present one can go on with a stream, now or later."""
         return any(each is not source and each.will_go_on_with(stream) for each in self.replicas)
-
-    def _fitting(self, request: Add, among: Collection[LocalClient]) -> list[LocalClient]:
-        """Return the replicas among some whose cache can hold a request alone."""
-        return [each for each in among if each.state is EngineState.READY and request.keeps_to(each.info.limits)]
-
-    def _of_roles(self, engines: Collection[LocalClient], *, has_begun: bool) -> Collection[LocalClient]:
-        """Return the open ones of some engines that are for requests which have begun, or for new ones; all if there
-        are none.
-        """
-        if not self._has_roles:
-            return engines
-        other = EngineRole.PROMPT if has_begun else EngineRole.GENERATION
-        return [each for each in engines if each.role is not other and _is_open(each)] or engines
-
-    def _choose_generation(self, request: Add, source: LocalClient) -> Choice | None:
-        """Choose the engine that goes on with a new request after its first token; None if the one that computes its
-        prompt is to do so.
-        """
-        hands_over = (
-            source.role is EngineRole.PROMPT and request.pooling is None and request.params.prompt_logprobs is None
-        )
-        if not hands_over or request.params.max_tokens == 1:
-            return None
-        candidates = [
-            Candidate(each.view, len(request.prompt_token_ids), each.silent)
-            if each.view is not None and each.role is not EngineRole.PROMPT and each.goes_on_as(source, request)
-            else None
-            for each in self.replicas
-        ]
-        copy, now = _copy_of(request, self.info), time.monotonic()
-        copy.resume((0,) * (copy.max_tokens > 1), (now,) * (copy.max_tokens > 1), num_prompt_logprobs=0)
-        index = choose_replica(candidates, copy, now)
-        if index is None:
-            return None
-        view = self.replicas[index].view
-        assert view is not None, "it is ready"
-        return Choice(self.replicas[index], partial(view.add, copy, self._name_blocks(request)))
-
-    def _prefer(self, stream: Stream, able: Collection[LocalClient]) -> Collection[LocalClient]:
-        """Return the engines to be chosen from for a stream that goes on elsewhere: the one to which its blocks were
-        brought; or, if it is handed over and there is no room, those which have some, its own among them.
-        """
-        receiver = self._mover.take_receiver(stream)
-        if receiver is not None and receiver in able and (not self._has_roles or _has_room(receiver, stream)):
-            return [receiver]
-        if not self._has_roles:
-            return able
-        roomy = [each for each in able if _has_room(each, stream)]
-        return self._of_roles(roomy or able, has_begun=stream.has_output)
-
-    def _sent(
-        self,
-        replica: LocalClient,
-        view: ReplicaView,
-        request: Request,
-        names: Sequence[bytes],
-        planned: PlannedLoan | None,
-    ) -> None:
-        """Take note of a request that a replica was sent."""
-        view.add(request, () if planned is not None else names)
-        if planned is not None and self._loans is not None:
-            self._loans.begin(request.request_id, planned)
-            return
-        self._tiers.add(replica, names)
-
-    def _name_blocks(self, request: Add) -> list[bytes]:
-        """Return the names of the blocks that a prefix cache may hold of the tokens that are known of a request."""
-        names: list[bytes] = []
-        if request.params.prompt_logprobs is None:  # those need every position computed, so the cache is not read
-            if self._namer is None:
-                info = self.info
-                self._namer = BlockNamer(info.limits.block_size, key=self.name_key, fingerprint=info.kv_fingerprint)
-            self._namer.extend(names, request.known_tokens, salt=request.cache_salt)
-        return names
 
 
 async def _start(replica: LocalClient) -> EngineUnavailableError | None:
@@ -585,10 +436,6 @@ async def _fetched(streams: Collection[Stream]) -> None:
         await asyncio.sleep(FETCHED_POLL_SECONDS)
 
 
-def _is_open(replica: LocalClient) -> bool:
-    return replica.state is EngineState.READY and not replica.is_drained
-
-
 def _room(info: EngineInfo) -> int:
     return info.limits.room
 
@@ -597,32 +444,6 @@ def _fits(replica: LocalClient) -> bool:
     """Return whether a replica has sequence slots and blocks for all that it has, or will have."""
     view = replica.view
     return view is None or view.free.fit(view.waiting, num_running=len(view.running))
-
-
-def _has_room(replica: LocalClient, stream: Stream) -> bool:
-    """Return whether a replica has a sequence slot and blocks for a stream, as far as the front knows."""
-    if (view := replica.view) is None:
-        return False
-    return view.free.fit([*view.waiting, _copy_of(stream.resumption(0.0), replica.info)], num_running=len(view.running))
-
-
-def _accepts(replica: LocalClient, request: Add) -> bool:
-    """Return whether a replica can be sent a request now."""
-    if replica.view is None or not _is_open(replica):
-        return False
-    if request.adapter and not replica.has_adapter(request.adapter):  # it is loaded again after a restart
-        return False
-    return request.keeps_to(replica.info.limits)  # machines differ in memory
-
-
-def _copy_of(request: Add, info: EngineInfo) -> Request:
-    """Return a request as an engine would have it, as far as it matters for the choice of a replica."""
-    scheduling = request.scheduling.settled(info.targets, time.monotonic())
-    most = info.limits.max_new_tokens(len(request.prompt_token_ids), request.params)
-    copy = Request(request.request_id, request.prompt_token_ids, request.params, most, seed=0, scheduling=scheduling)
-    if (point := request.resume_point) is not None:
-        copy.resume(point.token_ids, point.token_times, num_prompt_logprobs=point.num_prompt_logprobs)
-    return copy
 
 
 def _progress(stage: Loading) -> tuple[int, float]:

@@ -480,7 +480,7 @@ def test_requests_that_leave_together_are_counted_where_each_will_be() -> None:
             second.is_drained = third.is_drained = True
             streams = [router.open(request) for request in requests(2, max_tokens=200)]
             second.is_drained = third.is_drained = False
-            chosen = [router._choose_receiver(stream, first) for stream in streams]
+            chosen = [router._chooser.choose_receiver(stream, first) for stream in streams]
             assert {*chosen} == {second, third}, "the second goes where the first does not"
             for stream in streams:
                 stream.close()

@@ -37,7 +37,7 @@ from splitfuse.engine.client import EngineState
 from splitfuse.engine.engine import Engine
 from splitfuse.engine.messages import Add, Prefetch
 from splitfuse.engine.ragged import RaggedEngine
-from splitfuse.engine.router import _accepts
+from splitfuse.engine.replica_choice import _accepts
 from splitfuse.engine.tier_files import open_tiers
 from splitfuse.engine.tiers import Tiers
 from splitfuse.errors import ConfigError, EngineUnavailableError, InvalidRequestError
