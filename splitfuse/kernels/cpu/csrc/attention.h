@@ -438,11 +438,9 @@ SF_INLINE void attend_tile(const Attention& a, const Layout& kv, const Item& ite
             const Segments keys{keys_of + first, prefetches + first, static_cast<int>(steps), steps * (alone - first), STEP_BYTES, prefetch_stride};
             if (alone > first) multiply_each(rows, q, keys, row_scores + first * PIECE, SCORE_STRIDE);
         }
-        {
-            for (i64 p = alone; p < end; ++p) {
-                const Segments keys{keys_of + p, prefetches + p, static_cast<int>(steps), steps, STEP_BYTES, prefetch_stride};
-                multiply_kv(rows, q, keys, row_scores + p * PIECE, SCORE_STRIDE);
-            }
+        for (i64 p = alone; p < end; ++p) {
+            const Segments keys{keys_of + p, prefetches + p, static_cast<int>(steps), steps, STEP_BYTES, prefetch_stride};
+            multiply_kv(rows, q, keys, row_scores + p * PIECE, SCORE_STRIDE);
         }
     }
 
