@@ -117,8 +117,8 @@ class ClientAdapters:
         """Have an engine that is ready with the adapters of its settings, by name, load those that were loaded since an
         earlier start, and those that requests hold.
         """
-        for name, digest in of_start.items():
-            _warn_if_changed(name, "its folder", self._of_start.get(name, ""), digest)
+        for name in sorted(of_start.keys() - self._changed.keys()):
+            _warn_if_changed(name, "its folder", self._of_start.get(name, ""), of_start[name])
         self._of_start = dict(of_start)
         self._names = dict(of_start)
         self._present = set(of_start.values())

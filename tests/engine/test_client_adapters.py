@@ -72,13 +72,15 @@ def test_loads_fail_with_the_engines_error_and_with_its_death() -> None:
 def test_an_adapter_that_changed_in_its_folder_is_told_of(caplog: pytest.LogCaptureFixture) -> None:
     async def test() -> None:
         adapters = ClientAdapters(lambda _: None)
-        adapters.restore({"fixed": "zero"})
-        for digest in ("one", "two"):  # an administrator's load is no surprise
-            adapters.load("a", "folder of a")
-            adapters.take(AdapterLoaded("a", digest, ""))
+        adapters.restore({"fixed": "zero", "gone": "nought", "new": "nought"})
+        adapters.unload("gone")
+        for name, digest in (("a", "one"), ("a", "two"), ("new", "old")):  # an administrator's load is no surprise
+            adapters.load(name, f"folder of {name}")
+            adapters.take(AdapterLoaded(name, digest, ""))
         adapters.forget("it was killed")
-        adapters.restore({"fixed": "zero"})
+        adapters.restore({"fixed": "zero", "gone": "other", "new": "other"})
         adapters.take(AdapterLoaded("a", "two", ""))
+        adapters.take(AdapterLoaded("new", "old", ""))
         assert not caplog.messages
         adapters.forget("it was killed")
         adapters.restore({"fixed": "other"})
