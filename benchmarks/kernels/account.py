@@ -59,28 +59,31 @@ def account(executor: Executor, chunks: Sequence[Chunk], limits: Limits, *, int8
             decoder.forward_and_choose(batch, executor.kv_cache)
 
     steps: list[float] = []
+    calls: list[float] = []
     taken: dict[str, list[Taken]] = {name: [] for name in OPERATORS}
     run()
     backend.library.account_in(ctypes.addressof(times))
     try:
         for _ in range(turns):
-            read, dots = limits.read(), {in_int8: limits.dots(int8=in_int8) for in_int8 in (int8, False)}
+            read, dots = limits.read(), {in_int8: limits.dots(int8=in_int8) for in_int8 in {int8, False}}
             ctypes.memset(times, 0, ctypes.sizeof(times))
             steps.append(seconds(run) * 1e3)
             for place, name in enumerate(OPERATORS):
                 work = works.get(name, Work(0, 0))
                 limit = max(work.num_bytes / read, work.operations / dots[int8 and not work.in_bf16])
                 taken[name].append(average([thread[place] for thread in times], limit * 1e3))
+            calls.append(steps[-1] - sum(each[-1].whole for each in taken.values()))
     finally:
         backend.library.account_in(None)
-    step, total = median(steps), 0.0
+    step = median(steps)
     for name, each in taken.items():
-        total += (whole := median(one.whole for one in each))
+        if not all(one.whole > 0 for one in each):
+            continue  # the network has none
+        whole, split = median(one.whole for one in each), median(one.split for one in each)
+        waiting = median(one.waiting for one in each)
         share = median(100 * one.limit / one.whole for one in each) if name in works else ""
-        split, waiting = median(one.split for one in each), median(one.waiting for one in each)
-        if whole > 0:
-            yield row(name, whole, step, split, waiting, share)
-    yield row("the call", step - total, step, "", "", "")
+        yield row(name, whole, step, split, waiting, share)
+    yield row("the call", median(calls), step, "", "", "")
     yield row("the step", step, step, "", "", "")
 
 
