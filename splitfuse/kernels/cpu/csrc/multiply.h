@@ -759,6 +759,7 @@ SF_INLINE void multiply_kv(int rows, const u32* x, const Segments& segments, flo
 #endif
 #if defined(SF_AVX512) && !defined(SF_TILES)
 constexpr int LEAST_BOTH_ROWS = 4, MOST_BOTH_ROWS = 11;  // with which int4 is prefetched to the second cache, see fetch_of_int4()
+static_assert(MOST_BOTH_ROWS <= MAX_ROWS, "they are a single block");
 constexpr int HALF_ROWS = (MAX_ROWS + 1) / 2;  // least of one of several blocks of rows
 constexpr auto FROM_HALF = std::make_integer_sequence<int, MAX_ROWS - HALF_ROWS + 1>{};
 

@@ -22,7 +22,7 @@
 namespace splitfuse {
 namespace SF_VARIANT {
 
-constexpr i32 MOST_PARTS = MOST_NODES;
+constexpr i32 MOST_PARTS = MOST_NODES;  // of the units of a sharing: each thread's, or each node's
 
 // How far a team has come. Sharings are numbered from 0; one ends when all its units are done, by whichever threads. A
 // thread that was descheduled holds up the others only for what it has claimed, and skips sharings that ended without it.
@@ -100,7 +100,8 @@ class Team {
         run_all({rows, places, each}, true, body);
     }
 
-    // Divides the units into equal parts, one for each thread, for work too small to claim often.
+    // Divides the units into equal parts, one for each thread, for work too small to claim often. Of fewer units than threads the
+    // last threads have one each.
     template <class Body>
     void split(i64 units, Body body) {
         if (size == 1) {
@@ -151,7 +152,7 @@ class Team {
     }
 
     // Claims a run of what is left, of this thread's part, then of the next ones: `turn` of them are done. In runs it is a third of
-    // what each thread of the part would get; else as much as that. Nothing if the sharing is over.
+    // what each thread of the part would get of what is left; else what each would get of the whole part. Nothing if the sharing is over.
     Run claim(const Work& work, bool in_runs, i32& turn) const {
         for (; turn < num_parts_; ++turn) {
             const i32 part = (part_ + turn) % num_parts_;

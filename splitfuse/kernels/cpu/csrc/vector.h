@@ -666,11 +666,6 @@ SF_INLINE Floats tanh(Floats a) {  // 2 sigmoid(2a) - 1
     return fma(broadcast(2.0f), sigmoid(a + a), broadcast(-1.0f));
 }
 
-SF_INLINE float exp2_weight(float a) {
-    alignas(64) float lanes[LANES];
-    store(lanes, exp2_weight(broadcast(a)));
-    return lanes[0];
-}
 SF_INLINE float widen(u16 a) {
     u32 bits = static_cast<u32>(a) << 16;
     float wide;
