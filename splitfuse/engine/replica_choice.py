@@ -65,7 +65,8 @@ class ReplicaChooser:
             name_key,
             info,
         )
-        self._has_roles = any(replica.role is not EngineRole.MIXED for replica in replicas)
+        self.has_roles = any(replica.role is not EngineRole.MIXED for replica in replicas)
+        """Whether some replicas are for prompts and others for generation."""
         self._tiers = MachineTiers(replicas)
         self._shortlist = Shortlist()
         self._has_changed = True  # a replica, since the shortlist and the tiers followed it
@@ -160,7 +161,7 @@ class ReplicaChooser:
         """Return the open ones of some engines that are for requests which have begun, or for new ones; all if there
         are none.
         """
-        if not self._has_roles:
+        if not self.has_roles:
             return engines
         other = EngineRole.PROMPT if has_begun else EngineRole.GENERATION
         return [each for each in engines if each.role is not other and is_open(each)] or engines
@@ -195,9 +196,9 @@ class ReplicaChooser:
         """Return the engines to be chosen from for a stream that goes on elsewhere: the `receiver`, to which its blocks
         were brought; or, if it is handed over and there is no room, those which have some, its own among them.
         """
-        if receiver is not None and receiver in able and (not self._has_roles or _has_room(receiver, stream)):
+        if receiver is not None and receiver in able and (not self.has_roles or _has_room(receiver, stream)):
             return [receiver]
-        if not self._has_roles:
+        if not self.has_roles:
             return able
         roomy = [each for each in able if _has_room(each, stream)]
         return self.of_roles(roomy or able, has_begun=stream.has_output)

@@ -64,7 +64,6 @@ class Router(EngineClient):
         self.replicas = list(replicas)
         for replica, role in zip(self.replicas, roles, strict=False):
             replica.role = role
-        self._has_roles = any(replica.role is not EngineRole.MIXED for replica in self.replicas)
         self.agreement = agreement
         self._on_close = on_close
         self._is_lone = len(self.replicas) + len(spare) == 1  # then there is no choice
@@ -153,7 +152,7 @@ class Router(EngineClient):
         return [each for each in self.replicas if not self._scaler.has(each)]
 
     async def scale(self, count: int) -> int:
-        if self._loans is not None or self._has_roles:
+        if self._loans is not None or self._chooser.has_roles:
             what = "kv_loans" if self._loans is not None else "roles"
             raise InvalidRequestError(
                 f"with {what} the number of engines is fixed: restart with other replicas", parameter="replicas"
@@ -284,7 +283,7 @@ class Router(EngineClient):
         errors = [await _start(first), *await asyncio.gather(*map(_start, others))]
         if None not in errors:
             raise next(filter(None, errors))
-        for replica in self.replicas if self._has_roles else ():
+        for replica in self.replicas if self._chooser.has_roles else ():
             if replica.state is EngineState.READY and not replica.info.block_sources:
                 raise ConfigError(
                     "roles need KV blocks that move between engines, and these do not: the model has a recurrent "
