@@ -167,7 +167,7 @@ SF_INLINE Pieces pieces_of(const Attention& a, const Layout& kv, const Item& ite
     const i32* block = a.step.tables + static_cast<i64>(item.request) * a.step.table_width + place / kv.pieces;
     i64 of_block = place % kv.pieces;
     for (i64 p = pieces.first; p < pieces.end; ++p) {
-        pieces.of[p] = kv.data + ((*block * kv.num_kv_heads + item.head) * kv.pieces + of_block) * kv.piece_bytes;
+        pieces.of[p] = kv.piece(*block, item.head, of_block * PIECE);
         if (++of_block < kv.pieces) continue;
         of_block = 0;
         ++block;
