@@ -40,7 +40,7 @@ test-sanitize: $(STAMP)  ## the tests of the C++ kernels on a build that watches
 	  --build-lib build/sanitize --build-temp build/sanitize/objects
 	@LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so)" \
 	  ASAN_OPTIONS=detect_leaks=0 SPLITFUSE_KERNEL_LIBRARY=build/sanitize/splitfuse/kernels/cpu/libsplitfuse_cpu.so \
-	  $(BIN)/python -m pytest tests/kernels -k "avx or cpu" -p no:cacheprovider
+	  $(BIN)/python -m pytest tests/kernels -k "avx or cpu" -p no:cacheprovider --capture=sys
 
 compiled: $(STAMP)  ## build/compiled: the package with a compiled core, as a wheel has it
 	@rm -rf build/compiled && mkdir -p build && SPLITFUSE_KERNELS=none SPLITFUSE_CORE=compiled $(BIN)/python setup.py -q build \

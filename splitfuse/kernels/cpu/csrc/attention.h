@@ -622,8 +622,8 @@ inline void attend(Team& team, const Attention& a, const std::vector<Item>& item
             // Without sinks the first tile merged with nothing is itself.
             const bool alone = item.partial < 0 && !a.heads.sinks && item.loan < 0 && first_tile < item.end_tile;
             if (item.partial < 0 && !alone) begin_with_loan(a, kv, item, group, all);
-            float* places = partials + (item.partial - item.own_tiles) * stride;  // of the results by tile
-            for (i64 t = item.begin_tile; t < first_tile && item.partial >= 0; ++t) forget(kv, places + t * stride);
+            const auto place_of = [&](i64 t) { return partials + (item.partial + t - item.own_tiles) * stride; };  // of a tile's result
+            for (i64 t = item.begin_tile; t < first_tile && item.partial >= 0; ++t) forget(kv, place_of(t));
             for (i64 t = first_tile; t < item.end_tile; ++t) {
                 const Pieces pieces = pieces_of(a, kv, item, t);
                 ahead.begin_tile(i, t, pieces);
@@ -633,7 +633,7 @@ inline void attend(Team& team, const Attention& a, const std::vector<Item>& item
                     attend_tile(a, kv, item, t, pieces, ahead, queries, tile);
                     merge(tile, kv.value_padded, item.rows, all);
                 } else {
-                    float* place = places + t * stride;
+                    float* place = place_of(t);
                     Partial part{{}, {}, place + 2 * most_rows};
                     attend_tile(a, kv, item, t, pieces, ahead, queries, part);
                     std::copy_n(part.maximum, most_rows, place);
