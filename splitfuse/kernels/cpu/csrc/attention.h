@@ -292,36 +292,56 @@ struct Seen {
     i64 begin, end, first, last;
 
     Seen(i64 begin, i64 end) : begin(begin), end(end), first(begin / LANES * LANES), last(end <= begin ? first : ceil_div(end, LANES) * LANES) {}
-    bool is_partial(i64 k) const { return k < begin || k + LANES > end; }
     Floats only(i64 k, Floats value, Floats other) const {
         return between(static_cast<int>(std::max<i64>(begin - k, 0)), static_cast<int>(std::min<i64>(end - k, LANES)), value, other);
     }
 };
 
-// Returns the maximum of the scores of one row of a tile, in powers of two, to which `scale` takes a score. Scores beside those that
-// are seen become NOTHING.
-SF_INLINE float most_of(float* scores, const Seen& seen, float scale) {
-    Floats most = broadcast(NOTHING);
-    for (i64 k = seen.first; k < seen.last; k += LANES) {
-        Floats score = load(scores + k);
-        if (seen.is_partial(k)) store(scores + k, score = seen.only(k, score, broadcast(NOTHING)));
-        most = max(most, score);
-    }
-    return seen.first < seen.last ? highest(most) * scale : NOTHING;
+// Returns what belongs to the keys from `k` on, times their scales if SCALED: those of an int8 cache.
+template <bool SCALED>
+SF_INLINE Floats scaled(Floats value, const float* scales, i64 k) {
+    if constexpr (SCALED) return value * load(scales + k);
+    return value;
 }
 
-// Turns these scores into weights, zero for the other keys up to `keys`, and returns their total.
-SF_INLINE float soften(const float* scores, const Seen& seen, i64 keys, float scale, float maximum, Element* weights) {
+// Returns the maximum of the scores of one row of a tile, in powers of two, to which `scale` takes a score.
+template <bool SCALED>
+SF_INLINE float most_of(const float* scores, const float* scales, const Seen& seen, float scale) {
+    if (seen.first >= seen.last) return NOTHING;
+    auto of = [&](i64 k) { return scaled<SCALED>(load(scores + k), scales, k); };
+    const i64 last = seen.last - LANES;
+    Floats most = seen.only(seen.first, of(seen.first), broadcast(NOTHING)), other = seen.only(last, of(last), broadcast(NOTHING));
+    for (i64 k = seen.first + LANES; k < last; k += 2 * LANES) {  // the last one twice, perhaps
+        most = max(most, of(k));
+        other = max(other, of(std::min(k + LANES, last - LANES)));
+    }
+    return highest(max(most, other)) * scale;
+}
+
+// Turns scores into weights, zero for keys that are not seen, up to `keys`. Returns their total; the weights are then scaled if SCALED.
+template <bool SCALED>
+SF_INLINE float soften(const float* scores, const float* key_scales, const float* value_scales, const Seen& seen, i64 keys, float scale,
+                       float maximum, Element* weights) {
     const Floats factor = broadcast(scale), minus = broadcast(-maximum), zero = broadcast(0.0f);
     Floats sums = zero;
-    for (i64 k = 0; k < seen.first; k += LANES) store_elements(weights + k, zero);
-    for (i64 k = seen.first; k < seen.last; k += LANES) {
-        Floats weight = exp2_weight(fma(load(scores + k), factor, minus));
-        if (seen.is_partial(k)) weight = seen.only(k, weight, zero);
+    auto weight_of = [&](i64 k) { return exp2_weight(fma(scaled<SCALED>(load(scores + k), key_scales, k), factor, minus)); };
+    auto put_part = [&](i64 k) {
+        const Floats weight = seen.only(k, weight_of(k), zero);
         sums += weight;
-        store_elements(weights + k, weight);
+        store_elements(weights + k, seen.only(k, scaled<SCALED>(weight, value_scales, k), zero));
+    };
+    i64 k = 0;
+    for (; k < seen.first; k += LANES) store_elements(weights + k, zero);
+    if (k < seen.last) {
+        put_part(k);
+        for (k += LANES; k < seen.last - LANES; k += LANES) {
+            const Floats weight = weight_of(k);
+            sums += weight;
+            store_elements(weights + k, scaled<SCALED>(weight, value_scales, k));
+        }
+        if (k < seen.last) put_part(k);
     }
-    for (i64 k = seen.last; k < keys; k += LANES) store_elements(weights + k, zero);
+    for (k = seen.last; k < keys; k += LANES) store_elements(weights + k, zero);
     return sum(sums);
 }
 
@@ -343,13 +363,17 @@ SF_INLINE void multiply_by(float* values, const float* by, i64 begin, i64 end) {
     for (i64 k = begin; k < end; k += LANES) store(values + k, load(values + k) * load(by + k));
 }
 
-SF_INLINE void multiply_by(Element* values, const float* by, i64 begin, i64 end, i64 seen_begin, i64 seen_end) {
-    for (i64 k = begin; k < end; k += LANES) {
-        int low = static_cast<int>(std::min<i64>(std::max<i64>(seen_begin - k, 0), LANES));
-        int high = static_cast<int>(std::min<i64>(std::max<i64>(seen_end - k, 0), LANES));
-        store_elements(values + k, between(low, high, load_elements(values + k) * load(by + k), broadcast(0.0f)));
+// The token of its request and the head of its group that a row of an item is; it goes on from row to row, without divisions.
+struct Row {
+    i64 group, token, head;
+
+    Row(const Item& item, i64 group, i64 row = 0) : group(group), token((item.first + row) / group), head((item.first + row) % group) {}
+    void operator++() {
+        if (++head < group) return;
+        head = 0;
+        ++token;
     }
-}
+};
 
 // Rows `first` to first + rows - 1 of an item, which are multiplied at once.
 struct RowTile { int first, rows; };
@@ -368,9 +392,10 @@ SF_INLINE void copy_queries(const Attention& a, const Layout& kv, const Item& it
     const i64 group = a.heads.num_heads / kv.num_kv_heads, slabs = num_slabs(kv), slab_dim = 2 * SLAB_STEPS;
     for (int t = 0; t < num_row_tiles(item); ++t) {
         const RowTile tile = row_tile(item, t);
-        for (int r = 0; r < tile.rows; ++r) {
-            const i64 row = item.first + tile.first + r, token = a.step.query_start[item.request] + row / group;
-            const u16* q = a.q + (token * a.heads.num_heads + item.head * group + row % group) * kv.head_dim;
+        Row row(item, group, tile.first);
+        for (int r = 0; r < tile.rows; ++r, ++row) {
+            const i64 token = a.step.query_start[item.request] + row.token;
+            const u16* q = a.q + (token * a.heads.num_heads + item.head * group + row.head) * kv.head_dim;
             for (i64 slab = 0; slab < slabs; ++slab) {
                 Element* place = reinterpret_cast<Element*>(queries + (tile.first * slabs + slab * tile.rows + r) * SLAB_STRIDE);
                 const i64 count = std::min(kv.head_dim - slab * slab_dim, slab_dim);
@@ -446,32 +471,33 @@ SF_INLINE void attend_tile(const Attention& a, const Layout& kv, const Item& ite
 
     const bool in_powers = a.heads.softcap > 0.0f || a.heads.slopes;  // of two, once they are capped or lowered
     const float scale = in_powers ? 1.0f : a.heads.scale * LOG2E;
-    auto seen_by = [&](i32 r) {
-        const i64 position = start + (item.first + r) / group;
+    auto seen_by = [&](const Row& row) {
+        const i64 position = start + row.token;
         const i64 seen_end = std::min(std::max<i64>(position + 1 - first_key, 0), pieces.keys);
         return Seen(std::min(std::max<i64>(a.first_seen(position) - first_key, 0), seen_end), seen_end);
     };
     // All maxima first: each waits for the last of its lanes, and meanwhile the next row's are compared.
-    for (i32 r = 0; r < item.rows; ++r) {
+    Row row_of(item, group);
+    for (i32 r = 0; r < item.rows; ++r, ++row_of) {
         float* row = scores + r * SCORE_STRIDE;
-        const i64 position = start + (item.first + r) / group;
-        const Seen seen = seen_by(r);
-        if (kv.int8) multiply_by(row, key_scales, first * PIECE, end * PIECE);
+        const Seen seen = seen_by(row_of);
+        if (in_powers && kv.int8) multiply_by(row, key_scales, first * PIECE, end * PIECE);
         if (a.heads.softcap > 0.0f) cap(row, first * PIECE, end * PIECE, a.heads.scale, a.heads.softcap);
         if (a.heads.slopes) {
             const float capped_scale = a.heads.softcap > 0.0f ? 1.0f : a.heads.scale * LOG2E;
-            const i64 head = item.head * group + (item.first + r) % group;
-            lower(row, first * PIECE, end * PIECE, capped_scale, a.heads.slopes[head] * LOG2E, position - first_key);
+            const float slope = a.heads.slopes[item.head * group + row_of.head] * LOG2E;
+            lower(row, first * PIECE, end * PIECE, capped_scale, slope, start + row_of.token - first_key);
         }
-        out.maximum[r] = most_of(row, seen, scale);
+        out.maximum[r] = (kv.int8 && !in_powers ? most_of<true> : most_of<false>)(row, key_scales, seen, scale);
     }
-    for (i32 r = 0; r < item.rows; ++r) {
+    if (in_powers && kv.int8) std::fill(key_scales + first * PIECE, key_scales + end * PIECE, 1.0f);  // scores are scaled already
+    row_of = Row(item, group);
+    for (i32 r = 0; r < item.rows; ++r, ++row_of) {
         for (Ahead::Range range; (range = ahead.until(before_values * (r + 1) / item.rows, SOFTMAX_BYTES)).bytes;)
             prefetch_lines(range.from, range.bytes);
         Element* row_weights = reinterpret_cast<Element*>(weights + r * SLAB_STRIDE);
-        const Seen seen = seen_by(r);
-        out.total[r] = soften(scores + r * SCORE_STRIDE, seen, end * PIECE, scale, out.maximum[r], row_weights);
-        if (kv.int8) multiply_by(row_weights, value_scales, first * PIECE, end * PIECE, seen.begin, seen.end);
+        out.total[r] = (kv.int8 ? soften<true> : soften<false>)(scores + r * SCORE_STRIDE, key_scales, value_scales, seen_by(row_of), end * PIECE,
+                                                                scale, out.maximum[r], row_weights);
     }
 
     // Only pairs with a key that exists: what follows may be NaN.
@@ -561,14 +587,14 @@ SF_INLINE void lend_rows(const Attention& a, const Layout& kv, const Item& item,
 
 SF_INLINE void end_rows(const Attention& a, const Layout& kv, const Item& item, i64 group, const Partial& all) {
     if (a.lent) return lend_rows(a, kv, item, group, all);
-    for (i32 r = 0; r < item.rows; ++r) {
-        i64 row = item.first + r;
-        i64 token = a.step.query_start[item.request] + row / group;
-        const i64 stride = a.out_stride ? a.out_stride : a.heads.num_heads * kv.value_dim;
-        u16* out = a.out + token * stride + (item.head * group + row % group) * kv.value_dim;
-        Floats total = broadcast(all.total[r]);
+    const i64 stride = a.out_stride ? a.out_stride : a.heads.num_heads * kv.value_dim;
+    Row row(item, group);
+    for (i32 r = 0; r < item.rows; ++r, ++row) {
+        const i64 token = a.step.query_start[item.request] + row.token;
+        u16* out = a.out + token * stride + (item.head * group + row.head) * kv.value_dim;
+        const Floats share = broadcast(1.0f / all.total[r]);
         for (i64 d = 0; d < kv.value_dim; d += LANES) {
-            Floats value = load(all.values + r * kv.value_padded + d) / total;
+            Floats value = load(all.values + r * kv.value_padded + d) * share;
             if (kv.value_dim - d < LANES) store_bf16(out + d, value, static_cast<int>(kv.value_dim - d));
             else store_bf16(out + d, value);
         }

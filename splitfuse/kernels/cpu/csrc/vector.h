@@ -618,8 +618,6 @@ SF_INLINE Floats load_nibbles(const u8* p, int shift) {
 SF_INLINE Floats& operator+=(Floats& a, Floats b) { return a = a + b; }
 
 // x as it is multiplied with weights in bf16: pairs of bf16 for processors that multiply those, else fp32.
-SF_INLINE Floats load_elements(const u16* p) { return load_bf16(p); }
-SF_INLINE Floats load_elements(const float* p) { return load(p); }
 SF_INLINE void store_elements(u16* p, Floats a) { store_bf16(p, a); }
 SF_INLINE void store_elements(float* p, Floats a) { store(p, a); }
 SF_INLINE void copy_elements(u16* to, const u16* from, i64 count) {
