@@ -123,7 +123,7 @@ def key_of(scenario: Scenario, slos: Sequence[Slo], system: System, settings: Se
         settings.tag if system.is_ours else "",
     ]
     if scenario.clients:
-        what.append(scenario.spacing)
+        what += [scenario.spacing, "answers come after the next plan"]
     return hashlib.sha256(repr(what).encode()).hexdigest()[:16]
 
 

@@ -1,12 +1,14 @@
 """Drives the engine's scheduler on a virtual clock: the same steps as splitfuse/simulator, without an event loop.
 
 Requests of sessions arrive at given times, or when a client of a closed loop has its answer; the cost model says how
-long each step takes. Nothing else takes time.
+long each step takes. Nothing else takes time. A client has its answer just after the next step is planned, as of an
+engine: what it sends then waits for the end of that step.
 """
 
 from __future__ import annotations
 
 import heapq
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from random import Random
@@ -146,10 +148,11 @@ def drive(
             place, number, turn, times = running.pop(output.request_id)
             record, kind = records[place]
             records[place] = replace(record, token_times=tuple(times)), kind
+            answered = math.nextafter(now, math.inf)
             if turn + 1 < len(sessions[number]):
-                heapq.heappush(due, (now, number, turn + 1))
+                heapq.heappush(due, (answered, number, turn + 1))
             elif arrivals is None and next_session < len(sessions):
-                heapq.heappush(due, (now, next_session, 0))
+                heapq.heappush(due, (answered, next_session, 0))
                 next_session += 1
     return records
 

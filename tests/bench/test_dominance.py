@@ -78,7 +78,17 @@ def test_clients_send_their_next_request_when_answered() -> None:
     records = [record for record, _ in drive(scheduler, machine, sessions, clients=2)]
     assert [len(record.token_times) for record in records if record.num_prompt_tokens == 100] == [3] * 4
     answers = sorted(record.done for record in records)
-    assert [record.sent for record in records[2:]] == answers[:6]
+    assert [record.sent for record in records[2:]] == [math.nextafter(done, math.inf) for done in answers[:6]]
+
+
+def test_next_requests_wait_for_the_step_that_follows_an_answer() -> None:
+    machine = MACHINES["0.5b-int8"]
+    scheduler = System("splitfuse", 512).make_scheduler(machine, max_num_seqs=4, caches_prefixes=False)
+    long, short = [PlannedRequest((0,) * 600, 1)], [PlannedRequest((0,) * 16, 1)]
+    records = [record for record, _ in drive(scheduler, machine, [short, long, short], clients=2)]
+    # The first step has the short prompt and a part of the long one, the second the rest of that.
+    first, second, third = records
+    assert third.sent == pytest.approx(first.done) and third.token_times[0] > second.token_times[0]
 
 
 def test_requests_beyond_the_limit_are_refused() -> None:
