@@ -62,7 +62,7 @@ struct Attention {
     const Store& store;
     const u16* q;               // [T, H, D]
     u16* out;                   // [T, H, D], or [T, H, value_dim]
-    u8* widened;                // int8 only: this thread's buffer for one tile
+    u8* widened;                // int8 without WIDENS_INT8: this thread's buffer for one tile
     i64 layer = 0;
     float* lent = nullptr;      // for a debtor: where merged tiles go rather than to out, [T, H] of lent_floats()
     Channel* channel = nullptr; // to the debtor
@@ -432,13 +432,15 @@ SF_INLINE void attend_tile(const Attention& a, const Layout& kv, const Item& ite
         if (kv.int8) {
             std::memcpy(key_scales + p * PIECE, kv.scales(pieces.of[p]), PIECE * sizeof(float));
             std::memcpy(value_scales + p * PIECE, kv.scales(pieces.of[p]) + PIECE, PIECE * sizeof(float));
+            if (WIDENS_INT8) continue;
             u8* wide = a.widened + p * 2 * half_wide;
             widen_qvalues(pieces.of[p], 2 * PIECE * kv.padded, reinterpret_cast<u16*>(wide));
             keys_of[p] = wide;
             values_of[p] = wide + half_wide;
         }
     }
-    const i64 steps = ceil_div(kv.head_dim, 2), slabs = num_slabs(kv);
+    const bool int8 = WIDENS_INT8 && kv.int8;
+    const i64 steps = ceil_div(kv.head_dim, 2), slabs = num_slabs(kv), word_bytes = int8 ? 2 : 4;
     // Tiles of rows, each of which prefetches its part.
     const int row_tiles = num_row_tiles(item);
     const i64 prefetch_stride = STEP_BYTES / row_tiles;
@@ -460,11 +462,11 @@ SF_INLINE void attend_tile(const Attention& a, const Layout& kv, const Item& ite
         if (slabs == 1) {
             const bool odd = rows <= FEW_ROWS && (end - first) % 2;  // of pieces that are multiplied two at once
             alone = end - odd;
-            const Segments keys{keys_of + first, prefetches + first, static_cast<int>(steps), steps * (alone - first), STEP_BYTES, prefetch_stride};
+            const Segments keys{keys_of + first, prefetches + first, static_cast<int>(steps), steps * (alone - first), PANEL * word_bytes, prefetch_stride, false, int8};
             if (alone > first) multiply_each(rows, q, keys, row_scores + first * PIECE, SCORE_STRIDE);
         }
         for (i64 p = alone; p < end; ++p) {
-            const Segments keys{keys_of + p, prefetches + p, static_cast<int>(steps), steps, STEP_BYTES, prefetch_stride};
+            const Segments keys{keys_of + p, prefetches + p, static_cast<int>(steps), steps, PANEL * word_bytes, prefetch_stride, false, int8};
             multiply_kv(rows, q, keys, row_scores + p * PIECE, SCORE_STRIDE);
         }
     }
@@ -510,7 +512,7 @@ SF_INLINE void attend_tile(const Attention& a, const Layout& kv, const Item& ite
         const u8* starts[TILE_PIECES];
         for (i64 p = first; p < end; ++p) {
             if (kv.value_from) turn_piece(kv, values_of[p], column, pieces.keys - p * PIECE, turned[p]);
-            starts[p - first] = kv.value_from ? turned[p] : values_of[p] + column * 4;
+            starts[p - first] = kv.value_from ? turned[p] : values_of[p] + column * word_bytes;
         }
         for (int t = 0; t < row_tiles; ++t) {
             const auto [row, rows] = row_tile(item, t);
@@ -521,7 +523,7 @@ SF_INLINE void attend_tile(const Attention& a, const Layout& kv, const Item& ite
                 slot += panels;
                 prefetches[p - first] = prefetch_beside(before_values + (per_value * slot >> 16), panels * PIECE / 2 * prefetch_stride, starts[p - first]);
             }
-            const Segments values{starts, prefetches, PIECE / 2, pairs, kv.value_from ? STEP_BYTES : kv.padded * 4, prefetch_stride};
+            const Segments values{starts, prefetches, PIECE / 2, pairs, kv.value_from ? STEP_BYTES : kv.padded * word_bytes, prefetch_stride, false, int8};
             const u32* x = weights + first * (PIECE / 2) * PAIR_WORDS + row * SLAB_STRIDE;
             float* sums = out.values + row * kv.value_padded + column;
             if (two) multiply_two(rows, x, values, sums, kv.value_padded);

@@ -117,6 +117,7 @@ struct Segments {
     i64 stride;        // bytes from step to step
     i64 prefetch_stride;
     bool adds = false; // to the sums in the tile
+    bool int8 = false; // each number is an int8 in place of a bf16, and a step half as long: with WIDENS_INT8
 };
 
 #ifdef SF_BF16_DOTS
@@ -138,13 +139,26 @@ SF_INLINE void add_qvalues(Ints (&acc)[WIDTH], const Packed (&qvalues)[WIDTH], P
     if constexpr (WIDTH == 2) acc[1] = dot_qvalues(acc[1], qvalues[1], x);
 }
 
-template <int ROWS, int WIDTH, int... R>
+// Bytes of a panel in bf16 for one step, or in int8 in place of it.
+template <bool INT8>
+constexpr int PAIRS_BYTES = INT8 ? STEP_BYTES / 2 : STEP_BYTES;
+
+// Loads a vector of a step of such a panel, as bf16.
+template <bool INT8>
+SF_INLINE Packed load_pairs(const u8* weights, int vector) {
+#ifdef SF_AVX512
+    if constexpr (INT8) return load_i8_pairs(weights + vector * VECTOR_BYTES / 2);
+#endif
+    return load_packed(weights + vector * VECTOR_BYTES);
+}
+
+template <bool INT8 = false, int ROWS, int WIDTH, int... R>
 SF_INLINE void bf16_step(Floats (&acc)[ROWS][WIDTH], const u8* weights, const u32* x, std::integer_sequence<int, R...>) {
 #ifndef SF_AVX512
     if constexpr (ROWS == 3 && WIDTH == 2) return add_three_rows(acc, weights, x, SLAB_STRIDE);
 #endif
     Packed words[WIDTH];
-    for (int v = 0; v < WIDTH; ++v) words[v] = load_packed(weights + v * VECTOR_BYTES);
+    for (int v = 0; v < WIDTH; ++v) words[v] = load_pairs<INT8>(weights, v);
 #ifdef SF_BF16_DOTS
     (add_dots(acc[R], words, broadcast_packed(x[R * SLAB_STRIDE])), ...);
 #else
@@ -154,6 +168,7 @@ SF_INLINE void bf16_step(Floats (&acc)[ROWS][WIDTH], const u8* weights, const u3
     for (int v = 0; v < WIDTH; ++v) each[v] = second_of_pairs(words[v]);
     (add_products(acc[R], each, as_floats(broadcast_packed(x[R * SLAB_STRIDE + 1]))), ...);
 #endif
+    if constexpr (INT8) asm volatile("" ::: "memory");  // else GCC widens the next words too early, and spills sums
 }
 
 template <class Sum, int WIDTH>
@@ -194,10 +209,10 @@ using SumOf = std::conditional_t<DOT == Dot::BF16, Floats, Ints>;
 template <Dot DOT>
 constexpr int WORDS_OF = DOT == Dot::BF16 ? PAIR_WORDS : 1;  // of x for a step
 
-template <Dot DOT, class Sum, int ROWS, int WIDTH, int... R>
+template <Dot DOT, bool INT8 = false, class Sum, int ROWS, int WIDTH, int... R>
 SF_INLINE void add_step(Sum (&acc)[ROWS][WIDTH], const u8* weights, const u32* x, std::integer_sequence<int, R...> rows) {
     if constexpr (DOT == Dot::BF16) {
-        bf16_step(acc, weights, x, rows);
+        bf16_step<INT8>(acc, weights, x, rows);
     } else {
         Packed words[WIDTH];
         for (int v = 0; v < WIDTH; ++v) words[v] = load_packed(weights + v * VECTOR_BYTES);
@@ -207,7 +222,7 @@ SF_INLINE void add_step(Sum (&acc)[ROWS][WIDTH], const u8* weights, const u32* x
 
 // Computes out[r][0..31] = or += sum over K of x[r][k] * weights[k][0..31]: bf16 summed in fp32, or quantized values + QVALUE_BIAS
 // summed in int32.
-template <Dot DOT, int ROWS, Fetch FETCH = Fetch::NEAR>
+template <Dot DOT, int ROWS, Fetch FETCH = Fetch::NEAR, bool INT8 = false>
 SF_LEAF void multiply_wide(const u32* x, const Segments& segments, float* out, i64 out_stride) {
     constexpr auto rows = std::make_integer_sequence<int, ROWS>{};
     constexpr int WORDS = WORDS_OF<DOT>;
@@ -227,7 +242,7 @@ SF_LEAF void multiply_wide(const u32* x, const Segments& segments, float* out, i
             in_slab += run;
             for (const u32* end = x + run * WORDS; x < end; x += WORDS, weights += stride) {
                 prefetch_step<FETCH, 2>(prefetch, weights);
-                add_step<DOT>(acc, weights, x, rows);
+                add_step<DOT, INT8>(acc, weights, x, rows);
             }
             if (in_slab == SLAB_STEPS) {
                 x += ROWS * SLAB_STRIDE - SLAB_STEPS * WORDS;
@@ -239,7 +254,7 @@ SF_LEAF void multiply_wide(const u32* x, const Segments& segments, float* out, i
 }
 
 // Computes the same for each segment by itself: out[r][32 s ..] for segment s. All have the same steps, of one slab.
-template <int ROWS>
+template <int ROWS, bool INT8>
 SF_LEAF void multiply_bf16_each(const u32* x, const Segments& segments, float* out, i64 out_stride) {
     constexpr auto rows = std::make_integer_sequence<int, ROWS>{};
     constexpr int WIDTH = width_of(ROWS, Dot::BF16);
@@ -251,9 +266,9 @@ SF_LEAF void multiply_bf16_each(const u32* x, const Segments& segments, float* o
             if constexpr (WIDTH == 1) prefetch = half_of(prefetch, segments.steps, part);
             Floats acc[ROWS][WIDTH];
             clear(acc, rows);
-            for (const u32 *at = x, *end = x + segments.steps * PAIR_WORDS; at < end; at += PAIR_WORDS, weights += STEP_BYTES) {
+            for (const u32 *at = x, *end = x + segments.steps * PAIR_WORDS; at < end; at += PAIR_WORDS, weights += PAIRS_BYTES<INT8>) {
                 prefetch_step<Fetch::FAR, WIDTH>(prefetch);
-                bf16_step(acc, weights, at, rows);
+                bf16_step<INT8>(acc, weights, at, rows);
             }
             store_tile(acc, out, out_stride, rows);
         }
@@ -262,7 +277,7 @@ SF_LEAF void multiply_bf16_each(const u32* x, const Segments& segments, float* o
 
 // With few rows there are too few independent sums to keep the units busy, since each waits for its last product. This
 // and the next function do the work of two panels at once; each sum is the same as before.
-template <int ROWS>
+template <int ROWS, bool INT8>
 SF_LEAF void multiply_bf16_each_of_two(const u32* x, const Segments& segments, float* out, i64 out_stride) {
     constexpr auto rows = std::make_integer_sequence<int, ROWS>{};
     const i64 count = segments.total / segments.steps;
@@ -277,10 +292,10 @@ SF_LEAF void multiply_bf16_each_of_two(const u32* x, const Segments& segments, f
         for (const u32 *at = x, *end = x + segments.steps * PAIR_WORDS; at < end; at += PAIR_WORDS) {
             prefetch_step<Fetch::FAR, 2>(prefetch_first);
             prefetch_step<Fetch::FAR, 2>(prefetch_second);
-            bf16_step(a, first, at, rows);
-            bf16_step(b, second, at, rows);
-            first += STEP_BYTES;
-            second += STEP_BYTES;
+            bf16_step<INT8>(a, first, at, rows);
+            bf16_step<INT8>(b, second, at, rows);
+            first += PAIRS_BYTES<INT8>;
+            second += PAIRS_BYTES<INT8>;
         }
         store_tile(a, out, out_stride, rows);
         if (other != segment) store_tile(b, out + PANEL, out_stride, rows);
@@ -289,7 +304,7 @@ SF_LEAF void multiply_bf16_each_of_two(const u32* x, const Segments& segments, f
 
 // Multiplies two panels side by side in memory, of one slab: out[r][0..63]. The second half of a segment's lines to
 // prefetch begins `steps` steps after the first.
-template <int ROWS>
+template <int ROWS, bool INT8>
 SF_LEAF void multiply_bf16_two(const u32* x, const Segments& segments, float* out, i64 out_stride) {
     constexpr auto rows = std::make_integer_sequence<int, ROWS>{};
     Floats a[ROWS][2], b[ROWS][2];
@@ -304,8 +319,8 @@ SF_LEAF void multiply_bf16_two(const u32* x, const Segments& segments, float* ou
         for (; x < end; x += PAIR_WORDS, weights += segments.stride) {
             prefetch_step<Fetch::FAR, 2>(prefetch_first);
             prefetch_step<Fetch::FAR, 2>(prefetch_second);
-            bf16_step(a, weights, x, rows);
-            bf16_step(b, weights + STEP_BYTES, x, rows);
+            bf16_step<INT8>(a, weights, x, rows);
+            bf16_step<INT8>(b, weights + PAIRS_BYTES<INT8>, x, rows);
         }
     }
     store_tile(a, out, out_stride, rows);
@@ -731,22 +746,22 @@ using MultiplyBf16 = void (*)(const u32*, const Segments&, float*, i64);
 
 constexpr auto FEW = std::make_integer_sequence<int, FEW_ROWS>{};
 
-template <int... R>
+template <bool INT8, int... R>
 SF_INLINE MultiplyBf16 choose_two(int rows, std::integer_sequence<int, R...>) {
-    static constexpr MultiplyBf16 table[] = {multiply_bf16_two<R + 1>...};
+    static constexpr MultiplyBf16 table[] = {multiply_bf16_two<R + 1, INT8>...};
     return table[rows - 1];
 }
-template <int... R, int... F>
+template <bool INT8, int... R, int... F>
 SF_INLINE MultiplyBf16 choose_each(int rows, std::integer_sequence<int, R...>, std::integer_sequence<int, F...>) {
-    static constexpr MultiplyBf16 of_two[] = {multiply_bf16_each_of_two<F + 1>...};
-    static constexpr MultiplyBf16 of_one[] = {multiply_bf16_each<FEW_ROWS + 1 + R>...};
+    static constexpr MultiplyBf16 of_two[] = {multiply_bf16_each_of_two<F + 1, INT8>...};
+    static constexpr MultiplyBf16 of_one[] = {multiply_bf16_each<FEW_ROWS + 1 + R, INT8>...};
     return rows <= FEW_ROWS ? of_two[rows - 1] : of_one[rows - 1 - FEW_ROWS];
 }
 
 #ifdef SF_AVX512
-template <Fetch FETCH, int... R>
+template <Fetch FETCH, bool INT8 = false, int... R>
 SF_INLINE MultiplyBf16 choose_bf16(int rows, std::integer_sequence<int, R...>) {
-    static constexpr MultiplyBf16 table[] = {multiply_wide<Dot::BF16, R + 1, FETCH>...};
+    static constexpr MultiplyBf16 table[] = {multiply_wide<Dot::BF16, R + 1, FETCH, INT8>...};
     return table[rows - 1];
 }
 SF_INLINE void multiply(int rows, const u32* x, const Segments& segments, float* out, i64 out_stride) {
@@ -754,7 +769,8 @@ SF_INLINE void multiply(int rows, const u32* x, const Segments& segments, float*
 }
 // Does the same with keys and values.
 SF_INLINE void multiply_kv(int rows, const u32* x, const Segments& segments, float* out, i64 out_stride) {
-    choose_bf16<Fetch::FAR>(rows, ALL_ROWS)(x, segments, out, out_stride);
+    if (WIDENS_INT8 && segments.int8) choose_bf16<Fetch::FAR, WIDENS_INT8>(rows, ALL_ROWS)(x, segments, out, out_stride);
+    else choose_bf16<Fetch::FAR>(rows, ALL_ROWS)(x, segments, out, out_stride);
 }
 #endif
 #if defined(SF_AVX512) && !defined(SF_TILES)
@@ -776,11 +792,13 @@ SF_INLINE void multiply_part(int rows, const u32* x, const Segments& part, Fetch
 }
 #endif
 SF_INLINE void multiply_two(int rows, const u32* x, const Segments& segments, float* out, i64 out_stride) {
-    choose_two(rows, FEW)(x, segments, out, out_stride);
+    if (WIDENS_INT8 && segments.int8) choose_two<WIDENS_INT8>(rows, FEW)(x, segments, out, out_stride);
+    else choose_two<false>(rows, FEW)(x, segments, out, out_stride);
 }
 SF_INLINE void multiply_each(int rows, const u32* x, const Segments& segments, float* out, i64 out_stride) {
     constexpr auto many = std::make_integer_sequence<int, MAX_ROWS - FEW_ROWS>{};
-    choose_each(rows, many, FEW)(x, segments, out, out_stride);
+    if (WIDENS_INT8 && segments.int8) choose_each<WIDENS_INT8>(rows, many, FEW)(x, segments, out, out_stride);
+    else choose_each<false>(rows, many, FEW)(x, segments, out, out_stride);
 }
 #endif
 

@@ -47,9 +47,11 @@ constexpr int FEW_ROWS = MAX_ROWS / 2;   // of a tile of two panels
 #endif
 #ifdef SF_TILES
 #define SF_PARTS
+constexpr bool WIDENS_INT8 = false;
 constexpr int BLOCK_ROWS = 32;           // most rows that are multiplied at once: of two tiles, see tiles.h
 #else
 constexpr int BLOCK_ROWS = MAX_ROWS;
+constexpr bool WIDENS_INT8 = true;       // keys and values of int8 become bf16 as they are multiplied, else before
 #endif
 
 struct Floats { __m512 v; };       // 16 fp32
@@ -115,13 +117,15 @@ SF_INLINE void store_exact_bf16(u16* p, Floats a) {  // that is a bf16 already
     _mm256_storeu_si256((__m256i*)p, _mm512_cvtepi32_epi16(_mm512_srli_epi32(_mm512_castps_si512(a.v), 16)));
 }
 SF_INLINE Floats load_i8(const i8* p) { return {_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p)))}; }
-// Writes the bf16 of two vectors of int8.
-SF_INLINE void widen_i8(const i8* p, u16* out) {
+// Returns the bf16 of two vectors of int8. Not by vcvtne2ps2bf16, which takes turns with dot products (AMD Zen 4).
+SF_INLINE Packed load_i8_pairs(const void* p) {
     alignas(64) static constexpr u16 UPPER_HALVES[2 * LANES] = {1,  3,  5,  7,  9,  11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31,
                                                                 33, 35, 37, 39, 41, 43, 45, 47, 49, 51, 53, 55, 57, 59, 61, 63};
-    const __m512i first = _mm512_castps_si512(load_i8(p).v), second = _mm512_castps_si512(load_i8(p + LANES).v);
-    _mm512_storeu_si512(out, _mm512_permutex2var_epi16(first, _mm512_load_si512(UPPER_HALVES), second));
+    const i8* values = static_cast<const i8*>(p);
+    const __m512i first = _mm512_castps_si512(load_i8(values).v), second = _mm512_castps_si512(load_i8(values + LANES).v);
+    return {_mm512_permutex2var_epi16(first, _mm512_load_si512(UPPER_HALVES), second)};
 }
+SF_INLINE void widen_i8(const i8* p, u16* out) { _mm512_storeu_si512(out, load_i8_pairs(p).v); }
 SF_INLINE void store_i8(i8* p, Floats a) {  // whole numbers from -128 to 127
     _mm_storeu_si128((__m128i*)p, _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(a.v)));
 }
@@ -261,6 +265,7 @@ constexpr int MAX_ROWS = 6;        // of a tile: 6 x 2 accumulators of eight lan
 constexpr int WIDE_ROWS = 2;       // of a tile as wide as a panel; one of more rows is half as wide
 constexpr int WIDE_BF16_ROWS = 3;  // of one in bf16
 constexpr int FEW_ROWS = 1;        // of a tile of two panels
+constexpr bool WIDENS_INT8 = false;
 constexpr int BLOCK_ROWS = MAX_ROWS;  // most rows that are multiplied at once
 using Element = float;
 

@@ -135,7 +135,7 @@ struct Workspace {
             found->tiles = make_items(step, heads.num_heads, kv, num_threads, most_tiles, found->items);
         }
         partials.reserve(found->tiles * partial_floats(kv) * 4);
-        if (store.int8)
+        if (store.int8 && !WIDENS_INT8)
             for (Own& each : own) each.tile.reserve(TILE * kv.padded * 4);
     }
     Memory memory(int rank) {
