@@ -100,19 +100,29 @@ SF_INLINE Operand make_operand(const Weight& w, i64 rows, u8* memory, float* sum
     return x;
 }
 
+#ifdef SF_AVX512
+// Quantizes as many whole 64 of `count` values as there are; returns for each lane what it adds to the sum of the quantized ones.
+// Prefetches as many values from `ahead` on.
+SF_INLINE Ints quantize_whole(const u16* values, i64 count, Floats inverse, i8* out, const u16* ahead) {
+    Ints sums = broadcast(0);
+    for (i64 k = 0; k + 4 * LANES <= count; k += 4 * LANES) {
+        prefetch_line<Fetch::NEAR>(ahead + k);
+        prefetch_line<Fetch::NEAR>(ahead + k + 2 * LANES);
+        sums = quantize_64(values + k, inverse, out + k, sums);
+    }
+    return sums;
+}
+#endif
+
 // Quantizes `count` values; returns the sum of the quantized ones. Prefetches as many values from `ahead` on.
 SF_INLINE i32 quantize(const u16* values, i64 count, float inverse, i8* out, [[maybe_unused]] const u16* ahead) {
     Floats total = broadcast(0.0f), scale = broadcast(inverse);  // whole numbers below 2^24: exact
     i64 k = 0;
     i32 first = 0;
 #ifdef SF_AVX512
-    Ints sums = broadcast(0);
-    for (; k + 4 * LANES <= count; k += 4 * LANES) {
-        prefetch_line<Fetch::NEAR>(ahead + k);
-        prefetch_line<Fetch::NEAR>(ahead + k + 2 * LANES);
-        sums = quantize_64(values + k, scale, out + k, sums);
-    }
-    first = sum(sums);
+    first = sum(quantize_whole(values, count, scale, out, ahead));
+    k = count / (4 * LANES) * (4 * LANES);
+    if (k == count) return first;
 #endif
     for (; k + LANES <= count; k += LANES) {
         Floats qvalue = round(load_bf16(values + k) * scale);
@@ -214,7 +224,18 @@ SF_INLINE void put_row(const Operand& x, i64 row, const u16* values) {
         }
         i8 bytes[SLAB_STEPS * 4];
         i8* qvalues = x.in_bytes ? reinterpret_cast<i8*>(place) : bytes;
-        for (i64 k = 0; k < count; k += span, starts += several) {
+        i64 k = 0;
+#ifdef SF_AVX512
+        for (; several && span % (4 * LANES) == 0 && k + 4 * span <= count; k += 4 * span, starts += 4) {  // their sums at once
+            Ints sums[4];
+            for (int i = 0; i < 4; ++i) {
+                const i64 at = k + i * span;
+                sums[i] = quantize_whole(values + first + at, span, broadcast(inverse), qvalues + at, following + first + at);
+            }
+            store_sums(starts, sums, -bias);
+        }
+#endif
+        for (; k < count; k += span, starts += several) {
             const i32 start = -bias * quantize(values + first + k, count - k < span ? count - k : span, inverse, qvalues + k, following + first + k);
             *starts = several ? start : *starts + start;
         }

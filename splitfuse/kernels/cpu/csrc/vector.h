@@ -135,6 +135,15 @@ SF_INLINE Ints load_ints(const i32* p) { return {_mm512_loadu_si512(p)}; }
 SF_INLINE Floats to_floats(Ints a) { return {_mm512_cvtepi32_ps(a.v)}; }
 SF_INLINE Ints operator+(Ints a, Ints b) { return {_mm512_add_epi32(a.v, b.v)}; }
 SF_INLINE i32 sum(Ints a) { return _mm512_reduce_add_epi32(a.v); }
+// Stores the sums of the lanes of four, each times `factor`.
+SF_INLINE void store_sums(i32* p, const Ints (&a)[4], i32 factor) {
+    const __m512i first = _mm512_add_epi32(_mm512_unpacklo_epi32(a[0].v, a[1].v), _mm512_unpackhi_epi32(a[0].v, a[1].v));
+    const __m512i second = _mm512_add_epi32(_mm512_unpacklo_epi32(a[2].v, a[3].v), _mm512_unpackhi_epi32(a[2].v, a[3].v));
+    const __m512i four = _mm512_add_epi32(_mm512_unpacklo_epi64(first, second), _mm512_unpackhi_epi64(first, second));
+    const __m256i half = _mm256_add_epi32(_mm512_castsi512_si256(four), _mm512_extracti64x4_epi64(four, 1));
+    const __m128i sums = _mm_add_epi32(_mm256_castsi256_si128(half), _mm256_extracti128_si256(half, 1));
+    _mm_storeu_si128((__m128i*)p, _mm_mullo_epi32(sums, _mm_set1_epi32(factor)));
+}
 
 // Quantizes 64 bf16 to int8; returns `sums` plus what each lane's four give.
 SF_INLINE Ints quantize_64(const u16* values, Floats inverse, i8* out, Ints sums) {
