@@ -754,19 +754,29 @@ SF_INLINE void multiply_panel_by_all(const Operand& x, const Weight& w, const Sh
     multiply_block_by_block<4>(x, w, s, panel, first, last, next, cold, out);
 }
 
+constexpr i64 LEAST_PART_ROWS = 64;  // with fewer, a part of the rows takes less time than its panel takes to come from memory
+
+// Returns in how many parts the blocks of rows are multiplied with a panel, by one thread or several. More than one where threads have
+// few panels: half of them wait for the other half's last ones. With many rows x may not fit into the second cache either, and a part does.
+SF_INLINE i64 parts_of(const Operand& x, const Weight& w, const Shape& s, int threads) {
+    i64 parts = s.panels >= 8 * threads ? 1 : ceil_div(8 * threads, s.panels);
+    const bool widens = w.format == GROUPED || w.format == FP8;  // a panel, once for all rows
+    if (BLOCK_ROWS == MAX_ROWS && !widens) parts = std::max(parts, std::min(x.rows / LEAST_PART_ROWS, ceil_div(32 * threads, s.panels)));
+    return std::min(parts, x.blocks);
+}
+
 // Multiplies a packed x with a weight that is none of parts. Returns when all threads are done.
 SF_INLINE void multiply_whole(Team& team, const Operand& x, const Weight& w, const Output& out) {
-    Shape s = shape_of(w);
-    i64 parts = s.panels >= 8 * team.size ? 1 : ceil_div(8 * team.size, s.panels);  // of the blocks, for narrow weights
-    if (parts > x.blocks) parts = x.blocks;
+    const Shape s = shape_of(w);
+    const i64 parts = parts_of(x, w, s, team.size);
     bool first_run = true;  // of this thread: no thread has prefetched what it reads
-    team.share_by_node(1, s.panels, parts, [&](i64 begin, i64 end, i64 next_run) {
+    team.share_by_node(parts, s.panels, 1, [&](i64 begin, i64 end, i64 next_run) {
         bool cold = first_run;
         for (i64 unit = begin; unit < end; ++unit) {
-            i64 panel = unit / parts, part = unit % parts;
-            i64 next_unit = unit + 1 < end ? unit + 1 : next_run;
-            const u8* next = next_unit >= 0 && next_unit / parts != panel ? w.data + next_unit / parts * s.panel_bytes : nullptr;
-            i64 first = x.blocks * part / parts, last = x.blocks * (part + 1) / parts;
+            const i64 panel = unit % s.panels, part = unit / s.panels;
+            const i64 next_unit = unit + 1 < end ? unit + 1 : next_run;
+            const u8* next = next_unit >= 0 && next_unit % s.panels != panel ? w.data + next_unit % s.panels * s.panel_bytes : nullptr;
+            const i64 first = x.blocks * part / parts, last = x.blocks * (part + 1) / parts;
             multiply_panel_by_all(x, w, s, panel, first, last, next, cold, out);
             cold = false;
         }
