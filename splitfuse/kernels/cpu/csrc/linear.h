@@ -20,6 +20,7 @@ struct Operand {
     i64 rows, columns, x_steps, slabs, span_steps, num_spans;
     i64 blocks;
     i64 block_rows;  // of each block but the last; 0: they are as equal as possible
+    i64 bands;       // of rows, each with as many blocks, which different threads begin with
     bool quantized;
     bool in_bytes;     // quantized x lies as bytes, not as 16 bits
     const Weight* weight;
@@ -37,6 +38,13 @@ constexpr i64 READ_BEYOND = BLOCK_ROWS / 2 * SLAB_STRIDE * 4;  // bytes: tiles r
 #else
 constexpr i64 READ_BEYOND = 0;
 #endif
+
+// Least rows of a band. It reads all panels: in int8 a core of 470 billion operations a second takes 2 GB/s of them for so many rows.
+constexpr i64 BAND_ROWS = 8 * MAX_ROWS;
+
+// Returns whether a panel of the weight is multiplied with all rows at once: it is widened for them, or tiles multiply faster than
+// memory would give it again.
+SF_INLINE bool is_whole(const Weight& w) { return BLOCK_ROWS != MAX_ROWS || w.format == GROUPED || w.format == FP8; }
 
 #ifdef SF_PARTS
 // Returns whether a panel of a row of quantized values is summed to its end as whole numbers.
@@ -71,7 +79,7 @@ SF_INLINE bool read_alike(const Weight& a, const Weight& b) {
 }
 
 // Returns the operand of `rows` rows in `memory`. `sums` is this thread's buffer for all rows of a panel.
-SF_INLINE Operand make_operand(const Weight& w, i64 rows, u8* memory, float* sums) {
+SF_INLINE Operand make_operand(const Weight& w, i64 rows, u8* memory, float* sums, i64 bands = 1) {
     Shape s = shape_of(w);
     Operand x{};
     x.rows = rows;
@@ -83,7 +91,8 @@ SF_INLINE Operand make_operand(const Weight& w, i64 rows, u8* memory, float* sum
 #ifdef SF_TILES
     x.block_rows = w.format != GROUPED && in_parts(w, rows) ? BLOCK_ROWS : 0;
 #endif
-    x.blocks = ceil_div(rows, x.block_rows ? x.block_rows : MAX_ROWS);
+    x.bands = bands;
+    x.blocks = x.block_rows ? ceil_div(rows, x.block_rows) : bands * ceil_div(rows, bands * MAX_ROWS);
     x.quantized = w.format != BF16 && w.format != FP8;
     x.in_bytes = x.quantized && reads_bytes(w);
     x.weight = &w;
@@ -756,13 +765,13 @@ SF_INLINE void multiply_panel_by_all(const Operand& x, const Weight& w, const Sh
 
 constexpr i64 LEAST_PART_ROWS = 64;  // with fewer, a part of the rows takes less time than its panel takes to come from memory
 
-// Returns in how many parts the blocks of rows are multiplied with a panel, by one thread or several. More than one where threads have
-// few panels: half of them wait for the other half's last ones. With many rows x may not fit into the second cache either, and a part does.
+// Returns in how many parts the blocks of rows are multiplied with a panel, by one thread or several: as many of each band. More than one where
+// threads have few panels: half of them wait for the other half's last ones. With many rows x may not fit into the second cache either, and a part does.
 SF_INLINE i64 parts_of(const Operand& x, const Weight& w, const Shape& s, int threads) {
-    i64 parts = s.panels >= 8 * threads ? 1 : ceil_div(8 * threads, s.panels);
-    const bool widens = w.format == GROUPED || w.format == FP8;  // a panel, once for all rows
-    if (BLOCK_ROWS == MAX_ROWS && !widens) parts = std::max(parts, std::min(x.rows / LEAST_PART_ROWS, ceil_div(32 * threads, s.panels)));
-    return std::min(parts, x.blocks);
+    const i64 panels = x.bands * s.panels;
+    i64 parts = panels >= 8 * threads ? 1 : ceil_div(8 * threads, panels);
+    if (!is_whole(w)) parts = std::max(parts, std::min(x.rows / (x.bands * LEAST_PART_ROWS), ceil_div(32 * threads, panels)));
+    return x.bands * std::min(parts, x.blocks / x.bands);
 }
 
 // Multiplies a packed x with a weight that is none of parts. Returns when all threads are done.
@@ -838,7 +847,8 @@ template <class Source>
 SF_INLINE Operand pack_activations(Team& team, const Weight& w, i64 rows, const Memory& memory, Source source,
                                    const Adapted& adapted = {}, const Adapted& other = {}) {
     const bool in_common = memory.is_common(w, rows);
-    Operand x = make_operand(w, rows, memory.of(rows, in_common), memory.sums);
+    const i64 bands = in_common || is_whole(w) ? 1 : team.bands_of(rows, BAND_ROWS);
+    Operand x = make_operand(w, rows, memory.of(rows, in_common), memory.sums, bands);
     auto put = [&](i64 row) {
         const u16* values = source(row);
         put_row(x, row, values);

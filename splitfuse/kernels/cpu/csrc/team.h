@@ -100,6 +100,10 @@ class Team {
         run_all({rows, places, each}, true, body);
     }
 
+    // Returns into how many bands of at least `least` rows an operator's rows are divided: at most one for each thread. Where nodes have
+    // panels of their own it is one, of all rows.
+    i64 bands_of(i64 rows, i64 least) const { return by_node_ ? 1 : std::max<i64>(1, std::min<i64>(size, rows / least)); }
+
     // Divides the units into equal parts, one for each thread, for work too small to claim often. Of fewer units than threads the
     // last threads have one each.
     template <class Body>
