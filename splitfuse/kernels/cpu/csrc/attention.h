@@ -297,7 +297,7 @@ struct Seen {
     }
 };
 
-// Returns what belongs to the keys from `k` on, times their scales if SCALED: those of an int8 cache.
+// Returns scores or weights of the keys from `k` on, times the keys' scales if SCALED (an int8 cache).
 template <bool SCALED>
 SF_INLINE Floats scaled(Floats value, const float* scales, i64 k) {
     if constexpr (SCALED) return value * load(scales + k);
@@ -363,7 +363,7 @@ SF_INLINE void multiply_by(float* values, const float* by, i64 begin, i64 end) {
     for (i64 k = begin; k < end; k += LANES) store(values + k, load(values + k) * load(by + k));
 }
 
-// The token of its request and the head of its group that a row of an item is; it goes on from row to row, without divisions.
+// A row of an item as a token of its request and a head of its group; ++ goes on to the next without dividing.
 struct Row {
     i64 group, token, head;
 

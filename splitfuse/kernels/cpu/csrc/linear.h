@@ -42,9 +42,9 @@ constexpr i64 READ_BEYOND = 0;
 // Least rows of a band. It reads all panels: in int8 a core of 470 billion operations a second takes 2 GB/s of them for so many rows.
 constexpr i64 BAND_ROWS = 8 * MAX_ROWS;
 
-// Returns whether a panel of the weight is multiplied with all rows at once: it is widened for them, or tiles multiply faster than
-// memory would give it again.
-SF_INLINE bool is_whole(const Weight& w) { return BLOCK_ROWS != MAX_ROWS || w.format == GROUPED || w.format == FP8; }
+// Returns whether rows are divided for the weight only where threads have too few panels: each is widened for its rows, or tiles multiply
+// faster than memory would give it again.
+SF_INLINE bool prefers_all_rows(const Weight& w) { return BLOCK_ROWS != MAX_ROWS || w.format == GROUPED || w.format == FP8; }
 
 #ifdef SF_PARTS
 // Returns whether a panel of a row of quantized values is summed to its end as whole numbers.
@@ -765,12 +765,12 @@ SF_INLINE void multiply_panel_by_all(const Operand& x, const Weight& w, const Sh
 
 constexpr i64 LEAST_PART_ROWS = 64;  // with fewer, a part of the rows takes less time than its panel takes to come from memory
 
-// Returns in how many parts the blocks of rows are multiplied with a panel, by one thread or several: as many of each band. More than one where
-// threads have few panels: half of them wait for the other half's last ones. With many rows x may not fit into the second cache either, and a part does.
+// Returns into how many parts the blocks of rows are divided, equally many in each band. More than one where threads have few panels: else half
+// of them would wait for the other half's last ones. With many rows x may not fit into the second cache either, and a part does.
 SF_INLINE i64 parts_of(const Operand& x, const Weight& w, const Shape& s, int threads) {
     const i64 panels = x.bands * s.panels;
     i64 parts = panels >= 8 * threads ? 1 : ceil_div(8 * threads, panels);
-    if (!is_whole(w)) parts = std::max(parts, std::min(x.rows / (x.bands * LEAST_PART_ROWS), ceil_div(32 * threads, panels)));
+    if (!prefers_all_rows(w)) parts = std::max(parts, std::min(x.rows / (x.bands * LEAST_PART_ROWS), ceil_div(32 * threads, panels)));
     return x.bands * std::min(parts, x.blocks / x.bands);
 }
 
@@ -778,13 +778,16 @@ SF_INLINE i64 parts_of(const Operand& x, const Weight& w, const Shape& s, int th
 SF_INLINE void multiply_whole(Team& team, const Operand& x, const Weight& w, const Output& out) {
     const Shape s = shape_of(w);
     const i64 parts = parts_of(x, w, s, team.size);
+    // Few rows have the parts of a panel side by side, so that mostly one thread reads it; of many, each part has all panels before the next.
+    const i64 beside = prefers_all_rows(w) || x.rows < 2 * LEAST_PART_ROWS ? parts : 1;
+    auto panel_of = [&](i64 unit) { return unit / beside % s.panels; };
     bool first_run = true;  // of this thread: no thread has prefetched what it reads
-    team.share_by_node(parts, s.panels, 1, [&](i64 begin, i64 end, i64 next_run) {
+    team.share_by_node(parts / beside, s.panels, beside, [&](i64 begin, i64 end, i64 next_run) {
         bool cold = first_run;
         for (i64 unit = begin; unit < end; ++unit) {
-            const i64 panel = unit % s.panels, part = unit / s.panels;
+            const i64 panel = panel_of(unit), part = unit / (beside * s.panels) * beside + unit % beside;
             const i64 next_unit = unit + 1 < end ? unit + 1 : next_run;
-            const u8* next = next_unit >= 0 && next_unit % s.panels != panel ? w.data + next_unit % s.panels * s.panel_bytes : nullptr;
+            const u8* next = next_unit >= 0 && panel_of(next_unit) != panel ? w.data + panel_of(next_unit) * s.panel_bytes : nullptr;
             const i64 first = x.blocks * part / parts, last = x.blocks * (part + 1) / parts;
             multiply_panel_by_all(x, w, s, panel, first, last, next, cold, out);
             cold = false;
@@ -847,7 +850,7 @@ template <class Source>
 SF_INLINE Operand pack_activations(Team& team, const Weight& w, i64 rows, const Memory& memory, Source source,
                                    const Adapted& adapted = {}, const Adapted& other = {}) {
     const bool in_common = memory.is_common(w, rows);
-    const i64 bands = in_common || is_whole(w) ? 1 : team.bands_of(rows, BAND_ROWS);
+    const i64 bands = in_common || prefers_all_rows(w) ? 1 : team.bands_of(rows, BAND_ROWS);
     Operand x = make_operand(w, rows, memory.of(rows, in_common), memory.sums, bands);
     auto put = [&](i64 row) {
         const u16* values = source(row);

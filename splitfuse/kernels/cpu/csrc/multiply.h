@@ -41,9 +41,11 @@ constexpr int NEAR_BYTES = 32 * STEP_BYTES;        // the same into the first ca
 #if defined(SF_AVX512) && !defined(SF_TILES)
 constexpr int INT4_PREFETCH_BYTES = 32 * STEP_BYTES;  // the same of int4, of few rows
 constexpr bool PREFETCHES_SCALES = true;              // see prefetch_scales()
+constexpr bool WIDENS_INT8 = true;                    // keys and values of int8 become bf16 as they are multiplied, else before
 #else
 constexpr int INT4_PREFETCH_BYTES = PREFETCH_BYTES;
 constexpr bool PREFETCHES_SCALES = false;
+constexpr bool WIDENS_INT8 = false;
 #endif
 
 // Aligned, so that no change elsewhere moves their loops in the lines of code: int4 of one row was 10 % slower for that.
@@ -767,7 +769,7 @@ SF_INLINE MultiplyBf16 choose_bf16(int rows, std::integer_sequence<int, R...>) {
 SF_INLINE void multiply(int rows, const u32* x, const Segments& segments, float* out, i64 out_stride) {
     choose_bf16<Fetch::NEAR>(rows, ALL_ROWS)(x, segments, out, out_stride);
 }
-// Does the same with keys and values.
+// Does the same with keys and values. For <WIDENS_INT8>, here and below: where that is false no micro-kernels of int8 are compiled.
 SF_INLINE void multiply_kv(int rows, const u32* x, const Segments& segments, float* out, i64 out_stride) {
     if (WIDENS_INT8 && segments.int8) choose_bf16<Fetch::FAR, WIDENS_INT8>(rows, ALL_ROWS)(x, segments, out, out_stride);
     else choose_bf16<Fetch::FAR>(rows, ALL_ROWS)(x, segments, out, out_stride);

@@ -47,11 +47,9 @@ constexpr int FEW_ROWS = MAX_ROWS / 2;   // of a tile of two panels
 #endif
 #ifdef SF_TILES
 #define SF_PARTS
-constexpr bool WIDENS_INT8 = false;
 constexpr int BLOCK_ROWS = 32;           // most rows that are multiplied at once: of two tiles, see tiles.h
 #else
 constexpr int BLOCK_ROWS = MAX_ROWS;
-constexpr bool WIDENS_INT8 = true;       // keys and values of int8 become bf16 as they are multiplied, else before
 #endif
 
 struct Floats { __m512 v; };       // 16 fp32
@@ -274,7 +272,6 @@ constexpr int MAX_ROWS = 6;        // of a tile: 6 x 2 accumulators of eight lan
 constexpr int WIDE_ROWS = 2;       // of a tile as wide as a panel; one of more rows is half as wide
 constexpr int WIDE_BF16_ROWS = 3;  // of one in bf16
 constexpr int FEW_ROWS = 1;        // of a tile of two panels
-constexpr bool WIDENS_INT8 = false;
 constexpr int BLOCK_ROWS = MAX_ROWS;  // most rows that are multiplied at once
 using Element = float;
 
