@@ -35,6 +35,7 @@ test-extras: $(STAMP)  ## the tests that need packages of optional extras, which
 	@$(BIN)/pip install $(QUIETLY) opentelemetry-sdk opentelemetry-exporter-otlp-proto-http playwright ray
 	@$(BIN)/python -m pytest -m extras --durations=5
 
+# A report of the sanitizers is written past Python just before they end the process: pytest must let it through.
 test-sanitize: $(STAMP)  ## the tests of the C++ kernels on a build that watches addresses and undefined behaviour
 	@rm -rf build/sanitize && SPLITFUSE_SANITIZE=1 $(BIN)/python setup.py -q build_ext \
 	  --build-lib build/sanitize --build-temp build/sanitize/objects
