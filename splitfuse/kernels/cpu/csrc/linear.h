@@ -779,7 +779,7 @@ SF_INLINE void multiply_whole(Team& team, const Operand& x, const Weight& w, con
     const Shape s = shape_of(w);
     const i64 parts = parts_of(x, w, s, team.size);
     // Few rows have the parts of a panel side by side, so that mostly one thread reads it; of many, each part has all panels before the next.
-    const i64 beside = prefers_all_rows(w) || x.rows < 2 * LEAST_PART_ROWS ? parts : 1;
+    const i64 beside = x.bands == 1 && (prefers_all_rows(w) || x.rows < 2 * LEAST_PART_ROWS) ? parts : 1;
     auto panel_of = [&](i64 unit) { return unit / beside % s.panels; };
     bool first_run = true;  // of this thread: no thread has prefetched what it reads
     team.share_by_node(parts / beside, s.panels, beside, [&](i64 begin, i64 end, i64 next_run) {
