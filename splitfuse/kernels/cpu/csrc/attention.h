@@ -319,8 +319,9 @@ SF_INLINE float most_of(const float* scores, const float* scales, const Seen& se
 }
 
 // Turns scores into weights, zero for keys that are not seen, up to `keys`. Returns their total; the weights are then scaled if SCALED.
+// Not inlined: among all else GCC would keep the sums and factors in memory, and chunks take 1.11 of the time (AMD Zen 4).
 template <bool SCALED>
-SF_INLINE float soften(const float* scores, const float* key_scales, const float* value_scales, const Seen& seen, i64 keys, float scale,
+SF_LEAF float soften(const float* scores, const float* key_scales, const float* value_scales, const Seen& seen, i64 keys, float scale,
                        float maximum, Element* weights) {
     const Floats factor = broadcast(scale), minus = broadcast(-maximum), zero = broadcast(0.0f);
     Floats sums = zero;
@@ -363,14 +364,16 @@ SF_INLINE void multiply_by(float* values, const float* by, i64 begin, i64 end) {
     for (i64 k = begin; k < end; k += LANES) store(values + k, load(values + k) * load(by + k));
 }
 
-// A row of an item as a token of its request and a head of its group; ++ goes on to the next without dividing.
+// A row of an item as a token of its request and a head; ++ goes on to the next without dividing.
 struct Row {
-    i64 group, token, head;
+    i64 group, end_head, token, head;
 
-    Row(const Item& item, i64 group, i64 row = 0) : group(group), token((item.first + row) / group), head((item.first + row) % group) {}
+    Row(const Item& item, i64 group, i64 row = 0)
+        : group(group), end_head((item.head + 1) * group), token((item.first + row) / group),
+          head(item.head * group + (item.first + row) % group) {}
     void operator++() {
-        if (++head < group) return;
-        head = 0;
+        if (++head < end_head) return;
+        head -= group;
         ++token;
     }
 };
@@ -395,7 +398,7 @@ SF_INLINE void copy_queries(const Attention& a, const Layout& kv, const Item& it
         Row row(item, group, tile.first);
         for (int r = 0; r < tile.rows; ++r, ++row) {
             const i64 token = a.step.query_start[item.request] + row.token;
-            const u16* q = a.q + (token * a.heads.num_heads + item.head * group + row.head) * kv.head_dim;
+            const u16* q = a.q + (token * a.heads.num_heads + row.head) * kv.head_dim;
             for (i64 slab = 0; slab < slabs; ++slab) {
                 Element* place = reinterpret_cast<Element*>(queries + (tile.first * slabs + slab * tile.rows + r) * SLAB_STRIDE);
                 const i64 count = std::min(kv.head_dim - slab * slab_dim, slab_dim);
@@ -444,6 +447,9 @@ SF_INLINE void attend_tile(const Attention& a, const Layout& kv, const Item& ite
     // Tiles of rows, each of which prefetches its part.
     const int row_tiles = num_row_tiles(item);
     const i64 prefetch_stride = STEP_BYTES / row_tiles;
+    auto segments = [&](const u8* const* starts, const u8* const* prefetched, i64 segment_steps, i64 total, i64 stride) {
+        return Segments{starts, prefetched, static_cast<int>(segment_steps), total, stride, prefetch_stride, false, int8};
+    };
     // Products prefetch nearly all of what comes next, the softmax a tenth. One that is to prefetch nothing gets lines of its own.
     const i64 of_keys = ahead.budget() * 45 / 100, before_values = ahead.budget() * 55 / 100;
     const i64 per_key = (of_keys << 16) / (row_tiles * (end - first));
@@ -462,11 +468,11 @@ SF_INLINE void attend_tile(const Attention& a, const Layout& kv, const Item& ite
         if (slabs == 1) {
             const bool odd = rows <= FEW_ROWS && (end - first) % 2;  // of pieces that are multiplied two at once
             alone = end - odd;
-            const Segments keys{keys_of + first, prefetches + first, static_cast<int>(steps), steps * (alone - first), PANEL * word_bytes, prefetch_stride, false, int8};
+            const Segments keys = segments(keys_of + first, prefetches + first, steps, steps * (alone - first), PANEL * word_bytes);
             if (alone > first) multiply_each(rows, q, keys, row_scores + first * PIECE, SCORE_STRIDE);
         }
         for (i64 p = alone; p < end; ++p) {
-            const Segments keys{keys_of + p, prefetches + p, static_cast<int>(steps), steps, PANEL * word_bytes, prefetch_stride, false, int8};
+            const Segments keys = segments(keys_of + p, prefetches + p, steps, steps, PANEL * word_bytes);
             multiply_kv(rows, q, keys, row_scores + p * PIECE, SCORE_STRIDE);
         }
     }
@@ -487,10 +493,11 @@ SF_INLINE void attend_tile(const Attention& a, const Layout& kv, const Item& ite
         if (a.heads.softcap > 0.0f) cap(row, first * PIECE, end * PIECE, a.heads.scale, a.heads.softcap);
         if (a.heads.slopes) {
             const float capped_scale = a.heads.softcap > 0.0f ? 1.0f : a.heads.scale * LOG2E;
-            const float slope = a.heads.slopes[item.head * group + row_of.head] * LOG2E;
+            const float slope = a.heads.slopes[row_of.head] * LOG2E;
             lower(row, first * PIECE, end * PIECE, capped_scale, slope, start + row_of.token - first_key);
         }
-        out.maximum[r] = (kv.int8 && !in_powers ? most_of<true> : most_of<false>)(row, key_scales, seen, scale);
+        if (kv.int8 && !in_powers) out.maximum[r] = most_of<true>(row, key_scales, seen, scale);
+        else out.maximum[r] = most_of<false>(row, key_scales, seen, scale);
     }
     if (in_powers && kv.int8) std::fill(key_scales + first * PIECE, key_scales + end * PIECE, 1.0f);  // scores are scaled already
     row_of = Row(item, group);
@@ -498,8 +505,10 @@ SF_INLINE void attend_tile(const Attention& a, const Layout& kv, const Item& ite
         for (Ahead::Range range; (range = ahead.until(before_values * (r + 1) / item.rows, SOFTMAX_BYTES)).bytes;)
             prefetch_lines(range.from, range.bytes);
         Element* row_weights = reinterpret_cast<Element*>(weights + r * SLAB_STRIDE);
-        out.total[r] = (kv.int8 ? soften<true> : soften<false>)(scores + r * SCORE_STRIDE, key_scales, value_scales, seen_by(row_of), end * PIECE,
-                                                                scale, out.maximum[r], row_weights);
+        const float* row = scores + r * SCORE_STRIDE;
+        const Seen seen = seen_by(row_of);
+        if (kv.int8) out.total[r] = soften<true>(row, key_scales, value_scales, seen, end * PIECE, scale, out.maximum[r], row_weights);
+        else out.total[r] = soften<false>(row, key_scales, value_scales, seen, end * PIECE, scale, out.maximum[r], row_weights);
     }
 
     // Only pairs with a key that exists: what follows may be NaN.
@@ -523,7 +532,7 @@ SF_INLINE void attend_tile(const Attention& a, const Layout& kv, const Item& ite
                 slot += panels;
                 prefetches[p - first] = prefetch_beside(before_values + (per_value * slot >> 16), panels * PIECE / 2 * prefetch_stride, starts[p - first]);
             }
-            const Segments values{starts, prefetches, PIECE / 2, pairs, kv.value_from ? STEP_BYTES : kv.padded * word_bytes, prefetch_stride, false, int8};
+            const Segments values = segments(starts, prefetches, PIECE / 2, pairs, kv.value_from ? STEP_BYTES : kv.padded * word_bytes);
             const u32* x = weights + first * (PIECE / 2) * PAIR_WORDS + row * SLAB_STRIDE;
             float* sums = out.values + row * kv.value_padded + column;
             if (two) multiply_two(rows, x, values, sums, kv.value_padded);
@@ -553,9 +562,9 @@ SF_INLINE void merge(const Partial& tile, i64 padded, i32 rows, Partial& all) {
 }
 
 SF_INLINE void begin_rows(const Attention& a, const Item& item, i64 group, i64 padded, Partial& all) {
-    for (i32 r = 0; r < item.rows; ++r) {
-        i64 head = item.head * group + (item.first + r) % group;
-        all.maximum[r] = a.heads.sinks ? a.heads.sinks[head] * LOG2E : NOTHING;
+    Row row(item, group);
+    for (i32 r = 0; r < item.rows; ++r, ++row) {
+        all.maximum[r] = a.heads.sinks ? a.heads.sinks[row.head] * LOG2E : NOTHING;
         all.total[r] = a.heads.sinks ? 1.0f : 0.0f;
         std::memset(all.values + r * padded, 0, padded * sizeof(float));
     }
@@ -567,9 +576,9 @@ SF_INLINE void begin_with_loan(const Attention& a, const Layout& kv, const Item&
     if (!loan || !loan->awaits || !wait_for_answer(*loan)) return begin_rows(a, item, group, kv.value_padded, all);
     const i64 tokens = a.step.query_start[item.request + 1] - a.step.query_start[item.request];
     const float* given = answers(*loan->channel, tokens * a.heads.num_heads * kv.head_dim);
-    for (i32 r = 0; r < item.rows; ++r) {
-        const i64 row = item.first + r;
-        const float* from = given + (row / group * a.heads.num_heads + item.head * group + row % group) * lent_floats(kv);
+    Row row(item, group);
+    for (i32 r = 0; r < item.rows; ++r, ++row) {
+        const float* from = given + (row.token * a.heads.num_heads + row.head) * lent_floats(kv);
         all.maximum[r] = from[0];
         all.total[r] = from[1];
         std::memcpy(all.values + r * kv.value_padded, from + 2, kv.value_padded * sizeof(float));
@@ -578,9 +587,9 @@ SF_INLINE void begin_with_loan(const Attention& a, const Layout& kv, const Item&
 
 // Writes the merged tiles of an item as begin_with_loan() reads them.
 SF_INLINE void lend_rows(const Attention& a, const Layout& kv, const Item& item, i64 group, const Partial& all) {
-    for (i32 r = 0; r < item.rows; ++r) {
-        const i64 row = item.first + r;
-        float* to = a.lent + (row / group * a.heads.num_heads + item.head * group + row % group) * lent_floats(kv);
+    Row row(item, group);
+    for (i32 r = 0; r < item.rows; ++r, ++row) {
+        float* to = a.lent + (row.token * a.heads.num_heads + row.head) * lent_floats(kv);
         to[0] = all.maximum[r];
         to[1] = all.total[r];
         std::memcpy(to + 2, all.values + r * kv.value_padded, kv.value_padded * sizeof(float));
@@ -593,7 +602,7 @@ SF_INLINE void end_rows(const Attention& a, const Layout& kv, const Item& item, 
     Row row(item, group);
     for (i32 r = 0; r < item.rows; ++r, ++row) {
         const i64 token = a.step.query_start[item.request] + row.token;
-        u16* out = a.out + token * stride + (item.head * group + row.head) * kv.value_dim;
+        u16* out = a.out + token * stride + row.head * kv.value_dim;
         const Floats share = broadcast(1.0f / all.total[r]);
         for (i64 d = 0; d < kv.value_dim; d += LANES) {
             Floats value = load(all.values + r * kv.value_padded + d) * share;

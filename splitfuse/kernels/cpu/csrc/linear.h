@@ -307,12 +307,18 @@ struct Output {
     const i32* rows = nullptr;       // row of y for each row of x; null: the same
     Adapted adapted{};               // what adapters add to x w
     i64 first_panel = 0;             // of a part, in the whole weight
+
+    i64 stride_of(i64 width) const { return stride ? stride : width; }  // of rows of `width` columns
 };
+
+// Returns how many columns a product with the weight has, and how many of them come from a panel.
+SF_INLINE i64 output_width(const Weight& w) { return w.gated ? w.rows / 2 : w.rows; }
+SF_INLINE i64 columns_of_panel(const Weight& w) { return w.gated ? LANES : PANEL; }
 
 SF_INLINE void put_columns(const Output& out, Floats value, i64 row, i64 column, i64 width) {
     int count = static_cast<int>(width - column < LANES ? width - column : LANES);
     if (count <= 0) return;
-    i64 at = row * (out.stride ? out.stride : width) + column;
+    i64 at = row * out.stride_of(width) + column;
     if (count == LANES) {
         if (out.bias) value = value + load_bf16(out.bias + column);
         if (out.residual) value = value * broadcast(out.scale) + load(out.residual + at);
@@ -329,7 +335,7 @@ SF_INLINE void put_activated(const Output& out, Floats value, i64 row, i64 colum
     if (count <= 0) return;
     if (out.bias) value = value + load_bf16(out.bias + column, count);
     value = activate(value, out.activation);
-    u16* at = out.activated + row * (out.stride ? out.stride : width) + column;
+    u16* at = out.activated + row * out.stride_of(width) + column;
     if (count == LANES) store_bf16(at, value);
     else store_bf16(at, value, count);
 }
@@ -341,7 +347,7 @@ SF_INLINE void put_gated(const Output& out, Floats gate, Floats up, i64 row, i64
         up = up + load_bf16(out.bias + width + column, count);
     }
     Floats value = out.activation == CLAMPED_SWIGLU ? clamped_swiglu(gate, up) : activate(gate, out.activation) * up;
-    u16* at = out.activated + row * (out.stride ? out.stride : width) + column;
+    u16* at = out.activated + row * out.stride_of(width) + column;
     if (count == LANES) store_bf16(at, value);
     else store_bf16(at, value, count);
 }
@@ -402,8 +408,8 @@ SF_INLINE void put_silu(const Output& out, const float* tile, const float* scale
 
 // Stores the columns of one panel for the rows of x from `begin` on, from their sums [rows, PANEL], scaled.
 SF_INLINE void put_tile(const Operand& x, const Weight& w, i64 panel, i64 begin, int rows, const float* tile, const Output& out) {
-    const i64 width = w.gated ? w.rows / 2 : w.rows, column = panel * (w.gated ? LANES : PANEL), stride = out.stride ? out.stride : width;
-    if (!out.adapted.lora && !out.rows && column + (w.gated ? LANES : PANEL) <= width) {
+    const i64 width = output_width(w), columns = columns_of_panel(w), column = panel * columns, stride = out.stride_of(width);
+    if (!out.adapted.lora && !out.rows && column + columns <= width) {
         const float* scales = x.scales + begin;
         if (w.gated && out.activation == SILU && !out.bias) {
             if (x.scales_rows()) return put_silu<true>(out, tile, scales, begin, rows, column, stride);
@@ -433,13 +439,13 @@ SF_INLINE void put_tile(const Operand& x, const Weight& w, i64 panel, i64 begin,
         }
         i64 row = out.rows ? out.rows[begin + r] : begin + r;
         if (w.gated) {
-            put_gated(out, left, right, row, panel * LANES, w.rows / 2);
+            put_gated(out, left, right, row, column, width);
         } else if (out.activated) {
-            put_activated(out, left, row, panel * PANEL, w.rows);
-            put_activated(out, right, row, panel * PANEL + LANES, w.rows);
+            put_activated(out, left, row, column, width);
+            put_activated(out, right, row, column + LANES, width);
         } else {
-            put_columns(out, left, row, panel * PANEL, w.rows);
-            put_columns(out, right, row, panel * PANEL + LANES, w.rows);
+            put_columns(out, left, row, column, width);
+            put_columns(out, right, row, column + LANES, width);
         }
     }
 }
@@ -668,13 +674,13 @@ SF_INLINE void multiply_int8_part(const Operand& x, const Shape& s, const u8* da
 
 // Prefetches where the columns of a panel are put, a cache line or two of each row, while they are computed.
 SF_INLINE void prefetch_output(const Weight& w, i64 panel, i64 begin, int rows, const Output& out) {
-    const i64 stride = out.stride ? out.stride : w.gated ? w.rows / 2 : w.rows;
     if (out.rows) return;
+    const i64 stride = out.stride_of(output_width(w)), place = begin * stride + panel * columns_of_panel(w);
     if (out.activated) {
-        const u16* at = out.activated + begin * stride + panel * (w.gated ? LANES : PANEL);
+        const u16* at = out.activated + place;
         for (int r = 0; r < rows; ++r, at += stride) prefetch_to_write(at);
     } else {
-        const float* at = out.y + begin * stride + panel * PANEL;
+        const float* at = out.y + place;
         for (int r = 0; r < rows; ++r, at += stride) {
             prefetch_to_write(at);
             prefetch_to_write(at + LANES);
@@ -800,7 +806,7 @@ SF_INLINE void multiply_whole(Team& team, const Operand& x, const Weight& w, con
 inline void multiply(Team& team, const Operand& x, const Weight& w, const Output& out) {
     if (!w.parts) return multiply_whole(team, x, w, out);
     Output of_part = out;
-    of_part.stride = out.stride ? out.stride : w.rows;
+    of_part.stride = out.stride_of(w.rows);
     Operand read = x;
     for (i64 i = 0; i < w.num_parts; ++i) {
         const i64 rows = w.parts[i].rows;
