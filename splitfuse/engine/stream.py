@@ -232,6 +232,7 @@ class Stream:
         if not self._released:
             self._released = True
             self._outputs.clear()
+            self.deliver = None
             if not self._ended:
                 self.ended_at = time.monotonic()
                 self._finish(Finish(self.request.request_id, reason, num_tokens, self.ended_at))

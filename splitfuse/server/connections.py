@@ -20,14 +20,15 @@ from array import array
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from enum import Enum
+from functools import partial
 from heapq import merge
 from itertools import chain
 from operator import itemgetter
-from typing import Any
+from typing import Any, cast
 
 import h11
 import uvicorn
-from uvicorn.protocols.http.flow_control import HIGH_WATER_LIMIT
+from uvicorn.protocols.http.flow_control import HIGH_WATER_LIMIT, FlowControl
 from uvicorn.protocols.http.h11_impl import H11Protocol
 from uvicorn.server import ServerState
 
@@ -45,6 +46,10 @@ RETRY_SECONDS = 0.5
 """Pause after the system had no descriptor or memory for a connection."""
 QUIET_SECONDS = 60.0
 """Time between two log lines of one kind about connections."""
+WRITE_CHUNK = "splitfuse.write_chunk"
+"""Name of the extension, as ASGI calls it, by which a part of a body is written at once: `send` takes four times as
+long for what the client of a stream gets with every step.
+"""
 
 _logger = logging.getLogger(__name__)
 
@@ -282,6 +287,11 @@ class Connection(H11Protocol):
             fcntl.ioctl(self.accepted.fileno(), termios.FIONREAD, count)
         return count[0] > 0
 
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """Begin as uvicorn does; applications find `write_chunk` in the scope of a request."""
+        super().connection_made(cast(asyncio.Transport, transport))
+        self.app = partial(_with_write_chunk, self.app, partial(write_chunk, self.transport, self.flow))
+
     def connection_lost(self, exc: Exception | None) -> None:
         """Give the place of the connection free."""
         super().connection_lost(exc)
@@ -307,3 +317,20 @@ class Connection(H11Protocol):
         """Go on as uvicorn does, and note that the connection waits for another request."""
         super().on_response_complete()
         self._all.note(self, self.waits, anew=True)
+
+
+def write_chunk(transport: asyncio.Transport, flow: FlowControl, data: bytes) -> bool:
+    """Write a part of a body that has begun in chunks, and return True; False: its client has yet to read what was
+    written before, or has left.
+    """
+    if flow.write_paused or transport.is_closing():
+        return False
+    transport.write(b"%x\r\n%b\r\n" % (len(data), data))
+    return True
+
+
+async def _with_write_chunk(app: Any, write: Callable[[bytes], bool], scope: Any, receive: Any, send: Any) -> None:
+    """Run an application that finds `write` in the scope, unless the body of its answer has no chunks."""
+    if scope["http_version"] == "1.1" and scope["method"] != "HEAD":
+        scope["extensions"] = {WRITE_CHUNK: write}
+    await app(scope, receive, send)

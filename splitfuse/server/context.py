@@ -10,9 +10,9 @@ import asyncio
 import math
 import re
 import time
-from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping, MutableMapping
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping, MutableMapping, Sequence
 from contextlib import suppress
-from functools import cached_property
+from functools import cached_property, partial
 from operator import attrgetter
 from typing import Any, NamedTuple, TypeVar
 
@@ -20,6 +20,7 @@ from splitfuse.core.request_output import FinishReason
 from splitfuse.engine.stream import Stream
 from splitfuse.server.auth import ANONYMOUS
 from splitfuse.server.bodies import SLOWEST, BodyBudget
+from splitfuse.server.connections import WRITE_CHUNK
 from splitfuse.server.dialect import Dialect, encode_json, json_pieces
 from splitfuse.server.errors import ClientGoneError, RefusedError
 from splitfuse.server.listen import Receive, Scope, Send
@@ -87,6 +88,7 @@ class RequestContext:
         self.is_stream = False
         """Flag of an answer that has begun as a stream of events."""
         self._last: Stream | None = None
+        self._write_chunk: Callable[[bytes], bool] = scope.get("extensions", {}).get(WRITE_CHUNK, lambda _: False)
         self._writing = asyncio.Lock()
         self._written_at = self.arrival
 
@@ -248,6 +250,16 @@ class RequestContext:
         """Send events of a stream: bytes, or objects that the dialect writes. The first one begins the answer."""
         for event in events:
             await self._write(event if isinstance(event, bytes) else self.dialect.event(event))
+
+    def send_now(self, events: Sequence[bytes]) -> Callable[[], Awaitable[None]] | None:
+        """Send events of a stream if nothing has to be waited for; otherwise return a function that sends them."""
+        if not events:
+            return None
+        is_between = self.is_stream and not self._writing.locked()
+        if is_between and self._write_chunk(b"".join(events)):
+            self._written_at = time.monotonic()
+            return None
+        return partial(self.send_events, events)
 
     async def end_events(self) -> None:
         """End the stream: all events are sent."""

@@ -6,7 +6,7 @@ import asyncio
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, aclosing, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, TypeVar
@@ -30,7 +30,7 @@ from splitfuse.text.chat_options import CHAT, ChatOptions
 from splitfuse.text.generation import Generation
 from splitfuse.text.kwargs import clamp_max_tokens
 from splitfuse.text.prompts import Message, PreparedRequest
-from splitfuse.text.service import TextService
+from splitfuse.text.service import Pause, TextService
 
 MANY_LOGPROBS = 4096
 """Number of log-probabilities from which on an answer is written off the event loop, which it would hold up."""
@@ -247,14 +247,18 @@ async def _run(state: AppState, context: RequestContext, request: GenerationRequ
         state.explanations.begin(context)
         if request.stream:
             admitted.callback(asyncio.create_task(context.keep_alive()).cancel)
-        pieces = service.run(context.generations, scheduling=request.scheduling, each_token=each_token)
-        async with aclosing(pieces):
-            async for generation, text in pieces:
-                if generation.finish_reason in (FinishReason.ERROR, FinishReason.ABORT):
-                    raise failure(generation)
-                if request.stream:
-                    events = partial(responder.events, generation, text)
-                    await context.send_events(await compute(partial(_written, context, events)))
+
+        async def send_large(events: Callable[[], Iterable[Any]]) -> None:
+            await context.send_events(await service.off_loop(partial(_written, context, events)))
+
+        def take(generation: Generation, text: str) -> Pause | None:
+            check_not_failed(generation)
+            if not request.stream:
+                return None
+            events = partial(responder.events, generation, text)
+            return partial(send_large, events) if is_large else context.send_now(_written(context, events))
+
+        await service.run(context.generations, take, scheduling=request.scheduling, each_token=each_token)
         timing = await timing_with_phases(context) if request.include_timing else None
         if request.stream:
             last = partial(responder.last_events, context.num_tokens, timing)
@@ -289,8 +293,13 @@ def _sized(
     return prepared
 
 
-def failure(generation: Generation) -> SplitfuseError:
-    """Return the reason why a generation has failed."""
+def check_not_failed(generation: Generation) -> None:
+    """Raise the reason why a generation has failed, if it has."""
+    if generation.finish_reason in (FinishReason.ERROR, FinishReason.ABORT):
+        raise _failure(generation)
+
+
+def _failure(generation: Generation) -> SplitfuseError:
     reason, retry_after = generation.error or "it was ended", generation.retry_after
     if retry_after is None:
         return RequestFailedError(f"the request failed while it ran: {reason}")

@@ -9,22 +9,24 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from collections import deque
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from contextvars import ContextVar, copy_context
 from functools import partial
 from itertools import islice
 from typing import Any, TypeVar
 from weakref import WeakValueDictionary
 
-from splitfuse.core.request_output import FinishReason
+from splitfuse.core.request_output import FinishReason, RequestOutput
 from splitfuse.core.sampling_params import SamplingParams
 from splitfuse.core.scheduling_options import DEFAULT_SCHEDULING, SchedulingOptions
 from splitfuse.engine.client import EngineClient
 from splitfuse.engine.memory import give_back_memory
 from splitfuse.engine.messages import Add
+from splitfuse.engine.stream import Stream
 from splitfuse.errors import InvalidRequestError, SplitfuseError, TokenizerError
-from splitfuse.text.aiter import merged
 from splitfuse.text.chat_options import CHAT, ChatOptions
 from splitfuse.text.generation import Generation
 from splitfuse.text.prompts import GREEDY, Message, PreparedRequest, PromptEncoder
@@ -41,6 +43,10 @@ CLIENT: ContextVar[str] = ContextVar("CLIENT", default="")
 """Client whose texts the running task handles: clients take turns."""
 
 _Result = TypeVar("_Result")
+Pause = Callable[[], Awaitable[object]]
+"""Function whose result is awaited before more text is taken."""
+Take = Callable[[Generation, str], Pause | None]
+"""Function that takes the new text of a generation."""
 
 
 class TextService:
@@ -169,50 +175,114 @@ class TextService:
             for choice in range(request.params.n)
         ]
 
-    def run(
+    async def run(
         self,
         generations: Sequence[Generation],
+        take: Take,
         *,
         scheduling: SchedulingOptions = DEFAULT_SCHEDULING,
         each_token: bool = False,
-    ) -> AsyncGenerator[tuple[Generation, str], None]:
-        """Yield each generation with its new text, as it comes, and once more when it ends, perhaps with an empty text.
-        With `each_token`, also when it has a new token without new text.
+    ) -> None:
+        """Call `take` with each generation and its new text, as it comes, and once more when it ends, perhaps with an
+        empty text. With `each_token`, also when it has a new token without new text. Returns when all have ended.
 
-        Close the iterator (`contextlib.aclosing`) or read it to its end: closing aborts what is unfinished. Iterating
-        raises InvalidRequestError, EngineUnavailableError; a request that failed alone has the finish_reason ERROR and
-        says why.
+        `take` is called by what reads the engine's reports. If it returns a function, more is taken only after what
+        that function returns was awaited. Cancelling aborts what is unfinished. Raises InvalidRequestError,
+        EngineUnavailableError and what `take` raises; a request that failed alone has the finish_reason ERROR and says
+        why.
         """
-        choices = [self._choice(generation, scheduling, each_token=each_token) for generation in generations]
-        return choices[0] if len(choices) == 1 else merged(choices)
+        feed = _Feed(take, each_token=each_token)
+        try:
+            with ExitStack() as opened:
+                for generation in generations:
+                    stream = self._open(generation, scheduling)
+                    opened.callback(stream.close)
+                    feed.follow(generation, stream)
+                await feed.finish()
+        finally:
+            for generation in generations:
+                if generation.finish_reason is None:
+                    generation.end(FinishReason.ABORT)
 
-    async def _choice(
-        self, generation: Generation, scheduling: SchedulingOptions, *, each_token: bool
-    ) -> AsyncGenerator[tuple[Generation, str], None]:
+    def _open(self, generation: Generation, scheduling: SchedulingOptions) -> Stream:
         request = generation.request
         request.check(self.client.info.limits)
-        sent = time.monotonic()
-        add = Add(
-            generation.request_id,
-            request.token_ids,
-            request.params,
-            generation.choice,
-            scheduling,
-            sent,
-            request.pooling,
-            request.adapter,
+        return self.client.open(
+            Add(
+                generation.request_id,
+                request.token_ids,
+                request.params,
+                generation.choice,
+                scheduling,
+                time.monotonic(),
+                request.pooling,
+                request.adapter,
+            )
         )
-        try:
-            async with self.client.open(add) as stream:
-                generation.stream = stream
-                async for output in stream:
-                    if generation.push(output, stream.stop) or (each_token and output.token_ids):
-                        yield generation, generation.take()
-                    if generation.finish_reason is not None:
-                        return
-        finally:
-            if generation.finish_reason is None:
-                generation.end(FinishReason.ABORT)
+
+
+class _Feed:
+    """Turns the outputs of generations into text as they come, in the order in which they come."""
+
+    def __init__(self, take: Take, *, each_token: bool) -> None:
+        self._take = take
+        self._each_token = each_token
+        self._outputs: deque[tuple[Generation, Stream, RequestOutput | Exception]] = deque()
+        self._num_running = 0
+        self._pause: Pause | None = None
+        self._error: Exception | None = None
+        self._news = asyncio.Event()  # for `finish`: a pause, an error or the end
+
+    def follow(self, generation: Generation, stream: Stream) -> None:
+        """Follow one more generation."""
+        generation.stream = stream
+        self._num_running += 1
+        stream.deliver = partial(self._deliver, generation, stream)
+        stream.breakdown.add_done_callback(partial(self._settled, generation, stream))
+
+    async def finish(self) -> None:
+        """Return when all generations have ended; heed the pauses meanwhile. Raises the error that ends them."""
+        while True:
+            if self._pause is not None:
+                await self._pause()
+                self._pause = None
+                self._take_outputs()
+            elif self._error is not None:
+                try:
+                    raise self._error
+                finally:
+                    self._error = None  # its traceback refers to this object
+            elif self._num_running:
+                self._news.clear()
+                await self._news.wait()
+            else:
+                return
+
+    def _deliver(self, generation: Generation, stream: Stream, output: RequestOutput | Exception, _: float) -> None:
+        self._outputs.append((generation, stream, output))
+        if self._pause is None:
+            self._take_outputs()
+
+    def _settled(self, generation: Generation, stream: Stream, _: object) -> None:
+        """Deliver the error of a stream that has failed, behind its outputs."""
+        if stream.error is not None:
+            self._deliver(generation, stream, stream.error, 0.0)
+
+    def _take_outputs(self) -> None:
+        while self._outputs and self._pause is None and self._error is None:
+            generation, stream, output = self._outputs.popleft()
+            if generation.finish_reason is not None:
+                continue
+            try:
+                if isinstance(output, Exception):
+                    self._error = output
+                elif generation.push(output, stream.stop) or (self._each_token and output.token_ids):
+                    self._pause = self._take(generation, generation.take())
+            except Exception as error:
+                self._error = error
+            self._num_running -= generation.finish_reason is not None
+        if self._pause is not None or self._error is not None or not self._num_running:
+            self._news.set()
 
 
 class _Lane:

@@ -7,7 +7,6 @@ import resource
 import signal
 import socket
 from collections.abc import Iterator
-from contextlib import aclosing
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -30,6 +29,8 @@ from server_load import (
 from server_process import ServerProcess, server_process
 
 from splitfuse.core.sampling_params import SamplingParams
+from splitfuse.text.generation import Generation
+from splitfuse.text.service import Pause
 
 FEW, MANY = 60, 1000
 MEMORY_MARGIN = 0.05
@@ -173,12 +174,18 @@ def test_a_slow_reader_reads_the_same(server: RunningServer) -> None:
         request = await server.service.encode("Anna has", params)
         generations = server.service.begin([request], request_id="slow")
         texts: dict[int, str] = {}
-        async with aclosing(server.service.run(generations)) as pieces:
-            async for generation, text in pieces:
+
+        def take(generation: Generation, text: str) -> Pause:
+            texts[generation.choice] = texts.get(generation.choice, "") + text
+
+            async def read_piece() -> None:
                 while server.client.outstanding_tokens:  # all is computed before the second piece is read
                     await asyncio.sleep(0.01)
-                texts[generation.choice] = texts.get(generation.choice, "") + text
                 assert generation.text == texts[generation.choice], "a piece tells of a later state"
+
+            return read_piece
+
+        await server.service.run(generations, take)
         assert len(texts) == 4
 
     server.call(read_slowly())

@@ -9,6 +9,7 @@ import socket
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from splitfuse.config.server import ServerConfig
 from splitfuse.engine.step_runner import MAX_BROKEN_STEPS
 from splitfuse.engine.thread import AsyncEngine
 from splitfuse.errors import ConfigError
+from splitfuse.server import connections
 from splitfuse.server.app import ROUTES
 from splitfuse.text.sandbox import Sandbox
 
@@ -310,6 +312,49 @@ def test_a_stream_is_events_ending_with_done(http: httpx.Client) -> None:
     events = events_of(answer)
     assert events[-1] == "[DONE]" and all(event["object"] == "chat.completion.chunk" for event in events[:-1])
     assert len({event["id"] for event in events[:-1]}) == 1
+
+
+def read_stream(server: RunningServer, head: str) -> tuple[bytes, bytes]:
+    """Head and body of the answer to LONG as a stream, over a connection that is closed."""
+    content = json.dumps({**LONG, "temperature": 0, "stream": True}).encode()
+    with server.http() as http, socket.socket() as connection:
+        connection.settimeout(PATIENCE)
+        connection.connect((http.base_url.host, http.base_url.port))
+        lines = f"POST {COMPLETIONS} {head}\r\ncontent-type: application/json\r\ncontent-length: {len(content)}\r\n\r\n"
+        connection.sendall(lines.encode() + content)
+        answer = b""
+        while piece := connection.recv(65536):
+            answer += piece
+    top, _, body = answer.partition(b"\r\n\r\n")
+    return top, body
+
+
+def text_of(stream: bytes) -> str:
+    lines = [line.removeprefix(b"data: ") for line in stream.split(b"\n\n") if line]
+    assert lines.pop() == b"[DONE]"
+    return "".join(json.loads(line)["choices"][0]["text"] for line in lines)
+
+
+def test_a_stream_has_no_chunks_in_http_1_0(server: RunningServer, http: httpx.Client) -> None:
+    head, body = read_stream(server, "HTTP/1.0")
+    assert b"transfer-encoding" not in head.lower()
+    assert text_of(body) == http.post(COMPLETIONS, json={**LONG, "temperature": 0}).json()["choices"][0]["text"]
+
+
+def test_events_that_have_to_wait_come_in_order(
+    server: RunningServer, http: httpx.Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    numbers, write = count(), connections.write_chunk
+
+    def write_chunk(*arguments: Any) -> bool:
+        return next(numbers) % 3 != 1 and write(*arguments)
+
+    monkeypatch.setattr(connections, "write_chunk", write_chunk)
+    head, body = read_stream(server, "HTTP/1.1\r\nhost: x\r\nconnection: close")
+    assert b"transfer-encoding: chunked" in head.lower() and next(numbers) > 3
+    chunks = body.split(b"\r\n")[1::2]  # JSON has none
+    whole = http.post(COMPLETIONS, json={**LONG, "temperature": 0}).json()["choices"][0]["text"]
+    assert text_of(b"".join(chunks)) == whole
 
 
 def test_a_refused_stream_is_a_plain_error(http: httpx.Client) -> None:

@@ -4,7 +4,7 @@ import asyncio
 import gc
 import threading
 from collections.abc import AsyncGenerator, Awaitable, Callable
-from contextlib import aclosing, closing
+from contextlib import closing
 from typing import Any, cast
 
 import pytest
@@ -19,9 +19,10 @@ from splitfuse.engine.engine import Engine
 from splitfuse.engine.thread import AsyncEngine
 from splitfuse.errors import EngineUnavailableError, InvalidRequestError, PromptTooLongError, TokenizerError
 from splitfuse.models.sources.hub import open_model
+from splitfuse.text.aiter import merged
 from splitfuse.text.generation import Generation
 from splitfuse.text.prompts import PreparedRequest
-from splitfuse.text.service import CLIENT, TextService, merged
+from splitfuse.text.service import CLIENT, Pause, TextService
 from splitfuse.text.token_text import TokenPieces
 from splitfuse.text.tokenizer import Tokenizer
 
@@ -58,15 +59,14 @@ async def wait_until_empty(client: AsyncEngine, engine: Engine) -> None:
             await asyncio.sleep(0.002)
 
 
-def generate(service: TextService, request: PreparedRequest) -> AsyncGenerator[tuple[Generation, str], None]:
-    return service.run(service.begin([request], request_id="r"))
-
-
-async def read(pieces: AsyncGenerator[tuple[Generation, str], None]) -> dict[int, tuple[str, Generation]]:
+async def read(service: TextService, request: PreparedRequest) -> dict[int, tuple[str, Generation]]:
     """Of each choice the text of all pieces, and the generation."""
     texts: dict[int, tuple[str, Generation]] = {}
-    async for generation, text in pieces:
+
+    def take(generation: Generation, text: str) -> None:
         texts[generation.choice] = (texts.get(generation.choice, ("",))[0] + text, generation)
+
+    await service.run(service.begin([request], request_id="r"), take)
     return texts
 
 
@@ -75,7 +75,7 @@ def test_a_generation_equals_that_of_pipeline(pipe: splitfuse.Pipeline, stop: tu
     params = SamplingParams(max_tokens=40, temperature=1.2, seed=5, n=3, stop=stop, logprobs=1, prompt_logprobs=0)
 
     async def work(service: TextService) -> None:
-        answers = await read(generate(service, await service.encode(PROMPT, params)))
+        answers = await read(service, await service.encode(PROMPT, params))
         alone = pipe(PROMPT, max_new_tokens=40, temperature=1.2, seed=5, n=3, stop=stop, logprobs=1, prompt_logprobs=0)
         for response in alone:
             text, generation = answers[response.choice]
@@ -95,7 +95,7 @@ def test_a_chat_equals_that_of_pipeline(pipe: splitfuse.Pipeline) -> None:
 
     async def work(service: TextService) -> None:
         prompt = await service.encode_chat(messages, SamplingParams(max_tokens=20))
-        answers = await read(generate(service, prompt))
+        answers = await read(service, prompt)
         (alone,) = pipe([messages], chat=True, max_new_tokens=20)
         assert answers[0][0] == alone.generated_text and len(prompt.token_ids) == alone.prompt_length
 
@@ -106,7 +106,7 @@ def test_a_prompt_in_several_steps_counts_them() -> None:
     async def work(service: TextService) -> None:
         limit = service.client.info.max_num_batched_tokens
         length = 2 * limit + 5
-        answers = await read(generate(service, PreparedRequest((7,) * length, SamplingParams(max_tokens=3))))
+        answers = await read(service, PreparedRequest((7,) * length, SamplingParams(max_tokens=3)))
         (_, generation) = answers[0]
         assert generation.num_steps == 3 + 2 and generation.first_step is not None
         assert generation.first_step < generation.timings.tokens[0]
@@ -115,33 +115,45 @@ def test_a_prompt_in_several_steps_counts_them() -> None:
 
 
 @pytest.mark.parametrize("n", [1, 4])
-def test_closing_aborts_every_choice(n: int) -> None:
+@pytest.mark.parametrize("pauses", [False, True])
+def test_cancelling_aborts_every_choice(n: int, pauses: bool) -> None:
     async def work(service: TextService) -> None:
         params = SamplingParams(max_tokens=1900, ignore_eos=True, n=n, temperature=1.0)
         generations = service.begin([await service.encode(PROMPT, params)], request_id="r")
-        async with aclosing(service.run(generations)) as pieces:
-            async for _ in pieces:
-                break
+        started = asyncio.Event()
+
+        async def pause() -> None:
+            started.set()
+            await asyncio.sleep(PATIENCE)
+
+        def take(_: Generation, __: str) -> Pause | None:
+            if pauses:
+                return pause
+            started.set()
+            return None
+
+        task = asyncio.create_task(service.run(generations, take))
+        await started.wait()
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
         assert {generation.finish_reason for generation in generations} == {FinishReason.ABORT}
 
     with_service(work)
 
 
-def test_cancelling_aborts_too() -> None:
+def test_an_error_of_the_reader_ends_the_others() -> None:
     async def work(service: TextService) -> None:
-        params = SamplingParams(max_tokens=1900, ignore_eos=True, n=3)
-        started = asyncio.Event()
+        params = SamplingParams(max_tokens=1900, ignore_eos=True, n=2)
+        generations = service.begin([await service.encode(PROMPT, params)], request_id="r")
 
-        async def reading() -> None:
-            async with aclosing(generate(service, await service.encode(PROMPT, params))) as pieces:
-                async for _ in pieces:
-                    started.set()
+        def take(generation: Generation, _: str) -> None:
+            if generation.choice == 1:
+                raise ZeroDivisionError
 
-        task = asyncio.create_task(reading())
-        await started.wait()
-        task.cancel()
-        with pytest.raises(asyncio.CancelledError):
-            await task
+        with pytest.raises(ZeroDivisionError):
+            await service.run(generations, take)
+        assert {generation.finish_reason for generation in generations} == {FinishReason.ABORT}
 
     with_service(work)
 
@@ -154,8 +166,7 @@ def test_a_refused_choice_ends_the_others() -> None:
             bad.check(service.client.info.limits)
         generations = service.begin([good, bad], request_id="r")
         with pytest.raises(InvalidRequestError, match="the prompt has 3000 tokens"):
-            async for _ in service.run(generations):
-                pass
+            await service.run(generations, lambda _generation, _text: None)
 
     with_service(work)
 
@@ -164,8 +175,8 @@ def test_closing_the_engine_ends_all_generations() -> None:
     async def work(service: TextService) -> None:
         params = SamplingParams(max_tokens=1900, ignore_eos=True, n=2)
         with pytest.raises(EngineUnavailableError):
-            async for _ in generate(service, await service.encode(PROMPT, params)):
-                await service.client.close()
+            generations = service.begin([await service.encode(PROMPT, params)], request_id="r")
+            await service.run(generations, lambda _generation, _text: service.client.close)
 
     async def run() -> None:
         client = AsyncEngine(Engine.load(EngineConfig.from_settings({})))

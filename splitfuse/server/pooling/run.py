@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Sequence
-from contextlib import ExitStack, aclosing
+from contextlib import ExitStack
 from dataclasses import replace
 from itertools import pairwise
 
-from splitfuse.core.request_output import FinishReason
 from splitfuse.core.scheduling_options import SchedulingOptions
 from splitfuse.server.context import RequestContext
-from splitfuse.server.generate import blamed, failure
+from splitfuse.server.generate import blamed, check_not_failed
 from splitfuse.server.slo_params import SloParams
 from splitfuse.server.state import AppState
 from splitfuse.text.generation import Generation
@@ -62,9 +61,5 @@ async def _run(
         state.explanations.begin(context)
         starts = [0, *range(1 if shares_prefix else at_once, len(generations), at_once), len(generations)]
         for start, end in pairwise(starts):
-            pieces = service.run(generations[start:end], scheduling=scheduling)
-            async with aclosing(pieces):
-                async for generation, _ in pieces:
-                    if generation.finish_reason in (FinishReason.ERROR, FinishReason.ABORT):
-                        raise failure(generation)
+            await service.run(generations[start:end], lambda each, _: check_not_failed(each), scheduling=scheduling)
     return generations
