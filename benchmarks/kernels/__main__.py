@@ -25,7 +25,7 @@ from benchmarks.kernels.latent import latent
 from benchmarks.kernels.limits import FORMATS, TILES, Limits, seconds
 from benchmarks.kernels.neighbours import neighbours
 from benchmarks.kernels.recurrent import recurrent
-from benchmarks.kernels.steps import check_shape, forward, make_chunks, scattered_steps
+from benchmarks.kernels.steps import check_shape, forward, make_chunks, scattered_steps, step_operations
 from benchmarks.models import SHAPES, ModelShape
 from splitfuse.config.engine import EngineConfig
 from splitfuse.core.slo.cost_model import num_pairs
@@ -189,7 +189,6 @@ def sdpa_ratio(q: torch.Tensor, kv_heads: int, context: int, ours: Callable[[], 
 
 def step(arguments: argparse.Namespace) -> Iterator[Row]:
     """Time a forward step with the output head: decodes, or one prompt."""
-    shape: ModelShape = SHAPES[arguments.shape]
     for name in arguments.formats:
         quantization, group = FORMATS[name]
         settings = {
@@ -213,9 +212,6 @@ def step(arguments: argparse.Namespace) -> Iterator[Row]:
         weights = model.plan.weights
         if not spec.tied_embeddings:
             weights -= spec.vocab_size * spec.hidden_size * 2
-        attention = spec.layers[0].mixer
-        assert isinstance(attention, AttentionSpec)
-        linears = len(spec.layers) * sum(n * k for n, k in layer_sizes(shape))
         for rows in arguments.rows or STEP_ROWS:
             generating = rows <= 32
             chunks = make_chunks(rows, generating, arguments.beside)
@@ -227,15 +223,11 @@ def step(arguments: argparse.Namespace) -> Iterator[Row]:
                 for part in account(executor, chunks, limits, int8=name != "bf16", turns=arguments.turns):
                     yield title | part
                 continue
-            head_rows = len(chunks)
             kv = sum(chunk.start for chunk in chunks) * model.plan.block / model.plan.block_size
-            pairs = sum(num_pairs(chunk.start, len(chunk.token_ids)) for chunk in chunks)
-            attended = 4.0 * pairs * attention.num_heads * attention.head_dim * len(spec.layers)
-            operations = 2.0 * (rows * linears + head_rows * spec.hidden_size * spec.vocab_size) + attended
             timing = limits.compare(
                 lambda chunks=chunks: forward(executor, chunks),
                 num_bytes=weights + kv,
-                operations=operations,
+                operations=step_operations(spec, chunks),
                 int8=name != "bf16",
                 turns=arguments.turns,
             )

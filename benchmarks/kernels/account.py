@@ -16,7 +16,9 @@ from typing import Any
 import torch
 
 from benchmarks.kernels.limits import Limits, seconds
+from benchmarks.kernels.steps import wanted_pairs
 from splitfuse.core.plan import Chunk
+from splitfuse.core.slo.cost_model import num_pairs
 from splitfuse.kernels.cpu.backend import CpuBackend
 from splitfuse.kernels.cpu.structs import OPERATORS, OperatorTime, Weight
 from splitfuse.kernels.layers import AttentionSpec, MlpSpec
@@ -109,25 +111,31 @@ def row(
 
 
 def works_of(executor: Executor, chunks: Sequence[Chunk]) -> dict[str, Work]:
-    """Return what the operators of a step of attention and gated MLPs read and compute, by name."""
+    """Return what the operators of a step of attention and gated MLPs read and must compute, by name: of rows without
+    logits keys and values alone in the last layer.
+    """
     weights, spec = executor.decoder.weights, executor.decoder.spec.layers[0]
     attention, layers, stores = spec.mixer, weights.layers, executor.kv_cache.layers
     assert isinstance(attention, AttentionSpec) and isinstance(spec.mlp, MlpSpec)
-    rows = sum(len(chunk.token_ids) for chunk in chunks)
+    rows, wanted = sum(len(chunk.token_ids) for chunk in chunks), sum(chunk.num_logits for chunk in chunks)
 
-    def product(rows: int, weights: Sequence[Weight]) -> Work:
-        return Work(sum(w.memory.nbytes for w in weights), 2.0 * rows * sum(w.rows * w.columns for w in weights))
+    def product(weights: Sequence[Weight], left_out: float) -> Work:
+        """Return the products of all rows, without some rows of the last weight."""
+        sizes = [w.rows * w.columns for w in weights]
+        return Work(sum(w.memory.nbytes for w in weights), 2.0 * (rows * sum(sizes) - left_out * sizes[-1]))
 
     token_bytes = stores[0].memory.nbytes / (stores[0].num_blocks * stores[0].block_size)
-    seen = sum(chunk.start + i + 1 for chunk in chunks for i in range(len(chunk.token_ids)))
+    seen = sum(num_pairs(chunk.start, len(chunk.token_ids)) for chunk in chunks)
     ends = sum(chunk.start + len(chunk.token_ids) for chunk in chunks)
-    attended = 4.0 * seen * attention.num_heads * attention.head_dim
+    pairs = (len(layers) - 1) * seen + sum(map(wanted_pairs, chunks))
+    attended = 4.0 * pairs * attention.num_heads * attention.head_dim
+    queries = attention.num_heads / (attention.num_heads + 2 * attention.num_kv_heads)  # share of qkv
     mlps = [layer.mlp for layer in layers if layer.mlp is not None]
     return {
-        "qkv": product(rows, [layer.qkv for layer in layers]),
-        "attention": Work(ends * token_bytes * len(layers), attended * len(layers), in_bf16=True),
-        "o": product(rows, [layer.o for layer in layers]),
-        "gate and up": product(rows, [mlp.gate_up for mlp in mlps]),
-        "down": product(rows, [mlp.down for mlp in mlps]),
-        "head": product(len(chunks), [weights.head]),
+        "qkv": product([layer.qkv for layer in layers], (rows - wanted) * queries),
+        "attention": Work(ends * token_bytes * len(layers), attended, in_bf16=True),
+        "o": product([layer.o for layer in layers], rows - wanted),
+        "gate and up": product([mlp.gate_up for mlp in mlps], rows - wanted),
+        "down": product([mlp.down for mlp in mlps], rows - wanted),
+        "head": product([weights.head], rows - wanted),
     }

@@ -8,6 +8,7 @@ import torch
 
 from benchmarks.models import SHAPES
 from splitfuse.core.plan import Chunk
+from splitfuse.core.slo.cost_model import num_pairs
 from splitfuse.errors import ConfigError
 from splitfuse.kernels.cpu.structs import Step
 from splitfuse.kernels.layers import AttentionSpec, MlpSpec
@@ -40,6 +41,25 @@ def dense_sizes(spec: ModelSpec) -> dict[str, int]:
         "head_dim": mixer.head_dim,
         "intermediate_size": mlp.intermediate_size,
     }
+
+
+def step_operations(spec: ModelSpec, chunks: Sequence[Chunk]) -> float:
+    """Return the multiplications and additions that a step needs. Of a row without logits that is its key and value in
+    the last layer, and nothing more of that.
+    """
+    sizes = dense_sizes(spec)
+    hidden, before = sizes["hidden_size"], sizes["num_layers"] - 1
+    kv, q = (sizes["head_dim"] * sizes[heads] for heads in ("num_kv_heads", "num_heads"))
+    stored, rest = 2 * kv * hidden, (2 * q + 3 * sizes["intermediate_size"]) * hidden
+    rows, wanted = sum(len(chunk.token_ids) for chunk in chunks), sum(chunk.num_logits for chunk in chunks)
+    products = rows * (before * (stored + rest) + stored) + wanted * (rest + hidden * spec.vocab_size)
+    pairs = sum(before * num_pairs(chunk.start, len(chunk.token_ids)) + wanted_pairs(chunk) for chunk in chunks)
+    return 2.0 * products + 4.0 * pairs * q
+
+
+def wanted_pairs(chunk: Chunk) -> int:
+    """Return how many pairs of a query and a key the rows of a chunk that need logits have."""
+    return num_pairs(chunk.start + len(chunk.token_ids) - chunk.num_logits, chunk.num_logits)
 
 
 def make_chunks(rows: int, generating: bool, beside: int = 0) -> list[Chunk]:

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from benchmarks.kernels.steps import check_shape
+from benchmarks.kernels.steps import check_shape, make_chunks, step_operations
 from benchmarks.models import SHAPES, config
 from splitfuse.errors import ConfigError
 from splitfuse.models.families.registry import spec_from_config
@@ -22,6 +22,23 @@ def test_a_model_of_another_shape_is_refused_with_its_own(name: str) -> None:
     other = DENSE[DENSE.index(name) - 1]
     with pytest.raises(ConfigError, match=rf"--shape {other} has \w+ \d+, but the model has \d+: use --shape {name}"):
         check_shape(other, spec_from_config(config(SHAPES[name])))
+
+
+def test_operations_of_rows_without_logits_end_with_their_keys_and_values() -> None:
+    shape = SHAPES["0.5b"]
+    spec = spec_from_config(config(shape))
+    hidden, inner, layers = shape.hidden_size, shape.intermediate_size, shape.num_layers
+    kv = 2 * shape.num_kv_heads * shape.head_dim * hidden
+    layer, head = kv + 2 * hidden**2 + 3 * inner * hidden, hidden * spec.vocab_size
+    decodes = 8 * (2 * (layers * layer + head) + 4 * layers * 513 * hidden)
+    assert step_operations(spec, make_chunks(8, generating=True)) == decodes
+    chunks = make_chunks(264, generating=False, beside=8)
+    before, last = 256 * layer * (layers - 1), 256 * kv + layer - kv + head
+    attended = 4 * hidden * ((layers - 1) * 256 * 257 // 2 + 256)
+    assert step_operations(spec, chunks) == decodes + 2 * (before + last) + attended
+    whole = replace(chunks[-1], num_logits=256)
+    more = step_operations(spec, [*chunks[:-1], whole]) - step_operations(spec, chunks)
+    assert more == 255 * 2 * (layer - kv + head) + 4 * hidden * (256 * 257 // 2 - 256)
 
 
 def test_a_model_of_no_shape_is_refused() -> None:
