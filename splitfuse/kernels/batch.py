@@ -137,6 +137,31 @@ class RaggedBatch:
         return self._derived[derivation][1]
 
     @cached_property
+    def logit_batch(self) -> RaggedBatch:
+        """Return a batch of the rows that need logits alone, in their order: for what follows the last keys, values and
+        states that a network stores, where nothing reads the other rows. These tokens are stored already: their slots
+        are -1. It is this batch if all rows need logits, or some that are not the last ones of their chunks, and if it
+        is padded: a captured graph has one shape, whichever rows of it need logits.
+        """
+        tables, ids, positions, _, starts, *per_request, rows = self.host_parts
+        if self.is_padded or len(rows) == self.num_tokens:
+            return self
+        counts = np.bincount(np.searchsorted(starts, rows, side="right") - 1, minlength=self.num_requests)
+        is_left, each = counts > 0, np.arange(len(rows), dtype=np.int32)
+        if not np.array_equal(rows, np.repeat(starts[1:] - np.cumsum(counts), counts) + each):
+            return self
+        tables = tables.reshape(self.num_requests, self.table_width)[is_left]
+        of_tokens = ids[rows], positions[rows], np.full_like(rows, -1)
+        of_requests = np.cumsum([0, *counts[is_left]]), *(part[is_left] for part in per_request)
+        parts = tables, *of_tokens, *of_requests, each
+        numbers = torch.from_numpy(np.concatenate(parts, axis=None, dtype=np.int32))
+        adapters, device = self.adapters, self.packed.device
+        if adapters is not None:
+            adapters = StepAdapters(adapters.adapters, adapters.of_row.index_select(0, self.logit_rows))
+        sizes = len(rows), len(tables), self.table_width, len(rows)
+        return RaggedBatch(copied(numbers, device), *sizes, adapters, None if device.type == "cpu" else numbers)
+
+    @cached_property
     def _parts(self) -> tuple[Tensor, ...]:
         return self.packed.split_with_sizes(self.sizes)
 

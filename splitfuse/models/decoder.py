@@ -22,7 +22,6 @@ from splitfuse.kernels.layers import (
     AttentionSpec,
     DeltaSpec,
     ExpertsSpec,
-    LayerSpec,
     MambaSpec,
     Mixer,
     MlpSpec,
@@ -58,6 +57,10 @@ class ResidualStream:
     def replace(self, x: Tensor) -> None:
         """Let the stream be another."""
         self._x, self._branch = x, None
+
+    def keep(self, rows: Tensor) -> None:
+        """Leave some rows [R] of the stream, which is [R, C] then."""
+        self.replace(self.sum().index_select(0, rows))
 
     def sum(self) -> Tensor:
         """Return the stream with all that was added."""
@@ -132,7 +135,8 @@ class Decoder:
 
     def forward(self, batch: RaggedBatch, kv_cache: KVCache) -> Tensor:
         """Compute the batch and write its keys and values; return the normed hidden states [R, C] of its
-        `logit_rows`.
+        `logit_rows`. Of other rows nothing is computed that is not stored: behind the last layer that stores anything
+        there are none.
         """
         if self._fused is not None:
             return self._fused(kv_cache.layers, batch)
@@ -142,15 +146,23 @@ class Decoder:
         if self.weights.positions is not None:
             x = x + self.weights.positions[batch.positions + self.spec.position_offset]
         token_inputs, stream = self._token_inputs(batch.ids, x), ResidualStream(x, self.backend, self.spec.norm)
+        rest = batch  # rows that the stream has
         for number, (layer, weights) in enumerate(zip(self.spec.layers, self.weights.layers, strict=True)):
-            self._layer(stream, layer, weights, kv_cache.layers[number], batch, partial(_lora_rows, batch, number))
+            before, rest = rest, batch.logit_batch if number == self.spec.last_storing else rest
+            self._layer(stream, number, kv_cache.layers[number], before, rest)
+            if not rest.num_tokens:
+                break
+            if rest is not before:
+                token_inputs = token_inputs.index_select(0, batch.logit_rows)
             if layer.token_input is not None:
                 own = token_inputs[:, number]
                 stream.replace(self._with_token_input(stream.sum(), own, layer.token_input, weights))
             if weights.output_scale is not None:
                 x = stream.sum()
                 stream.replace((x * weights.output_scale).to(x.dtype))
-        return self._norm(stream.sum().index_select(0, batch.logit_rows), self.weights.norm, self.weights.norm_bias)
+        if rest is batch:
+            stream.keep(batch.logit_rows)
+        return self._norm(stream.sum(), self.weights.norm, self.weights.norm_bias)
 
     def forward_and_choose(
         self, batch: RaggedBatch, kv_cache: KVCache, filters: Sequence[Filter] = (), numbers: Sequence[float] = ()
@@ -208,20 +220,27 @@ class Decoder:
             return self.backend.choose_from(self.logits(hidden), filters, numbers)
         return self.backend.choose(hidden, self.weights.head, self.weights.head_bias, filters, numbers)
 
-    def _layer(
-        self,
-        stream: ResidualStream,
-        layer: LayerSpec,
-        weights: LayerWeights,
-        store: Store,
-        batch: RaggedBatch,
-        lora: LoraOf,
-    ) -> None:
-        """Add what a layer gives to the residual stream."""
+    def _layer(self, stream: ResidualStream, number: int, store: Store, batch: RaggedBatch, rest: RaggedBatch) -> None:
+        """Add what a layer gives to the residual stream, which has the rows of `batch` before, and those of `rest`, the
+        same or its `logit_batch`, once the layer has stored what it stores.
+        """
+        layer, weights, lora = self.spec.layers[number], self.weights.layers[number], partial(_lora_rows, rest, number)
         norms, read, mixed = layer.norms, None, None
         if layer.mixer is not None:
             read = self._read(stream, norms, weights.attn_norm, weights.attn_norm_bias)
-            mixed = self.total(self._mix(read, layer.mixer, weights, store, batch, lora))
+            if rest is not batch:
+                rows, of_all = batch.logit_rows, partial(_lora_rows, batch, number)
+                if isinstance(layer.mixer, AttentionSpec):  # whose queries of all rows are not needed
+                    self._queries(read, layer.mixer, weights, store, batch, of_all)
+                else:
+                    mixed = self._mix(read, layer.mixer, weights, store, batch, of_all).index_select(0, rows)
+                read = read.index_select(0, rows)
+                stream.keep(rows)
+                if not rest.num_tokens:
+                    return
+            if mixed is None:
+                mixed = self._mix(read, layer.mixer, weights, store, rest, lora)
+            mixed = self.total(mixed)
             if norms.after:
                 mixed = self._norm(mixed, weights.post_attn_norm, weights.post_attn_norm_bias)
             if layer.mlp is None or not layer.parallel:
@@ -271,17 +290,22 @@ class Decoder:
             mixed = self.backend.conv(projected, store, spec, batch, weights)
         return self.backend.linear(mixed, weights.out_proj, weights.out_proj_bias)
 
+    def _queries(
+        self, x: Tensor, spec: AttentionSpec, weights: LayerWeights, store: Store, batch: RaggedBatch, lora: LoraOf
+    ) -> Tensor:
+        """Store the keys and values of normed hidden states [T, C], and return their queries: [T, H, D]."""
+        if spec.latent is None:
+            qkv = self.backend.linear(x, weights.qkv, weights.qkv_bias, lora("qkv"))
+        else:
+            qkv = compressed(x, spec, weights, self.backend)
+        rope = None if spec.rope is None else self.ropes[spec.rope]
+        return self.backend.rope_store(qkv, store, spec, batch, rope, weights)
+
     def _attention(
         self, x: Tensor, spec: AttentionSpec, weights: LayerWeights, store: Store, batch: RaggedBatch, lora: LoraOf
     ) -> Tensor:
         """Return the attention of normed hidden states: [T, C] -> [T, C]."""
-        backend = self.backend
-        if spec.latent is None:
-            qkv = backend.linear(x, weights.qkv, weights.qkv_bias, lora("qkv"))
-        else:
-            qkv = compressed(x, spec, weights, backend)
-        rope = None if spec.rope is None else self.ropes[spec.rope]
-        q = backend.rope_store(qkv, store, spec, batch, rope, weights)  # [T, H, D]
+        backend, q = self.backend, self._queries(x, spec, weights, store, batch, lora)
         attended = backend.attend(q, store, spec, batch, weights.sinks)
         if spec.latent is not None:
             attended = backend.linear_heads(attended, weights.v_b)

@@ -155,6 +155,13 @@ class ModelSpec:
             )
 
     @property
+    def last_storing(self) -> int:
+        """Return the number of the last layer that stores something of each token: keys and values, or a state."""
+        mixers = [layer.mixer for layer in self.layers]
+        borrows = [isinstance(mixer, AttentionSpec) and mixer.kv_layer is not None for mixer in mixers]
+        return max(number for number, mixer in enumerate(mixers) if mixer is not None and not borrows[number])
+
+    @property
     def token_input_size(self) -> int:
         """Return the size of the input that each layer has of its own, 0 if it has none."""
         return max((layer.token_input.size for layer in self.layers if layer.token_input is not None), default=0)

@@ -2,7 +2,8 @@
 
 Some layers of the model compute a few steps; all layers take as many times as long, and the output head as much longer
 as its weights are. That is enough for a first token budget (core/step_budget.py) and a first prediction of steps, which
-those that run correct (core/slo/latency_predictor.py). What it does not know: layers that differ from the first ones.
+those that run correct (core/slo/latency_predictor.py). What it does not know: layers that differ from the first ones,
+and that the last one computes rows without logits only to their keys and values.
 """
 
 from __future__ import annotations
@@ -119,6 +120,7 @@ def _seconds(model: LoadedModel, num_layers: int, chunks: Sequence[tuple[int, in
         decoder=whole if model.leader is not None else Decoder(spec, weights, whole.backend, dtype=whole.dtype),
         plan=replace(model.plan, num_blocks=sum(blocks), num_states=len(chunks) if model.plan.num_states else 0),
     )
+    is_part = num_layers < len(whole.spec.layers)
     executor = part.make_executor()
     for store in executor.kv_cache.layers:  # untouched pages would read unrealistically fast
         if store is not None:
@@ -128,7 +130,8 @@ def _seconds(model: LoadedModel, num_layers: int, chunks: Sequence[tuple[int, in
         ids = tuple((start + each) % spec.vocab_size for each in range(count))
         state = StateSlots(number, number) if part.plan.num_states else None
         table = tuple(range(first, first + size))
-        step.append(Chunk(str(number), start, ids, table, num_logits=1, samples=True, state=state))
+        num_logits = count if is_part else 1  # else the last layer of a part would not be computed to its end
+        step.append(Chunk(str(number), start, ids, table, num_logits=num_logits, samples=True, state=state))
         first += size
     shortest, began = math.inf, time.perf_counter()
     with torch.inference_mode():

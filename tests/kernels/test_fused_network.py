@@ -282,6 +282,21 @@ UNEQUAL = {
 SPECS = [pytest.param(spec, id=name) for name, spec in (UNIFORM | UNEQUAL).items()]
 
 
+def cut_after(spec: ModelSpec, count: int) -> ModelSpec:
+    """The network of the first layers of one, with attention in front where none of them attends."""
+    layers = spec.layers[:count]
+    attends = any(isinstance(layer.mixer, AttentionSpec) for layer in layers)
+    return replace(spec, layers=layers if attends else (LayerSpec(mixer=heads(), mlp=None), *layers))
+
+
+ENDS = [
+    pytest.param(cut_after(spec, count), id=f"{name}-{count}")
+    for name, spec in (UNIFORM | UNEQUAL).items()
+    for count in range(1, len(spec.layers) + 1)
+]
+"""Networks that end with each kind of layer."""
+
+
 class OneByOne(CpuBackend):
     """The same kernels, an operation at a time."""
 
@@ -447,6 +462,69 @@ def test_only_wanted_rows_come_back(variant: str) -> None:
     assert every.shape == (23, PLAIN.hidden_size)
     for first, second in ((0, 0), (1, 0), (0, 1), (7, 2)):
         assert torch.equal(hidden((first, second)), torch.cat((every[20 - first : 20], every[23 - second :])))
+
+
+@pytest.mark.parametrize("spec", ENDS)
+@pytest.mark.parametrize("variant", emulation_slow(variants(), "plain"))
+def test_rows_without_logits_change_nothing_that_is_kept(variant: str, spec: ModelSpec) -> None:
+    """Whichever rows need logits: the same bits of their hidden states, and of all keys, values and states."""
+    states = [StateSlots(ZERO_STATE, 0), StateSlots(ZERO_STATE, 1)]
+    before = [Chunk(0, range(20), (1,), 20, states[0]), Chunk(0, range(40, 43), (2, 5), 3, states[1])]
+
+    def compute(decoder: Decoder, wanted: tuple[int, ...]) -> tuple[Tensor, ...]:
+        """The hidden states that are wanted of a decode, a chunk whose state is kept on the way, and a new prompt."""
+        runner = Runner(decoder, block_size=32, num_blocks=8)
+        chunks = [
+            Chunk(20, (7,), (1,), wanted[0], StateSlots(0, 0)),
+            Chunk(3, range(3, 43), (2, 5), wanted[1], StateSlots(1, 1, ((20, 3),))),
+            Chunk(0, range(9), (3,), wanted[2], StateSlots(ZERO_STATE, 2)),
+        ]
+        decoder.forward(runner.batches.build(before), runner.cache)
+        hidden = decoder.forward(runner.batches.build(chunks), runner.cache)
+        return hidden, *(store.memory.view(torch.uint8) for store in runner.cache.layers if store is not None)
+
+    every, *kept = compute(decoder_of(CpuBackend(variant=variant, num_threads=2), spec), (1, 40, 9))
+    assert every.shape == (50, 96) and every.isfinite().all()
+    for backend, threads in ((CpuBackend, 1), (CpuBackend, 3), (OneByOne, 2)):
+        decoder = decoder_of(backend(variant=variant, num_threads=threads), spec)
+        for wanted in ((1, 0, 0), (1, 1, 0), (1, 30, 2), (0, 40, 9), (0, 0, 1), (0, 0, 0)):
+            ours, *stores = compute(decoder, wanted)
+            ends = zip((1, 41, 50), wanted, strict=True)
+            assert torch.equal(ours, torch.cat([every[end - count : end] for end, count in ends]))
+            assert all(map(torch.equal, stores, kept))
+
+
+@pytest.mark.parametrize("variant", variants())
+def test_rows_without_logits_are_not_computed_to_the_end(variant: str) -> None:
+    """Behind the keys and values of the last layer nothing is, if no row needs logits."""
+    backend = CpuBackend(variant=variant, num_threads=1)
+    decoder = decoder_of(backend, replace(PLAIN, layers=PLAIN.layers[:1]))
+    runner = Runner(decoder, block_size=32, num_blocks=4)
+    times = (OperatorTime * len(OPERATORS))()
+    backend.library.account_in(ctypes.addressof(times))
+    begun = {"embedding", "qkv", "rotate and store", "head"}
+    for count, taken in ((0, begun), (1, begun | {"attention", "o", "gate and up", "down"})):
+        ctypes.memset(times, 0, ctypes.sizeof(times))
+        decoder.forward(runner.batches.build([Chunk(0, range(20), (1,), count)]), runner.cache)
+        each = zip(OPERATORS, times, strict=True)
+        assert {name for name, time in each if time.split + time.claimed > 0} == taken
+    backend.library.account_in(None)
+
+
+@pytest.mark.parametrize("variant", variants())
+def test_rows_that_are_not_the_last_of_a_chunk(variant: str) -> None:
+    """No scheduler asks for them: then all rows are computed to the end."""
+    decoder = decoder_of(CpuBackend(variant=variant, num_threads=2))
+    chunks = [Chunk(0, range(20), (1,), 3), Chunk(0, range(3), (3,), 1)]
+    runner = Runner(decoder, block_size=32, num_blocks=4)
+    every = decoder.forward(
+        runner.batches.build([replace(c, num_logits=len(c.token_ids)) for c in chunks]), runner.cache
+    )
+    for rows in ([18, 3, 19, 22], [2, 20, 21, 22], [17, 18, 19, 21], [20, 21, 22, 19], [0, 0, 0, 0]):
+        batch = runner.batches.build(chunks)
+        batch.logit_rows.copy_(torch.tensor(rows))
+        assert torch.equal(decoder.forward(batch, runner.cache), every[rows])
+        assert batch.logit_batch is batch
 
 
 @pytest.mark.parametrize("spec", SPECS)

@@ -106,6 +106,30 @@ def test_ranks_choose_in_the_call_what_one_process_chooses(variant: str, ranks: 
     assert len(alone[0][0]) == 3 and together(decoders, choices)[0] == alone
 
 
+@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("variant", emulation_slow(variants()))
+def test_ranks_leave_out_rows_that_need_no_logits(variant: str, name: str) -> None:
+    spec = NETWORKS[name]
+
+    def hidden(decoder: Decoder) -> list[Tensor]:
+        found = []
+        for wanted in ((40, 3, 2), (1, 0, 2), (0, 0, 0)):
+            runner = Runner(decoder, block_size=32, num_blocks=8)
+            parts = zip((range(40), range(3), (9, 8)), ((1, 2), (3,), (5,)), wanted, strict=True)
+            chunks = [Chunk(0, ids, table, count) for ids, table, count in parts]
+            found.append(decoder.forward(runner.batches.build(chunks), runner.cache))
+        return found
+
+    def load_all(groups: list[Group]) -> list[Decoder]:
+        return [load(spec, CpuBackend(variant=variant, num_threads=1 + g.shard.rank), g) for g in groups]
+
+    (every, *_) = hidden(load(spec, CpuBackend(variant=variant, num_threads=1)))
+    for shared, groups in ((True, make_groups(3)), (False, make_summing_groups(2))):
+        for whole, some, none in together(load_all(groups), hidden):
+            assert torch.equal(whole, every) or not shared
+            assert torch.equal(some, whole[[39, 43, 44]]) and none.shape == (0, 96)
+
+
 @pytest.mark.parametrize(("rows", "room", "num_more"), [(31, STEP_BYTES, 0), (32, STEP_BYTES, 4), (32, 2**16, 0)])
 def test_ranks_pack_many_rows_for_each_other(rows: int, room: int, num_more: int) -> None:
     """Which takes a meeting before each of the four products of a layer, if the memory that they share has room."""
@@ -115,7 +139,7 @@ def test_ranks_pack_many_rows_for_each_other(rows: int, room: int, num_more: int
 
         def step(decoder: Decoder, count: int = count) -> list[Tensor]:
             runner = Runner(decoder, block_size=32, num_blocks=8)
-            return [decoder.forward(runner.batches.build([Chunk(0, range(count), (1,), 1)]), runner.cache)]
+            return [decoder.forward(runner.batches.build([Chunk(0, range(count), (1,), count)]), runner.cache)]
 
         together([load(spec, CpuBackend(num_threads=1), group) for group in groups], step)
         assert isinstance(groups[0], SharedGroup)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import mmap
 import os
 import random
@@ -125,9 +126,11 @@ class Whole:
         return data
 
 
-def with_loan(whole: Whole, cache: KVCache, channel: Channel, tiles: int) -> tuple[Tensor, Tensor, bool]:
-    """Return the logits of the same steps in a cache that has all but the leading tiles, those of a neighbour, and
-    whether the loan was lost.
+def with_loan(
+    whole: Whole, cache: KVCache, channel: Channel, tiles: int, most_logits: int = LENGTH
+) -> tuple[Tensor, Tensor, bool]:
+    """Return the logits of the last rows of the same steps in a cache that has all but the leading tiles, those of a
+    neighbour, and whether the loan was lost.
     """
     decoder, held = whole.decoder, tiles * TILE // BLOCK
     blocks = list(range(1, -(-LENGTH // BLOCK) - held + 1))
@@ -137,7 +140,8 @@ def with_loan(whole: Whole, cache: KVCache, channel: Channel, tiles: int) -> tup
     start, rows, others, lost = whole.first, [], [], False
     for length in whole.steps:
         neighbour = Chunk(0, whole.tokens[:3], [NUM_BLOCKS - 1], 3)
-        chunk = Chunk(start, whole.tokens[start : start + length], table[: -(-(start + length) // BLOCK)], length)
+        num_logits = min(length, most_logits)
+        chunk = Chunk(start, whole.tokens[start : start + length], table[: -(-(start + length) // BLOCK)], num_logits)
         batch = BatchBuilder(BLOCK, decoder.device).build([neighbour, chunk])
         batch.loans = [RequestLoan(1, tiles * TILE, channel)]
         logits = decoder.logits(decoder.forward(batch, cache))
@@ -162,6 +166,21 @@ def test_bits_do_not_depend_on_who_holds_leading_tiles(variant: str, name: str, 
             logits, _, lost = with_loan(whole, make_cache(whole.decoder), channel, tiles)
         assert not lost
         assert torch.equal(logits, whole.logits)
+
+
+@pytest.mark.parametrize("variant", variants())
+@pytest.mark.parametrize("most", [0, 1, 5])
+def test_creditors_are_asked_for_the_rows_that_need_logits(variant: str, most: int) -> None:
+    """Which are those of the last layer, if there are any: more would be lost work, not other bits."""
+    whole = Whole(make_decoder(variant, "plain", threads=2))
+    with lending(whole.decoder, make_cache(whole.decoder), range(8)) as channel:
+        for index in range(8):
+            assert whole.decoder.backend.deposit(channel, index, whole.block(index))
+        logits, others, lost = with_loan(whole, make_cache(whole.decoder), channel, 1, most)
+    ends = list(itertools.accumulate(whole.steps))
+    rows = [row for length, end in zip(whole.steps, ends, strict=True) for row in range(end - min(length, most), end)]
+    assert not lost and torch.equal(logits, whole.logits[rows])
+    assert all(torch.equal(each, others[0]) for each in others)
 
 
 @pytest.mark.parametrize("variant", variants())

@@ -27,9 +27,11 @@ class RecordingBackend(ReferenceBackend):
 
     def __init__(self) -> None:
         self.asked: list[tuple[float, int | None, float | None]] = []
+        self.rows: list[int] = []
 
     def attend(self, q: Tensor, store: Store, spec: AttentionSpec, *others: Any) -> Tensor:
         self.asked.append((spec.score_scale, spec.window, spec.softcap))
+        self.rows.append(len(q))
         return super().attend(q, store, spec, *others)
 
 
@@ -53,6 +55,7 @@ def logits(decoder: Decoder, token_ids: list[int]) -> Tensor:
 
 
 def test_only_the_rows_asked_for_are_returned(decoder: Decoder) -> None:
+    assert isinstance(decoder.backend, RecordingBackend)
     every_row = logits(decoder, list(range(9)))
     runner = Runner(decoder, block_size=4)
     chunks = [
@@ -63,6 +66,7 @@ def test_only_the_rows_asked_for_are_returned(decoder: Decoder) -> None:
     hidden = decoder.forward(BatchBuilder(4, decoder.device).build(chunks), runner.cache)
     assert hidden.shape == (3, decoder.spec.hidden_size)
     torch.testing.assert_close(decoder.logits(hidden), every_row[[7, 8, 0]])
+    assert decoder.backend.rows == [9, 9, 9, 14, 14, 3]  # in the last layer those of the rows asked for
 
 
 def test_logit_softcap(decoder: Decoder) -> None:

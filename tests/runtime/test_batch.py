@@ -62,6 +62,33 @@ def test_a_chunk_whose_state_is_kept_on_the_way_is_two() -> None:
     assert (batch.num_tokens, batch.num_requests) == (10, 4)
 
 
+def test_batch_of_the_rows_that_need_logits() -> None:
+    chunks = [
+        Chunk(0, (10, 11, 12), (4, 2), 0, StateSlots(ZERO_STATE, 4)),
+        Chunk(5, (20,), (7, 0, 3), 1, StateSlots(2, 2)),
+        Chunk(0, (30, 31, 32, 33), (5, 6), 3, StateSlots(ZERO_STATE, 1, ((2, 8),))),
+    ]
+    batch = BatchBuilder(2, CPU).build(chunks)
+    left = batch.logit_batch
+    assert left.ids.tolist() == [20, 31, 32, 33]
+    assert left.positions.tolist() == [5, 1, 2, 3]
+    assert left.slot_mapping.tolist() == [-1] * 4
+    assert left.query_start.tolist() == [0, 1, 2, 4]
+    assert left.seq_lens.tolist() == [6, 2, 4]
+    assert torch.equal(left.block_tables, batch.block_tables[1:])
+    assert left.state_reads.tolist() == [2, ZERO_STATE, 8]
+    assert left.state_writes.tolist() == [2, 8, 1]
+    assert left.logit_rows.tolist() == [0, 1, 2, 3]
+    assert (left.num_tokens, left.num_requests, left.table_width, left.num_rows) == (4, 3, 4, 4)
+    assert left.logit_batch is left and batch.logit_batch is left
+
+
+def test_batch_of_no_row_that_needs_logits() -> None:
+    left = BatchBuilder(2, CPU).build([Chunk(0, (1, 2), (5,), 0), Chunk(0, (3,), (6,), 0)]).logit_batch
+    assert (left.num_tokens, left.num_requests, left.num_rows) == (0, 0, 0)
+    assert left.query_start.tolist() == [0]
+
+
 def test_an_empty_step() -> None:
     batch = BatchBuilder(2, CPU).build([])
     assert batch.query_start.tolist() == [0]

@@ -136,20 +136,20 @@ SF_INLINE float query_scale(const Heads& heads, i64 position) {
     return static_cast<float>(1.0 + heads.query_beta * std::log1p(static_cast<double>(lengths)));
 }
 
-// Norms and rotates queries and keys: qkv [T, (H + 2 Hk) D] -> q [T, H, D] in bf16; keys and values go to their slots.
-// Values that are parts of their keys are not in qkv.
+// Norms and rotates queries and keys: qkv [T, (H + 2 Hk) D] -> q [T, H, D] in bf16, if it is not null; keys and values go to
+// their slots. Values that are parts of their keys are not in qkv.
 inline void rope_store(Team& team, const Step& step, const Heads& heads, const Store& store, const float* qkv, u16* q) {
     const Layout kv(store);
     const i64 num_kv_heads = heads.foreign_kv ? 0 : kv.num_kv_heads;
     const i64 dim = kv.head_dim, width = (heads.num_heads + (kv.value_from ? 1 : 2) * num_kv_heads) * dim;
-    const i64 per_token = heads.num_heads + num_kv_heads;
+    const i64 first_head = q ? 0 : heads.num_heads, per_token = heads.num_heads + num_kv_heads - first_head;
     // By token and head, so that a step of one token has work for all threads.
     team.split(step.tokens * per_token, [&](i64 begin, i64 end) {
         alignas(64) float placed[MOST_PADDED] = {}, value[MOST_PADDED] = {};
         i64 known_row = -1;  // whose moments these are
         Moments moments{};
         for (i64 unit = begin; unit < end; ++unit) {
-            const i64 token = unit / per_token, head = unit % per_token, slot = step.slots[token], position = step.positions[token];
+            const i64 token = unit / per_token, head = first_head + unit % per_token, slot = step.slots[token], position = step.positions[token];
             const bool is_key = head >= heads.num_heads;
             if (is_key && slot < 0) continue;
             const float* row = qkv + token * width + (is_key ? heads.num_heads * dim : 0);

@@ -77,7 +77,7 @@ inline void scale_rows(Team& team, float scale, i64 rows, i64 columns, float* x)
 }
 
 // Writes the queries of latent attention, [T, H, D] in bf16, whose first rope_dim elements are rotated and whose others are
-// multiplied by k_b; each token's key goes to its slot. `operand` is what qkv reads.
+// multiplied by k_b, if `queries` is not null; each token's key goes to its slot. `operand` is what qkv reads.
 inline void place_latent(Team& team, Workspace& work, const Step& step, const Layer& layer, const Operand& operand, u16* queries) {
     const Latent& l = layer.latent;
     const i64 tokens = step.tokens, num_heads = layer.heads.num_heads, dim = layer.store.head_dim, width = layer.qkv->rows;
@@ -91,7 +91,7 @@ inline void place_latent(Team& team, Workspace& work, const Step& step, const La
     out.y = compressed;
     out.bias = layer.qkv_bias;
     multiply(team, operand, *layer.qkv, out);
-    if (l.q_b) {
+    if (queries && l.q_b) {
         Operand normed = pack_activations(team, *l.q_b, tokens, memory, [&](i64 row) {
             norm_row(compressed + row * width, l.q_width, l.q_norm, row_buffer);
             return row_buffer;
@@ -107,12 +107,13 @@ inline void place_latent(Team& team, Workspace& work, const Step& step, const La
         for (i64 d = 0; d < l.nope_dim; d += LANES) store_left(row_buffer + d, load_left(source + d, l.nope_dim - d), l.nope_dim - d);
         return row_buffer;
     };
-    linear_heads(team, *l.k_b, num_heads, tokens, memory, not_rotated, queries + l.rope_dim, dim, num_heads * dim);
+    if (queries) linear_heads(team, *l.k_b, num_heads, tokens, memory, not_rotated, queries + l.rope_dim, dim, num_heads * dim);
     const Layout kv(layer.store);
-    team.split(tokens * (num_heads + 1), [&](i64 begin, i64 end) {
+    const i64 first_head = queries ? 0 : num_heads, per_token = num_heads + 1 - first_head;
+    team.split(tokens * per_token, [&](i64 begin, i64 end) {
         alignas(64) float placed[MOST_PADDED] = {};
         for (i64 unit = begin; unit < end; ++unit) {
-            const i64 token = unit / (num_heads + 1), head = unit % (num_heads + 1), position = step.positions[token];
+            const i64 token = unit / per_token, head = first_head + unit % per_token, position = step.positions[token];
             if (head < num_heads) {
                 u16* query = queries + (token * num_heads + head) * dim;
                 rotate_head(projected + token * stride + head * qk_dim, l.rope_dim, layer.heads, position, placed);
@@ -138,48 +139,54 @@ inline void reserve_latent(Workspace& work, const Layer& layer, i64 tokens) {
     work.reserve_operand(*l.q_b, tokens);
 }
 
-// Computes a layer's attention of x, the residual stream. `place` is that of the layer in the tables of adapters.
+// Projects x, the residual stream, for a layer's attention: each token's keys and values go to their slots, its queries, if they
+// are not null, and its gates to their buffers. `place` is that of the layer in the tables of adapters.
+inline void project(Team& team, Workspace& work, const Step& step, const Layer& layer, i64 place, const float* x, u16* queries) {
+    const i64 tokens = step.tokens;
+    const bool gated = queries && layer.attn_gate;
+    Output qkv, gate;
+    qkv.y = reinterpret_cast<float*>(work.qkv.data());
+    qkv.bias = layer.qkv_bias;
+    qkv.adapted = work.adapted(team.rank, step.lora, tokens, place + LORA_QKV);
+    if (gated) gate.adapted = work.adapted(team.rank, step.lora, tokens, place + LORA_GATE, 1);
+    team.enter(QKV);
+    const bool packed_once = !gated || read_alike(*layer.attn_gate, *layer.qkv);
+    Operand operand = pack_read(team, work, *layer.qkv, x, tokens, layer.attn_norm, qkv.adapted, packed_once ? gate.adapted : Adapted{});
+    if (layer.latent.k_b) return place_latent(team, work, step, layer, operand, queries);
+    multiply(team, operand, *layer.qkv, qkv);
+    if (gated) {
+        if (!packed_once) operand = pack_read(team, work, *layer.attn_gate, x, tokens, layer.attn_norm, gate.adapted);
+        gate.activated = reinterpret_cast<u16*>(work.attn_gate.data());
+        gate.activation = SIGMOID;
+        multiply(team, operand, *layer.attn_gate, gate);
+    }
+    team.enter(ROTATION);
+    rope_store(team, step, layer.heads, layer.store, qkv.y, queries);
+}
+
+// Computes a layer's attention of x, the residual stream. `place` is as above.
 inline void attention_block(Team& team, Workspace& work, const Step& step, const Layer& layer, i64 place, const float* x, Output out) {
     const Layout kv(layer.store);
     const i64 tokens = step.tokens, num_heads = layer.heads.num_heads, width = num_heads * kv.value_dim;
     const Memory memory = work.memory(team.rank);
     u16* queries = reinterpret_cast<u16*>(work.queries.data());
     u16* attn_out = reinterpret_cast<u16*>(work.attn_out.data());
-    Output qkv, gate;
-    qkv.y = reinterpret_cast<float*>(work.qkv.data());
-    qkv.bias = layer.qkv_bias;
-    qkv.adapted = work.adapted(team.rank, step.lora, tokens, place + LORA_QKV);
-    if (layer.attn_gate) gate.adapted = work.adapted(team.rank, step.lora, tokens, place + LORA_GATE, 1);
-    out.adapted = work.adapted(team.rank, step.lora, tokens, place + LORA_O);
-    team.enter(QKV);
-    const bool packed_once = !layer.attn_gate || read_alike(*layer.attn_gate, *layer.qkv);
-    Operand operand = pack_read(team, work, *layer.qkv, x, tokens, layer.attn_norm, qkv.adapted, packed_once ? gate.adapted : Adapted{});
-    if (layer.latent.k_b) {
-        place_latent(team, work, step, layer, operand, queries);
-    } else {
-        multiply(team, operand, *layer.qkv, qkv);
-        if (layer.attn_gate) {
-            if (!packed_once) operand = pack_read(team, work, *layer.attn_gate, x, tokens, layer.attn_norm, gate.adapted);
-            gate.activated = reinterpret_cast<u16*>(work.attn_gate.data());
-            gate.activation = SIGMOID;
-            multiply(team, operand, *layer.attn_gate, gate);
-        }
-        team.enter(ROTATION);
-        rope_store(team, step, layer.heads, layer.store, qkv.y, queries);
-    }
+    project(team, work, step, layer, place, x, queries);
     team.enter(ATTENTION);
     u16* own_out = attn_out + first_column(work.group, width);
     Attention attention{step, layer.heads, layer.store, queries, own_out, work.own[team.rank].tile.data(), place / LORA_TARGETS};
     if (gathers(work.group)) attention.out_stride = layer.o->columns;
-    attend(team, attention, work.find_items(layer.heads, layer.store)->items, reinterpret_cast<float*>(work.partials.data()));
+    attend(team, attention, work.find_items(step, layer.heads, layer.store)->items, reinterpret_cast<float*>(work.partials.data()));
     gather(team, work.group);
 
     team.enter(O_PROJ);
     out.bias = layer.o_bias;
+    out.adapted = work.adapted(team.rank, step.lora, tokens, place + LORA_O);
     if (layer.attn_gate) {
+        const u16* gates = reinterpret_cast<const u16*>(work.attn_gate.data());
         u16* row_buffer = reinterpret_cast<u16*>(work.own[team.rank].row.data());
-        operand = pack_activations(team, *layer.o, tokens, memory, [&](i64 row) {
-            multiply_row(attn_out + row * width, gate.activated + row * width, width, row_buffer);
+        Operand operand = pack_activations(team, *layer.o, tokens, memory, [&](i64 row) {
+            multiply_row(attn_out + row * width, gates + row * width, width, row_buffer);
             return row_buffer;
         }, out.adapted);
         return multiply(team, operand, *layer.o, out);
@@ -380,21 +387,25 @@ inline void reserve_token_input(Workspace& work, const TokenInput& t, i64 tokens
     work.reserve_rows(t.gate->rows);
 }
 
-// Computes a layer: adds to x, the residual stream, what its blocks give. `input` is the layer's own, if it has one; `place` is
-// that of the layer in the tables of adapters.
-inline void run_layer(Team& team, Workspace& work, const Step& step, const Layer& layer, i64 place, i64 hidden, const float* input,
+// Begins a layer: adds to x, the residual stream, what its mixer gives. `place` is that of the layer in the tables of adapters.
+inline void begin_layer(Team& team, Workspace& work, const Step& step, const Layer& layer, i64 place, i64 hidden, float* x) {
+    const i64 tokens = step.tokens;
+    team.enter(OTHERS);
+    if (layer.parallel)  // before the mixer adds to x
+        read_rows(team, x, tokens, hidden, layer.mlp_norm, reinterpret_cast<u16*>(work.normed.data()));
+    if (!layer.qkv && !layer.recurrent.in_proj) return;
+    const bool branches = branches_off(work, layer.post_attn_norm);
+    const Output out = block_output(work, layer, branches, hidden, x);
+    if (layer.qkv) attention_block(team, work, step, layer, place, x, out);
+    else recurrent_block(team, work, step, layer, x, out);
+    end_block(team, work, branches, layer.post_attn_norm, layer.residual_scale, tokens, hidden, x);
+}
+
+// Ends a layer that has begun: adds what follows its mixer. `input` is the layer's own, if it has one.
+inline void end_layer(Team& team, Workspace& work, const Step& step, const Layer& layer, i64 place, i64 hidden, const float* input,
                       i64 stride, float* x) {
     const i64 tokens = step.tokens;
     u16* normed = reinterpret_cast<u16*>(work.normed.data());
-    team.enter(OTHERS);
-    if (layer.parallel) read_rows(team, x, tokens, hidden, layer.mlp_norm, normed);  // before the mixer adds to x
-    if (layer.qkv || layer.recurrent.in_proj) {
-        const bool branches = branches_off(work, layer.post_attn_norm);
-        const Output out = block_output(work, layer, branches, hidden, x);
-        if (layer.qkv) attention_block(team, work, step, layer, place, x, out);
-        else recurrent_block(team, work, step, layer, x, out);
-        end_block(team, work, branches, layer.post_attn_norm, layer.residual_scale, tokens, hidden, x);
-    }
     if (layer.mixture) {
         team.enter(OTHERS);
         if (!layer.parallel) read_rows(team, x, tokens, hidden, layer.mlp_norm, normed);
@@ -428,6 +439,63 @@ inline void reserve_layer(Workspace& work, const Step& step, const Layer& layer,
     const bool is_normed = layer.post_attn_norm.weight || layer.post_mlp_norm.weight;
     if (is_normed || reduces(work.group) || (layer.mixture && experts_branch_off(work, layer)))
         work.branch.reserve(tokens * hidden * 4);
+}
+
+// Returns the number of the last layer that stores anything of a token, keys and values or a state. What follows reads of other
+// tokens nothing but that.
+inline i64 last_storing(const Network& network) {
+    i64 last = network.num_layers - 1;
+    const auto stores = [](const Layer& layer) { return (layer.qkv && !layer.heads.foreign_kv) || layer.recurrent.in_proj; };
+    while (last > 0 && !stores(network.layers[last])) --last;
+    return last;
+}
+
+// Moves some rows of x, in their rising order, to its front: of each the columns from `first` to `last` - 1.
+template <class Element>
+void keep_rows(Team& team, const i32* rows, i64 count, i64 columns, i64 first, i64 last, Element* x) {
+    constexpr i64 UNIT = 64 / sizeof(Element);  // a thread moves all rows of its columns: what it overwrites it has moved
+    team.split(ceil_div(last - first, UNIT), [&](i64 begin, i64 end) {
+        const i64 column = first + begin * UNIT, bytes = (std::min(first + end * UNIT, last) - column) * sizeof(Element);
+        for (i64 row = 0; row < count; ++row)
+            if (rows[row] != row) std::memcpy(x + row * columns + column, x + rows[row] * columns + column, bytes);
+    });
+}
+
+// Keeps the logit rows alone of what a layer reads behind its mixer, and all that follow.
+inline void keep_logit_rows(Team& team, Workspace& work, const Step& step, const Layer& layer, const Network& network, float* x) {
+    const i64 hidden = network.hidden, inputs = network.num_layers * network.token_input_size;
+    const i64 ranks = gathers(work.group) ? work.group->size : 1, rank = gathers(work.group) ? work.group->rank : 0;
+    gather(team, work.group);  // all ranks have read x
+    keep_rows(team, step.rows, step.num_rows, hidden, rank * (hidden / ranks), (rank + 1) * (hidden / ranks), x);
+    gather(team, work.group);
+    if (layer.parallel) keep_rows(team, step.rows, step.num_rows, hidden, 0, hidden, reinterpret_cast<u16*>(work.normed.data()));
+    if (inputs) keep_rows(team, step.rows, step.num_rows, inputs, 0, inputs, reinterpret_cast<float*>(work.token_inputs.data()));
+}
+
+// Computes all layers; with `logit_step`, the step of the logit rows, no other row once all that is stored of it is there. Returns
+// whether x has these rows alone in the end.
+inline bool run_layers(Team& team, Workspace& work, const Step& step, const Step* logit_step, const Network& network, float* x) {
+    const i64 hidden = network.hidden, stride = network.num_layers * network.token_input_size, last = last_storing(network);
+    const Step* now = &step;
+    for (i64 i = 0; i < network.num_layers; ++i) {
+        const Layer& layer = network.layers[i];
+        const i64 place = i * LORA_TARGETS;
+        const bool narrows = logit_step && i == last;
+        if (narrows && layer.qkv) {  // begun for the keys and values of all rows, then again for queries of some
+            project(team, work, step, layer, place, x, nullptr);
+            keep_logit_rows(team, work, step, layer, network, x);
+            now = logit_step;
+        }
+        if (now->tokens) begin_layer(team, work, *now, layer, place, hidden, x);
+        if (narrows && !layer.qkv) {
+            keep_logit_rows(team, work, step, layer, network, x);
+            now = logit_step;
+        }
+        if (!now->tokens) break;
+        const float* input = reinterpret_cast<const float*>(work.token_inputs.data()) + i * network.token_input_size;
+        end_layer(team, work, *now, layer, place, hidden, input, stride, x);
+    }
+    return now == logit_step;
 }
 
 // Writes what the first layer reads: rows of the embedding, scaled, and of the learned positions if there are any.
@@ -527,7 +595,9 @@ inline void run_network(Workspace& work, const Step& step, const Network& networ
     work.hidden.reserve(step.tokens * hidden * 4);
     work.reserve_rows(hidden);
     work.reserve_lora(step.lora, step.tokens);
+    const Step* logit_step = work.logit_rows.select(step) ? &work.logit_rows.step : nullptr;
     for (i64 i = 0; i < network.num_layers; ++i) reserve_layer(work, step, network.layers[i], hidden);
+    for (i64 i = last_storing(network); i < network.num_layers && logit_step; ++i) reserve_layer(work, *logit_step, network.layers[i], hidden);
     if (network.token_inputs) reserve_token_inputs(work, network, step.tokens);
     if (choices) {
         reserve_choices(work, *choices, step.num_rows);
@@ -540,13 +610,11 @@ inline void run_network(Workspace& work, const Step& step, const Network& networ
         team.enter(EMBEDDING);
         embed_step(team, step, network, x);
         if (network.token_inputs) token_inputs(team, work, step, network, x);
-        for (i64 i = 0; i < network.num_layers; ++i) {
-            const float* input = reinterpret_cast<const float*>(work.token_inputs.data()) + i * network.token_input_size;
-            run_layer(team, work, step, network.layers[i], i * LORA_TARGETS, hidden, input, network.num_layers * network.token_input_size, x);
-        }
+        const bool kept = run_layers(team, work, step, logit_step, network, x);
         team.enter(HEAD);
         team.split(step.num_rows, [&](i64 begin, i64 end) {
-            for (i64 row = begin; row < end; ++row) norm_row(x + step.rows[row] * hidden, hidden, network.norm, rows + row * hidden);
+            for (i64 row = begin; row < end; ++row)
+                norm_row(x + (kept ? row : step.rows[row]) * hidden, hidden, network.norm, rows + row * hidden);
         });
         gather(team, work.group);  // the next step overwrites x
         if (choices) choose_tokens(team, work, *choices, rows, step.num_rows);

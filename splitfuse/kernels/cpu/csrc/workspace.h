@@ -7,6 +7,7 @@
 
 #include "attention.h"
 #include "group.h"
+#include "logit_rows.h"
 
 namespace splitfuse {
 namespace SF_VARIANT {
@@ -59,10 +60,10 @@ struct Visit {
 
 constexpr i64 VISIT_PADDING = 256;  // most bytes that the operand of a visit needs in addition to its share of one operand of all rows
 
-// Attention's items of a step for all layers with these numbers of heads and of rows of an item, and how many of its tiles get
-// partials.
+// Attention's items of a step of so many tokens for all layers with these numbers of heads and of rows of an item, and how many
+// of its tiles get partials.
 struct HeadItems {
-    i64 num_heads, num_kv_heads, rows, tiles;
+    i64 tokens, num_heads, num_kv_heads, rows, tiles;
     std::vector<Item> items;
 };
 
@@ -85,7 +86,8 @@ struct Workspace {
     Buffer logits;
     Buffer router_logits, ids, expert_weights, order, expert_in, expert_out, expert_sum, shared_out, shared_gates;  // of mixtures of experts
     std::vector<Own> own;
-    std::vector<HeadItems> items;  // the first `num_items` are of this step
+    LogitRows logit_rows;          // of this step
+    std::vector<HeadItems> items;  // the first `num_items` are of this step, or of its logit rows
     size_t num_items = 0;
     std::vector<Visit> visits;
     std::vector<i32> counts;
@@ -117,18 +119,22 @@ struct Workspace {
         return {lora, place, reinterpret_cast<float*>(buffer) + half * lora->most_ranks, 2 * lora->most_ranks};
     }
     void begin_step() { num_items = 0; }
-    HeadItems* find_items(const Heads& heads, const Store& store) {
+    HeadItems* find_items(const Step& step, const Heads& heads, const Store& store) {
         const i64 rows = item_rows(Layout(store));
-        for (size_t i = 0; i < num_items; ++i)
-            if (items[i].num_heads == heads.num_heads && items[i].num_kv_heads == store.num_kv_heads && items[i].rows == rows) return &items[i];
+        for (size_t i = 0; i < num_items; ++i) {
+            HeadItems& each = items[i];
+            const bool same_heads = each.num_heads == heads.num_heads && each.num_kv_heads == store.num_kv_heads;
+            if (each.tokens == step.tokens && same_heads && each.rows == rows) return &each;
+        }
         return nullptr;
     }
     void reserve_attention(const Step& step, const Heads& heads, const Store& store, i64 most_tiles = INT64_MAX) {
         Layout kv(store);
-        HeadItems* found = find_items(heads, store);
+        HeadItems* found = find_items(step, heads, store);
         if (!found) {
             if (num_items == items.size()) items.emplace_back();
             found = &items[num_items++];
+            found->tokens = step.tokens;
             found->num_heads = heads.num_heads;
             found->num_kv_heads = store.num_kv_heads;
             found->rows = item_rows(kv);
