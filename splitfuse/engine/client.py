@@ -607,8 +607,10 @@ class LocalClient(EngineClient):
             if output.finish_reason is FinishReason.MOVED:
                 self._move(output)
                 continue
-            parts = (part for part in (self._ending, self._moving) if output.request_id in part)
-            streams = next(parts, self._streams)
+            streams = self._streams
+            for part in (self._moving, self._ending):
+                if output.request_id in part:
+                    streams = part
             if (stream := streams.get(output.request_id)) is not None:
                 stream.push(output, report.stats.step_seconds)
                 if output.finish_reason is not None:

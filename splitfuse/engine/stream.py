@@ -132,12 +132,11 @@ class Stream:
 
     def push(self, output: RequestOutput, step_seconds: float) -> None:
         """Add an output; of one that is not wanted any more, only that it has ended counts."""
-        if self.arrival is not None:
-            self.arrival.num_cached = max(
-                self.arrival.num_cached, min(output.num_cached_tokens, self.arrival.num_prompt)
-            )
-            self.arrival.num_generated += len(output.token_ids)
-            self.arrival.has_ended = output.finish_reason is not None
+        if (arrival := self.arrival) is not None:
+            if output.num_cached_tokens > arrival.num_cached:
+                arrival.num_cached = min(output.num_cached_tokens, arrival.num_prompt)
+            arrival.num_generated += len(output.token_ids)
+            arrival.has_ended = output.finish_reason is not None
         self.num_outputs_here += bool(output.token_ids)
         self.num_computed = output.num_computed or self.num_computed
         if output.finish_reason is not None:

@@ -190,7 +190,7 @@ class Generation:
     def _watch(self, token_id: int) -> str:
         """Return the text that one more token releases."""
         self.num_computed_tokens += 1
-        text = self._detokenizer.push([token_id])
+        text = self._detokenizer.push_one(token_id)
         is_answer = self._thought is None or self._thought.push(token_id)
         is_answer = not self._is_header(text) and is_answer
         if not is_answer or len(self._detokenizer.lengths) <= self.request.params.min_tokens:

@@ -16,7 +16,6 @@ import subprocess
 import sys
 from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
-from contextlib import contextmanager
 from typing import Any
 
 import tokenizers
@@ -85,7 +84,7 @@ class Tokenizer:
     def from_source(cls, source: ModelSource) -> Tokenizer:
         """Read `tokenizer.json`, with `tokenizer_config.json`, `special_tokens_map.json` and `chat_template.jinja`
         where they exist. Raises TokenizerError for a file that is missing, unreadable or hostile."""
-        with _library_errors(f"{source.location}/tokenizer.json cannot be read as a tokenizer"):
+        with _LibraryErrors(f"{source.location}/tokenizer.json cannot be read as a tokenizer"):
             content = source.read("tokenizer.json", MAX_TOKENIZER_BYTES)
             check_json(content or b"")
         if content is None:
@@ -99,7 +98,7 @@ class Tokenizer:
         added = config.get("added_tokens_decoder")
         special, extra = _special_tokens(config), _extra_special_tokens(config)
         template = _chat_template(source, config)
-        with _library_errors(f"the added tokens of {source.location} cannot be read"):
+        with _LibraryErrors(f"the added tokens of {source.location} cannot be read"):
             if added is None:
                 named = source.read_json("added_tokens.json", TokenizerError) or {}
                 added_tokens = _plain_added_tokens(named, {*special.values(), *extra})
@@ -108,7 +107,7 @@ class Tokenizer:
             length = sum(map(len, [*special.values(), *extra, *(token.content for token in added_tokens)]))
             if length > MAX_ADDED_CHARACTERS:
                 raise ValueError(f"they have {length} characters together; at most {MAX_ADDED_CHARACTERS} are read")
-        with _library_errors(f"{source.location}/tokenizer.json cannot be read as a tokenizer"):
+        with _LibraryErrors(f"{source.location}/tokenizer.json cannot be read as a tokenizer"):
             if len(content) > HARMLESS_BYTES:
                 _try_apart(content)
             backend = tokenizers.Tokenizer.from_buffer(content)
@@ -145,7 +144,7 @@ class Tokenizer:
         """Return the token ids of `text`; special tokens written out in it are read as such. Raises InvalidRequestError
         for text that is not valid Unicode or that the vocabulary cannot express."""
         check_unicode(text)
-        with _library_errors("the model's tokenizer cannot encode this text", InvalidRequestError):
+        with _LibraryErrors("the model's tokenizer cannot encode this text", InvalidRequestError):
             # Unlike `encode`, this lets go of the GIL: a long text holds up no other thread.
             (encoding,) = self._backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)
             return tuple(encoding.ids)
@@ -154,7 +153,7 @@ class Tokenizer:
         """Return the text of `token_ids`, with U+FFFD for bytes that make no character. Unknown ids give no text.
         Raises InvalidRequestError if the decoder fails on them.
         """
-        with _library_errors("the model's tokenizer cannot decode these tokens", InvalidRequestError):
+        with _LibraryErrors("the model's tokenizer cannot decode these tokens", InvalidRequestError):
             return self._backend.decode(token_ids, skip_special_tokens=skip_special_tokens)
 
     def to_json(self) -> str:
@@ -243,16 +242,16 @@ class Detokenizer:
 
         So is a run of byte tokens (`<0xF0>`) to its end: if a later one spoils it, all of it reads as U+FFFD.
         """
-        pieces: list[str] = []
-        length = self._length
-        for token_id in token_ids:
-            if token_id not in self._hidden_ids:
-                piece = self._step(token_id)
-                length += len(piece)
-                pieces.append(piece)
-                self._token_ids.append(token_id)
-            self.lengths.append(length)
-        return "".join(pieces)
+        return "".join([self.push_one(token_id) for token_id in token_ids])
+
+    def push_one(self, token_id: int) -> str:
+        """Return the text that is certain with one more token."""
+        piece = ""
+        if token_id not in self._hidden_ids:
+            piece = self._step(token_id)
+            self._token_ids.append(token_id)
+        self.lengths.append(self._length + len(piece))
+        return piece
 
     def finish(self) -> str:
         """Return the text still held back, with U+FFFD for bytes that never made a character."""
@@ -281,7 +280,7 @@ class Detokenizer:
             return ""
         step = [*self._byte_run, token_id]
         self._byte_run.clear()
-        with _library_errors("the model's tokenizer cannot decode these tokens one by one", InvalidRequestError):
+        with _STEP_ERRORS:
             return self._stream.step(tokenizer._backend, step) or ""
 
     def _is_visible(self, token_id: int) -> bool:
@@ -330,17 +329,23 @@ def _decoder_steps(decoder: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
             yield from _decoder_steps(step)
 
 
-@contextmanager
-def _library_errors(message: str, kind: type[SplitfuseError] = TokenizerError) -> Iterator[None]:
-    """Raise errors of the tokenizers library, panics of its Rust code among them, as one of ours."""
-    try:
-        yield
-    except SplitfuseError:
-        raise
-    except BaseException as error:
+class _LibraryErrors:
+    """Raises errors of the tokenizers library, panics of its Rust code among them, as one of ours."""
+
+    def __init__(self, message: str, kind: type[SplitfuseError] = TokenizerError) -> None:
+        self._message, self._kind = message, kind
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
+        if error is None or isinstance(error, SplitfuseError):
+            return
         if isinstance(error, Exception) or type(error).__name__ == "PanicException":
-            raise kind(f"{message}: {error!s:.300}") from error
-        raise
+            raise self._kind(f"{self._message}: {error!s:.300}") from error
+
+
+_STEP_ERRORS = _LibraryErrors("the model's tokenizer cannot decode these tokens one by one", InvalidRequestError)
 
 
 def _byte_fallback_ids(backend: tokenizers.Tokenizer) -> frozenset[int]:
