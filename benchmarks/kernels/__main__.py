@@ -25,7 +25,7 @@ from benchmarks.kernels.latent import latent
 from benchmarks.kernels.limits import FORMATS, TILES, Limits, seconds
 from benchmarks.kernels.neighbours import neighbours
 from benchmarks.kernels.recurrent import recurrent
-from benchmarks.kernels.steps import check_shape, forward, make_chunks, scattered_steps, step_operations
+from benchmarks.kernels.steps import check_shape, forward, make_chunks, scattered_steps, step_bytes, step_operations
 from benchmarks.models import SHAPES, ModelShape
 from splitfuse.config.engine import EngineConfig
 from splitfuse.core.slo.cost_model import num_pairs
@@ -208,10 +208,6 @@ def step(arguments: argparse.Namespace) -> Iterator[Row]:
         for store in executor.kv_cache.layers:
             store.memory.zero_()
         limits = Limits(backend)
-        spec = model.spec
-        weights = model.plan.weights
-        if not spec.tied_embeddings:
-            weights -= spec.vocab_size * spec.hidden_size * 2
         for rows in arguments.rows or STEP_ROWS:
             generating = rows <= 32
             chunks = make_chunks(rows, generating, arguments.beside)
@@ -223,11 +219,10 @@ def step(arguments: argparse.Namespace) -> Iterator[Row]:
                 for part in account(executor, chunks, limits, int8=name != "bf16", turns=arguments.turns):
                     yield title | part
                 continue
-            kv = sum(chunk.start for chunk in chunks) * model.plan.block / model.plan.block_size
             timing = limits.compare(
                 lambda chunks=chunks: forward(executor, chunks),
-                num_bytes=weights + kv,
-                operations=step_operations(spec, chunks),
+                num_bytes=step_bytes(model, chunks),
+                operations=step_operations(model.spec, chunks),
                 int8=name != "bf16",
                 turns=arguments.turns,
             )

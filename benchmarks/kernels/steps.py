@@ -14,6 +14,7 @@ from splitfuse.kernels.cpu.structs import Step
 from splitfuse.kernels.layers import AttentionSpec, MlpSpec
 from splitfuse.models.spec import ModelSpec
 from splitfuse.runtime.executor import Executor
+from splitfuse.runtime.loading import LoadedModel
 
 CONTEXT = 512  # of the requests that generate
 
@@ -41,6 +42,15 @@ def dense_sizes(spec: ModelSpec) -> dict[str, int]:
         "head_dim": mixer.head_dim,
         "intermediate_size": mlp.intermediate_size,
     }
+
+
+def step_bytes(model: LoadedModel, chunks: Sequence[Chunk]) -> float:
+    """Return the bytes that a step must read: all weights but an embedding that is no head, and the keys and values of
+    earlier steps.
+    """
+    plan, spec = model.plan, model.spec
+    embedding = 0 if spec.tied_embeddings else spec.vocab_size * spec.hidden_size * 2
+    return plan.weights - embedding + sum(chunk.start for chunk in chunks) * plan.block / plan.block_size
 
 
 def step_operations(spec: ModelSpec, chunks: Sequence[Chunk]) -> float:

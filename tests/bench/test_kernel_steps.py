@@ -1,13 +1,20 @@
 """benchmarks/kernels: a step is compared with the limits of its own shape, no other's."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
+import tiny_models
+from recorded_engine import config_of, recorded
 
+from benchmarks.kernels.recorded import by_kind, recorded_steps, timed_steps
 from benchmarks.kernels.steps import check_shape, make_chunks, step_operations
 from benchmarks.models import SHAPES, config
+from splitfuse.core.sampling_params import SamplingParams
 from splitfuse.errors import ConfigError
 from splitfuse.models.families.registry import spec_from_config
+from splitfuse.recording.format import Recording
+from splitfuse.runtime.loading import load_model
 
 DENSE = [name for name, shape in SHAPES.items() if not shape.num_experts]
 
@@ -48,3 +55,22 @@ def test_a_model_of_no_shape_is_refused() -> None:
     experts = spec_from_config(config(SHAPES["moe"]))
     with pytest.raises(ConfigError, match="step wants a model of attention and dense MLPs"):
         check_shape("1.1b", experts)
+
+
+def test_recorded_steps_are_compared_with_what_they_need(tmp_path: Path) -> None:
+    tiny_models.save("llama-gqa", tmp_path)
+    settings = config_of(tmp_path, block_size=4, num_blocks=64, max_num_batched_tokens=8)
+    with recorded(tmp_path / "steps.rec", settings) as engine:
+        engine.engine.add_request("a", range(3, 22), SamplingParams(max_tokens=4, ignore_eos=True))
+        engine.run()
+    model, steps = load_model(settings), recorded_steps(Recording.open(tmp_path / "steps.rec"))
+    bound_by_memory = list(timed_steps(steps, model, read=1.0, dots=1e30))
+    assert [(step.num_prompt_tokens, step.num_decodes) for step in bound_by_memory] == [(8, 0), (3, 0), *[(0, 1)] * 3]
+    weights, kv = model.plan.weights, model.plan.block / model.plan.block_size
+    if not model.spec.tied_embeddings:
+        weights -= model.spec.vocab_size * model.spec.hidden_size * 2
+    assert [step.limit for step in bound_by_memory] == [weights + kv * start for start in (8, 16, 19, 20, 21)]
+    _, end, *decodes = timed_steps(steps, model, read=1e30, dots=1.0)
+    assert end.limit > 2 * decodes[0].limit > 0  # with the logits of one row each
+    assert all(step.seconds > 0 for step in bound_by_memory)
+    assert {kind: len(each) for kind, each in by_kind(bound_by_memory).items()} == {"none": 3, "up to 64": 2}
