@@ -782,6 +782,7 @@ SF_INLINE i64 parts_of(const Operand& x, const Weight& w, const Shape& s, int th
 
 // Multiplies a packed x with a weight that is none of parts. Returns when all threads are done.
 SF_INLINE void multiply_whole(Team& team, const Operand& x, const Weight& w, const Output& out) {
+    if (!x.rows) return;  // as of a step without logits
     const Shape s = shape_of(w);
     const i64 parts = parts_of(x, w, s, team.size);
     // Few rows have the parts of a panel side by side, so that mostly one thread reads it; of many, each part has all panels before the next.
