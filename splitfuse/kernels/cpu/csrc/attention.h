@@ -219,7 +219,11 @@ class Ahead {
     }
 
   private:
-    static constexpr i64 NEAR_BYTES_OF_HEAD = 1 << 18;  // keys and values that stay in the second cache from item to item
+#ifdef SF_AVX512
+    static constexpr i64 NEAR_BYTES_OF_HEAD = 1 << 19;  // keys and values that stay in the second cache from item to item: half of its size
+#else
+    static constexpr i64 NEAR_BYTES_OF_HEAD = 1 << 18;  // the same, of second caches of 512 KB
+#endif
 
     i64 bytes_of(const Pieces& pieces) const {
         const i64 count = pieces.end - pieces.first;
