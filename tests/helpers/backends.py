@@ -17,7 +17,7 @@ from torch import Tensor
 from splitfuse.errors import KernelError
 from splitfuse.kernels.batch import Derivation, Numbers
 from splitfuse.kernels.cpu.backend import CpuBackend
-from splitfuse.kernels.cpu.library import VARIANTS, supported_variants
+from splitfuse.kernels.cpu.library import LIBRARY, VARIANTS, supported_variants
 from splitfuse.kernels.interface import Backend, Store
 from splitfuse.kernels.layers import AttentionSpec, HeadNormSpec, LatentSpec, MlpSpec, NormSpec, RouterSpec
 from splitfuse.kernels.onednn import OneDnnBackend
@@ -92,13 +92,14 @@ def make_case(name: str) -> BackendCase:
 
 
 def why_not(variant: str) -> str | None:
-    """Why this machine cannot run a variant of the C++ kernels. Raises KernelError if the environment names a library
-    or requires one, and it cannot be loaded: then nothing may be skipped for that.
+    """Why this machine cannot run a variant of the C++ kernels. Raises KernelError if there is a library, or the
+    environment names or requires one, and it cannot be loaded: then nothing may be skipped for that.
     """
     try:
         return None if variant in supported_variants() else f"this CPU cannot run the {variant} kernels"
     except KernelError as error:
-        if "SPLITFUSE_KERNEL_LIBRARY" in os.environ or os.environ.get("SPLITFUSE_KERNELS") == "required":
+        is_wanted = "SPLITFUSE_KERNEL_LIBRARY" in os.environ or os.environ.get("SPLITFUSE_KERNELS") == "required"
+        if is_wanted or LIBRARY.exists():  # perhaps of older sources
             raise
         return str(error)
 

@@ -395,7 +395,7 @@ def test_a_library_of_other_sources(
     other_library: Callable[[Path], None], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     edited = shutil.copytree(library.SOURCES, tmp_path / "csrc")
-    other_library(library.SOURCES.with_name("libsplitfuse_cpu.so"))
+    other_library(library.LIBRARY)
     monkeypatch.setattr(library, "SOURCES", edited)
     assert supported_variants()
     with (edited / "interface.h").open("a") as file:

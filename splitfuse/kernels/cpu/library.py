@@ -26,6 +26,8 @@ _logger = logging.getLogger(__name__)
 
 SOURCES = Path(__file__).with_name("csrc")
 """Folder of what the library is compiled from."""
+LIBRARY = Path(__file__).with_name("libsplitfuse_cpu.so")
+"""File of the library, if it was compiled."""
 AMX = "avx512_amx"
 VARIANTS = (AMX, "avx512_bf16", "avx512", "avx2")
 """Instruction sets that the kernels are compiled for, best first. AVX-512 includes VNNI here, AVX2 includes FMA."""
@@ -211,7 +213,7 @@ def is_emulated(variant: str) -> bool:
 @cache
 def _load() -> ctypes.CDLL:
     named = os.environ.get("SPLITFUSE_KERNEL_LIBRARY")  # another build of it, such as that of `make test-sanitize`
-    path = Path(named) if named else Path(__file__).with_name("libsplitfuse_cpu.so")
+    path = Path(named) if named else LIBRARY
     if not path.is_file():
         raise KernelError(
             f"the C++ kernels were not compiled ({path.name} is missing): installing needs a C++ compiler"
