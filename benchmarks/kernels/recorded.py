@@ -20,16 +20,19 @@ from typing import NamedTuple
 from benchmarks.kernels.limits import Limits
 from benchmarks.kernels.steps import step_bytes, step_operations
 from splitfuse.core.plan import Chunk
-from splitfuse.engine.trace import ChunkTrace, StepTrace
+from splitfuse.engine.trace import PLAIN, ChunkTrace, StepTrace
 from splitfuse.errors import SplitfuseError
 from splitfuse.kernels.cpu.backend import CpuBackend
+from splitfuse.kernels.cpu.structs import GROUPED, INT4, INT8
 from splitfuse.recording.format import Recording, Records
 from splitfuse.recording.replay import config_of
 from splitfuse.runtime.loading import LoadedModel, load_model
 
 BOUNDS = (0, 64, 128, 256, 512, 1024)
 """Most tokens of prompts in a step of each kind; more than the last are of a kind with their own number."""
-COLUMNS = ("tokens of prompts", "steps", "decodes", "% of the time", "% of the limit", "% of the time lost")
+IN_INT8 = (INT8, INT4, GROUPED)
+"""Formats of weights whose products are of whole numbers of 8 bits."""
+COLUMNS = ("tokens of prompts", "steps", "decodes", "% of the time", "% of the limit", "lost, % of all time")
 
 
 class TimedStep(NamedTuple):
@@ -52,11 +55,13 @@ def main() -> None:
     backend = model.decoder.backend
     if not isinstance(backend, CpuBackend):
         sys.exit(f"{arguments.file} is of {type(backend).__name__}: record an engine with the CPU kernels")
-    limits, in_int8 = Limits(backend), config.model.quantization is not None
+    limits, in_int8 = Limits(backend), model.decoder.weights.layers[0].qkv.format in IN_INT8
     read = median(limits.read() for _ in range(5))
     dots = median(limits.dots(int8=in_int8) for _ in range(5))
     print(f"{arguments.file}: {read / 1e9:.1f} GB/s, {dots / 1e12:.3f} T operations/s")
     steps = list(timed_steps(recorded_steps(recording), model, read, dots))
+    if not steps:
+        sys.exit(f"{arguments.file} has fewer than two steps of engine 0: record some requests")
     whole = sum(step.seconds for step in steps)
     print("| " + " | ".join(COLUMNS) + " |", "|---" * len(COLUMNS) + "|", sep="\n")
     for kind, each in (*by_kind(steps).items(), ("all", steps)):
@@ -85,9 +90,8 @@ def timed_steps(steps: Sequence[StepTrace], model: LoadedModel, read: float, dot
 
 def chunk_of(trace: ChunkTrace) -> Chunk:
     """Return a chunk of the size of one that was recorded."""
-    samples = bool(trace.token_ids)
-    num_logits = 1 + trace.num_drafts if samples else 0
-    return Chunk(str(trace.number), trace.start, (0,) * trace.num_tokens, (), num_logits, samples)
+    num_logits = (trace.detail or PLAIN).num_logits
+    return Chunk(str(trace.number), trace.start, (0,) * trace.num_tokens, (), num_logits, bool(trace.token_ids))
 
 
 def by_kind(steps: Iterable[TimedStep]) -> dict[str, list[TimedStep]]:

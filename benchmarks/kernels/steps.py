@@ -46,7 +46,7 @@ def dense_sizes(spec: ModelSpec) -> dict[str, int]:
 
 def step_bytes(model: LoadedModel, chunks: Sequence[Chunk]) -> float:
     """Return the bytes that a step must read: all weights but an embedding that is no head, and the keys and values of
-    earlier steps.
+    earlier steps. The end of the network is counted even if no row needs logits.
     """
     plan, spec = model.plan, model.spec
     embedding = 0 if spec.tied_embeddings else spec.vocab_size * spec.hidden_size * 2

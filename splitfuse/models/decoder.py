@@ -146,9 +146,9 @@ class Decoder:
         if self.weights.positions is not None:
             x = x + self.weights.positions[batch.positions + self.spec.position_offset]
         token_inputs, stream = self._token_inputs(batch.ids, x), ResidualStream(x, self.backend, self.spec.norm)
-        rest = batch  # rows that the stream has
+        rest, last_storing = batch, self.spec.last_storing  # rows that the stream has, and until when these are all
         for number, (layer, weights) in enumerate(zip(self.spec.layers, self.weights.layers, strict=True)):
-            before, rest = rest, batch.logit_batch if number == self.spec.last_storing else rest
+            before, rest = rest, batch.logit_batch if number == last_storing else rest
             self._layer(stream, number, kv_cache.layers[number], before, rest)
             if not rest.num_tokens:
                 break

@@ -3,7 +3,8 @@
 Some layers of the model compute a few steps; all layers take as many times as long, and the output head as much longer
 as its weights are. That is enough for a first token budget (core/step_budget.py) and a first prediction of steps, which
 those that run correct (core/slo/latency_predictor.py). What it does not know: layers that differ from the first ones,
-and that the last one computes rows without logits only to their keys and values.
+and that the last one computes rows without logits only to their keys and values. The last norm, of
+all rows here, counts once for each layer that is timed.
 """
 
 from __future__ import annotations
@@ -139,7 +140,7 @@ def _seconds(model: LoadedModel, num_layers: int, chunks: Sequence[tuple[int, in
             if run and time.perf_counter() - began > RUN_SECONDS:
                 break
             run_began = time.perf_counter()
-            executor.hidden(step).cpu()  # of a GPU: waits for it
+            executor.hidden(step)[-1:].cpu()  # of a GPU: waits for it
             shortest = min(shortest, time.perf_counter() - run_began)
     return shortest * tokens / sum(count for _, count in chunks) / num_layers
 

@@ -325,6 +325,8 @@ def write_chunk(transport: asyncio.Transport, flow: FlowControl, data: bytes) ->
     """
     if flow.write_paused or transport.is_closing():
         return False
+    if not data:  # a chunk of no bytes would end the body
+        return True
     transport.write(b"%x\r\n%b\r\n" % (len(data), data))
     return True
 

@@ -54,7 +54,9 @@ class TokenCounts(NamedTuple):
 
 
 class RequestContext:
-    """Follows one request from its headers to the end of its answer. Only one task at a time may send."""
+    """Follows one request from its headers to the end of its answer. Whoever sends holds a lock; `send_now`
+    is called by what reads the engine's reports, and sends nothing itself while another does.
+    """
 
     def __init__(self, scope: Scope, receive: Receive, send: Send, *, dialect: Dialect, unique_id: str) -> None:
         self.scope = scope

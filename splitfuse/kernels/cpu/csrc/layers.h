@@ -461,19 +461,19 @@ void keep_rows(Team& team, const i32* rows, i64 count, i64 columns, i64 first, i
     });
 }
 
-// Keeps the logit rows alone of what a layer reads behind its mixer, and all that follow.
+// Leaves only the logit rows of all that the rest of a layer and those behind it read.
 inline void keep_logit_rows(Team& team, Workspace& work, const Step& step, const Layer& layer, const Network& network, float* x) {
     const i64 hidden = network.hidden, inputs = network.num_layers * network.token_input_size;
     const i64 ranks = gathers(work.group) ? work.group->size : 1, rank = gathers(work.group) ? work.group->rank : 0;
     gather(team, work.group);  // all ranks have read x
     keep_rows(team, step.rows, step.num_rows, hidden, rank * (hidden / ranks), (rank + 1) * (hidden / ranks), x);
     gather(team, work.group);
-    if (layer.parallel) keep_rows(team, step.rows, step.num_rows, hidden, 0, hidden, reinterpret_cast<u16*>(work.normed.data()));
+    if (layer.parallel && !layer.qkv) keep_rows(team, step.rows, step.num_rows, hidden, 0, hidden, reinterpret_cast<u16*>(work.normed.data()));
     if (inputs) keep_rows(team, step.rows, step.num_rows, inputs, 0, inputs, reinterpret_cast<float*>(work.token_inputs.data()));
 }
 
-// Computes all layers; with `logit_step`, the step of the logit rows, no other row once all that is stored of it is there. Returns
-// whether x has these rows alone in the end.
+// Computes all layers. With `logit_step`, the step of the logit rows, other rows are left out once their keys, values and states are
+// stored. Returns whether they were: x has the logit rows alone then.
 inline bool run_layers(Team& team, Workspace& work, const Step& step, const Step* logit_step, const Network& network, float* x) {
     const i64 hidden = network.hidden, stride = network.num_layers * network.token_input_size, last = last_storing(network);
     const Step* now = &step;
