@@ -50,19 +50,6 @@ def test_no_other_policy_has_more_goodput(name: str) -> None:
     assert comparison.ratio()[0] >= command.ENOUGH, command.row(comparison)
 
 
-@pytest.mark.parametrize(
-    ("name", "requests"),
-    [
-        ("long-prompts/8 clients/ttft 1.2, p99 30", 60),  # all wait for whole steps, which were 3 ms too long
-        ("0.5b-int8/short/32 clients/ttft 1.2/token, p99 30", 150),  # they can wait for less than SHADOW_STEP
-    ],
-)
-def test_requests_that_wait_for_a_whole_step_can_be_in_time(name: str, requests: int) -> None:
-    ((scenario, slo),) = command.chosen([name])
-    outcome = compare.run(scenario, [slo], OUR_SYSTEM, 1, Settings(requests=requests)).outcomes[str(slo)]
-    assert outcome.met > 0.25 * outcome.sent
-
-
 def test_grid_has_200_distinct_points() -> None:
     names = [f"{each}/{slo}" for each in grid() for slo in each.slos]
     assert len(names) == len(set(names)) >= 200

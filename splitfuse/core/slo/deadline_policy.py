@@ -37,9 +37,8 @@ from splitfuse.core.step_builder import RequestQueue, StepBuilder
 
 DECODES_PER_STEP = 1 / 2
 """Largest fraction of a step without deadlines to meet that a token of every decode takes."""
-SHADOW_STEP = 1.25
-"""Length of a step in which prompts are computed in the shadow of decodes, relative to one of a single decode: the rest
-is for prompts. It is shorter where those that arrive meanwhile could not wait for it."""
+MIN_STEP = 1.25
+"""Shortest such step, relative to one of a single decode: the rest is for prompts."""
 AIM = 1 / 2
 """Fraction of the time to its deadline in which a prompt is to be done, if decodes have the slack for it: the rest is
 for requests that arrive meanwhile."""
@@ -50,11 +49,6 @@ in about as large a part of the steps as late prompts have of each by default.""
 
 def _by_deadline(request: Request) -> tuple[float, int]:
     return request.slo.deadline, request.sequence_number
-
-
-def _shortest_step(work_times: WorkTimes) -> float:
-    """Return the seconds of the shortest step with prompts that no deadline makes still shorter."""
-    return work_times.efficient_step(MIN_EFFICIENCY)
 
 
 def _by_urgency(request: Request) -> tuple[int, bool, float, int]:
@@ -105,10 +99,7 @@ class DeadlinePolicy(Fcfs):
                 before += work
                 in_time += work if other in self._in_time else 0.0
         own = work_times.seconds(request)
-        ttft_target, work = request.slo.ttft_target, work_times.overhead + work_times.with_floor(in_time + own)
-        # As plans give prompts up: with the safety factor, but one that could not wait for any step then without.
-        at_risk = min(ttft_target - work, _shortest_step(work_times))
-        margin = max(self._predictor.safety_factor * ttft_target - work, at_risk)
+        margin = request.slo.ttft_target - work_times.overhead - work_times.with_floor(in_time + own)
         self._arrivals.accept(arrival_time=request.slo.arrival_time, margin=margin)
         self._turns.accept(request, own=own, before=before)
         self._answers.expect(request)
@@ -168,9 +159,14 @@ class DeadlinePolicy(Fcfs):
         length: a smaller fraction than late prompts have of each step. By age the others wait less for their first
         token, and no gap that is in time becomes longer.
         """
-        shortest, newest = _shortest_step(feasibility), self._arrivals.longest_steps
+        shortest, newest = self._shortest(feasibility), self._arrivals.longest_steps
         is_few = sum([longest >= shortest for longest in newest]) < self._turns.share * len(newest)
         return is_few and all(decode.slo.missed for decode in decodes)
+
+    @staticmethod
+    def _shortest(work_times: WorkTimes) -> float:
+        """Return the seconds of the shortest step with prompts that no deadline makes still shorter."""
+        return max(work_times.efficient_step(MIN_EFFICIENCY), MIN_STEP * work_times.floor)
 
     @staticmethod
     def _feasible(feasibility: Feasibility, prefills: Sequence[Request]) -> list[Prefill]:
@@ -200,8 +196,8 @@ class DeadlinePolicy(Fcfs):
         if 0 < len(decodes) >= len(feasible) and every < DECODES_PER_STEP * feasibility.floor:
             # Steps of decodes alone would waste the rest of the floor: prompts are computed in many short steps. If
             # more can be in time, they are computed at full throughput: the decodes that they become fill the floor.
-            usual = max(min(usual, SHADOW_STEP * feasibility.floor), _shortest_step(feasibility))
-        usual = max(usual, every / DECODES_PER_STEP)
+            usual = 0.0
+        usual = max(usual, every / DECODES_PER_STEP, self._shortest(feasibility))
         seconds, spare, before = usual, math.inf, 0.0
         for each in feasible:
             before += each.work

@@ -1,10 +1,9 @@
 """Chooses how long steps are where no deadline says it: by the goodput of the requests that arrive meanwhile.
 
 A request that arrives during a step waits for its end. It is in time if what it waits is at most its *margin*: its TTFT
-target, less the safety factor, what its own prompt takes and those in time before it. So the step could have been
-longer, or should have been shorter, by as many times as its margin is longer or shorter than its wait. Each of the
-newest requests says how long its step could have been; the longer steps are, the fewer of such requests are in time,
-and the more are served.
+target, less what its own prompt takes and those in time before it. So the step could have been longer, or should have
+been shorter, by as many times as its margin is longer or shorter than its wait. Each of the newest requests says how
+long its step could have been; the longer steps are, the fewer of such requests are in time, and the more are served.
 """
 
 from __future__ import annotations
