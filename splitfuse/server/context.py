@@ -54,8 +54,8 @@ class TokenCounts(NamedTuple):
 
 
 class RequestContext:
-    """Follows one request from its headers to the end of its answer. Whoever sends holds a lock; `send_now`
-    is called by what reads the engine's reports, and sends nothing itself while another does.
+    """Follows one request from its headers to the end of its answer. Tasks send one after the other. `send_now`, which
+    runs outside the tasks of the request, sends only while none of them does.
     """
 
     def __init__(self, scope: Scope, receive: Receive, send: Send, *, dialect: Dialect, unique_id: str) -> None:
